@@ -1,0 +1,136 @@
+"""Consumers: what a message of a queue means to the application."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from outbox import InvalidEvent, UsageError
+from outbox.consumers.outcome import Outcome
+from outbox.consumers.received import ReceivedEvent
+from outbox.event import check_name
+from outbox.subscription import QueueSpec
+
+__all__ = ["Consumer", "FunctionConsumer", "consumer"]
+
+_LONGEST_QUEUE = 250  # "<queue>.dead" is at most 255 bytes
+
+
+def _check(found: type[Consumer] | Consumer, what: str) -> None:
+    queue, topics = found.queue, found.topics
+    if not isinstance(queue, str) or len(queue.encode(errors="replace")) > _LONGEST_QUEUE:
+        raise UsageError(f"{what}: the queue {queue!r} is not a name of at most 250 bytes")
+    if isinstance(topics, str) or not isinstance(topics, Sequence):
+        raise UsageError(f"{what}: topics are {topics!r}, not a list such as ['order.*']")
+    try:
+        for topic in topics:
+            check_name("topic", topic)
+        if found.exchange is not None:
+            check_name("exchange", found.exchange)
+    except InvalidEvent as error:
+        raise UsageError(f"{what}: {error}") from None
+    process = getattr(found, "_function", found.process)
+    if inspect.iscoroutinefunction(process):
+        raise UsageError(
+            f"{what}: process() is a coroutine function, which this version's worker does not run; "
+            "make it a plain function"
+        )
+
+
+class Consumer:
+    """Handles the messages of one queue; subclass it and write ``process``.
+
+    One instance serves all threads of a worker: ``process`` must be thread-safe.
+
+    Attributes:
+        queue: the queue's name, 1 to 250 bytes in UTF-8. It is declared as a durable quorum queue.
+        topics: patterns of targets that the queue is bound to, beside its own name: ``*`` stands
+            for one word between dots, ``#`` for any number of words.
+        exchange: the exchange it is bound to; None for the publisher's own.
+        auto_publish: publish the follow-on events when ``process`` has succeeded. By default it
+            publishes them itself, with ``publish()``.
+    """
+
+    queue: ClassVar[str] = ""
+    topics: ClassVar[Sequence[str]] = ()
+    exchange: ClassVar[str | None] = None
+    auto_publish: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check what the class says.
+
+        Raises:
+            UsageError: names the class and what is wrong.
+        """
+        super().__init_subclass__(**kwargs)
+        _check(cls, f"the consumer {cls.__qualname__}")
+
+    def process(self, event: ReceivedEvent) -> Outcome | None:
+        """Handle one message.
+
+        Events enqueued here are follow-ons: ``publish()`` waits until the broker has confirmed
+        them, and only then is the message acked. They get the same ids when the same message is
+        processed again.
+
+        Returns:
+            None or ``ACK``; ``REJECT`` for the dead letters; ``REQUEUE`` to try again in a second.
+
+        Raises:
+            Reject: to the dead letters, with a reason.
+            Requeue: back to the queue.
+            Exception: any other is a failed attempt: the message goes to the dead letters.
+        """
+        raise NotImplementedError(f"{type(self).__qualname__} has no process()")
+
+    def spec(self, exchange: str) -> QueueSpec:
+        """Return what is to be declared, ``exchange`` being the publisher's."""
+        bound_to = exchange if self.exchange is None else self.exchange
+        return QueueSpec(self.queue, tuple(self.topics), bound_to)
+
+
+class FunctionConsumer(Consumer):
+    """A consumer made of a function by :func:`consumer`; calling it calls the function."""
+
+    def __init__(self, function: Callable[[ReceivedEvent], Any], **attributes: Any) -> None:
+        """Make a consumer that processes with ``function``."""
+        functools.update_wrapper(self, function)
+        self._function = function
+        for name, value in attributes.items():
+            setattr(self, name, value)
+        _check(self, f"the consumer {function.__qualname__}")
+        if not self.queue:
+            raise UsageError(f"the consumer {function.__qualname__} names no queue")
+
+    def __call__(self, event: ReceivedEvent) -> Any:
+        return self._function(event)
+
+    def __repr__(self) -> str:
+        return f"<consumer {self._function.__qualname__} of {self.queue!r}>"
+
+    def process(self, event: ReceivedEvent) -> Outcome | None:
+        """Call the function."""
+        result: Outcome | None = self._function(event)
+        return result
+
+
+def consumer(
+    queue: str,
+    *,
+    topics: Sequence[str] = (),
+    exchange: str | None = None,
+    auto_publish: bool = False,
+) -> Callable[[Callable[[ReceivedEvent], Any]], FunctionConsumer]:
+    """Make a consumer of the function below; the arguments are :class:`Consumer`'s attributes.
+
+    Raises:
+        UsageError: names the function and what is wrong.
+    """
+
+    def decorate(function: Callable[[ReceivedEvent], Any]) -> FunctionConsumer:
+        return FunctionConsumer(
+            function, queue=queue, topics=topics, exchange=exchange, auto_publish=auto_publish
+        )
+
+    return decorate

@@ -1,0 +1,104 @@
+"""The event that a consumer gets, decoded from a delivery."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from outbox import Event
+from outbox.ids import new_id
+from outbox.serializer import JSONSerializer, serializer_for
+from outbox.subscription import Delivery
+
+__all__ = ["ReceivedEvent", "Undecodable", "decode"]
+
+_RESERVED = "outbox-"
+
+
+class Undecodable(Exception):
+    """A message that no consumer can be given; the text says why."""
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class ReceivedEvent(Event):
+    """An event as a consumer gets it.
+
+    What the sender left out: ``id`` is then a new one each time the message is delivered, and
+    ``occurred_at`` the time of receipt. ``headers`` are the sender's, without outbox's own; they
+    come from outside and may hold anything.
+
+    Attributes:
+        queue: where it was consumed from.
+        attempt: 1 for the first attempt to process it.
+        redelivered: whether it may have been delivered before; a hint, no more.
+    """
+
+    queue: str = ""
+    attempt: int = 1
+    redelivered: bool = False
+    _payload: Any = field(default=None, kw_only=True)
+
+    @property
+    def payload(self) -> Any:
+        """The payload, decoded once: consumers of the event share it."""
+        return self._payload
+
+
+def decode(delivery: Delivery) -> ReceivedEvent:
+    """Return ``delivery`` as an event. Nothing is imported, and nothing of it is executed.
+
+    A message without a content type is taken for JSON.
+
+    Raises:
+        Undecodable: the message is compressed, nothing decodes its content type, or the body is
+            not what the content type says.
+    """
+    content_type = delivery.content_type or JSONSerializer.content_type
+    if delivery.content_encoding not in (None, "", "utf-8", "UTF-8", "identity"):
+        raise Undecodable(f"its content encoding {delivery.content_encoding!r} is not known")
+    serializer = serializer_for(content_type)
+    if serializer is None:
+        raise Undecodable(f"nothing decodes its content type {content_type!r}")
+    try:
+        payload = serializer.decode(delivery.body)
+    except Exception as error:
+        raise Undecodable(f"its body is not {content_type}: {error}") from error
+    headers = delivery.headers or {}
+    key = headers.get("outbox-key")
+    attempt = headers.get("outbox-attempt")
+    return ReceivedEvent(
+        id=delivery.message_id or new_id(),
+        target=delivery.target,
+        exchange=delivery.exchange,
+        body=delivery.body,
+        content_type=content_type,
+        headers={name: value for name, value in headers.items() if not _is_ours(name)},
+        priority=delivery.priority,
+        key=key if isinstance(key, str) else None,
+        occurred_at=_occurred_at(headers, delivery.timestamp),
+        queue=delivery.queue,
+        attempt=attempt if isinstance(attempt, int) and attempt > 0 else 1,
+        redelivered=delivery.redelivered,
+        _payload=payload,
+    )
+
+
+def _is_ours(name: Any) -> bool:
+    return isinstance(name, str) and name.startswith(_RESERVED)
+
+
+def _occurred_at(headers: Mapping[str, Any], timestamp: Any) -> datetime.datetime:
+    microseconds = headers.get("outbox-occurred-at-us")
+    try:
+        if isinstance(microseconds, int):
+            return _EPOCH + datetime.timedelta(microseconds=microseconds)
+        if isinstance(timestamp, int):
+            return _EPOCH + datetime.timedelta(seconds=timestamp)
+    except OverflowError:
+        pass  # a date beyond the year 9999 says nothing
+    return datetime.datetime.now(datetime.UTC)
+
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)

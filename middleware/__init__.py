@@ -1,0 +1,1 @@
+"""Middleware that makes each request a unit of work: ``wsgi`` and ``asgi``."""

@@ -1,0 +1,131 @@
+"""ASGI 3: each HTTP request is a unit of work.
+
+The events are published after the application has *returned*, not when the response has been sent:
+frameworks commit after the last byte (FastAPI's dependencies with ``yield``), and background tasks
+belong to the request. An exception, or a final status that ``is_success`` does not accept, drops
+them. A client that goes away changes nothing, unless the server cancels the application for it.
+
+The publishing itself happens on the publisher's thread and is begun before the first ``await``:
+a cancellation ends the waiting, never the publishing.
+
+A WebSocket connection is no unit of work, since it may last for days: a handler says
+``async with auto_publishing()`` for each message, and what it enqueues outside of such a block is
+published when the connection ends. Lifespan events work likewise; at shutdown the publisher is
+drained.
+"""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
+
+from outbox import Publisher, scope
+from outbox.configuration import configured_publisher
+from outbox.middleware.unit import IsSuccess, RequestCollector, below_400
+
+__all__ = ["OutboxMiddleware"]
+
+_MARKER = "outbox.collector"
+
+
+class OutboxMiddleware:
+    """Wraps an ASGI application so that each request's events are published if it succeeds.
+
+    Pure ASGI; usable as ``OutboxMiddleware(app)`` or with ``app.add_middleware(OutboxMiddleware)``.
+    Wrapped twice, the inner one stands aside.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        publisher: Publisher | None = None,
+        is_success: IsSuccess = below_400,
+    ) -> None:
+        """Wrap ``app``.
+
+        Args:
+            app: the application.
+            publisher: where the events go; the default is the process's own.
+            is_success: says of the response's status code whether the events are published.
+        """
+        self.app = app
+        self._publisher = publisher
+        self._is_success = is_success
+
+    async def __call__(self, asgi_scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, WebSocket connection or lifespan."""
+        if _MARKER in asgi_scope:
+            await self.app(asgi_scope, receive, send)
+            return
+        kind = asgi_scope["type"]
+        collector = RequestCollector(self._publisher, publishes_itself=kind == "http")
+        asgi_scope[_MARKER] = collector
+        token = scope.enter(collector, collector.buffer)
+        try:
+            if kind == "http":
+                await self._request(collector, asgi_scope, receive, send)
+            elif kind == "websocket":
+                await self._websocket(collector, asgi_scope, receive, send)
+            else:
+                await self._lifespan(collector, asgi_scope, receive, send)
+        finally:
+            collector.close()
+            scope.leave(token)
+
+    async def _request(
+        self, collector: RequestCollector, asgi_scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        status = 0
+
+        def watch(message: Message):  # type: ignore[no-untyped-def]  # awaitable, not async: faster
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            return send(message)
+
+        try:
+            await self.app(asgi_scope, receive, watch)
+        except BaseException as error:
+            collector.discard(f"the request failed with {type(error).__qualname__}")
+            raise
+        if collector.buffer.events:
+            if status and self._is_success(status):
+                await collector.publish_quietly_async()
+            else:
+                collector.discard(f"the response's status is {status or 'not known'}")
+
+    async def _websocket(
+        self, collector: RequestCollector, asgi_scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        try:
+            await self.app(asgi_scope, receive, send)
+        except WebSocketDisconnect:
+            await collector.publish_quietly_async()
+            raise
+        except Exception as error:
+            collector.discard(f"the connection failed with {type(error).__qualname__}")
+            raise
+        except BaseException:
+            # The server shuts down: what earlier messages did is done.
+            collector.submit_quietly()
+            raise
+        await collector.publish_quietly_async()
+
+    async def _lifespan(
+        self, collector: RequestCollector, asgi_scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        async def publishing_send(message: Message) -> None:
+            if message["type"] in ("lifespan.startup.complete", "lifespan.shutdown.complete"):
+                await collector.publish_quietly_async()
+            if message["type"] == "lifespan.shutdown.complete":
+                publisher = self._publisher or configured_publisher()
+                if publisher is not None:
+                    await publisher.drain_async()
+            await send(message)
+
+        try:
+            await self.app(asgi_scope, receive, publishing_send)
+        except BaseException as error:
+            collector.discard(f"the lifespan failed with {type(error).__qualname__}")
+            raise

@@ -1,0 +1,81 @@
+"""What the WSGI and the ASGI middleware have in common: a request's collector and its end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from outbox import EventCollector, Publisher
+from outbox.buffer import RootBuffer
+from outbox.spread import ids
+
+__all__ = ["IsSuccess", "RequestCollector", "below_400"]
+
+logger = logging.getLogger("outbox.middleware")
+
+IsSuccess: TypeAlias = Callable[[int], bool]
+"""Says of a final status, 100 to 599, whether the request's events are to be published."""
+
+
+def below_400(status: int) -> bool:
+    """Return whether ``status`` is neither a client's nor a server's error."""
+    return status < 400
+
+
+class RequestCollector(EventCollector):
+    """The collector of one request, connection or lifespan."""
+
+    __slots__ = ()
+
+    def __init__(self, publisher: Publisher | None, *, publishes_itself: bool) -> None:
+        super().__init__(publisher=publisher)
+        self._root.root.publishes_itself = publishes_itself
+
+    @property
+    def buffer(self) -> RootBuffer:
+        """The buffer of the whole request."""
+        return self._root.root
+
+    def publish_quietly(self) -> None:
+        """Publish; whatever fails is logged, and never fails the response.
+
+        The events have reached the publisher, or stay in the collector.
+        """
+        if self._root.events:
+            try:
+                self.publish()
+            except Exception:
+                logger.exception("could not publish the events of a request: %s", self._held())
+
+    async def publish_quietly_async(self) -> None:
+        """Do what :meth:`publish_quietly` does, on an event loop."""
+        if self._root.events:
+            try:
+                await self.publish_async()
+            except Exception:
+                logger.exception("could not publish the events of a request: %s", self._held())
+
+    def submit_quietly(self) -> None:
+        """Hand the events to the publisher without waiting; whatever fails is logged."""
+        if self._root.events:
+            try:
+                self.submit()
+            except Exception:
+                logger.exception("could not publish the events of a request: %s", self._held())
+
+    def discard(self, why: Any) -> None:
+        """Drop what was enqueued, with a warning that names the ids."""
+        if self._root.events:
+            dropped = self._drop(self._root.take())
+            logger.warning("%d event(s) dropped, since %s: %s", len(dropped), why, ids(dropped))
+
+    def close(self) -> None:
+        """End the unit of work: a late ``enqueue_event`` raises ``CollectorClosed``."""
+        left = self._root.close()
+        if left:
+            self._drop(left)
+            logger.error("%d event(s) lost at the end of a request: %s", len(left), ids(left))
+
+    def _held(self) -> str:
+        return ids(self._root.events)

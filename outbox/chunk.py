@@ -1,0 +1,98 @@
+"""A chunk: the events that one caller publishes together, each with its own fate."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from outbox.errors import BrokerError
+from outbox.event import Event
+from outbox.report import PublishReport, Rejection
+
+__all__ = ["Chunk", "Entry", "Fate"]
+
+
+class Fate(enum.Enum):
+    """What finally became of an event; an entry without one is still on its way."""
+
+    PUBLISHED = "published"
+    PARKED = "parked"
+    IGNORED = "ignored"
+    REJECTED = "rejected"
+    WITHDRAWN = "withdrawn"
+
+
+class Entry:
+    """One event of a chunk on its way through a publisher.
+
+    Attributes:
+        event: what is to be published.
+        chunk: the chunk it came in.
+        frames: its encoded form, made in the caller's thread; empty where the transport needs none.
+        fate: None until it is final.
+        reason: of a fate that needs one.
+        kept: its chunk was reported before its fate was known, and it stays in the publisher.
+        attempts: how often the broker has refused it for the time being.
+    """
+
+    __slots__ = ("attempts", "chunk", "event", "fate", "frames", "kept", "reason")
+
+    def __init__(self, event: Event, chunk: Chunk, frames: bytes) -> None:
+        self.event = event
+        self.chunk = chunk
+        self.frames = frames
+        self.fate: Fate | None = None
+        self.reason = ""
+        self.kept = False
+        self.attempts = 0
+
+
+class Chunk:
+    """Events in order, and the future of their report.
+
+    Not thread-safe by itself: the backlog that holds it guards it.
+
+    Attributes:
+        entries: one an event, in the order given.
+        keep: True when what is not confirmed stays in the publisher, False when it is withdrawn.
+        future: resolved once, with the report; never with an exception.
+        waiting: entries that are neither kept nor have a fate; at 0 the chunk is reported.
+        error: why entries are kept or withdrawn.
+        submitted_at: on the backlog's clock.
+    """
+
+    __slots__ = ("entries", "error", "future", "keep", "submitted_at", "waiting")
+
+    def __init__(
+        self, events: Sequence[Event], *, keep: bool = True, frames: Sequence[bytes] | None = None
+    ) -> None:
+        encoded = frames if frames is not None else [b""] * len(events)
+        self.entries = [Entry(event, self, data) for event, data in zip(events, encoded, strict=True)]
+        self.keep = keep
+        self.future: Future[PublishReport] = Future()
+        self.waiting = len(self.entries)
+        self.error: BrokerError | None = None
+        self.submitted_at = 0.0
+
+    def report(self) -> PublishReport:
+        """Return the fate of every event as of now; what has none counts as kept."""
+        by_fate: dict[Fate | None, list[Entry]] = {}
+        for entry in self.entries:
+            by_fate.setdefault(entry.fate, []).append(entry)
+
+        def events(fate: Fate | None) -> tuple[Event, ...]:
+            return tuple(entry.event for entry in by_fate.get(fate, ()))
+
+        return PublishReport(
+            published=events(Fate.PUBLISHED),
+            kept=events(None),
+            parked=events(Fate.PARKED),
+            ignored=events(Fate.IGNORED),
+            rejected=tuple(
+                Rejection(entry.event, entry.reason)
+                for entry in self.entries
+                if entry.fate in (Fate.REJECTED, Fate.WITHDRAWN)
+            ),
+            error=self.error,
+        )

@@ -1,0 +1,434 @@
+"""The collector: where events wait until their unit of work has succeeded."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import sys
+import uuid
+import warnings
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypedDict, Unpack
+
+from outbox import configuration, observing, process, scope
+from outbox.buffer import Buffer, ChildBuffer, RootBuffer
+from outbox.errors import UsageError
+from outbox.event import Event, Headers, MakeId, Unroutable, make_event
+from outbox.publisher import Publisher
+from outbox.report import PublishReport
+from outbox.settings import Settings
+from outbox.spread import ids
+
+__all__ = ["EventCollector", "EventOptions", "clear_events", "enqueue_event", "publish", "publish_async"]
+
+logger = logging.getLogger("outbox.collector")
+
+_DEFAULTS = Settings()
+_NOTHING = PublishReport()
+
+
+class EventOptions(TypedDict, total=False):
+    """The keyword arguments of :meth:`EventCollector.enqueue_event`."""
+
+    headers: Headers | None
+    key: str | None
+    priority: int | None
+    delay: float | datetime.timedelta | None
+    deliver_at: datetime.datetime | None
+    id: str | uuid.UUID | None
+    exchange: str | None
+    unroutable: Unroutable | None
+
+
+class EventCollector:
+    """Holds the events of one unit of work: a request, a block, a message.
+
+    Thread-safe; tasks and threads that inherit the context share it. It belongs to the process
+    that made it: in a forked child ``current()`` is a new one.
+
+    Attributes:
+        autoflush: publish each event as it is enqueued, for interactive use. On a running event
+            loop it is submitted without waiting.
+    """
+
+    __slots__ = ("__weakref__", "_epoch", "_finalizer", "_publisher", "_root", "autoflush")
+
+    def __init__(
+        self,
+        *,
+        publisher: Publisher | None = None,
+        autoflush: bool = False,
+        max_events: int | None = None,
+        max_bytes: int | None = None,
+        make_id: MakeId | None = None,
+    ) -> None:
+        """Make an empty collector; it is current only inside ``EventCollector.use(it)``.
+
+        Args:
+            publisher: where ``publish()`` publishes; the default is the process's own.
+            autoflush: see the attribute.
+            max_events: the bound in events; the default is the publisher's setting (100,000).
+            max_bytes: the bound in bytes of all bodies; the default is the publisher's (64 MiB).
+            make_id: makes the ids of events that follow from a message; such events are never
+                kept: ``publish()`` raises when the broker does not confirm them.
+        """
+        self._publisher = publisher
+        self._root: Buffer = self._make_root(publisher, max_events, max_bytes, make_id=make_id)
+        self.autoflush = autoflush
+        self._epoch = observing.installed()
+        self._finalizer: object = None
+
+    @staticmethod
+    def _make_root(
+        publisher: Publisher | None,
+        max_events: int | None = None,
+        max_bytes: int | None = None,
+        *,
+        publishes_itself: bool = False,
+        lazy: bool = False,
+        make_id: MakeId | None = None,
+    ) -> RootBuffer:
+        found = publisher or configuration.configured_publisher()
+        settings = _DEFAULTS if found is None else found.settings
+        return RootBuffer(
+            settings.max_events if max_events is None else max_events,
+            settings.max_bytes if max_bytes is None else max_bytes,
+            publishes_itself=publishes_itself,
+            lazy=lazy,
+            make_id=make_id,
+        )
+
+    @classmethod
+    def current(cls) -> EventCollector:
+        """Return the collector of the unit of work that is open here.
+
+        Where none is, one is made for this thread or context; somebody must then call
+        ``publish()`` on it.
+        """
+        found = scope.present()
+        if found is not None:
+            collector = found.collector
+            root = collector._root.root
+            if root.pid == process.pid and (
+                not root.lazy or collector._epoch is observing.installed()
+            ):
+                return collector
+        return _make_lazy()
+
+    @classmethod
+    @contextmanager
+    def use(cls, collector: EventCollector) -> Iterator[EventCollector]:
+        """Make ``collector`` current for a ``with`` block; its events are left to the caller."""
+        token = scope.enter(collector, collector._root)
+        try:
+            yield collector
+        finally:
+            scope.leave(token)
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """The events of the innermost buffer, in the order in which they were enqueued."""
+        buffer = self._innermost()
+        with buffer.root.lock:
+            return tuple(buffer.events)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the unit of work has ended."""
+        return self._root.closed
+
+    @property
+    def publisher(self) -> Publisher:
+        """Where the events go.
+
+        Raises:
+            NotConfigured: the process has no publisher.
+        """
+        return self._publisher or configuration.default_publisher()
+
+    def __len__(self) -> int:
+        return len(self._innermost().events)
+
+    def __bool__(self) -> bool:
+        return True  # a collector without events is still one
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{len(self)} event(s)"
+        return f"<{type(self).__name__} {state}>"
+
+    def enqueue_event(
+        self,
+        payload: Any,
+        target: str,
+        *,
+        headers: Headers | None = None,
+        key: str | None = None,
+        priority: int | None = None,
+        delay: float | datetime.timedelta | None = None,
+        deliver_at: datetime.datetime | None = None,
+        id: str | uuid.UUID | None = None,
+        exchange: str | None = None,
+        unroutable: Unroutable | None = None,
+    ) -> Event:
+        """Serialise ``payload`` now and hold the event until the unit of work has succeeded.
+
+        Args:
+            payload: what the serializer can carry; by default see
+                :class:`outbox.serializer.JSONSerializer`. Later changes of it change nothing.
+            target: the routing key, 1 to 255 bytes in UTF-8.
+            headers: names of at most 255 bytes to str, bytes, bool, int of 64 bits, float, None,
+                and lists and dicts of these; UUID, Decimal and dates become strings. Names that
+                RabbitMQ or outbox acts on are refused.
+            key: events of one key belong together; at most 255 bytes.
+            priority: 0 to 255.
+            delay: seconds, or a timedelta, from now until it may be delivered.
+            deliver_at: the instant from which it may be delivered; aware.
+            id: at most 255 bytes; the default is a new UUIDv7.
+            exchange: the default is the publisher's ``exchange``.
+            unroutable: the default is the publisher's ``unroutable``.
+
+        Returns:
+            The event, with its id.
+
+        Raises:
+            InvalidEvent: it cannot be carried. Nothing was collected.
+            CollectorFull: a bound is reached, or the publisher keeps ``max_kept`` events.
+            CollectorClosed: the unit of work has ended, or belongs to another process.
+            NotConfigured: the process has no publisher.
+        """
+        publisher = self._publisher or configuration.default_publisher()
+        settings = publisher.settings
+        buffer = self._innermost()
+        root = buffer.root
+        if root.pid != process.pid:
+            raise UsageError(
+                f"this collector belongs to the process {root.pid}; "
+                "in a forked child use enqueue_event() or EventCollector.current()"
+            )
+        event = make_event(  # by position: this is the hot path, and keywords have a price
+            settings.serializer,
+            settings.max_body_bytes,
+            root.make_id,
+            payload,
+            target,
+            settings.exchange if exchange is None else exchange,
+            headers,
+            key,
+            priority,
+            delay,
+            deliver_at,
+            id,
+            unroutable,
+        )
+        if event.deliver_at is not None:
+            publisher.check_carries(event)
+        publisher.make_ready()
+        buffer.append(event)
+        observer = observing.installed()
+        if observer is not None:
+            observer.enqueued(event)
+        if root.lazy and self._finalizer is None:
+            self._watch_over()
+        if self.autoflush:
+            self._flush()
+        return event
+
+    def publish(self) -> PublishReport:
+        """Publish the events of the innermost buffer as one chunk, and wait for the confirms.
+
+        Returns:
+            Every event's fate. When the broker is away the events are kept by the publisher, out
+            of reach of any rollback, and retried; that is reported and logged, not raised.
+
+        Raises:
+            UsageError: on a running event loop (use ``publish_async()``). Nothing has changed.
+            PublishFailed: in a consumer, where nothing is kept: what the broker did not confirm
+                is withdrawn.
+        """
+        buffer = self._innermost()
+        publisher = self._publisher_to_wait_for(buffer)
+        events = buffer.take()
+        if not events:
+            return _NOTHING
+        keep = buffer.root.make_id is None
+        try:
+            report = publisher.publish(events, keep=keep)
+        except UsageError:
+            buffer.put_back(events)
+            raise
+        return report if keep else report.raise_for_failure()
+
+    async def publish_async(self) -> PublishReport:
+        """Publish the events of the innermost buffer, and await the confirms; see ``publish()``.
+
+        Cancelling the task ends the waiting only: the events have left the collector.
+        """
+        buffer = self._innermost()
+        events = buffer.take()
+        if not events:
+            return _NOTHING
+        keep = buffer.root.make_id is None
+        try:
+            report = await self.publisher.publish_async(events, keep=keep)
+        except UsageError:
+            buffer.put_back(events)
+            raise
+        return report if keep else report.raise_for_failure()
+
+    def submit(self) -> Future[PublishReport]:
+        """Hand the events of the innermost buffer to the publisher, and do not wait.
+
+        Returns:
+            The future of the report; see :meth:`outbox.Publisher.submit`.
+
+        Raises:
+            UsageError: the publisher is closed. Nothing has changed.
+        """
+        buffer = self._innermost()
+        events = buffer.take()
+        try:
+            return self.publisher.submit(events, keep=buffer.root.make_id is None)
+        except UsageError:
+            buffer.put_back(events)
+            raise
+
+    def clear_events(self) -> tuple[Event, ...]:
+        """Drop the events of the innermost buffer, and return them."""
+        return self._drop(self._innermost().take())
+
+    def savepoint(self) -> AbstractContextManager[EventCollector]:
+        """Return a ``with`` block whose events are dropped when it raises, and kept otherwise.
+
+        Savepoints nest; those in tasks side by side do not see each other's events.
+        """
+        return self._savepoint()
+
+    @contextmanager
+    def _savepoint(self) -> Iterator[EventCollector]:
+        buffer = ChildBuffer(self._innermost())
+        token = scope.enter(self, buffer)
+        try:
+            yield self
+        except BaseException:
+            self._drop(buffer.close())
+            raise
+        else:
+            if not buffer.merge():
+                dropped = self._drop(buffer.close())
+                if dropped:
+                    logger.error(
+                        "a savepoint outlived its unit of work; dropped: %s", ids(dropped)
+                    )
+        finally:
+            scope.leave(token)
+
+    def _innermost(self) -> Buffer:
+        """Return the innermost buffer in this context that is this collector's or below it."""
+        root = self._root
+        found = scope.present()
+        while found is not None:
+            buffer: Buffer | None = found.buffer
+            while buffer is not None:
+                if buffer is root:
+                    return found.buffer
+                buffer = buffer.parent
+            found = found.outer
+        return root
+
+    def _publisher_to_wait_for(self, buffer: Buffer) -> Publisher:
+        publisher = self._publisher or configuration.configured_publisher()
+        if publisher is None:
+            # Without a publisher nothing can have been enqueued; without events none is needed.
+            return configuration.default_publisher() if buffer.events else _nobody()
+        publisher.check_may_wait()
+        return publisher
+
+    def _drop(self, events: list[Event]) -> tuple[Event, ...]:
+        observer = observing.installed()
+        if events and observer is not None:
+            observer.cleared(events)
+        return tuple(events)
+
+    def _flush(self) -> None:
+        """Publish now; where waiting is not possible, submit."""
+        try:
+            self.publisher.check_may_wait()
+        except UsageError:
+            self.submit()
+        else:
+            self.publish()
+
+    def _watch_over(self) -> None:
+        """At the first event of a lazily made collector: warn, and watch that it is published."""
+        self._finalizer = weakref.finalize(
+            self, _died_unpublished, self._root, process.pid, self._epoch
+        )
+        if not self.autoflush:
+            warnings.warn(
+                "an event was enqueued outside of any unit of work: nothing publishes it until "
+                "publish() is called; or use auto_publishing() or the middleware",
+                RuntimeWarning,
+                stacklevel=_stacklevel_of_caller(),
+            )
+
+
+def _nobody() -> Any:
+    return None
+
+
+def _make_lazy() -> EventCollector:
+    collector = EventCollector()
+    collector._root.root.lazy = True
+    scope.enter(collector, collector._root)
+    return collector
+
+
+def _died_unpublished(root: Buffer, pid: int, epoch: object) -> None:
+    # Events of a test's recorder, or of a forked child's parent, are not ours to report.
+    if root.events and pid == process.pid and epoch is None:
+        with contextlib.suppress(Exception):  # the interpreter may be going down
+            logger.error(
+                "%d event(s) lost: enqueued outside of any unit of work and never published: %s",
+                len(root.events),
+                ", ".join(repr(event.id) for event in root.events),
+            )
+
+
+def _stacklevel_of_caller() -> int:
+    """Return the ``stacklevel`` that makes a warning point at the first line outside of outbox."""
+    level = 2  # as seen from _watch_over
+    frame = sys._getframe(2)
+    package = __name__.partition(".")[0]
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+        package + "."
+    ):
+        frame = frame.f_back
+        level += 1
+    return level
+
+
+def enqueue_event(payload: Any, target: str, **options: Unpack[EventOptions]) -> Event:
+    """Enqueue an event in the current collector; see :meth:`EventCollector.enqueue_event`.
+
+    Outside of any unit of work the first call warns that somebody must call ``publish()``.
+    """
+    return EventCollector.current().enqueue_event(payload, target, **options)
+
+
+def publish() -> PublishReport:
+    """Publish what the current collector holds; see :meth:`EventCollector.publish`."""
+    return EventCollector.current().publish()
+
+
+async def publish_async() -> PublishReport:
+    """Publish what the current collector holds; see :meth:`EventCollector.publish_async`."""
+    return await EventCollector.current().publish_async()
+
+
+def clear_events() -> tuple[Event, ...]:
+    """Drop what the current collector holds; see :meth:`EventCollector.clear_events`."""
+    return EventCollector.current().clear_events()

@@ -1,0 +1,78 @@
+"""The default publisher of the process."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Unpack
+
+from outbox import observing, serializer
+from outbox.errors import UsageError
+from outbox.publisher import Publisher
+from outbox.settings import SettingOverrides
+
+__all__ = ["configure", "configured_publisher", "default_publisher"]
+
+_publisher: Publisher | None = None
+_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> Publisher:
+    """Make the process's default publisher, and return it.
+
+    A second call replaces the first one's publisher; what is kept moves to the new one. Call it
+    once, where the application starts: before or after a fork makes no difference. Without any
+    call the first ``enqueue_event()`` makes a publisher from ``OUTBOX_URL`` and the other
+    ``OUTBOX_*`` variables.
+
+    Args:
+        url: ``amqp(s)://user:password@host[:port][,host2...]/vhost``, ``memory://``; the default
+            is ``OUTBOX_URL``.
+        **settings: see :class:`outbox.settings.Settings`.
+
+    Raises:
+        NotConfigured: there is no URL.
+        UsageError: the URL or a setting cannot be used, or what is kept cannot move to the new
+            publisher; the present one stays in place.
+    """
+    global _publisher
+    with _lock:
+        publisher = Publisher(url, **settings)
+        if _publisher is not None:
+            try:
+                _publisher.hand_over_to(publisher)
+            except UsageError:
+                publisher.close(0)
+                raise
+        serializer.register(publisher.settings.serializer)
+        _publisher = publisher
+        return publisher
+
+
+def default_publisher() -> Publisher:
+    """Return the process's default publisher, made from the environment if need be.
+
+    Raises:
+        NotConfigured: neither ``configure()`` was called nor is ``OUTBOX_URL`` set.
+    """
+    found = _publisher
+    if found is not None:
+        return found
+    with _lock:
+        if _publisher is None and observing.installed() is not None and "OUTBOX_URL" not in os.environ:
+            return Publisher("memory://")
+        return _publisher or configure()
+
+
+def configured_publisher() -> Publisher | None:
+    """Return the default publisher if there is one; never make it."""
+    return _publisher

@@ -1,0 +1,148 @@
+"""Every exception that outbox raises.
+
+    OutboxError
+    ├── UsageError                the caller's mistake: never retried
+    │   ├── InvalidEvent          (also a ValueError) the event cannot be carried
+    │   ├── CollectorFull         the collector or the kept events reached their bound
+    │   ├── CollectorClosed       the unit of work has ended
+    │   ├── NotConfigured         no broker URL is known
+    │   ├── MissingExtra          an optional dependency is not installed
+    │   └── UnpublishedEvents     a consumer left events that nobody published
+    └── BrokerError               the broker's or the network's failure: may pass
+        ├── ConnectFailed         no connection could be opened
+        ├── ConnectionLost        the connection ended while events were on their way
+        ├── Blocked               the broker has stopped reading from publishers
+        ├── Nacked                the broker would not take an event for now (a full queue)
+        ├── PublishTimeout        no confirm within the time the caller had
+        └── PublishFailed         raised from a report that is not ok; carries ``.report``
+
+The control flow of consumers (``Reject``, ``Requeue``) is apart from this tree, in
+``outbox.consumers``, so that ``except OutboxError`` never swallows it.
+
+No exception of a driver leaves outbox: it is the ``__cause__`` of one of these. All of them
+survive pickling.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from outbox.report import PublishReport
+
+__all__ = [
+    "Blocked",
+    "BrokerError",
+    "CollectorClosed",
+    "CollectorFull",
+    "ConnectFailed",
+    "ConnectionLost",
+    "InvalidEvent",
+    "MissingExtra",
+    "Nacked",
+    "NotConfigured",
+    "OutboxError",
+    "PublishFailed",
+    "PublishTimeout",
+    "UnpublishedEvents",
+    "UsageError",
+]
+
+
+class OutboxError(Exception):
+    """The root of all errors of outbox."""
+
+
+class UsageError(OutboxError):
+    """The caller's mistake: doing the same again fails again."""
+
+
+class InvalidEvent(UsageError, ValueError):
+    """The event cannot be carried: its payload, target, headers or an option is not possible.
+
+    Raised by ``enqueue_event()``, before anything commits; the collector is unchanged.
+    """
+
+
+class CollectorFull(UsageError):
+    """A bound is reached: of the collector, or of the publisher's kept events.
+
+    Raised by ``enqueue_event()``, so that the unit of work fails before it commits.
+    """
+
+
+class CollectorClosed(UsageError):
+    """The unit of work that owned the collector has ended; the event was not collected."""
+
+
+class NotConfigured(UsageError):
+    """No broker URL is known.
+
+    Call ``outbox.configure(url)`` or set ``OUTBOX_URL``, with one of the three forms
+    ``amqp://user:password@host:5672/vhost``, ``sqlite:///outbox.db`` or ``memory://``.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message or " ".join((type(self).__doc__ or "").split()))
+
+
+class MissingExtra(UsageError):
+    """An optional dependency is not installed; the message names the extra."""
+
+
+class UnpublishedEvents(UsageError):
+    """A consumer succeeded and left events that it did not publish.
+
+    Attributes:
+        event_ids: the ids of those events, in the order in which they were enqueued.
+    """
+
+    def __init__(self, event_ids: tuple[str, ...] = ()) -> None:
+        super().__init__(event_ids)
+        self.event_ids = event_ids
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.event_ids)} event(s) were enqueued and never published: "
+            f"{', '.join(self.event_ids)}; call publish() at the end of process(), "
+            "or set auto_publish = True on the consumer"
+        )
+
+
+class BrokerError(OutboxError):
+    """The broker or the way to it failed; the same may succeed later."""
+
+
+class ConnectFailed(BrokerError):
+    """No connection to the broker could be opened."""
+
+
+class ConnectionLost(BrokerError):
+    """The connection ended before the broker had confirmed."""
+
+
+class Blocked(BrokerError):
+    """The broker has stopped reading from publishers (a memory or disk alarm)."""
+
+
+class Nacked(BrokerError):
+    """The broker would not take an event for now: a queue is full, or lost its leader."""
+
+
+class PublishTimeout(BrokerError):
+    """The broker did not confirm within the time that the caller had."""
+
+
+class PublishFailed(BrokerError):
+    """Some events of a chunk were not published.
+
+    Attributes:
+        report: the :class:`outbox.PublishReport` with every event's fate.
+    """
+
+    def __init__(self, report: PublishReport) -> None:
+        super().__init__(report)
+        self.report = report
+
+    def __str__(self) -> str:
+        return str(self.report)

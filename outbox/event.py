@@ -1,0 +1,304 @@
+"""The event: what happened, serialised, with its address."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from outbox.errors import InvalidEvent, UsageError
+from outbox.ids import new_id
+from outbox.serializer import Serializer, serializer_for
+
+__all__ = ["MAX_HEADER_BYTES", "Event", "Headers", "MakeId", "Unroutable", "check_name", "make_event"]
+
+Headers = Mapping[str, Any]
+Unroutable = Literal["park", "fail", "ignore"]
+
+MakeId = Callable[[str, str, str | None, bytes], str]
+"""Makes an event's id from its exchange, target, key and body."""
+
+MAX_HEADER_BYTES = 120_000
+"""What the headers of one event may take, encoded: a content header is one frame (AMQP 0-9-1,
+section 4.2.6.1), and RabbitMQ's frames have 131,072 bytes by default."""
+
+_UTC = datetime.UTC
+_now = datetime.datetime.now
+_UNROUTABLE = get_args(Unroutable)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Event:
+    """One event, as it travels. Immutable; equal when all fields are.
+
+    Attributes:
+        id: a UUIDv7 string unless the caller gave one; the AMQP ``message_id``; the same on every
+            attempt to publish.
+        target: the routing key, 1 to 255 bytes in UTF-8.
+        exchange: the exchange it is published to; ``""`` is the broker's default exchange.
+        body: the serialised payload.
+        content_type: the MIME type of ``body``.
+        headers: the caller's headers; names to str, bytes, bool, int (64 bits), float, None, and
+            lists and dicts of these.
+        priority: 0 to 255, or None for the queue's default.
+        deliver_at: not to be delivered before this instant (aware), or None.
+        key: events of one key belong together, in order; None for none.
+        occurred_at: when it was enqueued (aware, UTC, microseconds).
+        unroutable: what to do when no queue is bound for it: ``"park"``, ``"fail"``, ``"ignore"``,
+            or None for the publisher's own setting.
+    """
+
+    id: str
+    target: str
+    exchange: str
+    body: bytes
+    content_type: str = "application/json"
+    headers: Headers = field(default_factory=dict)
+    priority: int | None = None
+    deliver_at: datetime.datetime | None = None
+    key: str | None = None
+    occurred_at: datetime.datetime = field(default_factory=lambda: _now(_UTC))
+    unroutable: Unroutable | None = None
+
+    @property
+    def payload(self) -> Any:
+        """The payload, decoded from ``body`` anew at each access.
+
+        Raises:
+            UsageError: nothing is registered that decodes ``content_type``.
+            ValueError: ``body`` is not what ``content_type`` says.
+        """
+        serializer = serializer_for(self.content_type)
+        if serializer is None:
+            raise UsageError(
+                f"nothing decodes {self.content_type!r}; "
+                "give configure(serializer=...) one whose content_type it is"
+            )
+        return serializer.decode(self.body)
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.exchange, self.target))
+
+    def __repr__(self) -> str:
+        # Never the payload: events are logged.
+        return (
+            f"<{type(self).__name__} {self.id} to {self.exchange!r}/{self.target!r}, "
+            f"{len(self.body)} bytes>"
+        )
+
+
+def make_event(
+    serializer: Serializer,
+    max_body_bytes: int,
+    make_id: MakeId | None,
+    payload: Any,
+    target: str,
+    exchange: str,
+    headers: Headers | None = None,
+    key: str | None = None,
+    priority: int | None = None,
+    delay: float | datetime.timedelta | None = None,
+    deliver_at: datetime.datetime | None = None,
+    id: str | uuid.UUID | None = None,
+    unroutable: Unroutable | None = None,
+) -> Event:
+    """Return the event, or refuse in the caller's line what no transport could carry.
+
+    Raises:
+        InvalidEvent: see :meth:`outbox.EventCollector.enqueue_event`.
+    """
+    check_name("target", target)
+    if not target:
+        raise InvalidEvent("the target is empty; it is the routing key, such as 'order.placed'")
+    if exchange:
+        check_name("exchange", exchange)
+    try:
+        body = serializer.encode(payload)
+    except (TypeError, ValueError) as error:
+        raise InvalidEvent(f"the payload for {target!r} cannot be carried: {error}") from error
+    if len(body) > max_body_bytes:
+        raise InvalidEvent(
+            f"the payload for {target!r} has {len(body)} bytes, "
+            f"more than max_body_bytes ({max_body_bytes}); store it elsewhere and send its address"
+        )
+    if key is not None:
+        check_name("key", key)
+    if id is None:
+        id = new_id() if make_id is None else make_id(exchange, target, key, body)
+    else:
+        id = str(id) if isinstance(id, uuid.UUID) else id
+        check_name("id", id)
+        if not id:
+            raise InvalidEvent("the id is empty; leave it out to get a new one")
+    if priority is not None and (
+        not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 255
+    ):
+        raise InvalidEvent(f"the priority {priority!r} is not an int from 0 to 255")
+    if unroutable is not None and unroutable not in _UNROUTABLE:
+        raise InvalidEvent(f"unroutable={unroutable!r} is none of {', '.join(_UNROUTABLE)}")
+    now = _now(_UTC)
+    if delay is not None or deliver_at is not None:
+        deliver_at = _when(now, delay, deliver_at)
+    event = _new(Event)
+    # A frozen dataclass's own __init__ takes twice as long.
+    _set_id(event, id)
+    _set_target(event, target)
+    _set_exchange(event, exchange)
+    _set_body(event, body)
+    _set_content_type(event, serializer.content_type)
+    _set_headers(event, _checked_headers(headers) if headers else {})
+    _set_priority(event, priority)
+    _set_deliver_at(event, deliver_at)
+    _set_key(event, key)
+    _set_occurred_at(event, now)
+    _set_unroutable(event, unroutable)
+    return event
+
+
+_new = object.__new__
+(
+    _set_id,
+    _set_target,
+    _set_exchange,
+    _set_body,
+    _set_content_type,
+    _set_headers,
+    _set_priority,
+    _set_deliver_at,
+    _set_key,
+    _set_occurred_at,
+    _set_unroutable,
+) = (getattr(Event, one.name).__set__ for one in fields(Event))
+
+
+def check_name(what: str, value: Any) -> None:
+    """Refuse what is not an AMQP short string: text of at most 255 bytes in UTF-8.
+
+    Raises:
+        InvalidEvent: names ``what``.
+    """
+    if not isinstance(value, str):
+        raise InvalidEvent(f"the {what} is a {type(value).__name__}, not a string: {value!r}")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidEvent(f"the {what} {value!r} cannot be written in UTF-8") from error
+    if size > 255:
+        raise InvalidEvent(f"the {what} has {size} bytes in UTF-8, more than 255: {value!r:.60}")
+
+
+def _when(
+    now: datetime.datetime,
+    delay: float | datetime.timedelta | None,
+    deliver_at: datetime.datetime | None,
+) -> datetime.datetime | None:
+    if deliver_at is not None:
+        if delay is not None:
+            raise InvalidEvent("give delay or deliver_at, not both")
+        if not isinstance(deliver_at, datetime.datetime) or deliver_at.tzinfo is None:
+            raise InvalidEvent(
+                f"deliver_at is {deliver_at!r}, not a datetime with a time zone; "
+                "use datetime.now(UTC) + timedelta(...)"
+            )
+        return deliver_at.astimezone(_UTC)
+    try:
+        span = delay if isinstance(delay, datetime.timedelta) else _seconds(delay)
+        if span < datetime.timedelta():
+            raise ValueError("negative")
+        return now + span if span else None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidEvent(
+            f"delay={delay!r} is neither seconds from 0 on nor a timedelta"
+        ) from error
+
+
+def _seconds(delay: Any) -> datetime.timedelta:
+    if isinstance(delay, bool):
+        raise TypeError("bool")
+    return datetime.timedelta(seconds=delay)
+
+
+# What RabbitMQ acts on when a publisher sends it: sender-selected distribution reroutes a copy of
+# the message, the others steer dead-lettering, delays and stream filters.
+_INTERPRETED = frozenset(
+    (
+        "CC",
+        "BCC",
+        "x-death",
+        "x-delay",
+        "x-match",
+        "x-delivery-count",
+        "x-acquired-count",
+        "x-received-from",
+        "x-deduplication-header",
+    )
+)
+_INTERPRETED_PREFIXES = ("outbox-", "x-first-death-", "x-last-death-", "x-opt-", "x-stream-")
+
+
+def _checked_headers(headers: Any) -> dict[str, Any]:
+    if not isinstance(headers, Mapping):
+        raise InvalidEvent(f"headers are a {type(headers).__name__}, not a mapping")
+    for name in headers:
+        check_name("header name", name)
+        if name in _INTERPRETED or name.lower().startswith(_INTERPRETED_PREFIXES):
+            raise InvalidEvent(
+                f"the header {name!r} is not the application's: "
+                "the broker or outbox acts on it; choose another name"
+            )
+    plain, size = _plain_table(headers, "headers")
+    if size > MAX_HEADER_BYTES:
+        raise InvalidEvent(
+            f"the headers take {size} bytes, more than {MAX_HEADER_BYTES}; put it in the payload"
+        )
+    return plain
+
+
+def _plain_table(table: Mapping[Any, Any], where: str) -> tuple[dict[str, Any], int]:
+    """Return ``table`` in types that every transport writes alike, and its size as AMQP."""
+    plain: dict[str, Any] = {}
+    size = 4
+    for name, value in table.items():
+        check_name(f"name in {where}", name)
+        plain[name], value_size = _plain(value, f"{where}[{name!r}]")
+        size += 1 + len(name.encode()) + value_size
+    return plain, size
+
+
+def _plain(value: Any, where: str) -> tuple[Any, int]:
+    match value:
+        case None | bool():
+            return value, 2
+        case enum.Enum():
+            return _plain(value.value, where)
+        case int():
+            if not -(1 << 63) <= value < 1 << 63:
+                raise InvalidEvent(f"{where} does not fit into 64 bits: {value!r}")
+            return int(value), 9
+        case float():
+            return float(value), 9
+        case str():
+            try:
+                return str(value), 5 + len(value.encode())
+            except UnicodeEncodeError as error:
+                raise InvalidEvent(f"{where} cannot be written in UTF-8") from error
+        case bytes() | bytearray() | memoryview():
+            return bytes(value), 5 + len(bytes(value))
+        case uuid.UUID() | decimal.Decimal():
+            return _plain(str(value), where)
+        case datetime.datetime() | datetime.date() | datetime.time():
+            return _plain(value.isoformat(), where)
+        case list() | tuple():
+            items = [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+            return [item for item, _ in items], 5 + sum(size for _, size in items)
+        case Mapping():
+            table, size = _plain_table(value, where)
+            return table, 1 + size
+    raise InvalidEvent(
+        f"{where} is a {type(value).__qualname__}; headers carry str, bytes, bool, int, float, "
+        "None, and lists and dicts of these"
+    )

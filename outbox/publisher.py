@@ -1,0 +1,308 @@
+"""The publisher: what stands between collectors and a broker, one per process."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import math
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, Self, Unpack
+
+from outbox import observing, process
+from outbox.chunk import Chunk
+from outbox.errors import CollectorFull, InvalidEvent, UsageError
+from outbox.event import Event
+from outbox.report import PublishReport
+from outbox.settings import SettingOverrides, Settings
+from outbox.transport import Transport
+from outbox.transports import open_transport
+
+__all__ = ["Publisher"]
+
+logger = logging.getLogger("outbox.publisher")
+
+_open_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
+_inherited: list[Transport] = []
+
+
+class Publisher:
+    """Publishes chunks, keeps what the broker has not confirmed, and retries by itself.
+
+    One per process is the rule (:func:`outbox.configure` makes it); more may live side by side.
+    It connects at the first event, on a background thread. Thread-safe; usable from any event
+    loop; safe over a fork, whose child starts with nothing kept and a connection of its own.
+
+    At the exit of the process, and in ``close()``, kept events have ``drain_timeout`` seconds to
+    reach the broker; then the id of every lost event is logged at ERROR.
+    """
+
+    def __init__(self, url: str | None = None, **settings: Unpack[SettingOverrides]) -> None:
+        """Make a publisher; nothing is connected yet.
+
+        Args:
+            url: the broker; the default is ``OUTBOX_URL``.
+            **settings: see :class:`outbox.settings.Settings`; ``OUTBOX_<NAME>`` are the defaults.
+
+        Raises:
+            NotConfigured: neither ``url`` nor ``OUTBOX_URL`` is given.
+            UsageError: the URL or a setting cannot be used; the message names it.
+        """
+        self.settings = Settings.load(url, settings)
+        self._lock = threading.Lock()
+        self._own = open_transport(self.settings)
+        self._pid = process.pid
+        self._closed = False
+        self._half_full = False
+        _open_publishers.add(self)
+
+    def __repr__(self) -> str:
+        from outbox.url import BrokerURL
+
+        return f"<Publisher {BrokerURL.parse(self.settings.url or '')}>"
+
+    @property
+    def kept(self) -> tuple[Event, ...]:
+        """The kept events, in the order in which they will be sent again."""
+        return self._transport().kept
+
+    @property
+    def connected(self) -> bool:
+        """Whether events can be published now, as far as is known."""
+        return not self._closed and self._transport().connected
+
+    def submit(self, events: Iterable[Event], *, keep: bool = True) -> Future[PublishReport]:
+        """Take ``events`` over and return at once.
+
+        The future gets the report when every event has its fate or the connection fails, whichever
+        comes first; it never gets an exception, and cancelling it does not stop the events. While
+        the broker is known to be away it is resolved at once.
+
+        Args:
+            events: published in this order.
+            keep: with False, what is not confirmed when the report is made is withdrawn: never
+                sent again, and ``rejected`` in the report.
+
+        Raises:
+            UsageError: the publisher is closed.
+        """
+        return self._submit(tuple(events), keep).future
+
+    def publish(
+        self, events: Iterable[Event], *, keep: bool = True, timeout: float | None = None
+    ) -> PublishReport:
+        """Publish ``events`` as one chunk and wait for the confirms.
+
+        Args:
+            events: published in this order.
+            keep: see :meth:`submit`.
+            timeout: seconds to wait; the default is the setting ``timeout``. What is not
+                confirmed then is reported as kept, and stays on its way.
+
+        Returns:
+            The fate of every event. A broker's failure is reported, not raised.
+
+        Raises:
+            UsageError: called on a running event loop (use ``publish_async``), from a hook on the
+                publisher's own thread, or after ``close()``. Nothing was submitted.
+        """
+        self.check_may_wait()
+        chunk = self._submit(tuple(events), keep)
+        with contextlib.suppress(TimeoutError):
+            return chunk.future.result(self._timeout(timeout))
+        self._transport().release(chunk)
+        return chunk.future.result()
+
+    async def publish_async(
+        self, events: Iterable[Event], *, keep: bool = True, timeout: float | None = None
+    ) -> PublishReport:
+        """Publish ``events`` as one chunk and await the confirms; see :meth:`publish`.
+
+        The events are handed to the publisher's thread before the first ``await``: cancelling
+        the task ends the waiting, not the publishing.
+
+        Raises:
+            UsageError: called after ``close()``. Nothing was submitted.
+        """
+        chunk = self._submit(tuple(events), keep)
+        if not chunk.future.done():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._timeout(timeout)):
+                    await _resolved(chunk.future)
+            if not chunk.future.done():
+                self._transport().release(chunk)
+        return chunk.future.result()
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is kept or on its way, trying the broker at once; return whether so.
+
+        Args:
+            timeout: seconds; the default is the setting ``drain_timeout``.
+
+        Raises:
+            UsageError: called on a running event loop or from a hook.
+        """
+        self.check_may_wait()
+        return self._transport().drain(self._drain_timeout(timeout))
+
+    async def drain_async(self, timeout: float | None = None) -> bool:
+        """Await what :meth:`drain` waits for."""
+        transport = self._transport()
+        return await asyncio.to_thread(transport.drain, self._drain_timeout(timeout))
+
+    def close(self, timeout: float | None = None) -> tuple[Event, ...]:
+        """Drain, disconnect, and return the events that are lost (logged at ERROR).
+
+        Closing twice is harmless. After it, publishing raises ``UsageError``.
+
+        Args:
+            timeout: seconds to drain; the default is the setting ``drain_timeout``.
+        """
+        if self._closed:
+            return ()
+        transport = self._own_transport()
+        if not transport.on_own_thread:
+            transport.drain(self._drain_timeout(timeout))
+        self._closed = True
+        _open_publishers.discard(self)
+        lost = transport.close()
+        if lost:
+            logger.error("%d event(s) lost, never confirmed: %s", len(lost), _all_ids(lost))
+        return lost
+
+    def hand_over_to(self, other: Publisher) -> None:
+        """Move what is kept to ``other``, and close.
+
+        Raises:
+            UsageError: ``other`` has no room, or cannot carry them; nothing has changed.
+        """
+        kept = self._own_transport().kept
+        other.check_room(len(kept), sum(len(event.body) for event in kept))
+        for event in kept:
+            other.check_carries(event)
+        self._closed = True
+        _open_publishers.discard(self)
+        moved = self._own_transport().close()
+        if moved:
+            other.submit(moved)
+
+    def check_may_wait(self) -> None:
+        """Raise UsageError where waiting for confirms would block an event loop or deadlock."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            pass
+        else:
+            raise UsageError(
+                "publishing would block the running event loop; "
+                "use publish_async(), or async with auto_publishing()"
+            )
+        if self._transport().on_own_thread:
+            raise UsageError("a publisher's hook must not wait for the publisher; use submit()")
+
+    def check_room(self, more_events: int = 0, more_bytes: int = 0) -> None:
+        """Raise CollectorFull when so many events are kept that new work should not commit."""
+        events, size = self._transport().kept_size
+        settings = self.settings
+        full = max(
+            (events + more_events) / (settings.max_kept or math.inf),
+            (size + more_bytes) / (settings.max_kept_bytes or math.inf),
+        )
+        if full >= 1:
+            raise CollectorFull(
+                f"{events} event(s) of {size} bytes are kept until the broker is back, "
+                f"the bound being max_kept={settings.max_kept}, "
+                f"max_kept_bytes={settings.max_kept_bytes}; nothing was enqueued"
+            )
+        if full < 0.5:
+            self._half_full = False
+        elif not self._half_full:
+            self._half_full = True
+            logger.warning("%d event(s) of %d bytes are kept: half of the bound", events, size)
+
+    def check_carries(self, event: Event) -> None:
+        """Raise InvalidEvent for what this publisher's transport cannot do."""
+        if event.deliver_at is not None and not self._own.supports_delay:
+            raise InvalidEvent(
+                f"the event to {event.target!r} asks for a delay, "
+                "which this version of outbox cannot do over RabbitMQ"
+            )
+
+    def make_ready(self) -> None:
+        """Begin to connect in the background, unless that has begun, and check that there is room.
+
+        Raises:
+            CollectorFull: see ``check_room``.
+        """
+        transport = self._transport()
+        transport.start()
+        if transport.kept_size[0]:
+            self.check_room()
+        else:
+            self._half_full = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _submit(self, events: Sequence[Event], keep: bool) -> Chunk:
+        if self._closed:
+            raise UsageError("this publisher is closed; nothing was published")
+        return self._transport().submit(events, keep=keep)
+
+    def _transport(self) -> Transport:
+        observer = observing.installed()
+        return self._own_transport() if observer is None else observer.transport
+
+    def _own_transport(self) -> Transport:
+        if self._pid != process.pid:
+            self._become_own()
+        return self._own
+
+    def _become_own(self) -> None:
+        """In a forked child: leave the parent's connection alone, and begin with nothing."""
+        _inherited.append(self._own)  # never collected, so that its socket is never closed
+        self._lock = threading.Lock()
+        self._own = open_transport(self.settings)
+        self._pid = process.pid
+
+    def _timeout(self, timeout: float | None) -> float:
+        return self.settings.timeout if timeout is None else timeout
+
+    def _drain_timeout(self, timeout: float | None) -> float:
+        return self.settings.drain_timeout if timeout is None else timeout
+
+
+def _all_ids(events: Iterable[Event]) -> str:
+    return ", ".join(repr(event.id) for event in events)
+
+
+async def _resolved(future: Future[Any]) -> None:
+    """Await ``future`` without ever cancelling it, and whatever becomes of the loop."""
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+
+    def wake(_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
+            loop.call_soon_threadsafe(_set, waiter)
+
+    future.add_done_callback(wake)
+    await waiter
+
+
+def _set(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+@atexit.register
+def _close_all() -> None:
+    for publisher in list(_open_publishers):
+        if publisher._pid == process.pid:
+            publisher.close()

@@ -1,0 +1,71 @@
+"""What became of a chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from outbox.errors import BrokerError, PublishFailed
+from outbox.event import Event
+
+__all__ = ["PublishReport", "Rejection"]
+
+
+class Rejection(NamedTuple):
+    """An event that was given up, and why."""
+
+    event: Event
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PublishReport:
+    """The fate of every event of a chunk: each is in exactly one of the tuples, in chunk order.
+
+    Attributes:
+        published: confirmed by the broker, which now answers for them.
+        kept: not confirmed yet; the publisher holds them and retries by itself. A later
+            retry may deliver one twice, with the same id.
+        parked: no queue was bound for them; confirmed in ``outbox.unroutable``.
+        ignored: no queue was bound for them, and ``unroutable="ignore"`` says that it is right.
+        rejected: given up, with the reason.
+        error: why events are kept or withdrawn, or None.
+    """
+
+    published: tuple[Event, ...] = ()
+    kept: tuple[Event, ...] = ()
+    parked: tuple[Event, ...] = ()
+    ignored: tuple[Event, ...] = ()
+    rejected: tuple[Rejection, ...] = ()
+    error: BrokerError | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing was kept and nothing was rejected."""
+        return not self.kept and not self.rejected
+
+    def raise_for_failure(self) -> Self:
+        """Return the report, if it is ok.
+
+        Raises:
+            PublishFailed: something was kept or rejected; its ``report`` is this one.
+        """
+        if not self.ok:
+            raise PublishFailed(self) from self.error
+        return self
+
+    def __str__(self) -> str:
+        counts = {
+            "published": self.published,
+            "kept": self.kept,
+            "parked": self.parked,
+            "ignored": self.ignored,
+            "rejected": self.rejected,
+        }
+        found = ", ".join(f"{len(events)} {name}" for name, events in counts.items() if events)
+        reasons = "; ".join(f"{one.event.id}: {one.reason}" for one in self.rejected[:3])
+        return (
+            (found or "nothing to publish")
+            + (f" ({reasons})" if reasons else "")
+            + (f": {self.error}" if self.error is not None else "")
+        )

@@ -1,0 +1,49 @@
+"""Which collector is current: one context variable, and what puts a collector into it."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING
+
+from outbox.buffer import Buffer
+
+if TYPE_CHECKING:
+    from outbox.collector import EventCollector
+
+__all__ = ["Scope", "enter", "leave", "present"]
+
+
+class Scope:
+    """A collector's place in a context: which buffer is innermost, and what was there before."""
+
+    __slots__ = ("buffer", "collector", "outer")
+
+    def __init__(self, collector: EventCollector, buffer: Buffer, outer: Scope | None) -> None:
+        self.collector = collector
+        self.buffer = buffer
+        self.outer = outer
+
+
+_scope: ContextVar[Scope | None] = ContextVar("outbox_scope", default=None)
+present = _scope.get
+"""Returns the innermost scope of this context, or None."""
+
+
+def enter(collector: EventCollector, buffer: Buffer) -> Token[Scope | None]:
+    """Make ``buffer`` of ``collector`` the innermost of this context."""
+    return _scope.set(Scope(collector, buffer, _scope.get()))
+
+
+def leave(token: Token[Scope | None]) -> None:
+    """Restore what was there before ``enter``.
+
+    Where the context is another one by now (a generator that one context entered and another one
+    closes, a synchronous dependency between two threads), the variable is left alone: whoever
+    looks finds a closed buffer at the most, never another unit's.
+    """
+    try:
+        _scope.reset(token)
+    except ValueError:
+        scope = _scope.get()
+        if scope is not None and scope.buffer.closed:
+            _scope.set(scope.outer)

@@ -1,0 +1,144 @@
+"""What turns payloads into bytes and back.
+
+Payloads are serialised when the event is enqueued: a later change of the object cannot change
+what is sent, and what cannot be sent fails in the caller's line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import decimal
+import enum
+import json
+import uuid
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+__all__ = ["JSONSerializer", "Serializer", "register", "serializer_for"]
+
+
+class Serializer(Protocol):
+    """How payloads become bodies.
+
+    ``content_type`` is the MIME type written on the message, at most 255 bytes. ``encode`` raises
+    ``TypeError`` or ``ValueError`` for a payload that it cannot carry; ``decode`` raises
+    ``ValueError`` for a body that is not its own. Both must be safe to call from any thread.
+    """
+
+    content_type: str
+
+    def encode(self, payload: Any) -> bytes:
+        """Return the body for ``payload``."""
+        ...
+
+    def decode(self, body: bytes) -> Any:
+        """Return the payload that ``body`` carries."""
+        ...
+
+
+def _check_keys(value: Any) -> None:
+    """Refuse keys that are not strings: ``{1: ..., "1": ...}`` would give one key twice."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if type(key) is not str and not isinstance(key, str):
+                raise TypeError(f"the key {key!r} is a {type(key).__name__}, not a string")
+            if type(item) in _CONTAINERS or isinstance(item, (dict, list, tuple)):
+                _check_keys(item)
+    else:
+        for item in value:
+            if type(item) in _CONTAINERS or isinstance(item, (dict, list, tuple)):
+                _check_keys(item)
+
+
+_CONTAINERS = frozenset((dict, list, tuple))
+
+
+def _default(value: Any) -> Any:
+    """Stand in for what JSON does not know; the result is encoded in its place."""
+    match value:
+        case datetime.datetime() | datetime.date() | datetime.time():
+            return value.isoformat()
+        case decimal.Decimal() | uuid.UUID():
+            return str(value)
+        case enum.Enum():
+            return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif callable(getattr(type(value), "model_dump", None)):  # pydantic 2
+        found = value.model_dump(mode="json")
+    elif isinstance(value, Mapping):
+        found = dict(value)
+    else:
+        raise TypeError(
+            f"a {type(value).__qualname__} cannot be carried as JSON; convert it, "
+            "or give configure(serializer=...) one that can"
+        )
+    if isinstance(found, dict | list | tuple):
+        _check_keys(found)
+    return found
+
+
+class JSONSerializer:
+    """JSON by RFC 8259, UTF-8, compact.
+
+    Beyond the types of :mod:`json` it writes ``datetime``, ``date`` and ``time`` (ISO 8601),
+    ``Decimal`` and ``UUID`` (as strings), enum members (their value), dataclasses and pydantic
+    models (as objects). It refuses NaN and infinities, keys that are not strings, and lone
+    surrogates, since another reader could not read them. Decoding gives plain JSON types.
+    """
+
+    content_type = "application/json"
+
+    def __init__(self) -> None:
+        self._encode = json.JSONEncoder(
+            ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_default
+        ).encode
+
+    def encode(self, payload: Any) -> bytes:
+        """Return ``payload`` as JSON in UTF-8.
+
+        Raises:
+            TypeError: a value or a key has a type that JSON does not have.
+            ValueError: NaN, an infinity, a lone surrogate, or a structure that contains itself.
+        """
+        try:
+            text = self._encode(payload)
+            if isinstance(payload, (dict, list, tuple)):
+                _check_keys(payload)
+        except RecursionError:
+            raise ValueError("the payload is nested too deeply") from None
+        return text.encode()
+
+    def decode(self, body: bytes) -> Any:
+        """Return the value in ``body``.
+
+        Raises:
+            ValueError: ``body`` is not JSON in UTF-8, or holds ``NaN`` or an infinity.
+        """
+        try:
+            return json.loads(body.decode(), parse_constant=_refuse_constant)
+        except RecursionError:
+            raise ValueError("the body is nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+_by_content_type: dict[str, Serializer] = {JSONSerializer.content_type: JSONSerializer()}
+
+
+def register(serializer: Serializer) -> None:
+    """Let bodies of ``serializer.content_type`` be decoded by it from now on, process-wide."""
+    _by_content_type[serializer.content_type] = serializer
+
+
+def serializer_for(content_type: str | None) -> Serializer | None:
+    """Return who decodes ``content_type`` (parameters such as ``charset`` aside), or None."""
+    if content_type is None:
+        return None
+    found = _by_content_type.get(content_type)
+    if found is None:
+        found = _by_content_type.get(content_type.partition(";")[0].strip().lower())
+    return found

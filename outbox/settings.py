@@ -1,0 +1,169 @@
+"""What can be set, its bounds, and where a value comes from.
+
+A value given in code wins over ``OUTBOX_<NAME>`` in the environment, which wins over the default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypedDict, get_args
+
+from outbox.errors import UsageError
+from outbox.event import Event, Unroutable
+from outbox.serializer import JSONSerializer, Serializer
+
+__all__ = ["MIB", "Declare", "SettingOverrides", "Settings"]
+
+MIB = 1024 * 1024
+
+Declare = Literal["create", "passive", "never"]
+EventsHook = Callable[[tuple[Event, ...]], object]
+RejectionHook = Callable[[Event, str], object]
+
+
+class SettingOverrides(TypedDict, total=False):
+    """The keyword arguments of :class:`outbox.Publisher` and :func:`outbox.configure`."""
+
+    exchange: str
+    timeout: float
+    stall_timeout: float
+    drain_timeout: float
+    connect_timeout: float
+    heartbeat: int
+    max_kept: int
+    max_kept_bytes: int
+    max_events: int
+    max_bytes: int
+    max_body_bytes: int
+    unroutable: Unroutable
+    declare: Declare
+    app_id: str
+    connection_name: str
+    serializer: Serializer
+    on_kept: EventsHook | None
+    on_parked: EventsHook | None
+    on_rejected: RejectionHook | None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings of a publisher and of the collectors that use it.
+
+    Attributes:
+        url: see :meth:`outbox.url.BrokerURL.parse`.
+        exchange: where events go whose ``enqueue_event`` names no exchange; a topic exchange.
+        timeout: seconds a caller of ``publish()`` waits for the confirms, 0 or more.
+        stall_timeout: seconds without any confirm after which the connection counts as dead.
+        drain_timeout: seconds that ``close()`` and the exit of the process wait for kept events.
+        connect_timeout: seconds for one attempt to open a connection, the handshakes included.
+        heartbeat: seconds asked for in AMQP's negotiation; 0 switches heartbeats off.
+        max_kept: kept events from which on ``enqueue_event()`` raises ``CollectorFull``.
+        max_kept_bytes: the same, in bytes of their bodies.
+        max_events: the bound of one collector, in events.
+        max_bytes: the bound of one collector, in bytes of their bodies.
+        max_body_bytes: the bound of one body; RabbitMQ 4 refuses more than 16 MiB by default.
+        unroutable: what happens to an event that no queue is bound for: ``park``, ``fail`` or
+            ``ignore``; an event's own setting wins.
+        declare: whether the exchange is made (``create``), must be there (``passive``), or is
+            not looked at (``never``).
+        app_id: AMQP's ``app-id`` of every message, at most 255 bytes; empty leaves it out.
+        connection_name: what the broker's management shows for the connection.
+        serializer: turns payloads into bodies.
+        on_kept: called with the events of a chunk that had to be kept.
+        on_parked: called with events that were parked.
+        on_rejected: called with an event and the reason for which it was given up.
+    """
+
+    url: str | None = None
+    exchange: str = "outbox"
+    timeout: float = 5.0
+    stall_timeout: float = 30.0
+    drain_timeout: float = 5.0
+    connect_timeout: float = 5.0
+    heartbeat: int = 20
+    max_kept: int = 10_000
+    max_kept_bytes: int = 64 * MIB
+    max_events: int = 100_000
+    max_bytes: int = 64 * MIB
+    max_body_bytes: int = 16 * MIB
+    unroutable: Unroutable = "park"
+    declare: Declare = "create"
+    app_id: str = ""
+    connection_name: str = "outbox"
+    serializer: Serializer = JSONSerializer()  # noqa: RUF009  it has no state
+    on_kept: EventsHook | None = None
+    on_parked: EventsHook | None = None
+    on_rejected: RejectionHook | None = None
+
+    @classmethod
+    def load(
+        cls,
+        url: str | None,
+        overrides: Mapping[str, Any],
+        environ: Mapping[str, str] = os.environ,
+    ) -> Settings:
+        """Return the settings from ``overrides``, the environment and the defaults.
+
+        Raises:
+            UsageError: a name is not known, or a value is out of its bounds; the message names
+                the setting or the environment variable.
+        """
+        for name in overrides:
+            if name not in _NAMES or name == "url":
+                close = difflib.get_close_matches(name, _NAMES, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(_NAMES)}"
+                raise UsageError(f"{name!r} is not a setting{hint}")
+        values: dict[str, Any] = {}
+        for name in _FROM_ENVIRONMENT:
+            text = environ.get(f"OUTBOX_{name.upper()}")
+            if text is not None and name not in overrides:
+                values[name] = _from_text(name, text)
+        for name, value in overrides.items():
+            values[name] = _checked(name, value, f"the setting {name!r}")
+        if url is not None:
+            values["url"] = url
+        return replace(cls(), **values)
+
+
+_DEFAULTS = Settings()
+_NAMES = [one.name for one in fields(Settings)]
+_FROM_ENVIRONMENT = [
+    name for name in _NAMES if name == "url" or type(getattr(_DEFAULTS, name)) in (str, int, float)
+]
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "unroutable": get_args(Unroutable),
+    "declare": get_args(Declare),
+}
+
+
+def _from_text(name: str, text: str) -> Any:
+    where = f"the environment variable OUTBOX_{name.upper()}"
+    kind = type(getattr(_DEFAULTS, name))
+    value: Any = text
+    if kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise UsageError(f"{where} is {text!r}, not a number ({kind.__name__})") from None
+    return _checked(name, value, where)
+
+
+def _checked(name: str, value: Any, where: str) -> Any:
+    default = getattr(_DEFAULTS, name)
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise UsageError(f"{where} is {value!r}, none of {', '.join(_CHOICES[name])}")
+    if name.startswith("on_"):
+        if value is not None and not callable(value):
+            raise UsageError(f"{where} is {value!r}, not callable")
+    elif isinstance(default, str):
+        if not isinstance(value, str) or len(value.encode(errors="replace")) > 255:
+            raise UsageError(f"{where} is {value!r:.80}, not a string of at most 255 bytes")
+    elif isinstance(default, int | float):
+        numbers = (int,) if isinstance(default, int) else (int, float)
+        if isinstance(value, bool) or not isinstance(value, numbers) or not 0 <= value < 1 << 53:
+            raise UsageError(f"{where} is {value!r}, not a number from 0 on")
+    return value
+

@@ -1,0 +1,62 @@
+"""Spreads the news of a backlog: resolves futures, calls hooks, writes the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from outbox.backlog import News
+from outbox.event import Event
+from outbox.settings import Settings
+
+__all__ = ["Spread", "ids"]
+
+logger = logging.getLogger("outbox.publisher")
+
+_NAMED = 20
+
+
+def ids(events: Iterable[Event]) -> str:
+    """Return the ids of ``events`` for a log line, the first 20 of them."""
+    found = [event.id for event in events]
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return ", ".join(map(repr, found[:_NAMED])) + more
+
+
+class Spread:
+    """Tells callers, hooks and the log. To be called without the backlog's lock. Thread-safe."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def __call__(self, news: News) -> None:
+        """Spread ``news``; a hook that raises is logged and stops nobody."""
+        for chunk, report in news.reports:
+            if chunk.future.set_running_or_notify_cancel():
+                chunk.future.set_result(report)
+        if news.kept:
+            logger.warning(
+                "%d event(s) kept, to be retried: %s; %s",
+                len(news.kept),
+                ids(news.kept),
+                news.error,
+            )
+            self._call(self._settings.on_kept, tuple(news.kept))
+        if news.parked:
+            logger.warning("%d event(s) parked: %s", len(news.parked), ids(news.parked))
+            self._call(self._settings.on_parked, tuple(news.parked))
+        by_reason: dict[str, list[Event]] = {}
+        for event, reason in news.rejected:
+            by_reason.setdefault(reason, []).append(event)
+        for reason, events in by_reason.items():
+            logger.error("%d event(s) rejected, %r: %s", len(events), reason, ids(events))
+        for event, reason in news.rejected:
+            self._call(self._settings.on_rejected, event, reason)
+
+    def _call(self, hook: Callable[..., object] | None, *arguments: object) -> None:
+        if hook is None:
+            return
+        try:
+            hook(*arguments)
+        except Exception:
+            logger.exception("the hook %r raised", hook)

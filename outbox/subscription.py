@@ -1,0 +1,104 @@
+"""What a worker needs of a transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+__all__ = ["Delivery", "QueueSpec", "Subscription", "dead_letter_queue"]
+
+
+def dead_letter_queue(queue: str) -> str:
+    """Return the name of the queue for what ``queue``'s consumer could not handle."""
+    return f"{queue}.dead"
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSpec:
+    """A queue to consume from.
+
+    Attributes:
+        name: at most 250 bytes in UTF-8; its dead letters go to ``<name>.dead``.
+        topics: patterns of targets it is bound to, beside its own name (``*`` stands for one
+            word, ``#`` for any number of them).
+        exchange: the exchange it is bound to.
+    """
+
+    name: str
+    topics: tuple[str, ...]
+    exchange: str
+
+
+@dataclass(slots=True, eq=False)
+class Delivery:
+    """A message as the transport handed it over, not decoded.
+
+    Attributes:
+        queue: where it was consumed from.
+        tag: the transport's number for it, unique within ``generation``.
+        generation: of the channel; a message of an earlier one can no longer be settled, and the
+            broker delivers it again.
+        redelivered: whether it may have been delivered before.
+        exchange: it was published to.
+        target: the routing key it was published with.
+        body: the bytes.
+        content_type: the MIME type, if the sender gave one.
+        content_encoding: the compression, if the sender gave one.
+        headers: all headers; names and values are the sender's, of any type AMQP has.
+        message_id: if the sender gave one.
+        priority: if the sender gave one.
+        timestamp: seconds since the epoch, if the sender gave one.
+    """
+
+    queue: str
+    tag: int
+    generation: int
+    redelivered: bool
+    exchange: str
+    target: str
+    body: bytes
+    content_type: str | None = None
+    content_encoding: str | None = None
+    headers: Mapping[str, Any] | None = None
+    message_id: str | None = None
+    priority: int | None = None
+    timestamp: int | None = None
+
+
+class Subscription(Protocol):
+    """Consumes from some queues, reconnecting by itself. Thread-safe."""
+
+    def start(self, deliver: Callable[[Delivery], None], refused: Callable[[str], None]) -> None:
+        """Begin to consume.
+
+        Args:
+            deliver: called for each message, on the transport's thread; must not block.
+            refused: called with the broker's reason when it will not have a queue as it is
+                declared, before anything was ever consumed.
+        """
+        ...
+
+    def ack(self, delivery: Delivery) -> None:
+        """Tell the broker that ``delivery`` is done; nothing happens if it is stale."""
+        ...
+
+    def requeue(self, delivery: Delivery, delay: float) -> None:
+        """Give ``delivery`` back to its queue, after ``delay`` seconds."""
+        ...
+
+    def is_stale(self, delivery: Delivery) -> bool:
+        """Whether ``delivery`` can no longer be settled: it will be delivered again."""
+        ...
+
+    def declare_again(self) -> None:
+        """Declare the queues anew: one of them was found missing."""
+        ...
+
+    def cancel(self) -> None:
+        """Take no further deliveries; those that are out can still be settled. Waits a little."""
+        ...
+
+    def close(self) -> None:
+        """Settle what was settled, give back the rest, and disconnect."""
+        ...

@@ -1,0 +1,57 @@
+"""The transports, and which one a URL names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from outbox.errors import NotConfigured, UsageError
+from outbox.settings import Settings
+from outbox.spread import Spread
+from outbox.subscription import QueueSpec, Subscription
+from outbox.transport import Transport
+from outbox.url import BrokerURL
+
+__all__ = ["open_subscription", "open_transport"]
+
+
+def open_transport(settings: Settings) -> Transport:
+    """Return a transport for ``settings.url``, not yet connected.
+
+    Raises:
+        NotConfigured: there is no URL.
+        UsageError: the URL cannot be used.
+    """
+    if settings.url is None:
+        raise NotConfigured
+    url = BrokerURL.parse(settings.url)
+    spread = Spread(settings)
+    if url.scheme == "memory":
+        from outbox.transports.memory import MemoryTransport
+
+        return MemoryTransport(spread)
+    if url.scheme == "sqlite":
+        raise UsageError("this version of outbox has no sqlite:// transport; use amqp:// or memory://")
+    from outbox.transports.rabbitmq import RabbitMQTransport
+
+    return RabbitMQTransport(url, settings, spread)
+
+
+def open_subscription(
+    settings: Settings, queues: Sequence[QueueSpec], prefetch: int
+) -> Subscription:
+    """Return a subscription to ``queues`` at ``settings.url``, not yet started.
+
+    Args:
+        settings: of the publisher of the same broker.
+        queues: to consume from.
+        prefetch: how many messages of each queue may be out at a time, 1 to 65535.
+
+    Raises:
+        UsageError: the URL cannot be consumed from.
+    """
+    url = BrokerURL.parse(settings.url or "")
+    if url.scheme not in ("amqp", "amqps"):
+        raise UsageError(f"{url.scheme}:// cannot be consumed from; use amqp://")
+    from outbox.transports.rabbitmq import RabbitMQSubscription
+
+    return RabbitMQSubscription(url, settings, queues, prefetch)

@@ -1,0 +1,57 @@
+"""``memory://``: events that go nowhere, for tests and for development without a broker."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+from outbox.backlog import Backlog
+from outbox.chunk import Chunk, Fate
+from outbox.event import Event
+from outbox.spread import Spread
+
+__all__ = ["MemoryTransport"]
+
+
+class MemoryTransport:
+    """Confirms at once; remembers the last 100,000 events in ``published``. Thread-safe."""
+
+    supports_delay = True
+    connected = True
+    kept: tuple[Event, ...] = ()
+    kept_size = (0, 0)
+    on_own_thread = False
+
+    def __init__(self, spread: Spread) -> None:
+        self._backlog = Backlog()
+        self._spread = spread
+        self._lock = threading.Lock()
+        self.published: deque[Event] = deque(maxlen=100_000)
+
+    def start(self) -> None:
+        """Do nothing: there is nothing to connect to."""
+
+    def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
+        """Publish ``events`` at once."""
+        chunk = Chunk(events, keep=keep)
+        entries = chunk.entries
+        news = self._backlog.add(chunk)
+        if entries:
+            with self._lock:
+                self.published.extend(events)
+                self._backlog.take(len(entries), len(entries))
+            news = self._backlog.settle(entries, Fate.PUBLISHED)
+        self._spread(news)
+        return chunk
+
+    def release(self, chunk: Chunk) -> None:
+        """Do nothing: no caller ever waits."""
+
+    def drain(self, timeout: float) -> bool:
+        """Return True: nothing is ever left."""
+        return True
+
+    def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
+        """Return nothing: nothing is ever left."""
+        return ()

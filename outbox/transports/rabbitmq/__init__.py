@@ -1,0 +1,6 @@
+"""RabbitMQ over AMQP 0-9-1, with pika."""
+
+from outbox.transports.rabbitmq.consuming import RabbitMQSubscription
+from outbox.transports.rabbitmq.publishing import RabbitMQTransport
+
+__all__ = ["RabbitMQSubscription", "RabbitMQTransport"]

@@ -1,0 +1,253 @@
+"""Consumes from RabbitMQ queues."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pika
+import pika.channel
+import pika.exceptions
+import pika.spec
+
+from outbox.errors import BrokerError, ConnectionLost
+from outbox.settings import Settings
+from outbox.subscription import Delivery, QueueSpec
+from outbox.transports.rabbitmq import topology
+from outbox.transports.rabbitmq.acks import Acks
+from outbox.transports.rabbitmq.link import Link, backoff
+from outbox.transports.rabbitmq.parameters import connection_parameters
+from outbox.url import BrokerURL
+
+__all__ = ["RabbitMQSubscription"]
+
+logger = logging.getLogger("outbox.consumer")
+
+_CANCEL_TIMEOUT = 2.0
+
+
+class RabbitMQSubscription:
+    """One connection and one channel for all queues of a worker.
+
+    Handlers run elsewhere: the link's thread only hands deliveries out and writes acks, so that
+    heartbeats are answered however long a handler takes. Everything whose name begins with ``_on``
+    runs on that thread, as do the methods below the line.
+    """
+
+    def __init__(
+        self, url: BrokerURL, settings: Settings, queues: Sequence[QueueSpec], prefetch: int
+    ) -> None:
+        self._settings = settings
+        self._queues = queues
+        self._prefetch = prefetch
+        self._link = Link(
+            connection_parameters(url, settings, "consumer"), self, name="outbox-consumer"
+        )
+        self._deliver: Callable[[Delivery], None] = _nowhere
+        self._refused: Callable[[str], None] = _nowhere
+        self._connection: pika.SelectConnection | None = None
+        self._channel: pika.channel.Channel | None = None
+        self._generation = 0
+        self._acks = Acks()
+        self._done: deque[Delivery] = deque()
+        self._woken = False
+        self._cancelled = threading.Event()
+        self._cancelling = False
+        self._has_consumed = False
+        self._failures = 0
+
+    def start(self, deliver: Callable[[Delivery], None], refused: Callable[[str], None]) -> None:
+        """Connect, declare and consume, for as long as it is not cancelled."""
+        self._deliver = deliver
+        self._refused = refused
+        self._link.start()
+
+    def ack(self, delivery: Delivery) -> None:
+        """Have ``delivery`` acked soon, together with others."""
+        self._done.append(delivery)
+        if not self._woken:
+            self._woken = True
+            self._link.call(self._on_done)
+
+    def requeue(self, delivery: Delivery, delay: float) -> None:
+        """Have ``delivery`` rejected with requeue in ``delay`` seconds."""
+        self._link.call(lambda: self._link.later(delay, lambda: self._reject(delivery)))
+
+    def is_stale(self, delivery: Delivery) -> bool:
+        """Whether the channel of ``delivery`` is gone."""
+        return self._channel is None or delivery.generation != self._generation
+
+    def declare_again(self) -> None:
+        """Declare all queues on the present connection."""
+        self._link.call(self._declare_again)
+
+    def cancel(self) -> None:
+        """Cancel the consumers and wait for the broker's answer, 2 seconds at the most."""
+        self._link.call(self._cancel)
+        self._cancelled.wait(_CANCEL_TIMEOUT)
+
+    def close(self) -> None:
+        """Write the acks that wait, and close the connection, which gives back all else."""
+        self._link.call(self._on_done)
+        self._link.stop()
+
+    # ------------------------------------------------------------------ on the link's thread
+
+    def opened(self, connection: pika.SelectConnection) -> None:
+        """Declare the queues, then consume."""
+        self._connection = connection
+        self._begin()
+
+    def closed(self, error: BrokerError) -> None:
+        """Forget the channel: what is out can no longer be settled."""
+        self._connection = None
+        self._forget_channel()
+        if self._cancelling:
+            self._cancelled.set()
+
+    def _begin(self) -> None:
+        if self._connection is not None and self._connection.is_open and not self._cancelling:
+            topology.declare(self._connection, self._steps(), self._on_declared)
+
+    def _steps(self) -> list[topology.Step]:
+        mode = self._settings.declare
+        steps = []
+        for exchange in dict.fromkeys(spec.exchange for spec in self._queues):
+            steps += topology.exchange(exchange, mode)
+        for spec in self._queues:
+            steps += topology.queue(spec, mode)
+        return steps
+
+    def _declare_again(self) -> None:
+        if self._connection is not None and self._connection.is_open:
+            topology.declare(self._connection, self._steps(), lambda refused: None)
+
+    def _on_declared(self, refused: str | None) -> None:
+        if refused is not None:
+            self._cannot_consume(refused)
+        elif self._connection is not None and self._connection.is_open:
+            self._connection.channel(on_open_callback=self._on_channel_open)
+
+    def _cannot_consume(self, reason: str) -> None:
+        if not self._has_consumed:
+            self._refused(reason)
+        logger.error("cannot consume: %s", reason)
+        self._begin_later()
+
+    def _begin_later(self) -> None:
+        self._link.later(backoff(self._failures), self._begin)
+        self._failures += 1
+
+    def _on_channel_open(self, channel: pika.channel.Channel) -> None:
+        channel.add_on_close_callback(self._on_channel_closed)
+        channel.add_on_cancel_callback(lambda _frame: self._on_cancelled_by_broker(channel))
+        channel.basic_qos(
+            prefetch_count=self._prefetch, callback=lambda _frame: self._consume(channel)
+        )
+
+    def _consume(self, channel: pika.channel.Channel) -> None:
+        self._generation += 1
+        self._acks = Acks()
+        self._channel = channel
+        for spec in self._queues:
+            channel.basic_consume(spec.name, self._receiver(spec.name), callback=self._on_consuming)
+
+    def _on_consuming(self, _frame: object) -> None:
+        self._has_consumed = True
+        self._failures = 0
+        self._link.ready()
+        if self._cancelling:
+            self._cancel()
+
+    def _receiver(self, queue: str) -> Any:
+        generation = self._generation
+
+        def receive(
+            _channel: object,
+            method: pika.spec.Basic.Deliver,
+            properties: pika.BasicProperties,
+            body: bytes,
+        ) -> None:
+            headers: Mapping[str, Any] | None = properties.headers
+            self._deliver(
+                Delivery(
+                    queue,
+                    method.delivery_tag,
+                    generation,
+                    method.redelivered,
+                    method.exchange,
+                    method.routing_key,
+                    body,
+                    properties.content_type,
+                    properties.content_encoding,
+                    headers,
+                    properties.message_id,
+                    properties.priority,
+                    properties.timestamp,
+                )
+            )
+
+        return receive
+
+    def _on_cancelled_by_broker(self, channel: pika.channel.Channel) -> None:
+        """The queue is gone, or moved: begin anew on another channel (AMQP 0-9-1, basic.cancel)."""
+        logger.warning("the broker cancelled a consumer; consuming anew")
+        if channel is self._channel:
+            self._forget_channel()
+            if channel.is_open:
+                channel.close()
+            self._begin_later()
+
+    def _on_channel_closed(self, channel: pika.channel.Channel, reason: Exception) -> None:
+        if not isinstance(reason, pika.exceptions.ChannelClosedByBroker):
+            return
+        logger.warning("the broker closed the consumers' channel: %s", reason.reply_text)
+        if channel is self._channel:
+            self._forget_channel()
+        self._begin_later()
+
+    def _forget_channel(self) -> None:
+        self._channel = None
+        self._generation += 1
+
+    def _on_done(self) -> None:
+        self._woken = False
+        tags = []
+        while self._done:
+            delivery = self._done.popleft()
+            if not self.is_stale(delivery):
+                tags.append(delivery.tag)
+        if tags and self._channel is not None and self._channel.is_open:
+            for tag, multiple in self._acks.done(tags):
+                self._channel.basic_ack(tag, multiple)
+
+    def _reject(self, delivery: Delivery) -> None:
+        channel = self._channel
+        if channel is None or not channel.is_open or self.is_stale(delivery):
+            return
+        if self._acks.settle(delivery.tag):
+            # Not nack: RabbitMQ 4.3 does not count those against a quorum queue's delivery limit.
+            channel.basic_reject(delivery.tag, requeue=True)
+
+    def _cancel(self) -> None:
+        self._cancelling = True
+        channel = self._channel
+        if channel is None or not channel.is_open or not channel.consumer_tags:
+            self._cancelled.set()
+            return
+        waiting = set(channel.consumer_tags)
+
+        def cancelled(tag: str) -> None:
+            waiting.discard(tag)
+            if not waiting:
+                self._cancelled.set()
+
+        for tag in list(waiting):
+            channel.basic_cancel(tag, callback=lambda _frame, tag=tag: cancelled(tag))  # type: ignore[misc]
+
+
+def _nowhere(_: Any) -> None:
+    raise ConnectionLost("the subscription was not started")

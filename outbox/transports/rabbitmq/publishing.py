@@ -1,0 +1,290 @@
+"""Publishes over RabbitMQ: the shell around backlog, confirms and link."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+import pika
+import pika.channel
+import pika.exceptions
+import pika.frame
+import pika.spec
+
+from outbox.backlog import Backlog
+from outbox.chunk import Chunk, Entry, Fate
+from outbox.errors import Blocked, BrokerError, ConnectionLost, Nacked
+from outbox.event import Event
+from outbox.settings import Settings
+from outbox.spread import Spread
+from outbox.transports.rabbitmq import topology, wire
+from outbox.transports.rabbitmq.confirms import Confirms
+from outbox.transports.rabbitmq.framing import PUBLISH_CHANNEL, Encoder
+from outbox.transports.rabbitmq.link import Link, backoff
+from outbox.transports.rabbitmq.parameters import connection_parameters
+from outbox.url import BrokerURL
+
+__all__ = ["RabbitMQTransport"]
+
+logger = logging.getLogger("outbox.publisher")
+
+_WRITE_EVENTS = 1000
+_WRITE_BYTES = 256 * 1024
+_WINDOW = 4 * _WRITE_EVENTS
+"""Events that may be outstanding at a time: enough to keep the broker busy while confirms travel."""
+
+_NO_SUCH_EXCHANGE = 404
+
+
+class RabbitMQTransport:
+    """One connection, one channel in confirm mode, any number of callers.
+
+    ``submit`` encodes in the caller's thread and wakes the link's thread, which writes, counts
+    confirms and resolves futures. Everything whose name begins with ``_on`` runs on that thread,
+    as do the methods below the line.
+    """
+
+    supports_delay = False
+
+    def __init__(self, url: BrokerURL, settings: Settings, spread: Spread) -> None:
+        self._settings = settings
+        self._spread = spread
+        self._encoder = Encoder(settings.app_id)
+        self._backlog = Backlog()
+        self._confirms = Confirms()
+        self._link = Link(
+            connection_parameters(url, settings, "publisher"), self, name="outbox-publisher"
+        )
+        self._connection: pika.SelectConnection | None = None
+        self._channel: pika.channel.Channel | None = None  # None unless it may be written to
+        self._woken = False
+        self._watched_since: float | None = None
+        self._blocked = False
+        self._suspects = 0
+
+    @property
+    def connected(self) -> bool:
+        """Whether a channel is open and the broker reads from it."""
+        return self._channel is not None and not self._blocked
+
+    @property
+    def kept(self) -> tuple[Event, ...]:
+        """The events that are kept, oldest first."""
+        return self._backlog.kept
+
+    @property
+    def kept_size(self) -> tuple[int, int]:
+        """How many events are kept, and the bytes of their bodies."""
+        return self._backlog.kept_size
+
+    @property
+    def on_own_thread(self) -> bool:
+        """Whether the caller is a hook, called on the link's thread."""
+        return self._link.on_thread
+
+    def start(self) -> None:
+        """Begin to connect in the background, unless that has begun."""
+        self._link.start()
+
+    def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
+        """Encode ``events`` and take them over."""
+        encode = self._encoder.encode
+        chunk = Chunk(events, keep=keep, frames=[encode(event) for event in events])
+        self._spread(self._backlog.add(chunk))
+        self._link.start()
+        if not self._woken:
+            self._woken = True
+            self._link.call(self._on_wake)
+        return chunk
+
+    def release(self, chunk: Chunk) -> None:
+        """Report ``chunk`` as it stands."""
+        self._spread(self._backlog.release(chunk))
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until every event has its fate, trying the broker at once."""
+        if self._backlog.wait_empty(0):
+            return True
+        self._link.call(self._link.hurry)
+        return self._backlog.wait_empty(timeout)
+
+    def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
+        """Close the connection and return what is left."""
+        self._link.stop(graceful=graceful)
+        left, news = self._backlog.hand_over(ConnectionLost("the publisher was closed"))
+        self._spread(news)
+        return left
+
+    # ------------------------------------------------------------------ on the link's thread
+
+    def opened(self, connection: pika.SelectConnection) -> None:
+        """Declare the exchange, then open the channel."""
+        self._connection = connection
+        connection.add_on_connection_blocked_callback(self._on_blocked)
+        connection.add_on_connection_unblocked_callback(self._on_unblocked)
+        steps = topology.exchange(self._settings.exchange, self._settings.declare)
+        topology.declare(connection, steps, self._on_declared)
+
+    def closed(self, error: BrokerError) -> None:
+        """Take back what was outstanding, and open the circuit."""
+        self._connection = self._channel = None
+        self._blocked = False
+        self._watched_since = None
+        self._spread(self._backlog.down(self._confirms.clear(), error))
+
+    def _on_declared(self, refused: str | None) -> None:
+        if refused is not None:
+            logger.error("the exchange %r is not as declared: %s", self._settings.exchange, refused)
+        self._open_channel()
+
+    def _open_channel(self) -> None:
+        if self._connection is not None and self._connection.is_open:
+            self._connection.channel(PUBLISH_CHANNEL, self._on_channel_open)
+
+    def _on_channel_open(self, channel: pika.channel.Channel) -> None:
+        channel.add_on_close_callback(self._on_channel_closed)
+        channel.add_on_return_callback(self._on_return)
+        channel.confirm_delivery(self._on_confirm, lambda _frame: self._on_channel_ready(channel))
+
+    def _on_channel_ready(self, channel: pika.channel.Channel) -> None:
+        frame_max = channel.connection.params.frame_max
+        if frame_max < self._encoder.frame_max:
+            self._encoder.frame_max = frame_max
+            self._backlog.encode_anew(self._encoder.encode)
+        self._channel = channel
+        self._link.ready()
+        if not self._blocked:
+            self._backlog.up()
+        self._pump()
+
+    def _on_channel_closed(self, channel: pika.channel.Channel, reason: Exception) -> None:
+        if not isinstance(reason, pika.exceptions.ChannelClosedByBroker) or self._link_is_gone():
+            return  # the connection's own end is reported to closed()
+        self._channel = None
+        entries = self._confirms.clear()
+        if len(entries) == 1:
+            logger.debug("the broker closed the channel over %r", entries[0].event)
+            self._refuse(entries[0], reason)
+        elif entries:
+            # The broker does not say which one it was: one by one they show themselves.
+            self._suspects = len(entries)
+            self._backlog.requeue(entries)
+        else:
+            self._link.fail(ConnectionLost(f"the broker closed the channel: {reason.reply_text}"))
+            return
+        self._link.later(0, self._open_channel)  # when pika has forgotten this one
+
+    def _link_is_gone(self) -> bool:
+        return self._connection is None or not self._connection.is_open
+
+    def _refuse(self, entry: Entry, reason: pika.exceptions.ChannelClosedByBroker) -> None:
+        text = f"{reason.reply_code} {reason.reply_text}"
+        if reason.reply_code == _NO_SUCH_EXCHANGE:
+            self._settle_unroutable([(entry, text)])
+        else:
+            self._spread(self._backlog.settle([entry], Fate.REJECTED, text))
+        self._suspects = max(0, self._suspects - 1)
+
+    def _on_wake(self) -> None:
+        self._woken = False
+        self._pump()
+
+    def _pump(self) -> None:
+        """Write what waits, as far as the window has room."""
+        while self._channel is not None and not self._blocked and self._backlog.queued:
+            room = (1 if self._suspects else _WINDOW) - len(self._confirms)
+            if room <= 0 or (room < _WRITE_EVENTS and len(self._confirms) > _WRITE_EVENTS):
+                break  # a fuller write comes with the next confirms
+            entries = self._backlog.take(min(room, _WRITE_EVENTS), _WRITE_BYTES)
+            if not entries:
+                break
+            self._confirms.sent(entries)
+            wire.publish(self._channel, entries, self._settings.app_id)
+        if len(self._confirms) and self._watched_since is None:
+            self._watched_since = time.monotonic()
+            self._link.later(self._watch_interval, self._on_watch)
+
+    @property
+    def _watch_interval(self) -> float:
+        return min(1.0, self._settings.stall_timeout / 4) or 0.1
+
+    def _on_watch(self) -> None:
+        """Give the link up when it has been silent for too long with events outstanding."""
+        if self._watched_since is None:
+            return
+        if not len(self._confirms):
+            self._watched_since = None
+            return
+        silence = time.monotonic() - self._watched_since
+        if silence > self._settings.stall_timeout and not self._blocked:
+            self._link.fail(
+                ConnectionLost(f"{self._link.address} has confirmed nothing for {silence:.1f} s")
+            )
+            return
+        self._link.later(self._watch_interval, self._on_watch)
+
+    def _on_confirm(self, frame: pika.frame.Method[pika.spec.Basic.Ack]) -> None:
+        method = frame.method
+        entries, unroutable = self._confirms.confirmed(method.delivery_tag, method.multiple)
+        self._suspects = max(0, self._suspects - len(entries) - len(unroutable))
+        if self._watched_since is not None:
+            self._watched_since = time.monotonic()
+        self._backlog.confirmed()
+        if unroutable:
+            self._settle_unroutable(unroutable)
+        if isinstance(method, pika.spec.Basic.Nack):
+            self._keep_apart(entries)
+        elif entries:
+            self._spread(self._backlog.settle(entries, Fate.PUBLISHED))
+        self._pump()
+
+    def _on_return(
+        self,
+        _channel: pika.channel.Channel,
+        method: pika.spec.Basic.Return,
+        properties: pika.BasicProperties,
+        _body: bytes,
+    ) -> None:
+        reason = f"{method.reply_code} {method.reply_text}"
+        event_id = properties.message_id or ""
+        if not self._confirms.returned(event_id, method.exchange, method.routing_key, reason):
+            logger.warning("an event came back that is not outstanding: %r", event_id)
+
+    def _settle_unroutable(self, unroutable: Sequence[tuple[Entry, str]]) -> None:
+        by_fate: dict[tuple[Fate, str], list[Entry]] = {}
+        for entry, reason in unroutable:
+            policy = entry.event.unroutable or self._settings.unroutable
+            fate = Fate.IGNORED if policy == "ignore" else Fate.REJECTED
+            by_fate.setdefault((fate, f"unroutable: {reason}"), []).append(entry)
+        for (fate, reason), entries in by_fate.items():
+            self._spread(self._backlog.settle(entries, fate, reason))
+
+    def _keep_apart(self, entries: Sequence[Entry]) -> None:
+        """Send again, each after a back-off of its own, what the broker would not take (a nack)."""
+        self._spread(self._backlog.refused(entries, _nacked(entries)))
+        for entry in entries:
+            if entry.fate is None:
+                self._link.later(backoff(entry.attempts - 1), lambda one=entry: self._retry(one))
+
+    def _retry(self, entry: Entry) -> None:
+        self._backlog.requeue([entry])
+        self._pump()
+
+    def _on_blocked(self, _connection: object, frame: pika.frame.Method[object]) -> None:
+        reason = getattr(frame.method, "reason", "")
+        self._blocked = True
+        logger.warning("the broker at %s takes no events: %r", self._link.address, reason)
+        self._spread(self._backlog.down((), Blocked(f"the broker takes no events: {reason}")))
+
+    def _on_unblocked(self, _connection: object, _frame: object) -> None:
+        self._blocked = False
+        if self._watched_since is not None:
+            self._watched_since = time.monotonic()
+        if self._channel is not None:
+            self._backlog.up()
+            self._pump()
+
+
+def _nacked(entries: Sequence[Entry]) -> BrokerError:
+    return Nacked(f"the broker refused {len(entries)} event(s) for now (basic.nack)")

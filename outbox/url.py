@@ -1,0 +1,110 @@
+"""Broker URLs: one parser for every transport, and no password in any message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl, quote, unquote
+
+from outbox.errors import UsageError
+
+__all__ = ["SCHEMES", "BrokerURL"]
+
+SCHEMES = ("amqp", "amqps", "sqlite", "memory")
+_FORMS = "amqp://user:password@host:5672/vhost, sqlite:///outbox.db or memory://"
+_DEFAULT_PORTS = {"amqp": 5672, "amqps": 5671}
+_ESCAPE = "percent-encode characters such as / : @ # ? % in the user, password and vhost"
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerURL:
+    """A parsed broker URL. ``str()`` and ``repr()`` mask the password.
+
+    Attributes:
+        scheme: ``amqp``, ``amqps``, ``sqlite`` or ``memory``.
+        hosts: (host, port) pairs in the order in which they are tried; empty unless AMQP.
+        user: decoded; ``guest`` when left out of an AMQP URL.
+        password: decoded; ``guest`` when left out of an AMQP URL.
+        vhost: decoded; ``/`` when left out or empty.
+        path: of the file, for ``sqlite``.
+        options: the query, decoded.
+    """
+
+    scheme: str
+    hosts: tuple[tuple[str, int], ...] = ()
+    user: str = "guest"
+    password: str = field(default="guest", repr=False)
+    vhost: str = "/"
+    path: str = ""
+    options: dict[str, str] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def parse(cls, url: str) -> BrokerURL:
+        """Return ``url`` taken apart.
+
+        ``amqp(s)://[user[:password]@]host[:port][,host[:port]...][/vhost][?option=value&...]``:
+        user, password and vhost are percent-decoded; ``amqp://host``, ``amqp://host/`` and
+        ``amqp://host/%2F`` all name the vhost ``/``, as RabbitMQ's clients do.
+
+        Raises:
+            UsageError: the URL is not one of the three forms. The message holds neither the
+                password nor any part of the URL that might contain it.
+        """
+        if not isinstance(url, str):
+            raise UsageError(f"the broker URL is a {type(url).__name__}, not a string: {_FORMS}")
+        scheme, separator, rest = url.partition("://")
+        scheme = scheme.lower()
+        if not separator or scheme not in SCHEMES:
+            raise UsageError(f"the broker URL has none of the forms {_FORMS}")
+        rest, _, query = rest.partition("?")
+        try:
+            options = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+        except ValueError:
+            raise UsageError(
+                f"the options of the {scheme} URL are not name=value pairs; {_ESCAPE}"
+            ) from None
+        if scheme in ("memory", "sqlite"):
+            return cls(scheme, path=unquote(rest.removeprefix("/")), options=options)
+        credentials, at, address = rest.rpartition("@")
+        address, _, vhost = address.partition("/")
+        if "/" in vhost or "/" in credentials or "#" in rest:
+            raise UsageError(f"the {scheme} URL cannot be taken apart; {_ESCAPE}")
+        user, colon, password = credentials.partition(":")
+        if ":" in password:
+            raise UsageError(f"the {scheme} URL cannot be taken apart; {_ESCAPE}")
+        return cls(
+            scheme,
+            tuple(_host(one, scheme) for one in address.split(",")),
+            unquote(user) if at else "guest",
+            unquote(password) if colon else "guest",
+            unquote(vhost) or "/",
+            options=options,
+        )
+
+    def __str__(self) -> str:
+        if self.scheme in ("memory", "sqlite"):
+            return f"{self.scheme}:///{self.path}" if self.path else f"{self.scheme}://"
+        hosts = ",".join(
+            f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts
+        )
+        return f"{self.scheme}://{quote(self.user, safe='')}:***@{hosts}/{quote(self.vhost, '')}"
+
+
+def _host(text: str, scheme: str) -> tuple[str, int]:
+    """Take ``host:port``, ``host`` or ``[v6]:port`` apart."""
+    # The text may be a part of a password that was not encoded: it is never quoted.
+    if text.startswith("["):
+        host, closed, port = text[1:].partition("]")
+        valid = bool(closed) and (not port or port.startswith(":"))
+        port = port.removeprefix(":")
+    else:
+        host, _, port = text.partition(":")
+        valid = True
+    if not valid or not host:
+        raise UsageError(f"the {scheme} URL names no host, or a part of it is empty; {_ESCAPE}")
+    if not port:
+        return host, _DEFAULT_PORTS[scheme]
+    if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UsageError(
+            f"the port in the {scheme} URL is not a number from 1 to 65535; {_ESCAPE}"
+        )
+    return host, int(port)

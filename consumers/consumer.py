@@ -103,7 +103,7 @@ class FunctionConsumer(Consumer):
         if not self.queue:
             raise UsageError(f"the consumer {function.__qualname__} names no queue")
 
-    def __call__(self, event: ReceivedEvent) -> Any:
+    def __call__(self, event: ReceivedEvent) -> Any:  # noqa: D102
         return self._function(event)
 
     def __repr__(self) -> str:

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import Counter
 
-from outbox import BrokerError, EventCollector, Publisher, PublishFailed, UnpublishedEvents
+from outbox import BrokerError, Event, EventCollector, Publisher, PublishFailed, UnpublishedEvents
 from outbox.consumers.consumer import Consumer
 from outbox.consumers.outcome import (
     ACK,
@@ -51,9 +51,7 @@ def run(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome
         return outcome
 
 
-def _process(
-    consumer: Consumer, event: ReceivedEvent, collector: _MessageCollector
-) -> Outcome:
+def _process(consumer: Consumer, event: ReceivedEvent, collector: _MessageCollector) -> Outcome:
     result = consumer.process(event)
     outcome = ACK if result is None else result
     if not isinstance(outcome, Ack | Dead | Return):
@@ -89,13 +87,11 @@ class _MessageCollector(EventCollector):
 
     __slots__ = ()
 
-    def __init__(
-        self, publisher: Publisher, event: ReceivedEvent, *, auto_publish: bool
-    ) -> None:
+    def __init__(self, publisher: Publisher, event: ReceivedEvent, *, auto_publish: bool) -> None:
         super().__init__(publisher=publisher, make_id=_FollowOnIds(event))
         self._root.root.publishes_itself = auto_publish
 
-    def end(self) -> tuple[object, ...]:
+    def end(self) -> tuple[Event, ...]:
         return self._drop(self._root.close())
 
 

@@ -1,4 +1,4 @@
-"""Outcomes: what is to become of a message. ``Worker.settle`` is the one place that acts on them."""
+"""Outcomes: what is to become of a message; ``Worker.settle`` is the place that acts on them."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         exchange=delivery.exchange,
         body=delivery.body,
         content_type=content_type,
-        headers={name: value for name, value in headers.items() if not _is_ours(name)},
+        headers={name: _plain(value) for name, value in headers.items() if not _is_ours(name)},
         priority=delivery.priority,
         key=key if isinstance(key, str) else None,
         occurred_at=_occurred_at(headers, delivery.timestamp),
@@ -83,6 +83,20 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         redelivered=delivery.redelivered,
         _payload=payload,
     )
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` without the driver's own number types."""
+    match value:
+        case bool():
+            return value
+        case int():
+            return int(value)
+        case list():
+            return [_plain(item) for item in value]
+        case dict():
+            return {name: _plain(item) for name, item in value.items()}
+    return value
 
 
 def _is_ours(name: Any) -> bool:

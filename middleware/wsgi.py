@@ -57,9 +57,7 @@ class OutboxMiddleware:
         self._publisher = publisher
         self._is_success = is_success
 
-    def __call__(
-        self, environ: WSGIEnvironment, start_response: StartResponse
-    ) -> Iterable[bytes]:
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
         if _MARKER in environ:
             return self.app(environ, start_response)
@@ -92,9 +90,7 @@ class _Request:
         self.has_length = False
         self.failed = False
 
-    def start_response(
-        self, status: str, headers: list[tuple[str, str]], *exc_info: Any
-    ) -> Any:
+    def start_response(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
         # May be called again with exc_info until the headers are sent: the last status counts.
         self.status = int(status[:3])
         self.has_length = any(name.lower() == "content-length" for name, _ in headers)

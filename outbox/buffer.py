@@ -22,6 +22,9 @@ class Buffer:
 
     __slots__ = ("closed", "events", "size")
 
+    closed: bool
+    events: list[Event]
+    size: int
     parent: Buffer | None
     root: RootBuffer
 
@@ -105,6 +108,9 @@ class RootBuffer(Buffer):
     )
 
     parent = None
+    lock: threading.Lock
+    total: int
+    total_size: int
 
     def __init__(
         self,
@@ -130,6 +136,7 @@ class RootBuffer(Buffer):
 
     @property
     def root(self) -> RootBuffer:  # type: ignore[override]
+        """Itself."""
         return self
 
 

@@ -68,7 +68,9 @@ class Chunk:
         self, events: Sequence[Event], *, keep: bool = True, frames: Sequence[bytes] | None = None
     ) -> None:
         encoded = frames if frames is not None else [b""] * len(events)
-        self.entries = [Entry(event, self, data) for event, data in zip(events, encoded, strict=True)]
+        self.entries = [
+            Entry(event, self, data) for event, data in zip(events, encoded, strict=True)
+        ]
         self.keep = keep
         self.future: Future[PublishReport] = Future()
         self.waiting = len(self.entries)

@@ -23,7 +23,14 @@ from outbox.report import PublishReport
 from outbox.settings import Settings
 from outbox.spread import ids
 
-__all__ = ["EventCollector", "EventOptions", "clear_events", "enqueue_event", "publish", "publish_async"]
+__all__ = [
+    "EventCollector",
+    "EventOptions",
+    "clear_events",
+    "enqueue_event",
+    "publish",
+    "publish_async",
+]
 
 logger = logging.getLogger("outbox.collector")
 
@@ -180,9 +187,9 @@ class EventCollector:
             payload: what the serializer can carry; by default see
                 :class:`outbox.serializer.JSONSerializer`. Later changes of it change nothing.
             target: the routing key, 1 to 255 bytes in UTF-8.
-            headers: names of at most 255 bytes to str, bytes, bool, int of 64 bits, float, None,
-                and lists and dicts of these; UUID, Decimal and dates become strings. Names that
-                RabbitMQ or outbox acts on are refused.
+            headers: names of at most 255 bytes to str, bytes, bool, int of 64 bits, None, and
+                lists and dicts of these; float, UUID, Decimal and dates become strings. Names
+                that RabbitMQ or outbox acts on are refused.
             key: events of one key belong together; at most 255 bytes.
             priority: 0 to 255.
             delay: seconds, or a timedelta, from now until it may be delivered.
@@ -320,9 +327,7 @@ class EventCollector:
             if not buffer.merge():
                 dropped = self._drop(buffer.close())
                 if dropped:
-                    logger.error(
-                        "a savepoint outlived its unit of work; dropped: %s", ids(dropped)
-                    )
+                    logger.error("a savepoint outlived its unit of work; dropped: %s", ids(dropped))
         finally:
             scope.leave(token)
 

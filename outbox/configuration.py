@@ -68,7 +68,11 @@ def default_publisher() -> Publisher:
     if found is not None:
         return found
     with _lock:
-        if _publisher is None and observing.installed() is not None and "OUTBOX_URL" not in os.environ:
+        if (
+            _publisher is None
+            and observing.installed() is not None
+            and "OUTBOX_URL" not in os.environ
+        ):
             return Publisher("memory://")
         return _publisher or configure()
 

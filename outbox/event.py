@@ -14,7 +14,15 @@ from outbox.errors import InvalidEvent, UsageError
 from outbox.ids import new_id
 from outbox.serializer import Serializer, serializer_for
 
-__all__ = ["MAX_HEADER_BYTES", "Event", "Headers", "MakeId", "Unroutable", "check_name", "make_event"]
+__all__ = [
+    "MAX_HEADER_BYTES",
+    "Event",
+    "Headers",
+    "MakeId",
+    "Unroutable",
+    "check_name",
+    "make_event",
+]
 
 Headers = Mapping[str, Any]
 Unroutable = Literal["park", "fail", "ignore"]
@@ -42,8 +50,8 @@ class Event:
         exchange: the exchange it is published to; ``""`` is the broker's default exchange.
         body: the serialised payload.
         content_type: the MIME type of ``body``.
-        headers: the caller's headers; names to str, bytes, bool, int (64 bits), float, None, and
-            lists and dicts of these.
+        headers: the caller's headers; names to str, bytes, bool, int (64 bits), None, and lists
+            and dicts of these; floats have become strings.
         priority: 0 to 255, or None for the queue's default.
         deliver_at: not to be delivered before this instant (aware), or None.
         key: events of one key belong together, in order; None for none.
@@ -280,7 +288,8 @@ def _plain(value: Any, where: str) -> tuple[Any, int]:
                 raise InvalidEvent(f"{where} does not fit into 64 bits: {value!r}")
             return int(value), 9
         case float():
-            return float(value), 9
+            # As text: pika, for one, reads an AMQP double as a whole number (pika.data, 1.4.4).
+            return _plain(repr(float(value)), where)
         case str():
             try:
                 return str(value), 5 + len(value.encode())

@@ -12,13 +12,12 @@ __all__ = ["Observer", "install", "installed"]
 
 
 class Observer(Protocol):
-    """Told of every event of the process, on any thread, while it is installed.
+    """Told of every event of the process, on any thread, while it is installed."""
 
-    Attributes:
-        transport: takes the place of every publisher's own.
-    """
-
-    transport: Transport
+    @property
+    def transport(self) -> Transport:
+        """What takes the place of every publisher's own."""
+        ...
 
     def enqueued(self, event: Event) -> None:
         """``event`` was collected."""

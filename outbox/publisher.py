@@ -118,7 +118,11 @@ class Publisher:
         return chunk.future.result()
 
     async def publish_async(
-        self, events: Iterable[Event], *, keep: bool = True, timeout: float | None = None
+        self,
+        events: Iterable[Event],
+        *,
+        keep: bool = True,
+        timeout: float | None = None,  # noqa: ASYNC109  of the caller, not of the publishing
     ) -> PublishReport:
         """Publish ``events`` as one chunk and await the confirms; see :meth:`publish`.
 
@@ -149,7 +153,7 @@ class Publisher:
         self.check_may_wait()
         return self._transport().drain(self._drain_timeout(timeout))
 
-    async def drain_async(self, timeout: float | None = None) -> bool:
+    async def drain_async(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109
         """Await what :meth:`drain` waits for."""
         transport = self._transport()
         return await asyncio.to_thread(transport.drain, self._drain_timeout(timeout))

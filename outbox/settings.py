@@ -166,4 +166,3 @@ def _checked(name: str, value: Any, where: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, numbers) or not 0 <= value < 1 << 53:
             raise UsageError(f"{where} is {value!r}, not a number from 0 on")
     return value
-

@@ -16,13 +16,14 @@ class Transport(Protocol):
 
     Attributes:
         supports_delay: whether events with ``deliver_at`` can be carried.
-        connected: whether the broker can be reached now, as far as is known.
     """
 
     supports_delay: bool
 
     @property
-    def connected(self) -> bool: ...
+    def connected(self) -> bool:
+        """Whether the broker can be reached now, as far as is known."""
+        ...
 
     @property
     def kept(self) -> tuple[Event, ...]:

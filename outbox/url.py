@@ -104,7 +104,5 @@ def _host(text: str, scheme: str) -> tuple[str, int]:
     if not port:
         return host, _DEFAULT_PORTS[scheme]
     if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UsageError(
-            f"the port in the {scheme} URL is not a number from 1 to 65535; {_ESCAPE}"
-        )
+        raise UsageError(f"the port in the {scheme} URL is not a number from 1 to 65535; {_ESCAPE}")
     return host, int(port)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 __all__ = ["BrokerMissing", "PrivateBroker", "find_server"]
 
@@ -217,7 +217,7 @@ class PrivateBroker:
         command = shutil.which("epmd") or "epmd"
         self._epmd = self._spawn([command], subprocess.DEVNULL)
 
-    def _spawn(self, command: list[str], output: object) -> subprocess.Popen[bytes]:
+    def _spawn(self, command: list[str], output: IO[bytes] | int) -> subprocess.Popen[bytes]:
         # The kernel ends it when the thread that started it ends, however this process dies.
         setpriv = shutil.which("setpriv")
         if setpriv is not None:
@@ -227,7 +227,7 @@ class PrivateBroker:
             env=self._environment,
             cwd=self._folder,
             stdin=subprocess.DEVNULL,
-            stdout=output,  # type: ignore[call-overload]
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )

@@ -64,7 +64,7 @@ class CollectedEvents:
         )
 
     @overload
-    def assert_published(
+    def assert_published(  # type: ignore[overload-overlap]  # 1 is an int, and means one event
         self,
         target: str,
         payload: Any = ...,
@@ -152,9 +152,7 @@ class CollectedEvents:
             )
 
     @staticmethod
-    def _match(
-        event: Event, target: str, payload: Any, headers: Mapping[str, Any] | None
-    ) -> bool:
+    def _match(event: Event, target: str, payload: Any, headers: Mapping[str, Any] | None) -> bool:
         return (
             matches(target, event.target)
             and (payload is ... or _contains(event.payload, payload))
@@ -176,7 +174,9 @@ class CollectedEvents:
             "cleared (dropped)": self.cleared,
         }
         told = [
-            _lines(state, sorted(events, key=distance)) for state, events in states.items() if events
+            _lines(state, sorted(events, key=distance))
+            for state, events in states.items()
+            if events
         ]
         return "\n".join(told) or "nothing was enqueued at all"
 

@@ -90,4 +90,3 @@ class Recorder:
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
         """Return nothing: nothing is ever left."""
         return ()
-

@@ -30,7 +30,9 @@ def open_transport(settings: Settings) -> Transport:
 
         return MemoryTransport(spread)
     if url.scheme == "sqlite":
-        raise UsageError("this version of outbox has no sqlite:// transport; use amqp:// or memory://")
+        raise UsageError(
+            "this version of outbox has no sqlite:// transport; use amqp:// or memory://"
+        )
     from outbox.transports.rabbitmq import RabbitMQTransport
 
     return RabbitMQTransport(url, settings, spread)

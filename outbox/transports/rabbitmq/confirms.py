@@ -99,9 +99,7 @@ class Confirms:
         return sorted(self._outstanding.items(), key=lambda item: item[0])
 
     @staticmethod
-    def _index(
-        by_address: dict[_Address, deque[int]], sent: Iterable[tuple[int, Entry]]
-    ) -> None:
+    def _index(by_address: dict[_Address, deque[int]], sent: Iterable[tuple[int, Entry]]) -> None:
         for tag, entry in sent:
             event = entry.event
             by_address.setdefault((event.id, event.exchange, event.target), deque()).append(tag)

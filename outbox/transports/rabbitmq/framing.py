@@ -89,11 +89,11 @@ class Encoder:
         head = template(size, round(seconds * 1e6), event_id, int(seconds), size)
         if 0 < size <= self.frame_max - _FRAME_OVERHEAD:
             return head + body + _FRAME_END
-        return head[:-_FRAME_OVERHEAD + 1] + self._body_frames(body)
+        return head[: -_FRAME_OVERHEAD + 1] + self._body_frames(body)
 
     def _body_frames(self, body: bytes) -> bytes:
         limit = self.frame_max - _FRAME_OVERHEAD
-        pieces = []
+        pieces: list[bytes] = []
         for start in range(0, len(body), limit):
             piece = body[start : start + limit]
             pieces += (_frame_start(_BODY, PUBLISH_CHANNEL, len(piece)), piece, _FRAME_END)
@@ -140,7 +140,15 @@ class Encoder:
             size: int, occurred_at: int, event_id: bytes, timestamp: int, body_size: int
         ) -> bytes:
             return pack(
-                start, size, before_table, occurred_at, before_id, event_id, timestamp, end, body_size
+                start,
+                size,
+                before_table,
+                occurred_at,
+                before_id,
+                event_id,
+                timestamp,
+                end,
+                body_size,
             )
 
         return template
@@ -153,7 +161,7 @@ def properties(event: Event, app_id: str = "") -> pika.BasicProperties:
         headers[HEADER_KEY] = event.key
     seconds = event.occurred_at.timestamp()
     headers[HEADER_OCCURRED_AT] = round(seconds * 1e6)
-    return pika.BasicProperties(
+    return pika.BasicProperties(  # type: ignore[no-untyped-call]
         content_type=event.content_type,
         headers=headers,
         delivery_mode=2,

@@ -94,7 +94,7 @@ class Link:
         self._loop.call_later(delay, function)
 
     def ready(self) -> None:
-        """Note that the connection serves its purpose: the next failure starts the back-off anew."""
+        """Note that the connection serves its purpose: the back-off starts anew."""
         self._failures = 0
 
     def fail(self, error: BrokerError) -> None:

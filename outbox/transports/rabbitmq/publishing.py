@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ logger = logging.getLogger("outbox.publisher")
 _WRITE_EVENTS = 1000
 _WRITE_BYTES = 256 * 1024
 _WINDOW = 4 * _WRITE_EVENTS
-"""Events that may be outstanding at a time: enough to keep the broker busy while confirms travel."""
+"""Events that may be outstanding at a time: the broker stays busy while confirms travel."""
 
 _NO_SUCH_EXCHANGE = 404
 
@@ -224,7 +225,9 @@ class RabbitMQTransport:
             return
         self._link.later(self._watch_interval, self._on_watch)
 
-    def _on_confirm(self, frame: pika.frame.Method[pika.spec.Basic.Ack]) -> None:
+    def _on_confirm(
+        self, frame: pika.frame.Method[pika.spec.Basic.Ack | pika.spec.Basic.Nack]
+    ) -> None:
         method = frame.method
         entries, unroutable = self._confirms.confirmed(method.delivery_tag, method.multiple)
         self._suspects = max(0, self._suspects - len(entries) - len(unroutable))
@@ -265,14 +268,16 @@ class RabbitMQTransport:
         self._spread(self._backlog.refused(entries, _nacked(entries)))
         for entry in entries:
             if entry.fate is None:
-                self._link.later(backoff(entry.attempts - 1), lambda one=entry: self._retry(one))
+                self._link.later(backoff(entry.attempts - 1), functools.partial(self._retry, entry))
 
     def _retry(self, entry: Entry) -> None:
         self._backlog.requeue([entry])
         self._pump()
 
-    def _on_blocked(self, _connection: object, frame: pika.frame.Method[object]) -> None:
-        reason = getattr(frame.method, "reason", "")
+    def _on_blocked(
+        self, _connection: object, frame: pika.frame.Method[pika.spec.Connection.Blocked]
+    ) -> None:
+        reason = frame.method.reason
         self._blocked = True
         logger.warning("the broker at %s takes no events: %r", self._link.address, reason)
         self._spread(self._backlog.down((), Blocked(f"the broker takes no events: {reason}")))

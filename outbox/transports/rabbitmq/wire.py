@@ -52,12 +52,29 @@ def abort(connection: pika.SelectConnection, error: Exception) -> None:
 
 
 class IOServices(SelectorIOServicesAdapter):
-    """pika's I/O services, but resolving host names on the calling thread.
+    """pika's I/O services, but for two things.
 
-    pika starts a thread for each look-up, which Python 3.12 and later refuse once the interpreter
-    is shutting down: kept events could no longer be sent at exit. The calling thread has nothing
-    else to do while there is no connection.
+    Host names are resolved on the calling thread. pika starts a thread for each look-up, which
+    Python 3.12 and later refuse once the interpreter is shutting down: kept events could no longer
+    be sent at exit. The calling thread has nothing else to do while there is no connection.
+
+    A socket that could not be connected is closed, rather than left to the garbage collector.
     """
+
+    def connect_socket(
+        self,
+        sock: socket.socket,
+        resolved_addr: Any,
+        on_done: Callable[[BaseException | None], None],
+    ) -> nbio_interface.AbstractIOReference:
+        """Connect, and close the socket if that fails."""
+
+        def done(error: BaseException | None) -> None:
+            if error is not None:
+                sock.close()
+            on_done(error)
+
+        return super().connect_socket(sock, resolved_addr, done)
 
     def getaddrinfo(
         self,

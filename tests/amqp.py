@@ -1,0 +1,141 @@
+"""What the broker has, seen with plain pika: the tests' own eyes."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pika
+import pika.exceptions
+
+
+@dataclass(frozen=True)
+class Message:
+    body: bytes
+    properties: Any
+    target: str
+    exchange: str
+    redelivered: bool
+
+    @property
+    def id(self) -> str:
+        return str(self.properties.message_id)
+
+    @property
+    def payload(self) -> Any:
+        return json.loads(self.body)
+
+
+class Inspector:
+    """A blocking connection of its own, reopened when the broker was away."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._queues: list[str] = []
+        self._exchanges: list[str] = []
+        self._connect()
+
+    def _connect(self) -> None:
+        parameters = pika.URLParameters(self._url)
+        parameters.heartbeat = 600
+        self._connection = pika.BlockingConnection(parameters)
+        self.channel = self._connection.channel()
+
+    def _retry(self, act: Any) -> Any:
+        try:
+            self._connection.process_data_events(0)
+            return act()
+        except pika.exceptions.AMQPError:
+            self._connect()
+            return act()
+
+    def queue(
+        self,
+        name: str,
+        exchange: str = "",
+        topics: tuple[str, ...] = ("#",),
+        arguments: dict[str, Any] | None = None,
+    ) -> str:
+        """Declare a durable queue, bound to a topic exchange if one is named; return its name."""
+
+        def act() -> None:
+            quorum = {"x-queue-type": "quorum"}
+            self.channel.queue_declare(name, durable=True, arguments=arguments or quorum)
+            if exchange:
+                self.channel.exchange_declare(exchange, "topic", durable=True)
+                for topic in topics:
+                    self.channel.queue_bind(name, exchange, topic)
+
+        self._retry(act)
+        self.clean_up(queue=name, exchange=exchange)
+        return name
+
+    def clean_up(self, *, queue: str = "", exchange: str = "") -> None:
+        """Remove these at the end."""
+        self._queues += [queue] if queue else []
+        self._exchanges += [exchange] if exchange else []
+
+    def get(self, queue: str, timeout: float = 10.0) -> Message:
+        """Take the next message, waiting for it."""
+        found = self.messages(queue, 1, timeout)
+        assert found, f"nothing arrived in {queue} within {timeout} s"
+        return found[0]
+
+    def messages(self, queue: str, count: int, timeout: float = 10.0) -> list[Message]:
+        """Take up to ``count`` messages, waiting for them; fewer if time runs out."""
+        found: list[Message] = []
+        deadline = time.monotonic() + timeout
+        while len(found) < count:
+            method, properties, body = self._retry(
+                lambda: self.channel.basic_get(queue, auto_ack=True)
+            )
+            if method is not None:
+                found.append(
+                    Message(
+                        body, properties, method.routing_key, method.exchange, method.redelivered
+                    )
+                )
+            elif time.monotonic() > deadline:
+                break
+            else:
+                time.sleep(0.01)
+        return found
+
+    def all(self, queue: str) -> list[Message]:
+        """Take what is in the queue now."""
+        return self.messages(queue, 1 << 30, 0.2)
+
+    def publish(self, queue: str, body: bytes, exchange: str = "", properties: Any = None) -> None:
+        """Publish as some other client would."""
+        self._retry(
+            lambda: self.channel.basic_publish(
+                exchange, queue, body, properties or pika.BasicProperties(delivery_mode=2)
+            )
+        )
+
+    def wait_for_queue(self, name: str, timeout: float = 10.0) -> None:
+        """Wait until somebody has declared the queue."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self.channel.queue_declare(name, passive=True)
+                self.clean_up(queue=name)
+                return
+            except pika.exceptions.ChannelClosedByBroker:
+                assert time.monotonic() < deadline, f"nobody declared {name}"
+                self.channel = self._connection.channel()
+                time.sleep(0.02)
+
+    def consumers(self, queue: str) -> int:
+        """Return how many consumers the queue has."""
+        found = self._retry(lambda: self.channel.queue_declare(queue, passive=True))
+        return int(found.method.consumer_count)
+
+    def close(self) -> None:
+        for queue in dict.fromkeys(self._queues):
+            self._retry(lambda queue=queue: self.channel.queue_delete(queue))
+        for exchange in dict.fromkeys(self._exchanges):
+            self._retry(lambda exchange=exchange: self.channel.exchange_delete(exchange))
+        self._connection.close()

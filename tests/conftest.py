@@ -1,0 +1,90 @@
+"""Fixtures: real brokers, and a clean process for every test."""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from outbox import Publisher, configuration, observing
+from outbox.testing.broker import BrokerMissing, PrivateBroker
+from tests.amqp import Inspector
+
+
+def _started() -> PrivateBroker:
+    try:
+        return PrivateBroker().start()
+    except BrokerMissing as error:
+        if "CI" in os.environ:
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def amqp_url() -> Iterator[str]:
+    """A broker for all tests that leave it alive."""
+    given = os.environ.get("OUTBOX_TEST_AMQP_URL")
+    if given:
+        yield given
+        return
+    broker = _started()
+    yield broker.url
+    broker.stop()
+
+
+@pytest.fixture(scope="module")
+def mortal_broker() -> Iterator[PrivateBroker]:
+    """A broker that a test may kill, pause and start again; it runs when a test begins."""
+    broker = _started()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture
+def private_broker(mortal_broker: PrivateBroker) -> PrivateBroker:
+    """The mortal broker, alive."""
+    if not mortal_broker.running:
+        mortal_broker.start()
+    return mortal_broker
+
+
+@pytest.fixture
+def name() -> str:
+    """A name that no other test uses, for exchanges and queues."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def inspector(amqp_url: str) -> Iterator[Inspector]:
+    """Looks at the broker with plain pika, and removes what it declared."""
+    found = Inspector(amqp_url)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def publisher(amqp_url: str, name: str) -> Iterator[Publisher]:
+    """A publisher with an exchange of its own."""
+    with Publisher(amqp_url, exchange=name) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No publisher, setting, observer or thread of one test is there in the next one."""
+    for variable in [one for one in os.environ if one.startswith("OUTBOX_")]:
+        if not variable.startswith("OUTBOX_TEST_"):
+            monkeypatch.delenv(variable)
+    monkeypatch.setattr(configuration, "_publisher", None)
+    yield
+    default = configuration.configured_publisher()
+    if default is not None:
+        default.close(0)
+    assert observing.installed() is None
+    for thread in threading.enumerate():
+        if thread.name.startswith("outbox-"):
+            thread.join(5)
+            assert not thread.is_alive(), f"{thread.name} was left running"

@@ -1,0 +1,254 @@
+"""The broker goes away, and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from outbox import (
+    CollectorFull,
+    ConnectFailed,
+    Event,
+    EventCollector,
+    Publisher,
+    PublishTimeout,
+    auto_publishing,
+    clear_events,
+    configure,
+    enqueue_event,
+    publish,
+)
+from outbox.testing.broker import PrivateBroker
+from tests.amqp import Inspector
+
+
+def test_every_event_arrives_when_the_broker_is_killed_in_the_middle_of_200_flushes(
+    private_broker: PrivateBroker, name: str
+) -> None:
+    inspector = Inspector(private_broker.url)
+    queue = inspector.queue(name, name)
+    committed: list[str] = []
+    rolled_back: list[str] = []
+    with Publisher(private_broker.url, exchange=name, timeout=2, drain_timeout=30) as publisher:
+        for number in range(200):
+            if number == 100:
+                restart = threading.Thread(target=private_broker.restart)
+                restart.start()
+            with auto_publishing(publisher=publisher):
+                committed += [enqueue_event([number, part], "ok").id for part in range(3)]
+            with pytest.raises(KeyError), auto_publishing(publisher=publisher):
+                rolled_back.append(enqueue_event([number], "rolled.back").id)
+                raise KeyError
+            time.sleep(0.005)
+        restart.join()
+        assert publisher.drain(30)
+    arrived = [message.id for message in inspector.messages(queue, 600)]
+    arrived += [message.id for message in inspector.all(queue)]
+    assert set(arrived) == set(committed)
+    assert not set(arrived) & set(rolled_back)
+    first_times = list(dict.fromkeys(arrived))
+    assert first_times == committed  # in order, second deliveries aside
+    inspector.close()
+
+
+def test_a_rollback_does_not_touch_what_an_earlier_failed_publish_has_kept(
+    private_broker: PrivateBroker, name: str
+) -> None:
+    inspector = Inspector(private_broker.url)
+    queue = inspector.queue(name, name)
+    private_broker.kill()
+    configure(private_broker.url, exchange=name)
+    with auto_publishing() as block:
+        kept = enqueue_event({"n": 1}, "kept")
+    assert block.report is not None
+    assert block.report.kept == (kept,)
+    assert isinstance(block.report.error, ConnectFailed)
+    with pytest.raises(KeyError), auto_publishing():
+        enqueue_event({"n": 2}, "rolled.back")
+        raise KeyError
+    with EventCollector.use(EventCollector()):
+        enqueue_event({"n": 3}, "rolled.back")
+        clear_events()
+        newer = enqueue_event({"n": 4}, "newer")
+        publish()
+    private_broker.start()
+    assert [message.id for message in inspector.messages(queue, 2)] == [kept.id, newer.id]
+    assert inspector.all(queue) == []
+    inspector.close()
+
+
+def test_while_the_broker_is_away_only_the_first_flush_takes_time(
+    private_broker: PrivateBroker, name: str
+) -> None:
+    private_broker.kill()
+    with Publisher(private_broker.url, exchange=name, drain_timeout=0.1) as publisher:
+        times = []
+        for _ in range(21):
+            with auto_publishing(publisher=publisher) as block:
+                enqueue_event({}, "x")
+                begin = time.perf_counter()
+            times.append(time.perf_counter() - begin)
+            assert block.report is not None
+            assert len(block.report.kept) == 1
+        assert sorted(times[1:])[10] < 0.005, times
+        assert len(publisher.kept) == 21
+        assert not publisher.connected
+
+
+def test_a_frozen_broker_costs_one_caller_its_timeout_and_nothing_is_sent_twice(
+    private_broker: PrivateBroker, name: str
+) -> None:
+    inspector = Inspector(private_broker.url)
+    queue = inspector.queue(name, name)
+    with Publisher(private_broker.url, exchange=name, timeout=0.5, heartbeat=60) as publisher:
+        collector = EventCollector(publisher=publisher)
+        events = [collector.enqueue_event({"n": n}, "x") for n in range(4)]
+        assert publisher.publish(events[:1]).ok
+        private_broker.pause()
+        try:
+            begin = time.monotonic()
+            report = publisher.publish(events[1:2])
+            assert 0.4 < time.monotonic() - begin < 2
+            assert report.kept == (events[1],)
+            assert isinstance(report.error, PublishTimeout)
+            begin = time.monotonic()
+            assert publisher.publish(events[2:3]).kept == (events[2],)
+            assert time.monotonic() - begin < 0.1  # nobody else waits
+            assert publisher.kept == tuple(events[1:3])
+        finally:
+            private_broker.resume()
+        assert publisher.drain(10)
+        assert publisher.publish(events[3:]).ok  # and waiting is worth while again
+    assert [m.id for m in inspector.messages(queue, 4)] == [event.id for event in events]
+    assert inspector.all(queue) == []
+    inspector.close()
+
+
+def test_a_connection_without_any_confirm_for_the_stall_timeout_is_given_up(
+    private_broker: PrivateBroker, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    inspector = Inspector(private_broker.url)
+    queue = inspector.queue(name, name)
+    with Publisher(
+        private_broker.url, exchange=name, timeout=0.2, stall_timeout=1, connect_timeout=1
+    ) as publisher:
+        collector = EventCollector(publisher=publisher)
+        events = [collector.enqueue_event({"n": n}, "x") for n in range(2)]
+        assert publisher.publish(events[:1]).ok
+        private_broker.pause()
+        try:
+            assert publisher.publish(events[1:]).kept
+            deadline = time.monotonic() + 10
+            while "has confirmed nothing for" not in caplog.text:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert not publisher.connected
+        finally:
+            private_broker.resume()
+        assert publisher.drain(20)
+    assert {m.id for m in inspector.messages(queue, 2)} == {event.id for event in events}
+    inspector.close()
+
+
+def test_awaiting_callers_get_their_deadline_and_their_loop_stays_free(
+    private_broker: PrivateBroker, name: str
+) -> None:
+    with Publisher(
+        private_broker.url, exchange=name, timeout=0.5, drain_timeout=0.1, unroutable="ignore"
+    ) as publisher:
+        event = EventCollector(publisher=publisher).enqueue_event({}, "x")
+        assert publisher.publish([event]).ok
+
+        async def main() -> int:
+            turns = 0
+
+            async def count() -> None:
+                nonlocal turns
+                while True:
+                    await asyncio.sleep(0.01)
+                    turns += 1
+
+            counting = asyncio.create_task(count())
+            report = await publisher.publish_async([event])
+            assert report.kept == (event,)
+            counting.cancel()
+            return turns
+
+        private_broker.pause()
+        try:
+            assert asyncio.run(main()) > 20
+        finally:
+            private_broker.resume()
+        publisher.drain(10)
+
+
+def test_what_is_kept_is_drained_at_the_exit_of_the_process(
+    private_broker: PrivateBroker, name: str
+) -> None:
+    inspector = Inspector(private_broker.url)
+    queue = inspector.queue(name, name)
+    private_broker.kill()
+    script = subprocess.Popen(
+        [sys.executable, "-c", _SCRIPT, private_broker.url, name, "30"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert script.stdout is not None
+    event_id = script.stdout.readline().strip()
+    private_broker.start()
+    assert script.wait(30) == 0
+    script.stdout.close()
+    assert inspector.get(queue).id == event_id
+    inspector.close()
+
+
+def test_what_cannot_be_drained_at_exit_is_named_in_the_log(
+    private_broker: PrivateBroker, name: str
+) -> None:
+    private_broker.kill()
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, private_broker.url, name, "0.5"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert time.monotonic() - begin < 10
+    assert f"1 event(s) lost, never confirmed: '{done.stdout.strip()}'" in done.stderr
+
+
+_SCRIPT = """
+import sys
+from outbox import auto_publishing, configure, enqueue_event
+configure(sys.argv[1], exchange=sys.argv[2], drain_timeout=float(sys.argv[3]))
+with auto_publishing() as block:
+    print(enqueue_event({}, "x").id, flush=True)
+assert block.report.kept
+"""
+
+
+def test_at_max_kept_new_work_is_refused_before_it_commits(
+    private_broker: PrivateBroker, name: str
+) -> None:
+
+    private_broker.kill()
+    with Publisher(private_broker.url, exchange=name, max_kept=10, drain_timeout=0.1) as publisher:
+        for _ in range(10):
+            with auto_publishing(publisher=publisher):
+                enqueue_event({}, "x")
+        with (
+            auto_publishing(publisher=publisher) as block,
+            pytest.raises(CollectorFull, match="max_kept=10"),
+        ):
+            enqueue_event({}, "x")
+        assert block.events == ()
+        # A chunk that was collected before is kept all the same: its work has committed.
+        late = Event(id="late", target="x", exchange=name, body=b"{}")
+        assert publisher.publish([late]).kept == (late,)
+        assert len(publisher.kept) == 11

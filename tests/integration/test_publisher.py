@@ -1,0 +1,361 @@
+"""The publisher against a real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from outbox import (
+    Event,
+    EventCollector,
+    Publisher,
+    PublishReport,
+    UsageError,
+    auto_publishing,
+    configure,
+    enqueue_event,
+    publish,
+    publish_async,
+)
+from outbox.transports.rabbitmq import wire
+from tests.amqp import Inspector
+
+
+def make_events(publisher: Publisher, targets: list[str], **options: object) -> list[Event]:
+    collector = EventCollector(publisher=publisher)
+    return [
+        collector.enqueue_event({"n": n}, target, **options)  # type: ignore[arg-type]
+        for n, target in enumerate(targets)
+    ]
+
+
+def test_a_published_event_arrives_with_all_that_the_wire_format_promises(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    classic = {"x-queue-type": "classic"}  # a quorum queue adds headers
+    queue = inspector.queue(name, name, arguments=classic)
+    with auto_publishing(publisher=publisher) as block:
+        event = enqueue_event(
+            {"total": "12.50"},
+            "order.placed",
+            headers={
+                "tenant": "acme",
+                "n": 1 << 40,
+                "ratio": 0.5,
+                "yes": True,
+                "none": None,
+                "raw": b"\x00\xff",
+                "list": [1, {"a": "b"}],
+            },
+            key="customer-7",
+            priority=3,
+        )
+    assert block.report == PublishReport(published=(event,))
+    message = inspector.get(queue)
+    properties = message.properties
+    assert (message.exchange, message.target) == (name, "order.placed")
+    assert message.payload == {"total": "12.50"}
+    assert properties.message_id == event.id
+    assert properties.delivery_mode == 2
+    assert properties.content_type == "application/json"
+    assert properties.type == "order.placed"
+    assert properties.priority == 3
+    assert properties.timestamp == int(event.occurred_at.timestamp())
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    occurred = (event.occurred_at - epoch) // datetime.timedelta(microseconds=1)
+    assert properties.headers == {
+        "outbox-format": 1,
+        "tenant": "acme",
+        "n": 1 << 40,
+        "ratio": "0.5",
+        "yes": True,
+        "none": None,
+        "raw": b"\x00\xff",
+        "list": [1, {"a": "b"}],
+        "outbox-key": "customer-7",
+        "outbox-occurred-at-us": occurred,
+    }
+
+
+def test_without_pikas_private_write_the_same_messages_arrive(
+    amqp_url: str, inspector: Inspector, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = inspector.queue(name, name, arguments={"x-queue-type": "classic"})
+    messages = []
+    with Publisher(amqp_url, exchange=name, app_id="shop") as publisher:
+        event = make_events(publisher, ["a.b"], headers={"x": [1, 2.5]}, key="k", priority=1)[0]
+        assert publisher.publish([event]).ok
+        messages.append(inspector.get(queue))
+        monkeypatch.setattr(wire, "writes_frames", lambda connection: False)
+        assert publisher.publish([event]).ok
+        messages.append(inspector.get(queue))
+    framed, public = messages
+    assert framed.body == public.body
+    assert framed.properties == public.properties
+    assert framed.properties.app_id == "shop"
+
+
+@pytest.mark.parametrize("size", [0, 1, 131_063, 131_064, 131_065, 1_000_000])
+def test_bodies_of_any_size_arrive_whole(
+    publisher: Publisher, inspector: Inspector, name: str, size: int
+) -> None:
+    queue = inspector.queue(name, name)
+    event = Event(id="1", target="x", exchange=name, body=b"b" * size)
+    assert publisher.publish([event]).ok
+    assert inspector.get(queue).body == event.body
+
+
+def test_a_chunk_arrives_in_order_and_every_event_is_reported(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    events = make_events(publisher, ["x"] * 5_000)
+    report = publisher.publish(events)
+    assert report.published == tuple(events)
+    assert report.ok
+    assert [message.id for message in inspector.messages(queue, 5_000)] == [
+        event.id for event in events
+    ]
+
+
+def test_an_unroutable_event_is_reported_and_its_siblings_are_published(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name, ("good",))
+    rejected = []
+    with Publisher(
+        amqp_url, exchange=name, on_rejected=lambda event, why: rejected.append((event, why))
+    ) as publisher:
+        events = make_events(publisher, ["bad" if n % 10 == 0 else "good" for n in range(200)])
+        ignored = make_events(publisher, ["bad"], unroutable="ignore")
+        report = publisher.publish([*events, *ignored])
+    bad = tuple(event for event in events if event.target == "bad")
+    assert report.published == tuple(event for event in events if event.target == "good")
+    assert tuple(one.event for one in report.rejected) == bad
+    assert all("NO_ROUTE" in reason for _, reason in report.rejected)
+    assert report.ignored == tuple(ignored)
+    assert not report.ok
+    assert [event for event, _ in rejected] == list(bad)
+    assert len(inspector.messages(queue, 180)) == 180
+
+
+def test_two_events_of_one_id_are_told_apart_by_their_address(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name, ("good",))
+    events = [
+        Event(id="same", target=target, exchange=name, body=b"{}")
+        for target in ("good", "bad", "good", "bad")
+    ]
+    report = publisher.publish(events)
+    assert report.published == (events[0], events[2])
+    assert [one.event for one in report.rejected] == [events[1], events[3]]
+    assert len(inspector.messages(queue, 2)) == 2
+
+
+def test_an_event_for_a_missing_exchange_takes_no_other_down(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    events = make_events(publisher, ["x"] * 5)
+    lost = make_events(publisher, ["x"], exchange=f"{name}-missing")
+    report = publisher.publish([*events[:2], *lost, *events[2:]])
+    assert report.published == tuple(events)
+    assert [one.event for one in report.rejected] == lost
+    assert "no exchange" in report.rejected[0].reason
+    assert {message.id for message in inspector.all(queue)} == {event.id for event in events}
+    assert publisher.publish(make_events(publisher, ["x"] * 100)).ok
+
+
+def test_an_event_that_a_full_queue_refuses_is_kept_and_blocks_nobody(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    full = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    inspector.queue(f"{name}-full", name, ("full",), arguments=full)
+    queue = inspector.queue(name, name, ("good",))
+    kept: list[Event] = []
+    with Publisher(amqp_url, exchange=name, on_kept=kept.extend) as publisher:
+        assert publisher.publish(make_events(publisher, ["full"])).ok
+        events = make_events(publisher, ["good", "full", "good"])
+        report = publisher.publish(events)
+        assert report.published == (events[0], events[2])
+        assert report.kept == (events[1],) == publisher.kept == tuple(kept)
+        assert publisher.publish(make_events(publisher, ["good"])).ok
+        assert len(inspector.messages(queue, 3)) == 3
+        inspector.get(f"{name}-full")  # makes room
+        assert publisher.drain(10)
+        assert publisher.kept == ()
+    assert inspector.get(f"{name}-full").id == events[1].id
+
+
+def test_what_is_not_to_be_kept_is_withdrawn_when_the_broker_refuses_it(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    full = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    queue = inspector.queue(name, name, arguments=full)
+    first, second = make_events(publisher, ["x", "x"])
+    assert publisher.publish([first]).ok
+    report = publisher.publish([second], keep=False)
+    assert report.kept == publisher.kept == ()
+    assert report.rejected[0].event == second
+    assert report.error is not None
+    assert inspector.get(queue).id == first.id
+    assert inspector.all(queue) == []
+
+
+def test_eight_threads_through_one_publisher_lose_and_mix_up_nothing(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    configure(amqp_url, exchange=name)
+
+    def flush(thread: int) -> list[str]:
+        sent = []
+        for number in range(50):
+            with auto_publishing() as block:
+                for part in range(3):
+                    sent.append(enqueue_event([thread, number, part], f"t.{thread}").id)
+            assert block.report is not None
+            assert block.report.ok
+            assert len(block.report.published) == 3
+        return sent
+
+    with ThreadPoolExecutor(8) as pool:
+        sent = [one for ids in pool.map(flush, range(8)) for one in ids]
+    messages = inspector.messages(queue, len(sent))
+    assert sorted(message.id for message in messages) == sorted(sent)
+    for thread in range(8):
+        of_thread = [m.payload for m in messages if m.target == f"t.{thread}"]
+        assert of_thread == [[thread, n, part] for n in range(50) for part in range(3)]
+
+
+def test_three_event_loops_one_after_the_other_and_two_at_a_time_lose_nothing(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    configure(amqp_url, exchange=name)
+    sent: list[str] = []
+
+    async def work(count: int) -> None:
+        async def one() -> None:
+            async with auto_publishing() as block:
+                sent.append(enqueue_event({}, "x").id)
+            assert block.report is not None
+            assert block.report.ok
+
+        await asyncio.gather(*(one() for _ in range(count)))
+
+    for _ in range(3):
+        asyncio.run(work(20))
+    threads = [threading.Thread(target=lambda: asyncio.run(work(20))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(sent) == 100
+    assert sorted(m.id for m in inspector.messages(queue, 100)) == sorted(sent)
+
+
+@pytest.mark.asyncio
+async def test_publishing_synchronously_on_an_event_loop_is_refused_and_loses_nothing(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    collector = EventCollector(publisher=publisher)
+    with EventCollector.use(collector):
+        event = enqueue_event({}, "x")
+        with pytest.raises(UsageError, match="publish_async"):
+            publish()
+        assert collector.events == (event,)
+        assert (await publish_async()).published == (event,)
+    assert inspector.get(queue).id == event.id
+
+
+def test_a_hook_that_waits_for_its_publisher_is_refused_and_harms_nobody(
+    amqp_url: str, inspector: Inspector, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    inspector.queue(name, name, ("good",))
+
+    def waits(event: Event, reason: str) -> None:
+        publisher.publish([event])
+
+    with Publisher(amqp_url, exchange=name, on_rejected=waits) as publisher:
+        publisher.publish(make_events(publisher, ["bad"]))
+        assert publisher.publish(make_events(publisher, ["good"])).ok
+    assert "must not wait" in caplog.text
+
+
+def test_idle_longer_than_its_heartbeat_a_publisher_is_still_connected(
+    amqp_url: str, inspector: Inspector, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "outbox")
+    inspector.queue(name, name)
+    with Publisher(amqp_url, exchange=name, heartbeat=1) as publisher:
+        assert publisher.publish(make_events(publisher, ["x"])).ok
+        threading.Event().wait(4)
+        assert publisher.connected
+        assert publisher.publish(make_events(publisher, ["x"])).ok
+    assert caplog.text.count("connected to") == 1
+
+
+def test_a_closed_publisher_refuses_and_the_collector_keeps_its_events(
+    amqp_url: str, name: str
+) -> None:
+    publisher = Publisher(amqp_url, exchange=name)
+    collector = EventCollector(publisher=publisher)
+    event = collector.enqueue_event({}, "x")
+    publisher.close()
+    publisher.close()
+    with EventCollector.use(collector), pytest.raises(UsageError, match="closed"):
+        publish()
+    assert collector.events == (event,)
+
+
+def test_a_second_configure_moves_what_is_kept(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    configure("amqp://127.0.0.1:1/", exchange=name)
+    with auto_publishing() as block:
+        event = enqueue_event({}, "x")
+    assert block.report is not None
+    assert block.report.kept == (event,)
+    configure(amqp_url, exchange=name)
+    assert inspector.get(queue).id == event.id
+
+
+def test_a_wrong_password_is_told_without_the_password(
+    amqp_url: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    host = amqp_url.rpartition("@")[2]
+    with Publisher(f"amqp://guest:hunter2@{host}", exchange=name, drain_timeout=0.1) as publisher:
+        report = publisher.publish(make_events(publisher, ["x"]))
+        assert report.error is not None
+        assert "refused the user or the password" in str(report.error)
+        assert "hunter2" not in repr(publisher)
+    assert "hunter2" not in caplog.text
+
+
+def test_the_exchange_of_another_type_is_told_by_the_name_of_the_argument(
+    amqp_url: str, inspector: Inspector, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    inspector.channel.exchange_declare(name, "fanout", durable=True)
+    inspector.clean_up(exchange=name)
+    with Publisher(amqp_url, exchange=name) as publisher:
+        publisher.publish(make_events(publisher, ["x"]))
+    errors = [record.getMessage() for record in caplog.records if "not as declared" in record.msg]
+    assert len(errors) == 1
+    assert "inequivalent arg 'type'" in errors[0]
+
+
+def test_a_report_survives_pickling(publisher: Publisher, inspector: Inspector, name: str) -> None:
+    inspector.queue(name, name, ("good",))
+    report = publisher.publish(make_events(publisher, ["good", "bad"]))
+    assert pickle.loads(pickle.dumps(report)) == report

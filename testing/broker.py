@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Self
 
@@ -79,6 +80,8 @@ class PrivateBroker:
         if server is None:
             raise BrokerMissing
         self._server = server
+        # Children are told to die with the thread that started them, so that thread must stay.
+        self._spawner = ThreadPoolExecutor(1, "private-broker")
         self._folder: Path | None = None
         self._node: subprocess.Popen[bytes] | None = None
         self._epmd: subprocess.Popen[bytes] | None = None
@@ -111,7 +114,7 @@ class PrivateBroker:
         if self._epmd is None or self._epmd.poll() is not None:
             self._start_epmd()
         with Path(self._path("node.out")).open("ab") as output:
-            self._node = self._spawn([str(self._server)], output)
+            self._node = self._spawner.submit(self._spawn, [str(self._server)], output).result()
         deadline = time.monotonic() + timeout
         while not self._answers():
             if not self.running or time.monotonic() > deadline:
@@ -215,7 +218,7 @@ class PrivateBroker:
     def _start_epmd(self) -> None:
         # Ours, in the foreground: one that Erlang starts by itself would survive the node.
         command = shutil.which("epmd") or "epmd"
-        self._epmd = self._spawn([command], subprocess.DEVNULL)
+        self._epmd = self._spawner.submit(self._spawn, [command], subprocess.DEVNULL).result()
 
     def _spawn(self, command: list[str], output: IO[bytes] | int) -> subprocess.Popen[bytes]:
         # The kernel ends it when the thread that started it ends, however this process dies.

@@ -143,8 +143,10 @@ class AutoPublishingEventCollector(EventCollector):
         if root.closed or root.pid != process.pid:
             return None
         if self._independent or not root.publishes_itself:
-            # What follows from a message does so in a block of its own, too.
+            # What follows from a message does so in a block of its own, too; and where the unit
+            # around has a publisher of its own, so has this one.
             self._root.root.make_id = root.make_id
+            self._publisher = self._publisher or found.collector._publisher
             return None
         if self._options:
             raise UsageError(

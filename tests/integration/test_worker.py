@@ -1,0 +1,477 @@
+"""The worker, consuming from a real broker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pika
+import pytest
+
+from outbox import (
+    Event,
+    EventCollector,
+    Publisher,
+    UsageError,
+    auto_publishing,
+    enqueue_event,
+    publish,
+)
+from outbox.consumers import (
+    REJECT,
+    REQUEUE,
+    Consumer,
+    ReceivedEvent,
+    Reject,
+    Requeue,
+    Worker,
+    consumer,
+)
+from outbox.testing.broker import PrivateBroker
+from tests.amqp import Inspector
+
+
+@contextlib.contextmanager
+def running(
+    publisher: Publisher,
+    inspector: Inspector,
+    process: Callable[[ReceivedEvent], Any],
+    queue: str,
+    **options: Any,
+) -> Iterator[Worker]:
+    """Run a worker with one consumer, from the moment it consumes."""
+    of_worker = {name: options.pop(name) for name in ("threads", "prefetch") if name in options}
+    worker = Worker([consumer(queue, **options)(process)], publisher=publisher, **of_worker)
+    inspector.clean_up(queue=queue, exchange=publisher.settings.exchange)
+    inspector.clean_up(queue=f"{queue}.dead")
+    worker.start()
+    try:
+        deadline = time.monotonic() + 10
+        inspector.wait_for_queue(queue)
+        while not inspector.consumers(queue):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield worker
+    finally:
+        worker.stop(10)
+
+
+def send(publisher: Publisher, target: str, *payloads: Any, **options: Any) -> list[str]:
+    with auto_publishing(publisher=publisher, independent=True) as block:
+        ids = [enqueue_event(payload, target, **options).id for payload in payloads]
+    assert block.report is not None
+    assert block.report.ok, block.report
+    return ids
+
+
+class Seen:
+    """What a consumer has seen; called as its process()."""
+
+    def __init__(self, act: Callable[[ReceivedEvent], Any] = lambda event: None) -> None:
+        self.events: list[ReceivedEvent] = []
+        self._act = act
+        self._arrived = threading.Condition()
+        self.__qualname__ = self.__name__ = "seen"
+
+    def __call__(self, event: ReceivedEvent) -> Any:
+        with self._arrived:
+            self.events.append(event)
+            self._arrived.notify_all()
+        return self._act(event)
+
+    def wait(self, count: int, timeout: float = 15.0) -> list[ReceivedEvent]:
+        with self._arrived:
+            assert self._arrived.wait_for(lambda: len(self.events) >= count, timeout), self.events
+            return list(self.events)
+
+
+def test_an_event_arrives_as_it_was_enqueued(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    seen = Seen()
+    with running(publisher, inspector, seen, name, topics=["order.*"]):
+        with auto_publishing(publisher=publisher):
+            sent = enqueue_event({"n": 1}, "order.placed", headers={"a": 1}, key="k", priority=2)
+        [event] = seen.wait(1)
+    assert (event.id, event.target, event.exchange) == (sent.id, "order.placed", name)
+    assert (event.payload, event.body) == ({"n": 1}, sent.body)
+    assert {one: event.headers[one] for one in event.headers if one[:2] != "x-"} == {"a": 1}
+    assert (event.key, event.priority, event.occurred_at) == ("k", 2, sent.occurred_at)
+    assert (event.queue, event.attempt, event.redelivered) == (name, 1, False)
+    assert inspector.all(name) == []
+    assert inspector.all(f"{name}.dead") == []
+
+
+def test_a_queue_is_bound_to_its_own_name_and_to_its_topics(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    seen = Seen()
+    with running(publisher, inspector, seen, name, topics=["a.#", "*.z"]):
+        send(publisher, name, 1)
+        send(publisher, "a.b.c", 2)
+        send(publisher, "y.z", 3)
+        send(publisher, "not.for.us", 4, unroutable="ignore")
+        assert sorted(event.payload for event in seen.wait(3)) == [1, 2, 3]
+
+
+def test_follow_on_events_are_confirmed_before_the_ack(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    follow_ons = inspector.queue(f"{name}-next", name, ("next",))
+    acked_before = []
+
+    def process(event: ReceivedEvent) -> None:
+        enqueue_event({"of": event.payload}, "next")
+        report = publish()
+        acked_before.append(len(report.published))
+        with pytest.raises(AssertionError):
+            inspector_of_thread = Inspector(inspector._url)
+            try:
+                inspector_of_thread.get(name, timeout=0.1)  # unacked: not to be had
+            finally:
+                inspector_of_thread.close()
+
+    seen = Seen(process)
+    with running(publisher, inspector, seen, name):
+        [sent] = send(publisher, name, 1)
+        message = inspector.get(follow_ons)
+    assert message.payload == {"of": 1}
+    assert message.id != sent
+    assert acked_before == [1]
+
+
+def test_a_second_run_of_a_message_gives_its_follow_ons_the_same_ids(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    follow_ons = inspector.queue(f"{name}-next", name, ("next",))
+
+    def process(event: ReceivedEvent) -> None:
+        for n in (1, 1, 2):
+            enqueue_event({"n": n}, "next")
+        publish()
+        if not event.redelivered:
+            raise Requeue
+
+    seen = Seen(process)
+    with running(publisher, inspector, seen, name):
+        send(publisher, name, "x")
+        seen.wait(2)
+        ids = [message.id for message in inspector.messages(follow_ons, 6)]
+    assert ids[:3] == ids[3:]
+    assert len(set(ids)) == 3
+
+
+@pytest.mark.parametrize(
+    ("act", "reason", "error"),
+    [
+        (lambda event: REJECT, "rejected by the consumer", None),
+        (lambda event: _raise(Reject("no such customer")), "no such customer", "Reject"),
+        (lambda event: _raise(ValueError("broken")), "ValueError: broken", "ValueError"),
+        (lambda event: "done", "TypeError: process() returned 'done'", "TypeError"),
+        (lambda event: enqueue_event({}, "x") and None, "UnpublishedEvents", "UnpublishedEvents"),
+    ],
+    ids=["REJECT", "Reject", "exception", "wrong return", "unpublished"],
+)
+def test_what_cannot_be_handled_goes_to_the_dead_letters_with_the_reason(
+    publisher: Publisher,
+    inspector: Inspector,
+    name: str,
+    act: Callable[[ReceivedEvent], Any],
+    reason: str,
+    error: str | None,
+) -> None:
+    with running(publisher, inspector, Seen(act), name, topics=["order.*"]):
+        [sent] = send(publisher, "order.placed", {"n": 1}, headers={"tenant": "acme"})
+        letter = inspector.get(f"{name}.dead")
+    headers = letter.properties.headers
+    assert letter.id == sent
+    assert letter.payload == {"n": 1}
+    assert letter.properties.delivery_mode == 2
+    assert headers["tenant"] == "acme"
+    assert reason in headers["outbox-dead-reason"]
+    assert headers.get("outbox-dead-error") == error
+    assert headers["outbox-dead-queue"] == name
+    assert headers["outbox-dead-target"] == "order.placed"
+    assert headers["outbox-dead-exchange"] == name
+    assert inspector.all(name) == []
+    assert inspector.all(f"{name}.dead") == []
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_the_events_of_a_failed_message_are_dropped_and_the_next_one_has_only_its_own(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    follow_ons = inspector.queue(f"{name}-next", name, ("next",))
+
+    def process(event: ReceivedEvent) -> None:
+        enqueue_event(event.payload, "next")
+        if event.payload == "bad":
+            raise ValueError
+        publish()
+
+    with running(publisher, inspector, Seen(process), name, threads=1):
+        send(publisher, name, "bad", "good")
+        inspector.get(f"{name}.dead")
+        assert [m.payload for m in inspector.messages(follow_ons, 1)] == ["good"]
+        assert inspector.all(follow_ons) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "properties", "reason"),
+    [
+        (b"{not json", {"content_type": "application/json"}, "its body is not"),
+        (b"\xff\xfe", {}, "its body is not"),
+        (b"NaN", {}, "its body is not"),
+        (b"[" * 100_000, {}, "its body is not"),
+        (b"cos\nsystem\n", {"content_type": "application/x-python-serialize"}, "nothing decodes"),
+        (b"{}", {"content_encoding": "gzip"}, "content encoding"),
+    ],
+    ids=["json", "utf-8", "NaN", "deep", "pickle", "gzip"],
+)
+def test_an_undecodable_message_goes_to_the_dead_letters_as_it_came(
+    publisher: Publisher,
+    inspector: Inspector,
+    name: str,
+    body: bytes,
+    properties: dict[str, Any],
+    reason: str,
+) -> None:
+    seen = Seen()
+    with running(publisher, inspector, seen, name):
+        sent = pika.BasicProperties(message_id="m-1", headers={"mine": 1}, **properties)
+        inspector.publish(name, body, properties=sent)
+        letter = inspector.get(f"{name}.dead")
+        send(publisher, name, "good")
+        assert seen.wait(1)[0].payload == "good"
+    assert letter.body == body
+    assert letter.id == "m-1"
+    assert letter.properties.headers["mine"] == 1
+    assert reason in letter.properties.headers["outbox-dead-reason"]
+
+
+def test_messages_of_other_clients_are_consumed_whatever_they_leave_out(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    seen = Seen()
+    with running(publisher, inspector, seen, name):
+        inspector.publish(name, b'{"a": 1}')
+        odd = pika.BasicProperties(
+            headers={"outbox-key": 5, "outbox-attempt": "x", "outbox-occurred-at-us": 1 << 62},
+            timestamp=1 << 40,
+        )
+        inspector.publish(name, b"2", properties=odd)
+        events = seen.wait(2)
+    assert sorted(json.dumps(event.payload) for event in events) == ["2", '{"a": 1}']
+    assert all(event.id and event.attempt == 1 and event.key is None for event in events)
+    assert all(event.occurred_at.tzinfo for event in events)
+
+
+def test_a_requeued_message_comes_again_after_a_pause_and_not_in_a_loop(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    times = []
+
+    def process(event: ReceivedEvent) -> Any:
+        times.append(time.monotonic())
+        return REQUEUE if len(times) < 2 else None
+
+    seen = Seen(process)
+    with running(publisher, inspector, seen, name):
+        send(publisher, name, 1)
+        first, second = seen.wait(2)
+    assert second.redelivered
+    assert second.attempt == first.attempt == 1
+    assert 0.9 < times[1] - times[0] < 3
+
+
+def test_auto_publish_publishes_what_a_successful_message_has_left(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    follow_ons = inspector.queue(f"{name}-next", name, ("next",))
+
+    def process(event: ReceivedEvent) -> None:
+        with auto_publishing() as block:
+            enqueue_event(event.payload, "next")
+        assert block.joined
+        if event.payload == "bad":
+            raise ValueError
+
+    with running(publisher, inspector, Seen(process), name, auto_publish=True):
+        send(publisher, name, "bad", "good")
+        inspector.get(f"{name}.dead")
+        assert inspector.get(follow_ons).payload == "good"
+        assert inspector.all(follow_ons) == []
+
+
+def test_a_block_in_an_explicit_consumer_publishes_at_its_own_end_with_derived_ids(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    follow_ons = inspector.queue(f"{name}-next", name, ("next",))
+
+    def process(event: ReceivedEvent) -> None:
+        with auto_publishing() as block:
+            enqueue_event({}, "next")
+        assert not block.joined
+        if not event.redelivered:
+            raise Requeue
+
+    seen = Seen(process)
+    with running(publisher, inspector, seen, name):
+        send(publisher, name, 1)
+        seen.wait(2)
+        first, second = inspector.messages(follow_ons, 2)
+    assert first.id == second.id
+
+
+def test_a_handler_that_outlasts_the_heartbeat_runs_once(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    seen = Seen(lambda event: time.sleep(4))
+    with Publisher(amqp_url, exchange=name, heartbeat=1) as publisher:
+        with running(publisher, inspector, seen, name):
+            send(publisher, name, 1)
+            seen.wait(1)
+            time.sleep(4.5)
+        assert len(seen.events) == 1
+    assert inspector.all(name) == []
+
+
+def test_a_thousand_messages_are_handled_once_each_by_eight_threads(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    seen = Seen(lambda event: time.sleep(0.0005))
+    with running(publisher, inspector, seen, name, threads=8):
+        sent = send(publisher, name, *range(1000))
+        events = seen.wait(1000)
+    assert sorted(event.id for event in events) == sorted(sent)
+    assert inspector.all(name) == []
+
+
+def test_stopping_finishes_what_runs_and_gives_back_the_rest(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    seen = Seen(lambda event: time.sleep(0.7))
+    with running(publisher, inspector, seen, name, threads=4) as worker:
+        send(publisher, name, *range(10))
+        seen.wait(4)
+        assert worker.stop(10)
+    assert len(seen.events) == 4
+    left = inspector.messages(name, 6)
+    assert len(left) == 6
+    assert {m.id for m in left}.isdisjoint(event.id for event in seen.events)
+    assert inspector.all(name) == []
+
+
+def test_a_consumer_that_raises_system_exit_ends_neither_the_worker_nor_the_message(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    def process(event: ReceivedEvent) -> None:
+        if not event.redelivered:
+            raise SystemExit(3)
+
+    seen = Seen(process)
+    with running(publisher, inspector, seen, name, threads=1):
+        send(publisher, name, 1)
+        seen.wait(2)
+    assert inspector.all(name) == []
+
+
+def test_a_queue_that_is_deleted_is_made_anew_and_consumed(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    seen = Seen()
+    with running(publisher, inspector, seen, name):
+        inspector.channel.queue_delete(name)
+        deadline = time.monotonic() + 10
+        inspector.wait_for_queue(name)
+        while not inspector.consumers(name):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        send(publisher, name, 1)
+        seen.wait(1)
+
+
+def test_a_queue_with_other_arguments_is_told_by_the_name_of_the_argument(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    inspector.queue(name, arguments={"x-queue-type": "classic"})
+    inspector.clean_up(queue=f"{name}.dead", exchange=name)
+    worker = Worker([consumer(name)(lambda event: None)], publisher=publisher)
+    worker.start()
+    try:
+        with pytest.raises(UsageError, match="inequivalent arg 'x-"):
+            worker.wait(10)
+    finally:
+        worker.stop(5)
+    assert publisher.publish([Event(id="1", target=name, exchange="", body=b"1")]).ok
+
+
+def test_a_worker_survives_the_restart_of_its_broker_and_loses_nothing(
+    private_broker: PrivateBroker, name: str
+) -> None:
+    inspector = Inspector(private_broker.url)
+    follow_ons = inspector.queue(
+        f"{name}-next", name, ("next",), arguments={"x-queue-type": "classic"}
+    )
+
+    def process(event: ReceivedEvent) -> None:
+        enqueue_event(event.payload, "next")
+        publish()
+
+    seen = Seen(process)
+    with Publisher(private_broker.url, exchange=name, drain_timeout=30) as publisher:
+        with running(publisher, inspector, seen, name, threads=4):
+            time.sleep(1.5)  # until the broker has the queues on disk
+            sent = send(publisher, name, *range(100))
+            seen.wait(20)
+            private_broker.restart()
+            with auto_publishing(publisher=publisher):  # kept, until the connection is back
+                sent += [enqueue_event(n, name).id for n in range(100, 150)]
+            arrived: dict[str, Any] = {}
+            deadline = time.monotonic() + 30
+            while len(arrived) < 150 and time.monotonic() < deadline:
+                arrived.update((m.id, m.payload) for m in inspector.messages(follow_ons, 1, 1))
+    assert sorted(arrived.values()) == list(range(150))
+    assert {event.id for event in seen.events} == set(sent)
+    assert inspector.all(f"{name}.dead") == []
+    inspector._queues.clear()
+    inspector._exchanges.clear()
+    inspector.close()
+
+
+class Explicit(Consumer):
+    queue = "explicit"
+
+
+def test_wrong_consumers_are_refused_where_they_are_written() -> None:
+    with pytest.raises(UsageError, match=r"topics are 'a\.\*', not a list"):
+        consumer("q", topics="a.*")(lambda event: None)
+    with pytest.raises(UsageError, match="coroutine function"):
+
+        class Async(Consumer):
+            queue = "q"
+
+            async def process(self, event: ReceivedEvent) -> None:  # type: ignore[override]
+                pass
+
+    with pytest.raises(UsageError, match="250 bytes"):
+        consumer("q" * 251)(lambda event: None)
+    with pytest.raises(UsageError, match="names no queue"):
+        consumer("")(lambda event: None)
+    publisher = Publisher("amqp://127.0.0.1:1/")
+    with pytest.raises(UsageError, match="two consumers want the queue 'explicit'"):
+        Worker([Explicit, Explicit], publisher=publisher)
+    with pytest.raises(UsageError, match="at least one consumer"):
+        Worker([], publisher=publisher)
+    with pytest.raises(UsageError, match="threads is 0"):
+        Worker([Explicit], publisher=publisher, threads=0)
+    with pytest.raises(UsageError, match="cannot be consumed from"):
+        Worker([Explicit], publisher=Publisher("memory://"))
+    assert EventCollector()

@@ -19,7 +19,7 @@ from outbox import process, scope
 from outbox.buffer import Buffer, ChildBuffer
 from outbox.collector import EventCollector
 from outbox.errors import UsageError
-from outbox.publisher import Publisher
+from outbox.publisher import Publisher, refuse_running_loop
 from outbox.report import PublishReport
 from outbox.scope import Scope
 from outbox.spread import ids
@@ -60,7 +60,7 @@ class AutoPublishingEventCollector(EventCollector):
     def __enter__(self) -> Self:
         outer = self._unit_to_join()
         if outer is None and not self.autoflush:
-            self.publisher.check_may_wait()
+            refuse_running_loop()
         return self._enter(outer)
 
     def __exit__(

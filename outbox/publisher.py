@@ -22,7 +22,7 @@ from outbox.settings import SettingOverrides, Settings
 from outbox.transport import Transport
 from outbox.transports import open_transport
 
-__all__ = ["Publisher"]
+__all__ = ["Publisher", "refuse_running_loop"]
 
 logger = logging.getLogger("outbox.publisher")
 
@@ -196,15 +196,7 @@ class Publisher:
 
     def check_may_wait(self) -> None:
         """Raise UsageError where waiting for confirms would block an event loop or deadlock."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            pass
-        else:
-            raise UsageError(
-                "publishing would block the running event loop; "
-                "use publish_async(), or async with auto_publishing()"
-            )
+        refuse_running_loop()
         if self._transport().on_own_thread:
             raise UsageError("a publisher's hook must not wait for the publisher; use submit()")
 
@@ -281,6 +273,18 @@ class Publisher:
 
     def _drain_timeout(self, timeout: float | None) -> float:
         return self.settings.drain_timeout if timeout is None else timeout
+
+
+def refuse_running_loop() -> None:
+    """Raise UsageError on a running event loop, which waiting for confirms would block."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise UsageError(
+        "publishing would block the running event loop; "
+        "use publish_async(), or async with auto_publishing()"
+    )
 
 
 def _all_ids(events: Iterable[Event]) -> str:

@@ -55,8 +55,8 @@ class Link:
     ) -> None:
         self._hosts = hosts
         self._session = session
-        self._loop = IOLoop()
-        self._services = wire.IOServices(self._loop)
+        self._loop: IOLoop  # made at the start: it holds sockets
+        self._services: wire.IOServices
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._start_lock = threading.Lock()
         self._connection: pika.SelectConnection | None = None
@@ -82,12 +82,15 @@ class Link:
             with self._start_lock:
                 if self._thread.ident is None and not self._stopping:
                     _quiet_pika()
+                    self._loop = IOLoop()
+                    self._services = wire.IOServices(self._loop)
                     self._loop.add_callback_threadsafe(self._connect)
                     self._thread.start()
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have ``function`` called on the link's thread, soon."""
-        self._loop.add_callback_threadsafe(function)
+        """Have ``function`` called on the link's thread, soon; never, if it was not started."""
+        if self._thread.ident is not None:
+            self._loop.add_callback_threadsafe(function)
 
     def later(self, delay: float, function: Callable[[], None]) -> None:
         """Have ``function`` called in ``delay`` seconds, whatever becomes of the connection."""
@@ -119,8 +122,6 @@ class Link:
             self.call(self._close if graceful else self._end)
             if not self.on_thread:
                 self._thread.join(_CLOSE_TIMEOUT + 1)
-        elif not started:
-            self._loop.close()
 
     def _run(self) -> None:
         while True:

@@ -1,0 +1,558 @@
+"""Collecting: units of work, child buffers, joining, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from outbox import (
+    AutoPublishingEventCollector,
+    CollectorClosed,
+    CollectorFull,
+    EventCollector,
+    NotConfigured,
+    Publisher,
+    UsageError,
+    auto_publishing,
+    clear_events,
+    configure,
+    enqueue_event,
+    publish,
+    publish_async,
+)
+from outbox.testing import CollectedEvents
+from outbox.transports.memory import MemoryTransport
+
+
+@pytest.fixture
+def publisher() -> Publisher:
+    return configure("memory://")
+
+
+def published(publisher: Publisher) -> list[object]:
+    transport = publisher._own
+    assert isinstance(transport, MemoryTransport)
+    return [event.payload for event in transport.published]
+
+
+class Boom(Exception):
+    pass
+
+
+# ------------------------------------------------------------------------------ blocks
+
+
+def test_a_block_publishes_at_its_end_and_not_before(publisher: Publisher) -> None:
+    with auto_publishing() as block:
+        event = enqueue_event(1, "x")
+        assert published(publisher) == []
+        assert block.events == (event,)
+        assert len(block) == 1
+    assert published(publisher) == [1]
+    assert block.report is not None
+    assert block.report.published == (event,)
+    assert block.closed
+
+
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_a_block_that_raises_publishes_nothing(
+    publisher: Publisher, error: type[BaseException]
+) -> None:
+    with pytest.raises(error), auto_publishing():
+        enqueue_event(1, "x")
+        raise error
+    assert published(publisher) == []
+
+
+def test_a_block_left_by_system_exit_warns_of_what_it_dropped(
+    publisher: Publisher, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(SystemExit), auto_publishing():
+        raise SystemExit(0)
+    assert not caplog.records
+    with pytest.raises(SystemExit), auto_publishing():
+        event = enqueue_event(1, "x")
+        raise SystemExit(0)
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert event.id in record.getMessage()
+
+
+def test_a_nested_block_joins_and_its_failure_drops_only_its_own(publisher: Publisher) -> None:
+    with auto_publishing() as outer:
+        enqueue_event(1, "x")
+        with auto_publishing() as inner:
+            enqueue_event(2, "x")
+            assert [event.payload for event in inner.events] == [2]
+        assert published(publisher) == []
+        with pytest.raises(Boom), auto_publishing():
+            enqueue_event(3, "x")
+            with auto_publishing():
+                enqueue_event(4, "x")
+            raise Boom
+        enqueue_event(5, "x")
+        assert [event.payload for event in outer.events] == [1, 2, 5]
+    assert inner.joined
+    assert inner.report is None
+    assert published(publisher) == [1, 2, 5]
+
+
+def test_an_independent_block_never_joins(publisher: Publisher) -> None:
+    with pytest.raises(Boom), auto_publishing():
+        enqueue_event(1, "x")
+        with auto_publishing(independent=True) as inner:
+            enqueue_event(2, "x")
+        assert not inner.joined
+        assert published(publisher) == [2]
+        raise Boom
+    assert published(publisher) == [2]
+
+
+def test_a_block_under_a_collector_that_does_not_publish_itself_is_outermost(
+    publisher: Publisher,
+) -> None:
+    collector = EventCollector()
+    with EventCollector.use(collector):
+        enqueue_event(1, "x")
+        with auto_publishing() as block:
+            enqueue_event(2, "x")
+        assert not block.joined
+        assert published(publisher) == [2]
+        assert [event.payload for event in collector.events] == [1]
+
+
+def test_options_on_a_block_that_would_join_are_refused(publisher: Publisher) -> None:
+    with auto_publishing():
+        with pytest.raises(UsageError, match="autoflush"), auto_publishing(autoflush=True):
+            pass
+        with auto_publishing(autoflush=True, independent=True):
+            enqueue_event(1, "x")
+            assert published(publisher) == [1]
+    with pytest.raises(UsageError, match="no option colour"):
+        auto_publishing(colour="red")  # type: ignore[call-overload]
+
+
+def test_a_block_is_entered_once(publisher: Publisher) -> None:
+    block = auto_publishing()
+    with block, pytest.raises(UsageError, match="entered once"), block:
+        pass
+    with pytest.raises(UsageError, match="entered once"), block:
+        pass
+
+
+def test_a_decorated_function_has_a_block_for_each_call(publisher: Publisher) -> None:
+    @auto_publishing
+    def bare(n: int) -> int:
+        enqueue_event(n, "x")
+        if n == 2:
+            raise Boom
+        return n if n < 3 else bare(n - 2)
+
+    @auto_publishing(independent=True)
+    async def coroutine(n: int) -> int:
+        enqueue_event(n, "x")
+        await asyncio.sleep(0)
+        return n
+
+    assert bare(1) == 1
+    with pytest.raises(Boom):
+        bare(2)
+    assert bare(3) == 1
+    assert published(publisher) == [1, 3, 1]
+    assert bare.__name__ == "bare"
+
+    async def main() -> list[int]:
+        return await asyncio.gather(*(coroutine(n) for n in range(10, 15)))
+
+    assert asyncio.run(main()) == [10, 11, 12, 13, 14]
+    assert sorted(published(publisher)[3:]) == [10, 11, 12, 13, 14]  # type: ignore[type-var]
+
+
+def test_generator_functions_are_refused(publisher: Publisher) -> None:
+    def generator() -> Iterator[int]:
+        yield 1
+
+    async def async_generator() -> AsyncIterator[int]:
+        yield 1
+
+    with pytest.raises(UsageError, match="generator function"):
+        auto_publishing()(generator)
+    with pytest.raises(UsageError, match="generator function"):
+        auto_publishing(async_generator)
+
+
+def test_a_synchronous_block_on_an_event_loop_is_refused_at_once_unless_it_joins(
+    publisher: Publisher,
+) -> None:
+    async def main() -> None:
+        with pytest.raises(UsageError, match="async with"), auto_publishing():
+            pytest.fail("entered")
+        async with auto_publishing():
+            with auto_publishing() as inner:
+                enqueue_event(1, "x")
+            assert inner.joined
+        with auto_publishing(autoflush=True):  # submits, and does not wait
+            enqueue_event(2, "x")
+        assert published(publisher) == [1, 2]
+
+    asyncio.run(main())
+
+
+def test_tasks_side_by_side_in_one_block_never_touch_each_others_events(
+    publisher: Publisher,
+) -> None:
+    async def one(n: int) -> None:
+        with contextlib.suppress(Boom):
+            async with auto_publishing():
+                enqueue_event(n, "x")
+                await asyncio.sleep(0)
+                assert [event.payload for event in EventCollector.current().events] == [n]
+                if n % 2:
+                    raise Boom
+
+    async def main() -> None:
+        async with auto_publishing():
+            await asyncio.gather(*(one(n) for n in range(10)))
+
+    asyncio.run(main())
+    assert sorted(published(publisher)) == [0, 2, 4, 6, 8]  # type: ignore[type-var]
+
+
+def test_a_joined_block_whose_unit_has_meanwhile_ended_publishes_itself(
+    publisher: Publisher,
+) -> None:
+    async def main() -> None:
+        ended = asyncio.Event()
+
+        async def late() -> None:
+            async with auto_publishing() as block:
+                enqueue_event("late", "x")
+                assert block.joined
+                await ended.wait()
+            assert block.report is not None
+
+        async with auto_publishing():
+            task = asyncio.create_task(late())
+            await asyncio.sleep(0)
+        assert published(publisher) == []
+        ended.set()
+        await task
+        assert published(publisher) == ["late"]
+
+    asyncio.run(main())
+
+
+def test_a_late_event_of_a_task_that_outlived_its_unit_is_refused_not_lost(
+    publisher: Publisher,
+) -> None:
+    async def main() -> None:
+        async def late() -> None:
+            await asyncio.sleep(0.01)
+            enqueue_event("late", "x")
+
+        async with auto_publishing():
+            task = asyncio.create_task(late())
+        with pytest.raises(CollectorClosed, match="after its unit of work had ended"):
+            await task
+
+        async def block_of_its_own() -> None:
+            await asyncio.sleep(0.01)
+            async with auto_publishing() as block:
+                enqueue_event("own", "x")
+            assert not block.joined
+
+        async with auto_publishing():
+            task = asyncio.create_task(block_of_its_own())
+        await task
+        assert published(publisher) == ["own"]
+
+    asyncio.run(main())
+
+
+# ------------------------------------------------------------------------------ savepoints
+
+
+def test_savepoints_nest_and_drop_only_their_own(publisher: Publisher) -> None:
+    with auto_publishing() as block:
+        enqueue_event(1, "x")
+        with contextlib.suppress(Boom), block.savepoint():
+            enqueue_event(2, "x")
+            raise Boom
+        with block.savepoint() as collector:
+            enqueue_event(3, "x")
+            with contextlib.suppress(Boom), block.savepoint():
+                enqueue_event(4, "x")
+                raise Boom
+            assert [event.payload for event in collector.events] == [3]
+        with EventCollector.current().savepoint():
+            enqueue_event(5, "x")
+            assert [event.payload for event in clear_events()] == [5]
+        enqueue_event(6, "x")
+    assert published(publisher) == [1, 3, 6]
+
+
+def test_publish_and_clear_act_on_the_innermost_buffer(publisher: Publisher) -> None:
+    with auto_publishing() as block:
+        enqueue_event(1, "x")
+        with block.savepoint():
+            enqueue_event(2, "x")
+            assert len(publish().published) == 1
+            assert published(publisher) == [2]
+        assert [event.payload for event in block.events] == [1]
+        block.clear_events()
+    assert published(publisher) == [2]
+
+
+def test_a_collector_named_explicitly_takes_its_innermost_buffer(publisher: Publisher) -> None:
+    one, other = EventCollector(), EventCollector()
+    with EventCollector.use(one), one.savepoint(), EventCollector.use(other):
+        one.enqueue_event("one", "x")
+        other.enqueue_event("other", "x")
+        assert EventCollector.current() is other
+        assert [event.payload for event in one.events] == ["one"]
+        assert [event.payload for event in other.events] == ["other"]
+    assert len(one) == 1
+
+
+# ------------------------------------------------------------------------------ bounds
+
+
+def test_a_collector_is_bounded_by_events_and_by_bytes(publisher: Publisher) -> None:
+    few = EventCollector(max_events=3)
+    with EventCollector.use(few), few.savepoint():
+        for n in range(3):
+            enqueue_event(n, "x")
+        with pytest.raises(CollectorFull, match="max_events=3"):
+            enqueue_event(3, "x")
+        clear_events()
+        enqueue_event(4, "x")
+    assert [event.payload for event in few.events] == [4]
+    small = EventCollector(max_bytes=10)
+    small.enqueue_event("12345678", "x")
+    with pytest.raises(CollectorFull, match="max_bytes=10"):
+        small.enqueue_event("1", "x")
+
+
+def test_the_bounds_come_from_the_publishers_settings() -> None:
+    configure("memory://", max_events=1)
+    with auto_publishing():
+        enqueue_event(1, "x")
+        with pytest.raises(CollectorFull):
+            enqueue_event(2, "x")
+
+
+def test_eight_threads_enqueueing_into_one_collector_lose_nothing(publisher: Publisher) -> None:
+    def work(thread: int) -> None:
+        for n in range(1000):
+            enqueue_event([thread, n], "x")
+
+    with auto_publishing() as block, ThreadPoolExecutor(8) as pool:
+        contexts = [contextvars.copy_context() for _ in range(8)]
+        list(pool.map(lambda n: contexts[n].run(work, n), range(8)))
+    assert block.report is not None
+    assert len(block.report.published) == 8000
+    assert len(set(block.report.published)) == 8000
+
+
+# ------------------------------------------------------------------------------ outside of units
+
+
+def test_outside_of_any_unit_the_first_event_warns_in_the_callers_line(
+    publisher: Publisher,
+) -> None:
+    def script() -> None:
+        with pytest.warns(RuntimeWarning, match=r"until publish\(\) is called") as caught:
+            enqueue_event(1, "x")
+        assert [warning.filename for warning in caught] == [__file__]
+        enqueue_event(2, "x")  # warnings are errors here
+        assert [event.payload for event in publish().published] == [1, 2]
+        enqueue_event(3, "x")
+        assert len(clear_events()) == 1
+
+    contextvars.copy_context().run(script)
+
+
+def test_each_thread_has_a_collector_of_its_own(publisher: Publisher) -> None:
+    found: list[EventCollector] = []
+
+    def work() -> None:
+        found.append(EventCollector.current())
+        assert EventCollector.current() is found[-1]
+
+    with auto_publishing() as block:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found[0] is not block
+
+
+@pytest.mark.filterwarnings("ignore:an event was enqueued outside:RuntimeWarning")
+def test_a_lazily_made_collector_that_dies_with_events_says_which(
+    publisher: Publisher, caplog: pytest.LogCaptureFixture
+) -> None:
+    event = contextvars.Context().run(lambda: enqueue_event(1, "x"))
+    gc.collect()
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert event.id in record.getMessage()
+    contextvars.Context().run(lambda: (enqueue_event(1, "x"), publish()))
+    gc.collect()
+    assert len(caplog.records) == 1
+
+
+def test_a_script_that_forgets_to_publish_is_told_at_its_end() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import outbox; outbox.configure('memory://'); print(outbox.enqueue_event(1, 'x').id)",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    assert "RuntimeWarning" in done.stderr
+    assert f"never published: '{done.stdout.strip()}'" in done.stderr
+
+
+def test_without_a_url_enqueueing_names_the_three_forms() -> None:
+    with pytest.raises(NotConfigured, match=r"amqp://.*sqlite:///outbox.db.*memory://"):
+        EventCollector().enqueue_event(1, "x")
+    with pytest.raises(UsageError), auto_publishing():
+        enqueue_event(1, "x")
+
+
+def test_without_events_nothing_needs_a_url() -> None:
+    with auto_publishing():
+        pass
+    assert publish().ok
+    assert asyncio.run(publish_async()).ok
+    assert clear_events() == ()
+
+
+def test_the_url_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTBOX_URL", "memory://")
+    monkeypatch.setenv("OUTBOX_EXCHANGE", "from-environment")
+    with auto_publishing():
+        assert enqueue_event(1, "x").exchange == "from-environment"
+
+
+def test_autoflush_publishes_each_event_at_once(publisher: Publisher) -> None:
+    with auto_publishing(autoflush=True):
+        enqueue_event(1, "x")
+        assert published(publisher) == [1]
+        enqueue_event(2, "x")
+        assert published(publisher) == [1, 2]
+
+
+# ------------------------------------------------------------------------------ processes
+
+
+def test_a_forked_child_has_no_events_of_its_parent(publisher: Publisher) -> None:
+    reader, writer = os.pipe()
+    with auto_publishing() as block:
+        enqueue_event("parent", "x")
+        pid = os.fork()
+        if pid == 0:
+            try:
+                current = EventCollector.current()
+                told = f"{current is not block} {len(current)}"
+                try:
+                    block.enqueue_event(1, "x")
+                except UsageError as error:
+                    told += f" {error}"
+                os.write(writer, told.encode())
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+    os.close(writer)
+    told = os.read(reader, 1000).decode()
+    os.close(reader)
+    assert told.startswith("True 0 this collector belongs to the process")
+    assert published(publisher) == ["parent"]
+
+
+def _in_child(queue: multiprocessing.Queue[int]) -> None:
+    with auto_publishing() as block:
+        enqueue_event("child", "x")
+    assert block.report is not None
+    queue.put(len(block.report.published))
+
+
+def test_a_forked_child_publishes_its_own(publisher: Publisher) -> None:
+    context = multiprocessing.get_context("fork")
+    queue: multiprocessing.Queue[int] = context.Queue()
+    with auto_publishing():
+        enqueue_event("parent", "x")
+        child = context.Process(target=_in_child, args=(queue,))
+        child.start()
+        assert queue.get(timeout=20) == 1
+        child.join(20)
+    queue.close()
+    queue.join_thread()
+    assert child.exitcode == 0
+    assert published(publisher) == ["parent"]
+
+
+# ------------------------------------------------------------------------------ contexts
+
+
+def test_a_block_left_in_another_context_publishes_all_the_same(publisher: Publisher) -> None:
+    block = auto_publishing()
+    context = contextvars.copy_context()
+    context.run(block.__enter__)
+    context.run(enqueue_event, 1, "x")
+    block.__exit__(None, None, None)
+    assert published(publisher) == [1]
+
+    def after() -> None:
+        with auto_publishing() as another:  # the closed one is no unit to join
+            enqueue_event(2, "x")
+        assert not another.joined
+
+    context.run(after)
+    assert published(publisher) == [1, 2]
+
+
+def test_a_generator_may_enter_a_block_and_be_closed_elsewhere(publisher: Publisher) -> None:
+    def dependency() -> Iterator[AutoPublishingEventCollector]:
+        with auto_publishing() as block:
+            yield block
+
+    found = dependency()
+    block = contextvars.copy_context().run(next, found)
+    block.enqueue_event(1, "x")
+    with pytest.raises(StopIteration):
+        contextvars.copy_context().run(next, found)
+    assert published(publisher) == [1]
+
+
+def test_the_recorder_sees_threads_tasks_and_explicit_publishers(
+    collected_events: CollectedEvents,
+) -> None:
+    def work() -> None:
+        with auto_publishing(publisher=Publisher("amqp://127.0.0.1:1/")):
+            enqueue_event("thread", "t")
+
+    async def task() -> None:
+        async with auto_publishing():
+            enqueue_event("task", "t")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    asyncio.run(task())
+    assert [event.payload for event in collected_events.published] == ["thread", "task"]

@@ -1,0 +1,277 @@
+"""What can be enqueued, and what is refused in the caller's line."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import decimal
+import enum
+import json
+import pickle
+import random
+import re
+import uuid
+from typing import Any
+
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outbox import Event, EventCollector, InvalidEvent, Publisher, UsageError, configure
+from outbox.ids import follow_on_id, new_id
+from outbox.serializer import JSONSerializer
+
+
+@pytest.fixture
+def collector() -> EventCollector:
+    return EventCollector(publisher=Publisher("memory://"))
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    when: datetime.date
+
+
+class Model(pydantic.BaseModel):
+    price: decimal.Decimal
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+def test_common_types_are_carried_out_of_the_box(collector: EventCollector) -> None:
+    at = datetime.datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=datetime.UTC)
+    an_id = uuid.uuid4()
+    event = collector.enqueue_event(
+        {
+            "at": at,
+            "day": at.date(),
+            "price": decimal.Decimal("1.10"),
+            "id": an_id,
+            "point": Point(1, at.date()),
+            "model": Model(price=decimal.Decimal("2.50")),
+            "colour": Colour.RED,
+            "text": "Grüße ☃",
+            "tuple": (1, None, True),
+        },
+        "x",
+    )
+    assert event.payload == {
+        "at": "2026-01-02T03:04:05.000678+00:00",
+        "day": "2026-01-02",
+        "price": "1.10",
+        "id": str(an_id),
+        "point": {"x": 1, "when": "2026-01-02"},
+        "model": {"price": "2.50"},
+        "colour": "red",
+        "text": "Grüße ☃",
+        "tuple": [1, None, True],
+    }
+
+
+circular: list[Any] = []
+circular.append(circular)
+deep: list[Any] = []
+for _ in range(100_000):
+    deep = [deep]
+
+
+@pytest.mark.parametrize(
+    ("payload", "told"),
+    [
+        (float("nan"), "cannot be carried"),
+        ({"a": [float("inf")]}, "cannot be carried"),
+        ({1: "a"}, "the key 1 is a int, not a string"),
+        ({"a": [{None: 1}]}, "the key None"),
+        ({"a": Point(1, {2: 3})}, "the key 2"),  # type: ignore[arg-type]
+        ({"a": {1, 2}}, "a set cannot be carried"),
+        (b"bytes", "a bytes cannot be carried"),
+        (object(), "a object cannot be carried"),
+        ("\ud800", "cannot be carried"),
+        (circular, "cannot be carried"),
+        (deep, "nested too deeply"),
+        ("x" * 2_000, "more than max_body_bytes"),
+    ],
+)
+def test_a_payload_that_cannot_be_carried_is_refused(payload: Any, told: str) -> None:
+    collector = EventCollector(publisher=Publisher("memory://", max_body_bytes=1_000))
+    with pytest.raises(InvalidEvent, match=re.escape(told)):
+        collector.enqueue_event(payload, "x")
+    assert collector.events == ()
+
+
+@pytest.mark.parametrize("target", ["", "é" * 128, "x" * 256, None, 5, b"x", "\ud800"], ids=repr)
+def test_a_target_is_a_string_of_1_to_255_bytes(collector: EventCollector, target: Any) -> None:
+    with pytest.raises(InvalidEvent, match="target"):
+        collector.enqueue_event({}, target)
+    assert collector.enqueue_event({}, "é" * 127).target == "é" * 127
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"headers": {"CC": ["q2"]}}, "'CC' is not the application's"),
+        ({"headers": {"BCC": ["q2"]}}, "'BCC'"),
+        ({"headers": {"x-death": []}}, "'x-death'"),
+        ({"headers": {"x-first-death-queue": "q"}}, "x-first-death-queue"),
+        ({"headers": {"x-delay": 1}}, "x-delay"),
+        ({"headers": {"outbox-key": "k"}}, "outbox-key"),
+        ({"headers": {"Outbox-Anything": "k"}}, "Outbox-Anything"),
+        ({"headers": {1: "a"}}, "header name is a int"),
+        ({"headers": {"n" * 256: "a"}}, "header name has 256 bytes"),
+        ({"headers": {"a": 1 << 63}}, "headers['a'] does not fit into 64 bits"),
+        ({"headers": {"a": [object()]}}, "headers['a'][0] is a object"),
+        ({"headers": {"a": {"b": {2: 1}}}}, "headers['a']['b']"),
+        ({"headers": {"a": "x" * 131_072}}, "the headers take"),
+        ({"headers": ["a"]}, "headers are a list"),
+        ({"key": "k" * 256}, "key has 256 bytes"),
+        ({"key": 7}, "key is a int"),
+        ({"id": ""}, "id is empty"),
+        ({"id": "i" * 256}, "id has 256 bytes"),
+        ({"exchange": "e" * 256}, "exchange has 256 bytes"),
+        ({"priority": 256}, "priority 256"),
+        ({"priority": -1}, "priority -1"),
+        ({"priority": True}, "priority True"),
+        ({"priority": 1.0}, "priority 1.0"),
+        ({"unroutable": "drop"}, "none of park, fail, ignore"),
+        ({"delay": -1}, "delay=-1"),
+        ({"delay": "5"}, "delay='5'"),
+        ({"delay": True}, "delay=True"),
+        ({"delay": float("nan")}, "delay=nan"),
+        ({"delay": 1e300}, "delay=1e+300"),
+        ({"deliver_at": datetime.datetime(2030, 1, 1)}, "time zone"),
+        ({"deliver_at": datetime.datetime.now(datetime.UTC), "delay": 1}, "not both"),
+    ],
+)
+def test_an_option_that_cannot_be_kept_is_refused(
+    collector: EventCollector, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InvalidEvent, match=re.escape(told)):
+        collector.enqueue_event({}, "x", **options)
+    assert collector.events == ()
+
+
+def test_rabbitmq_events_cannot_be_delayed_in_this_version() -> None:
+    collector = EventCollector(publisher=Publisher("amqp://127.0.0.1:1/"))
+    with pytest.raises(InvalidEvent, match="cannot do over RabbitMQ"):
+        collector.enqueue_event({}, "x", delay=1)
+
+
+def test_headers_are_copied_in_types_that_every_transport_writes_alike(
+    collector: EventCollector,
+) -> None:
+    an_id = uuid.uuid4()
+    nested = {"n": [1, 2]}
+    event = collector.enqueue_event(
+        {},
+        "x",
+        headers={
+            "id": an_id,
+            "price": decimal.Decimal("1.10"),
+            "day": datetime.date(2026, 1, 2),
+            "ratio": 0.5,
+            "raw": bytearray(b"\x00"),
+            "nested": nested,
+            "colour": Colour.RED,
+        },
+    )
+    nested["n"].append(3)
+    assert event.headers == {
+        "id": str(an_id),
+        "price": "1.10",
+        "day": "2026-01-02",
+        "ratio": "0.5",
+        "raw": b"\x00",
+        "nested": {"n": [1, 2]},
+        "colour": "red",
+    }
+
+
+def test_a_payload_that_changes_later_changes_nothing(collector: EventCollector) -> None:
+    payload = {"items": [1]}
+    event = collector.enqueue_event(payload, "x")
+    payload["items"].append(2)
+    assert event.payload == {"items": [1]}
+
+
+def test_delay_and_deliver_at_become_one_instant(collector: EventCollector) -> None:
+    event = collector.enqueue_event({}, "x", delay=90)
+    assert event.deliver_at == event.occurred_at + datetime.timedelta(seconds=90)
+    zone = datetime.timezone(datetime.timedelta(hours=2))
+    at = datetime.datetime(2030, 1, 1, 2, tzinfo=zone)
+    assert collector.enqueue_event({}, "x", deliver_at=at).deliver_at == at
+    assert collector.enqueue_event({}, "x", delay=0).deliver_at is None
+
+
+def test_an_event_is_immutable_hashable_and_survives_pickling(collector: EventCollector) -> None:
+    event = collector.enqueue_event({"secret": "s3cret"}, "x", headers={"a": [1]}, key="k")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        event.id = "other"  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(event)) == event
+    assert {event: 1}[event] == 1
+    assert "s3cret" not in repr(event)
+    assert not hasattr(event, "__dict__")
+
+
+class Upper:
+    content_type = "text/x-upper"
+
+    def encode(self, payload: Any) -> bytes:
+        return str(payload).upper().encode()
+
+    def decode(self, body: bytes) -> Any:
+        return body.decode().lower()
+
+
+def test_a_serializer_of_ones_own_is_used_and_decodes() -> None:
+    publisher = configure("memory://", serializer=Upper())
+    event = EventCollector(publisher=publisher).enqueue_event("hello", "x")
+    assert (event.body, event.content_type, event.payload) == (b"HELLO", "text/x-upper", "hello")
+
+
+def test_a_content_type_that_nobody_knows_is_told() -> None:
+    event = Event(id="1", target="x", exchange="", body=b"", content_type="application/x-other")
+    with pytest.raises(UsageError, match="application/x-other"):
+        _ = event.payload
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=("Cs",))),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.text(st.characters(exclude_categories=("Cs",))), inner)
+    ),
+    max_leaves=20,
+)
+
+
+@given(json_values)
+def test_whatever_json_can_say_comes_back_as_it_was(value: Any) -> None:
+    serializer = JSONSerializer()
+    assert serializer.decode(serializer.encode(value)) == value
+    assert json.loads(serializer.encode(value)) == value
+
+
+def test_ids_are_uuid7_unique_and_ascending() -> None:
+    random.seed(1)
+    first = new_id()
+    random.seed(1)
+    ids = [first, *(new_id() for _ in range(10_000))]
+    assert ids == sorted(set(ids))
+    for one in (ids[0], ids[-1]):
+        parsed = uuid.UUID(one)
+        assert (str(parsed), parsed.version, parsed.variant) == (one, 7, uuid.RFC_4122)
+    milliseconds = int(ids[0].replace("-", "")[:12], 16)
+    assert abs(milliseconds - datetime.datetime.now(datetime.UTC).timestamp() * 1000) < 10_000
+
+
+def test_follow_on_ids_depend_on_every_part_and_on_its_limits() -> None:
+    assert follow_on_id("a", "bc") == follow_on_id("a", "bc")
+    assert len({follow_on_id("a", "bc"), follow_on_id("ab", "c"), follow_on_id("abc")}) == 3
+    assert uuid.UUID(follow_on_id("a")).version == 5

@@ -28,6 +28,11 @@ class Message:
         return json.loads(self.body)
 
 
+def properties_of(**named: Any) -> Any:
+    """Return AMQP properties with these names."""
+    return pika.BasicProperties(**named)  # type: ignore[no-untyped-call]
+
+
 class Inspector:
     """A blocking connection of its own, reopened when the broker was away."""
 
@@ -111,7 +116,7 @@ class Inspector:
         """Publish as some other client would."""
         self._retry(
             lambda: self.channel.basic_publish(
-                exchange, queue, body, properties or pika.BasicProperties(delivery_mode=2)
+                exchange, queue, body, properties or properties_of(delivery_mode=2)
             )
         )
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pika
 import pytest
 
 from outbox import (
@@ -32,7 +31,7 @@ from outbox.consumers import (
     consumer,
 )
 from outbox.testing.broker import PrivateBroker
-from tests.amqp import Inspector
+from tests.amqp import Inspector, properties_of
 
 
 @contextlib.contextmanager
@@ -245,7 +244,7 @@ def test_an_undecodable_message_goes_to_the_dead_letters_as_it_came(
 ) -> None:
     seen = Seen()
     with running(publisher, inspector, seen, name):
-        sent = pika.BasicProperties(message_id="m-1", headers={"mine": 1}, **properties)
+        sent = properties_of(message_id="m-1", headers={"mine": 1}, **properties)
         inspector.publish(name, body, properties=sent)
         letter = inspector.get(f"{name}.dead")
         send(publisher, name, "good")
@@ -262,7 +261,7 @@ def test_messages_of_other_clients_are_consumed_whatever_they_leave_out(
     seen = Seen()
     with running(publisher, inspector, seen, name):
         inspector.publish(name, b'{"a": 1}')
-        odd = pika.BasicProperties(
+        odd = properties_of(
             headers={"outbox-key": 5, "outbox-attempt": "x", "outbox-occurred-at-us": 1 << 62},
             timestamp=1 << 40,
         )

@@ -1,0 +1,180 @@
+"""The layers, the public names, and the errors."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pickle
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import outbox
+import outbox.consumers
+import outbox.testing
+from outbox import errors
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("consumers", "middleware", "testing")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package and its file, the links resolved to the folders."""
+    found = {}
+    for folder in ("outbox", *PARTS):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            inside = path.relative_to(ROOT).with_suffix("").parts
+            if inside[0] == "outbox" and len(inside) > 1 and inside[1] in PARTS:
+                continue  # seen through a link
+            name = ".".join(inside if inside[0] == "outbox" else ("outbox", *inside))
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path, *, at_import: bool = False) -> Iterator[str]:
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_import else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else node.module
+
+
+def part_of(module: str) -> str:
+    second = module.split(".")[1] if "." in module else ""
+    return second if second in PARTS else "core"
+
+
+ALLOWED = {
+    "core": {"core"},
+    "middleware": {"core", "middleware"},
+    "consumers": {"core", "consumers"},
+    "testing": {"core", "consumers", "testing"},
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_its_layer_may(module: str) -> None:
+    for name in imports(MODULES[module]):
+        if name.split(".")[0] == "outbox":
+            assert part_of(name) in ALLOWED[part_of(module)], f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_driver_is_imported_in_its_own_transport_alone(module: str) -> None:
+    homes = {"pika": "outbox.transports.rabbitmq", "starlette": "outbox.middleware.asgi"}
+    for name in imports(MODULES[module]):
+        home = homes.get(name.split(".")[0])
+        assert home is None or module.startswith(home), f"{module} imports {name}"
+
+
+def test_there_is_no_import_cycle() -> None:
+    graph = {
+        module: {name for name in imports(path, at_import=True) if name in MODULES}
+        for module, path in MODULES.items()
+    }
+    # Importing a package's names from within the package is what its own modules must not do.
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for name in graph[module]:
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_no_module_of_the_core_imports_the_whole_package() -> None:
+    for module, path in MODULES.items():
+        if part_of(module) == "core":
+            assert "outbox" not in set(imports(path)) or module == "outbox", module
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_says_what_it_is_for(module: str) -> None:
+    assert ast.get_docstring(ast.parse(MODULES[module].read_text())), module
+
+
+@pytest.mark.parametrize(
+    "package", [outbox, outbox.consumers, outbox.testing], ids=lambda one: one.__name__
+)
+def test_what_is_exported_exists_and_is_described(package: object) -> None:
+    names = package.__all__  # type: ignore[attr-defined]
+    assert len(names) == len(set(names))
+    for name in names:
+        value = getattr(package, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__doc__, name
+
+
+def test_the_names_that_others_rely_on_are_there() -> None:
+    assert {
+        "Event",
+        "EventCollector",
+        "AutoPublishingEventCollector",
+        "auto_publishing",
+        "enqueue_event",
+        "publish",
+        "publish_async",
+        "clear_events",
+        "configure",
+        "Publisher",
+        "PublishReport",
+        "OutboxError",
+        "UsageError",
+        "BrokerError",
+        "InvalidEvent",
+        "CollectorFull",
+        "CollectorClosed",
+        "NotConfigured",
+        "MissingExtra",
+        "UnpublishedEvents",
+        "ConnectFailed",
+        "ConnectionLost",
+        "Blocked",
+        "PublishTimeout",
+        "PublishFailed",
+    } <= set(outbox.__all__)
+
+
+def test_every_module_can_be_imported() -> None:
+    for _, name, _ in pkgutil.walk_packages(outbox.__path__, "outbox."):
+        importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_every_error_is_exported_has_one_branch_and_survives_pickling(name: str) -> None:
+    kind = getattr(outbox, name)
+    assert issubclass(kind, outbox.OutboxError)
+    if kind is not outbox.OutboxError:
+        assert issubclass(kind, outbox.UsageError) != issubclass(kind, outbox.BrokerError)
+    if kind is outbox.PublishFailed:
+        error: Exception = kind(outbox.PublishReport())
+    elif kind is outbox.UnpublishedEvents:
+        error = kind(("1", "2"))
+    else:
+        error = kind("what happened")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.args) == (kind, str(error), error.args)
+    assert name in (errors.__doc__ or "")
+
+
+def test_a_report_that_is_not_ok_raises_when_asked_to() -> None:
+    event = outbox.Event(id="1", target="x", exchange="", body=b"{}")
+    fine = outbox.PublishReport(published=(event,))
+    assert fine.raise_for_failure() is fine
+    report = outbox.PublishReport(kept=(event,), error=outbox.ConnectionLost("gone"))
+    with pytest.raises(outbox.PublishFailed, match="1 kept: gone") as caught:
+        report.raise_for_failure()
+    assert caught.value.report is report

@@ -1,0 +1,258 @@
+"""The backlog's rules, without a broker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from outbox import ConnectFailed, ConnectionLost, Event, Nacked, PublishReport, PublishTimeout
+from outbox.backlog import Backlog, News
+from outbox.chunk import Chunk, Entry, Fate
+
+LOST = ConnectionLost("lost")
+
+
+def chunk_of(*ids: str, keep: bool = True) -> Chunk:
+    return Chunk([Event(id=one, target="x", exchange="", body=b"12345") for one in ids], keep=keep)
+
+
+def ids(entries: Sequence[Entry] | Sequence[Event]) -> str:
+    return "".join(one.event.id if isinstance(one, Entry) else one.id for one in entries)
+
+
+def report_of(news: News) -> PublishReport:
+    [(_, report)] = news.reports
+    return report
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_chunk_is_reported_when_its_last_event_has_a_fate() -> None:
+    backlog = Backlog()
+    assert backlog.add(chunk_of("a", "b", "c", "d")).reports == []
+    a, b, c, d = backlog.take(10, 10)
+    assert backlog.settle([c], Fate.PUBLISHED).reports == []
+    assert backlog.settle([a], Fate.REJECTED, "no").reports == []
+    assert backlog.settle([d], Fate.IGNORED).reports == []
+    report = report_of(backlog.settle([b], Fate.PUBLISHED))
+    assert ids(report.published) == "bc"
+    assert ids(report.ignored) == "d"
+    assert [(one.event.id, one.reason) for one in report.rejected] == [("a", "no")]
+    assert backlog.wait_empty(0)
+
+
+def test_a_lost_link_puts_what_was_in_flight_ahead_of_all_that_is_newer() -> None:
+    backlog = Backlog()
+    backlog.add(chunk_of("a", "b", "c"))
+    backlog.add(chunk_of("d"))
+    flying = backlog.take(2, 10)
+    news = backlog.down(flying, LOST)
+    assert [ids(report.kept) for _, report in news.reports] == ["abc", "d"]
+    assert news.reports[0][1].error is LOST
+    assert ids(tuple(news.kept)) == "abcd"
+    later = backlog.add(chunk_of("e"))
+    assert ids(report_of(later).kept) == "e"
+    assert ids(backlog.kept) == "abcde"
+    backlog.up()
+    assert ids(backlog.take(10, 10)) == "abcde"
+
+
+def test_what_is_not_to_be_kept_is_withdrawn_and_never_sent() -> None:
+    backlog = Backlog()
+    backlog.add(chunk_of("a", "b", keep=False))
+    backlog.add(chunk_of("c"))
+    flying = backlog.take(1, 10)
+    news = backlog.down(flying, LOST)
+    withdrawn = news.reports[0][1]
+    assert [one.event.id for one in withdrawn.rejected] == ["a", "b"]
+    assert withdrawn.kept == ()
+    refused = report_of(backlog.add(chunk_of("d", keep=False)))
+    assert [one.event.id for one in refused.rejected] == ["d"]
+    backlog.up()
+    assert ids(backlog.take(10, 10)) == "c"
+
+
+def test_a_refused_event_waits_apart_and_its_siblings_are_reported_without_it() -> None:
+    backlog = Backlog()
+    backlog.add(chunk_of("a", "b"))
+    a, b = backlog.take(10, 10)
+    assert backlog.refused([a], Nacked("full")).reports == []
+    report = report_of(backlog.settle([b], Fate.PUBLISHED))
+    assert (ids(report.published), ids(report.kept)) == ("b", "a")
+    assert isinstance(report.error, Nacked)
+    assert ids(backlog.take(10, 10)) == ""
+    backlog.requeue([a])
+    assert ids(backlog.take(10, 10)) == "a"
+    assert backlog.settle([a], Fate.PUBLISHED).reports == []
+    assert backlog.kept_size == (0, 0)
+
+
+def test_when_a_callers_time_is_up_without_any_confirm_later_callers_do_not_wait() -> None:
+    clock = Clock()
+    backlog = Backlog(clock=clock)
+    slow = chunk_of("a")
+    backlog.add(slow)
+    flying = backlog.take(10, 10)
+    clock.now += 5
+    report = report_of(backlog.release(slow))
+    assert ids(report.kept) == "a"
+    assert isinstance(report.error, PublishTimeout)
+    assert backlog.release(slow).reports == []
+    assert ids(report_of(backlog.add(chunk_of("b"))).kept) == "b"
+    clock.now += 1
+    backlog.confirmed()
+    backlog.settle(flying, Fate.PUBLISHED)
+    assert backlog.add(chunk_of("c")).reports == []
+
+
+def test_a_caller_whose_time_is_up_while_others_get_confirms_opens_no_circuit() -> None:
+    clock = Clock()
+    backlog = Backlog(clock=clock)
+    slow = chunk_of("a")
+    backlog.add(slow)
+    clock.now += 1
+    backlog.confirmed()
+    backlog.release(slow)
+    assert not backlog.circuit_open
+
+
+def test_an_empty_chunk_is_reported_at_once() -> None:
+    assert report_of(Backlog().add(chunk_of())).ok
+
+
+def test_take_is_bounded_by_bytes_but_takes_at_least_one() -> None:
+    backlog = Backlog()
+    chunk = Chunk(
+        [Event(id=one, target="x", exchange="", body=b"") for one in "abc"],
+        frames=[b"x" * 10, b"x" * 10, b"x" * 100],
+    )
+    backlog.add(chunk)
+    assert ids(backlog.take(10, 25)) == "ab"
+    assert ids(backlog.take(10, 25)) == "c"
+
+
+def test_handing_over_reports_those_who_wait_and_gives_what_is_kept() -> None:
+    backlog = Backlog()
+    backlog.add(chunk_of("a", "b"))
+    backlog.add(chunk_of("c", keep=False))
+    flying = backlog.take(1, 10)
+    left, news = backlog.hand_over(ConnectFailed("closed"))
+    assert ids(left) == "ab"
+    assert [ids(report.kept) for _, report in news.reports] == ["ab", ""]
+    assert backlog.settle(flying, Fate.PUBLISHED).reports == []
+    assert backlog.wait_empty(0)
+    assert backlog.kept == ()
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Whatever happens in whatever order, every event has one fate and every chunk one report."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backlog = Backlog()
+        self.chunks: list[Chunk] = []
+        self.flying: list[Entry] = []
+        self.apart: list[Entry] = []
+        self.all: list[Entry] = []
+        self.reports: dict[Chunk, PublishReport] = {}
+        self.open = False
+
+    def spread(self, news: News) -> None:
+        for chunk, report in news.reports:
+            assert chunk not in self.reports
+            self.reports[chunk] = report
+
+    @rule(count=st.integers(0, 4), keep=st.booleans())
+    def add(self, count: int, keep: bool) -> None:
+        chunk = chunk_of(*(f"{len(self.all) + n}" for n in range(count)), keep=keep)
+        self.chunks.append(chunk)
+        self.all += chunk.entries
+        self.spread(self.backlog.add(chunk))
+
+    @rule(count=st.integers(1, 5))
+    def take(self, count: int) -> None:
+        if not self.open:
+            self.flying += self.backlog.take(count, 1 << 20)
+
+    @precondition(lambda self: self.flying)
+    @rule(data=st.data(), fate=st.sampled_from([Fate.PUBLISHED, Fate.REJECTED, Fate.IGNORED]))
+    def settle(self, data: st.DataObject, fate: Fate) -> None:
+        entry = data.draw(st.sampled_from(self.flying))
+        self.flying.remove(entry)
+        self.backlog.confirmed()
+        self.spread(self.backlog.settle([entry], fate))
+
+    @precondition(lambda self: self.flying)
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        entry = data.draw(st.sampled_from(self.flying))
+        self.flying.remove(entry)
+        self.spread(self.backlog.refused([entry], Nacked("full")))
+        if entry.fate is None:
+            self.apart.append(entry)
+
+    @precondition(lambda self: self.apart)
+    @rule()
+    def retry(self) -> None:
+        self.backlog.requeue([self.apart.pop()])
+
+    @rule()
+    def lose(self) -> None:
+        self.spread(self.backlog.down(self.flying, LOST))
+        self.flying = []
+        self.open = True
+
+    @rule()
+    def connect(self) -> None:
+        self.backlog.up()
+        self.open = False
+
+    @precondition(lambda self: self.chunks)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.spread(self.backlog.release(data.draw(st.sampled_from(self.chunks))))
+
+    @invariant()
+    def kept_is_what_was_reported_and_has_no_fate(self) -> None:
+        kept = {one.event.id for one in self.all if one.kept}
+        assert {event.id for event in self.backlog.kept} == kept
+        assert self.backlog.kept_size == (len(kept), 5 * len(kept))
+        assert all(one.fate is None for one in self.all if one.kept)
+
+    @invariant()
+    def whoever_is_settled_is_reported(self) -> None:
+        for entry in self.all:
+            if entry.chunk not in self.reports:
+                assert not (self.open and entry.fate is None and not entry.kept)
+
+    def teardown(self) -> None:
+        self.connect()
+        while self.apart:
+            self.retry()
+        while entries := [*self.flying, *self.backlog.take(100, 1 << 20)]:
+            self.flying = []
+            self.spread(self.backlog.settle(entries, Fate.PUBLISHED))
+        assert all(entry.fate is not None for entry in self.all)
+        assert set(self.reports) == set(self.chunks)
+        assert self.backlog.wait_empty(0)
+        assert self.backlog.kept_size == (0, 0)
+
+
+TestAnyOrder = AnyOrder.TestCase
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_reported_chunk_no_longer_holds_its_entries(keep: bool) -> None:
+    chunk = chunk_of("a", keep=keep)
+    backlog = Backlog()
+    backlog.add(chunk)
+    backlog.down((), LOST)
+    assert chunk.entries == []

@@ -1,0 +1,178 @@
+"""Confirms, acks and frames, without a broker."""
+
+from __future__ import annotations
+
+import random
+import struct
+from typing import Any
+
+import pika
+import pika.frame
+import pika.spec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outbox import Event
+from outbox.chunk import Chunk, Entry
+from outbox.transports.rabbitmq.acks import Acks
+from outbox.transports.rabbitmq.confirms import Confirms
+from outbox.transports.rabbitmq.framing import PUBLISH_CHANNEL, Encoder, properties
+from outbox.transports.rabbitmq.link import backoff
+
+
+def entries_of(*ids: str, target: str = "x") -> list[Entry]:
+    return Chunk([Event(id=one, target=target, exchange="e", body=b"") for one in ids]).entries
+
+
+def names(entries: list[Entry]) -> str:
+    return "".join(entry.event.id for entry in entries)
+
+
+def test_confirms_come_in_any_order_and_in_groups() -> None:
+    confirms = Confirms()
+    confirms.sent(entries_of(*"abcdef"))
+    assert names(confirms.confirmed(3, False)[0]) == "c"
+    assert names(confirms.confirmed(4, True)[0]) == "abd"
+    assert confirms.confirmed(2, False) == ([], [])
+    assert names(confirms.confirmed(6, True)[0]) == "ef"
+    assert len(confirms) == 0
+    confirms.sent(entries_of("g"))
+    assert names(confirms.confirmed(0, True)[0]) == "g"
+
+
+def test_an_event_that_came_back_is_told_apart_when_its_confirm_arrives() -> None:
+    confirms = Confirms()
+    confirms.sent(entries_of("a", "b"))
+    confirms.sent(entries_of("a", target="y"))
+    assert confirms.returned("a", "e", "y", "312")
+    assert not confirms.returned("a", "e", "y", "312")
+    assert not confirms.returned("z", "e", "x", "312")
+    confirms.sent(entries_of("c"))
+    assert confirms.returned("c", "e", "x", "312")
+    entries, unroutable = confirms.confirmed(4, True)
+    assert names(entries) == "ab"
+    assert [(entry.event.target, reason) for entry, reason in unroutable] == [
+        ("y", "312"),
+        ("x", "312"),
+    ]
+
+
+def test_of_two_alike_the_first_that_has_not_come_back_is_meant() -> None:
+    confirms = Confirms()
+    first, second = entries_of("a", "a")
+    confirms.sent([first, second])
+    assert confirms.returned("a", "e", "x", "one")
+    assert confirms.returned("a", "e", "x", "two")
+    assert confirms.confirmed(0, True) == ([], [(first, "one"), (second, "two")])
+
+
+@given(st.integers(1, 60), st.randoms(use_true_random=False))
+def test_every_sent_entry_is_confirmed_exactly_once(count: int, random: random.Random) -> None:
+    confirms = Confirms()
+    confirms.sent(entries_of(*map(str, range(count))))
+    seen = []
+    while len(confirms):
+        entries, _ = confirms.confirmed(random.randint(1, count), random.random() < 0.3)
+        seen += [entry.event.id for entry in entries]
+    assert sorted(seen, key=int) == [str(n) for n in range(count)]
+
+
+def test_clearing_gives_back_in_the_order_of_sending() -> None:
+    confirms = Confirms()
+    confirms.sent(entries_of(*"abcd"))
+    confirms.confirmed(2, False)
+    assert names(confirms.clear()) == "acd"
+    assert len(confirms) == 0
+    confirms.sent(entries_of("z"))
+    assert names(confirms.confirmed(1, False)[0]) == "z"
+
+
+@given(st.integers(1, 60), st.randoms(use_true_random=False))
+def test_acks_speak_for_every_delivery_once_and_never_for_one_still_worked_on(
+    count: int, random: random.Random
+) -> None:
+    acks = Acks()
+    waiting = set(range(1, count + 1))  # what the broker still waits for
+    working = set(waiting)
+    while working:
+        done = random.sample(sorted(working), random.randint(1, len(working)))
+        working -= set(done)
+        if random.random() < 0.2:
+            assert acks.settle(done[0])
+            waiting.remove(done.pop(0))
+        for tag, multiple in acks.done([*done, *done]):
+            assert tag in waiting  # or the broker closes the channel
+            spoken_for = {one for one in waiting if one <= tag} if multiple else {tag}
+            assert not spoken_for & working
+            waiting -= spoken_for
+    assert not waiting
+
+
+def decoded(data: bytes) -> list[Any]:
+    frames = []
+    while data:
+        size, frame = pika.frame.decode_frame(data)
+        assert frame is not None
+        frames.append(frame)
+        data = data[size:]
+    return frames
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Event(id="1", target="a.b", exchange="e", body=b"{}"),
+        Event(id="é" * 100, target="é" * 127, exchange="", body=b"x" * 300_000),
+        Event(id="1", target="t", exchange="e", body=b"", priority=0),
+        Event(
+            id="1",
+            target="t",
+            exchange="e",
+            body=b"{}",
+            key="k",
+            priority=255,
+            headers={"a": [1, -1, 1 << 40, None, True, "é", b"\xff", {"b": {}}], "e": []},
+        ),
+    ],
+    ids=["plain", "long", "empty", "all"],
+)
+@pytest.mark.parametrize("app_id", ["", "shop"])
+def test_frames_say_what_pikas_own_encoder_says(event: Event, app_id: str) -> None:
+    method, header, *bodies = decoded(Encoder(app_id).encode(event))
+    assert isinstance(method.method, pika.spec.Basic.Publish)
+    assert (method.method.exchange, method.method.routing_key) == (event.exchange, event.target)
+    assert method.method.mandatory
+    assert header.body_size == len(event.body)
+    assert header.properties == properties(event, app_id)
+    assert b"".join(body.fragment for body in bodies) == event.body
+    assert all(frame.channel_number == PUBLISH_CHANNEL for frame in [method, header, *bodies])
+    by_pika = pika.frame.Header(PUBLISH_CHANNEL, len(event.body), properties(event, app_id))
+    if not event.headers:
+        assert by_pika.marshal() in Encoder(app_id).encode(event)
+
+
+def test_a_smaller_frame_size_of_the_broker_is_kept() -> None:
+    encoder = Encoder(frame_max=4096)
+    event = Event(id="1", target="t", exchange="e", body=b"x" * 10_000)
+    data = encoder.encode(event)
+    sizes = []
+    while data:
+        [size] = struct.unpack(">I", data[3:7])
+        sizes.append(size + 8)
+        data = data[size + 8 :]
+    assert max(sizes) == 4096
+
+
+def test_templates_for_targets_made_of_user_data_do_not_pile_up() -> None:
+    encoder = Encoder()
+    for n in range(5000):
+        encoder.encode(Event(id="1", target=f"user.{n}", exchange="e", body=b""))
+    assert len(encoder._templates) <= 1024
+
+
+def test_the_back_off_doubles_from_half_a_second_to_thirty_with_jitter() -> None:
+    for attempt, most in enumerate([0.5, 1, 2, 4, 8, 16, 30, 30]):
+        delays = [backoff(attempt) for _ in range(200)]
+        assert most / 2 <= min(delays) < max(delays) <= most
+    assert backoff(10_000) <= 30

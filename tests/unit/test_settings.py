@@ -1,0 +1,155 @@
+"""URLs and settings: what is understood, and what is told of what is not."""
+
+from __future__ import annotations
+
+from typing import Any, get_type_hints
+
+import pytest
+
+from outbox import NotConfigured, Publisher, UsageError, configure
+from outbox.settings import SettingOverrides, Settings
+from outbox.transports.rabbitmq.parameters import connection_parameters
+from outbox.url import BrokerURL
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "user", "password", "vhost"),
+    [
+        ("amqp://h", (("h", 5672),), "guest", "guest", "/"),
+        ("amqp://h/", (("h", 5672),), "guest", "guest", "/"),
+        ("amqp://h/%2F", (("h", 5672),), "guest", "guest", "/"),
+        ("amqps://h/v", (("h", 5671),), "guest", "guest", "v"),
+        ("AMQP://u:p@h:1/v%2Fw", (("h", 1),), "u", "p", "v/w"),
+        (
+            "amqp://u%40x:p%2F%3A%40%25@a,b:2,[::1]:3/v",
+            (("a", 5672), ("b", 2), ("::1", 3)),
+            "u@x",
+            "p/:@%",
+            "v",
+        ),
+        ("amqp://u@h", (("h", 5672),), "u", "guest", "/"),
+        ("amqp://u:p@x@h", (("h", 5672),), "u", "p@x", "/"),
+    ],
+)
+def test_amqp_urls_are_taken_apart(
+    url: str, hosts: tuple[tuple[str, int], ...], user: str, password: str, vhost: str
+) -> None:
+    parsed = BrokerURL.parse(url)
+    assert (parsed.hosts, parsed.user, parsed.password, parsed.vhost) == (
+        hosts,
+        user,
+        password,
+        vhost,
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "amqp://user:hunter2/secret@host/vhost",
+        "amqp://user:hunter2#@host",
+        "amqp://user:hunter2@host:port",
+        "amqp://user:hunter2@host:99999",
+        "amqp://user:hunter2@",
+        "amqp://user:hunter2@h1,,h2",
+        "amqp://user:hunter2:x@host",
+        "amqp://user:hunter2@[::1",
+        "amqp://user:hunter2?x@host",
+        "amqp://user:hunter2",
+        "http://user:hunter2@host",
+        "hunter2",
+        "",
+    ],
+)
+def test_a_wrong_url_is_told_without_any_part_of_the_password(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Publisher(url)
+    assert "hunter2" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_url_is_shown_without_its_password() -> None:
+    parsed = BrokerURL.parse("amqp://user:hunter2@h:1,[::1]:2/a%2Fb")
+    assert str(parsed) == "amqp://user:***@h:1,[::1]:2/a%2Fb"
+    assert "hunter2" not in repr(parsed)
+    assert "hunter2" not in repr(Publisher("amqp://user:hunter2@h"))
+
+
+def test_certificates_and_host_names_are_verified() -> None:
+    import ssl
+
+    url = BrokerURL.parse("amqps://h/")
+    [parameters] = connection_parameters(url, Settings(), "publisher")
+    assert parameters.ssl_options is not None
+    assert parameters.ssl_options.context.verify_mode is ssl.CERT_REQUIRED
+    assert parameters.ssl_options.context.check_hostname
+    assert parameters.ssl_options.server_hostname == "h"
+    assert parameters.heartbeat == 20
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("amqps://h/?no_verify_ssl=1", "no_verify_ssl"),
+        ("amqp://h/?cafile=x", "cafile"),
+        ("amqps://h/?cafile=/nowhere", "TLS files"),
+        ("amqps://h/?x", "name=value"),
+    ],
+)
+def test_options_of_a_url_that_are_not_known_are_refused(url: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        Publisher(url)
+
+
+def test_sqlite_is_told_to_be_missing_and_no_url_names_the_three_forms() -> None:
+    with pytest.raises(UsageError, match="no sqlite"):
+        configure("sqlite:///x.db")
+    with pytest.raises(NotConfigured, match="memory://"):
+        configure()
+
+
+def test_settings_come_from_code_then_environment_then_default() -> None:
+    environ = {"OUTBOX_TIMEOUT": "2.5", "OUTBOX_MAX_KEPT": "7", "OUTBOX_UNROUTABLE": "ignore"}
+    settings = Settings.load("memory://", {"timeout": 1}, environ)
+    assert (settings.timeout, settings.max_kept, settings.unroutable) == (1, 7, "ignore")
+    assert (settings.url, settings.exchange) == ("memory://", "outbox")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("timeout", "soon", "OUTBOX_TIMEOUT is 'soon', not a number"),
+        ("max_kept", "1.5", "OUTBOX_MAX_KEPT is '1.5', not a number"),
+        ("timeout", "-1", "OUTBOX_TIMEOUT is -1.0"),
+        ("timeout", "nan", "OUTBOX_TIMEOUT"),
+        ("unroutable", "drop", "none of park, fail, ignore"),
+    ],
+)
+def test_a_wrong_environment_variable_is_named(name: str, value: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        Settings.load("memory://", {}, {f"OUTBOX_{name.upper()}": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("timeot", 1, "did you mean 'timeout'"),
+        ("url", "x", "'url' is not a setting"),
+        ("timeout", "5", "the setting 'timeout'"),
+        ("max_kept", 1.5, "the setting 'max_kept'"),
+        ("max_kept", True, "the setting 'max_kept'"),
+        ("exchange", "e" * 256, "at most 255 bytes"),
+        ("declare", "maybe", "none of create, passive, never"),
+        ("on_kept", 5, "not callable"),
+    ],
+)
+def test_a_wrong_setting_is_named(name: str, value: Any, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        Settings.load("memory://", {name: value}, {})
+
+
+def test_every_setting_can_be_given_to_configure_and_is_described() -> None:
+    settings = set(get_type_hints(Settings)) - {"url"}
+    assert set(get_type_hints(SettingOverrides)) == settings
+    for name in settings:
+        assert f"        {name}: " in (Settings.__doc__ or ""), name

@@ -1,0 +1,447 @@
+"""The ASGI middleware, with nothing but callables, with Starlette and with FastAPI."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import anyio
+import fastapi
+import pytest
+import starlette.testclient
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from outbox import (
+    AutoPublishingEventCollector,
+    CollectorClosed,
+    EventCollector,
+    Publisher,
+    auto_publishing,
+    enqueue_event,
+)
+from outbox.chunk import Chunk
+from outbox.middleware.asgi import OutboxMiddleware
+from outbox.testing import CollectedEvents
+
+HTTP = {"type": "http", "method": "GET", "path": "/", "headers": []}
+
+
+def published(collected: CollectedEvents) -> list[Any]:
+    return [event.payload for event in collected.published]
+
+
+async def nothing() -> Any:
+    return {"type": "http.request"}
+
+
+async def call(app: Any, **scope: Any) -> list[Any]:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await OutboxMiddleware(app)({**HTTP, **scope}, nothing, send)
+    return sent
+
+
+async def respond(send: Any, status: int = 200) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def get(app: Any, path: str = "/") -> Any:
+    client = starlette.testclient.TestClient(app, raise_server_exceptions=False)
+    return client.get(path)
+
+
+def test_the_events_are_published_after_the_application_has_returned(
+    collected_events: CollectedEvents,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event("endpoint", "t")
+        await respond(send)
+        assert published(collected_events) == []
+        enqueue_event("after the last byte", "t")
+
+    asyncio.run(call(app))
+    assert published(collected_events) == ["endpoint", "after the last byte"]
+
+
+@pytest.mark.parametrize("status", [400, 404, 500])
+def test_an_unsuccessful_status_drops_the_events_and_names_them(
+    collected_events: CollectedEvents, caplog: pytest.LogCaptureFixture, status: int
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(1, "t")
+        await respond(send, status)
+
+    asyncio.run(call(app))
+    assert published(collected_events) == []
+    [record] = [one for one in caplog.records if one.levelno == logging.WARNING]
+    assert collected_events.cleared[0].id in record.getMessage()
+
+
+def test_an_application_that_answers_nothing_has_not_succeeded(
+    collected_events: CollectedEvents,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(1, "t")
+
+    asyncio.run(call(app))
+    assert published(collected_events) == []
+
+
+def test_an_exception_drops_the_events_and_passes_as_the_same_object(
+    collected_events: CollectedEvents,
+) -> None:
+    raised = ExceptionGroup("several", [ValueError(1), KeyError(2)])
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(1, "t")
+        await respond(send)
+        raise raised
+
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(call(app))
+    assert caught.value is raised
+    assert published(collected_events) == []
+
+
+def test_wrapped_twice_it_publishes_once(collected_events: CollectedEvents) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(1, "t")
+        await respond(send)
+
+    asyncio.run(call(OutboxMiddleware(app)))
+    assert published(collected_events) == [1]
+
+
+def starlette_app(**options: Any) -> Starlette:
+    async def endpoint(request: Request) -> Response:
+        enqueue_event("endpoint", "t")
+        return JSONResponse({}, background=BackgroundTask(lambda: enqueue_event("task", "t")))
+
+    def sync(request: Request) -> Response:
+        enqueue_event("sync", "t")
+        with auto_publishing() as block:
+            enqueue_event("joined", "t")
+        assert block.joined
+        return JSONResponse({})
+
+    async def stream(request: Request) -> Response:
+        async def chunks() -> AsyncIterator[bytes]:
+            for n in range(3):
+                enqueue_event(n, "t")
+                yield b"x"
+
+        return StreamingResponse(chunks())
+
+    async def boom(request: Request) -> Response:
+        enqueue_event("boom", "t")
+        raise ValueError
+
+    return Starlette(
+        routes=[
+            Route("/endpoint", endpoint),
+            Route("/sync", sync),
+            Route("/stream", stream),
+            Route("/boom", boom),
+        ],
+        **options,
+    )
+
+
+class Base(BaseHTTPMiddleware):
+    async def dispatch(self, request: Request, call_next: Any) -> Response:
+        response: Response = await call_next(request)
+        return response
+
+
+@pytest.mark.parametrize("placing", ["around", "added", "base inside", "base outside"])
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/endpoint", ["endpoint", "task"]),
+        ("/sync", ["sync", "joined"]),
+        ("/stream", [0, 1, 2]),
+        ("/boom", []),
+    ],
+)
+def test_starlettes_endpoints_threads_tasks_and_streams_are_collected(
+    collected_events: CollectedEvents, placing: str, path: str, expected: list[Any]
+) -> None:
+    app = starlette_app()
+    if placing == "base inside":
+        app.add_middleware(Base)
+    if placing != "around":
+        app.add_middleware(OutboxMiddleware)
+    if placing == "base outside":
+        app.add_middleware(Base)
+    response = get(OutboxMiddleware(app) if placing == "around" else app, path)
+    assert response.status_code == (500 if path == "/boom" else 200)
+    assert published(collected_events) == expected
+
+
+def fastapi_app(commit: Any) -> fastapi.FastAPI:
+    app = fastapi.FastAPI()
+
+    async def transaction() -> AsyncIterator[None]:
+        yield
+        await commit()
+
+    async def block() -> AsyncIterator[AutoPublishingEventCollector]:
+        async with auto_publishing() as found:
+            yield found
+
+    def sync_block() -> Iterator[AutoPublishingEventCollector]:
+        with auto_publishing() as found:
+            yield found
+
+    @app.get("/transaction", dependencies=[fastapi.Depends(transaction)])
+    async def with_transaction() -> dict[str, str]:
+        enqueue_event("transaction", "t")
+        return {}
+
+    @app.get("/block", dependencies=[fastapi.Depends(block)])
+    async def with_block() -> dict[str, str]:
+        enqueue_event("block", "t")
+        return {}
+
+    @app.get("/sync-block")
+    def with_sync_block(
+        found: AutoPublishingEventCollector = fastapi.Depends(sync_block),  # noqa: B008
+    ) -> dict[str, str]:
+        found.enqueue_event("sync block", "t")
+        return {}
+
+    return app
+
+
+def test_a_commit_after_the_response_comes_before_the_publishing(
+    collected_events: CollectedEvents,
+) -> None:
+    async def commit() -> None:
+        assert published(collected_events) == []
+
+    app = OutboxMiddleware(fastapi_app(commit))
+    assert get(app, "/transaction").status_code == 200
+    assert published(collected_events) == ["transaction"]
+
+
+def test_a_commit_that_fails_after_the_response_publishes_nothing(
+    collected_events: CollectedEvents,
+) -> None:
+    async def commit() -> None:
+        raise ValueError("deferred constraint")
+
+    get(OutboxMiddleware(fastapi_app(commit)), "/transaction")
+    assert published(collected_events) == []
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("path", "payload"), [("/block", "block"), ("/sync-block", "sync block")])
+def test_a_block_can_be_a_fastapi_dependency(
+    collected_events: CollectedEvents, wrapped: bool, path: str, payload: str
+) -> None:
+    app: Any = fastapi_app(None)
+    assert get(OutboxMiddleware(app) if wrapped else app, path).status_code == 200
+    assert published(collected_events) == [payload]
+
+
+class SlowTransport:
+    """Confirms when it is told to."""
+
+    supports_delay = True
+    connected = True
+    kept = ()
+    kept_size = (0, 0)
+    on_own_thread = False
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+        self.submitted = threading.Event()
+
+    def start(self) -> None: ...
+
+    def submit(self, events: Any, *, keep: bool) -> Chunk:
+        chunk = Chunk(events, keep=keep)
+        self.chunks.append(chunk)
+        self.submitted.set()
+        return chunk
+
+    def release(self, chunk: Chunk) -> None:
+        chunk.future.set_result(chunk.report())
+
+    def drain(self, timeout: float) -> bool:
+        return True
+
+    def close(self, *, graceful: bool = True) -> tuple[Any, ...]:
+        return ()
+
+
+@pytest.fixture
+def slow() -> Publisher:
+    publisher = Publisher("memory://")
+    publisher._own = SlowTransport()
+    return publisher
+
+
+@pytest.mark.parametrize("how", ["task", "scope"])
+def test_a_cancellation_during_the_publishing_ends_the_waiting_only(
+    slow: Publisher, how: str
+) -> None:
+    transport = slow._own
+    assert isinstance(transport, SlowTransport)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(1, "t")
+        await respond(send)
+
+    async def send(message: Any) -> None: ...
+
+    middleware = OutboxMiddleware(app, publisher=slow)
+
+    async def main() -> None:
+        if how == "task":
+            task = asyncio.create_task(middleware(dict(HTTP), nothing, send))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            with anyio.move_on_after(0.05) as cancelled:
+                await middleware(dict(HTTP), nothing, send)
+            assert cancelled.cancelled_caught
+
+    asyncio.run(main())
+    [chunk] = transport.chunks
+    assert [entry.event.payload for entry in chunk.entries] == [1]
+    assert not chunk.future.cancelled()
+
+
+def test_a_task_that_outlives_its_request_is_refused(collected_events: CollectedEvents) -> None:
+    late: list[asyncio.Task[None]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def work() -> None:
+            await asyncio.sleep(0.01)
+            enqueue_event("late", "t")
+
+        late.append(asyncio.create_task(work()))
+        await respond(send)
+
+    async def main() -> None:
+        await call(app)
+        with pytest.raises(CollectorClosed):
+            await late[0]
+
+    asyncio.run(main())
+
+
+def test_a_publisher_that_fails_never_fails_the_response(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    publisher = Publisher("memory://")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(1, "t")
+        publisher.close()
+        await respond(send)
+
+    async def send(message: Any) -> None: ...
+
+    asyncio.run(OutboxMiddleware(app, publisher=publisher)(dict(HTTP), nothing, send))
+    assert "could not publish" in caplog.text
+
+
+# ------------------------------------------------------------------------------ WebSocket
+
+
+def websocket_app(collected: CollectedEvents, end: str) -> Any:
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        enqueue_event("outside", "t")
+        with contextlib.suppress(*([WebSocketDisconnect] if end == "caught" else [])):
+            while True:
+                message = await websocket.receive_text()
+                async with auto_publishing() as block:
+                    enqueue_event(message, "t")
+                assert not block.joined
+                await websocket.send_json(published(collected))
+                if end == "boom":
+                    raise ValueError
+
+    return OutboxMiddleware(Starlette(routes=[WebSocketRoute("/", endpoint)]))
+
+
+@pytest.mark.parametrize("end", ["caught", "disconnect", "boom"])
+def test_a_block_per_message_publishes_at_once_and_the_rest_when_the_connection_ends(
+    collected_events: CollectedEvents, end: str
+) -> None:
+    client = starlette.testclient.TestClient(websocket_app(collected_events, end))
+    with contextlib.suppress(ValueError, WebSocketDisconnect), client.websocket_connect("/") as ws:
+        ws.send_text("one")
+        assert ws.receive_json() == ["one"]
+        if end != "boom":
+            ws.send_text("two")
+            assert ws.receive_json() == ["one", "two"]
+    expected = ["one"] if end == "boom" else ["one", "two", "outside"]
+    assert published(collected_events) == expected
+    if end == "boom":
+        assert [event.payload for event in collected_events.cleared] == ["outside"]
+
+
+# ------------------------------------------------------------------------------ lifespan
+
+
+def test_events_of_startup_and_shutdown_are_published(collected_events: CollectedEvents) -> None:
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        enqueue_event("startup", "t")
+        yield
+        enqueue_event("shutdown", "t")
+
+    app = OutboxMiddleware(starlette_app(lifespan=lifespan))
+    with starlette.testclient.TestClient(app) as client:
+        assert published(collected_events) == ["startup"]
+        client.get("/sync")
+    assert published(collected_events) == ["startup", "sync", "joined", "shutdown"]
+
+
+def test_an_application_without_lifespan_stays_one() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+
+    async def main() -> None:
+        with pytest.raises(AssertionError):
+            await OutboxMiddleware(app)({"type": "lifespan"}, nothing, nothing)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+
+
+def test_requests_side_by_side_do_not_see_each_others_events(
+    collected_events: CollectedEvents,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        n = int(scope["path"])
+        enqueue_event(n, "t")
+        await asyncio.sleep(0.001)
+        assert [event.payload for event in EventCollector.current().events] == [n]
+        await respond(send, 500 if n % 2 else 200)
+
+    async def main() -> None:
+        await asyncio.gather(*(call(app, path=str(n)) for n in range(50)))
+
+    asyncio.run(main())
+    assert sorted(published(collected_events)) == list(range(0, 50, 2))

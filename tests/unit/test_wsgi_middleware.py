@@ -1,0 +1,446 @@
+"""The WSGI middleware, with nothing but callables and with Flask."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import wsgiref.util
+import wsgiref.validate
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO
+from typing import Any
+
+import flask
+import pytest
+from werkzeug.middleware.lint import LintMiddleware
+from werkzeug.test import Client
+
+from outbox import (
+    CollectorClosed,
+    EventCollector,
+    Publisher,
+    UsageError,
+    auto_publishing,
+    enqueue_event,
+)
+from outbox.middleware.wsgi import OutboxMiddleware
+from outbox.testing import CollectedEvents
+
+App = Callable[[dict[str, Any], Any], Iterable[bytes]]
+
+
+def published(collected: CollectedEvents) -> list[Any]:
+    return [event.payload for event in collected.published]
+
+
+class Server:
+    """Calls an application step by step, as a server does."""
+
+    def __init__(self, app: App, **options: Any) -> None:
+        self.environ: dict[str, Any] = {}
+        wsgiref.util.setup_testing_defaults(self.environ)
+        self.environ["wsgi.file_wrapper"] = wsgiref.util.FileWrapper
+        self.statuses: list[str] = []
+        self.written: list[bytes] = []
+        self._app = OutboxMiddleware(app, **options)
+
+    def start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
+        self.statuses.append(status)
+        return self.written.append
+
+    def call(self) -> Any:
+        return self._app(self.environ, self.start_response)
+
+    def serve(self) -> bytes:
+        body = self.call()
+        try:
+            return b"".join(body)
+        finally:
+            if hasattr(body, "close"):
+                body.close()
+
+
+class Body:
+    """An iterable whose close() is counted."""
+
+    def __init__(self, chunks: Iterable[Any]) -> None:
+        self._chunks = iter(chunks)
+        self.closed = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        chunk = next(self._chunks)
+        made: bytes = chunk() if callable(chunk) else chunk
+        return made
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def enqueuing(payload: Any, chunk: bytes = b"x") -> Callable[[], bytes]:
+    def make() -> bytes:
+        enqueue_event(payload, "t")
+        return chunk
+
+    return make
+
+
+def raising() -> bytes:
+    raise ValueError("in the middle")
+
+
+def app_of(
+    body: Any, status: str = "200 OK", headers: Iterable[tuple[str, str]] = (), enqueue: bool = True
+) -> App:
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if enqueue:
+            enqueue_event("app", "t")
+        start_response(status, list(headers))
+        return body  # type: ignore[no-any-return]
+
+    return app
+
+
+@pytest.mark.parametrize("status", ["200 OK", "201 Created", "302 Found", "399 Odd"])
+def test_a_successful_request_is_published(collected_events: CollectedEvents, status: str) -> None:
+    assert Server(app_of([b"ok"], status)).serve() == b"ok"
+    assert published(collected_events) == ["app"]
+
+
+@pytest.mark.parametrize("status", ["400 Bad", "404 Not Found", "500 Oops"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_unsuccessful_status_drops_the_events_and_names_them(
+    collected_events: CollectedEvents,
+    caplog: pytest.LogCaptureFixture,
+    status: str,
+    streamed: bool,
+) -> None:
+    Server(app_of(Body([b"ok"]) if streamed else [b"ok"], status)).serve()
+    assert published(collected_events) == []
+    [record] = [one for one in caplog.records if one.levelno == logging.WARNING]
+    assert collected_events.cleared[0].id in record.getMessage()
+    assert status[:3] in record.getMessage()
+
+
+def test_what_counts_as_success_can_be_said(collected_events: CollectedEvents) -> None:
+    Server(app_of([b""], "404 Not Found"), is_success=lambda status: status == 404).serve()
+    Server(app_of([b""], "200 OK"), is_success=lambda status: status == 404).serve()
+    assert len(collected_events.published) == len(collected_events.cleared) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_an_exception_drops_the_events_and_the_next_request_has_only_its_own(
+    collected_events: CollectedEvents, error: type[BaseException]
+) -> None:
+    def fails(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        enqueue_event("lost", "t")
+        raise error
+
+    with pytest.raises(error):
+        Server(fails).serve()
+    Server(app_of([b"ok"])).serve()
+    assert published(collected_events) == ["app"]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        ("200 OK", [("Content-Length", "1")]),
+        ("204 No Content", []),
+        ("304 Not Modified", []),
+    ],
+)
+def test_a_complete_response_is_published_before_its_first_byte(
+    collected_events: CollectedEvents, status: str, headers: list[tuple[str, str]]
+) -> None:
+    body = Server(app_of(Body([enqueuing("body")]), status, headers)).call()
+    assert published(collected_events) == ["app"]
+    next(iter(body))
+    assert published(collected_events) == ["app"]
+    body.close()
+    assert published(collected_events) == ["app", "body"]
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_a_list_or_tuple_is_published_at_once_and_returned_untouched(
+    collected_events: CollectedEvents, kind: Any
+) -> None:
+    body = kind([b"a", b"b"])
+    assert Server(app_of(body)).call() is body
+    assert published(collected_events) == ["app"]
+
+
+def test_a_file_is_returned_as_the_servers_own_wrapper(collected_events: CollectedEvents) -> None:
+    body = wsgiref.util.FileWrapper(BytesIO(b"file"))
+    assert Server(app_of(body)).call() is body
+    assert published(collected_events) == ["app"]
+
+
+def test_the_length_of_a_body_stays_known(collected_events: CollectedEvents) -> None:
+    class Sized(Body):
+        def __len__(self) -> int:
+            return 1
+
+    assert len(Server(app_of(Sized([b"x"]))).call()) == 1
+    assert not hasattr(Server(app_of(Body([b"x"]))).call(), "__len__")
+
+
+def test_a_stream_is_published_when_it_is_exhausted(collected_events: CollectedEvents) -> None:
+    body = Server(app_of(Body([enqueuing(1), enqueuing(2)]))).call()
+    assert [next(body), next(body)] == [b"x", b"x"]
+    assert published(collected_events) == []
+    with pytest.raises(StopIteration):
+        next(body)
+    assert published(collected_events) == ["app", 1, 2]
+
+
+def test_a_client_that_goes_away_has_not_undone_the_work(
+    collected_events: CollectedEvents,
+) -> None:
+    inner = Body([enqueuing(1), enqueuing(2), enqueuing(3)])
+    body = Server(app_of(inner)).call()
+    next(body)
+    next(body)
+    body.close()
+    assert published(collected_events) == ["app", 1, 2]
+    assert inner.closed == 1
+
+
+def test_an_exception_in_the_middle_of_a_stream_drops_all(
+    collected_events: CollectedEvents,
+) -> None:
+    inner = Body([enqueuing(1), enqueuing(2), raising])
+    with pytest.raises(ValueError, match="in the middle"):
+        Server(app_of(inner)).serve()
+    assert published(collected_events) == []
+    assert [event.payload for event in collected_events.cleared] == ["app", 1, 2]
+    assert inner.closed == 1
+
+
+def test_what_is_enqueued_while_closing_is_published_unless_closing_fails(
+    collected_events: CollectedEvents,
+) -> None:
+    class Closing(Body):
+        def close(self) -> None:
+            super().close()
+            enqueue_event("closing", "t")
+            if fail:
+                raise ValueError
+
+    fail = False
+    Server(app_of(Closing([b"x"]))).serve()
+    assert published(collected_events) == ["app", "closing"]
+    fail = True
+    body = Server(app_of(Closing([b"x"]), enqueue=False)).call()
+    with pytest.raises(ValueError):
+        body.close()
+    assert published(collected_events) == ["app", "closing"]
+
+
+def test_closing_twice_closes_the_application_once(collected_events: CollectedEvents) -> None:
+    inner = Body([b"x"])
+    body = Server(app_of(inner)).call()
+    body.close()
+    body.close()
+    assert inner.closed == 1
+
+
+def test_a_generator_whose_status_comes_late_is_judged_by_it(
+    collected_events: CollectedEvents,
+) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+        enqueue_event(environ["status"], "t")
+        start_response(environ["status"], [])
+        yield b"x"
+
+    for status in ("200 OK", "500 Oops"):
+        server = Server(app)
+        server.environ["status"] = status
+        server.serve()
+    assert published(collected_events) == ["200 OK"]
+
+
+def test_the_last_status_counts(collected_events: CollectedEvents) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        enqueue_event(1, "t")
+        start_response("200 OK", [])
+        try:
+            raise ValueError
+        except ValueError as error:
+            start_response("500 Oops", [], (ValueError, error, None))
+        return [b"oops"]
+
+    server = Server(app)
+    server.serve()
+    assert server.statuses == ["200 OK", "500 Oops"]
+    assert published(collected_events) == []
+
+
+def test_write_still_works(collected_events: CollectedEvents) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", [])(b"written")
+        enqueue_event(1, "t")
+        return []
+
+    server = Server(app)
+    assert server.serve() == b""
+    assert server.written == [b"written"]
+    assert published(collected_events) == [1]
+
+
+def test_wrapped_twice_it_publishes_once(collected_events: CollectedEvents) -> None:
+    Server(OutboxMiddleware(app_of(Body([enqueuing(1)])))).serve()
+    assert published(collected_events) == ["app", 1]
+
+
+def test_a_request_within_a_request_is_a_unit_of_its_own(
+    collected_events: CollectedEvents,
+) -> None:
+    def outer(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        enqueue_event("outer", "t")
+        Server(app_of([b"inner"])).serve()
+        assert published(collected_events) == ["app"]
+        start_response("500 Oops", [])
+        return [b""]
+
+    Server(outer).serve()
+    assert published(collected_events) == ["app"]
+
+
+def test_a_block_in_a_view_joins_the_request(collected_events: CollectedEvents) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        with auto_publishing() as block:
+            enqueue_event(1, "t")
+        assert block.joined
+        assert published(collected_events) == []
+        start_response("200 OK", [])
+        return [b""]
+
+    Server(app).serve()
+    assert published(collected_events) == [1]
+
+
+def test_called_in_one_context_and_closed_in_another_it_publishes_all_the_same(
+    collected_events: CollectedEvents,
+) -> None:
+    body = contextvars.copy_context().run(Server(app_of(Body([enqueuing(1)]))).call)
+    assert contextvars.copy_context().run(list, body)
+    contextvars.copy_context().run(body.close)
+    assert published(collected_events) == ["app", 1]
+    assert len(EventCollector.current()) == 0
+
+
+def test_an_event_after_the_end_of_the_request_is_refused(
+    collected_events: CollectedEvents,
+) -> None:
+    kept: list[EventCollector] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        kept.append(EventCollector.current())
+        start_response("200 OK", [])
+        return [b""]
+
+    Server(app).serve()
+    with pytest.raises(CollectorClosed):
+        kept[0].enqueue_event(1, "t")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_publisher_that_fails_never_fails_the_response(
+    caplog: pytest.LogCaptureFixture, streamed: bool
+) -> None:
+    publisher = Publisher("memory://")
+    inner = Body([b"ok"])
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        enqueue_event(1, "t")
+        publisher.close()
+        start_response("200 OK", [])
+        return inner if streamed else [b"ok"]
+
+    assert Server(app, publisher=publisher).serve() == b"ok"
+    assert "could not publish" in caplog.text
+    assert inner.closed == streamed
+
+
+def test_it_is_clean_under_both_validators(collected_events: CollectedEvents) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        enqueue_event(1, "t")
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "2")])
+        return Body([b"o", b"k"])
+
+    for wrapped in (app, LintMiddleware(app)):
+        response = Client(LintMiddleware(OutboxMiddleware(wrapped))).get("/")
+        assert response.data == b"ok"
+    validated = wsgiref.validate.validator(OutboxMiddleware(wsgiref.validate.validator(app)))
+    server = Server(app)
+    del server.environ["wsgi.file_wrapper"]
+    server.environ["QUERY_STRING"] = ""
+    body = validated(server.environ, server.start_response)
+    assert b"".join(body) == b"ok"
+    body.close()  # type: ignore[attr-defined]
+    assert published(collected_events) == [1, 1, 1]
+
+
+@pytest.fixture
+def flask_client() -> Client:
+    app = flask.Flask(__name__)
+
+    @app.get("/ok")
+    def ok() -> str:
+        enqueue_event("ok", "t")
+        return "ok"
+
+    @app.get("/boom")
+    def boom() -> str:
+        enqueue_event("boom", "t")
+        raise ValueError
+
+    @app.get("/stream")
+    def stream() -> flask.Response:
+        def chunks() -> Iterator[str]:
+            for n in range(3):
+                enqueue_event(n, "t")
+                yield str(n)
+
+        response = flask.Response(flask.stream_with_context(chunks()))
+        response.call_on_close(lambda: enqueue_event("closed", "t"))
+        return response
+
+    app.wsgi_app = OutboxMiddleware(app.wsgi_app)  # type: ignore[method-assign]
+    return Client(app)
+
+
+def test_flask_turns_an_exception_into_a_500_and_nothing_is_published(
+    flask_client: Client, collected_events: CollectedEvents
+) -> None:
+    assert flask_client.get("/boom").status_code == 500
+    assert published(collected_events) == []
+    assert flask_client.get("/ok").data == b"ok"
+    assert published(collected_events) == ["ok"]
+
+
+def test_flask_streams_with_the_request_collecting(
+    flask_client: Client, collected_events: CollectedEvents
+) -> None:
+    response = flask_client.get("/stream", buffered=True)
+    assert response.data == b"012"
+    response.close()
+    assert published(collected_events) == [0, 1, 2, "closed"]
+
+
+def test_a_response_is_the_same_with_and_without(collected_events: CollectedEvents) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain"), ("X-A", "b")])
+        return [b"ok"]
+
+    plain, wrapped = Client(app).get("/"), Client(OutboxMiddleware(app)).get("/")
+    assert (plain.status, list(plain.headers), plain.data) == (
+        wrapped.status,
+        list(wrapped.headers),
+        wrapped.data,
+    )
+    with pytest.raises(UsageError):
+        auto_publishing(publisher=None, colour=1)  # type: ignore[call-overload]

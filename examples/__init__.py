@@ -1,0 +1,1 @@
+"""Examples: a small shop, and a demonstration that runs it."""

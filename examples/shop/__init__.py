@@ -1,0 +1,1 @@
+"""A shop: orders are placed over HTTP, invoices follow from them."""

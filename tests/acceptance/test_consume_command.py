@@ -1,0 +1,181 @@
+"""``outbox-consume`` as its users run it: a process, signals, exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from outbox.consumers import exit_codes
+from tests.amqp import Inspector, properties_of
+
+MODULE = """
+import pathlib, time
+from outbox import enqueue_event, publish
+from outbox.consumers import Consumer, consumer
+
+class Slow(Consumer):
+    queue = "{name}"
+    exchange = "{name}"
+
+    def process(self, event):
+        pathlib.Path("started").touch()
+        time.sleep(event.payload)
+        enqueue_event({{"slept": event.payload}}, "{name}.done", exchange="{name}")
+        publish()
+
+@consumer("{name}.other", exchange="{name}")
+def other(event):
+    pass
+"""
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path, amqp_url: str, name: str, inspector: Inspector) -> Iterator[Start]:
+    """Start the command in a folder with a module ``work`` of two consumers."""
+    (tmp_path / "work.py").write_text(MODULE.format(name=name))
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "outbox.consumers.cli", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "OUTBOX_URL": amqp_url, "OUTBOX_EXCHANGE": name},
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(child)
+        return child
+
+    yield start
+    for child in started:
+        if child.poll() is None:
+            child.kill()
+        child.communicate(timeout=10)
+    for queue in (name, f"{name}.dead", f"{name}.other", f"{name}.other.dead"):
+        inspector.clean_up(queue=queue)
+    inspector.clean_up(exchange=name)
+
+
+def wait_for_consumer(inspector: Inspector, queue: str) -> None:
+    inspector.wait_for_queue(queue, 20)
+    deadline = time.monotonic() + 20
+    while not inspector.consumers(queue):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def wait_for_file(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_sigterm_lets_what_runs_finish_and_gives_back_the_rest(
+    start: Start, inspector: Inspector, name: str, tmp_path: Path
+) -> None:
+    done = inspector.queue(f"{name}-done", name, (f"{name}.done",))
+    child = start("work:Slow", "-t", "1")
+    wait_for_consumer(inspector, name)
+    for seconds in (b"1", b"2", b"3"):
+        inspector.publish(name, seconds, properties=properties_of(delivery_mode=2))
+    wait_for_file(tmp_path / "started")
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(15) == exit_codes.SUCCESS
+    assert inspector.get(done).payload == {"slept": 1}
+    assert sorted(m.payload for m in inspector.messages(name, 2)) == [2, 3]
+    assert inspector.all(f"{name}.dead") == []
+
+
+def test_what_does_not_finish_in_time_comes_again(
+    start: Start, inspector: Inspector, name: str, tmp_path: Path
+) -> None:
+    child = start("work:Slow", "--shutdown-timeout", "0.3")
+    wait_for_consumer(inspector, name)
+    inspector.publish(name, b"30")
+    wait_for_file(tmp_path / "started")
+    child.send_signal(signal.SIGINT)
+    assert child.wait(15) == exit_codes.UNFINISHED
+    assert inspector.get(name).redelivered
+
+
+def test_a_second_signal_stops_at_once(
+    start: Start, inspector: Inspector, name: str, tmp_path: Path
+) -> None:
+    child = start("work:Slow")
+    wait_for_consumer(inspector, name)
+    inspector.publish(name, b"30")
+    wait_for_file(tmp_path / "started")
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(5) == exit_codes.KILLED
+    assert inspector.get(name).redelivered
+
+
+def test_a_killed_worker_loses_nothing_and_the_follow_on_keeps_its_id(
+    start: Start, inspector: Inspector, name: str, tmp_path: Path
+) -> None:
+    done = inspector.queue(f"{name}-done", name, (f"{name}.done",))
+    child = start("work:Slow")
+    wait_for_consumer(inspector, name)
+    inspector.publish(name, b"0.5", properties=properties_of(message_id="m-1", delivery_mode=2))
+    wait_for_file(tmp_path / "started")
+    child.kill()
+    child.wait(5)
+    start("work")
+    first = inspector.get(done, 20)
+    inspector.publish(name, b"0.5", properties=properties_of(message_id="m-1", delivery_mode=2))
+    assert inspector.get(done, 20).id == first.id
+
+
+def test_a_module_runs_all_its_consumers_and_queues_can_be_chosen(
+    start: Start, inspector: Inspector, name: str
+) -> None:
+    start("work", "-Q", f"{name}.other", "--prefetch", "7")
+    wait_for_consumer(inspector, f"{name}.other")
+    start("work")
+    wait_for_consumer(inspector, name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["no_such_module"], "there is no module 'no_such_module'"),
+        (["work:Nobody"], "work:Nobody is no consumer"),
+        (["work", "-Q", "nowhere"], "no consumer has the queue 'nowhere'"),
+        (["work", "--url", "amqp://u:hunter2/@h"], "cannot be taken apart"),
+        (["work", "-t", "0"], "threads is 0"),
+        (["work", "--prefetch", "0"], "prefetch is 0"),
+        (["json"], "the module 'json' has no consumer"),
+    ],
+)
+def test_wrong_usage_is_told_in_a_line(start: Start, arguments: list[str], told: str) -> None:
+    child = start(*arguments)
+    _, errors = child.communicate(timeout=20)
+    assert child.returncode == exit_codes.USAGE
+    assert told in errors
+    assert "Traceback" not in errors
+    assert "hunter2" not in errors
+
+
+def test_the_help_shows_real_commands(start: Start) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "outbox.consumers.cli", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    for text in ("outbox-consume shop.consumers", "-Q invoices", "exit codes", "second signal"):
+        assert text in done.stdout

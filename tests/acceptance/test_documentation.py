@@ -1,0 +1,114 @@
+"""Every Python snippet of the README and the docs is executed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import starlette.testclient
+
+from outbox import configure
+from outbox.consumers import Consumer, Worker
+from outbox.testing import CollectedEvents
+from tests.amqp import Inspector
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def snippets(page: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def run(page: Path) -> dict[str, Any]:
+    """Execute the page's snippets, one after the other, in one namespace."""
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for snippet in snippets(page):
+        exec(compile(snippet, str(page), "exec"), namespace)
+    return namespace
+
+
+@pytest.fixture
+def everything(amqp_url: str, inspector: Inspector, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A queue that gets every event of the default exchange."""
+    monkeypatch.setenv("OUTBOX_URL", amqp_url)
+    return inspector.queue("documentation", "outbox")
+
+
+def test_the_readme_does_what_it_says(everything: str, inspector: Inspector) -> None:
+    found = run(ROOT / "README.md")
+    assert inspector.get(everything).payload == {"order_id": 17, "total": "12.50"}
+    assert found["app"].test_client().post("/orders").status_code == 201
+    assert inspector.get(everything).payload == {"order_id": 17}
+    assert starlette.testclient.TestClient(found["api"]).post("/orders").status_code == 201
+    assert inspector.get(everything).payload == {"order_id": 18}
+
+    assert issubclass(found["Invoices"], Consumer)
+    worker = Worker([found["Invoices"]])
+    for queue in ("invoices", "invoices.dead"):
+        inspector.clean_up(queue=queue)
+    worker.start()
+    try:
+        inspector.wait_for_queue("invoices")
+        inspector.publish("invoices", b'{"order_id": 5}')
+        sent = inspector.get(everything)
+        assert (sent.target, sent.payload) == ("invoice.sent", {"order_id": 5})
+        inspector.publish("invoices", b"{}")
+        letter = inspector.get("invoices.dead")
+        assert letter.properties.headers["outbox-dead-reason"] == "no order"
+    finally:
+        worker.stop()
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+def test_the_snippets_of_every_page_run(everything: str, page: Path) -> None:
+    run(page)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "testing.md"])
+def test_the_tests_shown_pass(page: Path, everything: str, request: pytest.FixtureRequest) -> None:
+    found = run(page)
+    collected_events: CollectedEvents = request.getfixturevalue("collected_events")
+    found["test_an_order_is_announced"](collected_events)
+
+
+def test_the_readme_shows_code_early_and_stays_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert lines.index("```python") < 30
+    assert len(lines) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_shown_exists(page: Path) -> None:
+    for snippet in snippets(page, "console"):
+        for line in snippet.splitlines():
+            command = line.split()[0]
+            if command.startswith(("./", ".ci/")):
+                assert (ROOT / command).exists(), command
+            else:
+                assert command in ("pip", "outbox-consume"), command
+
+
+def test_the_documented_options_of_the_command_are_there() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "outbox.consumers.cli", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    text = "".join(page.read_text() for page in PAGES)
+    for option in re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text):
+        if option not in ("--all-pythons", "--help"):
+            assert option in done.stdout, option
+    assert configure("memory://").settings.exchange == "outbox"

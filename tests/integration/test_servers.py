@@ -1,0 +1,140 @@
+"""Real applications on real servers, publishing to a real broker."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.amqp import Inspector
+
+ROOT = Path(__file__).parents[2]
+APPS = "tests.integration.apps"
+
+SERVERS = {
+    "gunicorn sync, Flask": ["gunicorn", "-k", "sync", f"{APPS}.flask_app:app"],
+    "gunicorn gthread, Flask": ["gunicorn", "--threads", "4", f"{APPS}.flask_app:app"],
+    "gunicorn preload, Django": ["gunicorn", "--preload", "-w", "2", f"{APPS}.django_app:app"],
+    "uvicorn, Starlette": ["uvicorn", f"{APPS}.starlette_app:app"],
+    "uvicorn, FastAPI": ["uvicorn", f"{APPS}.fastapi_app:app"],
+}
+
+
+class Served:
+    def __init__(self, command: list[str], url: str, name: str, folder: Path) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            self.port: int = taken.getsockname()[1]
+        bind = (
+            ["--bind", f"127.0.0.1:{self.port}"]
+            if command[0] == "gunicorn"
+            else ["--port", str(self.port)]
+        )
+        self._log = folder / "server.log"
+        with self._log.open("wb") as output:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", command[0], *bind, *command[1:]],
+                cwd=ROOT,
+                env={**os.environ, "OUTBOX_URL": url, "OUTBOX_EXCHANGE": name},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        deadline = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(OSError), self.connect():
+                return
+            assert self._child.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.05)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), 5)
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=20) as found:
+                return found.status, found.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
+
+    def stop(self) -> int:
+        if self._child.poll() is None:
+            self._child.send_signal(signal.SIGTERM)
+            try:
+                self._child.wait(20)
+            except subprocess.TimeoutExpired:
+                self._child.kill()
+        return self._child.wait(10)
+
+
+@pytest.fixture(params=SERVERS, scope="module")
+def command(request: pytest.FixtureRequest) -> list[str]:
+    return SERVERS[request.param]
+
+
+@pytest.fixture
+def served(command: list[str], amqp_url: str, name: str, tmp_path: Path) -> Iterator[Served]:
+    found = Served(command, amqp_url, name, tmp_path)
+    yield found
+    found.stop()
+
+
+def test_requests_publish_when_they_succeed_and_only_then(
+    served: Served, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    for n in range(20):
+        assert served.get(f"/ok/{n}")[0] == 200
+        if n % 5 == 0:
+            assert served.get("/boom")[0] == 500
+    assert sorted(m.payload for m in inspector.messages(queue, 20)) == list(range(20))
+    status, body = served.get("/stream")
+    assert (status, len(body)) == (200, 2_000_000)
+    assert [m.payload for m in inspector.messages(queue, 200)] == list(range(200))
+    assert inspector.all(queue) == []
+    assert served.stop() in (0, -signal.SIGTERM), served.log
+
+
+def test_a_client_that_goes_away_in_the_middle_loses_none_of_what_was_done(
+    served: Served, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    with served.connect() as client:
+        client.sendall(b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(1000)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    arrived = [inspector.get(queue).payload]
+    arrived += [m.payload for m in inspector.messages(queue, 199, 2)]
+    assert arrived == list(range(len(arrived)))
+    assert served.get("/ok/7")[0] == 200
+    assert inspector.get(queue).payload == 7
+
+
+def test_a_request_during_shutdown_is_finished_and_published(
+    served: Served, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    with served.connect() as client:
+        client.sendall(b"GET /stream HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert client.recv(1000)
+        served._child.send_signal(signal.SIGTERM)
+        while client.recv(100_000):
+            pass
+    assert served._child.wait(20) in (0, -signal.SIGTERM), served.log
+    assert [m.payload for m in inspector.messages(queue, 200)] == list(range(200))

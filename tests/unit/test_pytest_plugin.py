@@ -1,0 +1,245 @@
+"""The fixture ``collected_events``: matching, failing readably, leaving nothing behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outbox import EventCollector, Publisher, auto_publishing, enqueue_event, publish
+from outbox.testing import CollectedEvents, Matches
+from outbox.testing.topics import matches
+
+
+def enqueue_all(*payloads: object, target: str = "order.placed") -> None:
+    with auto_publishing():
+        for payload in payloads:
+            enqueue_event(payload, target, headers={"tenant": "acme"})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "target", "expected"),
+    [
+        ("order.placed", "order.placed", True),
+        ("order.placed", "order_placed", False),
+        ("order.*", "order.placed", True),
+        ("order.*", "order.placed.late", False),
+        ("order.*", "order", False),
+        ("*.placed", "order.placed", True),
+        ("order.#", "order", True),
+        ("order.#", "order.placed.late", True),
+        ("#.late", "late", True),
+        ("#.late", "order.placed.late", True),
+        ("#.late", "order.placed", False),
+        ("a.#.b", "a.b", True),
+        ("a.#.b", "a.x.y.b", True),
+        ("#", "anything.at.all", True),
+        ("a.*.#", "a", False),
+        ("a+b", "aab", False),
+        ("*", "", True),
+    ],
+)
+def test_patterns_match_as_a_topic_exchange_does(pattern: str, target: str, expected: bool) -> None:
+    assert matches(pattern, target) is expected
+
+
+words = st.lists(st.sampled_from(["a", "b", ""]), min_size=1, max_size=4)
+
+
+@given(words, st.lists(st.sampled_from(["a", "b", "*", "#"]), min_size=1, max_size=4))
+def test_patterns_match_as_the_definition_says(target: list[str], pattern: list[str]) -> None:
+    def by_definition(pattern: list[str], words: list[str]) -> bool:
+        if not pattern:
+            return not words
+        if pattern[0] == "#":
+            return any(by_definition(pattern[1:], words[n:]) for n in range(len(words) + 1))
+        return (
+            bool(words) and pattern[0] in ("*", words[0]) and by_definition(pattern[1:], words[1:])
+        )
+
+    assert matches(".".join(pattern), ".".join(target)) is by_definition(pattern, target)
+
+
+def test_the_matching_event_is_returned(collected_events: CollectedEvents) -> None:
+    enqueue_all({"id": 1, "items": [{"sku": "a", "n": 2}]}, {"id": 2, "items": []})
+    event = collected_events.assert_published(
+        "order.*", {"items": [{"sku": "a"}]}, headers={"tenant": "acme"}
+    )
+    assert event.payload["id"] == 1
+    several = collected_events.assert_published("order.#", times=2)
+    assert isinstance(several, Matches)
+    assert [one.payload["id"] for one in several] == [1, 2]
+    assert collected_events.assert_published("#", {"id": 2}, times=1).payload["id"] == 2
+
+
+def test_a_single_event_was_meant_and_several_are_there(
+    collected_events: CollectedEvents,
+) -> None:
+    enqueue_all({"id": 1}, {"id": 2})
+    event = collected_events.assert_published("order.*")
+    with pytest.raises(AssertionError, match="2 events match, so there is no one payload"):
+        _ = event.payload
+    with pytest.raises(AssertionError, match=r"expected 1 published .* found 2"):
+        collected_events.assert_published("order.*", times=1)
+    assert not hasattr(event, "no_such_attribute")
+
+
+class Anything:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_a_payload_matches_by_its_parts_and_by_anything_with_equality(
+    collected_events: CollectedEvents,
+) -> None:
+    enqueue_all({"id": 1, "at": "now", "list": [1, {"a": 1, "b": 2}], "none": None})
+    for payload in (
+        {},
+        {"at": Anything()},
+        {"list": [1, {"a": 1}]},
+        {"list": Anything()},
+        {"none": None},
+    ):
+        collected_events.assert_published("order.placed", payload)
+    for payload in (
+        {"id": 2},
+        {"missing": None},
+        {"list": [1]},
+        {"list": [{"a": 1}, 1]},
+        {"id": {"a": 1}},
+        [],
+        None,
+    ):
+        collected_events.assert_not_published("order.placed", payload)
+    collected_events.assert_not_published("order.placed", headers={"tenant": "other"})
+
+
+def test_a_failure_shows_what_was_there_with_the_nearest_first(
+    collected_events: CollectedEvents,
+) -> None:
+    enqueue_all({"unrelated": 1}, target="user.created")
+    enqueue_all({"id": 2, "total": "9.99"}, {"id": 1, "total": "9.99"})
+    with EventCollector.use(EventCollector()):
+        enqueue_event({"id": 3}, "order.placed")
+        with pytest.raises(AssertionError) as caught:
+            collected_events.assert_published("order.placed", {"id": 1, "total": "10.00"})
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("expected at least 1 published event(s) to 'order.placed' with")
+    assert lines[1] == "published:"
+    assert '"id": 1' in lines[2]
+    assert '"id": 2' in lines[3]
+    assert "user.created" in lines[4]
+    assert lines[5] == "pending (not published yet):"
+    assert '"id": 3' in lines[6]
+
+
+def test_negative_assertions_name_what_was_published(collected_events: CollectedEvents) -> None:
+    collected_events.assert_nothing_published()
+    collected_events.assert_not_published("#")
+    with pytest.raises(AssertionError, match="nothing was enqueued at all"):
+        collected_events.assert_published("#")
+    enqueue_all({"id": 1})
+    with pytest.raises(AssertionError, match=r"found 1\npublished:\n  'order.placed'"):
+        collected_events.assert_nothing_published()
+    with pytest.raises(AssertionError, match=r"expected no published event to 'order\.\*'"):
+        collected_events.assert_not_published("order.*")
+
+
+def test_the_states_are_told_apart(collected_events: CollectedEvents) -> None:
+    with pytest.raises(KeyError), auto_publishing():
+        cleared = enqueue_event(1, "t")
+        raise KeyError
+    with EventCollector.use(EventCollector()):
+        pending = enqueue_event(2, "t")
+        assert collected_events.pending == (pending,)
+        publish()
+    assert not collected_events.pending
+    assert collected_events.published == (pending,)
+    assert collected_events.cleared == (cleared,)
+    assert repr(collected_events) == "<CollectedEvents 1 published, 1 cleared, 0 pending>"
+
+
+def test_an_explicit_publisher_does_not_reach_its_broker(
+    collected_events: CollectedEvents,
+) -> None:
+    publisher = Publisher("amqp://127.0.0.1:1/")
+    with auto_publishing(publisher=publisher) as block:
+        event = enqueue_event(1, "t")
+    assert block.report is not None
+    assert block.report.published == (event,)
+    assert publisher.close() == ()
+
+
+SUITE = """
+import asyncio
+import threading
+
+import pytest
+
+from outbox import EventCollector, auto_publishing, enqueue_event, publish
+
+pytestmark = pytest.mark.filterwarnings("ignore:an event was enqueued outside")
+
+@pytest.mark.parametrize("n", range(20))
+def test_each_has_its_own(collected_events, n):
+    collected_events.assert_nothing_published()
+    assert collected_events.pending == ()
+    enqueue_event("left behind", "left")
+    def work():
+        with auto_publishing():
+            enqueue_event(n, "thread")
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    collected_events.assert_published("thread", n, times=3)
+    collected_events.assert_not_published("left")
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("n", range(20))
+async def test_each_has_its_own_on_a_loop(collected_events, n):
+    async def work():
+        async with auto_publishing():
+            enqueue_event(n, "task")
+    await asyncio.gather(*(asyncio.create_task(work()) for _ in range(3)))
+    collected_events.assert_published("task", n, times=3)
+
+@pytest.mark.anyio
+async def test_anyio(collected_events):
+    async with auto_publishing():
+        enqueue_event(1, "anyio")
+    collected_events.assert_published("anyio")
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+def test_without_the_fixture_nothing_is_left():
+    assert len(EventCollector.current()) == 0
+"""
+
+
+@pytest.mark.parametrize("arguments", [(), ("-n", "2")], ids=["one process", "xdist"])
+def test_it_is_safe_under_threads_loops_and_xdist(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nasyncio_default_fixture_loop_scope = function\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=80,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "42 passed" in done.stdout
+    assert "lost" not in done.stderr

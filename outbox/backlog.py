@@ -194,7 +194,7 @@ class Backlog:
         with self._lock:
             for entries in (self._elsewhere, self._queue):
                 for entry in entries:
-                    entry.frames = encode(entry.event)
+                    entry.frames = encode(entry.sent_as)
 
     def wait_empty(self, timeout: float) -> bool:
         """Wait until every event has a fate, at most ``timeout`` seconds; return whether so."""

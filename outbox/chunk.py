@@ -28,6 +28,7 @@ class Entry:
 
     Attributes:
         event: what is to be published.
+        parked_as: what is published instead, since no queue would have the event itself, or None.
         chunk: the chunk it came in.
         frames: its encoded form, made in the caller's thread; empty where the transport needs none.
         fate: None until it is final.
@@ -36,16 +37,22 @@ class Entry:
         attempts: how often the broker has refused it for the time being.
     """
 
-    __slots__ = ("attempts", "chunk", "event", "fate", "frames", "kept", "reason")
+    __slots__ = ("attempts", "chunk", "event", "fate", "frames", "kept", "parked_as", "reason")
 
     def __init__(self, event: Event, chunk: Chunk, frames: bytes) -> None:
         self.event = event
+        self.parked_as: Event | None = None
         self.chunk = chunk
         self.frames = frames
         self.fate: Fate | None = None
         self.reason = ""
         self.kept = False
         self.attempts = 0
+
+    @property
+    def sent_as(self) -> Event:
+        """What the frames say."""
+        return self.parked_as or self.event
 
 
 class Chunk:

@@ -24,6 +24,7 @@ from outbox import (
     publish_async,
 )
 from outbox.transports.rabbitmq import wire
+from outbox.transports.rabbitmq.parking import PARKING_QUEUE
 from tests.amqp import Inspector
 
 
@@ -130,7 +131,10 @@ def test_an_unroutable_event_is_reported_and_its_siblings_are_published(
     queue = inspector.queue(name, name, ("good",))
     rejected = []
     with Publisher(
-        amqp_url, exchange=name, on_rejected=lambda event, why: rejected.append((event, why))
+        amqp_url,
+        exchange=name,
+        unroutable="fail",
+        on_rejected=lambda event, why: rejected.append((event, why)),
     ) as publisher:
         events = make_events(publisher, ["bad" if n % 10 == 0 else "good" for n in range(200)])
         ignored = make_events(publisher, ["bad"], unroutable="ignore")
@@ -150,7 +154,7 @@ def test_two_events_of_one_id_are_told_apart_by_their_address(
 ) -> None:
     queue = inspector.queue(name, name, ("good",))
     events = [
-        Event(id="same", target=target, exchange=name, body=b"{}")
+        Event(id="same", target=target, exchange=name, body=b"{}", unroutable="fail")
         for target in ("good", "bad", "good", "bad")
     ]
     report = publisher.publish(events)
@@ -164,13 +168,60 @@ def test_an_event_for_a_missing_exchange_takes_no_other_down(
 ) -> None:
     queue = inspector.queue(name, name)
     events = make_events(publisher, ["x"] * 5)
-    lost = make_events(publisher, ["x"], exchange=f"{name}-missing")
+    lost = make_events(publisher, ["x"], exchange=f"{name}-missing", unroutable="fail")
     report = publisher.publish([*events[:2], *lost, *events[2:]])
     assert report.published == tuple(events)
     assert [one.event for one in report.rejected] == lost
     assert "no exchange" in report.rejected[0].reason
     assert {message.id for message in inspector.all(queue)} == {event.id for event in events}
     assert publisher.publish(make_events(publisher, ["x"] * 100)).ok
+
+
+def test_what_no_queue_would_have_is_parked_with_its_address_and_the_reason(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name, ("good",))
+    inspector.channel.queue_delete(PARKING_QUEUE)
+    inspector.clean_up(queue=PARKING_QUEUE)
+    hooked: list[Event] = []
+    with Publisher(amqp_url, exchange=name, on_parked=hooked.extend) as publisher:
+        good = make_events(publisher, ["good"] * 3)
+        bad = make_events(publisher, ["bad"], headers={"tenant": "acme"}, key="k")
+        nowhere = make_events(publisher, ["x"], exchange=f"{name}-missing")
+        report = publisher.publish([good[0], *bad, good[1], *nowhere, good[2]])
+        assert report.published == tuple(good)
+        assert report.parked == (*bad, *nowhere)
+        assert report.ok
+        assert sorted(event.id for event in hooked) == sorted(e.id for e in (*bad, *nowhere))
+        again = make_events(publisher, ["bad"] * 300)
+        assert publisher.publish(again).parked == tuple(again)
+    # The missing exchange closes the channel: what was not confirmed by then is sent again.
+    assert {m.id for m in inspector.all(queue)} == {event.id for event in good}
+    letters = inspector.messages(PARKING_QUEUE, 302)
+    assert {m.id for m in letters} == {event.id for event in (*bad, *nowhere, *again)}
+    [letter] = [m for m in letters if m.id == bad[0].id]
+    headers = letter.properties.headers
+    assert (letter.body, letter.properties.delivery_mode) == (bad[0].body, 2)
+    assert (headers["tenant"], headers["outbox-key"]) == ("acme", "k")
+    assert headers["outbox-parked-exchange"] == name
+    assert headers["outbox-parked-target"] == "bad"
+    assert "NO_ROUTE" in headers["outbox-parked-reason"]
+    [letter] = [m for m in letters if m.id == nowhere[0].id]
+    assert "no exchange" in letter.properties.headers["outbox-parked-reason"]
+
+
+def test_without_a_parking_queue_to_be_had_the_event_is_kept(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    inspector.channel.exchange_declare(name, "topic", durable=True)
+    inspector.channel.queue_delete(PARKING_QUEUE)
+    inspector.clean_up(queue=PARKING_QUEUE, exchange=name)
+    with Publisher(amqp_url, exchange=name, declare="never") as publisher:
+        events = make_events(publisher, ["bad"])
+        assert publisher.publish(events).kept == tuple(events)
+        inspector.queue(PARKING_QUEUE)
+        assert publisher.drain(10)
+    assert inspector.get(PARKING_QUEUE).id == events[0].id
 
 
 def test_an_event_that_a_full_queue_refuses_is_kept_and_blocks_nobody(
@@ -286,7 +337,7 @@ def test_a_hook_that_waits_for_its_publisher_is_refused_and_harms_nobody(
     def waits(event: Event, reason: str) -> None:
         publisher.publish([event])
 
-    with Publisher(amqp_url, exchange=name, on_rejected=waits) as publisher:
+    with Publisher(amqp_url, exchange=name, unroutable="fail", on_rejected=waits) as publisher:
         publisher.publish(make_events(publisher, ["bad"]))
         assert publisher.publish(make_events(publisher, ["good"])).ok
     assert "must not wait" in caplog.text
@@ -358,5 +409,6 @@ def test_the_exchange_of_another_type_is_told_by_the_name_of_the_argument(
 
 def test_a_report_survives_pickling(publisher: Publisher, inspector: Inspector, name: str) -> None:
     inspector.queue(name, name, ("good",))
-    report = publisher.publish(make_events(publisher, ["good", "bad"]))
+    report = publisher.publish(make_events(publisher, ["good", "bad"], unroutable="fail"))
+    assert report.rejected
     assert pickle.loads(pickle.dumps(report)) == report

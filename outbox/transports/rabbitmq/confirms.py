@@ -101,5 +101,5 @@ class Confirms:
     @staticmethod
     def _index(by_address: dict[_Address, deque[int]], sent: Iterable[tuple[int, Entry]]) -> None:
         for tag, entry in sent:
-            event = entry.event
+            event = entry.sent_as
             by_address.setdefault((event.id, event.exchange, event.target), deque()).append(tag)

@@ -24,6 +24,7 @@ from outbox.transports.rabbitmq.confirms import Confirms
 from outbox.transports.rabbitmq.framing import PUBLISH_CHANNEL, Encoder
 from outbox.transports.rabbitmq.link import Link, backoff
 from outbox.transports.rabbitmq.parameters import connection_parameters
+from outbox.transports.rabbitmq.parking import PARKING_QUEUE, parked
 from outbox.url import BrokerURL
 
 __all__ = ["RabbitMQTransport"]
@@ -63,6 +64,8 @@ class RabbitMQTransport:
         self._watched_since: float | None = None
         self._blocked = False
         self._suspects = 0
+        self._homeless: list[Entry] = []
+        self._making_parking_queue = False
 
     @property
     def connected(self) -> bool:
@@ -132,7 +135,9 @@ class RabbitMQTransport:
         self._connection = self._channel = None
         self._blocked = False
         self._watched_since = None
-        self._spread(self._backlog.down(self._confirms.clear(), error))
+        self._making_parking_queue = False
+        homeless, self._homeless = self._homeless, []
+        self._spread(self._backlog.down([*homeless, *self._confirms.clear()], error))
 
     def _on_declared(self, refused: str | None) -> None:
         if refused is not None:
@@ -239,8 +244,15 @@ class RabbitMQTransport:
         if isinstance(method, pika.spec.Basic.Nack):
             self._keep_apart(entries)
         elif entries:
-            self._spread(self._backlog.settle(entries, Fate.PUBLISHED))
+            self._settle_confirmed(entries)
         self._pump()
+
+    def _settle_confirmed(self, entries: Sequence[Entry]) -> None:
+        to_park = [entry for entry in entries if entry.parked_as is not None]
+        if to_park:
+            self._spread(self._backlog.settle(to_park, Fate.PARKED))
+            entries = [entry for entry in entries if entry.parked_as is None]
+        self._spread(self._backlog.settle(entries, Fate.PUBLISHED))
 
     def _on_return(
         self,
@@ -256,12 +268,36 @@ class RabbitMQTransport:
 
     def _settle_unroutable(self, unroutable: Sequence[tuple[Entry, str]]) -> None:
         by_fate: dict[tuple[Fate, str], list[Entry]] = {}
+        to_park: list[Entry] = []
         for entry, reason in unroutable:
             policy = entry.event.unroutable or self._settings.unroutable
-            fate = Fate.IGNORED if policy == "ignore" else Fate.REJECTED
-            by_fate.setdefault((fate, f"unroutable: {reason}"), []).append(entry)
+            if entry.parked_as is not None:
+                self._homeless.append(entry)
+            elif policy == "park":
+                entry.parked_as = parked(entry.event, reason)
+                entry.frames = self._encoder.encode(entry.parked_as)
+                to_park.append(entry)
+            else:
+                fate = Fate.IGNORED if policy == "ignore" else Fate.REJECTED
+                by_fate.setdefault((fate, f"unroutable: {reason}"), []).append(entry)
         for (fate, reason), entries in by_fate.items():
             self._spread(self._backlog.settle(entries, fate, reason))
+        self._backlog.requeue(to_park)
+        if self._homeless and not self._making_parking_queue and self._connection is not None:
+            self._making_parking_queue = True
+            steps = topology.parking_queue(PARKING_QUEUE, self._settings.declare)
+            topology.declare(self._connection, steps, self._on_parking_queue)
+
+    def _on_parking_queue(self, refused: str | None) -> None:
+        """Send again what came back even from the parking queue, which should be there now."""
+        self._making_parking_queue = False
+        entries, self._homeless = self._homeless, []
+        if refused is None and self._settings.declare == "create":
+            self._backlog.requeue(entries)
+            self._pump()
+        else:
+            logger.error("there is no queue %r to park events in: %s", PARKING_QUEUE, refused)
+            self._keep_apart(entries)
 
     def _keep_apart(self, entries: Sequence[Entry]) -> None:
         """Send again, each after a back-off of its own, what the broker would not take (a nack)."""

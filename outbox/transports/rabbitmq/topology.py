@@ -16,7 +16,7 @@ import pika.exceptions
 from outbox.settings import Declare
 from outbox.subscription import QueueSpec, dead_letter_queue
 
-__all__ = ["DECLARE_CHANNEL", "Step", "declare", "exchange", "queue"]
+__all__ = ["DECLARE_CHANNEL", "Step", "declare", "exchange", "parking_queue", "queue"]
 
 DECLARE_CHANNEL = 2
 
@@ -69,6 +69,20 @@ def queue(spec: QueueSpec, mode: Declare) -> list[Step]:
     if mode == "create" and spec.exchange:
         steps += [bound(topic) for topic in dict.fromkeys((spec.name, *spec.topics))]
     return steps
+
+
+def parking_queue(name: str, mode: Declare) -> list[Step]:
+    """Return the step that declares the durable quorum queue for events that no queue would have.
+
+    Only where declaring is asked for; elsewhere it is there already, or it is not.
+    """
+    if mode != "create":
+        return []
+    return [
+        lambda channel, done: channel.queue_declare(
+            name, durable=True, arguments={"x-queue-type": "quorum"}, callback=done
+        )
+    ]
 
 
 def declare(

@@ -36,7 +36,7 @@ def publish(channel: pika.channel.Channel, entries: Sequence[Entry], app_id: str
         connection._output_marshaled_frames([b"".join([entry.frames for entry in entries])])
         return
     for entry in entries:
-        event = entry.event
+        event = entry.sent_as
         properties = framing.properties(event, app_id)
         channel.basic_publish(event.exchange, event.target, event.body, properties, mandatory=True)
 

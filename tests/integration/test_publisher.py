@@ -190,9 +190,10 @@ def test_what_no_queue_would_have_is_parked_with_its_address_and_the_reason(
         nowhere = make_events(publisher, ["x"], exchange=f"{name}-missing")
         report = publisher.publish([good[0], *bad, good[1], *nowhere, good[2]])
         assert report.published == tuple(good)
-        assert report.parked == (*bad, *nowhere)
-        assert report.ok
-        assert sorted(event.id for event in hooked) == sorted(e.id for e in (*bad, *nowhere))
+        # A queue that has only just been made may refuse (basic.nack): then it is kept, at first.
+        assert {*report.parked, *report.kept} == {*bad, *nowhere}
+        assert publisher.drain(10)
+        assert {*hooked} == {*bad, *nowhere}
         again = make_events(publisher, ["bad"] * 300)
         assert publisher.publish(again).parked == tuple(again)
     # The missing exchange closes the channel: what was not confirmed by then is sent again.

@@ -59,7 +59,7 @@ class OutboxMiddleware:
             await self.app(asgi_scope, receive, send)
             return
         kind = asgi_scope["type"]
-        collector = RequestCollector(self._publisher, publishes_itself=kind == "http")
+        collector = RequestCollector(self._publisher, kind == "http")
         asgi_scope[_MARKER] = collector
         token = scope.enter(collector, collector.buffer)
         try:

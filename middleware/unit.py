@@ -24,25 +24,27 @@ def below_400(status: int) -> bool:
 
 
 class RequestCollector(EventCollector):
-    """The collector of one request, connection or lifespan."""
+    """The collector of one request, connection or lifespan.
 
-    __slots__ = ()
+    Attributes:
+        buffer: of the whole request.
+    """
 
-    def __init__(self, publisher: Publisher | None, *, publishes_itself: bool) -> None:
-        super().__init__(publisher=publisher)
-        self._root.root.publishes_itself = publishes_itself
+    __slots__ = ("buffer",)
 
-    @property
-    def buffer(self) -> RootBuffer:
-        """The buffer of the whole request."""
-        return self._root.root
+    def __init__(self, publisher: Publisher | None, publishes_itself: bool) -> None:
+        # Every request makes one: what EventCollector's own __init__ does, without calling it.
+        self._publisher = publisher
+        self.autoflush = False
+        self.buffer = self._root = RootBuffer()
+        self.buffer.publishes_itself = publishes_itself
 
     def publish_quietly(self) -> None:
         """Publish; whatever fails is logged, and never fails the response.
 
         The events have reached the publisher, or stay in the collector.
         """
-        if self._root.events:
+        if self.buffer.events:
             try:
                 self.publish()
             except Exception:
@@ -50,7 +52,7 @@ class RequestCollector(EventCollector):
 
     async def publish_quietly_async(self) -> None:
         """Do what :meth:`publish_quietly` does, on an event loop."""
-        if self._root.events:
+        if self.buffer.events:
             try:
                 await self.publish_async()
             except Exception:
@@ -58,7 +60,7 @@ class RequestCollector(EventCollector):
 
     def submit_quietly(self) -> None:
         """Hand the events to the publisher without waiting; whatever fails is logged."""
-        if self._root.events:
+        if self.buffer.events:
             try:
                 self.submit()
             except Exception:
@@ -66,16 +68,19 @@ class RequestCollector(EventCollector):
 
     def discard(self, why: Any) -> None:
         """Drop what was enqueued, with a warning that names the ids."""
-        if self._root.events:
-            dropped = self._drop(self._root.take())
+        if self.buffer.events:
+            dropped = self._drop(self.buffer.take())
             logger.warning("%d event(s) dropped, since %s: %s", len(dropped), why, ids(dropped))
 
     def close(self) -> None:
         """End the unit of work: a late ``enqueue_event`` raises ``CollectorClosed``."""
-        left = self._root.close()
-        if left:
+        root = self.buffer
+        with root.lock:
+            root.closed = True
+        if root.events:
+            left = root.take()
             self._drop(left)
             logger.error("%d event(s) lost at the end of a request: %s", len(left), ids(left))
 
     def _held(self) -> str:
-        return ids(self._root.events)
+        return ids(self.buffer.events)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["OutboxMiddleware"]
 
 _MARKER = "outbox.collector"
-_WITHOUT_BODY = (204, 304)
+_WITHOUT_BODY = ("204", "304")
 
 
 class OutboxMiddleware:
@@ -61,69 +61,80 @@ class OutboxMiddleware:
         """Serve one request."""
         if _MARKER in environ:
             return self.app(environ, start_response)
-        collector = environ[_MARKER] = RequestCollector(self._publisher, publishes_itself=True)
-        request = _Request(collector, start_response, self._is_success)
-        token = scope.enter(collector, collector.buffer)
+        request = environ[_MARKER] = _Request(self._publisher, start_response, self._is_success)
+        token = scope.enter(request, request.buffer)
         try:
             body = self.app(environ, request.start_response)
-            return request.respond(body, environ.get("wsgi.file_wrapper"))
+            return request.respond(body, environ)
         except BaseException as error:
             request.fail(error)
-            collector.close()
+            request.close()
             raise
         finally:
             scope.leave(token)
 
 
-class _Request:
-    """The state of one request: its collector and what is known of its response."""
+class _Request(RequestCollector):
+    """One request: its collector, and what is known of its response."""
 
-    __slots__ = ("_is_success", "_start_response", "collector", "failed", "has_length", "status")
+    __slots__ = ("_failed", "_headers", "_is_success", "_start_response", "_status")
 
     def __init__(
-        self, collector: RequestCollector, start_response: StartResponse, is_success: IsSuccess
+        self,
+        publisher: Publisher | None,
+        start_response: StartResponse,
+        is_success: IsSuccess,
     ) -> None:
-        self.collector = collector
+        super().__init__(publisher, True)
         self._start_response = start_response
         self._is_success = is_success
-        self.status = 0
-        self.has_length = False
-        self.failed = False
+        self._status = ""
+        self._headers: list[tuple[str, str]] = []
+        self._failed = False
 
     def start_response(self, status: str, headers: list[tuple[str, str]], *exc_info: Any) -> Any:
         # May be called again with exc_info until the headers are sent: the last status counts.
-        self.status = int(status[:3])
-        self.has_length = any(name.lower() == "content-length" for name, _ in headers)
+        self._status = status
+        self._headers = headers
         return self._start_response(status, headers, *exc_info)
 
-    def respond(self, body: Iterable[bytes], file_wrapper: Any) -> Iterable[bytes]:
+    def respond(self, body: Iterable[bytes], environ: WSGIEnvironment) -> Iterable[bytes]:
         """Return ``body``, or what stands for it so that the unit ends when the response does."""
-        kind = type(body)
-        untouched = kind is list or kind is tuple or isinstance(body, list | tuple)
-        if not untouched and isinstance(file_wrapper, type) and isinstance(body, file_wrapper):
-            untouched = True  # servers know it by its type and send the file by themselves
-        if untouched:
-            self.settle()
-            self.collector.close()
+        if isinstance(body, (list, tuple)) or _is_file(body, environ):
+            if self.buffer.events:
+                self.settle()
+            self.close()
             return body
-        if self.status and (self.has_length or self.status in _WITHOUT_BODY):
+        if self._is_complete():
             self.settle()
         return _SizedBody(self, body) if hasattr(body, "__len__") else _Body(self, body)
 
     def settle(self) -> None:
         """Publish or drop what has been enqueued so far."""
-        if not self.collector.buffer.events:
+        if not self.buffer.events:
             return
-        if self.failed:
-            self.collector.discard("its request had failed")
-        elif self.status and self._is_success(self.status):
-            self.collector.publish_quietly()
+        if self._failed:
+            self.discard("its request had failed")
+        elif self._status and self._is_success(int(self._status[:3])):
+            self.publish_quietly()
         else:
-            self.collector.discard(f"the response's status is {self.status or 'not known'}")
+            self.discard(f"the response's status is {self._status[:3] or 'not known'}")
 
     def fail(self, error: BaseException) -> None:
-        self.failed = True
-        self.collector.discard(f"the request failed with {type(error).__qualname__}")
+        """Drop what has been enqueued, and what will be."""
+        self._failed = True
+        self.discard(f"the request failed with {type(error).__qualname__}")
+
+    def _is_complete(self) -> bool:
+        return self._status[:3] in _WITHOUT_BODY or any(
+            name.lower() == "content-length" for name, _ in self._headers
+        )
+
+
+def _is_file(body: object, environ: WSGIEnvironment) -> bool:
+    """Return whether ``body`` is the server's own file wrapper, which it sends by itself."""
+    wrapper = environ.get("wsgi.file_wrapper")
+    return isinstance(wrapper, type) and isinstance(body, wrapper)
 
 
 class _Body:
@@ -170,12 +181,11 @@ class _Body:
             self._request.fail(error)
             raise
         finally:
-            self._request.collector.close()
+            self._request.close()
             scope.leave(token)
 
     def _enter(self) -> Token[Scope | None]:
-        collector = self._request.collector
-        return scope.enter(collector, collector.buffer)
+        return scope.enter(self._request, self._request.buffer)
 
 
 class _SizedBody(_Body):

@@ -28,8 +28,13 @@ class Buffer:
     parent: Buffer | None
     root: RootBuffer
 
-    def append(self, event: Event) -> None:
+    def append(self, event: Event, max_events: int, max_bytes: int) -> None:
         """Add ``event``.
+
+        Args:
+            event: to be added.
+            max_events: the bound of the unit, where it was not given its own.
+            max_bytes: likewise.
 
         Raises:
             CollectorClosed: the unit of work, or the savepoint, has ended.
@@ -40,10 +45,14 @@ class Buffer:
             if self.closed:
                 raise CollectorClosed(self._why_closed(event))
             size = len(event.body)
-            if root.total >= root.max_events or root.total_size + size > root.max_bytes:
+            if root.max_events is not None:
+                max_events = root.max_events
+            if root.max_bytes is not None:
+                max_bytes = root.max_bytes
+            if root.total >= max_events or root.total_size + size > max_bytes:
                 raise CollectorFull(
                     f"the collector holds {root.total} event(s) of {root.total_size} bytes, "
-                    f"the bound being max_events={root.max_events}, max_bytes={root.max_bytes}; "
+                    f"the bound being max_events={max_events}, max_bytes={max_bytes}; "
                     "publish() what is committed in between, or raise the bound"
                 )
             root.total += 1
@@ -90,13 +99,13 @@ class RootBuffer(Buffer):
 
     Attributes:
         publishes_itself: whether the unit publishes at its end, so that nested blocks join it.
-        lazy: made because code asked for a collector where no unit of work was open.
         make_id: makes the ids of events that follow from a message, else None.
         pid: the process that made it.
+        max_events: the bound of the unit in events; None for the publisher's setting.
+        max_bytes: the bound in bytes of all bodies; None for the publisher's setting.
     """
 
     __slots__ = (
-        "lazy",
         "lock",
         "make_id",
         "max_bytes",
@@ -114,11 +123,8 @@ class RootBuffer(Buffer):
 
     def __init__(
         self,
-        max_events: float,
-        max_bytes: float,
-        *,
-        publishes_itself: bool = False,
-        lazy: bool = False,
+        max_events: int | None = None,
+        max_bytes: int | None = None,
         make_id: MakeId | None = None,
     ) -> None:
         self.events = []
@@ -129,8 +135,7 @@ class RootBuffer(Buffer):
         self.total_size = 0
         self.max_events = max_events
         self.max_bytes = max_bytes
-        self.publishes_itself = publishes_itself
-        self.lazy = lazy
+        self.publishes_itself = False
         self.make_id = make_id
         self.pid = process.pid
 

@@ -17,10 +17,9 @@ from typing import Any, TypedDict, Unpack
 from outbox import configuration, observing, process, scope
 from outbox.buffer import Buffer, ChildBuffer, RootBuffer
 from outbox.errors import UsageError
-from outbox.event import Event, Headers, MakeId, Unroutable, make_event
+from outbox.event import Event, Headers, MakeId, Unroutable, check_name, make_event
 from outbox.publisher import Publisher
 from outbox.report import PublishReport
-from outbox.settings import Settings
 from outbox.spread import ids
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
 
 logger = logging.getLogger("outbox.collector")
 
-_DEFAULTS = Settings()
 _NOTHING = PublishReport()
 
 
@@ -62,7 +60,7 @@ class EventCollector:
             loop it is submitted without waiting.
     """
 
-    __slots__ = ("__weakref__", "_epoch", "_finalizer", "_publisher", "_root", "autoflush")
+    __slots__ = ("__weakref__", "_publisher", "_root", "autoflush")
 
     def __init__(
         self,
@@ -84,30 +82,8 @@ class EventCollector:
                 kept: ``publish()`` raises when the broker does not confirm them.
         """
         self._publisher = publisher
-        self._root: Buffer = self._make_root(publisher, max_events, max_bytes, make_id=make_id)
+        self._root: Buffer = RootBuffer(max_events, max_bytes, make_id)
         self.autoflush = autoflush
-        self._epoch = observing.installed()
-        self._finalizer: object = None
-
-    @staticmethod
-    def _make_root(
-        publisher: Publisher | None,
-        max_events: int | None = None,
-        max_bytes: int | None = None,
-        *,
-        publishes_itself: bool = False,
-        lazy: bool = False,
-        make_id: MakeId | None = None,
-    ) -> RootBuffer:
-        found = publisher or configuration.configured_publisher()
-        settings = _DEFAULTS if found is None else found.settings
-        return RootBuffer(
-            settings.max_events if max_events is None else max_events,
-            settings.max_bytes if max_bytes is None else max_bytes,
-            publishes_itself=publishes_itself,
-            lazy=lazy,
-            make_id=make_id,
-        )
 
     @classmethod
     def current(cls) -> EventCollector:
@@ -119,12 +95,9 @@ class EventCollector:
         found = scope.present()
         if found is not None:
             collector = found.collector
-            root = collector._root.root
-            if root.pid == process.pid and (
-                not root.lazy or collector._epoch is observing.installed()
-            ):
+            if collector._root.root.pid == process.pid and collector._is_current():
                 return collector
-        return _make_lazy()
+        return _LazyCollector.enter()
 
     @classmethod
     @contextmanager
@@ -216,13 +189,17 @@ class EventCollector:
                 f"this collector belongs to the process {root.pid}; "
                 "in a forked child use enqueue_event() or EventCollector.current()"
             )
+        if exchange is None:
+            exchange = settings.exchange
+        elif exchange:
+            check_name("exchange", exchange)
         event = make_event(  # by position: this is the hot path, and keywords have a price
             settings.serializer,
             settings.max_body_bytes,
             root.make_id,
             payload,
             target,
-            settings.exchange if exchange is None else exchange,
+            exchange,
             headers,
             key,
             priority,
@@ -234,12 +211,10 @@ class EventCollector:
         if event.deliver_at is not None:
             publisher.check_carries(event)
         publisher.make_ready()
-        buffer.append(event)
+        buffer.append(event, settings.max_events, settings.max_bytes)
         observer = observing.installed()
         if observer is not None:
             observer.enqueued(event)
-        if root.lazy and self._finalizer is None:
-            self._watch_over()
         if self.autoflush:
             self._flush()
         return event
@@ -367,34 +342,56 @@ class EventCollector:
         else:
             self.publish()
 
-    def _watch_over(self) -> None:
-        """At the first event of a lazily made collector: warn, and watch that it is published."""
-        self._finalizer = weakref.finalize(
-            self, _died_unpublished, self._root, process.pid, self._epoch
-        )
-        if not self.autoflush:
-            warnings.warn(
-                "an event was enqueued outside of any unit of work: nothing publishes it until "
-                "publish() is called; or use auto_publishing() or the middleware",
-                RuntimeWarning,
-                stacklevel=_stacklevel_of_caller(),
-            )
+    def _is_current(self) -> bool:
+        return True
 
 
 def _nobody() -> Any:
     return None
 
 
-def _make_lazy() -> EventCollector:
-    collector = EventCollector()
-    collector._root.root.lazy = True
-    scope.enter(collector, collector._root)
-    return collector
+class _LazyCollector(EventCollector):
+    """Made because code asked for a collector where no unit of work was open.
+
+    It is nobody's to publish: its first event warns of that, and it is watched that none is lost
+    unsaid. What a test's recorder was there for is not carried over to the next test.
+    """
+
+    __slots__ = ("_observer", "_watched")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._observer = observing.installed()
+        self._watched = False
+
+    @classmethod
+    def enter(cls) -> _LazyCollector:
+        """Make one, current in this context from now on."""
+        collector = cls()
+        scope.enter(collector, collector._root)
+        return collector
+
+    def enqueue_event(self, payload: Any, target: str, **options: Any) -> Event:
+        event = super().enqueue_event(payload, target, **options)
+        if not self._watched:
+            self._watched = True
+            weakref.finalize(self, _died_unpublished, self._root, process.pid, self._observer)
+            if not self.autoflush:
+                warnings.warn(
+                    "an event was enqueued outside of any unit of work: nothing publishes it "
+                    "until publish() is called; or use auto_publishing() or the middleware",
+                    RuntimeWarning,
+                    stacklevel=_stacklevel_of_caller(),
+                )
+        return event
+
+    def _is_current(self) -> bool:
+        return self._observer is observing.installed()
 
 
-def _died_unpublished(root: Buffer, pid: int, epoch: object) -> None:
+def _died_unpublished(root: Buffer, pid: int, observer: object) -> None:
     # Events of a test's recorder, or of a forked child's parent, are not ours to report.
-    if root.events and pid == process.pid and epoch is None:
+    if root.events and pid == process.pid and observer is None:
         with contextlib.suppress(Exception):  # the interpreter may be going down
             logger.error(
                 "%d event(s) lost: enqueued outside of any unit of work and never published: %s",
@@ -405,7 +402,7 @@ def _died_unpublished(root: Buffer, pid: int, epoch: object) -> None:
 
 def _stacklevel_of_caller() -> int:
     """Return the ``stacklevel`` that makes a warning point at the first line outside of outbox."""
-    level = 2  # as seen from _watch_over
+    level = 2  # as seen from _LazyCollector.enqueue_event
     frame = sys._getframe(2)
     package = __name__.partition(".")[0]
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(

@@ -122,8 +122,6 @@ def make_event(
     check_name("target", target)
     if not target:
         raise InvalidEvent("the target is empty; it is the routing key, such as 'order.placed'")
-    if exchange:
-        check_name("exchange", exchange)
     try:
         body = serializer.encode(payload)
     except (TypeError, ValueError) as error:

@@ -13,17 +13,16 @@ __all__ = ["follow_on_id", "new_id"]
 # uuid5(NAMESPACE_URL, "outbox:follow-on"); part of the wire format, never changed.
 _FOLLOW_ONS = uuid.UUID("e5774d90-3923-58da-b073-bf72e018463f")
 
-_MILLISECOND = 1 << 74
-_RANDOM_BITS = _MILLISECOND - 1
+_VARIANT = 1 << 63
 
 
 class _Generator:
     """UUIDv7 by RFC 9562, section 6.2, method 2 (monotonic random).
 
-    Ids made in one process ascend: within a millisecond, or when the clock goes back, the
-    last id's random part grows by a random step instead of being drawn anew. The source is its
-    own generator, seeded by the operating system, so that ``random.seed()`` in the application
-    cannot make two processes draw the same ids.
+    Ids made in one process ascend: within a millisecond, or when the clock goes back, the random
+    part grows by a random step instead of being drawn anew. The source is its own generator,
+    seeded by the operating system, so that ``random.seed()`` in the application cannot make two
+    processes draw the same ids.
     """
 
     def __init__(self) -> None:
@@ -33,20 +32,24 @@ class _Generator:
         """Draw a new seed; in a forked child, before anything else."""
         self._lock = threading.Lock()
         self._bits = random.Random(os.urandom(32)).getrandbits
-        self._last = 0
+        self._millisecond = 0
+        self._prefix = ""
+        self._low = 0
 
     def new(self) -> str:
-        now = time.time_ns() // 1_000_000 * _MILLISECOND
+        now = time.time_ns() // 1_000_000
         with self._lock:
-            if now > self._last | _RANDOM_BITS:
-                value = now | self._bits(74)
+            if now > self._millisecond:
+                # 48 bits of time, version 7, 12 random bits; then the variant and 62 bits, drawn
+                # from the lower half, so that the steps never reach the end (section 5.7).
+                self._millisecond = now
+                digits = f"{now:012x}7{self._bits(12):03x}"
+                self._prefix = f"{digits[:8]}-{digits[8:12]}-{digits[12:]}-"
+                self._low = _VARIANT | self._bits(61)
             else:
-                value = self._last + 1 + self._bits(32)
-            self._last = value
-        # 48 bits of time, version 7, 12 bits, variant 10, 62 bits (RFC 9562, section 5.7)
-        high = f"{value >> 62:015x}"
-        low = f"{value & 0x3FFFFFFFFFFFFFFF | 0x8000000000000000:x}"
-        return f"{high[:8]}-{high[8:12]}-7{high[12:]}-{low[:4]}-{low[4:]}"
+                self._low += 1 + self._bits(32)
+            low = f"{self._low:x}"
+            return f"{self._prefix}{low[:4]}-{low[4:]}"
 
 
 _generator = _Generator()

@@ -1,0 +1,1 @@
+"""Benchmarks: measured side by side with peers in one run; absolute times drift, ratios stay."""

@@ -20,6 +20,7 @@ logger = logging.getLogger("outbox.link")
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0
 _CLOSE_TIMEOUT = 2.0
+_CLOSING_TURNS = 50
 
 
 def backoff(attempt: int) -> float:
@@ -191,7 +192,14 @@ class Link:
         connection, self._connection = self._connection, None
         if connection is not None and not connection.is_closed:
             wire.abort(connection, ConnectionLost("the link was stopped"))
-        self._loop.stop()
+        self._finish(connection, _CLOSING_TURNS)
+
+    def _finish(self, connection: pika.SelectConnection | None, turns: int) -> None:
+        """End the loop, once pika has closed what it has opened: that takes some turns of it."""
+        if connection is None or connection.is_closed or not turns:
+            self._loop.stop()
+        else:
+            self._loop.call_later(0.005, lambda: self._finish(connection, turns - 1))
 
 
 def _quiet_pika() -> None:

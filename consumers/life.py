@@ -42,7 +42,7 @@ def run(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome
     with EventCollector.use(collector):
         try:
             outcome = _process(consumer, event, collector)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a handler's sys.exit() is no worker's end
             outcome = _of_exception(error)
         finally:
             left = collector.end()
@@ -68,7 +68,7 @@ def _process(consumer: Consumer, event: ReceivedEvent, collector: _MessageCollec
     return outcome
 
 
-def _of_exception(error: Exception) -> Outcome:
+def _of_exception(error: BaseException) -> Outcome:
     match error:
         case Reject():
             return Dead(error.reason, error)

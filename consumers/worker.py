@@ -153,9 +153,9 @@ class Worker:
                 continue  # given back when the subscription closes
             try:
                 self._handle(delivery, context)
-            except BaseException:  # SystemExit of a handler ends neither the thread nor the worker
+            except BaseException:  # a bug of ours must end neither the thread nor the message
                 logger.exception("could not handle message %r", delivery.message_id)
-                self._give_up(delivery)
+                self._subscription.requeue(delivery, _PAUSE)
 
     def _handle(self, delivery: Delivery, context: contextvars.Context) -> None:
         consumer = self.consumers[delivery.queue]
@@ -197,9 +197,6 @@ class Worker:
                 self._subscription.declare_again()  # somebody deleted the dead letters' queue
             if not self._pause(delivery):
                 return
-
-    def _give_up(self, delivery: Delivery) -> None:
-        self._subscription.requeue(delivery, _PAUSE)
 
     def _on_refused(self, reason: str) -> None:
         self._refused = reason

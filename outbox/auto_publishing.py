@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, Self, TypeVar, cast, overload
 
 from outbox import process, scope
 from outbox.buffer import Buffer, ChildBuffer
-from outbox.collector import EventCollector
+from outbox.collector import EventCollector, set_console
 from outbox.errors import UsageError
 from outbox.publisher import Publisher, refuse_running_loop
 from outbox.report import PublishReport
@@ -62,6 +62,22 @@ class AutoPublishingEventCollector(EventCollector):
         if outer is None and not self.autoflush:
             refuse_running_loop()
         return self._enter(outer)
+
+    def open(self) -> Self:
+        """Enter the block for good, at a console: until ``close()``, or the end of the process.
+
+        It is current also where the console runs each line in a context of its own
+        (``python -m asyncio``, Jupyter). Meant for ``auto_publishing(autoflush=True)``.
+        """
+        self.__enter__()
+        if not self.joined:
+            set_console(self)
+        return self
+
+    def close(self) -> None:
+        """Leave a block that was entered with ``open()``, as at the end of a ``with``."""
+        set_console(None)
+        self.__exit__(None, None, None)
 
     def __exit__(
         self,
@@ -191,7 +207,9 @@ class AutoPublishingEventCollector(EventCollector):
             logger.log(level, "dropped, since the block ended with %r: %s", error, ids(dropped))
 
     def _end(self) -> None:
-        self._root.close()
+        left = self._drop(self._root.close())
+        if left:  # publishing raised: the exception is on its way to the caller
+            logger.error("%d event(s) lost at the end of a block: %s", len(left), ids(left))
 
 
 @overload

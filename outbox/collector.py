@@ -16,7 +16,8 @@ from typing import Any, TypedDict, Unpack
 
 from outbox import configuration, observing, process, scope
 from outbox.buffer import Buffer, ChildBuffer, RootBuffer
-from outbox.errors import UsageError
+from outbox.chunk import Chunk
+from outbox.errors import CollectorClosed, UsageError
 from outbox.event import Event, Headers, MakeId, Unroutable, check_name, make_event
 from outbox.publisher import Publisher
 from outbox.report import PublishReport
@@ -34,6 +35,15 @@ __all__ = [
 logger = logging.getLogger("outbox.collector")
 
 _NOTHING = PublishReport()
+
+_console: EventCollector | None = None
+"""Current where no unit of work is open: a console's, which has no context that would last."""
+
+
+def set_console(collector: EventCollector | None) -> None:
+    """Make ``collector`` current wherever no unit of work is open; None ends that."""
+    global _console
+    _console = collector
 
 
 class EventOptions(TypedDict, total=False):
@@ -97,6 +107,10 @@ class EventCollector:
             collector = found.collector
             if collector._root.root.pid == process.pid and collector._is_current():
                 return collector
+        elif (
+            _console is not None and _console._root.root.pid == process.pid and not _console.closed
+        ):
+            return _console
         return _LazyCollector.enter()
 
     @classmethod
@@ -185,7 +199,7 @@ class EventCollector:
         buffer = self._innermost()
         root = buffer.root
         if root.pid != process.pid:
-            raise UsageError(
+            raise CollectorClosed(
                 f"this collector belongs to the process {root.pid}; "
                 "in a forked child use enqueue_event() or EventCollector.current()"
             )
@@ -232,17 +246,12 @@ class EventCollector:
                 is withdrawn.
         """
         buffer = self._innermost()
-        publisher = self._publisher_to_wait_for(buffer)
-        events = buffer.take()
-        if not events:
+        if not buffer.events:
             return _NOTHING
-        keep = buffer.root.make_id is None
-        try:
-            report = publisher.publish(events, keep=keep)
-        except UsageError:
-            buffer.put_back(events)
-            raise
-        return report if keep else report.raise_for_failure()
+        publisher = self.publisher
+        publisher.check_may_wait()
+        chunk = self._hand_over(buffer, publisher)
+        return self._told(chunk, publisher.wait_for(chunk))
 
     async def publish_async(self) -> PublishReport:
         """Publish the events of the innermost buffer, and await the confirms; see ``publish()``.
@@ -250,16 +259,11 @@ class EventCollector:
         Cancelling the task ends the waiting only: the events have left the collector.
         """
         buffer = self._innermost()
-        events = buffer.take()
-        if not events:
+        if not buffer.events:
             return _NOTHING
-        keep = buffer.root.make_id is None
-        try:
-            report = await self.publisher.publish_async(events, keep=keep)
-        except UsageError:
-            buffer.put_back(events)
-            raise
-        return report if keep else report.raise_for_failure()
+        publisher = self.publisher
+        chunk = self._hand_over(buffer, publisher)
+        return self._told(chunk, await publisher.wait_for_async(chunk))
 
     def submit(self) -> Future[PublishReport]:
         """Hand the events of the innermost buffer to the publisher, and do not wait.
@@ -270,13 +274,7 @@ class EventCollector:
         Raises:
             UsageError: the publisher is closed. Nothing has changed.
         """
-        buffer = self._innermost()
-        events = buffer.take()
-        try:
-            return self.publisher.submit(events, keep=buffer.root.make_id is None)
-        except UsageError:
-            buffer.put_back(events)
-            raise
+        return self._hand_over(self._innermost(), self.publisher).future
 
     def clear_events(self) -> tuple[Event, ...]:
         """Drop the events of the innermost buffer, and return them."""
@@ -319,13 +317,18 @@ class EventCollector:
             found = found.outer
         return root
 
-    def _publisher_to_wait_for(self, buffer: Buffer) -> Publisher:
-        publisher = self._publisher or configuration.configured_publisher()
-        if publisher is None:
-            # Without a publisher nothing can have been enqueued; without events none is needed.
-            return configuration.default_publisher() if buffer.events else _nobody()
-        publisher.check_may_wait()
-        return publisher
+    def _hand_over(self, buffer: Buffer, publisher: Publisher) -> Chunk:
+        """Submit what is in ``buffer``; when that fails, it is there as before."""
+        events = buffer.take()
+        try:
+            return publisher.submit_chunk(events, keep=buffer.root.make_id is None)
+        except BaseException:
+            buffer.put_back(events)
+            raise
+
+    @staticmethod
+    def _told(chunk: Chunk, report: PublishReport) -> PublishReport:
+        return report if chunk.keep else report.raise_for_failure()
 
     def _drop(self, events: list[Event]) -> tuple[Event, ...]:
         observer = observing.installed()
@@ -346,10 +349,6 @@ class EventCollector:
         return True
 
 
-def _nobody() -> Any:
-    return None
-
-
 class _LazyCollector(EventCollector):
     """Made because code asked for a collector where no unit of work was open.
 
@@ -368,7 +367,7 @@ class _LazyCollector(EventCollector):
     def enter(cls) -> _LazyCollector:
         """Make one, current in this context from now on."""
         collector = cls()
-        scope.enter(collector, collector._root)
+        scope.begin(collector, collector._root)
         return collector
 
     def enqueue_event(self, payload: Any, target: str, **options: Any) -> Event:

@@ -7,13 +7,14 @@ import atexit
 import contextlib
 import logging
 import math
+import os
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, Unpack
 
-from outbox import observing, process
+from outbox import observing
 from outbox.chunk import Chunk
 from outbox.errors import CollectorFull, InvalidEvent, UsageError
 from outbox.event import Event
@@ -54,8 +55,7 @@ class Publisher:
         """
         self.settings = Settings.load(url, settings)
         self._lock = threading.Lock()
-        self._own = open_transport(self.settings)
-        self._pid = process.pid
+        self._own: Transport | None = open_transport(self.settings)
         self._closed = False
         self._half_full = False
         _open_publishers.add(self)
@@ -90,7 +90,7 @@ class Publisher:
         Raises:
             UsageError: the publisher is closed.
         """
-        return self._submit(tuple(events), keep).future
+        return self.submit_chunk(tuple(events), keep=keep).future
 
     def publish(
         self, events: Iterable[Event], *, keep: bool = True, timeout: float | None = None
@@ -111,11 +111,7 @@ class Publisher:
                 publisher's own thread, or after ``close()``. Nothing was submitted.
         """
         self.check_may_wait()
-        chunk = self._submit(tuple(events), keep)
-        with contextlib.suppress(TimeoutError):
-            return chunk.future.result(self._timeout(timeout))
-        self._transport().release(chunk)
-        return chunk.future.result()
+        return self.wait_for(self.submit_chunk(tuple(events), keep=keep), timeout)
 
     async def publish_async(
         self,
@@ -132,7 +128,27 @@ class Publisher:
         Raises:
             UsageError: called after ``close()``. Nothing was submitted.
         """
-        chunk = self._submit(tuple(events), keep)
+        return await self.wait_for_async(self.submit_chunk(tuple(events), keep=keep), timeout)
+
+    def submit_chunk(self, events: Sequence[Event], *, keep: bool) -> Chunk:
+        """Take ``events`` over as a chunk; see :meth:`submit`. If it raises, none was taken."""
+        if self._closed:
+            raise UsageError("this publisher is closed; nothing was published")
+        return self._transport().submit(events, keep=keep)
+
+    def wait_for(self, chunk: Chunk, timeout: float | None = None) -> PublishReport:
+        """Wait until ``chunk`` is reported, at most ``timeout`` seconds, which reports it."""
+        with contextlib.suppress(TimeoutError):
+            return chunk.future.result(self._timeout(timeout))
+        self._transport().release(chunk)
+        return chunk.future.result()
+
+    async def wait_for_async(
+        self,
+        chunk: Chunk,
+        timeout: float | None = None,  # noqa: ASYNC109  of the caller, not of the publishing
+    ) -> PublishReport:
+        """Await what :meth:`wait_for` waits for."""
         if not chunk.future.done():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._timeout(timeout)):
@@ -166,9 +182,10 @@ class Publisher:
         Args:
             timeout: seconds to drain; the default is the setting ``drain_timeout``.
         """
-        if self._closed:
+        if self._closed or self._own is None:  # closed, or never used since a fork
+            self._closed = True
             return ()
-        transport = self._own_transport()
+        transport = self._own
         if not transport.on_own_thread:
             transport.drain(self._drain_timeout(timeout))
         self._closed = True
@@ -221,8 +238,8 @@ class Publisher:
             logger.warning("%d event(s) of %d bytes are kept: half of the bound", events, size)
 
     def check_carries(self, event: Event) -> None:
-        """Raise InvalidEvent for what this publisher's transport cannot do."""
-        if event.deliver_at is not None and not self._own.supports_delay:
+        """Raise InvalidEvent for what this publisher's own transport cannot do."""
+        if event.deliver_at is not None and not self._own_transport().supports_delay:
             raise InvalidEvent(
                 f"the event to {event.target!r} asks for a delay, "
                 "which this version of outbox cannot do over RabbitMQ"
@@ -247,26 +264,23 @@ class Publisher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submit(self, events: Sequence[Event], keep: bool) -> Chunk:
-        if self._closed:
-            raise UsageError("this publisher is closed; nothing was published")
-        return self._transport().submit(events, keep=keep)
-
     def _transport(self) -> Transport:
         observer = observing.installed()
         return self._own_transport() if observer is None else observer.transport
 
     def _own_transport(self) -> Transport:
-        if self._pid != process.pid:
-            self._become_own()
-        return self._own
+        own = self._own
+        if own is None:  # in a forked child, for the first time
+            with self._lock:
+                own = self._own = self._own or open_transport(self.settings)
+        return own
 
-    def _become_own(self) -> None:
+    def _leave_to_parent(self) -> None:
         """In a forked child: leave the parent's connection alone, and begin with nothing."""
-        _inherited.append(self._own)  # never collected, so that its socket is never closed
+        if self._own is not None:
+            _inherited.append(self._own)  # never collected, so that its socket is never closed
         self._lock = threading.Lock()
-        self._own = open_transport(self.settings)
-        self._pid = process.pid
+        self._own = None
 
     def _timeout(self, timeout: float | None) -> float:
         return self.settings.timeout if timeout is None else timeout
@@ -312,5 +326,13 @@ def _set(waiter: asyncio.Future[None]) -> None:
 @atexit.register
 def _close_all() -> None:
     for publisher in list(_open_publishers):
-        if publisher._pid == process.pid:
-            publisher.close()
+        publisher.close()
+
+
+def _leave_all_to_parent() -> None:
+    for publisher in list(_open_publishers):
+        publisher._leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_all_to_parent)

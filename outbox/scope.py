@@ -10,7 +10,7 @@ from outbox.buffer import Buffer
 if TYPE_CHECKING:
     from outbox.collector import EventCollector
 
-__all__ = ["Scope", "enter", "leave", "present"]
+__all__ = ["Scope", "begin", "enter", "leave", "present"]
 
 
 class Scope:
@@ -32,6 +32,11 @@ present = _scope.get
 def enter(collector: EventCollector, buffer: Buffer) -> Token[Scope | None]:
     """Make ``buffer`` of ``collector`` the innermost of this context."""
     return _scope.set(Scope(collector, buffer, _scope.get()))
+
+
+def begin(collector: EventCollector, buffer: Buffer) -> None:
+    """Make ``buffer`` of ``collector`` the only one of this context, for as long as it lasts."""
+    _scope.set(Scope(collector, buffer, None))
 
 
 def leave(token: Token[Scope | None]) -> None:

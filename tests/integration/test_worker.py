@@ -368,17 +368,19 @@ def test_stopping_finishes_what_runs_and_gives_back_the_rest(
     assert inspector.all(name) == []
 
 
-def test_a_consumer_that_raises_system_exit_ends_neither_the_worker_nor_the_message(
+def test_a_consumer_that_raises_system_exit_has_failed_and_the_worker_goes_on(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     def process(event: ReceivedEvent) -> None:
-        if not event.redelivered:
+        if event.payload == "exit":
             raise SystemExit(3)
 
     seen = Seen(process)
     with running(publisher, inspector, seen, name, threads=1):
-        send(publisher, name, 1)
+        send(publisher, name, "exit", "fine")
         seen.wait(2)
+        letter = inspector.get(f"{name}.dead")
+    assert letter.properties.headers["outbox-dead-reason"] == "SystemExit: 3"
     assert inspector.all(name) == []
 
 

@@ -281,6 +281,15 @@ def test_a_late_event_of_a_task_that_outlived_its_unit_is_refused_not_lost(
     asyncio.run(main())
 
 
+def test_a_block_whose_publisher_was_closed_raises_and_names_what_is_lost(
+    publisher: Publisher, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UsageError, match="closed"), auto_publishing():
+        event = enqueue_event(1, "x")
+        publisher.close()
+    assert f"lost at the end of a block: '{event.id}'" in caplog.text
+
+
 # ------------------------------------------------------------------------------ savepoints
 
 
@@ -456,6 +465,39 @@ def test_autoflush_publishes_each_event_at_once(publisher: Publisher) -> None:
         assert published(publisher) == [1]
         enqueue_event(2, "x")
         assert published(publisher) == [1, 2]
+
+
+@pytest.mark.parametrize("console", [["-i", "-q"], ["-m", "asyncio"]], ids=["python", "asyncio"])
+def test_at_a_console_autoflush_lasts_from_line_to_line(console: list[str]) -> None:
+    lines = [
+        "import outbox",
+        "publisher = outbox.configure('memory://')",
+        "_ = outbox.auto_publishing(autoflush=True).open()",
+        "_ = outbox.enqueue_event(1, 'x')",
+        "_ = outbox.enqueue_event(2, 'x')",
+        "print('published', [event.payload for event in publisher._own.published])",
+    ]
+    done = subprocess.run(
+        [sys.executable, *console],
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env={**os.environ, "TERM": "dumb", "PYTHON_BASIC_REPL": "1"},
+    )
+    assert "published [1, 2]" in done.stdout, done.stdout + done.stderr
+    assert "RuntimeWarning" not in done.stderr
+
+
+def test_a_console_block_can_be_closed(publisher: Publisher) -> None:
+    def console() -> None:
+        block = auto_publishing(autoflush=True).open()
+        assert contextvars.Context().run(EventCollector.current) is block
+        block.close()
+        assert contextvars.Context().run(EventCollector.current) is not block
+
+    contextvars.copy_context().run(console)
 
 
 # ------------------------------------------------------------------------------ processes

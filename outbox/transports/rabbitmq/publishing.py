@@ -92,11 +92,11 @@ class RabbitMQTransport:
         self._link.start()
 
     def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
-        """Encode ``events`` and take them over."""
+        """Encode ``events`` and take them over; whatever raises, raises before that."""
         encode = self._encoder.encode
         chunk = Chunk(events, keep=keep, frames=[encode(event) for event in events])
-        self._spread(self._backlog.add(chunk))
         self._link.start()
+        self._spread(self._backlog.add(chunk))
         if not self._woken:
             self._woken = True
             self._link.call(self._on_wake)

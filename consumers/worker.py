@@ -149,8 +149,8 @@ class Worker:
 
     def _work(self, context: contextvars.Context) -> None:
         while (delivery := self._inbox.get()) is not None:
-            if self._stopping.is_set():
-                continue  # given back when the subscription closes
+            if self._stopping.is_set() or self._subscription.is_stale(delivery):
+                continue  # it is given back when the subscription closes, or was already
             try:
                 self._handle(delivery, context)
             except BaseException:  # a bug of ours must end neither the thread nor the message

@@ -190,7 +190,8 @@ class EventCollector:
 
         Raises:
             InvalidEvent: it cannot be carried. Nothing was collected.
-            CollectorFull: a bound is reached, or the publisher keeps ``max_kept`` events.
+            CollectorFull: a bound is reached; or it is the first event here, and the publisher
+                keeps ``max_kept`` events.
             CollectorClosed: the unit of work has ended, or belongs to another process.
             NotConfigured: the process has no publisher.
         """
@@ -224,7 +225,8 @@ class EventCollector:
         )
         if event.deliver_at is not None:
             publisher.check_carries(event)
-        publisher.make_ready()
+        if not buffer.events:
+            publisher.make_ready()
         buffer.append(event, settings.max_events, settings.max_bytes)
         observer = observing.installed()
         if observer is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
+import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -328,6 +329,52 @@ async def test_publishing_synchronously_on_an_event_loop_is_refused_and_loses_no
         assert collector.events == (event,)
         assert (await publish_async()).published == (event,)
     assert inspector.get(queue).id == event.id
+
+
+def test_of_several_hosts_the_one_that_answers_is_used(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    credentials, _, address = amqp_url.rpartition("@")
+    with Publisher(f"{credentials}@127.0.0.1:1,{address}", exchange=name) as publisher:
+        events = make_events(publisher, ["x"])
+        publisher.publish(events)
+        assert publisher.drain(10)
+    assert inspector.get(queue).id == events[0].id
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_after_a_fork_parent_and_child_publish_over_connections_of_their_own(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    publisher = configure(amqp_url, exchange=name)
+    with auto_publishing():
+        enqueue_event("before", "x")
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            for n in range(5):
+                with auto_publishing() as block:
+                    enqueue_event(f"child {n}", "x")
+                assert block.report is not None
+                assert block.report.ok
+            publisher.close()
+            status = 0
+        finally:
+            os._exit(status)
+    for n in range(5):
+        with auto_publishing() as block:
+            enqueue_event(f"parent {n}", "x")
+        assert block.report is not None
+        assert block.report.ok
+    assert os.waitpid(pid, 0)[1] == 0
+    payloads = [message.payload for message in inspector.messages(queue, 11)]
+    assert sorted(payloads) == sorted(
+        ["before", *(f"{who} {n}" for who in ("child", "parent") for n in range(5))]
+    )
+    assert inspector.all(queue) == []
 
 
 def test_a_hook_that_waits_for_its_publisher_is_refused_and_harms_nobody(

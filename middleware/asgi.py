@@ -11,10 +11,12 @@ a cancellation ends the waiting, never the publishing.
 A WebSocket connection is no unit of work, since it may last for days: a handler says
 ``async with auto_publishing()`` for each message, and what it enqueues outside of such a block is
 published when the connection ends. Lifespan events work likewise; at shutdown the publisher is
-drained.
+drained, also for an application that has no lifespan.
 """
 
 from __future__ import annotations
+
+import logging
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
@@ -24,6 +26,8 @@ from outbox.configuration import configured_publisher
 from outbox.middleware.unit import IsSuccess, RequestCollector, below_400
 
 __all__ = ["OutboxMiddleware"]
+
+logger = logging.getLogger("outbox.middleware")
 
 _MARKER = "outbox.collector"
 
@@ -55,7 +59,8 @@ class OutboxMiddleware:
 
     async def __call__(self, asgi_scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, WebSocket connection or lifespan."""
-        if _MARKER in asgi_scope:
+        around = asgi_scope.get(_MARKER)
+        if around is not None and not around.closed:  # not a retry of a request that has ended
             await self.app(asgi_scope, receive, send)
             return
         kind = asgi_scope["type"]
@@ -100,11 +105,11 @@ class OutboxMiddleware:
     ) -> None:
         try:
             await self.app(asgi_scope, receive, send)
-        except WebSocketDisconnect:
-            await collector.publish_quietly_async()
-            raise
         except Exception as error:
-            collector.discard(f"the connection failed with {type(error).__qualname__}")
+            if _is_disconnect(error):
+                await collector.publish_quietly_async()
+            else:
+                collector.discard(f"the connection failed with {type(error).__qualname__}")
             raise
         except BaseException:
             # The server shuts down: what earlier messages did is done.
@@ -115,17 +120,40 @@ class OutboxMiddleware:
     async def _lifespan(
         self, collector: RequestCollector, asgi_scope: Scope, receive: Receive, send: Send
     ) -> None:
+        received = False
+
+        async def watched_receive() -> Message:
+            nonlocal received
+            received = True
+            return await receive()
+
         async def publishing_send(message: Message) -> None:
             if message["type"] in ("lifespan.startup.complete", "lifespan.shutdown.complete"):
                 await collector.publish_quietly_async()
-            if message["type"] == "lifespan.shutdown.complete":
+            if message["type"] in ("lifespan.shutdown.complete", "lifespan.shutdown.failed"):
                 publisher = self._publisher or configured_publisher()
                 if publisher is not None:
                     await publisher.drain_async()
             await send(message)
 
         try:
-            await self.app(asgi_scope, receive, publishing_send)
+            await self.app(asgi_scope, watched_receive, publishing_send)
         except BaseException as error:
             collector.discard(f"the lifespan failed with {type(error).__qualname__}")
-            raise
+            if received or not isinstance(error, Exception):
+                raise
+            logger.info("the application has no lifespan (%r)", error)
+        if not received:
+            # Servers that die by their signal run no exit handlers: this is the only chance to
+            # drain, so it must not depend on the application's having a lifespan.
+            await receive()
+            await publishing_send({"type": "lifespan.startup.complete"})
+            await receive()
+            await publishing_send({"type": "lifespan.shutdown.complete"})
+
+
+def _is_disconnect(error: Exception) -> bool:
+    """Return whether nothing but the client's going away ended the connection."""
+    if isinstance(error, ExceptionGroup):  # the handler ran in a task group
+        return error.split(WebSocketDisconnect)[1] is None
+    return isinstance(error, WebSocketDisconnect)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from outbox import EventCollector, Publisher
+from outbox import EventCollector, Publisher, UsageError
 from outbox.buffer import RootBuffer
 from outbox.spread import ids
 
@@ -26,6 +27,9 @@ def below_400(status: int) -> bool:
 class RequestCollector(EventCollector):
     """The collector of one request, connection or lifespan.
 
+    What its methods do, they do to the whole unit of work, whatever block is open where they are
+    called: one that the application never ended must not keep the rest of the request back.
+
     Attributes:
         buffer: of the whole request.
     """
@@ -42,11 +46,16 @@ class RequestCollector(EventCollector):
     def publish_quietly(self) -> None:
         """Publish; whatever fails is logged, and never fails the response.
 
-        The events have reached the publisher, or stay in the collector.
+        The events have reached the publisher, or stay in the collector. Where an event loop runs
+        in this thread, they are handed over without waiting.
         """
         if self.buffer.events:
             try:
-                self.publish()
+                publisher = self.publisher
+                chunk = self._hand_over(self.buffer, publisher)
+                with contextlib.suppress(UsageError):
+                    publisher.check_may_wait()
+                    publisher.wait_for(chunk)
             except Exception:
                 logger.exception("could not publish the events of a request: %s", self._held())
 
@@ -54,7 +63,8 @@ class RequestCollector(EventCollector):
         """Do what :meth:`publish_quietly` does, on an event loop."""
         if self.buffer.events:
             try:
-                await self.publish_async()
+                publisher = self.publisher
+                await publisher.wait_for_async(self._hand_over(self.buffer, publisher))
             except Exception:
                 logger.exception("could not publish the events of a request: %s", self._held())
 
@@ -62,7 +72,7 @@ class RequestCollector(EventCollector):
         """Hand the events to the publisher without waiting; whatever fails is logged."""
         if self.buffer.events:
             try:
-                self.submit()
+                self._hand_over(self.buffer, self.publisher)
             except Exception:
                 logger.exception("could not publish the events of a request: %s", self._held())
 

@@ -16,12 +16,11 @@ exception that passes through the application or its iterator is failure, as is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextvars import Token
 from typing import TYPE_CHECKING, Any
 
-from outbox import Publisher, scope
+from outbox import Publisher
 from outbox.middleware.unit import IsSuccess, RequestCollector, below_400
-from outbox.scope import Scope
+from outbox.scope import Scope, leave, present, resume
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -59,19 +58,21 @@ class OutboxMiddleware:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
-        if _MARKER in environ:
+        around = environ.get(_MARKER)
+        if around is not None and not around.closed:  # not a retry of a request that has ended
             return self.app(environ, start_response)
         request = environ[_MARKER] = _Request(self._publisher, start_response, self._is_success)
-        token = scope.enter(request, request.buffer)
+        scope = Scope(request, request.buffer, present())
+        token = resume(scope)
         try:
             body = self.app(environ, request.start_response)
-            return request.respond(body, environ)
         except BaseException as error:
             request.fail(error)
             request.close()
             raise
         finally:
-            scope.leave(token)
+            leave(token)
+        return request.respond(body, environ, scope)
 
 
 class _Request(RequestCollector):
@@ -98,16 +99,19 @@ class _Request(RequestCollector):
         self._headers = headers
         return self._start_response(status, headers, *exc_info)
 
-    def respond(self, body: Iterable[bytes], environ: WSGIEnvironment) -> Iterable[bytes]:
+    def respond(
+        self, body: Iterable[bytes], environ: WSGIEnvironment, scope: Scope
+    ) -> Iterable[bytes]:
         """Return ``body``, or what stands for it so that the unit ends when the response does."""
         if isinstance(body, (list, tuple)) or _is_file(body, environ):
             if self.buffer.events:
-                self.settle()
+                self._settle_or_close(body)
             self.close()
             return body
-        if self._is_complete():
-            self.settle()
-        return _SizedBody(self, body) if hasattr(body, "__len__") else _Body(self, body)
+        wrapped = (_SizedBody if hasattr(body, "__len__") else _Body)(self, body, scope)
+        if self.buffer.events and self._is_complete():
+            self._settle_or_close(wrapped)
+        return wrapped
 
     def settle(self) -> None:
         """Publish or drop what has been enqueued so far."""
@@ -125,6 +129,16 @@ class _Request(RequestCollector):
         self._failed = True
         self.discard(f"the request failed with {type(error).__qualname__}")
 
+    def _settle_or_close(self, body: Iterable[bytes]) -> None:
+        """Settle; when that is interrupted, the server gets no body that it could close."""
+        try:
+            self.settle()
+        except BaseException as error:
+            self.fail(error)
+            _close(body)
+            self.close()
+            raise
+
     def _is_complete(self) -> bool:
         return self._status[:3] in _WITHOUT_BODY or any(
             name.lower() == "content-length" for name, _ in self._headers
@@ -138,21 +152,25 @@ def _is_file(body: object, environ: WSGIEnvironment) -> bool:
 
 
 class _Body:
-    """A response's body, iterated and closed with its request's collector current."""
+    """A response's body, iterated and closed with its request's collector current.
 
-    __slots__ = ("_body", "_closed", "_iterator", "_request")
+    What the application opens in one step, such as a block around a ``yield``, is open in the next.
+    """
 
-    def __init__(self, request: _Request, body: Iterable[bytes]) -> None:
+    __slots__ = ("_body", "_closed", "_iterator", "_request", "_scope")
+
+    def __init__(self, request: _Request, body: Iterable[bytes], scope: Scope) -> None:
         self._request = request
         self._body = body
         self._iterator: Iterator[bytes] | None = None
+        self._scope: Scope | None = scope
         self._closed = False
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
-        token = self._enter()
+        token = resume(self._scope)
         try:
             if self._iterator is None:
                 self._iterator = iter(self._body)
@@ -164,28 +182,24 @@ class _Body:
             self._request.fail(error)
             raise
         finally:
-            scope.leave(token)
+            self._scope = present()
+            leave(token)
 
     def close(self) -> None:
         """Close the application's body, once, and end the unit of work."""
         if self._closed:
             return
         self._closed = True
-        token = self._enter()
+        token = resume(self._scope)
         try:
-            close = getattr(self._body, "close", None)
-            if close is not None:
-                close()
+            _close(self._body)
             self._request.settle()
         except BaseException as error:
             self._request.fail(error)
             raise
         finally:
             self._request.close()
-            scope.leave(token)
-
-    def _enter(self) -> Token[Scope | None]:
-        return scope.enter(self._request, self._request.buffer)
+            leave(token)
 
 
 class _SizedBody(_Body):
@@ -195,3 +209,9 @@ class _SizedBody(_Body):
 
     def __len__(self) -> int:
         return len(self._body)  # type: ignore[arg-type]
+
+
+def _close(body: Iterable[bytes]) -> None:
+    close = getattr(body, "close", None)
+    if close is not None:
+        close()

@@ -10,7 +10,7 @@ from outbox.buffer import Buffer
 if TYPE_CHECKING:
     from outbox.collector import EventCollector
 
-__all__ = ["Scope", "begin", "enter", "leave", "present"]
+__all__ = ["Scope", "begin", "enter", "leave", "present", "resume"]
 
 
 class Scope:
@@ -27,6 +27,8 @@ class Scope:
 _scope: ContextVar[Scope | None] = ContextVar("outbox_scope", default=None)
 present = _scope.get
 """Returns the innermost scope of this context, or None."""
+resume = _scope.set
+"""Makes a scope that was the innermost before so again, for a generator's next step."""
 
 
 def enter(collector: EventCollector, buffer: Buffer) -> Token[Scope | None]:
@@ -49,6 +51,8 @@ def leave(token: Token[Scope | None]) -> None:
     try:
         _scope.reset(token)
     except ValueError:
-        scope = _scope.get()
-        if scope is not None and scope.buffer.closed:
+        scope, before = _scope.get(), token.old_value
+        if scope is not None and (
+            scope.buffer.closed or (isinstance(before, Scope) and scope.outer is before)
+        ):
             _scope.set(scope.outer)

@@ -365,6 +365,102 @@ def test_a_publisher_that_fails_never_fails_the_response(
     assert "could not publish" in caplog.text
 
 
+def test_what_counts_as_success_can_be_said(collected_events: CollectedEvents) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(scope["path"], "t")
+        await respond(send, int(scope["path"]))
+
+    async def send(message: Any) -> None: ...
+
+    middleware = OutboxMiddleware(app, is_success=lambda status: status == 404)
+    for path in ("200", "404"):
+        asyncio.run(middleware({**HTTP, "path": path}, nothing, send))
+    assert published(collected_events) == ["404"]
+
+
+def test_a_background_task_that_fails_fails_its_request(collected_events: CollectedEvents) -> None:
+    def boom() -> None:
+        raise ValueError
+
+    async def endpoint(request: Request) -> Response:
+        enqueue_event("endpoint", "t")
+        return JSONResponse({}, background=BackgroundTask(boom))
+
+    app = OutboxMiddleware(Starlette(routes=[Route("/", endpoint)]))
+    assert get(app).status_code == 200
+    assert published(collected_events) == []
+
+
+def test_a_request_that_the_server_cancels_drops_its_events(
+    collected_events: CollectedEvents,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(1, "t")
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        task = asyncio.create_task(call(app))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert published(collected_events) == []
+    assert [event.payload for event in collected_events.cleared] == [1]
+
+
+def test_a_cancellation_just_before_the_publishing_does_not_prevent_it(slow: Publisher) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(1, "t")
+        await respond(send)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+
+    async def send(message: Any) -> None: ...
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(OutboxMiddleware(app, publisher=slow)(dict(HTTP), nothing, send))
+    transport = slow._own
+    assert isinstance(transport, SlowTransport)
+    assert len(transport.chunks) == 1
+
+
+def test_a_request_that_is_tried_again_with_the_same_scope_is_collected_again(
+    collected_events: CollectedEvents,
+) -> None:
+    async def fails_once(scope: Any, receive: Any, send: Any) -> None:
+        scope["attempt"] = scope.get("attempt", 0) + 1
+        enqueue_event(scope["attempt"], "t")
+        if scope["attempt"] == 1:
+            raise ValueError
+        await respond(send)
+
+    async def send(message: Any) -> None: ...
+
+    async def main() -> None:
+        scope, app = dict(HTTP), OutboxMiddleware(fails_once)
+        with pytest.raises(ValueError):
+            await app(scope, nothing, send)
+        await app(scope, nothing, send)
+
+    asyncio.run(main())
+    assert published(collected_events) == [2]
+
+
+def test_a_block_that_the_application_never_ends_does_not_keep_the_request_back(
+    collected_events: CollectedEvents,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event("request", "t")
+        await auto_publishing().__aenter__()
+        await respond(send)
+
+    asyncio.run(call(app))
+    assert published(collected_events) == ["request"]
+
+
 # ------------------------------------------------------------------------------ WebSocket
 
 
@@ -402,6 +498,40 @@ def test_a_block_per_message_publishes_at_once_and_the_rest_when_the_connection_
         assert [event.payload for event in collected_events.cleared] == ["outside"]
 
 
+def test_a_disconnect_that_a_task_group_wraps_is_a_normal_end(
+    collected_events: CollectedEvents,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event("outside", "t")
+        raise ExceptionGroup("tasks", [WebSocketDisconnect(), WebSocketDisconnect()])
+
+    with pytest.raises(ExceptionGroup):
+        asyncio.run(call(app, type="websocket"))
+    assert published(collected_events) == ["outside"]
+
+
+def test_a_failure_beside_a_disconnect_is_a_failure(collected_events: CollectedEvents) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event("outside", "t")
+        raise ExceptionGroup("tasks", [WebSocketDisconnect(), ValueError()])
+
+    with pytest.raises(ExceptionGroup):
+        asyncio.run(call(app, type="websocket"))
+    assert published(collected_events) == []
+
+
+def test_a_connection_that_the_shutdown_cancels_publishes_what_was_done(
+    collected_events: CollectedEvents,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event("outside", "t")
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(call(app, type="websocket"))
+    assert published(collected_events) == ["outside"]
+
+
 # ------------------------------------------------------------------------------ lifespan
 
 
@@ -419,15 +549,66 @@ def test_events_of_startup_and_shutdown_are_published(collected_events: Collecte
     assert published(collected_events) == ["startup", "sync", "joined", "shutdown"]
 
 
-def test_an_application_without_lifespan_stays_one() -> None:
+class Drained(SlowTransport):
+    """Counts how often it is drained."""
+
+    drained = 0
+
+    def drain(self, timeout: float) -> bool:
+        self.drained += 1
+        return True
+
+
+def live(app: Any, transport: Drained) -> list[str]:
+    """Take an application through its life; return what it answered."""
+    publisher = Publisher("memory://")
+    publisher._own = transport
+    messages = iter(["lifespan.startup", "lifespan.shutdown"])
+    sent: list[str] = []
+
+    async def receive() -> Any:
+        return {"type": next(messages)}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    asyncio.run(OutboxMiddleware(app, publisher=publisher)({"type": "lifespan"}, receive, send))
+    return sent
+
+
+@pytest.mark.parametrize("how", ["raises", "returns"])
+def test_the_publisher_is_drained_at_shutdown_though_the_application_has_no_lifespan(
+    how: str,
+) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        assert scope["type"] == "http"
+        assert scope["type"] == "http" or how == "returns"
 
-    async def main() -> None:
-        with pytest.raises(AssertionError):
-            await OutboxMiddleware(app)({"type": "lifespan"}, nothing, nothing)  # type: ignore[arg-type]
+    transport = Drained()
+    assert live(app, transport) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert transport.drained == 1
 
-    asyncio.run(main())
+
+def test_the_publisher_is_drained_though_the_shutdown_fails() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.failed", "message": ""})
+
+    transport = Drained()
+    assert live(app, transport) == ["lifespan.startup.complete", "lifespan.shutdown.failed"]
+    assert transport.drained == 1
+
+
+def test_a_startup_that_fails_stays_a_failure(collected_events: CollectedEvents) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event("startup", "t")
+        await receive()
+        raise ValueError("no database")
+
+    with pytest.raises(ValueError, match="no database"):
+        live(app, Drained())
+    assert published(collected_events) == []
 
 
 def test_requests_side_by_side_do_not_see_each_others_events(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import logging
 import wsgiref.util
@@ -382,6 +383,142 @@ def test_it_is_clean_under_both_validators(collected_events: CollectedEvents) ->
     assert b"".join(body) == b"ok"
     body.close()  # type: ignore[attr-defined]
     assert published(collected_events) == [1, 1, 1]
+
+
+def test_an_exception_after_the_status_drops_the_events(collected_events: CollectedEvents) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        enqueue_event(1, "t")
+        start_response("200 OK", [("Content-Length", "2")])
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        Server(app).serve()
+    assert published(collected_events) == []
+
+
+def test_a_body_that_nobody_iterates_is_published_at_its_close(
+    collected_events: CollectedEvents,
+) -> None:
+    inner = Body([enqueuing("never")])
+    Server(app_of(inner)).call().close()
+    assert published(collected_events) == ["app"]
+    assert inner.closed == 1
+
+
+def test_the_requests_collector_is_current_in_every_step_and_in_close(
+    collected_events: CollectedEvents,
+) -> None:
+    seen: list[EventCollector] = []
+
+    def look() -> bytes:
+        seen.append(EventCollector.current())
+        return b"x"
+
+    class Closing(Body):
+        def close(self) -> None:
+            look()
+
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        look()
+        start_response("200 OK", [])
+        return Closing([look, look])
+
+    Server(app).serve()
+    assert len(seen) == 4
+    assert len(set(map(id, seen))) == 1
+    assert EventCollector.current() is not seen[0]
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_a_block_around_a_yield_is_open_in_the_next_step(
+    collected_events: CollectedEvents, moving: bool
+) -> None:
+    def chunks() -> Iterator[bytes]:
+        try:
+            with auto_publishing():
+                enqueue_event("dropped", "t")
+                yield b"1"
+                enqueue_event("dropped", "t")
+                raise ValueError
+        except ValueError:
+            enqueue_event("after", "t")
+        with auto_publishing(independent=True) as block:
+            for n in range(2):
+                enqueue_event(n, "t")
+                yield b"2"
+        assert block.report is not None
+        assert len(block.report.published) == 2
+        enqueue_event("last", "t")
+        yield b"3"
+
+    body = Server(app_of(chunks())).call()
+    for _ in range(5):
+        if moving:  # a server that takes each step in a context of its own
+            contextvars.copy_context().run(next, body, None)
+        else:
+            next(body, None)
+    body.close()
+    assert published(collected_events) == [0, 1, "app", "after", "last"]
+    assert [event.payload for event in collected_events.cleared] == ["dropped", "dropped"]
+
+
+def test_a_block_that_the_application_never_ends_does_not_keep_the_request_back(
+    collected_events: CollectedEvents,
+) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        enqueue_event("request", "t")
+        auto_publishing().__enter__()
+        start_response("200 OK", [])
+        return [b""]
+
+    Server(app).serve()
+    assert published(collected_events) == ["request"]
+
+
+def test_a_request_that_is_tried_again_with_the_same_environ_is_collected_again(
+    collected_events: CollectedEvents,
+) -> None:
+    def fails_once(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        environ["attempt"] = environ.get("attempt", 0) + 1
+        enqueue_event(environ["attempt"], "t")
+        if environ["attempt"] == 1:
+            raise ValueError
+        start_response("200 OK", [])
+        return [b""]
+
+    server = Server(fails_once)
+    with pytest.raises(ValueError):
+        server.serve()
+    server.serve()
+    assert published(collected_events) == [2]
+
+
+def test_where_a_loop_runs_it_publishes_without_waiting(collected_events: CollectedEvents) -> None:
+    async def serve() -> bytes:
+        return Server(app_of(Body([enqueuing(1)]))).serve()
+
+    assert asyncio.run(serve()) == b"x"
+    assert published(collected_events) == ["app", 1]
+
+
+@pytest.mark.parametrize("headers", [[], [("Content-Length", "1")]])
+@pytest.mark.parametrize("kind", [Body, type("Untouched", (list, Body), {})])
+def test_the_body_is_closed_once_when_the_publishing_is_interrupted(
+    collected_events: CollectedEvents,
+    monkeypatch: pytest.MonkeyPatch,
+    headers: list[tuple[str, str]],
+    kind: Any,
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise SystemExit  # what gunicorn does to a worker that takes too long
+
+    monkeypatch.setattr(Publisher, "wait_for", interrupted)
+    inner = kind([b"x"])
+    inner.closed = 0
+    with pytest.raises(SystemExit):
+        Server(app_of(inner, headers=headers)).serve()
+    assert inner.closed == 1
+    assert published(collected_events) == ["app"]
 
 
 @pytest.fixture

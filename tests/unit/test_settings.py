@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, get_type_hints
 
 import pytest
@@ -152,4 +153,4 @@ def test_every_setting_can_be_given_to_configure_and_is_described() -> None:
     settings = set(get_type_hints(Settings)) - {"url"}
     assert set(get_type_hints(SettingOverrides)) == settings
     for name in settings:
-        assert f"        {name}: " in (Settings.__doc__ or ""), name
+        assert f"\n    {name}: " in inspect.cleandoc(Settings.__doc__ or ""), name

@@ -43,8 +43,8 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             demo = Demo(stack, options.consumers)
-            for name in options.apps or ["flask", "fastapi"]:
-                demo.show(name)
+            for number, name in enumerate(options.apps or ["flask", "fastapi"]):
+                demo.show(name, outage=number == 0)
             demo.finish()
         say("All of it was observed.")
     except (Failed, BrokerMissing) as error:
@@ -103,8 +103,8 @@ class Demo:
         # A quorum queue that is younger than a moment may not survive the kill to come.
         self._queues_made_at = time.monotonic()
 
-    def show(self, name: str) -> None:
-        """Tell the whole story with one web application."""
+    def show(self, name: str, *, outage: bool) -> None:
+        """Tell the story with one web application, with the broker's death or without."""
         port = free_port()
         with self._web_server(name, port) as server:
             orders = f"http://127.0.0.1:{port}/orders"
@@ -128,29 +128,8 @@ class Demo:
             expect(self._witness.is_quiet(1.0), "nothing was published")
             say(f"  HTTP 402, {answer['error']}; nothing was published")
 
-            step("the broker is killed")
-            time.sleep(max(0.0, self._queues_made_at + 3 - time.monotonic()))
-            self._broker.kill()
-            placed_meanwhile, times = [], []
-            for number in range(5):
-                status, answer, seconds = post(orders, item=f"lamp {number}", amount="30")
-                expect(status == 201, f"a request without a broker answers 201, not {status}")
-                placed_meanwhile.append(answer["order_id"])
-                times.append(f"{seconds * 1000:.0f}")
-                expect(seconds < 1, "it answers within a second")
-            say(f"  five orders meanwhile: HTTP 201 after {', '.join(times)} ms")
-
-            step("the broker comes back, and nobody sends a request")
-            self._broker.start()
-            arrived: set[int] = set()
-            while len(arrived) < 5:
-                arrived.add(self._witness.next("order.placed", 30)["order_id"])
-            expect(arrived == set(placed_meanwhile), "these are the five orders")
-            say(f"  all five arrived: orders {sorted(arrived)}")
-            for order in placed_meanwhile:
-                self._worker.logs(f"order {order} is in the books")
-            say("  and were consumed")
-            self._witness.forget()
+            if outage:
+                self._outage(orders)
 
             step("the web server is told to stop")
             code = server.stop()
@@ -159,6 +138,31 @@ class Demo:
                 code in (0, -signal.SIGTERM), f"the {name} server ends in order, not with {code}"
             )
             say("  it has ended in order")
+
+    def _outage(self, orders: str) -> None:
+        step("the broker is killed")
+        time.sleep(max(0.0, self._queues_made_at + 3 - time.monotonic()))
+        self._broker.kill()
+        placed_meanwhile, times = [], []
+        for number in range(5):
+            status, answer, seconds = post(orders, item=f"lamp {number}", amount="30")
+            expect(status == 201, f"a request without a broker answers 201, not {status}")
+            placed_meanwhile.append(answer["order_id"])
+            times.append(f"{seconds * 1000:.0f}")
+            expect(seconds < 1, "it answers within a second")
+        say(f"  five orders meanwhile: HTTP 201 after {', '.join(times)} ms")
+
+        step("the broker comes back, and nobody sends a request")
+        self._broker.start()
+        arrived: set[int] = set()
+        while len(arrived) < 5:
+            arrived.add(self._witness.next("order.placed", 30)["order_id"])
+        expect(arrived == set(placed_meanwhile), "these are the five orders")
+        say(f"  all five arrived: orders {sorted(arrived)}")
+        for order in placed_meanwhile:
+            self._worker.logs(f"order {order} is in the books")
+        say("  and were consumed")
+        self._witness.forget()
 
     def finish(self) -> None:
         """Stop the worker."""

@@ -373,18 +373,18 @@ class _LazyCollector(EventCollector):
         return collector
 
     def enqueue_event(self, payload: Any, target: str, **options: Any) -> Event:
-        event = super().enqueue_event(payload, target, **options)
         if not self._watched:
-            self._watched = True
-            weakref.finalize(self, _died_unpublished, self._root, process.pid, self._observer)
             if not self.autoflush:
+                # Before anything is collected: the application may have made it an exception.
                 warnings.warn(
                     "an event was enqueued outside of any unit of work: nothing publishes it "
                     "until publish() is called; or use auto_publishing() or the middleware",
                     RuntimeWarning,
                     stacklevel=_stacklevel_of_caller(),
                 )
-        return event
+            weakref.finalize(self, _died_unpublished, self._root, process.pid, self._observer)
+            self._watched = True
+        return super().enqueue_event(payload, target, **options)
 
     def _is_current(self) -> bool:
         return self._observer is observing.installed()

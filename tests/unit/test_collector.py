@@ -393,6 +393,16 @@ def test_outside_of_any_unit_the_first_event_warns_in_the_callers_line(
     contextvars.copy_context().run(script)
 
 
+def test_a_warning_made_an_exception_collects_nothing(publisher: Publisher) -> None:
+    def script() -> None:
+        for _ in range(2):
+            with pytest.raises(RuntimeWarning):
+                enqueue_event(1, "x")
+        assert len(EventCollector.current()) == 0
+
+    contextvars.copy_context().run(script)
+
+
 def test_each_thread_has_a_collector_of_its_own(publisher: Publisher) -> None:
     found: list[EventCollector] = []
 

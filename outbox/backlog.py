@@ -99,6 +99,8 @@ class Backlog:
         news = News()
         with self._lock:
             chunk.submitted_at = self._clock()
+            if not self._unsettled and not self._elsewhere:
+                self._stalled = False  # no confirm can come: nothing is on its way
             self._unreported[chunk] = None
             self._unsettled += len(chunk.entries)
             error = self._down

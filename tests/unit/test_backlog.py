@@ -113,6 +113,18 @@ def test_when_a_callers_time_is_up_without_any_confirm_later_callers_do_not_wait
     assert backlog.add(chunk_of("c")).reports == []
 
 
+def test_a_stall_ends_where_nothing_is_on_its_way_since_no_confirm_could_end_it() -> None:
+    clock = Clock()
+    backlog = Backlog(clock=clock)
+    withdrawn = chunk_of("a", keep=False)
+    backlog.add(withdrawn)
+    clock.now += 5
+    assert report_of(backlog.release(withdrawn)).rejected  # before it was ever taken
+    assert backlog.circuit_open
+    assert backlog.add(chunk_of("b", keep=False)).reports == []
+    assert ids(backlog.take(10, 10)) == "b"
+
+
 def test_a_caller_whose_time_is_up_while_others_get_confirms_opens_no_circuit() -> None:
     clock = Clock()
     backlog = Backlog(clock=clock)

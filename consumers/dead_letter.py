@@ -7,6 +7,7 @@ from typing import Any
 
 from outbox import Event
 from outbox.consumers.outcome import Dead
+from outbox.event import MAX_HEADER_BYTES, plain_table
 from outbox.ids import new_id
 from outbox.subscription import Delivery, dead_letter_queue
 
@@ -26,18 +27,26 @@ def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
     It has the message's own body, content type, id, and headers, but for those that the broker
     would act on; ``docs/wire-format.md`` lists what is added.
     """
-    headers = {
-        name: value for name, value in (delivery.headers or {}).items() if not _is_brokers(name)
+    headers: dict[str, Any] = {
+        "outbox-dead-reason": _text(outcome.reason[:_LONGEST_REASON]),
+        "outbox-dead-queue": delivery.queue,
+        "outbox-dead-exchange": delivery.exchange,
+        "outbox-dead-target": delivery.target,
+        "outbox-dead-at": datetime.datetime.now(datetime.UTC).isoformat(),
     }
-    headers["outbox-dead-reason"] = outcome.reason[:_LONGEST_REASON]
-    headers["outbox-dead-queue"] = delivery.queue
-    headers["outbox-dead-exchange"] = delivery.exchange
-    headers["outbox-dead-target"] = delivery.target
-    headers["outbox-dead-at"] = datetime.datetime.now(datetime.UTC).isoformat()
     if outcome.error is not None:
-        headers["outbox-dead-error"] = type(outcome.error).__qualname__
+        headers["outbox-dead-error"] = _text(type(outcome.error).__qualname__)
     if delivery.content_encoding:
         headers["outbox-dead-content-encoding"] = delivery.content_encoding
+    own = {
+        name: _carried(value)
+        for name, value in (delivery.headers or {}).items()
+        if not _is_brokers(name)
+    }
+    if plain_table(own, "headers")[1] > MAX_HEADER_BYTES:
+        headers["outbox-dead-headers"] = "dropped: with these there was no room for them"
+    else:
+        headers = {**own, **headers}
     return Event(
         id=delivery.message_id or new_id(),
         target=dead_letter_queue(delivery.queue),
@@ -48,6 +57,31 @@ def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
         priority=delivery.priority,
         unroutable="fail",
     )
+
+
+def _text(text: str) -> str:
+    """Return ``text`` as something that can be written in UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
+def _carried(value: Any) -> Any:
+    """Return a header's value as one that can be written again, whatever its sender made of it."""
+    match value:
+        case None | bool() | bytes():
+            return value
+        case int():
+            return int(value) if -(1 << 63) <= value < 1 << 63 else str(value)
+        case str():
+            return _text(value)
+        case list():
+            return [_carried(item) for item in value]
+        case dict():
+            return {
+                _text(name): _carried(item) for name, item in value.items() if isinstance(name, str)
+            }
+        case datetime.datetime():
+            return value.isoformat()
+    return _text(str(value))
 
 
 def _is_brokers(name: Any) -> bool:

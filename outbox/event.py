@@ -22,6 +22,7 @@ __all__ = [
     "Unroutable",
     "check_name",
     "make_event",
+    "plain_table",
 ]
 
 Headers = Mapping[str, Any]
@@ -256,7 +257,7 @@ def _checked_headers(headers: Any) -> dict[str, Any]:
                 f"the header {name!r} is not the application's: "
                 "the broker or outbox acts on it; choose another name"
             )
-    plain, size = _plain_table(headers, "headers")
+    plain, size = plain_table(headers, "headers")
     if size > MAX_HEADER_BYTES:
         raise InvalidEvent(
             f"the headers take {size} bytes, more than {MAX_HEADER_BYTES}; put it in the payload"
@@ -264,7 +265,7 @@ def _checked_headers(headers: Any) -> dict[str, Any]:
     return plain
 
 
-def _plain_table(table: Mapping[Any, Any], where: str) -> tuple[dict[str, Any], int]:
+def plain_table(table: Mapping[Any, Any], where: str) -> tuple[dict[str, Any], int]:
     """Return ``table`` in types that every transport writes alike, and its size as AMQP."""
     plain: dict[str, Any] = {}
     size = 4
@@ -303,7 +304,7 @@ def _plain(value: Any, where: str) -> tuple[Any, int]:
             items = [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
             return [item for item, _ in items], 5 + sum(size for _, size in items)
         case Mapping():
-            table, size = _plain_table(value, where)
+            table, size = plain_table(value, where)
             return table, 1 + size
     raise InvalidEvent(
         f"{where} is a {type(value).__qualname__}; headers carry str, bytes, bool, int, float, "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import decimal
 import json
 import threading
 import time
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from outbox import (
+    ConnectionLost,
     Event,
     EventCollector,
     Publisher,
@@ -476,3 +479,51 @@ def test_wrong_consumers_are_refused_where_they_are_written() -> None:
     with pytest.raises(UsageError, match="cannot be consumed from"):
         Worker([Explicit], publisher=Publisher("memory://"))
     assert EventCollector()
+
+
+def test_a_cancelled_consumer_and_a_lost_connection_at_once_leave_one_consumer(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    seen = Seen()
+    with running(publisher, inspector, seen, name, threads=2) as worker:
+        subscription: Any = worker._subscription
+        for _ in range(3):
+            inspector.channel.queue_delete(name)
+            deadline = time.monotonic() + 10
+            while subscription._channel is not None:  # the cancel has arrived
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            link = subscription._link
+            link.call(lambda link=link: link.fail(ConnectionLost("as if the broker had gone")))
+            inspector.wait_for_queue(name)
+            while not inspector.consumers(name):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        time.sleep(1)
+        assert inspector.consumers(name) == 1
+        sent = send(publisher, name, *range(200))
+        seen.wait(200)
+    assert {event.id for event in seen.events} == set(sent)
+    assert inspector.all(name) == []
+
+
+def test_a_message_whose_properties_are_not_text_goes_to_the_dead_letters_like_others(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    def process(event: ReceivedEvent) -> None:
+        enqueue_event({}, "x")
+        raise ValueError("\udc80")
+
+    with running(publisher, inspector, Seen(process), name):
+        odd = properties_of(
+            message_id=b"\xff\xfe",
+            headers={
+                "at": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+                "price": decimal.Decimal("1.5"),
+            },
+        )
+        inspector.publish(name, b"{}", properties=odd)
+        letter = inspector.get(f"{name}.dead")
+    assert letter.id == "\ufffd\ufffd"
+    assert letter.properties.headers["price"] == "1.5"
+    assert letter.properties.headers["at"] == "2026-01-02T00:00:00+00:00"

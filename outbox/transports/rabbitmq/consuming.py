@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import deque
@@ -58,6 +59,7 @@ class RabbitMQSubscription:
         self._cancelling = False
         self._has_consumed = False
         self._failures = 0
+        self._attempt = 0  # of beginning to consume: what an earlier one has left is ignored
 
     def start(self, deliver: Callable[[Delivery], None], refused: Callable[[str], None]) -> None:
         """Connect, declare and consume, for as long as it is not cancelled."""
@@ -109,8 +111,10 @@ class RabbitMQSubscription:
             self._cancelled.set()
 
     def _begin(self) -> None:
+        self._attempt += 1
         if self._connection is not None and self._connection.is_open and not self._cancelling:
-            topology.declare(self._connection, self._steps(), self._on_declared)
+            declared = functools.partial(self._on_declared, self._attempt)
+            topology.declare(self._connection, self._steps(), declared)
 
     def _steps(self) -> list[topology.Step]:
         mode = self._settings.declare
@@ -125,11 +129,14 @@ class RabbitMQSubscription:
         if self._connection is not None and self._connection.is_open:
             topology.declare(self._connection, self._steps(), lambda refused: None)
 
-    def _on_declared(self, refused: str | None) -> None:
+    def _on_declared(self, attempt: int, refused: str | None) -> None:
+        if attempt != self._attempt:
+            return
         if refused is not None:
             self._cannot_consume(refused)
         elif self._connection is not None and self._connection.is_open:
-            self._connection.channel(on_open_callback=self._on_channel_open)
+            opened = functools.partial(self._on_channel_open, attempt)
+            self._connection.channel(on_open_callback=opened)
 
     def _cannot_consume(self, reason: str) -> None:
         if not self._has_consumed:
@@ -138,11 +145,20 @@ class RabbitMQSubscription:
         self._begin_later()
 
     def _begin_later(self) -> None:
-        self._link.later(backoff(self._failures), self._begin)
+        attempt = self._attempt
+
+        def begin() -> None:
+            if attempt == self._attempt:  # else a new connection has begun by itself
+                self._begin()
+
+        self._link.later(backoff(self._failures), begin)
         self._failures += 1
 
-    def _on_channel_open(self, channel: pika.channel.Channel) -> None:
-        channel.add_on_close_callback(self._on_channel_closed)
+    def _on_channel_open(self, attempt: int, channel: pika.channel.Channel) -> None:
+        if attempt != self._attempt:
+            channel.close()
+            return
+        channel.add_on_close_callback(functools.partial(self._on_channel_closed, attempt))
         channel.add_on_cancel_callback(lambda _frame: self._on_cancelled_by_broker(channel))
         channel.basic_qos(
             prefetch_count=self._prefetch, callback=lambda _frame: self._consume(channel)
@@ -181,10 +197,10 @@ class RabbitMQSubscription:
                     method.exchange,
                     method.routing_key,
                     body,
-                    properties.content_type,
-                    properties.content_encoding,
+                    _text(properties.content_type),
+                    _text(properties.content_encoding),
                     headers,
-                    properties.message_id,
+                    _text(properties.message_id),
                     properties.priority,
                     properties.timestamp,
                 )
@@ -201,8 +217,12 @@ class RabbitMQSubscription:
                 channel.close()
             self._begin_later()
 
-    def _on_channel_closed(self, channel: pika.channel.Channel, reason: Exception) -> None:
-        if not isinstance(reason, pika.exceptions.ChannelClosedByBroker):
+    def _on_channel_closed(
+        self, attempt: int, channel: pika.channel.Channel, reason: Exception
+    ) -> None:
+        if attempt != self._attempt or not isinstance(
+            reason, pika.exceptions.ChannelClosedByBroker
+        ):
             return
         logger.warning("the broker closed the consumers' channel: %s", reason.reply_text)
         if channel is self._channel:
@@ -247,6 +267,11 @@ class RabbitMQSubscription:
 
         for tag in list(waiting):
             channel.basic_cancel(tag, callback=lambda _frame, tag=tag: cancelled(tag))  # type: ignore[misc]
+
+
+def _text(value: str | bytes | None) -> str | None:
+    """Return a property that pika left as bytes, since it is not UTF-8, as text."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _nowhere(_: Any) -> None:

@@ -16,9 +16,7 @@ import pika.exceptions
 from outbox.settings import Declare
 from outbox.subscription import QueueSpec, dead_letter_queue
 
-__all__ = ["DECLARE_CHANNEL", "Step", "declare", "exchange", "parking_queue", "queue"]
-
-DECLARE_CHANNEL = 2
+__all__ = ["Step", "declare", "exchange", "parking_queue", "queue"]
 
 Step = Callable[[pika.channel.Channel, Callable[[Any], None]], None]
 """Makes one declaration on a channel and has the callback called with the broker's answer."""
@@ -117,4 +115,4 @@ def declare(
         channel.add_on_close_callback(on_close)
         next_step(channel)
 
-    connection.channel(channel_number=DECLARE_CHANNEL, on_open_callback=on_open)
+    connection.channel(on_open_callback=on_open)

@@ -1,0 +1,62 @@
+"""Dead letters of messages that others have sent."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+from typing import Any
+
+import pytest
+
+from outbox.consumers.dead_letter import dead_letter
+from outbox.consumers.outcome import Dead
+from outbox.event import MAX_HEADER_BYTES, plain_table
+from outbox.subscription import Delivery
+from outbox.transports.rabbitmq.framing import Encoder
+
+
+def delivery(headers: dict[Any, Any], **options: Any) -> Delivery:
+    return Delivery("q", 1, 1, False, "e", "t", b"{}", headers=headers, **options)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        decimal.Decimal("1.5"),
+        datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+        1 << 64,
+        -(1 << 70),
+        0.5,
+        "lone \ud800 surrogate",
+        [decimal.Decimal(1), {"a": [datetime.datetime(2026, 1, 2)]}],
+        {b"\xff": 1, "a": {b"\xff": 2}},
+        object(),
+    ],
+    ids=repr,
+)
+def test_whatever_a_sender_put_into_headers_can_be_written_again(value: Any) -> None:
+    letter = dead_letter(delivery({"odd": value, b"\xff": 1}), Dead("why"))
+    assert Encoder().encode(letter)
+    assert "odd" in letter.headers
+
+
+def test_a_reason_that_is_not_text_can_be_written_all_the_same() -> None:
+    letter = dead_letter(delivery({}), Dead("\udc80" * 5_000, ValueError("\udc80")))
+    assert Encoder().encode(letter)
+    assert len(letter.headers["outbox-dead-reason"]) == 2_000
+
+
+def test_headers_that_leave_no_room_for_the_reason_are_left_out() -> None:
+    big = {f"h{n}": "x" * 1_000 for n in range(129)}
+    letter = dead_letter(delivery(big), Dead("why"))
+    assert letter.headers["outbox-dead-reason"] == "why"
+    assert "dropped" in letter.headers["outbox-dead-headers"]
+    assert plain_table(letter.headers, "headers")[1] < MAX_HEADER_BYTES
+    assert "h1" in dead_letter(delivery(dict(list(big.items())[:100])), Dead("why")).headers
+
+
+def test_what_the_broker_acts_on_is_not_sent_back_to_it() -> None:
+    headers = {"CC": ["a"], "BCC": ["b"], "x-death": [], "x-delivery-count": 3, "mine": 1}
+    letter = dead_letter(delivery(headers), Dead("why"))
+    assert letter.headers["mine"] == 1
+    assert not {"CC", "BCC", "x-death", "x-delivery-count"} & set(letter.headers)

@@ -194,8 +194,8 @@ class RabbitMQSubscription:
                     method.delivery_tag,
                     generation,
                     method.redelivered,
-                    method.exchange,
-                    method.routing_key,
+                    _text(method.exchange),
+                    _text(method.routing_key),
                     body,
                     _text(properties.content_type),
                     _text(properties.content_encoding),
@@ -269,8 +269,8 @@ class RabbitMQSubscription:
             channel.basic_cancel(tag, callback=lambda _frame, tag=tag: cancelled(tag))  # type: ignore[misc]
 
 
-def _text(value: str | bytes | None) -> str | None:
-    """Return a property that pika left as bytes, since it is not UTF-8, as text."""
+def _text(value: Any) -> Any:
+    """Return a short string as text: pika leaves it as bytes where it is not UTF-8."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 

@@ -140,7 +140,7 @@ class Link:
         if self._stopping or self._connection is not None:
             return
         logger.debug("connecting to %s", self.address)
-        self._connection = pika.SelectConnection(
+        self._connection = wire.Connection(
             self._hosts[self._host % len(self._hosts)],
             on_open_callback=self._on_open,
             on_open_error_callback=self._on_open_error,

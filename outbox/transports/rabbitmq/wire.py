@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pika
 import pika.channel
+import pika.frame
+import pika.spec
 from pika.adapters.utils import nbio_interface
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 
 from outbox.chunk import Entry
 from outbox.transports.rabbitmq import framing
 
-__all__ = ["IOServices", "abort", "publish", "writes_frames"]
+__all__ = ["UNREADABLE", "Connection", "IOServices", "abort", "publish", "writes_frames"]
 
 
 def writes_frames(connection: pika.SelectConnection) -> bool:
@@ -49,6 +52,33 @@ def abort(connection: pika.SelectConnection, error: Exception) -> None:
             terminate(error)
         else:
             connection.close()
+
+
+class Connection(pika.SelectConnection):
+    """A connection that survives properties which pika cannot decode.
+
+    Any client may send a timestamp beyond the year 9999, or tables nested a thousand deep. pika
+    raises while it reads such a frame, and gives the connection up: the broker would deliver the
+    message again over the next one, for ever. Here it arrives with no properties but a content
+    encoding that nobody knows, so that it goes to the dead letters.
+    """
+
+    def _read_frame(self) -> Any:
+        try:
+            return super()._read_frame()
+        except Exception:
+            kind, channel, size = _FRAME_START.unpack_from(self._frame_buffer)
+            if kind != pika.spec.FRAME_HEADER:
+                raise
+            [body_size] = _BODY_SIZE.unpack_from(self._frame_buffer, _FRAME_START.size + 4)
+            properties = pika.BasicProperties(content_encoding=UNREADABLE)  # type: ignore[no-untyped-call]
+            header = pika.frame.Header(channel, body_size, properties)
+            return _FRAME_START.size + size + 1, header
+
+
+UNREADABLE = "unreadable-properties"
+_FRAME_START = struct.Struct(">BHI")  # AMQP 0-9-1, section 2.3.5: type, channel, size
+_BODY_SIZE = struct.Struct(">Q")  # behind the class and the weight, section 2.3.5.2
 
 
 class IOServices(SelectorIOServicesAdapter):

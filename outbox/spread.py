@@ -58,5 +58,7 @@ class Spread:
             return
         try:
             hook(*arguments)
-        except Exception:
+        except BaseException as error:  # a hook's sys.exit() must not end the link's thread
             logger.exception("the hook %r raised", hook)
+            if isinstance(error, KeyboardInterrupt):
+                raise

@@ -62,6 +62,7 @@ class RabbitMQTransport:
         self._channel: pika.channel.Channel | None = None  # None unless it may be written to
         self._woken = False
         self._watched_since: float | None = None
+        self._watching = False
         self._blocked = False
         self._suspects = 0
         self._homeless: list[Entry] = []
@@ -209,7 +210,8 @@ class RabbitMQTransport:
             wire.publish(self._channel, entries, self._settings.app_id)
         if len(self._confirms) and self._watched_since is None:
             self._watched_since = time.monotonic()
-            self._link.later(self._watch_interval, self._on_watch)
+            if not self._watching:  # one may be left of an earlier connection
+                self._watch()
 
     @property
     def _watch_interval(self) -> float:
@@ -217,6 +219,7 @@ class RabbitMQTransport:
 
     def _on_watch(self) -> None:
         """Give the link up when it has been silent for too long with events outstanding."""
+        self._watching = False
         if self._watched_since is None:
             return
         if not len(self._confirms):
@@ -228,6 +231,10 @@ class RabbitMQTransport:
                 ConnectionLost(f"{self._link.address} has confirmed nothing for {silence:.1f} s")
             )
             return
+        self._watch()
+
+    def _watch(self) -> None:
+        self._watching = True
         self._link.later(self._watch_interval, self._on_watch)
 
     def _on_confirm(

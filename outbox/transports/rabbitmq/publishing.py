@@ -173,6 +173,12 @@ class RabbitMQTransport:
         if len(entries) == 1:
             logger.debug("the broker closed the channel over %r", entries[0].event)
             self._refuse(entries[0], reason)
+        elif named := [entry for entry in entries if _names_exchange(reason, entry)]:
+            theirs = set(named)
+            self._backlog.requeue([entry for entry in entries if entry not in theirs])
+            text = f"{reason.reply_code} {reason.reply_text}"
+            self._settle_unroutable([(entry, text) for entry in named])
+            self._suspects = 0
         elif entries:
             # The broker does not say which one it was: one by one they show themselves.
             self._suspects = len(entries)
@@ -332,6 +338,16 @@ class RabbitMQTransport:
         if self._channel is not None:
             self._backlog.up()
             self._pump()
+
+
+def _names_exchange(reason: pika.exceptions.ChannelClosedByBroker, entry: Entry) -> bool:
+    """Return whether it is the exchange of ``entry`` that the broker does not have."""
+    exchange = entry.sent_as.exchange
+    return (
+        bool(exchange)
+        and reason.reply_code == _NO_SUCH_EXCHANGE
+        and f"no exchange '{exchange}' in vhost" in reason.reply_text
+    )
 
 
 def _nacked(entries: Sequence[Entry]) -> BrokerError:

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -460,3 +461,30 @@ def test_a_report_survives_pickling(publisher: Publisher, inspector: Inspector, 
     report = publisher.publish(make_events(publisher, ["good", "bad"], unroutable="fail"))
     assert report.rejected
     assert pickle.loads(pickle.dumps(report)) == report
+
+
+def test_events_to_a_missing_exchange_are_found_by_its_name_in_a_large_chunk(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    good = make_events(publisher, ["x"] * 3_000)
+    bad = make_events(publisher, ["x"] * 3, exchange=f"{name}-missing", unroutable="fail")
+    chunk = [*good[:1_000], bad[0], *good[1_000:2_000], *bad[1:], *good[2_000:]]
+    begin = time.monotonic()
+    report = publisher.publish(chunk, timeout=30)
+    assert time.monotonic() - begin < 5  # one by one they would take longer
+    assert report.published == tuple(good)
+    assert [one.event for one in report.rejected] == bad
+    assert {m.id for m in inspector.all(queue)} == {event.id for event in good}
+
+
+def test_a_hook_that_exits_ends_nothing(amqp_url: str, inspector: Inspector, name: str) -> None:
+    inspector.queue(name, name, ("good",))
+
+    def exits(event: Event, reason: str) -> None:
+        raise SystemExit(1)
+
+    with Publisher(amqp_url, exchange=name, unroutable="fail", on_rejected=exits) as publisher:
+        assert publisher.publish(make_events(publisher, ["bad"])).rejected
+        assert publisher.publish(make_events(publisher, ["good"])).ok
+        assert publisher.connected

@@ -98,10 +98,17 @@ class RabbitMQTransport:
         chunk = Chunk(events, keep=keep, frames=[encode(event) for event in events])
         self._link.start()
         self._spread(self._backlog.add(chunk))
-        if not self._woken:
-            self._woken = True
-            self._link.call(self._on_wake)
+        self._wake()
         return chunk
+
+    def _wake(self) -> None:
+        try:
+            if not self._woken:
+                self._woken = True
+                self._link.call(self._on_wake)
+        except BaseException:  # a signal's handler raised: the next caller must wake the link
+            self._woken = False
+            raise
 
     def release(self, chunk: Chunk) -> None:
         """Report ``chunk`` as it stands."""

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from outbox.chunk import Chunk, Entry, Fate
-from outbox.errors import BrokerError, PublishTimeout
+from outbox.errors import BrokerError, PublishTimeout, UsageError
 from outbox.event import Event
 from outbox.report import PublishReport, Rejection
 
@@ -66,6 +66,7 @@ class Backlog:
         self._kept_bytes = 0
         self._down: BrokerError | None = None
         self._stalled = False
+        self._closed = False
         self._last_confirm = 0.0
 
     @property
@@ -95,9 +96,15 @@ class Backlog:
         return self._down is not None or self._stalled
 
     def add(self, chunk: Chunk) -> News:
-        """Take ``chunk`` in, behind all others."""
+        """Take ``chunk`` in, behind all others.
+
+        Raises:
+            UsageError: what was here has been handed over.
+        """
         news = News()
         with self._lock:
+            if self._closed:
+                raise UsageError("this publisher is closed; nothing was published")
             chunk.submitted_at = self._clock()
             if not self._unsettled and not self._elsewhere:
                 self._stalled = False  # no confirm can come: nothing is on its way
@@ -207,6 +214,7 @@ class Backlog:
         """Report every chunk, and give up what is kept: to another publisher, or as lost."""
         news = News()
         with self._lock:
+            self._closed = True
             for chunk in list(self._unreported):
                 self._report(chunk, news, error)
             left = [

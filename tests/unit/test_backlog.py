@@ -8,7 +8,15 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from outbox import ConnectFailed, ConnectionLost, Event, Nacked, PublishReport, PublishTimeout
+from outbox import (
+    ConnectFailed,
+    ConnectionLost,
+    Event,
+    Nacked,
+    PublishReport,
+    PublishTimeout,
+    UsageError,
+)
 from outbox.backlog import Backlog, News
 from outbox.chunk import Chunk, Entry, Fate
 
@@ -162,6 +170,13 @@ def test_handing_over_reports_those_who_wait_and_gives_what_is_kept() -> None:
     assert backlog.settle(flying, Fate.PUBLISHED).reports == []
     assert backlog.wait_empty(0)
     assert backlog.kept == ()
+
+
+def test_after_handing_over_a_chunk_is_refused_rather_than_forgotten() -> None:
+    backlog = Backlog()
+    backlog.hand_over(ConnectFailed("closed"))
+    with pytest.raises(UsageError, match="closed"):
+        backlog.add(chunk_of("late"))
 
 
 class AnyOrder(RuleBasedStateMachine):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Self
@@ -19,7 +21,7 @@ __all__ = ["BrokerMissing", "PrivateBroker", "find_server"]
 
 _LIBRARIES = ("/usr/lib/rabbitmq/lib", "/usr/local/lib/rabbitmq", "/opt/homebrew/opt/rabbitmq")
 _PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
-_STOP_TIMEOUT = 20.0
+_STOP_TIMEOUT = 20.0  # seconds
 
 _CONFIG = """\
 listeners.tcp.1 = 127.0.0.1:{port}
@@ -29,8 +31,11 @@ log.file.level = warning
 log.console = false
 """
 
-# Loopback only, also for what Erlang opens between nodes.
-_KERNEL = "-kernel inet_dist_use_interface {127,0,0,1}"
+# Loopback only; and no port mapper but ours: one that Erlang starts by itself outlives the node.
+_KERNEL = "-kernel inet_dist_use_interface {127,0,0,1} -start_epmd false"
+# Below what systems give to outgoing connections (Linux from 32768, others from 49152): while the
+# node is dead, none of those can take its port, nor a client connect to itself there.
+_PORTS = range(20000, 32768)
 # Two schedulers that sleep at once when there is nothing to do: an idle node costs no CPU.
 _SCHEDULERS = "+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none"
 
@@ -62,16 +67,20 @@ def find_server() -> Path | None:
 class PrivateBroker:
     """One node of its own: name, ports, data and logs, all on 127.0.0.1 and in a temporary folder.
 
-    A node takes about 5 seconds to start. It and its port mapper (epmd) are children of this
-    process and end with it, at the latest when it dies. Not thread-safe.
+    A node takes about 5 seconds to start and one to stop. It and its port mapper (epmd) are
+    children of this process and end with it: at its exit, and where there is ``setpriv`` (Linux)
+    also when it is killed, which leaves the folder alone behind. Not thread-safe.
 
     Example:
         with PrivateBroker() as broker:
             connect(broker.url)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, directory: Path | None = None) -> None:
         """Find a server; nothing is started yet.
+
+        Args:
+            directory: where the temporary folder is made; by default the system's place for such.
 
         Raises:
             BrokerMissing: there is none.
@@ -80,6 +89,7 @@ class PrivateBroker:
         if server is None:
             raise BrokerMissing
         self._server = server
+        self._directory = directory
         # Children are told to die with the thread that started them, so that thread must stay.
         self._spawner = ThreadPoolExecutor(1, "private-broker")
         self._folder: Path | None = None
@@ -106,22 +116,28 @@ class PrivateBroker:
     def start(self, timeout: float = 60.0) -> Self:
         """Start the node and wait until it answers AMQP, at most ``timeout`` seconds.
 
+        A node that runs already is left as it is. One that fails to start leaves nothing behind.
+
         Raises:
-            TimeoutError: it does not answer; the message ends with its log.
+            TimeoutError: it does not answer, or has ended; the message ends with its log.
         """
-        if self._folder is None:
-            self._prepare()
-        if self._epmd is None or self._epmd.poll() is not None:
-            self._start_epmd()
-        with Path(self._path("node.out")).open("ab") as output:
-            self._node = self._spawner.submit(self._spawn, [str(self._server)], output).result()
+        if self.running:
+            return self
         deadline = time.monotonic() + timeout
-        while not self._answers():
-            if not self.running or time.monotonic() > deadline:
-                tail = self.log_tail()
-                self.stop()
-                raise TimeoutError(f"RabbitMQ does not answer on port {self.port}:\n{tail}")
-            time.sleep(0.05)
+        self._node = None
+        try:
+            if self._folder is None:
+                self._prepare()
+            if self._epmd is None or self._epmd.poll() is not None:
+                self._epmd = self._spawn(shutil.which("epmd") or "epmd", subprocess.DEVNULL)
+            # Nodes look for their port mapper once, when they start.
+            self._wait_for(self._epmd_answers, deadline)
+            with Path(self._path("node.out")).open("ab") as output:
+                self._node = self._spawn(str(self._server), output)
+            self._wait_for(self._answers, deadline)
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def kill(self) -> None:
@@ -155,6 +171,7 @@ class PrivateBroker:
             self._epmd.kill()
             self._epmd.wait(_STOP_TIMEOUT)
         self._node = self._epmd = None
+        atexit.unregister(self._stop_at_exit)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -185,9 +202,12 @@ class PrivateBroker:
         self.stop()
 
     def _prepare(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="outbox-broker-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="outbox-broker-", dir=self._directory))
+        self._owner = os.getpid()
+        atexit.register(self._stop_at_exit)
         with _free_ports(3) as (port, distribution, epmd):
             self.port = port
+        self._epmd_port = epmd
         Path(self._path("rabbitmq.conf")).write_text(_CONFIG.format(port=port))
         Path(self._path("plugins")).write_text("[].\n")
         self._environment = {
@@ -201,6 +221,9 @@ class PrivateBroker:
             "RABBITMQ_ALLOW_INPUT": "true",
             "RABBITMQ_DIST_PORT": str(distribution),
             "RABBITMQ_CONFIG_FILE": self._path("rabbitmq.conf"),
+            # There are none of these three: the machine's own, in /etc, are not for this node.
+            "RABBITMQ_ADVANCED_CONFIG_FILE": self._path("advanced.config"),
+            "RABBITMQ_CONFIG_FILES": self._path("conf.d"),
             "RABBITMQ_CONF_ENV_FILE": self._path("none"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": self._path("plugins"),
             "RABBITMQ_MNESIA_BASE": self._path("data"),
@@ -215,25 +238,19 @@ class PrivateBroker:
             raise RuntimeError("the broker was not started, or has been stopped")
         return str(self._folder / name)
 
-    def _start_epmd(self) -> None:
-        # Ours, in the foreground: one that Erlang starts by itself would survive the node.
-        command = shutil.which("epmd") or "epmd"
-        self._epmd = self._spawner.submit(self._spawn, [command], subprocess.DEVNULL).result()
-
-    def _spawn(self, command: list[str], output: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    def _spawn(self, program: str, output: IO[bytes] | int) -> subprocess.Popen[bytes]:
         # The kernel ends it when the thread that started it ends, however this process dies.
         setpriv = shutil.which("setpriv")
-        if setpriv is not None:
-            command = [setpriv, "--pdeathsig", "KILL", *command]
-        return subprocess.Popen(
-            command,
+        return self._spawner.submit(
+            subprocess.Popen,
+            [setpriv, "--pdeathsig", "KILL", program] if setpriv else [program],
             env=self._environment,
             cwd=self._folder,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-        )
+        ).result()
 
     def _signal_node(self, number: int) -> None:
         """Signal the node's session: the Erlang machine and the helpers that it started."""
@@ -241,22 +258,42 @@ class PrivateBroker:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._node.pid, number)
 
+    def _stop_at_exit(self) -> None:
+        if os.getpid() == self._owner:  # and not a fork of it
+            self.stop()
+
+    def _wait_for(self, answers: Callable[[], bool], deadline: float) -> None:
+        while not answers():
+            status = None if self._node is None else self._node.poll()
+            if status is not None or time.monotonic() > deadline:
+                how = "does not answer" if status is None else f"ended with status {status}"
+                raise TimeoutError(f"RabbitMQ on port {self.port} {how}:\n{self.log_tail()}")
+            time.sleep(0.02)
+
+    def _epmd_answers(self) -> bool:
+        address = ("127.0.0.1", self._epmd_port)
+        with contextlib.suppress(OSError), socket.create_connection(address, 1):
+            return True
+        return False
+
     def _answers(self) -> bool:
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
-                connection.sendall(_PROTOCOL_HEADER)
-                return connection.recv(1) == b"\x01"  # a method frame: Connection.Start
-        except OSError:
-            return False
+        address = ("127.0.0.1", self.port)
+        with contextlib.suppress(OSError), socket.create_connection(address, 1) as connection:
+            connection.sendall(_PROTOCOL_HEADER)
+            return connection.recv(1) == b"\x01"  # a method frame: Connection.Start
+        return False
 
 
 @contextlib.contextmanager
 def _free_ports(count: int) -> Iterator[list[int]]:
     """Yield free loopback ports, taken until the end of the block so that they differ."""
     with contextlib.ExitStack() as stack:
-        ports = []
-        for _ in range(count):
-            taken = stack.enter_context(socket.socket())
-            taken.bind(("127.0.0.1", 0))
-            ports.append(taken.getsockname()[1])
+        ports: list[int] = []
+        for port in random.sample(_PORTS, len(_PORTS)):
+            if len(ports) == count:
+                break
+            candidate = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                candidate.bind(("127.0.0.1", port))
+                ports.append(port)
         yield ports

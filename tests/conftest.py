@@ -18,7 +18,8 @@ def _started() -> PrivateBroker:
     try:
         return PrivateBroker().start()
     except BrokerMissing as error:
-        if "CI" in os.environ:
+        # Where a broker was named on purpose, what needs one that it may kill is skipped.
+        if "CI" in os.environ and not os.environ.get("OUTBOX_TEST_AMQP_URL"):
             pytest.fail(str(error))
         pytest.skip(str(error))
 

@@ -152,8 +152,13 @@ class PrivateBroker:
         self.start(timeout)
 
     def pause(self) -> None:
-        """Freeze the node: connections stay, nothing answers."""
+        """Freeze the node: connections stay, nothing answers. It is frozen when this returns."""
         self._signal_node(signal.SIGSTOP)
+        deadline = time.monotonic() + _STOP_TIMEOUT
+        while self.running and time.monotonic() < deadline:
+            if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG) is not None:
+                return
+            time.sleep(0.001)
 
     def resume(self) -> None:
         """Let a frozen node go on."""

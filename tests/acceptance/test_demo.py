@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,38 +17,94 @@ from outbox.testing.broker import find_server
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(find_server() is None, reason="the demo starts a RabbitMQ itself")
+# As the fixtures do: CI has a server, unless another broker was named on purpose.
+REQUIRED = "CI" in os.environ and not os.environ.get("OUTBOX_TEST_AMQP_URL")
+pytestmark = pytest.mark.skipif(
+    find_server() is None and not REQUIRED, reason="the demo starts a RabbitMQ itself"
+)
 
 
-def _demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+@contextmanager
+def _demo(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the demo; ``folder`` is its temporary one, in which it must leave nothing."""
+    with subprocess.Popen(
         [sys.executable, "-m", "examples.demo", *arguments],
         cwd=ROOT,
-        capture_output=True,
+        env={**os.environ, "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=80,
-        check=False,
-    )
+    ) as child:
+        try:
+            yield child
+        finally:
+            if child.poll() is None:
+                child.terminate()  # it then stops what it has started
+    assert list(folder.iterdir()) == []
+
+
+def _told(folder: Path, *arguments: str) -> tuple[int, str]:
+    with _demo(folder, *arguments) as child:
+        output, _ = child.communicate(timeout=70)
+    return child.returncode, output
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("app", ["flask", "fastapi"])
-def test_the_demo_tells_its_story(app: str) -> None:
-    done = _demo("--app", app)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_demo_tells_its_story(tmp_path: Path, app: str) -> None:
+    code, output = _told(tmp_path, "--app", app)
+    assert code == 0, output
     for observed in (
         "on the broker: order.placed",
         "the follow-on event: invoice.sent",
         "nothing was published",
         "five orders meanwhile: HTTP 201",
         "all five arrived",
+        "it has ended in order",
         "it has exited with 0",
         "All of it was observed.",
     ):
-        assert observed in done.stdout
+        assert observed in output
+    assert "\033" not in output
 
 
-def test_the_demo_fails_when_a_step_is_not_observed() -> None:
-    done = _demo("--app", "flask", "--consumers", "examples.shop.orders")
-    assert done.returncode == 1
-    assert "NOT OBSERVED: the worker consumes" in done.stdout
-    assert "the module 'examples.shop.orders' has no consumer" in done.stdout
+def test_the_demo_fails_when_a_step_is_not_observed(tmp_path: Path) -> None:
+    code, output = _told(tmp_path, "--app", "flask", "--consumers", "no.such.module")
+    assert code == 1
+    assert "NOT OBSERVED: the worker consumes" in output
+    assert "there is no module 'no.such.module'" in output
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGINT, "a private RabbitMQ starts"), (signal.SIGTERM, "a payment is refused")],
+)
+def test_an_interrupted_demo_leaves_nothing_behind(
+    tmp_path: Path, number: signal.Signals, moment: str
+) -> None:
+    with _demo(tmp_path, "--app", "flask") as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if moment in line:
+                break
+        children = _children(child.pid)
+        while not children:  # the broker's, at the earliest moment
+            children = _children(child.pid)
+        child.send_signal(number)
+        output, _ = child.communicate(timeout=40)
+    assert child.returncode == 130, output
+    assert "Traceback" not in output
+    assert not [pid for pid in children if _runs(pid)]
+
+
+def _children(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
+    pairs = re.findall(r"(\d+)\s+(\d+)", listed.stdout)
+    return [int(child) for child, parent in pairs if int(parent) == pid]

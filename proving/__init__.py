@@ -1,0 +1,1 @@
+"""The proving ground: faults on purpose, and a ledger of what became of every event."""

@@ -157,7 +157,7 @@ class FaultProxy:
         self.cut()
 
     def black_hole(self, *ways: Way) -> None:
-        """Let nothing through any more in ``ways``, by default both; not even the end of a connection.
+        """Let nothing through in ``ways``, by default both; not even the end of a connection.
 
         Connections are still accepted. What was sent meanwhile goes through when the link is
         healed, as it would after a break that TCP outlives.

@@ -146,6 +146,14 @@ class PrivateBroker:
             self._signal_node(signal.SIGKILL)
             self._node.wait(_STOP_TIMEOUT)
 
+    def shut_down(self) -> None:
+        """Stop the node in an orderly way; its data stay."""
+        if self._node is not None:
+            self._signal_node(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._node.wait(_STOP_TIMEOUT)
+            self.kill()
+
     def restart(self, timeout: float = 60.0) -> None:
         """Kill the node if it runs, and start it anew with the same data and ports."""
         self.kill()
@@ -168,10 +176,7 @@ class PrivateBroker:
         """Stop the node and its port mapper, and remove the folder."""
         if self._node is not None and self.running:
             self.resume()
-            self._signal_node(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._node.wait(_STOP_TIMEOUT)
-            self.kill()
+            self.shut_down()
         if self._epmd is not None:
             self._epmd.kill()
             self._epmd.wait(_STOP_TIMEOUT)

@@ -1,0 +1,152 @@
+"""The command: proves the promises under faults, or that planted bugs are caught."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from outbox.testing.broker import PrivateBroker
+from proving import faults
+from proving.bugs import BUGS, Bug
+from proving.checker import Verdict, check
+from proving.faults import FAULTS, Fault, Planned
+from proving.ground import KINDS, Ground
+from proving.history import read
+
+_SHOWN = 10
+_YOUNG = 3.0  # seconds until a quorum queue surely survives that its only node is killed
+_BUG_SECONDS = 7.0
+_AT_ONCE = 3
+
+
+def prove(
+    broker: PrivateBroker,
+    name: str,
+    folder: Path,
+    *,
+    seed: int,
+    seconds: float,
+    wanted: Sequence[Fault] = FAULTS,
+    pause: tuple[float, float] = (0.5, 3.0),
+    kinds: Collection[str] = KINDS,
+    bug: str = "",
+    parking: bool = True,
+) -> tuple[Verdict, Counter[str]]:
+    """Run programs under faults; return the verdict, and how often each fault happened."""
+    planned = faults.plan(random.Random(seed), seconds, wanted, pause)
+    options = {"seed": seed, "kinds": kinds, "bug": bug, "parking": parking}
+    with Ground(broker, name, folder, **options) as ground:  # type: ignore[arg-type]
+        if any("broker" in one.fault.name for one in planned):
+            time.sleep(_YOUNG)
+        begin = time.monotonic()
+        tracks = {one.fault.track for one in planned}
+        with ThreadPoolExecutor(max(1, len(tracks))) as pool:
+            done = [
+                pool.submit(
+                    _run, ground, begin, [one for one in planned if one.fault.track == track]
+                )
+                for track in tracks
+            ]
+            time.sleep(seconds)
+        for track_done in done:
+            track_done.result()
+        ground.proxy.heal()
+        ground.settle()
+    return check(read(folder)), Counter(one.fault.name for one in planned)
+
+
+def _run(ground: Ground, begin: float, planned: Sequence[Planned]) -> None:
+    for one in planned:
+        time.sleep(max(0.0, begin + one.at - time.monotonic()))
+        ground.history.write("fault", name=one.fault.name)
+        one.fault.begin(ground)
+        time.sleep(max(0.0, one.until - one.at))
+        one.fault.end(ground)
+        ground.history.write("mended", name=one.fault.name)
+
+
+def _prove_all(seed: int, minutes: float) -> bool:
+    folder = Path(tempfile.mkdtemp(prefix="outbox-proof-"))
+    with PrivateBroker() as broker:
+        verdict, happened = prove(broker, "proof", folder, seed=seed, seconds=minutes * 60)
+    _print_ledger(verdict, happened)
+    if verdict.ok:
+        shutil.rmtree(folder)
+    else:
+        print(f"the history is in {folder}")
+    return verdict.ok
+
+
+def _print_ledger(verdict: Verdict, happened: Counter[str]) -> None:
+    print("faults:", ", ".join(f"{name} {count}" for name, count in sorted(happened.items())))
+    width = max(map(len, verdict.counts))
+    for name, count in sorted(verdict.counts.items()):
+        print(f"{name:{width}} {count:8}")
+    for name, found in verdict.findings.items():
+        print(f"{name.upper():{width}} {len(found):8}")
+        for line in found[:_SHOWN]:
+            print(f"    {line}")
+
+
+def _catch_all(seed: int, names: Sequence[str]) -> bool:
+    wanted = [bug for bug in BUGS if not names or bug.name in names]
+    with PrivateBroker() as broker, ThreadPoolExecutor(_AT_ONCE) as pool:
+        # The queue for what no other would have is the broker's only one.
+        parking = threading.Lock()
+        found = list(pool.map(lambda bug: _caught(broker, bug, seed, parking), wanted))
+    return all(found)
+
+
+def _caught(broker: PrivateBroker, bug: Bug, seed: int, parking: threading.Lock) -> bool:
+    folder = Path(tempfile.mkdtemp(prefix="outbox-proof-"))
+    try:
+        verdict, _ = prove(
+            broker,
+            f"proof-{bug.name}",
+            folder,
+            seed=seed,
+            seconds=_BUG_SECONDS,
+            wanted=faults.named(bug.faults),
+            pause=(0.3, 1.0),
+            kinds=bug.kinds,
+            bug=bug.name,
+            parking="unbind" in bug.faults,
+        )
+    except RuntimeError as error:
+        print(f"{bug.name}: not proved: {error}")
+        return False
+    finally:
+        shutil.rmtree(folder)
+    found = {kind: len(lines) for kind, lines in verdict.findings.items() if lines}
+    caught = bug.found_as in found
+    print(f"{bug.name}: {'caught' if caught else 'NOT CAUGHT'}: {found}", flush=True)
+    return caught
+
+
+def main() -> int:
+    """Run the command; the exit code is 0 if all was as promised."""
+    parser = argparse.ArgumentParser(prog="prove", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=2.0, help="of faults (default: 2)")
+    parser.add_argument("--seed", type=int, help="of the schedule (default: a random one)")
+    parser.add_argument(
+        "--bugs", nargs="*", metavar="NAME", help="plant these bugs instead, or all: each is caught"
+    )
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}", flush=True)
+    if options.bugs is not None:
+        return 0 if _catch_all(seed, options.bugs) else 1
+    return 0 if _prove_all(seed, options.minutes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

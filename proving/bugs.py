@@ -1,0 +1,215 @@
+"""Bugs on purpose: what the checker must catch.
+
+Each is a change of the library of the kind that passes a review, planted at run time in the
+programs under proof.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from outbox import EventCollector, Publisher, ids
+from outbox.auto_publishing import AutoPublishingEventCollector
+from outbox.backlog import Backlog
+from outbox.chunk import Entry, Fate
+from outbox.consumers import life, worker
+from outbox.consumers.outcome import Ack
+from outbox.middleware import unit
+from outbox.transports.rabbitmq.publishing import RabbitMQTransport
+
+__all__ = ["BUGS", "Bug", "plant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """A bug, and what brings it to light.
+
+    Attributes:
+        name: what it is called on the command line.
+        found_as: the kind of finding that must come up, one of :attr:`Verdict.findings`.
+        faults: that provoke it.
+        kinds: of programs that have it.
+        plant: changes the library.
+    """
+
+    name: str
+    found_as: str
+    faults: Sequence[str]
+    kinds: Sequence[str]
+    plant: Callable[[], None]
+
+
+def plant(name: str) -> None:
+    """Plant the bug of that name in this process; an empty name plants none."""
+    if name:
+        next(bug for bug in BUGS if bug.name == name).plant()
+
+
+def _ack_before_publish() -> None:
+    original = worker.Worker._handle
+
+    def handle(self: Any, delivery: Any, context: Any) -> None:
+        self.settle(delivery, Ack())
+        original(self, delivery, context)
+
+    worker.Worker._handle = handle  # type: ignore[method-assign]
+
+
+def _one_buffer() -> None:
+    original = EventCollector._drop
+
+    def drop(self: Any, events: Any) -> Any:
+        transport: Any = self.publisher._transport()
+        backlog = transport._backlog
+        waiting = [*backlog._elsewhere, *backlog._queue]
+        backlog.settle([entry for entry in waiting if entry.kept], Fate.WITHDRAWN)
+        return original(self, events)
+
+    EventCollector._drop = drop  # type: ignore[method-assign]
+
+
+def _no_confirms() -> None:
+    original = RabbitMQTransport._pump
+
+    def pump(self: Any) -> None:
+        original(self)
+        self._settle_confirmed(list(self._confirms._outstanding.values()))
+
+    RabbitMQTransport._pump = pump  # type: ignore[method-assign]
+
+
+def _publish_before_commit() -> None:
+    original = EventCollector.enqueue_event
+
+    def enqueue_event(self: Any, payload: Any, target: Any, **options: Any) -> Any:
+        event = original(self, payload, target, **options)
+        self.publisher.submit([event])
+        return event
+
+    EventCollector.enqueue_event = enqueue_event  # type: ignore[method-assign]
+
+
+def _new_ids_on_retry() -> None:
+    original = Backlog.down
+
+    def down(self: Any, entries: Any, error: Any) -> Any:
+        for entry in entries:
+            fresh = ids.new_id()
+            entry.frames = entry.frames.replace(entry.event.id.encode(), fresh.encode())
+            entry.event = dataclasses.replace(entry.event, id=fresh)
+        return original(self, entries, error)
+
+    Backlog.down = down  # type: ignore[method-assign]
+
+
+def _exceptions_publish() -> None:
+    def fail(self: Any, error: Any) -> None:
+        if self._succeed():
+            self.submit()
+            self._end()
+
+    AutoPublishingEventCollector._fail = fail  # type: ignore[method-assign]
+
+
+def _kept_forgotten() -> None:
+    original = Backlog.down
+
+    def down(self: Any, entries: Any, error: Any) -> Any:
+        news = original(self, (), error)
+        self.settle(entries, Fate.WITHDRAWN)
+        return news
+
+    Backlog.down = down  # type: ignore[method-assign]
+
+
+def _retries_behind_newer() -> None:
+    def requeue(self: Any, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._elsewhere.pop(entry, None)
+        self._queue.extend(entry for entry in entries if entry.fate is None)
+
+    Backlog._requeue = requeue  # type: ignore[method-assign]
+
+
+def _no_drain_at_exit() -> None:
+    original = Publisher.close
+
+    def close(self: Any, timeout: float | None = None) -> Any:
+        return original(self, 0)
+
+    Publisher.close = close  # type: ignore[method-assign]
+
+
+def _random_follow_on_ids() -> None:
+    found: Any = life
+    found.follow_on_id = lambda *parts: ids.new_id()
+
+
+def _nack_is_ack() -> None:
+    def keep_apart(self: Any, entries: Any) -> None:
+        self._settle_confirmed(entries)
+
+    RabbitMQTransport._keep_apart = keep_apart  # type: ignore[method-assign]
+
+
+def _returned_is_published() -> None:
+    def settle_unroutable(self: Any, unroutable: Any) -> None:
+        self._settle_confirmed([entry for entry, _reason in unroutable])
+
+    RabbitMQTransport._settle_unroutable = settle_unroutable  # type: ignore[method-assign]
+
+
+def _error_responses_publish() -> None:
+    def discard(self: Any, why: Any) -> None:
+        self.submit_quietly()
+
+    unit.RequestCollector.discard = discard  # type: ignore[method-assign]
+
+
+def _no_dead_letters() -> None:
+    def bury(self: Any, delivery: Any, outcome: Any) -> None:
+        self.settle(delivery, Ack())
+
+    worker.Worker._bury = bury  # type: ignore[method-assign]
+
+
+BUGS: Sequence[Bug] = (
+    Bug(
+        "ack-before-publish",
+        "lost",
+        ["blocked", "kill worker"],
+        ["script", "worker"],
+        _ack_before_publish,
+    ),
+    Bug("one-buffer", "lost", ["refuse"], ["script"], _one_buffer),
+    Bug("no-confirms", "lost", ["cut at publish", "black hole up"], ["script"], _no_confirms),
+    Bug("publish-before-commit", "phantom", [], ["script"], _publish_before_commit),
+    Bug(
+        "new-ids-on-retry",
+        "new id",
+        ["cut at confirm", "cut at publish"],
+        ["script"],
+        _new_ids_on_retry,
+    ),
+    Bug("exceptions-publish", "phantom", [], ["script"], _exceptions_publish),
+    Bug("kept-forgotten", "lost", ["cut at publish"], ["script"], _kept_forgotten),
+    Bug(
+        "retries-behind-newer", "out of order", ["black hole up"], ["script"], _retries_behind_newer
+    ),
+    Bug("no-drain-at-exit", "lost", ["refuse", "terminate script"], ["script"], _no_drain_at_exit),
+    Bug(
+        "random-follow-on-ids",
+        "new id",
+        ["cut at ack"],
+        ["script", "worker"],
+        _random_follow_on_ids,
+    ),
+    Bug("nack-is-ack", "lost", ["full queue"], ["script"], _nack_is_ack),
+    Bug("returned-is-published", "lost", ["unbind"], ["script"], _returned_is_published),
+    Bug("error-responses-publish", "phantom", [], ["wsgi", "asgi"], _error_responses_publish),
+    Bug("no-dead-letters", "lost", [], ["script", "worker"], _no_dead_letters),
+)
+"""All of them."""

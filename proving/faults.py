@@ -1,0 +1,146 @@
+"""What can go wrong, and when it does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from proving.proxy import BLOCKED, UNBLOCKED, Frame, Way, connection_close, method_frame
+
+if TYPE_CHECKING:
+    from proving.ground import Ground
+
+__all__ = ["FAULTS", "Fault", "Planned", "plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that goes wrong.
+
+    Attributes:
+        name: what the ledger calls it.
+        begin: makes it happen.
+        end: mends it.
+        seconds: how long it lasts at least and at most.
+        track: faults of one track never overlap; those of two may.
+    """
+
+    name: str
+    begin: Callable[[Ground], object]
+    end: Callable[[Ground], object] = lambda ground: None
+    seconds: tuple[float, float] = (0.0, 0.0)
+    track: str = "link"
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A fault at its time.
+
+    Attributes:
+        at: seconds after the begin.
+        until: when it is mended.
+        fault: what.
+    """
+
+    at: float
+    until: float
+    fault: Fault
+
+
+def plan(
+    chance: random.Random, seconds: float, faults: Sequence[Fault], pause: tuple[float, float]
+) -> list[Planned]:
+    """Return a random schedule of ``seconds``, in order of ``at``.
+
+    Args:
+        chance: decides.
+        seconds: every fault is mended by then.
+        faults: to choose from; all of them come before one comes again.
+        pause: seconds at least and at most between two faults of one track.
+    """
+    planned = []
+    for track in sorted({fault.track for fault in faults}):
+        of_track = [fault for fault in faults if fault.track == track]
+        waiting: list[Fault] = []
+        at = chance.uniform(*pause)
+        while True:
+            if not waiting:
+                waiting = chance.sample(of_track, len(of_track))
+            fault = waiting.pop()
+            until = at + chance.uniform(*fault.seconds)
+            if until > seconds:
+                break
+            planned.append(Planned(at, until, fault))
+            at = until + chance.uniform(*pause)
+    return sorted(planned, key=lambda one: one.at)
+
+
+def _at_method(way: Way, class_id: int, method_id: int) -> Callable[[Frame], bool]:
+    return lambda frame: frame.way is way and frame.method == (class_id, method_id)
+
+
+def _block(ground: Ground) -> None:
+    ground.proxy.inject(BLOCKED)
+
+
+def _unblock(ground: Ground) -> None:
+    ground.proxy.inject(UNBLOCKED)
+
+
+_SHORT, _LONG = (0.2, 1.5), (1.0, 6.0)
+_CHANNEL_CLOSE = method_frame(1, 20, 40, b"\x02\x1d\x05wrong" + bytes(4))  # 541
+
+FAULTS: Sequence[Fault] = (
+    Fault("cut", lambda on: on.proxy.cut()),
+    Fault("cut at publish", lambda on: on.proxy.cut_at(_at_method(Way.UP, 60, 40))),
+    Fault("cut at confirm", lambda on: on.proxy.cut_at(_at_method(Way.DOWN, 60, 80))),
+    Fault("cut at delivery", lambda on: on.proxy.cut_at(_at_method(Way.DOWN, 60, 60))),
+    Fault("cut at ack", lambda on: on.proxy.cut_at(_at_method(Way.UP, 60, 80))),
+    Fault("refuse", lambda on: on.proxy.refuse(), lambda on: on.proxy.heal(), _LONG),
+    Fault(
+        "black hole up", lambda on: on.proxy.black_hole(Way.UP), lambda on: on.proxy.heal(), _LONG
+    ),
+    Fault(
+        "black hole down",
+        lambda on: on.proxy.black_hole(Way.DOWN),
+        lambda on: on.proxy.heal(),
+        _LONG,
+    ),
+    Fault("black hole", lambda on: on.proxy.black_hole(), lambda on: on.proxy.heal(), _LONG),
+    Fault("delay", lambda on: on.delay(0.1), lambda on: on.delay(0.0), _LONG),
+    Fault("blocked", _block, _unblock, _LONG),
+    Fault("connection closed", lambda on: on.proxy.inject(connection_close(320, "forced"))),
+    Fault("channel closed", lambda on: on.proxy.inject(_CHANNEL_CLOSE)),
+    Fault("garbage", lambda on: on.proxy.inject(b"\x09\x00\x00\x00\x00\x00\x01!!")),
+    Fault("kill broker", lambda on: on.broker.kill(), lambda on: on.broker.start(), _SHORT),
+    Fault("stop broker", lambda on: on.broker.shut_down(), lambda on: on.broker.start(), _SHORT),
+    Fault("freeze broker", lambda on: on.broker.pause(), lambda on: on.broker.resume(), _LONG),
+    Fault("unbind", lambda on: on.unbind(), lambda on: on.bind(), _LONG, "queues"),
+    Fault(
+        "full queue", lambda on: on.bounded.pause(), lambda on: on.bounded.resume(), _LONG, "queues"
+    ),
+    *(
+        Fault(
+            f"{way} {kind}",
+            lambda on, kind=kind, way=way: on.stop(kind, way),  # type: ignore[misc]
+            lambda on, kind=kind: on.programs[kind].start(),  # type: ignore[misc]
+            _SHORT,
+            "processes",
+        )
+        for kind in ("script", "wsgi", "asgi", "worker")
+        for way in ("kill", "terminate")
+    ),
+)
+"""All faults there are."""
+
+
+def named(names: Iterable[str]) -> list[Fault]:
+    """Return the faults with these names.
+
+    Raises:
+        KeyError: there is none.
+    """
+    by_name = {fault.name: fault for fault in FAULTS}
+    return [by_name[name] for name in names]

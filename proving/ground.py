@@ -1,0 +1,273 @@
+"""The proving ground: a broker, a proxy before it, programs, witnesses, and load on the servers."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, Self
+
+import pika
+
+from outbox.testing.broker import PrivateBroker
+from proving.history import Journal
+from proving.processes import Program, Server
+from proving.proxy import FaultProxy
+from proving.witness import Witness
+
+__all__ = ["KINDS", "Ground"]
+
+KINDS = ("script", "wsgi", "asgi", "worker")
+_PARKED = "outbox.unroutable"
+_BOUND = 20  # messages in the queue that fills up
+
+
+class Ground:
+    """Everything that runs during one proof. Not thread-safe, but for what says so.
+
+    Example:
+        with Ground(broker, name, folder, seed=1) as ground:
+            time.sleep(10)
+            ground.settle()
+    """
+
+    def __init__(
+        self,
+        broker: PrivateBroker,
+        name: str,
+        folder: Path,
+        *,
+        seed: int,
+        kinds: Collection[str] = KINDS,
+        bug: str = "",
+        parking: bool = True,
+    ) -> None:
+        """Prepare; nothing runs yet.
+
+        Args:
+            broker: which runs.
+            name: of the exchange; the names of the queues begin with it.
+            folder: for the history and the programs' logs.
+            seed: of what is random.
+            kinds: of programs.
+            bug: planted in all of them, see :mod:`proving.bugs`.
+            parking: whether some events find no queue at times; the queue for these is the
+                broker's only one, so only one ground at a time can have it.
+        """
+        self.broker = broker
+        self.name = name
+        self.history = Journal(folder, "driver")
+        self.proxy = FaultProxy(broker.url)
+        self._parking = parking
+        self._folder = folder
+        self._chance = random.Random(seed)
+        self._kinds = kinds
+        self._bug = bug
+        self._stopping = threading.Event()
+        self._load: list[threading.Thread] = []
+        self.programs: dict[str, Program] = {}
+        queues = {f"{name}.ledger": "ledger", f"{name}.orders.dead": "dead"}
+        if parking:
+            queues[_PARKED] = "parked"
+        self.ledger = Witness(broker.url, queues, Journal(folder, "ledger"))
+        bounded = {f"{name}.bounded": "bounded"}
+        self.bounded = Witness(broker.url, bounded, Journal(folder, "bounded"))
+
+    def __enter__(self) -> Self:
+        self.proxy.start()
+        self._declare()
+        environment = {
+            "OUTBOX_URL": self.proxy.url,
+            "OUTBOX_EXCHANGE": self.name,
+            "OUTBOX_TIMEOUT": "1",
+            "OUTBOX_STALL_TIMEOUT": "3",
+            "OUTBOX_CONNECT_TIMEOUT": "2",
+            "OUTBOX_HEARTBEAT": "4",
+            "OUTBOX_DRAIN_TIMEOUT": "40",
+            "PROVE_QUEUE": f"{self.name}.orders",
+            "PROVE_BUG": self._bug,
+            "PROVE_WORK": "yes" if "worker" in self._kinds else "",
+            "PROVE_KINDS": "shaky,bounded" if self._parking else "bounded",
+            "PYTHONUNBUFFERED": "1",
+        }
+        ports = _free_port(), _free_port()
+        gunicorn = [
+            *("gunicorn", "-k", "gthread", "--threads", "3", "--graceful-timeout", "20"),
+            *("-b", f"127.0.0.1:{ports[0]}", "proving.programs.wsgi:app", "--log-level", "warning"),
+        ]
+        uvicorn = [
+            *("uvicorn", "--port", str(ports[1]), "proving.programs.asgi:app"),
+            *("--log-level", "warning"),
+        ]
+        consume = ["outbox.consumers.cli", "proving.programs.worker:Orders", "--prefetch", "50"]
+        every: dict[str, Callable[[], Program]] = {
+            "script": lambda: Program(
+                "script", ["proving.programs.script"], environment, self._folder
+            ),
+            "wsgi": lambda: Server("wsgi", gunicorn, environment, self._folder, children=True),
+            "asgi": lambda: Server("asgi", uvicorn, environment, self._folder, children=False),
+            "worker": lambda: Program("worker", consume, environment, self._folder),
+        }
+        self.programs = {kind: every[kind]() for kind in KINDS if kind in self._kinds}
+        if "worker" in self.programs:
+            self.programs["worker"].start()
+            self._on_broker(
+                lambda channel: channel.queue_declare(f"{self.name}.orders", passive=True)
+            )
+        for program in self.programs.values():
+            program.start()
+        self.ledger.start()
+        self.bounded.start()
+        for kind, port in zip(("wsgi", "asgi"), ports, strict=True):
+            if kind in self.programs:
+                load = threading.Thread(target=self._request, args=(port,), name=f"load-{kind}")
+                self._load.append(load)
+                load.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_load()
+        for program in self.programs.values():
+            program.end()
+        self.ledger.stop()
+        self.bounded.stop()
+        self.proxy.close()
+
+    def settle(self, timeout: float = 120.0) -> None:
+        """End the writers, let everything arrive, end the worker.
+
+        Everything is mended by then.
+
+        Raises:
+            RuntimeError: a program does not end as it should, or something does not arrive.
+        """
+        deadline = time.monotonic() + timeout
+        self._stop_load()
+        for kind in KINDS[:3]:
+            if kind in self.programs:
+                self.programs[kind].terminate()
+        worker = self.programs.get("worker")
+        if worker is not None:
+            worker.start()
+            # What is left when the worker has ended was not acked: it goes on with that.
+            while True:
+                self._until(lambda: not self._waiting("orders"), deadline)
+                worker.terminate()
+                if not self._waiting("orders"):
+                    break
+                worker.start()
+        queues = ("ledger", "bounded", "orders.dead")
+        self._until(
+            lambda: (
+                time.monotonic() - max(self.ledger.last, self.bounded.last) > 1
+                and not any(map(self._waiting, queues))
+            ),
+            deadline,
+        )
+
+    def stop(self, kind: str, way: str) -> None:
+        """Kill or terminate the program of that kind, if there is one. Thread-safe."""
+        program = self.programs.get(kind)
+        if program is not None and way == "kill":
+            program.kill(self.history)
+        elif program is not None:
+            program.terminate()
+
+    def delay(self, seconds: float) -> None:
+        """Delay every frame. Thread-safe."""
+        self.proxy.delay = seconds
+
+    def unbind(self) -> None:
+        """Take away the binding that some events need; with an exception while there is no broker.
+
+        Thread-safe.
+        """
+        self._on_broker(
+            lambda channel: channel.queue_unbind(f"{self.name}.ledger", self.name, "shaky.*")
+        )
+
+    def bind(self) -> None:
+        """Bind again what was unbound. Thread-safe."""
+        self._on_broker(
+            lambda channel: channel.queue_bind(f"{self.name}.ledger", self.name, "shaky.*")
+        )
+
+    def _declare(self) -> None:
+        ledger, bounded, dead = (
+            f"{self.name}.{one}" for one in ("ledger", "bounded", "orders.dead")
+        )
+        full = {"x-max-length": _BOUND, "x-overflow": "reject-publish"}
+
+        def declare(channel: Any) -> None:
+            channel.exchange_declare(self.name, "topic", durable=True)
+            # Classic queues: a young quorum queue does not always survive that its node is killed.
+            channel.queue_declare(ledger, durable=True)
+            channel.queue_declare(bounded, durable=True, arguments=full)
+            channel.queue_declare(dead, durable=True, arguments={"x-queue-type": "quorum"})
+            for topic in ("order.*", "invoice.*", "shaky.*"):
+                channel.queue_bind(ledger, self.name, topic)
+            channel.queue_bind(bounded, self.name, "bounded.*")
+            if self._parking:
+                channel.queue_declare(_PARKED, durable=True, arguments={"x-queue-type": "quorum"})
+                channel.queue_purge(_PARKED)
+
+        self._on_broker(declare)
+
+    def _waiting(self, queue: str) -> int:
+        found = self._on_broker(
+            lambda channel: channel.queue_declare(f"{self.name}.{queue}", passive=True)
+        )
+        return int(found.method.message_count)
+
+    def _on_broker(self, action: Callable[[Any], Any]) -> Any:
+        parameters = pika.URLParameters(self.broker.url)
+        parameters.socket_timeout = parameters.stack_timeout = 2.0
+        last: Exception | None = None
+        for _ in range(100):
+            try:
+                connection = pika.BlockingConnection(parameters)
+                try:
+                    return action(connection.channel())
+                finally:
+                    with contextlib.suppress(Exception):
+                        connection.close()
+            except Exception as error:  # pika raises more than its own tree of exceptions
+                last = error
+                time.sleep(0.2)
+        raise RuntimeError(f"{self.broker.url} cannot be used") from last
+
+    def _until(self, done: Callable[[], bool], deadline: float) -> None:
+        while not done():
+            if time.monotonic() > deadline:
+                logs = "\n".join(program.log() for program in self.programs.values())
+                raise RuntimeError(f"not everything has arrived:\n{logs}")
+            time.sleep(0.1)
+
+    def _request(self, port: int) -> None:
+        """Send requests, one in ten of which is broken off in the middle of the response."""
+        while not self._stopping.is_set():
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                connection.request("GET", "/")
+                response = connection.getresponse()
+                response.read(10 if self._chance.random() < 0.1 else None)
+            connection.close()
+            self._stopping.wait(0.01)
+
+    def _stop_load(self) -> None:
+        self._stopping.set()
+        for thread in self._load:
+            thread.join(15)
+        self._load = []
+
+
+def _free_port() -> int:
+    with socket.socket() as candidate:
+        candidate.bind(("127.0.0.1", 0))
+        port: int = candidate.getsockname()[1]
+        return port

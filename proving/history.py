@@ -1,0 +1,68 @@
+"""What happened, as the programs under proof wrote it down: append-only files, one a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Journal", "Record", "read"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of the history.
+
+    Attributes:
+        at: seconds since the epoch.
+        by: the process that wrote it.
+        what: ``intent``, ``commit``, ``rollback``, ``confirm``, ``delivery``, ``killed``,
+            ``fault``.
+        facts: what else there is to say; see :mod:`proving.checker`.
+    """
+
+    at: float
+    by: str
+    what: str
+    facts: Mapping[str, Any]
+
+
+class Journal:
+    """Appends to the file of one process.
+
+    A record is one ``write()``: it is whole, or not there, wherever the process is killed. It is
+    not synchronised to the disk, since processes are killed here and machines are not.
+    Thread-safe, and safe over a fork as far as the child makes a journal of its own.
+    """
+
+    def __init__(self, folder: Path, by: str) -> None:
+        """Write to ``<by>.jsonl`` in ``folder``."""
+        self.by = by
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        self._file = os.open(folder / f"{by}.jsonl", flags, 0o600)
+        self._lock = threading.Lock()
+
+    def write(self, what: str, **facts: Any) -> None:
+        """Append a record."""
+        line = json.dumps({"at": time.time(), "what": what, **facts}).encode() + b"\n"
+        with self._lock:
+            os.write(self._file, line)
+
+
+def read(folder: Path) -> list[Record]:
+    """Return all records: in the order of each process, process by process."""
+    return [
+        record for file in sorted(folder.glob("*.jsonl")) for record in _of_file(file, file.stem)
+    ]
+
+
+def _of_file(file: Path, by: str) -> Iterator[Record]:
+    for line in file.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            facts = json.loads(line)
+            yield Record(facts.pop("at"), by, facts.pop("what"), facts)

@@ -1,0 +1,133 @@
+"""A script with threads and an event loop, which publishes until SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import threading
+import time
+
+from outbox import CollectorFull, EventCollector, auto_publishing, configure
+from outbox.report import PublishReport
+from proving.programs.unit import Unit, journal
+
+HISTORY = journal("script")
+THREADS = 2
+TASKS = 2
+PAUSE = 0.03  # seconds at most between two units
+
+
+class Failed(Exception):
+    """The unit of work was to fail."""
+
+
+class Lane:
+    """A sequence of units, one after the other, whose events keep their order."""
+
+    def __init__(self, name: str) -> None:
+        self.name = f"{HISTORY.by}/{name}"
+        self.chance = random.Random(self.name)
+        self._units = 0
+        self._seq = 0
+
+    def unit(self) -> Unit:
+        """Return the next unit."""
+        self._units += 1
+        return Unit(HISTORY, f"{self.name.rpartition('/')[2]}/{self._units}", self.chance)
+
+    def fill(self, unit: Unit) -> None:
+        """Enqueue the unit's events; in some units also those of a savepoint, or of a block."""
+        for _ in range(self.chance.randint(1, 4)):
+            self._seq += 1
+            unit.enqueue(self.name, self._seq)
+        if self.chance.random() < 0.2:
+            self._roll_back_inside(unit)
+
+    def _roll_back_inside(self, unit: Unit) -> None:
+        inner = Unit(HISTORY, f"{unit.name.partition('/')[2]}/inner", self.chance)
+        if self.chance.random() < 0.5:
+            block = EventCollector.current().savepoint()
+        else:
+            block = auto_publishing()
+        try:
+            with block:
+                inner.enqueue_some()
+                inner.roll_back()
+                raise Failed
+        except Failed:
+            pass
+
+    def end(self, unit: Unit) -> None:
+        """Decide what becomes of the unit, and write it down."""
+        if self.chance.random() < 0.3:
+            unit.roll_back()
+            raise Failed
+        unit.commit()
+
+    @staticmethod
+    def note(unit: Unit, report: PublishReport | None) -> None:
+        """Write down what the library says that it has published."""
+        if report is not None and report.published:
+            unit.confirm([event.payload["key"] for event in report.published])
+
+
+def in_thread(lane: Lane, stopping: threading.Event) -> None:
+    while not stopping.is_set():
+        unit = lane.unit()
+        try:
+            with auto_publishing() as block:
+                lane.fill(unit)
+                lane.end(unit)
+            lane.note(unit, block.report)
+        except Failed:
+            pass
+        except CollectorFull:
+            unit.roll_back()
+            time.sleep(0.5)
+        stopping.wait(lane.chance.random() * PAUSE)
+
+
+async def in_task(lane: Lane, stopping: threading.Event) -> None:
+    while not stopping.is_set():
+        unit = lane.unit()
+        try:
+            async with auto_publishing() as block:
+                lane.fill(unit)
+                lane.end(unit)
+            lane.note(unit, block.report)
+        except Failed:
+            pass
+        except CollectorFull:
+            unit.roll_back()
+            await asyncio.sleep(0.5)
+        await asyncio.sleep(lane.chance.random() * PAUSE)
+
+
+async def in_tasks(stopping: threading.Event) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(TASKS):
+            tasks.create_task(in_task(Lane(f"task{number}"), stopping))
+
+
+def main() -> None:
+    configure()
+    stopping = threading.Event()
+    seen: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _frame: seen.append(number))
+    threads = [
+        threading.Thread(target=in_thread, args=(Lane(f"thread{number}"), stopping))
+        for number in range(THREADS)
+    ]
+    threads.append(threading.Thread(target=lambda: asyncio.run(in_tasks(stopping))))
+    for thread in threads:
+        thread.start()
+    while not seen:
+        time.sleep(0.05)
+    stopping.set()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()

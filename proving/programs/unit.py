@@ -1,0 +1,76 @@
+"""One unit of work of a program under proof: what it enqueues, and what it writes down of it."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+from outbox import enqueue_event
+from proving import bugs
+from proving.history import Journal
+
+__all__ = ["Unit", "journal"]
+
+_PADDING = "x" * 120
+_TARGETS = {"order": "order.placed", "shaky": "shaky.thing", "bounded": "bounded.thing"}
+
+
+def journal(kind: str) -> Journal:
+    """Begin the journal of this process; every program calls this first."""
+    bugs.plant(os.environ.get("PROVE_BUG", ""))
+    return Journal(Path(os.environ["PROVE_HISTORY"]), f"{kind}-{os.getpid()}")
+
+
+class Unit:
+    """A unit of work whose events are written down.
+
+    Attributes:
+        name: unique in the history.
+        keys: of the events enqueued so far.
+    """
+
+    def __init__(self, history: Journal, name: str, chance: random.Random) -> None:
+        self._history = history
+        self._chance = chance
+        self.name = f"{history.by}/{name}"
+        self.keys: list[str] = []
+
+    def enqueue(self, lane: str | None = None, seq: int = 0) -> None:
+        """Enqueue an event of a random kind.
+
+        Args:
+            lane: where its order is promised; by default within this unit.
+            seq: its number in ``lane``; by default its number in this unit.
+        """
+        kinds = os.environ["PROVE_KINDS"].split(",")
+        kind = "order" if self._chance.random() < 0.7 else self._chance.choice(kinds)
+        work = None
+        if kind == "order" and os.environ["PROVE_WORK"]:
+            work = "fail" if self._chance.random() < 0.05 else "follow"
+        number = len(self.keys)
+        key = f"{self.name}/{number}"
+        payload = {"key": key, "work": work, "padding": _PADDING}
+        event = enqueue_event(payload, _TARGETS[kind])
+        order = {}
+        if kind == "order":
+            order = {"lane": lane or self.name, "seq": seq or number}
+        self._history.write("intent", unit=self.name, key=key, id=event.id, work=work, **order)
+        self.keys.append(key)
+
+    def enqueue_some(self) -> None:
+        """Enqueue one to four events."""
+        for _ in range(self._chance.randint(1, 4)):
+            self.enqueue()
+
+    def commit(self) -> None:
+        """Write down that the work has succeeded; what happens next is up to the library."""
+        self._history.write("commit", unit=self.name)
+
+    def roll_back(self) -> None:
+        """Write down that the work has failed."""
+        self._history.write("rollback", unit=self.name)
+
+    def confirm(self, keys: list[str]) -> None:
+        """Write down that the library has reported ``keys`` as published."""
+        self._history.write("confirm", keys=keys)

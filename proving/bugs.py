@@ -125,11 +125,11 @@ def _kept_forgotten() -> None:
     Backlog.down = down  # type: ignore[method-assign]
 
 
-def _retries_behind_newer() -> None:
+def _retries_reversed() -> None:
     def requeue(self: Any, entries: Sequence[Entry]) -> None:
         for entry in entries:
             self._elsewhere.pop(entry, None)
-        self._queue.extend(entry for entry in entries if entry.fate is None)
+        self._queue.extendleft(entry for entry in entries if entry.fate is None)
 
     Backlog._requeue = requeue  # type: ignore[method-assign]
 
@@ -185,7 +185,7 @@ BUGS: Sequence[Bug] = (
         _ack_before_publish,
     ),
     Bug("one-buffer", "lost", ["refuse"], ["script"], _one_buffer),
-    Bug("no-confirms", "lost", ["cut at publish", "black hole up"], ["script"], _no_confirms),
+    Bug("no-confirms", "lost", ["cut at publish"], ["script"], _no_confirms),
     Bug("publish-before-commit", "phantom", [], ["script"], _publish_before_commit),
     Bug(
         "new-ids-on-retry",
@@ -196,9 +196,7 @@ BUGS: Sequence[Bug] = (
     ),
     Bug("exceptions-publish", "phantom", [], ["script"], _exceptions_publish),
     Bug("kept-forgotten", "lost", ["cut at publish"], ["script"], _kept_forgotten),
-    Bug(
-        "retries-behind-newer", "out of order", ["black hole up"], ["script"], _retries_behind_newer
-    ),
+    Bug("retries-reversed", "out of order", ["cut at publish"], ["script"], _retries_reversed),
     Bug("no-drain-at-exit", "lost", ["refuse", "terminate script"], ["script"], _no_drain_at_exit),
     Bug(
         "random-follow-on-ids",

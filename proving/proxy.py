@@ -160,7 +160,7 @@ class FaultProxy:
         """Let nothing through in ``ways``, by default both; not even the end of a connection.
 
         Connections are still accepted. What was sent meanwhile goes through when the link is
-        healed, as it would after a break that TCP outlives.
+        healed, as it would after a break that TCP outlives, unless the sender has given up by then.
         """
         self._call(self._close_gates(ways or tuple(Way)))
 
@@ -235,8 +235,10 @@ class FaultProxy:
     ) -> None:
         """Forward one direction until it ends, each piece not before its time."""
         held: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_HELD)
+        given_up = False
 
         async def read() -> None:
+            nonlocal given_up
             frames = _Frames(way)
             while data := await reader.read(65536):
                 whole = bytearray()
@@ -248,6 +250,7 @@ class FaultProxy:
                         return
                     whole += frame.data
                 await held.put((time.monotonic() + self.delay, bytes(whole)))
+            given_up = not self._open[way].is_set()
             await held.put((0.0, b""))
 
         async def write() -> None:
@@ -255,7 +258,7 @@ class FaultProxy:
                 due, data = await held.get()
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 await self._open[way].wait()
-                if not data:
+                if given_up or not data:
                     break
                 writer.write(data)
                 await writer.drain()

@@ -1,0 +1,119 @@
+"""The checker finds what must be found, and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proving import faults
+from proving.bugs import BUGS
+from proving.checker import check
+from proving.history import Journal, Record, read
+
+
+def record(what: str, by: str = "script-1", **facts: Any) -> Record:
+    return Record(0.0, by, what, facts)
+
+
+def intent(key: str, unit: str = "u", **facts: Any) -> Record:
+    return record("intent", key=key, id=f"id of {key}", unit=unit, **facts)
+
+
+def delivery(key: str, where: str = "ledger", event_id: str | None = None) -> Record:
+    return record("delivery", "witness", key=key, id=event_id or f"id of {key}", where=where)
+
+
+COMMIT = record("commit", unit="u")
+ROLLBACK = record("rollback", unit="u")
+
+
+def test_what_was_committed_and_came_out_is_in_order() -> None:
+    verdict = check([intent("a"), COMMIT, delivery("a")])
+    assert verdict.ok
+    assert verdict.counts["delivered"] == 1
+
+
+def test_what_was_committed_and_never_came_out_is_lost() -> None:
+    assert check([intent("a"), COMMIT]).lost == ["a was committed and never came out"]
+
+
+def test_what_was_in_the_memory_of_a_killed_process_alone_is_excused() -> None:
+    killed = record("killed", process="script-1")
+    assert check([intent("a"), COMMIT, killed]).ok
+    confirmed = record("confirm", keys=["a"])
+    assert check([intent("a"), COMMIT, confirmed, killed]).lost
+    other = record("killed", process="script-2")
+    assert check([intent("a"), COMMIT, other]).lost
+
+
+@pytest.mark.parametrize("end", [[ROLLBACK], []])
+def test_what_was_not_committed_and_came_out_is_a_phantom(end: list[Record]) -> None:
+    assert check([intent("a"), *end, delivery("a")]).phantom
+    assert check([intent("a"), *end]).ok
+
+
+def test_what_nobody_enqueued_is_a_phantom() -> None:
+    assert check([delivery("a")]).phantom
+    assert check([delivery("a>")]).phantom
+
+
+def test_a_second_delivery_must_have_the_same_id() -> None:
+    twice = [intent("a"), COMMIT, delivery("a"), delivery("a")]
+    assert check(twice).ok
+    assert check(twice).counts["second deliveries with the same id"] == 1
+    assert check([*twice, delivery("a", event_id="another")]).renamed
+    assert check([intent("a"), COMMIT, delivery("a", event_id="another")]).renamed
+
+
+def test_order_counts_within_a_lane_and_for_first_deliveries() -> None:
+    intents = [intent(f"{lane}{n}", lane=lane, seq=n) for lane in "ab" for n in (1, 2)]
+    good = ["a1", "b1", "b2", "a1", "a2", "b1"]
+    assert check([*intents, COMMIT, *map(delivery, good)]).ok
+    bad = ["a1", "b2", "b1", "a2"]
+    found = check([*intents, COMMIT, *map(delivery, bad)])
+    assert found.disordered == ["b1 (number 1 of b) after 2"]
+
+
+def test_a_consumer_that_follows_must_have_published_once() -> None:
+    delivered = [intent("a", work="follow"), COMMIT, delivery("a")]
+    assert check(delivered).lost
+    assert check([*delivered, delivery("a>")]).ok
+    assert check([*delivered, delivery("a>"), delivery("a>", event_id="another")]).renamed
+    assert check([*delivered, delivery("a>"), delivery("a", "dead")]).phantom
+
+
+def test_a_consumer_that_fails_must_have_published_nothing_and_left_a_dead_letter() -> None:
+    delivered = [intent("a", work="fail"), COMMIT, delivery("a")]
+    assert check(delivered).lost
+    assert check([*delivered, delivery("a", "dead")]).ok
+    assert check([*delivered, delivery("a", "dead"), delivery("a>")]).phantom
+
+
+def test_a_history_is_read_as_it_was_written_up_to_a_torn_line(tmp_path: Path) -> None:
+    Journal(tmp_path, "one").write("commit", unit="u")
+    with (tmp_path / "one.jsonl").open("a") as file:
+        file.write('{"at": 1, "what": "com')
+    [found] = read(tmp_path)
+    assert (found.by, found.what, found.facts) == ("one", "commit", {"unit": "u"})
+
+
+def test_a_schedule_is_the_same_for_the_same_seed_and_mends_everything_in_time() -> None:
+    def planned(seed: int) -> list[faults.Planned]:
+        return faults.plan(random.Random(seed), 60, faults.FAULTS, (0.5, 3))
+
+    assert planned(1) == planned(1) != planned(2)
+    assert all(one.at <= one.until <= 60 for one in planned(1))
+    for track in {fault.track for fault in faults.FAULTS}:
+        of_track = [one for one in planned(1) if one.fault.track == track]
+        for earlier, later in itertools.pairwise(of_track):
+            assert earlier.until < later.at
+
+
+def test_every_planted_bug_names_faults_that_exist() -> None:
+    for bug in BUGS:
+        assert len(faults.named(bug.faults)) == len(bug.faults)
+    assert len({bug.name for bug in BUGS}) == len(BUGS) >= 8

@@ -24,7 +24,7 @@ from proving.history import read
 
 _SHOWN = 10
 _YOUNG = 3.0  # seconds until a quorum queue surely survives that its only node is killed
-_BUG_SECONDS = 7.0
+_BUG_SECONDS = 8.0
 _AT_ONCE = 3
 
 
@@ -116,7 +116,7 @@ def _caught(broker: PrivateBroker, bug: Bug, seed: int, parking: threading.Lock)
             seed=seed,
             seconds=_BUG_SECONDS,
             wanted=faults.named(bug.faults),
-            pause=(0.3, 1.0),
+            pause=(0.5, 1.5),
             kinds=bug.kinds,
             bug=bug.name,
             parking="unbind" in bug.faults,

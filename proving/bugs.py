@@ -180,7 +180,7 @@ BUGS: Sequence[Bug] = (
     Bug(
         "ack-before-publish",
         "lost",
-        ["blocked", "kill worker"],
+        ["kill holding worker"],
         ["script", "worker"],
         _ack_before_publish,
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -89,6 +90,18 @@ def _unblock(ground: Ground) -> None:
     ground.proxy.inject(UNBLOCKED)
 
 
+def _kill_holding_worker(ground: Ground) -> None:
+    """Kill the worker when it holds messages, since it may not publish what follows from them."""
+    _block(ground)
+    time.sleep(0.5)
+    ground.stop("worker", "kill")
+
+
+def _unblock_new_worker(ground: Ground) -> None:
+    _unblock(ground)
+    ground.start("worker")
+
+
 _SHORT, _LONG = (0.2, 1.5), (1.0, 6.0)
 _CHANNEL_CLOSE = method_frame(1, 20, 40, b"\x02\x1d\x05wrong" + bytes(4))  # 541
 
@@ -117,6 +130,7 @@ FAULTS: Sequence[Fault] = (
     Fault("kill broker", lambda on: on.broker.kill(), lambda on: on.broker.start(), _SHORT),
     Fault("stop broker", lambda on: on.broker.shut_down(), lambda on: on.broker.start(), _SHORT),
     Fault("freeze broker", lambda on: on.broker.pause(), lambda on: on.broker.resume(), _LONG),
+    Fault("kill holding worker", _kill_holding_worker, _unblock_new_worker, _SHORT),
     Fault("unbind", lambda on: on.unbind(), lambda on: on.bind(), _LONG, "queues"),
     Fault(
         "full queue", lambda on: on.bounded.pause(), lambda on: on.bounded.resume(), _LONG, "queues"
@@ -125,7 +139,7 @@ FAULTS: Sequence[Fault] = (
         Fault(
             f"{way} {kind}",
             lambda on, kind=kind, way=way: on.stop(kind, way),  # type: ignore[misc]
-            lambda on, kind=kind: on.programs[kind].start(),  # type: ignore[misc]
+            lambda on, kind=kind: on.start(kind),  # type: ignore[misc]
             _SHORT,
             "processes",
         )

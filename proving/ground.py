@@ -128,6 +128,8 @@ class Ground:
                 load = threading.Thread(target=self._request, args=(port,), name=f"load-{kind}")
                 self._load.append(load)
                 load.start()
+        begin = time.monotonic()
+        self._until(lambda: self.ledger.last > begin, begin + 60)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -177,6 +179,11 @@ class Ground:
             program.kill(self.history)
         elif program is not None:
             program.terminate()
+
+    def start(self, kind: str) -> None:
+        """Start the program of that kind again, if there is one. Thread-safe."""
+        if kind in self.programs:
+            self.programs[kind].start()
 
     def delay(self, seconds: float) -> None:
         """Delay every frame. Thread-safe."""

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ _GRACE = 60.0  # seconds for an orderly end: it may have to wait for the broker
 
 
 class Program:
-    """One program, which is started again after each end. Not thread-safe."""
+    """One program, which is started again after each end. Thread-safe."""
 
     def __init__(
         self, kind: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path
@@ -29,10 +30,13 @@ class Program:
         self._environment = {**os.environ, **environment, "PROVE_HISTORY": str(folder)}
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
+        self._changing = threading.Lock()
 
     def start(self) -> None:
         """Start it, unless it runs."""
-        if not self.running:
+        with self._changing:
+            if self.running:
+                return
             with (self._folder / f"{self.kind}.log").open("ab") as log:
                 self._process = subprocess.Popen(
                     self._command,
@@ -49,9 +53,15 @@ class Program:
         return self._process is not None and self._process.poll() is None
 
     def terminate(self) -> None:
-        """Ask it to end, wait for it, and raise if it does not, or not with a success."""
-        process = self._process
-        if process is not None and process.poll() is None:
+        """Ask it to end, and wait for that.
+
+        Raises:
+            RuntimeError: it does not end, or not with a success.
+        """
+        with self._changing:
+            process = self._process
+            if process is None or process.poll() is not None:
+                return
             process.send_signal(signal.SIGTERM)
             try:
                 code = process.wait(_GRACE)
@@ -63,13 +73,14 @@ class Program:
 
     def kill(self, history: Journal) -> None:
         """Kill the process that does the work, and write that down."""
-        pids = self._workers()
-        for pid in pids:
-            history.write("killed", process=f"{self.kind}-{pid}")
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if self._process is not None and self._process.pid in pids:
-            self._process.wait(_GRACE)
+        with self._changing:
+            pids = self._workers()
+            for pid in pids:
+                history.write("killed", process=f"{self.kind}-{pid}")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if self._process is not None and self._process.pid in pids:
+                self._process.wait(_GRACE)
 
     def end(self) -> None:
         """End it whatever it does, with all processes that it has started."""

@@ -23,6 +23,7 @@ from outbox.errors import (
 from outbox.event import Event
 from outbox.publisher import Publisher
 from outbox.report import PublishReport, Rejection
+from outbox.stats import Latency, Stats
 
 __all__ = [
     # Collecting
@@ -33,9 +34,11 @@ __all__ = [
     "clear_events",
     "enqueue_event",
     # Publishing
+    "Latency",
     "PublishReport",
     "Publisher",
     "Rejection",
+    "Stats",
     "configure",
     "publish",
     "publish_async",

@@ -28,6 +28,7 @@ from outbox.chunk import Chunk, Entry, Fate
 from outbox.errors import BrokerError, PublishTimeout, UsageError
 from outbox.event import Event
 from outbox.report import PublishReport, Rejection
+from outbox.stats import Tally
 
 __all__ = ["Backlog", "News"]
 
@@ -68,6 +69,7 @@ class Backlog:
         self._stalled = False
         self._closed = False
         self._last_confirm = 0.0
+        self.tally = Tally()
 
     @property
     def kept(self) -> tuple[Event, ...]:
@@ -139,10 +141,12 @@ class Backlog:
         """Give ``entries`` their fate, unless they have one."""
         news = News()
         with self._lock:
+            before = self._unsettled
             for entry in entries:
                 self._elsewhere.pop(entry, None)
                 if entry.fate is None:
                     self._set_fate(entry, fate, reason, news)
+            self.tally.add(fate.value, before - self._unsettled)
             if not self._unsettled:
                 self._empty.notify_all()
         return news
@@ -156,6 +160,7 @@ class Backlog:
         """Keep ``entries`` apart, or withdraw them, since the broker would not have them now."""
         news = News()
         with self._lock:
+            self.tally.nacked += len(entries)
             for entry in entries:
                 entry.attempts += 1
                 self._keep_or_withdraw(entry, error, news)
@@ -244,6 +249,9 @@ class Backlog:
                     self._keep_or_withdraw(entry, error, news)
         if chunk in self._unreported:
             del self._unreported[chunk]
+            if chunk.error is None and chunk.entries:
+                chunk.took = self._clock() - chunk.submitted_at
+                self.tally.took(chunk.took)
             news.reports.append((chunk, chunk.report()))
             # The entries still on their way know their chunk; it need not know them any longer.
             chunk.entries = []
@@ -271,10 +279,12 @@ class Backlog:
             entry.kept = True
             self._kept_events += 1
             self._kept_bytes += len(entry.event.body)
+            self.tally.ever_kept += 1
             news.kept.append(entry.event)
             self._waits_no_longer(entry.chunk, news)
         else:
             self._set_fate(entry, Fate.WITHDRAWN, f"withdrawn: {error}", news)
+            self.tally.add(Fate.WITHDRAWN.value)
 
     def _waits_no_longer(self, chunk: Chunk, news: News) -> None:
         chunk.waiting -= 1

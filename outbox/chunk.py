@@ -67,9 +67,10 @@ class Chunk:
         waiting: entries that are neither kept nor have a fate; at 0 the chunk is reported.
         error: why entries are kept or withdrawn.
         submitted_at: on the backlog's clock.
+        took: seconds until all entries had their fate, if it was reported then and not earlier.
     """
 
-    __slots__ = ("entries", "error", "future", "keep", "submitted_at", "waiting")
+    __slots__ = ("entries", "error", "future", "keep", "submitted_at", "took", "waiting")
 
     def __init__(
         self, events: Sequence[Event], *, keep: bool = True, frames: Sequence[bytes] | None = None
@@ -83,6 +84,7 @@ class Chunk:
         self.waiting = len(self.entries)
         self.error: BrokerError | None = None
         self.submitted_at = 0.0
+        self.took: float | None = None
 
     def report(self) -> PublishReport:
         """Return the fate of every event as of now; what has none counts as kept."""

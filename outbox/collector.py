@@ -333,9 +333,13 @@ class EventCollector:
         return report if chunk.keep else report.raise_for_failure()
 
     def _drop(self, events: list[Event]) -> tuple[Event, ...]:
-        observer = observing.installed()
-        if events and observer is not None:
-            observer.cleared(events)
+        if events:
+            observer = observing.installed()
+            if observer is not None:
+                observer.cleared(events)
+            publisher = self._publisher or configuration.configured_publisher()
+            if publisher is not None:
+                publisher.note_cleared(events)
         return tuple(events)
 
     def _flush(self) -> None:

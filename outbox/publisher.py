@@ -20,6 +20,8 @@ from outbox.errors import CollectorFull, InvalidEvent, UsageError
 from outbox.event import Event
 from outbox.report import PublishReport
 from outbox.settings import SettingOverrides, Settings
+from outbox.spread import call_hook
+from outbox.stats import Stats
 from outbox.transport import Transport
 from outbox.transports import open_transport
 
@@ -58,6 +60,7 @@ class Publisher:
         self._own: Transport | None = open_transport(self.settings)
         self._closed = False
         self._half_full = False
+        self._cleared = 0
         _open_publishers.add(self)
 
     def __repr__(self) -> str:
@@ -74,6 +77,28 @@ class Publisher:
     def connected(self) -> bool:
         """Whether events can be published now, as far as is known."""
         return not self._closed and self._transport().connected
+
+    def stats(self) -> Stats:
+        """Return a snapshot of the publisher's counters; the numbers are not of one instant."""
+        transport = self._transport()
+        tally = transport.tally
+        fates = dict(tally.fates)
+        kept, kept_bytes = transport.kept_size
+        return Stats(
+            connected=self.connected,
+            kept=kept,
+            kept_bytes=kept_bytes,
+            ever_kept=tally.ever_kept,
+            published=fates.get("published", 0),
+            parked=fates.get("parked", 0),
+            ignored=fates.get("ignored", 0),
+            rejected=fates.get("rejected", 0),
+            withdrawn=fates.get("withdrawn", 0),
+            nacked=tally.nacked,
+            cleared=self._cleared,
+            connects=tally.connects,
+            latency=tally.latency,
+        )
 
     def submit(self, events: Iterable[Event], *, keep: bool = True) -> Future[PublishReport]:
         """Take ``events`` over and return at once.
@@ -258,6 +283,12 @@ class Publisher:
         else:
             self._half_full = False
 
+    def note_cleared(self, events: Sequence[Event]) -> None:
+        """Count events that were dropped before they were published, and call the hook."""
+        with self._lock:
+            self._cleared += len(events)
+        call_hook(self.settings.on_cleared, tuple(events))
+
     def __enter__(self) -> Self:
         return self
 
@@ -281,6 +312,7 @@ class Publisher:
             _inherited.append(self._own)  # never collected, so that its socket is never closed
         self._lock = threading.Lock()
         self._own = None
+        self._cleared = 0
 
     def _timeout(self, timeout: float | None) -> float:
         return self.settings.timeout if timeout is None else timeout

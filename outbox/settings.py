@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 
-from outbox.errors import UsageError
+from outbox.errors import BrokerError, UsageError
 from outbox.event import Event, Unroutable
 from outbox.serializer import JSONSerializer, Serializer
 
@@ -22,6 +22,9 @@ MIB = 1024 * 1024
 Declare = Literal["create", "passive", "never"]
 EventsHook = Callable[[tuple[Event, ...]], object]
 RejectionHook = Callable[[Event, str], object]
+ConfirmedHook = Callable[[int, float], object]
+ConnectedHook = Callable[[str], object]
+DisconnectedHook = Callable[[BrokerError], object]
 
 
 class SettingOverrides(TypedDict, total=False):
@@ -46,6 +49,10 @@ class SettingOverrides(TypedDict, total=False):
     on_kept: EventsHook | None
     on_parked: EventsHook | None
     on_rejected: RejectionHook | None
+    on_cleared: EventsHook | None
+    on_confirmed: ConfirmedHook | None
+    on_connected: ConnectedHook | None
+    on_disconnected: DisconnectedHook | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,12 @@ class Settings:
         on_kept: called with the events of a chunk that had to be kept.
         on_parked: called with events that were parked.
         on_rejected: called with an event and the reason for which it was given up.
+        on_cleared: called with events that a rollback or ``clear_events()`` has dropped, on the
+            thread that did so.
+        on_confirmed: called for each chunk that the broker has confirmed, with the number of its
+            events and the seconds since it was submitted.
+        on_connected: called with the broker's address when a connection can publish.
+        on_disconnected: called with the error when that connection is lost.
     """
 
     url: str | None = None
@@ -97,6 +110,10 @@ class Settings:
     on_kept: EventsHook | None = None
     on_parked: EventsHook | None = None
     on_rejected: RejectionHook | None = None
+    on_cleared: EventsHook | None = None
+    on_confirmed: ConfirmedHook | None = None
+    on_connected: ConnectedHook | None = None
+    on_disconnected: DisconnectedHook | None = None
 
     @classmethod
     def load(

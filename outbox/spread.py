@@ -9,7 +9,7 @@ from outbox.backlog import News
 from outbox.event import Event
 from outbox.settings import Settings
 
-__all__ = ["Spread", "ids"]
+__all__ = ["Spread", "call_hook", "ids"]
 
 logger = logging.getLogger("outbox.publisher")
 
@@ -34,6 +34,10 @@ class Spread:
         for chunk, report in news.reports:
             if chunk.future.set_running_or_notify_cancel():
                 chunk.future.set_result(report)
+        if self._settings.on_confirmed is not None:
+            for chunk, report in news.reports:
+                if chunk.took is not None and report.published:
+                    call_hook(self._settings.on_confirmed, len(report.published), chunk.took)
         if news.kept:
             logger.warning(
                 "%d event(s) kept, to be retried: %s; %s",
@@ -41,24 +45,26 @@ class Spread:
                 ids(news.kept),
                 news.error,
             )
-            self._call(self._settings.on_kept, tuple(news.kept))
+            call_hook(self._settings.on_kept, tuple(news.kept))
         if news.parked:
             logger.warning("%d event(s) parked: %s", len(news.parked), ids(news.parked))
-            self._call(self._settings.on_parked, tuple(news.parked))
+            call_hook(self._settings.on_parked, tuple(news.parked))
         by_reason: dict[str, list[Event]] = {}
         for event, reason in news.rejected:
             by_reason.setdefault(reason, []).append(event)
         for reason, events in by_reason.items():
             logger.error("%d event(s) rejected, %r: %s", len(events), reason, ids(events))
         for event, reason in news.rejected:
-            self._call(self._settings.on_rejected, event, reason)
+            call_hook(self._settings.on_rejected, event, reason)
 
-    def _call(self, hook: Callable[..., object] | None, *arguments: object) -> None:
-        if hook is None:
-            return
-        try:
-            hook(*arguments)
-        except BaseException as error:  # a hook's sys.exit() must not end the link's thread
-            logger.exception("the hook %r raised", hook)
-            if isinstance(error, KeyboardInterrupt):
-                raise
+
+def call_hook(hook: Callable[..., object] | None, *arguments: object) -> None:
+    """Call ``hook``, if there is one; what it raises is logged and stops nobody."""
+    if hook is None:
+        return
+    try:
+        hook(*arguments)
+    except BaseException as error:  # a hook's sys.exit() must not end the link's thread
+        logger.exception("the hook %r raised", hook)
+        if isinstance(error, KeyboardInterrupt):
+            raise

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from outbox.chunk import Chunk
 from outbox.event import Event
+from outbox.stats import Tally
 
 __all__ = ["Transport"]
 
@@ -33,6 +34,11 @@ class Transport(Protocol):
     @property
     def kept_size(self) -> tuple[int, int]:
         """How many events are kept, and the bytes of their bodies."""
+        ...
+
+    @property
+    def tally(self) -> Tally:
+        """What has been counted so far."""
         ...
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from outbox import Event, PublishReport
 from outbox.chunk import Chunk, Fate
+from outbox.stats import Tally
 
 __all__ = ["Recorder"]
 
@@ -29,6 +30,7 @@ class Recorder:
         self._enqueued: dict[int, Event] = {}  # by identity: a test may enqueue equal events
         self._published: list[Event] = []
         self._cleared: list[Event] = []
+        self.tally = Tally()
 
     @property
     def transport(self) -> Recorder:
@@ -74,6 +76,7 @@ class Recorder:
             for event in events:
                 self._enqueued.pop(id(event), None)
                 self._published.append(event)
+            self.tally.add(Fate.PUBLISHED.value, len(events))
         chunk = Chunk(events, keep=keep)
         for entry in chunk.entries:
             entry.fate = Fate.PUBLISHED

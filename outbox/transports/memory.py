@@ -10,6 +10,7 @@ from outbox.backlog import Backlog
 from outbox.chunk import Chunk, Fate
 from outbox.event import Event
 from outbox.spread import Spread
+from outbox.stats import Tally
 
 __all__ = ["MemoryTransport"]
 
@@ -28,6 +29,11 @@ class MemoryTransport:
         self._spread = spread
         self._lock = threading.Lock()
         self.published: deque[Event] = deque(maxlen=100_000)
+
+    @property
+    def tally(self) -> Tally:
+        """What has been counted so far."""
+        return self._backlog.tally
 
     def start(self) -> None:
         """Do nothing: there is nothing to connect to."""

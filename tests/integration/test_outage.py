@@ -24,6 +24,7 @@ from outbox import (
     publish,
 )
 from outbox.testing.broker import PrivateBroker
+from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 
 # A quorum queue that is a second old when its only node is killed may not come back with it
@@ -256,3 +257,34 @@ def test_at_max_kept_new_work_is_refused_before_it_commits(
         late = Event(id="late", target="x", exchange=name, body=b"{}")
         assert publisher.publish([late]).kept == (late,)
         assert len(publisher.kept) == 11
+
+
+def test_reconnects_and_what_was_kept_are_counted_and_told(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    told: list[str] = []
+    with (
+        FaultProxy(amqp_url) as proxy,
+        Publisher(
+            proxy.url,
+            exchange=name,
+            on_connected=lambda address: told.append(f"connected to {address}"),
+            on_disconnected=lambda error: told.append(type(error).__name__),
+        ) as publisher,
+    ):
+        queue = inspector.queue(name, name)
+        collector = EventCollector(publisher=publisher)
+        collector.enqueue_event({"n": 1}, "x")
+        assert collector.publish().ok
+        proxy.refuse()
+        collector.enqueue_event({"n": 2}, "x")
+        assert len(collector.publish().kept) == 1
+        assert publisher.stats().kept == 1
+        proxy.heal()
+        assert publisher.drain(10)
+        stats = publisher.stats()
+        assert len(inspector.messages(queue, 2)) == 2
+    address = f"127.0.0.1:{proxy.port}"
+    assert told == [f"connected to {address}", "ConnectionLost", f"connected to {address}"]
+    assert (stats.published, stats.kept, stats.ever_kept, stats.reconnects) == (2, 0, 1, 1)
+    assert stats.connected

@@ -31,6 +31,7 @@ from outbox import (
 )
 from outbox.chunk import Chunk
 from outbox.middleware.asgi import OutboxMiddleware
+from outbox.stats import Tally
 from outbox.testing import CollectedEvents
 
 HTTP = {"type": "http", "method": "GET", "path": "/", "headers": []}
@@ -266,6 +267,7 @@ class SlowTransport:
     kept = ()
     kept_size = (0, 0)
     on_own_thread = False
+    tally = Tally()
 
     def __init__(self) -> None:
         self.chunks: list[Chunk] = []

@@ -18,7 +18,8 @@ from outbox.chunk import Chunk, Entry, Fate
 from outbox.errors import Blocked, BrokerError, ConnectionLost, Nacked
 from outbox.event import Event
 from outbox.settings import Settings
-from outbox.spread import Spread
+from outbox.spread import Spread, call_hook
+from outbox.stats import Tally
 from outbox.transports.rabbitmq import topology, wire
 from outbox.transports.rabbitmq.confirms import Confirms
 from outbox.transports.rabbitmq.framing import PUBLISH_CHANNEL, Encoder
@@ -60,6 +61,7 @@ class RabbitMQTransport:
         )
         self._connection: pika.SelectConnection | None = None
         self._channel: pika.channel.Channel | None = None  # None unless it may be written to
+        self._connection_serves = False  # it has had a channel to publish on
         self._woken = False
         self._watched_since: float | None = None
         self._watching = False
@@ -82,6 +84,11 @@ class RabbitMQTransport:
     def kept_size(self) -> tuple[int, int]:
         """How many events are kept, and the bytes of their bodies."""
         return self._backlog.kept_size
+
+    @property
+    def tally(self) -> Tally:
+        """What has been counted so far."""
+        return self._backlog.tally
 
     @property
     def on_own_thread(self) -> bool:
@@ -140,12 +147,16 @@ class RabbitMQTransport:
 
     def closed(self, error: BrokerError) -> None:
         """Take back what was outstanding, and open the circuit."""
+        was_connected = self._connection_serves
+        self._connection_serves = False
         self._connection = self._channel = None
         self._blocked = False
         self._watched_since = None
         self._making_parking_queue = False
         homeless, self._homeless = self._homeless, []
         self._spread(self._backlog.down([*homeless, *self._confirms.clear()], error))
+        if was_connected:
+            call_hook(self._settings.on_disconnected, error)
 
     def _on_declared(self, refused: str | None) -> None:
         if refused is not None:
@@ -170,6 +181,10 @@ class RabbitMQTransport:
         self._link.ready()
         if not self._blocked:
             self._backlog.up()
+        if not self._connection_serves:
+            self._connection_serves = True
+            self._backlog.tally.connects += 1
+            call_hook(self._settings.on_connected, self._link.address)
         self._pump()
 
     def _on_channel_closed(self, channel: pika.channel.Channel, reason: Exception) -> None:

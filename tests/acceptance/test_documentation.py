@@ -17,7 +17,10 @@ from outbox.testing import CollectedEvents
 from tests.amqp import Inspector
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "proving/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def snippets(page: Path, language: str = "python") -> list[str]:
@@ -99,16 +102,19 @@ def test_every_command_shown_exists(page: Path) -> None:
                 assert command in ("pip", "outbox-consume"), command
 
 
-def test_the_documented_options_of_the_command_are_there() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "outbox.consumers.cli", "--help"],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=True,
-    )
+def test_the_documented_options_of_the_commands_are_there() -> None:
+    known = "--all-pythons --help "
+    for module in ("outbox.consumers.cli", "proving"):
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+        known += done.stdout
     text = "".join(page.read_text() for page in PAGES)
     for option in re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text):
-        if option not in ("--all-pythons", "--help"):
-            assert option in done.stdout, option
+        assert option in known, option
     assert configure("memory://").settings.exchange == "outbox"

@@ -142,10 +142,17 @@ class Backlog:
         news = News()
         with self._lock:
             before = self._unsettled
+            elsewhere = self._elsewhere
+            usual = fate is Fate.PUBLISHED
             for entry in entries:
-                self._elsewhere.pop(entry, None)
+                elsewhere.pop(entry, None)
                 if entry.fate is None:
-                    self._set_fate(entry, fate, reason, news)
+                    if usual and not entry.kept:  # what _set_fate does, for nearly every event
+                        entry.fate = fate
+                        self._unsettled -= 1
+                        self._waits_no_longer(entry.chunk, news)
+                    else:
+                        self._set_fate(entry, fate, reason, news)
             self.tally.add(fate.value, before - self._unsettled)
             if not self._unsettled:
                 self._empty.notify_all()

@@ -88,6 +88,9 @@ class Chunk:
 
     def report(self) -> PublishReport:
         """Return the fate of every event as of now; what has none counts as kept."""
+        published = tuple([one.event for one in self.entries if one.fate is Fate.PUBLISHED])
+        if len(published) == len(self.entries):
+            return PublishReport(published=published, error=self.error)
         by_fate: dict[Fate | None, list[Entry]] = {}
         for entry in self.entries:
             by_fate.setdefault(entry.fate, []).append(entry)
@@ -96,7 +99,7 @@ class Chunk:
             return tuple(entry.event for entry in by_fate.get(fate, ()))
 
         return PublishReport(
-            published=events(Fate.PUBLISHED),
+            published=published,
             kept=events(None),
             parked=events(Fate.PARKED),
             ignored=events(Fate.IGNORED),

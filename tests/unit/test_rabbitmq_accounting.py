@@ -32,13 +32,13 @@ def names(entries: list[Entry]) -> str:
 def test_confirms_come_in_any_order_and_in_groups() -> None:
     confirms = Confirms()
     confirms.sent(entries_of(*"abcdef"))
-    assert names(confirms.confirmed(3, False)[0]) == "c"
-    assert names(confirms.confirmed(4, True)[0]) == "abd"
-    assert confirms.confirmed(2, False) == ([], [])
-    assert names(confirms.confirmed(6, True)[0]) == "ef"
+    assert names(confirms.confirmed([(3, False)])[0]) == "c"
+    assert names(confirms.confirmed([(4, True)])[0]) == "abd"
+    assert confirms.confirmed([(2, False)]) == ([], [])
+    assert names(confirms.confirmed([(6, True)])[0]) == "ef"
     assert len(confirms) == 0
     confirms.sent(entries_of("g"))
-    assert names(confirms.confirmed(0, True)[0]) == "g"
+    assert names(confirms.confirmed([(0, True)])[0]) == "g"
 
 
 def test_an_event_that_came_back_is_told_apart_when_its_confirm_arrives() -> None:
@@ -50,7 +50,7 @@ def test_an_event_that_came_back_is_told_apart_when_its_confirm_arrives() -> Non
     assert not confirms.returned("z", "e", "x", "312")
     confirms.sent(entries_of("c"))
     assert confirms.returned("c", "e", "x", "312")
-    entries, unroutable = confirms.confirmed(4, True)
+    entries, unroutable = confirms.confirmed([(4, True)])
     assert names(entries) == "ab"
     assert [(entry.event.target, reason) for entry, reason in unroutable] == [
         ("y", "312"),
@@ -64,7 +64,7 @@ def test_of_two_alike_the_first_that_has_not_come_back_is_meant() -> None:
     confirms.sent([first, second])
     assert confirms.returned("a", "e", "x", "one")
     assert confirms.returned("a", "e", "x", "two")
-    assert confirms.confirmed(0, True) == ([], [(first, "one"), (second, "two")])
+    assert confirms.confirmed([(0, True)]) == ([], [(first, "one"), (second, "two")])
 
 
 @given(st.integers(1, 60), st.randoms(use_true_random=False))
@@ -73,7 +73,7 @@ def test_every_sent_entry_is_confirmed_exactly_once(count: int, random: random.R
     confirms.sent(entries_of(*map(str, range(count))))
     seen = []
     while len(confirms):
-        entries, _ = confirms.confirmed(random.randint(1, count), random.random() < 0.3)
+        entries, _ = confirms.confirmed([(random.randint(1, count), random.random() < 0.3)])
         seen += [entry.event.id for entry in entries]
     assert sorted(seen, key=int) == [str(n) for n in range(count)]
 
@@ -81,11 +81,11 @@ def test_every_sent_entry_is_confirmed_exactly_once(count: int, random: random.R
 def test_clearing_gives_back_in_the_order_of_sending() -> None:
     confirms = Confirms()
     confirms.sent(entries_of(*"abcd"))
-    confirms.confirmed(2, False)
+    confirms.confirmed([(2, False)])
     assert names(confirms.clear()) == "acd"
     assert len(confirms) == 0
     confirms.sent(entries_of("z"))
-    assert names(confirms.confirmed(1, False)[0]) == "z"
+    assert names(confirms.confirmed([(1, False)])[0]) == "z"
 
 
 @given(st.integers(1, 60), st.randoms(use_true_random=False))

@@ -58,32 +58,34 @@ class Confirms:
                 return True
         return False
 
-    def confirmed(self, tag: int, multiple: bool) -> tuple[list[Entry], list[tuple[Entry, str]]]:
-        """Return what a confirm speaks of: entries, and apart those that came back, with reasons.
+    def confirmed(
+        self, answers: Iterable[tuple[int, int]]
+    ) -> tuple[list[Entry], list[tuple[Entry, str]]]:
+        """Return what some confirms speak of: entries, and apart those that came back, and why.
 
         A number that is not outstanding is passed over; 0 with ``multiple`` means all.
+
+        Args:
+            answers: (number, whether ``multiple``), in the order in which they came.
         """
-        if not multiple:
-            tags: Iterable[int] = (tag,)
-        else:
-            end = (tag or self._next - 1) + 1
-            tags = range(self._lowest, end)
-            self._lowest = max(self._lowest, end)
         pop = self._outstanding.pop
-        if not self._returned:
-            entries = [entry for one in tags if (entry := pop(one, None)) is not None]
-            came_back: list[tuple[Entry, str]] = []
-        else:
-            entries, came_back = [], []
+        returned = self._returned
+        entries: list[Entry] = []
+        came_back: list[tuple[Entry, str]] = []
+        for tag, multiple in answers:
+            tags: Iterable[int] = (tag,)
+            if multiple:
+                end = min(tag + 1 if tag else self._next, self._next)
+                tags = range(self._lowest, end)
+                self._lowest = max(self._lowest, end)
             for one in tags:
                 entry = pop(one, None)
                 if entry is None:
                     continue
-                reason = self._returned.pop(one, None)
-                if reason is None:
-                    entries.append(entry)
+                if returned and one in returned:
+                    came_back.append((entry, returned.pop(one)))
                 else:
-                    came_back.append((entry, reason))
+                    entries.append(entry)
         if not self._outstanding:
             self._lowest = self._next
             self._by_address = None

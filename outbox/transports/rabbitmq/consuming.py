@@ -17,7 +17,7 @@ import pika.spec
 from outbox.errors import BrokerError, ConnectionLost
 from outbox.settings import Settings
 from outbox.subscription import Delivery, QueueSpec
-from outbox.transports.rabbitmq import topology
+from outbox.transports.rabbitmq import topology, wire
 from outbox.transports.rabbitmq.acks import Acks
 from outbox.transports.rabbitmq.link import Link, backoff
 from outbox.transports.rabbitmq.parameters import connection_parameters
@@ -49,7 +49,7 @@ class RabbitMQSubscription:
         )
         self._deliver: Callable[[Delivery], None] = _nowhere
         self._refused: Callable[[str], None] = _nowhere
-        self._connection: pika.SelectConnection | None = None
+        self._connection: wire.Connection | None = None
         self._channel: pika.channel.Channel | None = None
         self._generation = 0
         self._acks = Acks()
@@ -98,7 +98,7 @@ class RabbitMQSubscription:
 
     # ------------------------------------------------------------------ on the link's thread
 
-    def opened(self, connection: pika.SelectConnection) -> None:
+    def opened(self, connection: wire.Connection) -> None:
         """Declare the queues, then consume."""
         self._connection = connection
         self._begin()
@@ -168,8 +168,16 @@ class RabbitMQSubscription:
         self._generation += 1
         self._acks = Acks()
         self._channel = channel
+        queues: dict[bytes, str] = {}
         for spec in self._queues:
-            channel.basic_consume(spec.name, self._receiver(spec.name), callback=self._on_consuming)
+            tag = channel.basic_consume(
+                spec.name, self._receiver(spec.name), callback=self._on_consuming
+            )
+            queues[tag.encode()] = spec.name
+        if self._connection is not None:
+            self._connection.read_deliveries(
+                channel.channel_number, self._generation, queues, self._deliver
+            )
 
     def _on_consuming(self, _frame: object) -> None:
         self._has_consumed = True
@@ -232,6 +240,8 @@ class RabbitMQSubscription:
     def _forget_channel(self) -> None:
         self._channel = None
         self._generation += 1
+        if self._connection is not None:
+            self._connection.read_all_with_pika()
 
     def _on_done(self) -> None:
         self._woken = False

@@ -35,7 +35,7 @@ def backoff(attempt: int) -> float:
 class Session(Protocol):
     """What a link serves. All methods are called on the link's thread."""
 
-    def opened(self, connection: pika.SelectConnection) -> None:
+    def opened(self, connection: wire.Connection) -> None:
         """Begin to use a new connection; call ``link.ready()`` once it serves its purpose."""
         ...
 
@@ -60,7 +60,7 @@ class Link:
         self._services: wire.IOServices
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._start_lock = threading.Lock()
-        self._connection: pika.SelectConnection | None = None
+        self._connection: wire.Connection | None = None
         self._host = 0
         self._failures = 0
         self._reconnect: object | None = None
@@ -148,7 +148,7 @@ class Link:
             custom_ioloop=self._services,
         )
 
-    def _on_open(self, connection: pika.SelectConnection) -> None:
+    def _on_open(self, connection: wire.Connection) -> None:
         if connection is self._connection:
             logger.info("connected to %s", self.address)
             self._session.opened(connection)

@@ -59,7 +59,7 @@ class RabbitMQTransport:
         self._link = Link(
             connection_parameters(url, settings, "publisher"), self, name="outbox-publisher"
         )
-        self._connection: pika.SelectConnection | None = None
+        self._connection: wire.Connection | None = None
         self._channel: pika.channel.Channel | None = None  # None unless it may be written to
         self._connection_serves = False  # it has had a channel to publish on
         self._woken = False
@@ -137,7 +137,7 @@ class RabbitMQTransport:
 
     # ------------------------------------------------------------------ on the link's thread
 
-    def opened(self, connection: pika.SelectConnection) -> None:
+    def opened(self, connection: wire.Connection) -> None:
         """Declare the exchange, then open the channel."""
         self._connection = connection
         connection.add_on_connection_blocked_callback(self._on_blocked)
@@ -178,6 +178,8 @@ class RabbitMQTransport:
             self._encoder.frame_max = frame_max
             self._backlog.encode_anew(self._encoder.encode)
         self._channel = channel
+        if self._connection is not None:
+            self._connection.read_confirms(PUBLISH_CHANNEL, self._on_acks)
         self._link.ready()
         if not self._blocked:
             self._backlog.up()
@@ -191,6 +193,8 @@ class RabbitMQTransport:
         if not isinstance(reason, pika.exceptions.ChannelClosedByBroker) or self._link_is_gone():
             return  # the connection's own end is reported to closed()
         self._channel = None
+        if self._connection is not None:
+            self._connection.read_all_with_pika()
         entries = self._confirms.clear()
         if len(entries) == 1:
             logger.debug("the broker closed the channel over %r", entries[0].event)
@@ -268,19 +272,31 @@ class RabbitMQTransport:
     def _on_confirm(
         self, frame: pika.frame.Method[pika.spec.Basic.Ack | pika.spec.Basic.Nack]
     ) -> None:
+        """Take what comes by way of pika: every Nack, and where it reads all frames, every Ack."""
         method = frame.method
-        entries, unroutable = self._confirms.confirmed(method.delivery_tag, method.multiple)
-        self._suspects = max(0, self._suspects - len(entries) - len(unroutable))
+        if not isinstance(method, pika.spec.Basic.Nack):
+            self._on_acks([(method.delivery_tag, method.multiple)])
+            return
+        entries, unroutable = self._confirms.confirmed([(method.delivery_tag, method.multiple)])
+        self._note_answer(len(entries) + len(unroutable))
+        self._settle_unroutable(unroutable)
+        self._keep_apart(entries)
+        self._pump()
+
+    def _on_acks(self, acks: Sequence[tuple[int, int]]) -> None:
+        entries, unroutable = self._confirms.confirmed(acks)
+        self._note_answer(len(entries) + len(unroutable))
+        if unroutable:
+            self._settle_unroutable(unroutable)
+        if entries:
+            self._settle_confirmed(entries)
+        self._pump()
+
+    def _note_answer(self, answered: int) -> None:
+        self._suspects = max(0, self._suspects - answered)
         if self._watched_since is not None:
             self._watched_since = time.monotonic()
         self._backlog.confirmed()
-        if unroutable:
-            self._settle_unroutable(unroutable)
-        if isinstance(method, pika.spec.Basic.Nack):
-            self._keep_apart(entries)
-        elif entries:
-            self._settle_confirmed(entries)
-        self._pump()
 
     def _settle_confirmed(self, entries: Sequence[Entry]) -> None:
         to_park = [entry for entry in entries if entry.parked_as is not None]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pika
@@ -22,7 +22,8 @@ from pika.adapters.utils import nbio_interface
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 
 from outbox.chunk import Entry
-from outbox.transports.rabbitmq import framing
+from outbox.subscription import Delivery
+from outbox.transports.rabbitmq import framing, reading
 
 __all__ = ["UNREADABLE", "Connection", "IOServices", "abort", "publish", "writes_frames"]
 
@@ -55,13 +56,89 @@ def abort(connection: pika.SelectConnection, error: Exception) -> None:
 
 
 class Connection(pika.SelectConnection):
-    """A connection that survives properties which pika cannot decode.
+    """A connection that reads masses of frames by itself, and survives some that pika does not.
 
     Any client may send a timestamp beyond the year 9999, or tables nested a thousand deep. pika
     raises while it reads such a frame, and gives the connection up: the broker would deliver the
     message again over the next one, for ever. Here it arrives with no properties but a content
     encoding that nobody knows, so that it goes to the dead letters.
+
+    Confirms and deliveries of one channel can be read without pika (:mod:`reading`); the others'
+    frames, and all other frames of that channel, take pika's way, in order.
     """
+
+    _swift_channel = 0  # none: channel 0 is the connection's own
+    _on_confirms: Callable[[Sequence[tuple[int, int]]], None] | None = None
+    _on_delivery: Callable[[Delivery], None] | None = None
+    _generation = 0
+    _queues: Mapping[bytes, str] = {}
+
+    def read_confirms(
+        self, channel: int, on_confirms: Callable[[Sequence[tuple[int, int]]], None]
+    ) -> None:
+        """Have the Basic.Acks of ``channel`` read here, and given on by the bunch.
+
+        Args:
+            channel: its number.
+            on_confirms: called with (delivery tag, multiple) of each, in order.
+        """
+        self._swift_channel = channel
+        self._on_confirms = on_confirms
+
+    def read_deliveries(
+        self,
+        channel: int,
+        generation: int,
+        queues: Mapping[bytes, str],
+        on_delivery: Callable[[Delivery], None],
+    ) -> None:
+        """Have the deliveries of ``channel`` to the consumer tags in ``queues`` read here."""
+        self._swift_channel = channel
+        self._generation = generation
+        self._queues = queues
+        self._on_delivery = on_delivery
+
+    def read_all_with_pika(self) -> None:
+        """Read nothing here any more."""
+        self._swift_channel = 0
+
+    def _on_data_available(self, data_in: bytes) -> None:
+        if not self._swift_channel:
+            super()._on_data_available(data_in)
+            return
+        buffer = self._frame_buffer + data_in if self._frame_buffer else data_in
+        self._frame_buffer = b""
+        offset, end = 0, len(buffer)
+        confirms: list[tuple[int, int]] = []
+        while end - offset > _FRAME_START.size:
+            kind, channel, size = _FRAME_START.unpack_from(buffer, offset)
+            behind = offset + size + _FRAME_START.size + 1
+            if behind > end:
+                break
+            if channel == self._swift_channel and channel and kind == pika.spec.FRAME_METHOD:
+                [method] = _METHOD.unpack_from(buffer, offset + _FRAME_START.size)
+                if method == reading.BASIC_ACK and self._on_confirms is not None:
+                    confirms.append(_CONFIRM.unpack_from(buffer, offset + _FRAME_START.size + 4))
+                    offset = behind
+                    continue
+                if method == reading.BASIC_DELIVER and self._on_delivery is not None:
+                    behind_all, delivery = reading.delivery_at(
+                        buffer, offset, self._generation, self._queues
+                    )
+                    if delivery is not None:
+                        self._on_delivery(delivery)
+                        offset = behind_all
+                        continue
+                    if behind_all == reading.WAIT:
+                        break
+            if confirms and self._on_confirms is not None:
+                self._on_confirms(confirms)
+                confirms = []
+            super()._on_data_available(buffer[offset:behind])
+            offset = behind
+        self._frame_buffer = buffer[offset:]
+        if confirms and self._on_confirms is not None:
+            self._on_confirms(confirms)
 
     def _read_frame(self) -> Any:
         try:
@@ -78,6 +155,8 @@ class Connection(pika.SelectConnection):
 
 UNREADABLE = "unreadable-properties"
 _FRAME_START = struct.Struct(">BHI")  # AMQP 0-9-1, section 2.3.5: type, channel, size
+_METHOD = struct.Struct(">I")  # its class and method
+_CONFIRM = struct.Struct(">QB")  # Basic.Ack: delivery tag, multiple
 _BODY_SIZE = struct.Struct(">Q")  # behind the class and the weight, section 2.3.5.2
 
 

@@ -35,6 +35,7 @@ from outbox.consumers import (
     consumer,
 )
 from outbox.testing.broker import PrivateBroker
+from outbox.transports.rabbitmq import wire
 from tests.amqp import Inspector, properties_of
 
 
@@ -346,9 +347,16 @@ def test_a_handler_that_outlasts_the_heartbeat_runs_once(
     assert inspector.all(name) == []
 
 
+@pytest.mark.parametrize("with_pika_alone", [False, True])
 def test_a_thousand_messages_are_handled_once_each_by_eight_threads(
-    publisher: Publisher, inspector: Inspector, name: str
+    publisher: Publisher,
+    inspector: Inspector,
+    name: str,
+    with_pika_alone: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if with_pika_alone:
+        monkeypatch.delattr(wire.Connection, "_on_data_available")
     seen = Seen(lambda event: time.sleep(0.0005))
     with running(publisher, inspector, seen, name, threads=8):
         sent = send(publisher, name, *range(1000))

@@ -115,25 +115,28 @@ class Connection(pika.SelectConnection):
             behind = offset + size + _FRAME_START.size + 1
             if behind > end:
                 break
-            if channel == self._swift_channel and channel and kind == pika.spec.FRAME_METHOD:
+            method = 0
+            if channel and channel == self._swift_channel and kind == pika.spec.FRAME_METHOD:
                 [method] = _METHOD.unpack_from(buffer, offset + _FRAME_START.size)
-                if method == reading.BASIC_ACK and self._on_confirms is not None:
-                    confirms.append(_CONFIRM.unpack_from(buffer, offset + _FRAME_START.size + 4))
-                    offset = behind
-                    continue
-                if method == reading.BASIC_DELIVER and self._on_delivery is not None:
-                    behind_all, delivery = reading.delivery_at(
-                        buffer, offset, self._generation, self._queues
-                    )
-                    if delivery is not None:
-                        self._on_delivery(delivery)
-                        offset = behind_all
-                        continue
-                    if behind_all == reading.WAIT:
-                        break
+            if method == reading.BASIC_ACK and self._on_confirms is not None:
+                confirms.append(_CONFIRM.unpack_from(buffer, offset + _FRAME_START.size + 4))
+                self.bytes_received += behind - offset  # the heartbeat's sign of life
+                offset = behind
+                continue
             if confirms and self._on_confirms is not None:
                 self._on_confirms(confirms)
                 confirms = []
+            if method == reading.BASIC_DELIVER and self._on_delivery is not None:
+                behind_all, delivery = reading.delivery_at(
+                    buffer, offset, self._generation, self._queues
+                )
+                if delivery is not None:
+                    self._on_delivery(delivery)
+                    self.bytes_received += behind_all - offset
+                    offset = behind_all
+                    continue
+                if behind_all == reading.WAIT:
+                    break
             super()._on_data_available(buffer[offset:behind])
             offset = behind
         self._frame_buffer = buffer[offset:]

@@ -63,8 +63,8 @@ class Connection(pika.SelectConnection):
     message again over the next one, for ever. Here it arrives with no properties but a content
     encoding that nobody knows, so that it goes to the dead letters.
 
-    What is to be sent goes to the socket at once, as far as it takes it; pika would first wait for a
-    turn of the loop. What is there is read in one go, rather than 4 KiB at a time until a read fails.
+    What is to be sent goes to the socket at once, as far as it takes it; pika would first wait for
+    a turn of the loop. What is there is read in one go, not 4 KiB at a time until a read fails.
 
     Confirms and deliveries of one channel can be read without pika (:mod:`reading`); the others'
     frames, and all other frames of that channel, take pika's way, in order.

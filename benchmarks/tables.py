@@ -1,0 +1,70 @@
+"""Tables and bounds, as Markdown."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = ["Bound", "machine", "median", "print_bounds", "table"]
+
+
+def median(values: Iterable[float]) -> float:
+    """Return the median; 0 of nothing."""
+    found = list(values)
+    return statistics.median(found) if found else 0.0
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A figure, and what it is to be.
+
+    Attributes:
+        what: it says.
+        value: as measured.
+        bound: the least, or with ``at_most`` the most that it may be.
+        at_most: which of them.
+    """
+
+    what: str
+    value: float
+    bound: float
+    at_most: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is kept."""
+        return self.value <= self.bound if self.at_most else self.value >= self.bound
+
+
+def print_bounds(bounds: Sequence[Bound]) -> bool:
+    """Print what was measured against what is wanted; return whether all of it is kept."""
+    rows = [
+        [
+            one.what,
+            f"{one.value:.2f}",
+            f"{'at most' if one.at_most else 'at least'} {one.bound:g}",
+            "" if one.ok else "missed",
+        ]
+        for one in bounds
+    ]
+    print(table(["ratio", "measured", "wanted", ""], rows), flush=True)
+    return all(one.ok for one in bounds)
+
+
+def machine(server: str) -> str:
+    """Return what was measured on."""
+    import os
+
+    return (
+        f"Python {sys.version.split()[0]}, RabbitMQ {server}, {os.cpu_count()} cores, "
+        f"{platform.system()}"
+    )

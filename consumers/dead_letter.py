@@ -7,18 +7,15 @@ from typing import Any
 
 from outbox import Event
 from outbox.consumers.outcome import Dead
+from outbox.consumers.received import occurred_at
 from outbox.event import MAX_HEADER_BYTES, plain_table
+from outbox.headers import is_brokers_own
 from outbox.ids import new_id
 from outbox.subscription import Delivery, dead_letter_queue
 
 __all__ = ["dead_letter"]
 
 _LONGEST_REASON = 2_000
-
-# What the broker wrote about earlier stations of the message; sent back to it, some of it is
-# believed (RabbitMQ 4.0 release notes, x-death).
-_BROKERS_OWN = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-")
-_INTERPRETED = ("CC", "BCC")
 
 
 def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
@@ -41,7 +38,7 @@ def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
     own = {
         name: _carried(value)
         for name, value in (delivery.headers or {}).items()
-        if not _is_brokers(name)
+        if _is_senders(name)
     }
     if plain_table(own, "headers")[1] > MAX_HEADER_BYTES:
         headers["outbox-dead-headers"] = "dropped: with these there was no room for them"
@@ -55,6 +52,7 @@ def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
         content_type=delivery.content_type or "application/octet-stream",
         headers=headers,
         priority=delivery.priority,
+        occurred_at=occurred_at(delivery.headers or {}, delivery.timestamp),
         unroutable="fail",
     )
 
@@ -84,10 +82,9 @@ def _carried(value: Any) -> Any:
     return _text(str(value))
 
 
-def _is_brokers(name: Any) -> bool:
+def _is_senders(name: Any) -> bool:
     return (
-        not isinstance(name, str)
-        or name in _INTERPRETED
-        or name.startswith(_BROKERS_OWN)
-        or name in ("outbox-format", "outbox-occurred-at-us")
+        isinstance(name, str)
+        and not is_brokers_own(name)
+        and name not in ("outbox-format", "outbox-occurred-at-us")
     )

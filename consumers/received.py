@@ -12,7 +12,7 @@ from outbox.ids import new_id
 from outbox.serializer import JSONSerializer, serializer_for
 from outbox.subscription import Delivery
 
-__all__ = ["ReceivedEvent", "Undecodable", "decode"]
+__all__ = ["ReceivedEvent", "Undecodable", "decode", "occurred_at"]
 
 _RESERVED = "outbox-"
 
@@ -77,7 +77,7 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         headers={name: _plain(value) for name, value in headers.items() if not _is_ours(name)},
         priority=delivery.priority,
         key=key if isinstance(key, str) else None,
-        occurred_at=_occurred_at(headers, delivery.timestamp),
+        occurred_at=occurred_at(headers, delivery.timestamp),
         queue=delivery.queue,
         attempt=attempt if isinstance(attempt, int) and attempt > 0 else 1,
         redelivered=delivery.redelivered,
@@ -103,15 +103,17 @@ def _is_ours(name: Any) -> bool:
     return isinstance(name, str) and name.startswith(_RESERVED)
 
 
-def _occurred_at(headers: Mapping[str, Any], timestamp: Any) -> datetime.datetime:
+def occurred_at(headers: Mapping[str, Any], timestamp: Any) -> datetime.datetime:
+    """Return when an event was enqueued, as far as its message tells; otherwise the present."""
     microseconds = headers.get("outbox-occurred-at-us")
     try:
-        if isinstance(microseconds, int):
+        # A date beyond the year 9999, or before the epoch, says nothing.
+        if isinstance(microseconds, int) and microseconds >= 0:
             return _EPOCH + datetime.timedelta(microseconds=microseconds)
-        if isinstance(timestamp, int):
+        if isinstance(timestamp, int) and timestamp >= 0:
             return _EPOCH + datetime.timedelta(seconds=timestamp)
     except OverflowError:
-        pass  # a date beyond the year 9999 says nothing
+        pass
     return datetime.datetime.now(datetime.UTC)
 
 

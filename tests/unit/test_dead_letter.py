@@ -60,3 +60,21 @@ def test_what_the_broker_acts_on_is_not_sent_back_to_it() -> None:
     letter = dead_letter(delivery(headers), Dead("why"))
     assert letter.headers["mine"] == 1
     assert not {"CC", "BCC", "x-death", "x-delivery-count"} & set(letter.headers)
+
+
+@pytest.mark.parametrize(
+    ("headers", "timestamp"),
+    [({"outbox-occurred-at-us": 1_700_000_000_000_000}, 5), ({}, 1_700_000_000)],
+)
+def test_a_dead_letter_tells_when_its_event_occurred(
+    headers: dict[Any, Any], timestamp: int
+) -> None:
+    letter = dead_letter(delivery(headers, timestamp=timestamp), Dead("why"))
+    assert letter.occurred_at == datetime.datetime.fromtimestamp(1_700_000_000, datetime.UTC)
+
+
+@pytest.mark.parametrize("microseconds", [-1, -(1 << 62), 1 << 62])
+def test_a_time_that_cannot_be_is_not_passed_on(microseconds: int) -> None:
+    letter = dead_letter(delivery({"outbox-occurred-at-us": microseconds}), Dead("why"))
+    assert abs(letter.occurred_at - datetime.datetime.now(datetime.UTC)).total_seconds() < 60
+    assert Encoder().encode(letter)

@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 from outbox import Event
 from outbox.testing.recorder import Recorder
-from outbox.testing.topics import matches
+from outbox.topics import matches
 
 __all__ = ["CollectedEvents", "Matches"]
 

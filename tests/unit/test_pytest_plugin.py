@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from outbox import EventCollector, Publisher, auto_publishing, enqueue_event, publish
 from outbox.testing import CollectedEvents, Matches
-from outbox.testing.topics import matches
+from outbox.topics import matches
 
 
 def enqueue_all(*payloads: object, target: str = "order.placed") -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pika
+import pika.data
 import pika.exceptions
+import pytest
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,11 @@ class Inspector:
                 self.channel = self._connection.channel()
                 time.sleep(0.02)
 
+    def count(self, queue: str) -> int:
+        """Return how many messages wait in the queue."""
+        found = self._retry(lambda: self.channel.queue_declare(queue, passive=True))
+        return int(found.method.message_count)
+
     def consumers(self, queue: str) -> int:
         """Return how many consumers the queue has."""
         found = self._retry(lambda: self.channel.queue_declare(queue, passive=True))
@@ -144,3 +153,26 @@ class Inspector:
         for exchange in dict.fromkeys(self._exchanges):
             self._retry(lambda exchange=exchange: self.channel.exchange_delete(exchange))
         self._connection.close()
+
+
+class Unwritten:
+    """A header's value as the bytes that pika would not write."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    @classmethod
+    @contextlib.contextmanager
+    def written(cls) -> Iterator[None]:
+        """Have pika write them all the same."""
+        original: Any = pika.data.encode_value
+
+        def encode_value(pieces: list[bytes], value: Any) -> int:
+            if not isinstance(value, cls):
+                return int(original(pieces, value))
+            pieces.append(value._data)
+            return len(value._data)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pika.data, "encode_value", encode_value)
+            yield

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from outbox.errors import NotConfigured, UsageError
+from outbox.parked import ParkedQueues
 from outbox.settings import Settings
 from outbox.spread import Spread
 from outbox.subscription import QueueSpec, Subscription
 from outbox.transport import Transport
 from outbox.url import BrokerURL
 
-__all__ = ["open_subscription", "open_transport"]
+__all__ = ["open_parked_queues", "open_subscription", "open_transport"]
 
 
 def open_transport(settings: Settings) -> Transport:
@@ -57,3 +58,22 @@ def open_subscription(
     from outbox.transports.rabbitmq import RabbitMQSubscription
 
     return RabbitMQSubscription(url, settings, queues, prefetch)
+
+
+def open_parked_queues(settings: Settings) -> ParkedQueues:
+    """Return the parking and dead-letter queues at ``settings.url``, not yet connected.
+
+    Raises:
+        NotConfigured: there is no URL.
+        UsageError: the URL cannot be used, or its transport has no such queues.
+    """
+    if settings.url is None:
+        raise NotConfigured
+    url = BrokerURL.parse(settings.url)
+    if url.scheme not in ("amqp", "amqps"):
+        raise UsageError(
+            f"{url.scheme}:// has no queues to look into from outside; use amqp:// or amqps://"
+        )
+    from outbox.transports.rabbitmq import RabbitMQParkedQueues
+
+    return RabbitMQParkedQueues(url, settings)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pika.data
 import pytest
 
 from outbox import (
@@ -36,7 +35,7 @@ from outbox.consumers import (
 )
 from outbox.testing.broker import PrivateBroker
 from outbox.transports.rabbitmq import wire
-from tests.amqp import Inspector, properties_of
+from tests.amqp import Inspector, Unwritten, properties_of
 
 
 @contextlib.contextmanager
@@ -524,31 +523,13 @@ def test_a_message_whose_properties_cannot_be_read_at_all_blocks_nobody(
         value = Unwritten(b"F" + len(table).to_bytes(4, "big") + table)
     seen = Seen()
     with running(publisher, inspector, seen, name):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pika.data, "encode_value", Unwritten.encode(pika.data.encode_value))
+        with Unwritten.written():
             inspector.publish(name, b'{"n": 1}', properties=properties_of(headers={"odd": value}))
         [good] = send(publisher, name, "good")
         assert seen.wait(1)[0].id == good
         letter = inspector.get(f"{name}.dead")
     assert letter.body == b'{"n": 1}'
     assert "unreadable-properties" in letter.properties.headers["outbox-dead-reason"]
-
-
-class Unwritten:
-    """A header's value as the bytes that pika would not write."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    @classmethod
-    def encode(cls, original: Any) -> Any:
-        def encode_value(pieces: list[bytes], value: Any) -> int:
-            if not isinstance(value, cls):
-                return int(original(pieces, value))
-            pieces.append(value._data)
-            return len(value._data)
-
-        return encode_value
 
 
 def test_a_message_whose_properties_are_not_text_goes_to_the_dead_letters_like_others(

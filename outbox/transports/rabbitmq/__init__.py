@@ -2,5 +2,6 @@
 
 from outbox.transports.rabbitmq.consuming import RabbitMQSubscription
 from outbox.transports.rabbitmq.publishing import RabbitMQTransport
+from outbox.transports.rabbitmq.replaying import RabbitMQParkedQueues
 
-__all__ = ["RabbitMQSubscription", "RabbitMQTransport"]
+__all__ = ["RabbitMQParkedQueues", "RabbitMQSubscription", "RabbitMQTransport"]

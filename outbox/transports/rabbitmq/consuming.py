@@ -21,6 +21,7 @@ from outbox.transports.rabbitmq import topology, wire
 from outbox.transports.rabbitmq.acks import Acks
 from outbox.transports.rabbitmq.link import Link, backoff
 from outbox.transports.rabbitmq.parameters import connection_parameters
+from outbox.transports.rabbitmq.parked import ORIGIN_EXCHANGE, ORIGIN_TARGET
 from outbox.url import BrokerURL
 
 __all__ = ["RabbitMQSubscription"]
@@ -196,14 +197,17 @@ class RabbitMQSubscription:
             body: bytes,
         ) -> None:
             headers: Mapping[str, Any] | None = properties.headers
+            exchange, target = _origin(
+                queue, _text(method.exchange), _text(method.routing_key), headers
+            )
             self._deliver(
                 Delivery(
                     queue,
                     method.delivery_tag,
                     generation,
                     method.redelivered,
-                    _text(method.exchange),
-                    _text(method.routing_key),
+                    exchange,
+                    target,
                     body,
                     _text(properties.content_type),
                     _text(properties.content_encoding),
@@ -277,6 +281,17 @@ class RabbitMQSubscription:
 
         for tag in list(waiting):
             channel.basic_cancel(tag, callback=lambda _frame, tag=tag: cancelled(tag))  # type: ignore[misc]
+
+
+def _origin(
+    queue: str, exchange: str, target: str, headers: Mapping[str, Any] | None
+) -> tuple[str, str]:
+    """Return where a message was published to; what was replayed to this one queue tells it."""
+    if headers and (exchange, target) == ("", queue):
+        told = headers.get(ORIGIN_EXCHANGE), headers.get(ORIGIN_TARGET)
+        if isinstance(told[0], str) and isinstance(told[1], str):
+            return told[0], told[1]
+    return exchange, target
 
 
 def _text(value: Any) -> Any:

@@ -91,6 +91,27 @@ class Encoder:
             return head + body + _FRAME_END
         return head[: -_FRAME_OVERHEAD + 1] + self._body_frames(body)
 
+    def properties(self, event: Event) -> pika.BasicProperties:
+        """Return what the frames of ``event`` say, for pika's own encoder."""
+        return properties(event, self._app_id)
+
+    def frames(self, exchange: str, target: str, header: bytes, body: bytes) -> bytes:
+        """Return the frames of a message whose header frame has the payload ``header``, joined."""
+        method = (
+            struct.pack(">HHH", 60, 40, 0) + _short(exchange) + _short(target) + bytes([_MANDATORY])
+        )
+        return b"".join(
+            (
+                _frame_start(_METHOD, PUBLISH_CHANNEL, len(method)),
+                method,
+                _FRAME_END,
+                _frame_start(_HEADER, PUBLISH_CHANNEL, len(header)),
+                header,
+                _FRAME_END,
+                self._body_frames(body),
+            )
+        )
+
     def _body_frames(self, body: bytes) -> bytes:
         limit = self.frame_max - _FRAME_OVERHEAD
         pieces: list[bytes] = []

@@ -14,7 +14,7 @@ from pika.adapters.select_connection import IOLoop
 from outbox.errors import BrokerError, ConnectionLost
 from outbox.transports.rabbitmq import failures, wire
 
-__all__ = ["Link", "Session", "backoff"]
+__all__ = ["Link", "Session", "backoff", "quiet_pika"]
 
 logger = logging.getLogger("outbox.link")
 
@@ -82,7 +82,7 @@ class Link:
         if self._thread.ident is None:
             with self._start_lock:
                 if self._thread.ident is None and not self._stopping:
-                    _quiet_pika()
+                    quiet_pika()
                     self._loop = IOLoop()
                     self._services = wire.IOServices(self._loop)
                     self._loop.add_callback_threadsafe(self._connect)
@@ -202,7 +202,7 @@ class Link:
             self._loop.call_later(0.005, lambda: self._finish(connection, turns - 1))
 
 
-def _quiet_pika() -> None:
+def quiet_pika() -> None:
     """Keep pika's own log quiet, unless the application has set its level.
 
     pika writes several lines and tracebacks at ERROR for each attempt to connect; what matters of

@@ -50,10 +50,12 @@ class RabbitMQTransport:
 
     supports_delay = False
 
-    def __init__(self, url: BrokerURL, settings: Settings, spread: Spread) -> None:
+    def __init__(
+        self, url: BrokerURL, settings: Settings, spread: Spread, encoder: Encoder | None = None
+    ) -> None:
         self._settings = settings
         self._spread = spread
-        self._encoder = Encoder(settings.app_id)
+        self._encoder = encoder or Encoder(settings.app_id)
         self._backlog = Backlog()
         self._confirms = Confirms()
         self._link = Link(
@@ -239,7 +241,7 @@ class RabbitMQTransport:
             if not entries:
                 break
             self._confirms.sent(entries)
-            wire.publish(self._channel, entries, self._settings.app_id)
+            wire.publish(self._channel, entries, self._encoder.properties)
         if len(self._confirms) and self._watched_since is None:
             self._watched_since = time.monotonic()
             if not self._watching:  # one may be left of an earlier connection

@@ -9,6 +9,7 @@ public call serves, at about half the speed. Nothing else in outbox uses a priva
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,20 @@ from pika.adapters.utils import nbio_interface
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 
 from outbox.chunk import Entry
+from outbox.event import Event
 from outbox.subscription import Delivery
 from outbox.transports.rabbitmq import framing, reading
 
-__all__ = ["UNREADABLE", "Connection", "IOServices", "abort", "publish", "writes_frames"]
+__all__ = [
+    "UNREADABLE",
+    "BlockingConnection",
+    "Connection",
+    "IOServices",
+    "abort",
+    "content_header",
+    "publish",
+    "writes_frames",
+]
 
 
 def writes_frames(connection: pika.SelectConnection) -> bool:
@@ -33,16 +44,24 @@ def writes_frames(connection: pika.SelectConnection) -> bool:
     return callable(getattr(connection, "_output_marshaled_frames", None))
 
 
-def publish(channel: pika.channel.Channel, entries: Sequence[Entry], app_id: str) -> None:
-    """Send ``entries`` on ``channel``, whose number is the one in their frames."""
+def publish(
+    channel: pika.channel.Channel,
+    entries: Sequence[Entry],
+    properties: Callable[[Event], pika.BasicProperties],
+) -> None:
+    """Send ``entries`` on ``channel``, whose number is the one in their frames.
+
+    ``properties`` makes what is in an entry's frames anew, for the public call.
+    """
     connection: Any = channel.connection
     if writes_frames(connection):
         connection._output_marshaled_frames([b"".join([entry.frames for entry in entries])])
         return
     for entry in entries:
         event = entry.sent_as
-        properties = framing.properties(event, app_id)
-        channel.basic_publish(event.exchange, event.target, event.body, properties, mandatory=True)
+        channel.basic_publish(
+            event.exchange, event.target, event.body, properties(event), mandatory=True
+        )
 
 
 def abort(connection: pika.SelectConnection, error: Exception) -> None:
@@ -177,8 +196,40 @@ class Connection(pika.SelectConnection):
             return _FRAME_START.size + size + 1, header
 
 
+class BlockingConnection(pika.BlockingConnection):
+    """A blocking connection that survives the same, and tells the broker's version."""
+
+    def __init__(self, parameters: pika.ConnectionParameters) -> None:
+        """Connect; ``content_header`` takes the properties of what is delivered over it."""
+        super().__init__(parameters, _impl_class=_VerbatimConnection)  # type: ignore[arg-type]
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """The broker's major and minor version, or nothing where it does not tell."""
+        found = (self._impl.server_properties or {}).get("version", "")
+        numbers = re.match(r"(\d+)\.(\d+)", found) if isinstance(found, str) else None
+        return tuple(map(int, numbers.groups())) if numbers else ()
+
+
+class _VerbatimConnection(Connection):
+    """A connection that hands out, beside a message's properties, the bytes they were read from."""
+
+    def _read_frame(self) -> Any:
+        end, frame = super()._read_frame()
+        if isinstance(frame, pika.frame.Header):
+            payload = self._frame_buffer[_FRAME_START.size : end - 1]
+            setattr(frame.properties, _PAYLOAD, payload)
+        return end, frame
+
+
+def content_header(properties: pika.BasicProperties) -> bytes:
+    """Return the payload of the header frame that ``properties`` were read from."""
+    return bytes(getattr(properties, _PAYLOAD, b""))
+
+
 UNREADABLE = "unreadable-properties"
 _READ = 64 * 1024
+_PAYLOAD = "outbox_payload"
 _FRAME_START = struct.Struct(">BHI")  # AMQP 0-9-1, section 2.3.5: type, channel, size
 _METHOD = struct.Struct(">I")  # its class and method
 _CONFIRM = struct.Struct(">QB")  # Basic.Ack: delivery tag, multiple

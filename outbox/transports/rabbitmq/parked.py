@@ -1,0 +1,190 @@
+"""What a parked message tells of itself, and what it becomes when it is replayed.
+
+No I/O: bytes in, bytes out. ``docs/wire-format.md`` lists the headers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from outbox.event import Event
+from outbox.headers import is_brokers_own
+from outbox.parked import Address, Kind, ParkedMessage
+from outbox.transports.rabbitmq.header import ContentHeader
+from outbox.transports.rabbitmq.parking import PARKING_QUEUE
+from outbox.transports.rabbitmq.wire import UNREADABLE
+
+__all__ = ["ORIGIN_EXCHANGE", "ORIGIN_TARGET", "HeldMessage", "Replayed", "read", "replayed"]
+
+ORIGIN_EXCHANGE = "outbox-origin-exchange"
+ORIGIN_TARGET = "outbox-origin-target"
+
+_ADDED: dict[Kind, str] = {"parked": "outbox-parked-", "dead": "outbox-dead-"}
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class HeldMessage(ParkedMessage):
+    """A parked message that a channel holds.
+
+    Attributes:
+        header: as it came, or None where that makes no sense.
+        readable: whether the driver could read its properties: what comes back from the broker
+            is told apart by them.
+        tag: its number on the channel that holds it.
+    """
+
+    header: ContentHeader | None
+    readable: bool
+    tag: int
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False, kw_only=True)
+class Replayed(Event):
+    """What is published in place of a parked message.
+
+    Attributes:
+        message: the parked one.
+        header: its properties and headers as they are to be written.
+    """
+
+    message: ParkedMessage
+    header: ContentHeader
+
+
+def read(
+    queue: str, header: ContentHeader | None, body: bytes, tag: int, *, readable: bool
+) -> HeldMessage:
+    """Return the message that was found in ``queue``."""
+    header_or_empty = header or ContentHeader()
+    # What was parked may die in the hands of a consumer of the parking queue, and has both.
+    tellers = [_dead_letter, _parked] if queue != PARKING_QUEUE else [_parked, _dead_letter]
+    told: dict[str, Any] = {"kind": "foreign"}
+    for teller in (*tellers, _dead_by_broker):
+        if found := teller(header_or_empty):
+            told = found
+            break
+    returns = header_or_empty.header("x-delivery-count")
+    return HeldMessage(
+        queue=queue,
+        id=header_or_empty.text("message_id") or "",
+        body=body,
+        content_type=header_or_empty.text("content_type"),
+        returns=returns if isinstance(returns, int) else 0,
+        header=header,
+        readable=readable,
+        tag=tag,
+        **told,
+    )
+
+
+def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Replayed | str:
+    """Return what is published when ``message`` is replayed, or why it cannot be.
+
+    The same id, body, properties and headers, byte for byte, but for: what parking or dying has
+    added; what the broker has written, or would act on; ``type``, where parking has changed it;
+    and the delivery mode, which is always persistent. A dead letter that goes back to one queue
+    says in headers where it was published to first.
+    """
+    destination = message.destination(to_origin=to_origin)
+    if isinstance(destination, str):
+        return destination
+    if not isinstance(message, HeldMessage) or message.header is None or not message.readable:
+        return "its properties cannot be read"
+    event_id = message.header.properties.get("message_id", b"\0")[1:]
+    if event_id != message.id.encode():
+        return "its id is not UTF-8"
+    if any(len(part.encode()) > 255 for part in (*destination, *(message.origin or ()))):
+        return "its address is longer than 255 bytes"
+    added = _ADDED.get(message.kind)
+    header = message.header.without(
+        lambda name: (
+            is_brokers_own(name)
+            or (added is not None and name.startswith(added))
+            or (message.kind == "dead" and name in (ORIGIN_EXCHANGE, ORIGIN_TARGET))
+        )
+    )
+    if message.kind == "dead":
+        encoding = message.header.header("outbox-dead-content-encoding")
+        if isinstance(encoding, str) and encoding != UNREADABLE and len(encoding.encode()) <= 255:
+            header = header.with_text(content_encoding=encoding)
+        if message.origin is not None and message.origin != destination:
+            header = header.with_headers(
+                [
+                    (ORIGIN_EXCHANGE, message.origin.exchange),
+                    (ORIGIN_TARGET, message.origin.target),
+                ]
+            )
+    if message.header.text("type") == message.queue and message.origin is not None:
+        # What outbox publishes has its routing key for a type: here it became the queue's name.
+        header = header.with_text(type=message.origin.target)
+    return Replayed(
+        id=message.id,
+        exchange=destination.exchange,
+        target=destination.target,
+        body=message.body,
+        unroutable="fail",
+        message=message,
+        header=header.persistent(),
+    )
+
+
+def _dead_letter(header: ContentHeader) -> dict[str, Any] | None:
+    died_in = _text(header, "outbox-dead-queue")
+    if died_in is None:
+        return None
+    attempts = header.header("outbox-attempt")
+    return {
+        "kind": "dead",
+        "died_in": died_in,
+        "origin": _address(header, "outbox-dead-exchange", "outbox-dead-target"),
+        "reason": _text(header, "outbox-dead-reason"),
+        "error": _text(header, "outbox-dead-error"),
+        "at": _text(header, "outbox-dead-at"),
+        "attempts": attempts if isinstance(attempts, int) else None,
+    }
+
+
+def _parked(header: ContentHeader) -> dict[str, Any] | None:
+    origin = _address(header, "outbox-parked-exchange", "outbox-parked-target")
+    if origin is None:
+        return None
+    return {
+        "kind": "parked",
+        "origin": origin,
+        "reason": _text(header, "outbox-parked-reason"),
+        "at": _text(header, "outbox-parked-at"),
+    }
+
+
+def _dead_by_broker(header: ContentHeader) -> dict[str, Any] | None:
+    """Return what RabbitMQ's own header tells; its newest entry is the first (DLX guide)."""
+    match header.header("x-death"):
+        case [{"queue": str(queue)} as death, *_]:
+            pass
+        case _:
+            return None
+    exchange, reason, at = death.get("exchange"), death.get("reason"), death.get("time")
+    origin = _address(header, ORIGIN_EXCHANGE, ORIGIN_TARGET)
+    match death.get("routing-keys"):
+        case [str(target), *_] if origin is None and isinstance(exchange, str):
+            origin = Address(exchange, target)
+    count = death.get("count")
+    return {
+        "kind": "dead",
+        "died_in": queue,
+        "origin": origin,
+        "reason": f"the broker gave it up: {reason}",
+        "at": at.isoformat() if hasattr(at, "isoformat") else None,
+        "attempts": count if isinstance(count, int) else None,
+    }
+
+
+def _text(header: ContentHeader, name: str) -> str | None:
+    found = header.header(name)
+    return found if isinstance(found, str) else None
+
+
+def _address(header: ContentHeader, exchange: str, target: str) -> Address | None:
+    found = _text(header, exchange), _text(header, target)
+    return Address(found[0] or "", found[1]) if found[1] is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -99,14 +100,33 @@ def test_every_command_shown_exists(page: Path) -> None:
             if command.startswith(("./", ".ci/")):
                 assert (ROOT / command).exists(), command
             else:
-                assert command in ("pip", "outbox-consume"), command
+                assert command in ("pip", "outbox", "outbox-consume", "rabbitmqctl"), command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_use_of_the_command_outbox_that_is_shown_works(
+    everything: str, inspector: Inspector, page: Path
+) -> None:
+    for queue in ("outbox.unroutable", "thumbnails.dead"):
+        inspector.queue(queue)
+    for snippet in snippets(page, "console"):
+        for line in snippet.splitlines():
+            command, *arguments = shlex.split(line, comments=True)
+            if command == "outbox":
+                subprocess.run([sys.executable, "-m", "outbox", *arguments], timeout=20, check=True)
 
 
 def test_the_documented_options_of_the_commands_are_there() -> None:
-    known = "--all-pythons --help "
-    for module in ("outbox.consumers.cli", "proving"):
+    known = "--all-pythons --help --apply-to "
+    for command in (
+        ["outbox.consumers.cli"],
+        ["outbox", "parked", "list"],
+        ["outbox", "parked", "replay"],
+        ["outbox", "parked", "purge"],
+        ["proving"],
+    ):
         done = subprocess.run(
-            [sys.executable, "-m", module, "--help"],
+            [sys.executable, "-m", *command, "--help"],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -144,9 +144,11 @@ def test_nothing_of_ours_is_importable_under_a_common_name(installed: Path) -> N
         assert not (packages / part).exists()
 
 
-def test_the_console_script_shows_real_commands(installed: Path) -> None:
+def test_the_console_scripts_show_real_commands(installed: Path) -> None:
     output = _run(installed / "bin" / "outbox-consume", "--help", cwd=installed)
     assert "outbox-consume shop.consumers" in output
+    output = _run(installed / "bin" / "outbox", "parked", "--help", cwd=installed)
+    assert "outbox parked list" in output
 
 
 def test_the_pytest_plugin_is_found_and_records(installed: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapte
 from outbox.chunk import Entry
 from outbox.event import Event
 from outbox.subscription import Delivery
-from outbox.transports.rabbitmq import framing, reading
+from outbox.transports.rabbitmq import reading
 
 __all__ = [
     "UNREADABLE",

@@ -1,0 +1,8 @@
+"""``python -m outbox`` is the command ``outbox``."""
+
+import sys
+
+from outbox.commands.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The command ``outbox``: for those who look after events that have gone astray."""

@@ -1,0 +1,71 @@
+"""``outbox``: the parser, and how errors become exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from outbox.commands import exit_codes, parked
+from outbox.commands.printing import printable
+from outbox.errors import BrokerError, OutboxError
+
+__all__ = ["main"]
+
+_SUB_COMMANDS = (parked,)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code, one of ``outbox.commands.exit_codes``."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads, such as head, has had enough. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_codes.SUCCESS
+    except OutboxError as error:
+        print(f"outbox: {printable(str(error))}", file=sys.stderr)
+        return exit_codes.BROKER if isinstance(error, BrokerError) else exit_codes.USAGE
+    except KeyboardInterrupt:
+        print("outbox: interrupted", file=sys.stderr)
+        return exit_codes.INTERRUPTED
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="outbox",
+        description="Look after events that have gone astray.",
+        epilog="'outbox parked --help' tells more, with examples.",
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--url",
+        help="the broker, amqp://user:password@host:5672/vhost (default: OUTBOX_URL, which does "
+        "not show a password in the list of processes)",
+    )
+    common.add_argument(
+        "--log-level",
+        default="CRITICAL",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+        help="of the log on standard error (default: CRITICAL; the command tells by itself what "
+        "went wrong)",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for one in _SUB_COMMANDS:
+        one.add_parser(commands, common)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Text for a terminal, whatever the data are."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["json_line", "payload_text", "printable"]
+
+
+def printable(text: str) -> str:
+    """Return ``text`` on one line, with escapes for what would move or colour a terminal's cursor.
+
+    Control characters, line and paragraph separators, direction marks, unassigned and private
+    characters and lone surrogates are escaped as in Python's string literals.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """Return ``values`` as one line of JSON in ASCII, without control characters."""
+    # The one that JSON does not escape by itself is DEL.
+    return json.dumps(values, ensure_ascii=True).replace("\x7f", "\\u007f")
+
+
+def payload_text(body: bytes) -> tuple[str, str]:
+    """Return a name and a text for ``body``: ``payload``, or ``payload_base64`` if not UTF-8."""
+    try:
+        return "payload", body.decode()
+    except UnicodeDecodeError:
+        return "payload_base64", base64.b64encode(body).decode()

@@ -1,0 +1,366 @@
+"""``outbox parked`` as its users run it: a process, its output, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from outbox import Event, Publisher
+from outbox.commands import exit_codes
+from outbox.testing.broker import PrivateBroker
+from outbox.transports.rabbitmq.parking import PARKING_QUEUE
+from tests.amqp import Inspector, properties_of
+
+Done = subprocess.CompletedProcess[str]
+Run = Callable[..., Done]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "outbox", "parked", *arguments]
+
+
+def run_at(url: str, *arguments: str, **options: Any) -> Done:
+    return subprocess.run(
+        command(*arguments),
+        env={**os.environ, "OUTBOX_URL": url},
+        stdin=options.pop("stdin", subprocess.DEVNULL),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+@pytest.fixture
+def run(amqp_url: str) -> Run:
+    """Run the command on the tests' broker; nobody sits in front of it."""
+    return lambda *arguments, **options: run_at(amqp_url, *arguments, **options)
+
+
+@pytest.fixture
+def dead(inspector: Inspector, name: str) -> str:
+    """An empty dead-letter queue."""
+    return inspector.queue(f"{name}.dead")
+
+
+def put(
+    inspector: Inspector, queue: str, count: int, name: str, target: str = "a.b", **own: Any
+) -> list[str]:
+    """Put so many parked messages into ``queue``, ids from 0 on."""
+    before = inspector.count(queue)
+    headers = {
+        "outbox-parked-exchange": name,
+        "outbox-parked-target": target,
+        "outbox-parked-reason": "312 NO_ROUTE",
+        "outbox-parked-at": "2026-01-02T03:04:05+00:00",
+        **own,
+    }
+    found = [f"{target}-{n}" for n in range(count)]
+    for one in found:
+        properties = properties_of(message_id=one, headers=headers, delivery_mode=2)
+        inspector.publish(queue, b'{"secret": 1}', properties=properties)
+    deadline = time.monotonic() + 20
+    while inspector.count(queue) < before + count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def ids(messages: Sequence[Any]) -> list[str]:
+    return [one.id for one in messages]
+
+
+def test_an_event_that_no_queue_wanted_is_seen_and_replayed_once_there_is_one(
+    run: Run, publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    inspector.queue(PARKING_QUEUE)
+    inspector.all(PARKING_QUEUE)  # other tests' events
+    event = Event(id="7", target="order.placed", exchange=name, body=b"{}", headers={"a": "b"})
+    assert publisher.publish([event]).parked == (event,)
+
+    seen = run("list")
+    assert seen.returncode == exit_codes.SUCCESS, seen.stderr
+    for part in ("7", f"{name}/order.placed", "2 bytes", "312 NO_ROUTE", "1 message, 1 shown"):
+        assert part in seen.stdout
+
+    too_early = run("replay")
+    assert too_early.returncode == exit_codes.INCOMPLETE
+    assert "not replayed: 7: unroutable: 312 NO_ROUTE" in too_early.stderr
+    assert "0 replayed, 1 cannot be" in too_early.stdout
+
+    queue = inspector.queue(name, name, arguments={"x-queue-type": "classic"})
+    planned = run("replay", "--dry-run")
+    assert f"would replay 7 to {name}/order.placed" in planned.stdout
+    assert run("replay").returncode == exit_codes.SUCCESS
+    replayed = inspector.get(queue)
+    assert publisher.publish([event]).published == (event,)
+    first = inspector.get(queue)
+    assert (replayed.body, replayed.properties) == (first.body, first.properties)
+    assert "0 messages, 0 shown" in run("list").stdout
+
+
+def test_a_line_of_json_tells_everything_and_the_payload_when_asked(
+    run: Run, inspector: Inspector, dead: str, name: str
+) -> None:
+    put(inspector, dead, 3, name)
+    seen = run("list", "--queue", dead, "--json", "--limit", "2")
+    lines = [json.loads(line) for line in seen.stdout.splitlines()]
+    assert lines[0] == {
+        "queue": dead,
+        "kind": "parked",
+        "id": "a.b-0",
+        "exchange": name,
+        "target": "a.b",
+        "died_in": None,
+        "reason": "312 NO_ROUTE",
+        "error": None,
+        "at": "2026-01-02T03:04:05+00:00",
+        "attempts": None,
+        "size": 13,
+        "content_type": None,
+    }
+    assert len(lines) == 2
+    assert seen.stderr == f"{dead}: 3 messages, 2 shown\n"
+    shown = run("list", "--queue", dead, "--json", "--payload").stdout
+    assert [json.loads(line)["payload"] for line in shown.splitlines()] == ['{"secret": 1}'] * 3
+    assert "secret" not in run("list", "--queue", dead).stdout
+    assert run("list", "--queue", dead, "--payload").stdout.count('{"secret": 1}') == 3
+
+
+def test_nothing_from_a_message_reaches_the_terminal_unescaped(
+    run: Run, inspector: Inspector, dead: str, name: str
+) -> None:
+    evil = "x\n\x1b[2J\r\x7f\u202e\u0085"
+    put(inspector, dead, 1, evil, f"{evil}t", **{"outbox-parked-reason": evil})
+    inspector.publish(dead, evil.encode(), properties=properties_of(message_id=evil))
+    for arguments in (
+        ["list", "--payload"],
+        ["list", "--payload", "--json"],
+        ["replay", "--dry-run"],
+        ["replay"],
+        ["purge", "--dry-run"],
+    ):
+        seen = run(*arguments, "--queue", dead)
+        assert seen.stdout, arguments
+        for line in (seen.stdout + seen.stderr).split("\n"):
+            assert line.isprintable(), arguments
+    assert inspector.count(dead) == 2
+
+
+def test_several_queues_are_listed_one_after_the_other(
+    run: Run, inspector: Inspector, dead: str, name: str
+) -> None:
+    other = inspector.queue(f"{name}-other.dead")
+    put(inspector, dead, 1, name)
+    put(inspector, other, 2, name)
+    seen = run("list", "--queue", dead, "--queue", other)
+    assert f"{dead}: 1 message, 1 shown" in seen.stdout
+    assert f"{other}: 2 messages, 2 shown" in seen.stdout
+
+
+@pytest.mark.parametrize(
+    ("filters", "chosen"),
+    [
+        (["--id", "a.b-1", "--id", "a.c-0"], ["a.b-1", "a.c-0"]),
+        (["--target", "*.c"], ["a.c-0", "a.c-1", "a.c-2"]),
+        (["--reason", "404"], ["a.c-0", "a.c-1", "a.c-2"]),
+        (["--reason", "404", "--limit", "2"], ["a.c-0", "a.c-1"]),
+        (["--limit", "4"], ["a.b-0", "a.b-1", "a.b-2", "a.c-0"]),
+    ],
+)
+@pytest.mark.parametrize("action", ["replay", "purge"])
+def test_only_what_was_selected_is_taken(
+    run: Run,
+    inspector: Inspector,
+    dead: str,
+    name: str,
+    action: str,
+    filters: list[str],
+    chosen: list[str],
+) -> None:
+    target = inspector.queue(name, name)
+    every = put(inspector, dead, 3, name)
+    every += put(inspector, dead, 3, name, "a.c", **{"outbox-parked-reason": "404 NOT_FOUND"})
+    listed = run("list", "--queue", dead, "--json", *filters).stdout.splitlines()
+    assert [json.loads(line)["id"] for line in listed] == chosen
+    yes = ["--yes"] if action == "purge" else []
+    dry = run(action, "--queue", dead, "--dry-run", *filters)
+    assert [one for one in every if f" {one}" in dry.stdout] == chosen
+    assert inspector.count(dead) == 6
+    done = run(action, "--queue", dead, *yes, *filters)
+    assert done.returncode == exit_codes.SUCCESS, done.stderr
+    assert ids(inspector.all(dead)) == [one for one in every if one not in chosen]
+    assert ids(inspector.all(target)) == (chosen if action == "replay" else [])
+
+
+def test_without_a_terminal_nothing_is_deleted_unless_yes_is_said(
+    run: Run, inspector: Inspector, dead: str, name: str
+) -> None:
+    put(inspector, dead, 2, name)
+    refused = run("purge", "--queue", dead)
+    assert refused.returncode == exit_codes.USAGE
+    assert "--yes" in refused.stderr
+    assert inspector.count(dead) == 2
+    assert "2 messages, 2 deleted" in run("purge", "--queue", dead, "--yes").stdout
+    assert inspector.count(dead) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "left"),
+    [
+        ("y\n", exit_codes.SUCCESS, 0),
+        ("\n", exit_codes.INCOMPLETE, 2),
+        ("\x04", exit_codes.INCOMPLETE, 2),
+    ],
+    ids=["yes", "nothing", "ctrl-d"],
+)
+def test_on_a_terminal_it_asks(
+    run: Run, inspector: Inspector, dead: str, name: str, answer: str, code: int, left: int
+) -> None:
+    put(inspector, dead, 2, name)
+    ours, theirs = pty.openpty()
+    try:
+        os.write(ours, answer.encode())
+        asked = run("purge", "--queue", dead, stdin=theirs)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "2 messages" in asked.stdout
+    assert asked.returncode == code
+    assert inspector.count(dead) == left
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, exit_codes.INTERRUPTED)],
+)
+def test_ended_in_the_middle_of_a_replay_it_loses_nothing(
+    amqp_url: str,
+    run: Run,
+    inspector: Inspector,
+    dead: str,
+    name: str,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    target = inspector.queue(name, name)
+    address = {"outbox-parked-exchange": name, "outbox-parked-target": "a.b"}
+    events = [
+        Event(id=str(n), target=dead, exchange="", body=b"{}", headers=address)
+        for n in range(3_000)
+    ]
+    with Publisher(amqp_url, declare="never") as publisher:
+        assert len(publisher.publish(events, timeout=20).published) == 3_000
+    child = subprocess.Popen(
+        command("replay", "--queue", dead),
+        env={**os.environ, "OUTBOX_URL": amqp_url},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    arrived = ids([inspector.get(target, 20)])
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=20)
+    assert child.returncode == code, "it was ended too late"
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 10
+    while True:  # the broker gives back what it had held
+        arrived += ids(inspector.all(target))
+        if inspector.count(dead) >= 3_000 - len(arrived):
+            break
+        assert time.monotonic() < deadline
+    assert run("replay", "--queue", dead).returncode == exit_codes.SUCCESS
+    arrived += ids(inspector.all(target))
+    assert set(arrived) == set(ids(events))
+    assert inspector.count(dead) == 0
+
+
+def test_a_reader_that_has_had_enough_is_no_error(
+    amqp_url: str, inspector: Inspector, dead: str, name: str
+) -> None:
+    put(inspector, dead, 1_000, name)
+    child = subprocess.Popen(
+        command("list", "--queue", dead, "--limit", "1000"),
+        env={**os.environ, "OUTBOX_URL": amqp_url},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.readline()
+    child.stdout.close()
+    assert (child.wait(20), child.stderr.read()) == (exit_codes.SUCCESS, "")
+    child.stderr.close()
+    assert ids(inspector.messages(dead, 1_000)) == [f"a.b-{n}" for n in range(1_000)]
+
+
+def test_messages_that_were_given_back_often_are_warned_of(
+    run: Run, inspector: Inspector, dead: str, name: str
+) -> None:
+    put(inspector, dead, 1, name)
+    for _ in range(10):
+        method, _, _ = inspector.channel.basic_get(dead)
+        assert method is not None
+        inspector.channel.basic_reject(method.delivery_tag, requeue=True)
+    seen = run("list", "--queue", dead)
+    assert "delivery-limit" in seen.stderr
+    assert "1 shown" in seen.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["list", "--queue", "nowhere.dead"], "has no queue 'nowhere.dead'"),
+        (
+            ["purge", "--yes", "--queue", "orders"],
+            "the dead letters of 'orders' are in 'orders.dead'",
+        ),
+        (["purge", "--yes", "--queue", "a.dead", "--queue", "b.dead"], "give one --queue"),
+        (["list", "--url", "memory://"], "memory:// has no queues"),
+        (["list", "--url", "sqlite:///x"], "sqlite:// has no queues"),
+        (["list", "--url", "amqp://u:hunter2/@h"], "cannot be taken apart"),
+        (["list", "--limit", "0"], "argument --limit"),
+        (["replay", "--limit", "many"], "argument --limit"),
+        ([], "ACTION"),
+    ],
+)
+def test_wrong_usage_is_told_in_a_line(run: Run, arguments: list[str], told: str) -> None:
+    seen = run(*arguments)
+    assert seen.returncode == exit_codes.USAGE
+    assert told in seen.stderr
+    assert "Traceback" not in seen.stderr
+    assert "hunter2" not in seen.stderr
+
+
+def test_without_a_url_the_forms_are_told() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OUTBOX_URL"}
+    seen = subprocess.run(
+        command("list"), env=environment, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert seen.returncode == exit_codes.USAGE
+    assert "amqp://user:password@host" in seen.stderr
+
+
+def test_a_broker_that_is_away_is_told_in_a_line(private_broker: PrivateBroker) -> None:
+    private_broker.kill()
+    seen = run_at(private_broker.url, "list")
+    assert seen.returncode == exit_codes.BROKER
+    [line] = seen.stderr.splitlines()
+    assert line.startswith(f"outbox: cannot connect to 127.0.0.1:{private_broker.port}: ")
+
+
+def test_the_help_shows_real_commands(run: Run) -> None:
+    seen = run("--help")
+    for text in ("outbox parked list", "outbox parked replay", "outbox parked purge", "exit codes"):
+        assert text in seen.stdout

@@ -1,0 +1,45 @@
+"""Text for a terminal, whatever the data are."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outbox.commands.printing import json_line, payload_text, printable
+
+anything = st.text(st.characters(exclude_categories=()))  # lone surrogates, too
+
+
+@given(anything)
+def test_printable_text_holds_nothing_that_moves_a_cursor(text: str) -> None:
+    assert printable(text).isprintable()
+
+
+@given(st.text("aé漢 \\\"'"))
+def test_text_that_is_printable_stays_as_it_is(text: str) -> None:
+    assert printable(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a\nb", r"a\nb"), ("\x1b[31m", r"\x1b[31m"), ("\u202e", r"\u202e"), ("\x7f", r"\x7f")],
+)
+def test_what_is_not_printable_is_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+@given(st.dictionaries(anything, anything | st.none() | st.integers()))
+def test_a_line_of_json_is_printable_and_says_the_same(values: dict[str, Any]) -> None:
+    line = json_line(values)
+    assert line.isascii()
+    assert line.isprintable()
+    assert json.loads(line) == values
+
+
+def test_a_payload_that_is_no_text_is_shown_in_base64() -> None:
+    assert payload_text('{"a": "é"}'.encode()) == ("payload", '{"a": "é"}')
+    assert payload_text(b"\xff\x00") == ("payload_base64", "/wA=")

@@ -82,13 +82,20 @@ class RabbitMQParkedQueues:
                 return self
         raise failure
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Ctrl-C may have come in the middle of a call of pika's, which is then in no state to say
+        # goodbye; the broker takes the end of the connection for one.
+        interrupted = kind is not None and not issubclass(kind, Exception)
         transport, self._transport = self._transport, None
         if transport is not None:
-            transport.close()
-        if self._connection is not None and self._connection.is_open:
-            with contextlib.suppress(pika.exceptions.AMQPError, OSError):
-                self._connection.close()
+            transport.close(graceful=not interrupted)
+        if self._connection is None or not self._connection.is_open:
+            return
+        if interrupted:
+            self._connection.abandon()
+            return
+        with contextlib.suppress(pika.exceptions.AMQPError, OSError):
+            self._connection.close()
 
     def count(self, queue: str) -> int:
         """Return how many messages wait in ``queue``.

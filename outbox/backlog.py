@@ -178,6 +178,14 @@ class Backlog:
         with self._lock:
             self._requeue(entries)
 
+    def put_behind(self, entries: Iterable[Entry]) -> None:
+        """Put what was taken behind all that waits, in the order given."""
+        with self._lock:
+            for entry in entries:
+                self._elsewhere.pop(entry, None)
+                if entry.fate is None:
+                    self._queue.append(entry)
+
     def down(self, entries: Sequence[Entry], error: BrokerError) -> News:
         """Open the circuit: the link failed with ``entries`` in flight."""
         news = News()

@@ -489,3 +489,15 @@ def test_a_hook_that_exits_ends_nothing(amqp_url: str, inspector: Inspector, nam
         assert publisher.publish(make_events(publisher, ["bad"])).rejected
         assert publisher.publish(make_events(publisher, ["good"])).ok
         assert publisher.connected
+
+
+def test_a_large_chunk_that_is_unroutable_is_parked_in_order(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    parked = inspector.queue("outbox.unroutable", arguments={"x-queue-type": "quorum"})
+    inspector.channel.queue_purge(parked)
+    events = make_events(publisher, ["nowhere"] * 5_000)
+    assert publisher.publish(events, timeout=30).parked == tuple(events)
+    assert [message.id for message in inspector.messages(parked, 5_000)] == [
+        event.id for event in events
+    ]

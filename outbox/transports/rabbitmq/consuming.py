@@ -177,7 +177,7 @@ class RabbitMQSubscription:
             queues[tag.encode()] = spec.name
         if self._connection is not None:
             self._connection.read_deliveries(
-                channel.channel_number, self._generation, queues, self._deliver
+                channel.channel_number, self._generation, queues, self._hand_out
             )
 
     def _on_consuming(self, _frame: object) -> None:
@@ -197,17 +197,14 @@ class RabbitMQSubscription:
             body: bytes,
         ) -> None:
             headers: Mapping[str, Any] | None = properties.headers
-            exchange, target = _origin(
-                queue, _text(method.exchange), _text(method.routing_key), headers
-            )
-            self._deliver(
+            self._hand_out(
                 Delivery(
                     queue,
                     method.delivery_tag,
                     generation,
                     method.redelivered,
-                    exchange,
-                    target,
+                    _text(method.exchange),
+                    _text(method.routing_key),
                     body,
                     _text(properties.content_type),
                     _text(properties.content_encoding),
@@ -219,6 +216,15 @@ class RabbitMQSubscription:
             )
 
         return receive
+
+    def _hand_out(self, delivery: Delivery) -> None:
+        """Deliver a message; what was replayed to this one queue tells where it was published."""
+        if delivery.headers and not delivery.exchange and delivery.target == delivery.queue:
+            exchange = delivery.headers.get(ORIGIN_EXCHANGE)
+            target = delivery.headers.get(ORIGIN_TARGET)
+            if isinstance(exchange, str) and isinstance(target, str):
+                delivery.exchange, delivery.target = exchange, target
+        self._deliver(delivery)
 
     def _on_cancelled_by_broker(self, channel: pika.channel.Channel) -> None:
         """The queue is gone, or moved: begin anew on another channel (AMQP 0-9-1, basic.cancel)."""
@@ -281,17 +287,6 @@ class RabbitMQSubscription:
 
         for tag in list(waiting):
             channel.basic_cancel(tag, callback=lambda _frame, tag=tag: cancelled(tag))  # type: ignore[misc]
-
-
-def _origin(
-    queue: str, exchange: str, target: str, headers: Mapping[str, Any] | None
-) -> tuple[str, str]:
-    """Return where a message was published to; what was replayed to this one queue tells it."""
-    if headers and (exchange, target) == ("", queue):
-        told = headers.get(ORIGIN_EXCHANGE), headers.get(ORIGIN_TARGET)
-        if isinstance(told[0], str) and isinstance(told[1], str):
-            return told[0], told[1]
-    return exchange, target
 
 
 def _text(value: Any) -> Any:

@@ -335,7 +335,7 @@ class RabbitMQTransport:
                 by_fate.setdefault((fate, f"unroutable: {reason}"), []).append(entry)
         for (fate, reason), entries in by_fate.items():
             self._spread(self._backlog.settle(entries, fate, reason))
-        self._backlog.requeue(to_park)
+        self._backlog.put_behind(to_park)  # group by group they keep their order
         if self._homeless and not self._making_parking_queue and self._connection is not None:
             self._making_parking_queue = True
             steps = topology.parking_queue(PARKING_QUEUE, self._settings.declare)

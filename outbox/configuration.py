@@ -6,7 +6,7 @@ import os
 import threading
 from typing import Unpack
 
-from outbox import observing, serializer
+from outbox import observing, process, serializer
 from outbox.errors import UsageError
 from outbox.publisher import Publisher
 from outbox.settings import SettingOverrides
@@ -22,8 +22,7 @@ def _renew_lock() -> None:
     _lock = threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+process.after_fork(_renew_lock)
 
 
 def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> Publisher:

@@ -8,6 +8,8 @@ import threading
 import time
 import uuid
 
+from outbox import process
+
 __all__ = ["follow_on_id", "new_id"]
 
 # uuid5(NAMESPACE_URL, "outbox:follow-on"); part of the wire format, never changed.
@@ -53,8 +55,7 @@ class _Generator:
 
 
 _generator = _Generator()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_generator.reset)
+process.after_fork(_generator.reset)
 
 
 def new_id() -> str:

@@ -7,14 +7,13 @@ import atexit
 import contextlib
 import logging
 import math
-import os
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, Unpack
 
-from outbox import observing
+from outbox import observing, process
 from outbox.chunk import Chunk
 from outbox.errors import CollectorFull, InvalidEvent, UsageError
 from outbox.event import Event
@@ -366,5 +365,4 @@ def _leave_all_to_parent() -> None:
         publisher._leave_to_parent()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_all_to_parent)
+process.after_fork(_leave_all_to_parent)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from outbox.errors import NotConfigured, UsageError
 from outbox.parked import ParkedQueues
+from outbox.runtime import check_threads
 from outbox.settings import Settings
 from outbox.spread import Spread
 from outbox.subscription import QueueSpec, Subscription
@@ -20,7 +21,7 @@ def open_transport(settings: Settings) -> Transport:
 
     Raises:
         NotConfigured: there is no URL.
-        UsageError: the URL cannot be used.
+        UsageError: the URL cannot be used, or not with the threads that there are.
     """
     if settings.url is None:
         raise NotConfigured
@@ -34,6 +35,7 @@ def open_transport(settings: Settings) -> Transport:
         raise UsageError(
             "this version of outbox has no sqlite:// transport; use amqp:// or memory://"
         )
+    check_threads()
     from outbox.transports.rabbitmq import RabbitMQTransport
 
     return RabbitMQTransport(url, settings, spread)

@@ -21,12 +21,19 @@ from tests.amqp import Inspector
 ROOT = Path(__file__).parents[2]
 APPS = "tests.integration.apps"
 
+GRACEFUL = "unix_signal:15 gracefully_kill_them_all"
+UWSGI = "import pyuwsgi, sys; pyuwsgi.run(sys.argv[1:])"
+
 SERVERS = {
     "gunicorn sync, Flask": ["gunicorn", "-k", "sync", f"{APPS}.flask_app:app"],
     "gunicorn gthread, Flask": ["gunicorn", "--threads", "4", f"{APPS}.flask_app:app"],
     "gunicorn preload, Django": ["gunicorn", "--preload", "-w", "2", f"{APPS}.django_app:app"],
+    "gunicorn gevent, Flask": ["gunicorn", "-k", "gevent", f"{APPS}.flask_app:app"],
+    "waitress, Flask": ["waitress", f"{APPS}.flask_app:app"],
+    "uWSGI, Django": ["uwsgi", "--enable-threads", "--module", f"{APPS}.django_app:app"],
     "uvicorn, Starlette": ["uvicorn", f"{APPS}.starlette_app:app"],
     "uvicorn, FastAPI": ["uvicorn", f"{APPS}.fastapi_app:app"],
+    "hypercorn, Starlette": ["hypercorn", f"{APPS}.starlette_app:app"],
 }
 
 
@@ -35,15 +42,29 @@ class Served:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             self.port: int = taken.getsockname()[1]
-        bind = (
-            ["--bind", f"127.0.0.1:{self.port}"]
-            if command[0] == "gunicorn"
-            else ["--port", str(self.port)]
-        )
+        program, *arguments = command
+        address = f"127.0.0.1:{self.port}"
+        start = {
+            "gunicorn": ["-m", "gunicorn", "--bind", address],
+            "waitress": ["-m", "waitress", f"--listen={address}"],
+            "uwsgi": [
+                "-c",
+                UWSGI,
+                "--master",
+                "--hook-master-start",
+                GRACEFUL,
+                "--http-socket",
+                address,
+            ],
+            "uvicorn": ["-m", "uvicorn", "--port", str(self.port)],
+            "hypercorn": ["-m", "hypercorn", "--bind", address],
+        }[program]
+        # waitress leaves SIGTERM to its default action, which ends the process then and there.
+        self._stops_on = signal.SIGINT if program == "waitress" else signal.SIGTERM
         self._log = folder / "server.log"
         with self._log.open("wb") as output:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", command[0], *bind, *command[1:]],
+                [sys.executable, *start, *arguments],
                 cwd=ROOT,
                 env={**os.environ, "OUTBOX_URL": url, "OUTBOX_EXCHANGE": name},
                 stdin=subprocess.DEVNULL,
@@ -73,9 +94,16 @@ class Served:
             with error:
                 return error.code, error.read()
 
+    def ask_to_stop(self) -> None:
+        self._child.send_signal(self._stops_on)
+
+    def wait(self, timeout: float = 20) -> int:
+        """Return its exit code; uvicorn ends by the signal that it has handled."""
+        return self._child.wait(timeout)
+
     def stop(self) -> int:
         if self._child.poll() is None:
-            self._child.send_signal(signal.SIGTERM)
+            self.ask_to_stop()
             try:
                 self._child.wait(20)
             except subprocess.TimeoutExpired:
@@ -133,8 +161,8 @@ def test_a_request_during_shutdown_is_finished_and_published(
     with served.connect() as client:
         client.sendall(b"GET /stream HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert client.recv(1000)
-        served._child.send_signal(signal.SIGTERM)
+        served.ask_to_stop()
         while client.recv(100_000):
             pass
-    assert served._child.wait(20) in (0, -signal.SIGTERM), served.log
+    assert served.wait() in (0, -signal.SIGTERM), served.log
     assert [m.payload for m in inspector.messages(queue, 200)] == list(range(200))

@@ -49,10 +49,10 @@ def test_a_server_that_stops_waits_for_the_events_that_are_on_their_way(
     assert own_inspector.get(queue).payload == 1
     private_broker.pause()
     assert served.get("/ok/2")[0] == 200
-    served._child.send_signal(signal.SIGTERM)
+    served.ask_to_stop()
     with pytest.raises(subprocess.TimeoutExpired):
-        served._child.wait(1)
+        served.wait(1)
     private_broker.resume()
-    assert served._child.wait(20) in (0, -signal.SIGTERM), served.log
+    assert served.wait() in (0, -signal.SIGTERM), served.log
     assert own_inspector.get(queue).payload == 2
     assert "lost" not in served.log

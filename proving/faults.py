@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from proving.proxy import BLOCKED, UNBLOCKED, Frame, Way, connection_close, method_frame
+from proving.proxy import BLOCKED, UNBLOCKED, Frame, Way, channel_close, connection_close
 
 if TYPE_CHECKING:
     from proving.ground import Ground
@@ -103,7 +103,6 @@ def _unblock_new_worker(ground: Ground) -> None:
 
 
 _SHORT, _LONG = (0.2, 1.5), (1.0, 6.0)
-_CHANNEL_CLOSE = method_frame(1, 20, 40, b"\x02\x1d\x05wrong" + bytes(4))  # 541
 
 FAULTS: Sequence[Fault] = (
     Fault("cut", lambda on: on.proxy.cut()),
@@ -125,7 +124,7 @@ FAULTS: Sequence[Fault] = (
     Fault("delay", lambda on: on.delay(0.1), lambda on: on.delay(0.0), _LONG),
     Fault("blocked", _block, _unblock, _LONG),
     Fault("connection closed", lambda on: on.proxy.inject(connection_close(320, "forced"))),
-    Fault("channel closed", lambda on: on.proxy.inject(_CHANNEL_CLOSE)),
+    Fault("channel closed", lambda on: on.proxy.inject(channel_close(541, "wrong"))),
     Fault("garbage", lambda on: on.proxy.inject(b"\x09\x00\x00\x00\x00\x00\x01!!")),
     Fault("kill broker", lambda on: on.broker.kill(), lambda on: on.broker.start(), _SHORT),
     Fault("stop broker", lambda on: on.broker.shut_down(), lambda on: on.broker.start(), _SHORT),

@@ -24,6 +24,7 @@ __all__ = [
     "FaultProxy",
     "Frame",
     "Way",
+    "channel_close",
     "connection_close",
     "method_frame",
 ]
@@ -33,6 +34,8 @@ _START = struct.Struct(">BHI")
 _END = b"\xce"
 _HELD = 64  # pieces that one direction holds back before it stops reading
 _METHOD = 1
+_START_OK = (10, 11)
+_NAME_FIELD = b"\x0fconnection_nameS"
 
 
 class Way(enum.Enum):
@@ -73,6 +76,13 @@ def method_frame(channel: int, class_id: int, method_id: int, arguments: bytes =
     return _START.pack(_METHOD, channel, len(payload)) + payload + _END
 
 
+def channel_close(code: int, text: str, channel: int = 1) -> bytes:
+    """Return the frame with which a broker ends a channel."""
+    reason = text.encode()
+    arguments = struct.pack(">HB", code, len(reason)) + reason + bytes(4)
+    return method_frame(channel, 20, 40, arguments)
+
+
 def connection_close(code: int, text: str) -> bytes:
     """Return the frame with which a broker ends a connection."""
     reason = text.encode()
@@ -81,6 +91,15 @@ def connection_close(code: int, text: str) -> bytes:
 
 BLOCKED = method_frame(0, 10, 60, b"\x03low")
 UNBLOCKED = method_frame(0, 10, 61)
+
+
+def _connection_name(start_ok: Frame) -> str:
+    """Return the name that a client gives its connection; empty, if none."""
+    _, found, rest = start_ok.data.partition(_NAME_FIELD)
+    if not found:
+        return ""
+    [size] = struct.unpack_from(">I", rest)
+    return rest[4 : 4 + size].decode(errors="replace")
 
 
 class FaultProxy:
@@ -164,9 +183,15 @@ class FaultProxy:
         """
         self._call(self._close_gates(ways or tuple(Way)))
 
-    def inject(self, frame: bytes) -> None:
-        """Send ``frame`` to every client, between two frames of the broker."""
-        self._call(self._inject(frame))
+    def inject(self, frame: bytes, *, to: str = "") -> None:
+        """Send ``frame`` to clients, between two frames of the broker.
+
+        Args:
+            frame: all its bytes.
+            to: only to connections with this in the name that their client gave them
+                (``connection_name`` in Connection.Start-Ok).
+        """
+        self._call(self._inject(frame, to))
 
     def heal(self) -> None:
         """Let everything through again, at once, and accept connections."""
@@ -197,9 +222,10 @@ class FaultProxy:
         for way in ways:
             self._open[way].clear()
 
-    async def _inject(self, frame: bytes) -> None:
+    async def _inject(self, frame: bytes, to: str) -> None:
         for link in list(self._links):
-            link.client.write(frame)
+            if to in link.name:
+                link.client.write(frame)
 
     async def _until_no_link(self) -> None:
         await asyncio.wait_for(self._idle.wait(), 5)
@@ -243,13 +269,16 @@ class FaultProxy:
             while data := await reader.read(65536):
                 whole = bytearray()
                 for frame in frames.feed(data):
+                    if frame.method == _START_OK:
+                        link.name = _connection_name(frame)
                     if self._rule is not None and self._rule(frame):
                         self._rule = None
                         await self._cut_all()
                         self._cut.set()
                         return
                     whole += frame.data
-                await held.put((time.monotonic() + self.delay, bytes(whole)))
+                if whole:  # else the frame goes on in what comes next
+                    await held.put((time.monotonic() + self.delay, bytes(whole)))
             given_up = not self._open[way].is_set()
             await held.put((0.0, b""))
 
@@ -274,6 +303,7 @@ class _Link:
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
         self.client = client
+        self.name = ""
         self.broker: asyncio.StreamWriter | None = None
         self.tasks: list[asyncio.Task[None]] = []
 

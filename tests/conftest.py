@@ -11,6 +11,7 @@ import pytest
 
 from outbox import Publisher, configuration, observing
 from outbox.testing.broker import BrokerMissing, PrivateBroker
+from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 
 
@@ -50,6 +51,13 @@ def private_broker(mortal_broker: PrivateBroker) -> PrivateBroker:
     if not mortal_broker.running:
         mortal_broker.start()
     return mortal_broker
+
+
+@pytest.fixture
+def proxy(amqp_url: str) -> Iterator[FaultProxy]:
+    """A proxy of the test's own before the broker: what it does to a link, nobody else sees."""
+    with FaultProxy(amqp_url) as found:
+        yield found
 
 
 @pytest.fixture

@@ -65,10 +65,15 @@ class Encoder:
         self._templates: dict[tuple[str, str, str, int | None, int], _Template] = {}
 
     def encode(self, event: Event) -> bytes:
-        """Return the frames of ``event``, joined."""
+        """Return the frames of ``event``, joined; empty when its properties do not fit into one.
+
+        Over a larger one the broker closes the connection, whatever else is on its way there.
+        """
         event_id = event.id.encode()
         if event.headers or event.key is not None:
-            template = self._template(event, len(event_id))
+            template, size_of_header = self._template(event, len(event_id))
+            if size_of_header > self.frame_max:
+                return b""
         else:
             layout = (
                 event.exchange,
@@ -81,7 +86,7 @@ class Encoder:
             if found is None:
                 if len(self._templates) >= _TEMPLATES:  # targets made of user data
                     self._templates.clear()
-                found = self._templates[layout] = self._template(event, len(event_id))
+                found = self._templates[layout] = self._template(event, len(event_id))[0]
             template = found
         seconds = event.occurred_at.timestamp()
         body = event.body
@@ -120,8 +125,11 @@ class Encoder:
             pieces += (_frame_start(_BODY, PUBLISH_CHANNEL, len(piece)), piece, _FRAME_END)
         return b"".join(pieces)
 
-    def _template(self, event: Event, id_size: int) -> _Template:
-        """Return what packs (body size, occurred at in µs, id, timestamp in s, body size)."""
+    def _template(self, event: Event, id_size: int) -> tuple[_Template, int]:
+        """Return what packs (body size, occurred at in µs, id, timestamp in s, body size).
+
+        And the bytes of the content header's frame.
+        """
         target = _short(event.target)
         method = (
             struct.pack(">HHH", 60, 40, 0) + _short(event.exchange) + target + bytes([_MANDATORY])
@@ -172,7 +180,7 @@ class Encoder:
                 body_size,
             )
 
-        return template
+        return template, header_size + _FRAME_OVERHEAD
 
 
 def properties(event: Event, app_id: str = "") -> pika.BasicProperties:

@@ -240,6 +240,11 @@ class RabbitMQTransport:
             entries = self._backlog.take(min(room, _WRITE_EVENTS), _WRITE_BYTES)
             if not entries:
                 break
+            if unsendable := [entry for entry in entries if not entry.frames]:
+                entries = [entry for entry in entries if entry.frames]
+                limit = self._encoder.frame_max
+                why = f"its headers do not fit into one frame of the broker's {limit} bytes"
+                self._spread(self._backlog.settle(unsendable, Fate.REJECTED, why))
             self._confirms.sent(entries)
             wire.publish(self._channel, entries, self._encoder.properties)
         if len(self._confirms) and self._watched_since is None:

@@ -149,7 +149,7 @@ def _random_follow_on_ids() -> None:
 
 
 def _nack_is_ack() -> None:
-    def keep_apart(self: Any, entries: Any) -> None:
+    def keep_apart(self: Any, entries: Any, error: Any) -> None:
         self._settle_confirmed(entries)
 
     RabbitMQTransport._keep_apart = keep_apart  # type: ignore[method-assign]

@@ -38,6 +38,8 @@ _WINDOW = 4 * _WRITE_EVENTS
 """Events that may be outstanding at a time: the broker stays busy while confirms travel."""
 
 _NO_SUCH_EXCHANGE = 404
+_FAULTS_OF_MESSAGES = frozenset((311, 403, _NO_SUCH_EXCHANGE, 406))
+"""Reply codes that may be about the message; others (541, say) are the broker's own trouble."""
 
 
 class RabbitMQTransport:
@@ -69,6 +71,7 @@ class RabbitMQTransport:
         self._watching = False
         self._blocked = False
         self._suspects = 0
+        self._accused: Entry | None = None  # was alone when the channel was closed
         self._homeless: list[Entry] = []
         self._making_parking_queue = False
 
@@ -198,15 +201,13 @@ class RabbitMQTransport:
         if self._connection is not None:
             self._connection.read_all_with_pika()
         entries = self._confirms.clear()
-        if len(entries) == 1:
-            logger.debug("the broker closed the channel over %r", entries[0].event)
-            self._refuse(entries[0], reason)
-        elif named := [entry for entry in entries if _names_exchange(reason, entry)]:
+        if named := [entry for entry in entries if _names_exchange(reason, entry)]:
             theirs = set(named)
             self._backlog.requeue([entry for entry in entries if entry not in theirs])
-            text = f"{reason.reply_code} {reason.reply_text}"
-            self._settle_unroutable([(entry, text) for entry in named])
+            self._settle_unroutable([(entry, _told(reason)) for entry in named])
             self._suspects = 0
+        elif len(entries) == 1:
+            self._suspect(entries[0], reason)
         elif entries:
             # The broker does not say which one it was: one by one they show themselves.
             self._suspects = len(entries)
@@ -219,13 +220,24 @@ class RabbitMQTransport:
     def _link_is_gone(self) -> bool:
         return self._connection is None or not self._connection.is_open
 
-    def _refuse(self, entry: Entry, reason: pika.exceptions.ChannelClosedByBroker) -> None:
-        text = f"{reason.reply_code} {reason.reply_text}"
-        if reason.reply_code == _NO_SUCH_EXCHANGE:
-            self._settle_unroutable([(entry, text)])
-        else:
-            self._spread(self._backlog.settle([entry], Fate.REJECTED, text))
+    def _suspect(self, entry: Entry, reason: pika.exceptions.ChannelClosedByBroker) -> None:
+        """Judge the entry that was alone on its way when the broker closed the channel."""
+        logger.debug("the broker closed the channel over %r", entry.event)
         self._suspects = max(0, self._suspects - 1)
+        if reason.reply_code not in _FAULTS_OF_MESSAGES:
+            why = f"the broker closed the channel: {_told(reason)}"
+            self._keep_apart([entry], Nacked(why))
+        elif entry is not self._accused:
+            # It may have been about something else: only a second time proves it.
+            self._accused = entry
+            self._suspects += 1
+            self._backlog.requeue([entry])
+        else:
+            self._accused = None
+            if reason.reply_code == _NO_SUCH_EXCHANGE:
+                self._settle_unroutable([(entry, _told(reason))])
+            else:
+                self._spread(self._backlog.settle([entry], Fate.REJECTED, _told(reason)))
 
     def _on_wake(self) -> None:
         self._woken = False
@@ -287,7 +299,7 @@ class RabbitMQTransport:
         entries, unroutable = self._confirms.confirmed([(method.delivery_tag, method.multiple)])
         self._note_answer(len(entries) + len(unroutable))
         self._settle_unroutable(unroutable)
-        self._keep_apart(entries)
+        self._keep_apart(entries, _nacked(entries))
         self._pump()
 
     def _on_acks(self, acks: Sequence[tuple[int, int]]) -> None:
@@ -355,11 +367,11 @@ class RabbitMQTransport:
             self._pump()
         else:
             logger.error("there is no queue %r to park events in: %s", PARKING_QUEUE, refused)
-            self._keep_apart(entries)
+            self._keep_apart(entries, _nacked(entries))
 
-    def _keep_apart(self, entries: Sequence[Entry]) -> None:
-        """Send again, each after a back-off of its own, what the broker would not take (a nack)."""
-        self._spread(self._backlog.refused(entries, _nacked(entries)))
+    def _keep_apart(self, entries: Sequence[Entry], error: BrokerError) -> None:
+        """Send again, each after a back-off of its own, what the broker would not take for now."""
+        self._spread(self._backlog.refused(entries, error))
         for entry in entries:
             if entry.fate is None:
                 self._link.later(backoff(entry.attempts - 1), functools.partial(self._retry, entry))
@@ -393,6 +405,10 @@ def _names_exchange(reason: pika.exceptions.ChannelClosedByBroker, entry: Entry)
         and reason.reply_code == _NO_SUCH_EXCHANGE
         and f"no exchange '{exchange}' in vhost" in reason.reply_text
     )
+
+
+def _told(reason: pika.exceptions.ChannelClosedByBroker) -> str:
+    return f"{reason.reply_code} {reason.reply_text}"
 
 
 def _nacked(entries: Sequence[Entry]) -> BrokerError:

@@ -1,0 +1,464 @@
+"""What a network and a broker do to the publisher's connection, frame by frame."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import pika.heartbeat
+import pytest
+
+from outbox import ConnectFailed, ConnectionLost, Event, Publisher, PublishReport, PublishTimeout
+from outbox.transports.rabbitmq import wire
+from proving.proxy import (
+    BLOCKED,
+    UNBLOCKED,
+    FaultProxy,
+    Way,
+    channel_close,
+    connection_close,
+    method_frame,
+)
+from tests.amqp import Inspector
+
+HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
+FULL = {"x-max-length": 1, "x-overflow": "reject-publish"}
+
+
+def events_for(name: str, count: int, target: str = "x", **options: Any) -> list[Event]:
+    return [
+        Event(id=f"{name}-{target}-{n}", target=target, exchange=name, body=b"{}", **options)
+        for n in range(count)
+    ]
+
+
+def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> float:
+    """Wait, and return the seconds it took."""
+    begin = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begin < timeout
+        time.sleep(0.002)
+    return time.monotonic() - begin
+
+
+def _is_down(publisher: Publisher) -> bool:
+    return not publisher.connected
+
+
+def ids_of(events: list[Event] | tuple[Event, ...]) -> set[str]:
+    return {event.id for event in events}
+
+
+@pytest.fixture
+def queue(inspector: Inspector, name: str) -> str:
+    """A queue that gets every event of the test's exchange."""
+    return inspector.queue(name, name)
+
+
+@contextlib.contextmanager
+def server(answer: bytes) -> Iterator[int]:
+    """Listen on a port that answers so to every client and hangs up, or does neither; yield it."""
+    clients: list[socket.socket] = []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listening.accept()
+                clients.append(client)
+                if answer:
+                    client.recv(8)
+                    client.sendall(answer)
+                    client.shutdown(socket.SHUT_WR)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listening.getsockname()[1]
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.parametrize("ways", [(Way.UP,), (Way.DOWN,), (Way.UP, Way.DOWN)], ids=str)
+def test_a_half_open_link_with_events_on_their_way_is_given_up_after_the_stall_timeout(
+    proxy: FaultProxy, inspector: Inspector, queue: str, name: str, ways: tuple[Way, ...]
+) -> None:
+    before, *during = events_for(name, 10)
+    with Publisher(proxy.url, exchange=name, timeout=0.2, stall_timeout=0.8) as publisher:
+        assert publisher.publish([before]).ok
+        proxy.black_hole(*ways)
+        report = publisher.publish(during)
+        assert report.kept == tuple(during)
+        assert isinstance(report.error, PublishTimeout)
+        assert 0.5 < wait_until(lambda: not publisher.connected) < 1.5
+        proxy.heal()
+        assert publisher.drain(10)
+    assert ids_of([before, *during]) == {message.id for message in inspector.all(queue)}
+
+
+def test_a_half_open_link_is_noticed_by_its_heartbeats_while_nothing_is_published(
+    amqp_url: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checker: Any = pika.heartbeat.HeartbeatChecker
+    start = checker._start_check_timer
+
+    def start_sooner(self: Any) -> None:
+        self._check_interval = 1.2  # pika's own: 5 seconds more than agreed, twice
+        start(self)
+
+    monkeypatch.setattr(checker, "_start_check_timer", start_sooner)
+    with contextlib.ExitStack() as stack:
+        publishers = []
+        for ways in ((Way.UP,), (Way.DOWN,), (Way.UP, Way.DOWN)):
+            proxy = stack.enter_context(FaultProxy(amqp_url))
+            publisher = stack.enter_context(Publisher(proxy.url, exchange=name, heartbeat=1))
+            event = events_for(name, 1, unroutable="ignore")
+            assert publisher.publish(event).ok
+            proxy.black_hole(*ways)
+            publishers.append(publisher)
+        for publisher in publishers:
+            wait_until(functools.partial(_is_down, publisher), 6)
+
+
+def test_a_host_that_accepts_and_says_nothing_costs_the_connect_timeout_and_the_next_is_tried(
+    amqp_url: str, inspector: Inspector, queue: str, name: str
+) -> None:
+    credentials, _, address = amqp_url.rpartition("@")
+    [event] = events_for(name, 1)
+    with (
+        server(b"") as port,
+        Publisher(
+            f"{credentials}@127.0.0.1:{port},{address}", exchange=name, connect_timeout=0.4
+        ) as publisher,
+    ):
+        begin = time.monotonic()
+        report = publisher.publish([event])
+        assert 0.3 < time.monotonic() - begin < 1.5
+        assert report.kept == (event,)
+        assert isinstance(report.error, ConnectFailed)
+        assert publisher.drain(1)  # no back-off: there was another host
+    assert inspector.get(queue).id == event.id
+
+
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"AMQP\x00\x01\x00\x00", b"\x00" * 64]
+)
+def test_a_port_that_speaks_something_else_is_told_at_once_and_the_next_host_is_tried(
+    amqp_url: str, inspector: Inspector, queue: str, name: str, answer: bytes
+) -> None:
+    credentials, _, address = amqp_url.rpartition("@")
+    [event] = events_for(name, 1)
+    with (
+        server(answer) as port,
+        Publisher(f"{credentials}@127.0.0.1:{port},{address}", exchange=name) as publisher,
+    ):
+        begin = time.monotonic()
+        report = publisher.publish([event])
+        assert isinstance(report.error, ConnectFailed)
+        assert "does not speak AMQP 0-9-1" in str(report.error)
+        assert publisher.drain(1)
+        assert time.monotonic() - begin < 1
+    assert inspector.get(queue).id == event.id
+
+
+ERRORS = {
+    "channel closed, 403": channel_close(403, "as if"),
+    "channel closed, 404": channel_close(404, "as if"),
+    "channel closed, 406": channel_close(406, "as if"),
+    "channel closed, 541": channel_close(541, "as if"),
+    "connection closed, 320": connection_close(320, "as if"),
+    "connection closed, 501": connection_close(501, "as if"),
+    "connection closed, 541": connection_close(541, "as if"),
+    "malformed frame": b"\x09\x00\x00\x00\x00\x00\x01!!",
+    "no end mark": b"\x01\x00\x00\x00\x00\x00\x04\x00\x0a\x00\x3d\x00",
+    "unknown method": method_frame(1, 60, 999),
+    "body without a header": b"\x03\x00\x01\x00\x00\x00\x01x\xce",
+}
+ODDITIES = {
+    "heartbeat": HEARTBEAT,
+    "frame on an unknown channel": method_frame(77, 60, 80, bytes(9)),
+    "unexpected method": method_frame(1, 20, 11, bytes(4)),
+    "confirm of an unknown number": method_frame(1, 60, 80, b"\0\0\0\0\0\0\0\x63\0"),
+}
+
+
+@pytest.mark.parametrize("what", [*ERRORS, *ODDITIES])
+def test_after_any_error_between_events_the_publisher_goes_on_by_itself(
+    proxy: FaultProxy, inspector: Inspector, queue: str, name: str, what: str
+) -> None:
+    first, *others = events_for(name, 10)
+    with Publisher(proxy.url, exchange=name, unroutable="fail") as publisher:
+        assert publisher.publish([first]).ok
+        proxy.inject({**ERRORS, **ODDITIES}[what])
+        if what in ERRORS:
+            wait_until(lambda: not publisher.connected)
+        report = publisher.publish(others)
+        assert report.rejected == ()
+        assert publisher.drain(5)
+        assert publisher.publish([first]).ok
+    assert ids_of([first, *others]) == {message.id for message in inspector.all(queue)}
+    assert (proxy.accepted == 1) is (what in ODDITIES)
+
+
+@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("what", ERRORS)
+def test_an_error_while_events_are_on_their_way_takes_no_event_for_its_cause(
+    proxy: FaultProxy, inspector: Inspector, queue: str, name: str, what: str, count: int
+) -> None:
+    first, *others = events_for(name, 1 + count)
+    with Publisher(proxy.url, exchange=name, unroutable="fail") as publisher:
+        assert publisher.publish([first]).ok
+        proxy.black_hole(Way.UP)
+        future = publisher.submit(others)
+        transport: Any = publisher._transport()
+        wait_until(lambda: len(transport._confirms) == count)
+        proxy.inject(ERRORS[what])
+        wait_until(lambda: transport._channel is None)
+        proxy.cut()
+        proxy.heal()
+        assert publisher.drain(5)
+        assert future.result().rejected == ()
+        assert publisher.stats().rejected == 0
+    arrived = inspector.messages(queue, 1 + count)
+    assert [message.id for message in arrived] == [event.id for event in [first, *others]]
+
+
+def test_a_broker_that_blocks_costs_no_caller_its_timeout_and_gets_all_when_it_unblocks(
+    proxy: FaultProxy, inspector: Inspector, queue: str, name: str
+) -> None:
+    first, *others = events_for(name, 4)
+    with Publisher(proxy.url, exchange=name, timeout=5) as publisher:
+        assert publisher.publish([first]).ok
+        proxy.inject(BLOCKED)
+        wait_until(lambda: not publisher.connected)
+        begin = time.monotonic()
+        reports = [publisher.publish([event]) for event in others]
+        assert time.monotonic() - begin < 0.5
+        assert [report.kept for report in reports] == [(event,) for event in others]
+        assert "takes no events" in str(reports[0].error)
+        assert [m.id for m in inspector.all(queue)] == [first.id]
+        proxy.inject(UNBLOCKED)
+        assert publisher.drain(5)
+    assert [m.id for m in inspector.all(queue)] == [event.id for event in others]
+    assert proxy.accepted == 1
+
+
+def test_a_caller_who_waits_when_the_broker_blocks_is_answered_at_once(
+    proxy: FaultProxy, inspector: Inspector, queue: str, name: str
+) -> None:
+    first, second = events_for(name, 2)
+    with Publisher(proxy.url, exchange=name, timeout=5) as publisher:
+        assert publisher.publish([first]).ok
+        proxy.black_hole(Way.UP)
+        future = publisher.submit([second])
+        proxy.inject(BLOCKED)
+        assert future.result(1).kept == (second,)
+        proxy.heal()
+        proxy.inject(UNBLOCKED)
+        assert publisher.drain(5)
+    assert [m.id for m in inspector.all(queue)] == [first.id, second.id]
+
+
+def test_a_flush_costs_round_trips_by_the_chunk_and_not_by_the_event(
+    proxy: FaultProxy, inspector: Inspector, queue: str, name: str
+) -> None:
+    with Publisher(proxy.url, exchange=name) as publisher:
+        assert publisher.publish(events_for(name, 1)).ok
+        proxy.delay = 0.02
+        begin = time.monotonic()
+        assert publisher.publish(events_for(name, 50)).ok
+        assert time.monotonic() - begin < 10 * 2 * proxy.delay
+
+
+class Interrupted(BaseException):
+    """What a time limit raises, whichever it is."""
+
+
+@pytest.fixture
+def interrupt_soon() -> Iterator[Callable[[type[BaseException]], None]]:
+    """Raise something in the main thread in 50 ms, as a signal's handler does."""
+    before = signal.getsignal(signal.SIGALRM)
+
+    def arm(kind: type[BaseException]) -> None:
+        def strike(_number: int, _frame: FrameType | None) -> None:
+            raise kind
+
+        signal.signal(signal.SIGALRM, strike)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+
+    yield arm
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", [Interrupted, KeyboardInterrupt, SystemExit])
+def test_after_an_interrupted_wait_the_next_reports_are_about_their_own_events(
+    proxy: FaultProxy,
+    inspector: Inspector,
+    name: str,
+    interrupt_soon: Callable[[type[BaseException]], None],
+    kind: type[BaseException],
+) -> None:
+    queue = inspector.queue(name, name, ("good",))
+    inspector.queue(f"{name}-full", name, ("full",), arguments=FULL)
+    good = events_for(name, 4, "good")
+    full = events_for(name, 2, "full")
+    with Publisher(proxy.url, exchange=name, drain_timeout=0.1) as publisher:
+        assert publisher.publish([good[0], full[0]]).ok  # the queue for one is full now
+        proxy.delay = 0.2
+        interrupt_soon(kind)
+        with pytest.raises(kind):
+            publisher.publish([good[1]])
+        assert publisher.publish([full[1]]).kept == (full[1],)
+        proxy.delay = 0.0
+        assert publisher.publish([good[2]]).published == (good[2],)
+        assert publisher.publish([full[1]]).published == ()
+        assert publisher.publish([good[3]]).published == (good[3],)
+    assert [m.id for m in inspector.all(queue)] == [event.id for event in good]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, AssertionError, RuntimeError, IndexError])
+def test_whatever_is_raised_while_writing_keeps_the_events_and_replaces_the_connection(
+    proxy: FaultProxy,
+    inspector: Inspector,
+    queue: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[Exception],
+) -> None:
+    write = wire.publish
+    failures = iter([error("as if")])
+
+    def fails_once(*arguments: Any) -> None:
+        for failure in failures:
+            raise failure
+        write(*arguments)
+
+    events = events_for(name, 3)
+    with Publisher(proxy.url, exchange=name) as publisher:
+        assert publisher.publish(events[:1]).ok
+        monkeypatch.setattr(wire, "publish", fails_once)
+        report = publisher.publish(events[1:])
+        assert report.kept == tuple(events[1:])
+        assert isinstance(report.error, ConnectionLost)
+        assert publisher.drain(5)
+        assert publisher.publish(events[:1]).ok
+    assert [m.id for m in inspector.all(queue)] == [event.id for event in [*events, events[0]]]
+    assert proxy.accepted == 2
+    assert "is given up" in caplog.text
+
+
+def test_a_poisonous_event_among_twenty_is_rejected_alone(
+    proxy: FaultProxy, inspector: Inspector, queue: str, name: str
+) -> None:
+    internal = f"{name}-internal"  # nobody may publish to it: 403, and the channel is closed
+    inspector.channel.exchange_declare(internal, "topic", internal=True)
+    inspector.clean_up(exchange=internal)
+    events = events_for(name, 20)
+    poison = {
+        4: Event(id="internal", target="x", exchange=internal, body=b"{}"),
+        9: Event(id="large", target="x", exchange=name, body=b"", headers={"a": "x" * 200_000}),
+        14: Event(id="type", target="x", exchange=name, body=b"{}", headers={"CC": "no list"}),
+    }
+    for place, event in poison.items():
+        events[place] = event
+    rejected: dict[str, str] = {}
+    with Publisher(
+        proxy.url,
+        exchange=name,
+        on_rejected=lambda event, reason: rejected.update({event.id: reason}),
+    ) as publisher:
+        report = publisher.publish(events)
+        good = [event for event in events if event not in poison.values()]
+        assert report.published == tuple(good)
+        assert [one.event for one in report.rejected] == list(poison.values())
+        assert publisher.publish(events_for(name, 1)).ok
+    assert "403" in rejected["internal"]
+    assert "do not fit into one frame" in rejected["large"]
+    assert "406" in rejected["type"]
+    assert ids_of(good) == {message.id for message in inspector.all(queue)}
+    assert proxy.accepted == 1  # one event's fault costs the connection nothing
+
+
+def test_headers_that_a_smaller_frame_of_the_broker_cannot_hold_reject_that_event_alone(
+    amqp_url: str, inspector: Inspector, queue: str, name: str
+) -> None:
+    events = events_for(name, 3)
+    events[1] = Event(id="wide", target="x", exchange=name, body=b"", headers={"a": "x" * 5_000})
+    with Publisher(amqp_url, exchange=name) as publisher:
+        transport: Any = publisher._transport()
+        transport._link._hosts[0].frame_max = 4096  # what a broker so configured would say
+        report = publisher.publish(events)
+        assert report.published == (events[0], events[2])
+        assert [one.event for one in report.rejected] == [events[1]]
+        assert "4096 bytes" in report.rejected[0].reason
+        assert publisher.publish(events).published == (events[0], events[2])
+
+
+def test_an_event_that_one_of_two_queues_refuses_is_sent_again_with_the_same_id(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    inspector.queue(f"{name}-full", name, ("both",), arguments=FULL)
+    open_queue = inspector.queue(name, name, ("both",))
+    inspector.publish(f"{name}-full", b"fills it")
+    [event] = events_for(name, 1, "both")
+    with Publisher(amqp_url, exchange=name) as publisher:
+        assert publisher.publish([event]).kept == (event,)
+        assert inspector.get(open_queue).id == event.id  # a nack does not mean that nobody got it
+        assert inspector.get(f"{name}-full").body == b"fills it"
+        assert publisher.drain(10)
+    assert inspector.get(f"{name}-full").id == event.id
+    assert inspector.get(open_queue).id == event.id
+
+
+def test_an_alternate_exchange_with_a_queue_makes_an_event_routable_and_without_one_it_is_not(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    alternate = f"{name}-alternate"
+    inspector.channel.exchange_declare(alternate, "fanout", durable=True)
+    inspector.clean_up(exchange=alternate)
+    inspector.channel.exchange_declare(
+        name, "topic", durable=True, arguments={"alternate-exchange": alternate}
+    )
+    inspector.clean_up(exchange=name)
+    [event] = events_for(name, 1, unroutable="fail")
+    with Publisher(amqp_url, exchange=name, declare="passive") as publisher:
+        assert [one.event for one in publisher.publish([event]).rejected] == [event]
+        inspector.queue(name)
+        inspector.channel.queue_bind(name, alternate, "")
+        assert publisher.publish([event]).published == (event,)
+    assert inspector.get(name).id == event.id
+
+
+def test_half_of_what_may_be_kept_is_warned_of_once(
+    proxy: FaultProxy, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.refuse()
+    with Publisher(proxy.url, exchange=name, max_kept=10, drain_timeout=0.1) as publisher:
+        for event in events_for(name, 8):
+            publisher.make_ready()
+            assert publisher.publish([event]).kept
+        warnings = [one for one in caplog.records if "half of the bound" in one.getMessage()]
+        assert len(warnings) == 1
+        assert warnings[0].levelno == logging.WARNING
+        assert "5 event(s)" in warnings[0].getMessage()
+
+
+def test_reports_of_a_fault_are_complete(proxy: FaultProxy, queue: str, name: str) -> None:
+    events = events_for(name, 5)
+    with Publisher(proxy.url, exchange=name) as publisher:
+        cut = proxy.cut_at(lambda frame: frame.way is Way.UP and frame.method == (60, 40))
+        report = publisher.publish(events)
+        assert cut.is_set()
+        assert report == PublishReport(kept=tuple(events), error=report.error)
+        assert publisher.drain(5)

@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import logging
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -158,6 +159,7 @@ class Publisher:
         """Take ``events`` over as a chunk; see :meth:`submit`. If it raises, none was taken."""
         if self._closed:
             raise UsageError("this publisher is closed; nothing was published")
+        _see_to_exit_of_child()
         return self._transport().submit(events, keep=keep)
 
     def wait_for(self, chunk: Chunk, timeout: float | None = None) -> PublishReport:
@@ -358,6 +360,25 @@ def _set(waiter: asyncio.Future[None]) -> None:
 def _close_all() -> None:
     for publisher in list(_open_publishers):
         publisher.close()
+
+
+_last = -100
+"""Behind all else that ends with a child of multiprocessing: it may publish until then."""
+_seen_to_by: Any = None
+
+
+def _see_to_exit_of_child() -> None:
+    """Have a child of multiprocessing drain too: it leaves by ``os._exit``, past ``atexit``."""
+    global _seen_to_by
+    processes: Any = sys.modules.get("multiprocessing.process")
+    if processes is None or processes.parent_process() is None:
+        return  # no program that uses it, or no such child: atexit serves
+    child = processes.current_process()
+    if child is not _seen_to_by:
+        _seen_to_by = child
+        from multiprocessing.util import Finalize
+
+        Finalize(None, _close_all, exitpriority=_last)
 
 
 def _leave_all_to_parent() -> None:

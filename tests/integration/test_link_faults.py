@@ -28,6 +28,7 @@ from proving.proxy import (
     method_frame,
 )
 from tests.amqp import Inspector
+from tests.waiting import wait_until
 
 HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 FULL = {"x-max-length": 1, "x-overflow": "reject-publish"}
@@ -38,15 +39,6 @@ def events_for(name: str, count: int, target: str = "x", **options: Any) -> list
         Event(id=f"{name}-{target}-{n}", target=target, exchange=name, body=b"{}", **options)
         for n in range(count)
     ]
-
-
-def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> float:
-    """Wait, and return the seconds it took."""
-    begin = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begin < timeout
-        time.sleep(0.002)
-    return time.monotonic() - begin
 
 
 def _is_down(publisher: Publisher) -> bool:
@@ -127,6 +119,20 @@ def test_a_half_open_link_is_noticed_by_its_heartbeats_while_nothing_is_publishe
             publishers.append(publisher)
         for publisher in publishers:
             wait_until(functools.partial(_is_down, publisher), 6)
+
+
+def test_closing_over_a_half_open_link_ends_in_time_and_names_what_is_lost(
+    proxy: FaultProxy, queue: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = events_for(name, 2)
+    publisher = Publisher(proxy.url, exchange=name, timeout=0.1, heartbeat=0)
+    assert publisher.publish([first]).ok
+    proxy.black_hole()
+    assert publisher.publish([second]).kept
+    begin = time.monotonic()
+    assert publisher.close(0.1) == (second,)
+    assert time.monotonic() - begin < 4
+    assert f"1 event(s) lost, never confirmed: {second.id!r}" in caplog.text
 
 
 def test_a_host_that_accepts_and_says_nothing_costs_the_connect_timeout_and_the_next_is_tried(

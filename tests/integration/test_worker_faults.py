@@ -1,0 +1,206 @@
+"""What a network and a broker do to a worker, frame by frame."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from outbox import Publisher, enqueue_event, publish
+from outbox.consumers import ReceivedEvent
+from proving.proxy import BLOCKED, UNBLOCKED, FaultProxy, Frame, Way, method_frame
+from tests.amqp import Inspector
+from tests.integration.test_worker import Seen, running, send
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+def through_proxy(proxy: FaultProxy, name: str) -> Iterator[Publisher]:
+    """A publisher with an exchange of its own; a worker that it is given goes through the proxy."""
+    with Publisher(proxy.url, exchange=name) as found:
+        yield found
+
+
+def follow(event: ReceivedEvent) -> None:
+    enqueue_event({"of": event.payload}, "next")
+    publish()
+
+
+def at(way: Way, class_id: int, method_id: int, channel: int | None = None) -> Any:
+    """Return a rule for the first frame of a method."""
+
+    def rule(frame: Frame) -> bool:
+        here = frame.way is way and frame.method == (class_id, method_id)
+        return here and channel in (None, frame.channel)
+
+    return rule
+
+
+def behind(first: Callable[[Frame], bool], kind: int) -> Callable[[Frame], bool]:
+    """Return a rule for the next frame of that kind behind one that ``first`` names."""
+    begun: list[tuple[Way, int]] = []
+
+    def rule(frame: Frame) -> bool:
+        if first(frame):
+            begun.append((frame.way, frame.channel))
+            return False
+        return bool(begun) and frame.kind == kind and (frame.way, frame.channel) == begun[0]
+
+    return rule
+
+
+DELIVERY = at(Way.DOWN, 60, 60)
+POINTS: dict[str, Callable[[], Callable[[Frame], bool]]] = {
+    "before the delivery": lambda: DELIVERY,
+    "between its method and its header": lambda: behind(DELIVERY, 2),
+    "between its header and its body": lambda: behind(DELIVERY, 3),
+    "at the follow-on's publish": lambda: at(Way.UP, 60, 40),
+    "between its method and its body": lambda: behind(at(Way.UP, 60, 40), 3),
+    "at the follow-on's confirm": lambda: at(Way.DOWN, 60, 80),
+    "at the ack": lambda: at(Way.UP, 60, 80),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_wherever_the_link_is_lost_a_message_is_done_and_its_follow_on_keeps_its_id(
+    proxy: FaultProxy,
+    through_proxy: Publisher,
+    publisher: Publisher,
+    inspector: Inspector,
+    name: str,
+    point: str,
+) -> None:
+    follow_ons = inspector.queue(f"{name}-next", name, ("next",))
+    generations: dict[str, int] = {}
+
+    def process(event: ReceivedEvent) -> None:
+        follow(event)
+        generations[event.id] = subscription._generation
+
+    with running(through_proxy, inspector, process, name) as worker:
+        subscription: Any = worker._subscription
+        before = subscription._generation
+        assert through_proxy.publish([]).ok
+        cut = proxy.cut_at(POINTS[point]())
+        sent = send(publisher, name, 1, 2, 3)
+        assert cut.wait(10)
+        # No ack has arrived yet: all of them must be done over the next connection.
+        wait_until(lambda: sum(one > before + 1 for one in generations.values()) == 3, 15)
+        assert worker.stop(10)
+    assert set(generations) == set(sent)
+    by_payload: dict[int, set[str]] = {}
+    for message in inspector.all(follow_ons):
+        by_payload.setdefault(message.payload["of"], set()).add(message.id)
+    assert [len(by_payload[n]) for n in (1, 2, 3)] == [1, 1, 1]
+    assert inspector.all(name) == []
+    assert inspector.all(f"{name}.dead") == []
+
+
+def test_acks_of_handlers_that_outlived_their_connection_settle_no_new_delivery(
+    proxy: FaultProxy,
+    through_proxy: Publisher,
+    publisher: Publisher,
+    inspector: Inspector,
+    name: str,
+) -> None:
+    go_on, held = threading.Event(), threading.Event()
+
+    def process(event: ReceivedEvent) -> None:
+        # The first time they wait until the connection is gone, the second time until they are
+        # looked at.
+        (held if event.redelivered else go_on).wait(20)
+
+    seen = Seen(process)
+    with running(through_proxy, inspector, seen, name, threads=10) as worker:
+        sent = send(publisher, name, *range(5))
+        seen.wait(5)
+        proxy.cut()
+        seen.wait(10)  # delivered anew, with the numbers 1 to 5 of another channel
+        go_on.set()
+        subscription: Any = worker._subscription
+        settled = threading.Event()
+        subscription._link.call(lambda: subscription._link.later(0.2, settled.set))
+        assert settled.wait(5)
+        assert inspector.consumers(name) == 1  # no channel was closed over an unknown number
+        proxy.cut()  # what is not acked comes back a second time
+        seen.wait(15)
+        held.set()
+        assert worker.stop(10)
+    assert {event.id for event in seen.events[10:15]} == set(sent)
+    assert inspector.all(name) == []
+
+
+def test_a_consumer_that_the_broker_cancels_consumes_anew_and_drops_its_late_ack(
+    proxy: FaultProxy,
+    through_proxy: Publisher,
+    publisher: Publisher,
+    inspector: Inspector,
+    name: str,
+) -> None:
+    go_on = threading.Event()
+    seen = Seen(lambda event: None if event.redelivered else go_on.wait(20))
+    with running(through_proxy, inspector, seen, name, threads=2) as worker:
+        subscription: Any = worker._subscription
+        [tag] = subscription._channel.consumer_tags
+        [first] = send(publisher, name, "first")
+        seen.wait(1)
+        text = tag.encode()
+        cancel = method_frame(
+            subscription._channel.channel_number, 60, 30, bytes([len(text)]) + text + b"\x01"
+        )
+        proxy.inject(cancel, to="consumer")
+        assert [event.id for event in seen.wait(2)] == [first, first]
+        go_on.set()
+        [second] = send(publisher, name, "second")
+        assert seen.wait(3)[2].id == second
+    assert inspector.all(name) == []
+
+
+def test_a_worker_whose_publisher_is_blocked_still_acks_what_publishes_nothing(
+    proxy: FaultProxy,
+    through_proxy: Publisher,
+    publisher: Publisher,
+    inspector: Inspector,
+    name: str,
+) -> None:
+    follow_ons = inspector.queue(f"{name}-next", name, ("next",))
+
+    def process(event: ReceivedEvent) -> None:
+        if event.payload == "publishes":
+            follow(event)
+
+    seen = Seen(process)
+    with running(through_proxy, inspector, seen, name, threads=2) as worker:
+        subscription: Any = worker._subscription
+        wait_until(lambda: through_proxy.connected)
+        proxy.inject(BLOCKED, to="publisher")
+        wait_until(lambda: not through_proxy.connected)
+        send(publisher, name, "publishes", *range(20))
+        seen.wait(21)
+        acks = subscription._acks
+        wait_until(lambda: len(acks._settled) + acks._lowest - 1 == 20)
+        proxy.inject(UNBLOCKED, to="publisher")
+        assert inspector.get(follow_ons).payload == {"of": "publishes"}
+        assert worker.stop(10)
+    assert inspector.all(follow_ons) == []
+    assert inspector.all(name) == []
+
+
+def test_what_a_message_leaves_in_a_context_variable_the_next_one_does_not_see(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    variable = contextvars.ContextVar("variable", default="nothing")
+    found: list[str] = []
+
+    def process(event: ReceivedEvent) -> None:
+        found.append(variable.get())
+        variable.set(event.payload)
+
+    seen = Seen(process)
+    with running(publisher, inspector, seen, name, threads=1):
+        send(publisher, name, "first", "second")
+        seen.wait(2)
+    assert found == ["nothing", "nothing"]

@@ -396,6 +396,22 @@ def test_a_poisonous_event_among_twenty_is_rejected_alone(
     assert proxy.accepted == 1  # one event's fault costs the connection nothing
 
 
+@pytest.mark.parametrize(
+    "exchange", ["é" * 127, "a\nb", "e" * 255], ids=["cut", "controls", "long"]
+)
+def test_a_missing_exchange_is_found_whatever_the_broker_makes_of_its_name(
+    amqp_url: str, inspector: Inspector, queue: str, name: str, exchange: str
+) -> None:
+    good = events_for(name, 4)
+    lost = Event(id="lost", target="x", exchange=exchange, body=b"{}", unroutable="fail")
+    with Publisher(amqp_url, exchange=name) as publisher:
+        report = publisher.publish([*good[:2], lost, *good[2:]])
+        assert report.published == tuple(good)
+        assert [one.event for one in report.rejected] == [lost]
+        assert report.rejected[0].reason.isprintable()
+    assert ids_of(good) == {message.id for message in inspector.all(queue)}
+
+
 def test_headers_that_a_smaller_frame_of_the_broker_cannot_hold_reject_that_event_alone(
     amqp_url: str, inspector: Inspector, queue: str, name: str
 ) -> None:

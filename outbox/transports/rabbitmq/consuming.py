@@ -19,6 +19,7 @@ from outbox.settings import Settings
 from outbox.subscription import Delivery, QueueSpec
 from outbox.transports.rabbitmq import topology, wire
 from outbox.transports.rabbitmq.acks import Acks
+from outbox.transports.rabbitmq.failures import told
 from outbox.transports.rabbitmq.link import Link, backoff
 from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.transports.rabbitmq.parked import ORIGIN_EXCHANGE, ORIGIN_TARGET
@@ -242,7 +243,7 @@ class RabbitMQSubscription:
             reason, pika.exceptions.ChannelClosedByBroker
         ):
             return
-        logger.warning("the broker closed the consumers' channel: %s", reason.reply_text)
+        logger.warning("the broker closed the consumers' channel: %s", told(reason))
         if channel is self._channel:
             self._forget_channel()
         self._begin_later()

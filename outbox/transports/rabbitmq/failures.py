@@ -6,7 +6,25 @@ import pika.exceptions
 
 from outbox.errors import BrokerError, ConnectFailed, ConnectionLost
 
-__all__ = ["connect_failed", "connection_lost"]
+__all__ = ["connect_failed", "connection_lost", "one_line", "told"]
+
+
+def one_line(text: str | bytes) -> str:
+    """Return ``text`` of a broker or a driver as it may stand in a message or a log line.
+
+    It may quote what a client sent: line breaks and other controls are escaped. The broker cuts
+    it at 255 bytes; what is no UTF-8 then, pika leaves as bytes.
+    """
+    if isinstance(text, bytes):
+        text = text.decode(errors="replace")
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+def told(
+    reason: pika.exceptions.ChannelClosedByBroker | pika.exceptions.ConnectionClosed,
+) -> str:
+    """Return the reply code and text with which the broker closed something."""
+    return f"{reason.reply_code} {one_line(reason.reply_text)}"
 
 
 def connect_failed(error: BaseException, address: str) -> BrokerError:
@@ -19,7 +37,7 @@ def connect_failed(error: BaseException, address: str) -> BrokerError:
         case pika.exceptions.IncompatibleProtocolError():
             why = "whatever answers there does not speak AMQP 0-9-1"
         case pika.exceptions.ConnectionClosed():
-            why = f"{error.reply_code} {error.reply_text}"
+            why = told(error)
         case _:
             why = _innermost(error)
     return _chained(ConnectFailed(f"cannot connect to {address}: {why}"), error)
@@ -29,7 +47,7 @@ def connection_lost(error: BaseException, address: str) -> BrokerError:
     """Return what to tell of a connection to ``address`` that ended."""
     match error:
         case pika.exceptions.ConnectionClosed():
-            why = f"{error.reply_code} {error.reply_text}"
+            why = told(error)
         case _:
             why = _innermost(error)
     return _chained(ConnectionLost(f"the connection to {address} was lost: {why}"), error)
@@ -51,5 +69,5 @@ def _innermost(error: BaseException) -> str:
         if not isinstance(inner, BaseException):
             break
         error = inner
-    text = " ".join(str(error).split())
+    text = one_line(" ".join(str(error).split()))
     return text or type(error).__name__

@@ -22,6 +22,7 @@ from outbox.spread import Spread, call_hook
 from outbox.stats import Tally
 from outbox.transports.rabbitmq import topology, wire
 from outbox.transports.rabbitmq.confirms import Confirms
+from outbox.transports.rabbitmq.failures import one_line, told
 from outbox.transports.rabbitmq.framing import PUBLISH_CHANNEL, Encoder
 from outbox.transports.rabbitmq.link import Link, backoff
 from outbox.transports.rabbitmq.parameters import connection_parameters
@@ -204,7 +205,7 @@ class RabbitMQTransport:
         if named := [entry for entry in entries if _names_exchange(reason, entry)]:
             theirs = set(named)
             self._backlog.requeue([entry for entry in entries if entry not in theirs])
-            self._settle_unroutable([(entry, _told(reason)) for entry in named])
+            self._settle_unroutable([(entry, told(reason)) for entry in named])
             self._suspects = 0
         elif len(entries) == 1:
             self._suspect(entries[0], reason)
@@ -213,7 +214,7 @@ class RabbitMQTransport:
             self._suspects = len(entries)
             self._backlog.requeue(entries)
         else:
-            self._link.fail(ConnectionLost(f"the broker closed the channel: {reason.reply_text}"))
+            self._link.fail(ConnectionLost(f"the broker closed the channel: {told(reason)}"))
             return
         self._link.later(0, self._open_channel)  # when pika has forgotten this one
 
@@ -225,7 +226,7 @@ class RabbitMQTransport:
         logger.debug("the broker closed the channel over %r", entry.event)
         self._suspects = max(0, self._suspects - 1)
         if reason.reply_code not in _FAULTS_OF_MESSAGES:
-            why = f"the broker closed the channel: {_told(reason)}"
+            why = f"the broker closed the channel: {told(reason)}"
             self._keep_apart([entry], Nacked(why))
         elif entry is not self._accused:
             # It may have been about something else: only a second time proves it.
@@ -235,9 +236,9 @@ class RabbitMQTransport:
         else:
             self._accused = None
             if reason.reply_code == _NO_SUCH_EXCHANGE:
-                self._settle_unroutable([(entry, _told(reason))])
+                self._settle_unroutable([(entry, told(reason))])
             else:
-                self._spread(self._backlog.settle([entry], Fate.REJECTED, _told(reason)))
+                self._spread(self._backlog.settle([entry], Fate.REJECTED, told(reason)))
 
     def _on_wake(self) -> None:
         self._woken = False
@@ -331,7 +332,7 @@ class RabbitMQTransport:
         properties: pika.BasicProperties,
         _body: bytes,
     ) -> None:
-        reason = f"{method.reply_code} {method.reply_text}"
+        reason = f"{method.reply_code} {one_line(method.reply_text)}"
         event_id = properties.message_id or ""
         if not self._confirms.returned(event_id, method.exchange, method.routing_key, reason):
             logger.warning("an event came back that is not outstanding: %r", event_id)
@@ -383,7 +384,7 @@ class RabbitMQTransport:
     def _on_blocked(
         self, _connection: object, frame: pika.frame.Method[pika.spec.Connection.Blocked]
     ) -> None:
-        reason = frame.method.reason
+        reason = one_line(frame.method.reason)
         self._blocked = True
         logger.warning("the broker at %s takes no events: %r", self._link.address, reason)
         self._spread(self._backlog.down((), Blocked(f"the broker takes no events: {reason}")))
@@ -403,12 +404,8 @@ def _names_exchange(reason: pika.exceptions.ChannelClosedByBroker, entry: Entry)
     return (
         bool(exchange)
         and reason.reply_code == _NO_SUCH_EXCHANGE
-        and f"no exchange '{exchange}' in vhost" in reason.reply_text
+        and f"no exchange '{one_line(exchange)}' in vhost" in told(reason)
     )
-
-
-def _told(reason: pika.exceptions.ChannelClosedByBroker) -> str:
-    return f"{reason.reply_code} {reason.reply_text}"
 
 
 def _nacked(entries: Sequence[Entry]) -> BrokerError:

@@ -15,6 +15,7 @@ import pika.exceptions
 
 from outbox.settings import Declare
 from outbox.subscription import QueueSpec, dead_letter_queue
+from outbox.transports.rabbitmq.failures import one_line
 
 __all__ = ["Step", "declare", "exchange", "parking_queue", "queue"]
 
@@ -107,7 +108,7 @@ def declare(
     def on_close(_channel: pika.channel.Channel, reason: Exception) -> None:
         match reason:
             case pika.exceptions.ChannelClosedByBroker():
-                connection.ioloop.call_later(0, lambda: done(reason.reply_text))
+                connection.ioloop.call_later(0, lambda: done(one_line(reason.reply_text)))
             case pika.exceptions.ChannelClosedByClient():
                 connection.ioloop.call_later(0, lambda: done(None))
 

@@ -30,6 +30,16 @@ class Slow(Consumer):
         enqueue_event({{"slept": event.payload}}, "{name}.done", exchange="{name}")
         publish()
 
+class Lingering(Consumer):
+    queue = "{name}.lingering"
+    exchange = "{name}"
+
+    def process(self, event):
+        enqueue_event({{"of": event.payload}}, "{name}.done", exchange="{name}")
+        publish()
+        if not pathlib.Path("hurry").exists():
+            time.sleep(60)
+
 @consumer("{name}.other", exchange="{name}")
 def other(event):
     pass
@@ -61,8 +71,9 @@ def start(tmp_path: Path, amqp_url: str, name: str, inspector: Inspector) -> Ite
         if child.poll() is None:
             child.kill()
         child.communicate(timeout=10)
-    for queue in (name, f"{name}.dead", f"{name}.other", f"{name}.other.dead"):
+    for queue in (name, f"{name}.other", f"{name}.lingering"):
         inspector.clean_up(queue=queue)
+        inspector.clean_up(queue=f"{queue}.dead")
     inspector.clean_up(exchange=name)
 
 
@@ -137,6 +148,45 @@ def test_a_killed_worker_loses_nothing_and_the_follow_on_keeps_its_id(
     first = inspector.get(done, 20)
     inspector.publish(name, b"0.5", properties=properties_of(message_id="m-1", delivery_mode=2))
     assert inspector.get(done, 20).id == first.id
+
+
+def test_under_load_sigterm_settles_what_runs_and_gives_back_the_rest_unfailed(
+    start: Start, inspector: Inspector, name: str, tmp_path: Path
+) -> None:
+    done = inspector.queue(f"{name}-done", name, (f"{name}.done",))
+    child = start("work:Slow", "-t", "4")
+    wait_for_consumer(inspector, name)
+    for n in range(10):
+        properties = properties_of(message_id=f"m-{n}", delivery_mode=2)
+        inspector.publish(name, b"0.5", properties=properties)
+    wait_for_file(tmp_path / "started")
+    begin = time.monotonic()
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(15) == exit_codes.SUCCESS
+    assert time.monotonic() - begin < 3
+    finished = inspector.all(done)
+    left = inspector.all(name)
+    assert 1 <= len(finished) <= 4  # those that ran when the signal came
+    assert len(finished) + len(left) == 10  # each is one of the two: done and acked, or not begun
+    assert inspector.all(f"{name}.dead") == []
+
+
+def test_killed_between_publish_and_ack_a_worker_repeats_the_follow_on_with_its_id(
+    start: Start, inspector: Inspector, name: str, tmp_path: Path
+) -> None:
+    done = inspector.queue(f"{name}-done", name, (f"{name}.done",))
+    child = start("work:Lingering")
+    wait_for_consumer(inspector, f"{name}.lingering")
+    inspector.publish(f"{name}.lingering", b"1", properties=properties_of(message_id="m-1"))
+    first = inspector.get(done)  # confirmed; the message is not acked yet
+    child.kill()
+    child.wait(5)
+    (tmp_path / "hurry").touch()
+    child = start("work:Lingering")
+    assert inspector.get(done, 20).id == first.id
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(15) == exit_codes.SUCCESS
+    assert inspector.all(f"{name}.lingering") == []
 
 
 def test_a_module_runs_all_its_consumers_and_queues_can_be_chosen(

@@ -23,9 +23,12 @@ from outbox import (
     enqueue_event,
     publish,
 )
+from outbox.consumers import ReceivedEvent
 from outbox.testing.broker import PrivateBroker
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
+from tests.integration.test_worker import running, send
+from tests.waiting import wait_until
 
 # A quorum queue that is a second old when its only node is killed may not come back with it
 # (RabbitMQ 3.10.8: its name is not on disk yet).
@@ -288,3 +291,42 @@ def test_reconnects_and_what_was_kept_are_counted_and_told(
     assert told == [f"connected to {address}", "ConnectionLost", f"connected to {address}"]
     assert (stats.published, stats.kept, stats.ever_kept, stats.reconnects) == (2, 0, 1, 1)
     assert stats.connected
+
+
+def test_under_a_real_memory_alarm_publishers_keep_and_workers_go_on_acking(
+    private_broker: PrivateBroker, name: str
+) -> None:
+    inspector = Inspector(private_broker.url)
+    follow_ons = inspector.queue(f"{name}-next", name, ("next",), arguments=CLASSIC)
+    other = inspector.queue(f"{name}-other", name, ("other",), arguments=CLASSIC)
+
+    def process(event: ReceivedEvent) -> None:
+        begun.release()
+        alarmed.wait(30)
+        if event.payload == "publishes":
+            enqueue_event({}, "next")
+            publish()
+
+    begun, alarmed = threading.Semaphore(0), threading.Event()
+    with Publisher(private_broker.url, exchange=name, timeout=1) as publisher:
+        with running(publisher, inspector, process, name, threads=4) as worker:
+            send(publisher, name, "publishes", 1, 2, 3)
+            for _ in range(4):
+                assert begun.acquire(timeout=10)
+            private_broker.ctl("set_vm_memory_high_watermark", "absolute", "1MB")
+            try:
+                event = Event(id="kept", target="other", exchange=name, body=b"{}")
+                publisher.publish([event])  # the first one after the alarm has it told
+                wait_until(lambda: not publisher.connected)
+                assert publisher.kept == (event,)
+                alarmed.set()
+                acks = worker._subscription._acks  # type: ignore[attr-defined]
+                wait_until(lambda: len(acks._settled) + acks._lowest - 1 == 3)
+            finally:
+                private_broker.ctl("set_vm_memory_high_watermark", "0.4")
+            assert publisher.drain(10)
+            assert inspector.get(follow_ons).payload == {}
+            assert inspector.get(other).id == "kept"
+            assert worker.stop(10)
+    assert inspector.all(name) == []
+    inspector.close()

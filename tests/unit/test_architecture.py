@@ -76,6 +76,13 @@ def test_a_driver_is_imported_in_its_own_transport_alone(module: str) -> None:
         assert home is None or module.startswith(home), f"{module} imports {name}"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_relies_on_assert(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text())
+    # Python leaves them out under -O.
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+
+
 def test_there_is_no_import_cycle() -> None:
     graph = {
         module: {name for name in imports(path, at_import=True) if name in MODULES}

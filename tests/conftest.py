@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from outbox import Publisher, configuration, observing
+from outbox import Publisher, configuration, observing, scope
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
@@ -83,7 +83,8 @@ def publisher(amqp_url: str, name: str) -> Iterator[Publisher]:
 
 @pytest.fixture(autouse=True)
 def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No publisher, setting, observer or thread of one test is there in the next one."""
+    """No collector, publisher, setting, observer or thread of one test is there in the next."""
+    scope.resume(None)
     for variable in [one for one in os.environ if one.startswith("OUTBOX_")]:
         if not variable.startswith("OUTBOX_TEST_"):
             monkeypatch.delenv(variable)

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import decimal
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -533,8 +534,11 @@ def test_a_message_whose_properties_cannot_be_read_at_all_blocks_nobody(
 
 
 def test_a_message_whose_properties_are_not_text_goes_to_the_dead_letters_like_others(
-    publisher: Publisher, inspector: Inspector, name: str
+    publisher: Publisher, inspector: Inspector, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What is logged cannot be written in UTF-8 either, as pytest's workers write their reports.
+    monkeypatch.setattr(logging.getLogger("outbox.consumer"), "propagate", False)
+
     def process(event: ReceivedEvent) -> None:
         enqueue_event({}, "x")
         raise ValueError("\udc80")

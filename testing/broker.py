@@ -5,21 +5,20 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import random
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Self
 
-__all__ = ["BrokerMissing", "PrivateBroker", "find_server"]
+from outbox.testing.servers import Spawner, find_rabbitmq, free_ports
 
-_LIBRARIES = ("/usr/lib/rabbitmq/lib", "/usr/local/lib/rabbitmq", "/opt/homebrew/opt/rabbitmq")
+__all__ = ["BrokerMissing", "PrivateBroker"]
+
 _PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
 _STOP_TIMEOUT = 20.0  # seconds
 
@@ -33,9 +32,6 @@ log.console = false
 
 # Loopback only; and no port mapper but ours: one that Erlang starts by itself outlives the node.
 _KERNEL = "-kernel inet_dist_use_interface {127,0,0,1} -start_epmd false"
-# Below what systems give to outgoing connections (Linux from 32768, others from 49152): while the
-# node is dead, none of those can take its port, nor a client connect to itself there.
-_PORTS = range(20000, 32768)
 # Two schedulers that sleep at once when there is nothing to do: an idle node costs no CPU.
 _SCHEDULERS = "+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none"
 
@@ -48,20 +44,6 @@ class BrokerMissing(RuntimeError):
             "no RabbitMQ server found: install one (Debian and Ubuntu: "
             "sudo apt-get install rabbitmq-server), or set OUTBOX_TEST_AMQP_URL to one that runs"
         )
-
-
-def find_server() -> Path | None:
-    """Return RabbitMQ's own start script, or None.
-
-    Not the wrapper on the PATH, which on Debian switches to the user ``rabbitmq``: the script in
-    RabbitMQ's library folder runs as the caller.
-    """
-    for library in map(Path, _LIBRARIES):
-        found = [*library.glob("rabbitmq_server-*/sbin/rabbitmq-server")]
-        found += library.glob("sbin/rabbitmq-server")
-        if found:
-            return max(found)
-    return None
 
 
 class PrivateBroker:
@@ -85,13 +67,12 @@ class PrivateBroker:
         Raises:
             BrokerMissing: there is none.
         """
-        server = find_server()
+        server = find_rabbitmq()
         if server is None:
             raise BrokerMissing
         self._server = server
         self._directory = directory
-        # Children are told to die with the thread that started them, so that thread must stay.
-        self._spawner = ThreadPoolExecutor(1, "private-broker")
+        self._spawner = Spawner()
         self._folder: Path | None = None
         self._node: subprocess.Popen[bytes] | None = None
         self._epmd: subprocess.Popen[bytes] | None = None
@@ -215,7 +196,7 @@ class PrivateBroker:
         self._folder = Path(tempfile.mkdtemp(prefix="outbox-broker-", dir=self._directory))
         self._owner = os.getpid()
         atexit.register(self._stop_at_exit)
-        with _free_ports(3) as (port, distribution, epmd):
+        with free_ports(3) as (port, distribution, epmd):
             self.port = port
         self._epmd_port = epmd
         Path(self._path("rabbitmq.conf")).write_text(_CONFIG.format(port=port))
@@ -249,18 +230,7 @@ class PrivateBroker:
         return str(self._folder / name)
 
     def _spawn(self, program: str, output: IO[bytes] | int) -> subprocess.Popen[bytes]:
-        # The kernel ends it when the thread that started it ends, however this process dies.
-        setpriv = shutil.which("setpriv")
-        return self._spawner.submit(
-            subprocess.Popen,
-            [setpriv, "--pdeathsig", "KILL", program] if setpriv else [program],
-            env=self._environment,
-            cwd=self._folder,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        ).result()
+        return self._spawner.spawn([program], self._path(""), output, env=self._environment)
 
     def _signal_node(self, number: int) -> None:
         """Signal the node's session: the Erlang machine and the helpers that it started."""
@@ -292,18 +262,3 @@ class PrivateBroker:
             connection.sendall(_PROTOCOL_HEADER)
             return connection.recv(1) == b"\x01"  # a method frame: Connection.Start
         return False
-
-
-@contextlib.contextmanager
-def _free_ports(count: int) -> Iterator[list[int]]:
-    """Yield free loopback ports, taken until the end of the block so that they differ."""
-    with contextlib.ExitStack() as stack:
-        ports: list[int] = []
-        for port in random.sample(_PORTS, len(_PORTS)):
-            if len(ports) == count:
-                break
-            candidate = stack.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                candidate.bind(("127.0.0.1", port))
-                ports.append(port)
-        yield ports

@@ -8,9 +8,12 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from sqlalchemy import create_engine, make_url
+from sqlalchemy.pool import NullPool
 
 from outbox import Publisher, configuration, observing, scope
 from outbox.testing.broker import BrokerMissing, PrivateBroker
+from outbox.testing.postgresql import PostgreSQLMissing, PrivatePostgreSQL
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 
@@ -21,6 +24,15 @@ def _started() -> PrivateBroker:
     except BrokerMissing as error:
         # Where a broker was named on purpose, what needs one that it may kill is skipped.
         if "CI" in os.environ and not os.environ.get("OUTBOX_TEST_AMQP_URL"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+def _started_postgresql() -> PrivatePostgreSQL:
+    try:
+        return PrivatePostgreSQL().start()
+    except PostgreSQLMissing as error:
+        if "CI" in os.environ:
             pytest.fail(str(error))
         pytest.skip(str(error))
 
@@ -51,6 +63,34 @@ def private_broker(mortal_broker: PrivateBroker) -> PrivateBroker:
     if not mortal_broker.running:
         mortal_broker.start()
     return mortal_broker
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PrivatePostgreSQL]:
+    """A PostgreSQL server for all tests that leave it alive."""
+    server = _started_postgresql()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def mortal_postgresql() -> Iterator[PrivatePostgreSQL]:
+    """A PostgreSQL server that a test may kill, pause and start again."""
+    server = _started_postgresql()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def postgresql_url(postgresql: PrivatePostgreSQL) -> Iterator[str]:
+    """An empty database of the test's own."""
+    database = f"test_{uuid.uuid4().hex[:12]}"
+    admin = create_engine(postgresql.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {database}")
+    yield make_url(postgresql.url).set(database=database).render_as_string(hide_password=False)
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {database} WITH (FORCE)")
 
 
 @pytest.fixture

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from outbox.testing.broker import find_server
+from outbox.testing.servers import find_rabbitmq
 
 ROOT = Path(__file__).parents[2]
 
 # As the fixtures do: CI has a server, unless another broker was named on purpose.
 REQUIRED = "CI" in os.environ and not os.environ.get("OUTBOX_TEST_AMQP_URL")
 pytestmark = pytest.mark.skipif(
-    find_server() is None and not REQUIRED, reason="the demo starts a RabbitMQ itself"
+    find_rabbitmq() is None and not REQUIRED, reason="the demo starts a RabbitMQ itself"
 )
 
 

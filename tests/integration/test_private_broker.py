@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from outbox.testing import broker as module
+from outbox.testing import servers
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from tests.amqp import Inspector
 
@@ -172,8 +173,7 @@ def test_no_process_survives_a_program_that_is_killed(
 def test_a_missing_server_is_one_line_that_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_LIBRARIES", ())
-    assert module.find_server() is None
+    monkeypatch.setattr(servers, "_RABBITMQ", ())
     with pytest.raises(BrokerMissing, match="apt-get install rabbitmq-server") as caught:
         PrivateBroker()
     assert "OUTBOX_TEST_AMQP_URL" in str(caught.value)

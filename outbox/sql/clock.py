@@ -1,0 +1,98 @@
+"""The database's clock, in SQL: the only one by which stored events are due, leased or old.
+
+A process whose own clock is wrong, or that was frozen, changes nothing by it.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+from sqlalchemy import TIMESTAMP, Dialect, Float
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+__all__ = ["Timestamp", "in_seconds", "now", "seconds_since"]
+
+_UTC = datetime.UTC
+_SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+class Timestamp(TypeDecorator[datetime.datetime]):
+    """An aware instant: ``TIMESTAMP WITH TIME ZONE``, or on SQLite seconds since the epoch."""
+
+    impl = TIMESTAMP
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:  # noqa: D102
+        if dialect.name == "sqlite":
+            return dialect.type_descriptor(Float())
+        return dialect.type_descriptor(TIMESTAMP(timezone=True))
+
+    def process_bind_param(self, value: datetime.datetime | None, dialect: Dialect) -> Any:  # noqa: D102
+        return value.timestamp() if value is not None and dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime.datetime | None:  # noqa: D102
+        if value is not None and dialect.name == "sqlite":
+            return datetime.datetime.fromtimestamp(value, _UTC)
+        found: datetime.datetime | None = value
+        return found
+
+
+class now(FunctionElement[datetime.datetime]):
+    """The time at which the statement began, of one value for all its rows.
+
+    On PostgreSQL not ``now()``, which is when the transaction began, nor ``clock_timestamp()``,
+    which differs from row to row, so that no index could be used for what is due.
+    """
+
+    type = Timestamp()
+    inherit_cache = True
+
+
+class in_seconds(FunctionElement[datetime.datetime]):
+    """So many seconds after :class:`now`."""
+
+    type = Timestamp()
+    inherit_cache = True
+
+
+class seconds_since(FunctionElement[float]):
+    """How many seconds :class:`now` is after a timestamp."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(now, "postgresql")
+def _(element: now, compiler: SQLCompiler, **_: Any) -> str:
+    return "statement_timestamp()"
+
+
+@compiles(now, "sqlite")
+def _(element: now, compiler: SQLCompiler, **_: Any) -> str:
+    return _SQLITE_NOW
+
+
+@compiles(in_seconds, "postgresql")
+def _(element: in_seconds, compiler: SQLCompiler, **options: Any) -> str:
+    seconds = compiler.process(element.clauses, **options)
+    return f"(statement_timestamp() + make_interval(secs => {seconds}))"
+
+
+@compiles(in_seconds, "sqlite")
+def _(element: in_seconds, compiler: SQLCompiler, **options: Any) -> str:
+    return f"({_SQLITE_NOW} + {compiler.process(element.clauses, **options)})"
+
+
+@compiles(seconds_since, "postgresql")
+def _(element: seconds_since, compiler: SQLCompiler, **options: Any) -> str:
+    moment = compiler.process(element.clauses, **options)
+    return f"EXTRACT(EPOCH FROM statement_timestamp() - {moment})::float8"
+
+
+@compiles(seconds_since, "sqlite")
+def _(element: seconds_since, compiler: SQLCompiler, **options: Any) -> str:
+    return f"({_SQLITE_NOW} - {compiler.process(element.clauses, **options)})"

@@ -1,0 +1,505 @@
+"""The store: what is done with rows of events, each in one short transaction."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Delete,
+    Engine,
+    Subquery,
+    Update,
+    and_,
+    any_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    inspect,
+    literal,
+    or_,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, BIGINT
+
+from outbox.errors import UsageError
+from outbox.event import Event
+from outbox.sql.clock import in_seconds, now, seconds_since
+from outbox.sql.rows import event_of, values_of
+from outbox.sql.schema import DIALECTS, ddl, events, metadata
+
+__all__ = ["Claimed", "Status", "Store"]
+
+_WINDOW = 4  # times the limit: among how many due rows the first ones of their keys are looked for
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A row that is leased to the caller.
+
+    Attributes:
+        seq: the row's own number; rises with the order of insertion.
+        queue: it waits in; ``""`` for the relay.
+        event: as it was stored.
+        token: of the lease: the row can be changed with it for as long as nobody else claims it.
+        deliveries: how often it has been claimed, this time included.
+        attempts: how often it has failed by itself.
+    """
+
+    seq: int
+    queue: str
+    event: Event
+    token: str
+    deliveries: int
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is in the table, as of one moment.
+
+    Attributes:
+        waiting: due, and claimed by nobody.
+        scheduled: for later: delayed, or backing off.
+        leased: being published or processed.
+        dead: by reason, the most frequent first.
+        oldest: seconds since the oldest event that waits was stored; None if none waits.
+        queues: how many are alive in each queue; ``""`` for the relay.
+    """
+
+    waiting: int
+    scheduled: int
+    leased: int
+    dead: dict[str, int]
+    oldest: float | None
+    queues: dict[str, int]
+
+
+class Store:
+    """The table of events in one database. Thread-safe, as far as its engine is.
+
+    A row is *alive* until it is completed (deleted) or buried (*dead*, with a reason). It is *due*
+    from ``available_at`` on, which is schedule, back-off and the end of a lease in one.
+
+    Every method is one transaction of its own, but for ``put`` with a connection. Errors of the
+    database are SQLAlchemy's.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Make a store of the table in the database of ``engine``, which stays the caller's.
+
+        Args:
+            engine: for SQLite one of :func:`outbox.sql.engines.open_engine`: its transactions
+                begin by taking the lock, without which two claims could get the same row.
+
+        Raises:
+            UsageError: it is no database for which there is a store.
+        """
+        if engine.dialect.name not in DIALECTS:
+            raise UsageError(
+                f"events cannot be stored in {engine.dialect.name}, only in {' or '.join(DIALECTS)}"
+            )
+        self.engine = engine
+        self._is_postgresql = engine.dialect.name == "postgresql"
+
+    def create(self) -> bool:
+        """Create the table and its indexes unless they are there; return whether it did."""
+        with self.engine.begin() as connection:
+            if inspect(connection).has_table(events.name):
+                return False
+            metadata.create_all(connection)
+            return True
+
+    def check(self) -> None:
+        """See that the table is there, with all that is needed.
+
+        Raises:
+            UsageError: names what is missing, and how to make it.
+        """
+        with self.engine.connect() as connection:
+            found = inspect(connection)
+            if not found.has_table(events.name):
+                raise UsageError(
+                    f"there is no table {events.name}: make it with `outbox sql create`, or with "
+                    "your migrations (outbox.sql.metadata, `outbox sql ddl`)"
+                )
+            columns = {one["name"] for one in found.get_columns(events.name)}
+            indexes = {one["name"] for one in found.get_indexes(events.name)}
+        missing = [f"column {one.name}" for one in events.columns if one.name not in columns]
+        missing += [f"index {one.name}" for one in events.indexes if one.name not in indexes]
+        if missing:
+            raise UsageError(
+                f"the table {events.name} lacks {', '.join(sorted(missing))}; as it should be:\n"
+                + ddl(self.engine.dialect.name)
+            )
+
+    def put(self, found: Iterable[Event], *, connection: Connection | None = None) -> None:
+        """Store events for the relay, in the transaction of ``connection`` if one is given."""
+        self.put_rows([values_of(event) for event in found], connection=connection)
+
+    def put_rows(
+        self, rows: Sequence[dict[str, Any]], *, connection: Connection | None = None
+    ) -> None:
+        """Store rows made by :func:`outbox.sql.rows.values_of`, in their order."""
+        if connection is None:
+            with self.engine.begin() as connection:
+                self.put_rows(rows, connection=connection)
+            return
+        # Rows of one statement have the same columns; in order, since it is the rows' order too.
+        for _, alike in itertools.groupby(rows, key=lambda row: "available_at" in row):
+            connection.execute(insert(events), list(alike))
+
+    def claim(
+        self,
+        limit: int,
+        *,
+        queue: str = "",
+        lease: float = 60.0,
+        max_bytes: int = 16 * 1024 * 1024,
+        ordered: bool = False,
+        only: Sequence[int] | None = None,
+        connection: Connection | None = None,
+    ) -> list[Claimed]:
+        """Lease due rows to the caller, the oldest first, and return them in their order.
+
+        Nobody else gets a leased row before its lease ends, wherever he claims. Rows that others
+        are claiming at this moment are passed over.
+
+        Args:
+            limit: how many at most, 1 or more.
+            queue: from which.
+            lease: seconds.
+            max_bytes: rows are taken until their payloads reach it: at least one.
+            ordered: of the events of one key, take only what has none of its key before it that
+                is alive and not in the same claim, so that the order within a key can be kept.
+            only: the numbers of the rows to choose from, due or not, unless they are leased.
+            connection: in whose transaction; by default in one of its own.
+        """
+        if connection is None:
+            with self.engine.begin() as connection:
+                return self.claim(
+                    limit, queue=queue, lease=lease, max_bytes=max_bytes, ordered=ordered,
+                    only=only, connection=connection,
+                )  # fmt: skip
+        token = str(uuid.uuid4())
+        row = events.c
+        of_queue: list[ColumnElement[bool]] = [row.queue == queue, row.dead_at.is_(None)]
+        if only is not None:
+            # Within their grace: not due, and not leased.
+            chosen = [*of_queue, self._is_one_of(only), row.lease_token.is_(None)]
+            return self._take(connection, chosen, limit, lease, max_bytes, token, ordered)
+        due = [*of_queue, row.available_at <= now()]
+        found: list[Claimed] = []
+        for rank in self._ranks(connection, queue):
+            chosen = [*due, row.rank == rank]
+            found += self._take(
+                connection, chosen, limit - len(found), lease, max_bytes, token, ordered
+            )
+            if len(found) >= limit:
+                break
+        return found
+
+    def complete(self, rows: Iterable[Claimed], *, connection: Connection | None = None) -> int:
+        """Delete rows that have reached their aim; return how many were still ours."""
+        return self._settle(rows, delete(events), connection)
+
+    def release(
+        self,
+        rows: Iterable[Claimed],
+        delay: float = 0.0,
+        *,
+        reason: str | None = None,
+        failed: bool = False,
+        connection: Connection | None = None,
+    ) -> int:
+        """Give rows back, due in ``delay`` seconds; return how many were still ours.
+
+        Args:
+            rows: as they were claimed.
+            delay: seconds.
+            reason: why, for people.
+            failed: whether the row itself is to blame: an attempt is counted.
+            connection: in whose transaction; by default in one of its own.
+        """
+        values = {
+            "lease_token": None,
+            "available_at": in_seconds(literal(float(delay))),
+            "reason": reason,
+            "attempts": events.c.attempts + int(failed),
+        }
+        return self._settle(rows, update(events).values(values), connection)
+
+    def extend(
+        self, rows: Iterable[Claimed], lease: float, *, connection: Connection | None = None
+    ) -> int:
+        """Let leases end ``lease`` seconds from now; return how many were still ours."""
+        values = {"available_at": in_seconds(literal(float(lease)))}
+        return self._settle(rows, update(events).values(values), connection)
+
+    def bury(
+        self, rows: Iterable[Claimed], reason: str, *, connection: Connection | None = None
+    ) -> int:
+        """Mark rows dead: they are never claimed again; return how many were still ours."""
+        values = {
+            "lease_token": None,
+            "dead_at": now(),
+            "reason": reason,
+            "attempts": events.c.attempts + 1,
+        }
+        return self._settle(rows, update(events).values(values), connection)
+
+    def status(self) -> Status:
+        """Return what is in the table."""
+        row = events.c
+        alive = row.dead_at.is_(None)
+        leased = alive & row.lease_token.is_not(None) & (row.available_at > now())
+        scheduled = alive & row.lease_token.is_(None) & (row.available_at > now())
+        waiting = alive & (row.available_at <= now())
+        with self.engine.begin() as connection:
+            counts = connection.execute(
+                select(
+                    func.count().filter(waiting).label("waiting"),
+                    func.count().filter(scheduled).label("scheduled"),
+                    func.count().filter(leased).label("leased"),
+                    seconds_since(func.min(row.stored_at).filter(waiting)).label("oldest"),
+                )
+            ).one()
+            dead = connection.execute(
+                select(row.reason, func.count().label("count"))
+                .where(row.dead_at.is_not(None))
+                .group_by(row.reason)
+                .order_by(text("2 DESC"), row.reason)
+            ).all()
+            queues = connection.execute(
+                select(row.queue, func.count().label("count"))
+                .where(alive)
+                .group_by(row.queue)
+                .order_by(row.queue)
+            ).all()
+        return Status(
+            waiting=counts.waiting,
+            scheduled=counts.scheduled,
+            leased=counts.leased,
+            dead={one[0] or "": one[1] for one in dead},
+            oldest=None if counts.oldest is None else max(0.0, float(counts.oldest)),
+            queues={one[0]: one[1] for one in queues},
+        )
+
+    def dead(
+        self,
+        *,
+        ids: Sequence[str] = (),
+        reason: str | None = None,
+        target: str | None = None,
+        limit: int | None = None,
+    ) -> list[tuple[int, str, str, str]]:
+        """Return number, id, target and reason of dead rows, the oldest first.
+
+        Args:
+            ids: only events of these ids.
+            reason: only those whose reason contains this.
+            target: only those to this target.
+            limit: how many at most.
+        """
+        row = events.c
+        statement = (
+            select(row.seq, row.id, row.type, row.reason)
+            .where(row.dead_at.is_not(None))
+            .order_by(row.seq)
+            .limit(limit)
+        )
+        if ids:
+            statement = statement.where(row.id.in_(ids))
+        if reason is not None:
+            statement = statement.where(row.reason.contains(reason, autoescape=True))
+        if target is not None:
+            statement = statement.where(row.type == target)
+        with self.engine.begin() as connection:
+            return [
+                (one.seq, one.id, one.type, one.reason or "")
+                for one in connection.execute(statement)
+            ]
+
+    def retry(self, seqs: Sequence[int]) -> int:
+        """Make dead rows alive and due again; return how many there were."""
+        values = {"dead_at": None, "available_at": now(), "attempts": 0, "deliveries": 0}
+        statement = update(events).where(self._is_one_of(seqs), events.c.dead_at.is_not(None))
+        with self.engine.begin() as connection:
+            return connection.execute(statement.values(values)).rowcount
+
+    def purge(self, seqs: Sequence[int]) -> int:
+        """Delete dead rows; return how many there were."""
+        statement = delete(events).where(self._is_one_of(seqs), events.c.dead_at.is_not(None))
+        with self.engine.begin() as connection:
+            return connection.execute(statement).rowcount
+
+    def _ranks(self, connection: Connection, queue: str) -> Iterator[int]:
+        """Yield the ranks that are in ``queue``, the highest first; the relay's has one."""
+        if not queue:
+            yield 0
+            return
+        row = events.c
+        below: int | None = None
+        while True:
+            statement = select(func.max(row.rank)).where(row.queue == queue, row.dead_at.is_(None))
+            if below is not None:
+                statement = statement.where(row.rank < below)
+            below = connection.execute(statement).scalar()
+            if below is None:
+                return
+            yield below
+
+    def _take(
+        self,
+        connection: Connection,
+        chosen: Sequence[ColumnElement[bool]],
+        limit: int,
+        lease: float,
+        max_bytes: int,
+        token: str,
+        ordered: bool,
+    ) -> list[Claimed]:
+        if not ordered:
+            return self._lease(connection, self._candidates(chosen, limit), max_bytes, lease, token)
+        row = events.c
+        # The first of each key; what others are claiming right now is still alive for us. A
+        # backlog of few keys has few such rows: they are looked for near its beginning first.
+        window = (
+            select(row.seq)
+            .where(*chosen)
+            .order_by(row.available_at, row.seq)
+            .limit(_WINDOW * limit)
+            .scalar_subquery()
+        )
+        heads: list[Claimed] = []
+        for within in ([row.seq.in_(window)], []):
+            candidates = self._candidates([*chosen, *within, _is_first_of_its_key()], limit)
+            heads = self._lease(connection, candidates, max_bytes, lease, token)
+            if heads:
+                break
+        size = sum(len(one.event.body) for one in heads)
+        keyed = {one.event.key: one.seq for one in heads if one.event.key is not None}
+        if not keyed or len(heads) >= limit or size >= max_bytes:
+            return heads
+        # While the first of a key is ours, nobody else claims any of that key.
+        free = row.lease_token.is_(None) | (row.available_at <= now())
+        ready = and_(*chosen, free).label("ready")
+        following = connection.execute(
+            select(row.seq, row.key, func.length(row.payload).label("size"), ready)
+            .where(row.key.in_(keyed), row.queue == heads[0].queue, row.dead_at.is_(None))
+            .order_by(row.key, row.seq)
+            .limit(limit)
+        ).all()
+        more: list[int] = []
+        for key, rows in itertools.groupby(following, key=lambda one: one.key):
+            behind = [one for one in rows if one.seq > keyed[key]]
+            for one in itertools.takewhile(lambda one: one.ready, behind):
+                size += one.size
+                if len(heads) + len(more) >= limit or size > max_bytes:
+                    break
+                more.append(one.seq)
+        if more:
+            candidates = self._candidates([self._is_one_of(more)], len(more))
+            taken = self._lease(connection, candidates, max_bytes, lease, token)
+            heads = sorted([*heads, *taken], key=lambda one: one.seq)
+        return heads
+
+    def _candidates(self, chosen: Sequence[ColumnElement[bool]], limit: int) -> Subquery:
+        row = events.c
+        found = (
+            select(row.seq, row.available_at, func.length(row.payload).label("size"))
+            .where(*chosen)
+            .order_by(row.available_at, row.seq)
+            .limit(limit)
+        )
+        if self._is_postgresql:
+            found = found.with_for_update(skip_locked=True)
+        due = found.cte("due").prefix_with("MATERIALIZED")
+        before = func.sum(due.c.size).over(order_by=(due.c.available_at, due.c.seq)) - due.c.size
+        return select(due.c.seq, before.label("before")).subquery("candidates")
+
+    def _lease(
+        self,
+        connection: Connection,
+        candidates: Subquery,
+        max_bytes: int,
+        lease: float,
+        token: str,
+    ) -> list[Claimed]:
+        taken = select(candidates.c.seq).where(candidates.c.before < max_bytes)
+        statement = (
+            update(events)
+            .where(events.c.seq.in_(taken))
+            .values(
+                lease_token=token,
+                available_at=in_seconds(literal(float(lease))),
+                deliveries=events.c.deliveries + 1,
+            )
+            .returning(events)
+        )
+        rows = connection.execute(statement).all()
+        return sorted(
+            (
+                Claimed(row.seq, row.queue, event_of(row), token, row.deliveries, row.attempts)
+                for row in rows
+            ),
+            key=lambda one: one.seq,
+        )
+
+    def _settle(
+        self,
+        rows: Iterable[Claimed],
+        statement: Delete | Update,
+        connection: Connection | None,
+    ) -> int:
+        by_token: dict[str, list[int]] = {}
+        for row in rows:
+            by_token.setdefault(row.token, []).append(row.seq)
+        if not by_token:
+            return 0
+        if connection is None:
+            with self.engine.begin() as connection:
+                return self._settle_by_token(by_token, statement, connection)
+        return self._settle_by_token(by_token, statement, connection)
+
+    def _settle_by_token(
+        self,
+        by_token: dict[str, list[int]],
+        statement: Delete | Update,
+        connection: Connection,
+    ) -> int:
+        count = 0
+        for token, seqs in by_token.items():
+            mine = and_(self._is_one_of(seqs), events.c.lease_token == token)
+            count += connection.execute(statement.where(mine)).rowcount
+        return count
+
+    def _is_one_of(self, seqs: Sequence[int]) -> ColumnElement[bool]:
+        # As one parameter: the statement is the same for any number of rows.
+        if self._is_postgresql:
+            return events.c.seq == any_(bindparam(None, list(seqs), ARRAY(BIGINT)))
+        each = func.json_each(json.dumps(list(seqs))).table_valued("value")
+        return events.c.seq.in_(select(each.c.value))
+
+
+def _is_first_of_its_key() -> ColumnElement[bool]:
+    earlier = events.alias("earlier")
+    return or_(
+        events.c.key.is_(None),
+        ~exists().where(
+            earlier.c.queue == events.c.queue,
+            earlier.c.key == events.c.key,
+            earlier.c.seq < events.c.seq,
+            earlier.c.dead_at.is_(None),
+        ),
+    )

@@ -1,0 +1,406 @@
+"""The store of events, on PostgreSQL and SQLite."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import create_mock_engine, event, inspect, text
+
+from outbox import UsageError
+from outbox.event import Event, make_event
+from outbox.serializer import JSONSerializer
+from outbox.sql import Store, metadata
+from outbox.sql.engines import open_engine
+from outbox.sql.rows import headers_of, values_of
+from outbox.sql.schema import ddl, events
+from outbox.sql.store import Claimed
+
+DATABASES = ["postgresql", "sqlite"]
+
+
+@pytest.fixture(params=DATABASES)
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/events.db"
+    found: str = request.getfixturevalue("postgresql_url")
+    return found
+
+
+@pytest.fixture
+def store(database_url: str) -> Iterator[Store]:
+    engine = open_engine(database_url)
+    found = Store(engine)
+    assert found.create()
+    yield found
+    engine.dispose()
+
+
+def an_event(payload: Any = None, target: str = "order.placed", **options: Any) -> Event:
+    return make_event(JSONSerializer(), 1 << 24, None, payload, target, "shop", **options)
+
+
+def payloads(rows: list[Claimed]) -> list[Any]:
+    return [row.event.payload for row in rows]
+
+
+def wait_until_due(store: Store) -> None:
+    """Make every row due, as time would."""
+    with store.engine.begin() as connection:
+        connection.execute(
+            events.update().values(
+                available_at=datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
+            )
+        )
+
+
+def test_an_event_comes_back_as_it_was_stored(store: Store) -> None:
+    headers = {"n": 1, "b": b"\xff", "s": "\u20ac", "x": None, "t": {"l": [True, {"b": b""}]}}
+    stored = an_event(
+        {"a": [1, "\u20ac"]}, key="k", priority=7, headers=headers, unroutable="ignore", id="me"
+    )
+    store.put([stored])
+    [claimed] = store.claim(10)
+    assert claimed.event == stored
+    assert (claimed.deliveries, claimed.attempts, claimed.queue) == (1, 0, "")
+
+
+tables = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 63) - 1) | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner)
+        | st.dictionaries(st.text() | st.sampled_from(["$bytes", "$table"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(min_size=1), tables, max_size=4))
+def test_any_headers_come_back_from_a_row(headers: dict[str, Any]) -> None:
+    stored = Event(id="1", target="t", exchange="", body=b"", headers=headers)
+    text = values_of(stored)["headers"]
+    assert (headers_of(text) if text else {}) == headers
+
+
+def test_rows_are_claimed_in_the_order_in_which_they_were_stored(store: Store) -> None:
+    for chunk in range(3):
+        store.put([an_event([chunk, n]) for n in range(4)])
+    assert payloads(store.claim(5)) == [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0]]
+    assert payloads(store.claim(100)) == [[1, 1], [1, 2], [1, 3], [2, 0], [2, 1], [2, 2], [2, 3]]
+    assert store.claim(100) == []
+
+
+def test_scheduled_and_unscheduled_events_of_one_chunk_are_all_stored(store: Store) -> None:
+    store.put([an_event(1), an_event(2, delay=3600), an_event(3)])
+    assert payloads(store.claim(10)) == [1, 3]
+    assert store.status().scheduled == 1
+
+
+def test_a_leased_row_is_nobody_elses_until_its_lease_ends(store: Store) -> None:
+    store.put([an_event(1)])
+    [mine] = store.claim(1, lease=60)
+    assert store.claim(1) == []
+    wait_until_due(store)
+    [theirs] = store.claim(1)
+    assert theirs.deliveries == 2
+    assert store.complete([mine]) == store.release([mine]) == store.bury([mine], "no") == 0
+    assert store.extend([mine], 60) == 0
+    assert store.complete([theirs]) == 1
+
+
+def test_a_lease_can_be_extended(store: Store) -> None:
+    store.put([an_event(1)])
+    rows = store.claim(1, lease=0.0)
+    assert store.extend(rows, 60) == 1
+    assert store.claim(1) == []
+
+
+def test_a_released_row_is_due_after_its_delay_and_counts_only_failures(store: Store) -> None:
+    store.put([an_event(1), an_event(2)])
+    first, second = store.claim(2)
+    assert store.release([first], reason="the broker was away") == 1
+    assert store.release([second], 3600, failed=True) == 1
+    [again] = store.claim(2)
+    assert (again.event.payload, again.attempts, again.deliveries) == (1, 0, 2)
+    wait_until_due(store)
+    assert [(row.event.payload, row.attempts) for row in store.claim(2)] == [(1, 0), (2, 1)]
+
+
+def test_a_buried_row_is_never_claimed_and_can_be_made_alive_again(store: Store) -> None:
+    store.put([an_event(1, id="a"), an_event(2, id="b"), an_event(3, "other", id="c")])
+    store.bury(store.claim(3), "too large for the broker")
+    wait_until_due(store)
+    assert store.claim(3) == []
+    assert store.status().dead == {"too large for the broker": 3}
+    assert [row[1] for row in store.dead()] == ["a", "b", "c"]
+    assert [row[1] for row in store.dead(ids=["b"])] == ["b"]
+    assert [row[1] for row in store.dead(target="other")] == ["c"]
+    assert len(store.dead(reason="large", limit=2)) == 2
+    assert store.dead(reason="%") == []
+    [found] = store.dead(ids=["a"])
+    assert store.retry([found[0]]) == 1
+    [alive] = store.claim(3)
+    assert (alive.event.id, alive.attempts, alive.deliveries) == ("a", 0, 1)
+    assert store.purge([row[0] for row in store.dead()]) == 2
+    assert store.purge([alive.seq]) == 0
+    assert store.dead() == []
+
+
+def test_the_bytes_of_a_claim_are_bounded_and_one_row_always_fits(store: Store) -> None:
+    store.put([an_event("x" * 1000) for _ in range(10)])
+    assert len(store.claim(10, max_bytes=2500)) == 3
+    assert len(store.claim(10, max_bytes=1)) == 1
+
+
+def test_higher_ranks_of_a_queue_come_first_and_queues_do_not_mix(store: Store) -> None:
+    store.put([an_event("relay")])
+    store.put_rows([values_of(an_event(n), queue="q", rank=n % 3) for n in range(6)])
+    assert payloads(store.claim(3, queue="q")) == [2, 5, 1]
+    assert store.status().queues == {"": 1, "q": 6}
+    assert payloads(store.claim(10)) == ["relay"]
+
+
+def test_only_the_named_rows_are_claimed_even_before_they_are_due(store: Store) -> None:
+    store.put([an_event(n, delay=3600) for n in range(3)])
+    with store.engine.connect() as connection:
+        seqs = [row.seq for row in connection.execute(events.select().order_by(events.c.seq))]
+    assert payloads(store.claim(10, only=seqs[:2])) == [0, 1]
+    assert store.claim(10, only=seqs[:2]) == []
+    assert store.claim(10) == []
+
+
+def test_of_a_key_only_what_none_is_before_is_claimed_and_what_follows_it(store: Store) -> None:
+    store.put([an_event(n, key="ab"[n % 2]) for n in range(8)])
+    first = store.claim(5, ordered=True)
+    assert payloads(first) == [0, 1, 2, 4, 6]  # the first of each key, and all behind one of them
+    assert store.claim(10, ordered=True) == []
+    store.complete(first[:1])
+    store.release(first[1:], 3600)
+    assert store.claim(10, ordered=True) == []
+    wait_until_due(store)
+    assert payloads(store.claim(10, ordered=True)) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_is_behind_a_scheduled_event_of_its_key_waits_for_it(store: Store) -> None:
+    store.put([an_event(1, key="k"), an_event(2, key="k", delay=3600), an_event(3, key="k")])
+    assert payloads(store.claim(10, ordered=True)) == [1]
+
+
+def test_behind_a_key_that_waits_other_keys_are_still_found(store: Store) -> None:
+    store.put([an_event(0, key="stuck")])
+    store.release(store.claim(1), 3600)
+    store.put([an_event(n, key="stuck") for n in range(1, 50)] + [an_event("flows", key="b")])
+    assert payloads(store.claim(2, ordered=True)) == ["flows"]
+
+
+def test_an_uncommitted_claim_hides_its_keys_from_others(postgresql_url: str) -> None:
+    engine = open_engine(postgresql_url)
+    store = Store(engine)
+    store.create()
+    store.put([an_event(n, key="k") for n in range(4)])
+    with engine.begin() as connection:
+        assert len(store.claim(2, ordered=True, connection=connection)) == 2
+        assert store.claim(4, ordered=True) == []
+        assert store.claim(4) != []  # nobody asked for order
+    engine.dispose()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_claims_side_by_side_never_get_the_same_row(store: Store, ordered: bool) -> None:
+    store.put([an_event(n, key=f"k{n % 40}") for n in range(400)])
+    found: list[int] = []
+    lock = threading.Lock()
+
+    def work() -> None:
+        idle = 0
+        while idle < 3:
+            rows = store.claim(7, ordered=ordered)
+            idle = 0 if rows else idle + 1
+            with lock:
+                found.extend(payloads(rows))
+            assert store.complete(rows) == len(rows)
+
+    with ThreadPoolExecutor(4) as pool:
+        for one in [pool.submit(work) for _ in range(4)]:
+            one.result(60)
+    assert sorted(found) == list(range(400))
+
+
+def test_nothing_is_stored_when_the_callers_transaction_is_rolled_back(store: Store) -> None:
+    with store.engine.connect() as connection:
+        transaction = connection.begin()
+        store.put([an_event(1)], connection=connection)
+        transaction.rollback()
+    assert store.claim(1) == []
+
+
+def test_due_rows_are_found_by_the_partial_index_whatever_is_dead_or_for_later(
+    store: Store,
+) -> None:
+    rows = [values_of(an_event(n)) for n in range(2000)]
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+    for n, row in enumerate(rows):
+        row["available_at"] = later
+        row["dead_at"] = later if n % 2 else None
+    store.put_rows(rows)
+    store.put([an_event("due")])
+    statements: list[tuple[str, Any]] = []
+
+    @event.listens_for(store.engine, "before_cursor_execute")
+    def note(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+        statements.append((statement, parameters))
+
+    if store.engine.dialect.name == "postgresql":
+        with store.engine.begin() as connection:
+            connection.execute(text("ANALYZE outbox_events"))
+    assert payloads(store.claim(10)) == ["due"]
+    statement, parameters = next(one for one in statements if "UPDATE outbox_events" in one[0])
+    prefix = "EXPLAIN " if store.engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
+    with store.engine.begin() as connection:
+        plan = connection.exec_driver_sql(prefix + statement, parameters).all()
+    assert "outbox_events_due" in str(plan)
+    assert "Seq Scan on outbox_events" not in str(plan)
+
+
+def test_a_missing_table_column_or_index_is_named_with_what_to_do(database_url: str) -> None:
+    store = Store(open_engine(database_url))
+    with pytest.raises(UsageError, match="outbox sql create"):
+        store.check()
+    store.create()
+    assert not store.create()
+    store.check()
+    with store.engine.begin() as connection:
+        connection.execute(text("DROP INDEX outbox_events_key"))
+        connection.execute(text("ALTER TABLE outbox_events DROP COLUMN attempts"))
+    with pytest.raises(UsageError, match="lacks column attempts, index outbox_events_key"):
+        store.check()
+    store.engine.dispose()
+
+
+@pytest.mark.parametrize("dialect", DATABASES)
+def test_the_ddl_that_is_shown_makes_a_table_that_passes_the_check(
+    dialect: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = (
+        f"sqlite:///{tmp_path}/ddl.db"
+        if dialect == "sqlite"
+        else request.getfixturevalue("postgresql_url")
+    )
+    engine = open_engine(url)
+    with engine.begin() as connection:
+        for statement in filter(str.strip, ddl(dialect).split(";\n")):
+            connection.exec_driver_sql(statement)
+    Store(engine).check()
+    engine.dispose()
+
+
+def test_the_metadata_are_what_alembic_finds_in_the_database(store: Store) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    with store.engine.connect() as connection:
+        context = MigrationContext.configure(connection)
+        assert compare_metadata(context, metadata) == []
+
+
+def test_the_columns_of_debeziums_event_router_are_there(store: Store) -> None:
+    store.put([an_event(1, key="7", id="e1"), an_event(2, id="e2")])
+    columns = "id, aggregatetype, aggregateid, type"
+    with store.engine.connect() as connection:
+        rows = connection.execute(
+            text(f"SELECT {columns}, payload FROM outbox_events ORDER BY seq")
+        ).all()
+    assert [tuple(row)[:4] for row in rows] == [
+        ("e1", "order", "7", "order.placed"),
+        ("e2", "order", "e2", "order.placed"),
+    ]
+    assert bytes(rows[0].payload) == b"1"
+
+
+# ------------------------------------------------------------------------------ engines
+
+
+def test_a_new_file_and_what_is_beside_it_are_for_their_owner_alone(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        store = Store(open_engine(f"sqlite:///{tmp_path}/private.db"))
+        store.create()
+        store.put([an_event(1)])
+        files = sorted(tmp_path.iterdir())
+        assert [one.name for one in files] == ["private.db", "private.db-shm", "private.db-wal"]
+        assert {stat.S_IMODE(one.stat().st_mode) for one in files} == {0o600}
+        store.engine.dispose()
+    finally:
+        os.umask(before)
+
+
+def test_links_folders_and_missing_folders_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "target.db").touch()
+    (tmp_path / "link.db").symlink_to(tmp_path / "target.db")
+    (tmp_path / "dangling.db").symlink_to(tmp_path / "nowhere.db")
+    for path, reason in [
+        ("link.db", "symbolic link"),
+        ("dangling.db", "symbolic link"),
+        ("missing/events.db", "cannot be opened"),
+        ("", "cannot be opened|no plain file"),
+    ]:
+        with pytest.raises(UsageError, match=reason):
+            open_engine(f"sqlite:///{tmp_path}/{path}")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="no plain file"):
+        open_engine(f"sqlite:///{tmp_path}/pipe")
+    assert not (tmp_path / "nowhere.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nonsense", "none of the forms"),
+        ("mysql://u:secret@h/d", "cannot be stored in mysql"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("sqlite:///x.db?cache=shared", "options"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused_without_its_password(url: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        open_engine(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_an_asyncio_driver_is_replaced_by_one_for_threads(postgresql_url: str) -> None:
+    url = postgresql_url.replace("+psycopg", "+asyncpg")
+    engine = open_engine(url)
+    with engine.connect() as connection:
+        assert inspect(connection).get_table_names() == []
+    engine.dispose()
+
+
+def test_an_engine_of_another_database_is_refused() -> None:
+    engine: Any = create_mock_engine("mysql+mysqldb://", print)
+    with pytest.raises(UsageError, match="cannot be stored in mysql"):
+        Store(engine)
+
+
+def test_without_sqlalchemy_the_extra_is_named() -> None:
+    program = (
+        "import sys; sys.modules['sqlalchemy'] = None\n"
+        "import outbox\n"
+        "try:\n    import outbox.sql\n"
+        "except outbox.errors.MissingExtra as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "pip install 'outbox-events[sql]'" in done.stdout

@@ -22,7 +22,7 @@ from outbox import UsageError
 from outbox.event import Event, make_event
 from outbox.serializer import JSONSerializer
 from outbox.sql import Store, metadata
-from outbox.sql.engines import open_engine
+from outbox.sql.engines import open_engine, open_sqlite
 from outbox.sql.rows import headers_of, values_of
 from outbox.sql.schema import ddl, events
 from outbox.sql.store import Claimed
@@ -334,7 +334,7 @@ def test_the_columns_of_debeziums_event_router_are_there(store: Store) -> None:
 def test_a_new_file_and_what_is_beside_it_are_for_their_owner_alone(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        store = Store(open_engine(f"sqlite:///{tmp_path}/private.db"))
+        store = Store(open_sqlite(f"{tmp_path}/private.db"))
         store.create()
         store.put([an_event(1)])
         files = sorted(tmp_path.iterdir())
@@ -356,10 +356,10 @@ def test_links_folders_and_missing_folders_are_refused(tmp_path: Path) -> None:
         ("", "cannot be opened|no plain file"),
     ]:
         with pytest.raises(UsageError, match=reason):
-            open_engine(f"sqlite:///{tmp_path}/{path}")
+            open_sqlite(f"{tmp_path}/{path}")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="no plain file"):
-        open_engine(f"sqlite:///{tmp_path}/pipe")
+        open_sqlite(f"{tmp_path}/pipe")
     assert not (tmp_path / "nowhere.db").exists()
 
 
@@ -371,6 +371,7 @@ def test_links_folders_and_missing_folders_are_refused(tmp_path: Path) -> None:
         ("sqlite://", "names no file"),
         ("sqlite:///:memory:", "names no file"),
         ("sqlite:///x.db?cache=shared", "options"),
+        ("sqlite:///nowhere/x.db", "folder"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused_without_its_password(url: str, message: str) -> None:

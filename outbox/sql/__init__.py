@@ -20,8 +20,19 @@ if sqlalchemy.__version__ < "2.":
     )
 
 from outbox.sql.handover import drain
+from outbox.sql.relay import Relay, RelayStats
 from outbox.sql.schema import events, metadata
 from outbox.sql.store import Claimed, Status, Store
 from outbox.sql.transaction import bind
 
-__all__ = ["Claimed", "Status", "Store", "bind", "drain", "events", "metadata"]
+__all__ = [
+    "Claimed",
+    "Relay",
+    "RelayStats",
+    "Status",
+    "Store",
+    "bind",
+    "drain",
+    "events",
+    "metadata",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,6 +33,8 @@ from outbox.sql.schema import DIALECTS, ddl, events, metadata
 from outbox.sql.statements import Statements
 
 __all__ = ["Claimed", "Status", "Store"]
+
+logger = logging.getLogger("outbox.sql")
 
 _WINDOW = 4  # times the limit: among how many due rows the first ones of their keys are looked for
 
@@ -390,13 +393,21 @@ class Store:
             heads.sort(key=_number)
         return heads
 
-    @staticmethod
-    def _lease(connection: Connection, statement: Update, asked: dict[str, Any]) -> list[Claimed]:
+    def _lease(
+        self, connection: Connection, statement: Update, asked: dict[str, Any]
+    ) -> list[Claimed]:
         token = asked["of_token"]
-        found = [
-            Claimed(row.seq, row.queue, event_of(row), token, row.deliveries, row.attempts)
-            for row in connection.execute(statement, asked)
-        ]
+        found: list[Claimed] = []
+        for row in connection.execute(statement, asked).all():
+            try:
+                event = event_of(row)
+            except ValueError as error:  # it must not hold up the others
+                numbers = self._ask.numbers([row.seq])
+                why = {"why": f"no event: {error}", "of_token": token, "numbers": numbers}
+                connection.execute(self._ask.bury, why)
+                logger.error("the row %d is no event: %s", row.seq, error)
+                continue
+            found.append(Claimed(row.seq, row.queue, event, token, row.deliveries, row.attempts))
         found.sort(key=_number)
         return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -68,19 +70,27 @@ def waves(rows: Iterable[Claimed]) -> list[list[Claimed]]:
     return found
 
 
-def publish_in_waves(publisher: Publisher, rows: Sequence[Claimed]) -> Outcome:
+def publish_in_waves(
+    publisher: Publisher, rows: Sequence[Claimed], *, until: float = math.inf
+) -> Outcome:
     """Publish ``rows`` so that those of one key arrive in order, and return what became of them.
 
     One wave is confirmed before the next is sent; of a key, nothing is sent after what failed.
+
+    Args:
+        publisher: of the events.
+        rows: in their order.
+        until: no wave is sent after that, by ``time.monotonic()``: a lease ends some time.
 
     Raises:
         UsageError: the publisher is closed.
     """
     outcome = Outcome()
-    stopped: set[str] = set()
-    for wave in waves(rows):
-        going = [row for row in wave if row.event.key is None or row.event.key not in stopped]
-        outcome.left += [row for row in wave if row.event.key in stopped]
+    stopped: set[str | None] = set()
+    for number, wave in enumerate(waves(rows)):
+        in_time = not number or time.monotonic() < until
+        going = [row for row in wave if in_time and row.event.key not in stopped]
+        outcome.left += [row for row in wave if not in_time or row.event.key in stopped]
         if not going:
             continue
         report = publisher.submit([row.event for row in going], keep=False).result()

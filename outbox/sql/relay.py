@@ -38,6 +38,7 @@ logger = logging.getLogger("outbox.relay")
 
 _IN_FLIGHT = 3  # batches: one is claimed, one on its way, one being confirmed
 _IDLE = (0.02, 2.0)  # seconds between two looks, when there was nothing
+_CONNECTING = 0.05  # seconds between two looks whether the broker is there
 _AWAY = (0.5, 30.0)  # seconds between two tries while the database is away
 _NACKED = (1.0, 60.0)  # seconds until a refused event is tried again
 
@@ -107,6 +108,7 @@ class Relay:
             raise UsageError(f"batch is {batch}, not 1 or more")
         if lease is not None and lease <= 0:
             raise UsageError(f"lease is {lease}, not more than 0 seconds")
+        self._owns_engine = isinstance(database, str | URL)
         if isinstance(database, str | URL):
             database = open_engine(database)
         self.store = Store(database) if isinstance(database, Engine) else database
@@ -134,7 +136,11 @@ class Relay:
             UsageError: the table is missing, or not as it should be.
             sqlalchemy.exc.SQLAlchemyError: the database cannot be reached.
         """
-        self.store.check()
+        try:
+            self.store.check()
+        except BaseException:
+            self._disconnect()
+            raise
         self._threads = [threading.Thread(target=self._run, name="outbox-relay", daemon=True)]
         if self.listen and self.store.engine.driver == "psycopg":
             self._threads.append(
@@ -161,6 +167,7 @@ class Relay:
         self._wake.set()
         for thread in self._threads:
             thread.join(timeout + 5)
+        self._disconnect()
         return not self._on_their_way and not any(one.is_alive() for one in self._threads)
 
     def run_once(self) -> int:
@@ -194,7 +201,7 @@ class Relay:
             self._wake.clear()
             try:
                 if not self.publisher.connected and not self._on_their_way:
-                    self._wake.wait(_IDLE[0])  # nothing is claimed that could not be sent
+                    self._wake.wait(_CONNECTING)  # nothing is claimed that could not be sent
                     continue
                 found = self._fill()
                 busy = self._settle_next() is not None
@@ -309,6 +316,10 @@ class Relay:
                 self.lease,
                 _first_line(error),
             )
+
+    def _disconnect(self) -> None:
+        if self._owns_engine:
+            self.store.engine.dispose()
 
     def _listen(self) -> None:
         engine = create_engine(

@@ -155,16 +155,16 @@ def test_a_hint_wakes_an_idle_relay(
     monkeypatch.setattr(module, "_IDLE", (60.0, 60.0))
     inspector.queue(name, name)
     publisher.publish([])
-    with running(Relay(postgresql_store, publisher, listen=True)), postgresql_store.engine.connect(
-    ) as connection:  # fmt: skip
-        wait_until(
-            lambda: connection.execute(
-                text("SELECT 1 FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
-            ).scalar()
-        )
+
+    def ask(statement: str) -> Any:
+        with postgresql_store.engine.begin() as connection:  # each sees what is there now
+            return connection.execute(text(statement)).first()
+
+    with running(Relay(postgresql_store, publisher, listen=True)):
+        wait_until(lambda: ask("SELECT 1 FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"))
         postgresql_store.put([an_event(1, name)])
-        connection.exec_driver_sql("NOTIFY outbox_events")
-        connection.commit()
+        with postgresql_store.engine.begin() as connection:
+            connection.exec_driver_sql("NOTIFY outbox_events")
         assert inspector.get(name).id == "e1"
 
 
@@ -232,8 +232,8 @@ def test_while_a_broker_says_nothing_no_transaction_is_open_and_a_stop_gives_bac
             proxy.black_hole()
             store.put(many(20, name))
             wait_until(lambda: store.status().leased == 20)
-            with store.engine.connect() as connection:
-                for _ in range(20):
+            for _ in range(20):
+                with store.engine.begin() as connection:  # each sees what is there now
                     states = connection.execute(
                         text(
                             "SELECT state FROM pg_stat_activity "
@@ -241,7 +241,7 @@ def test_while_a_broker_says_nothing_no_transaction_is_open_and_a_stop_gives_bac
                         )
                     ).scalars()
                     assert not [one for one in states if one and "transaction" in one]
-                    time.sleep(0.02)
+                time.sleep(0.02)
         assert store.status().waiting == 20
         assert relay.stats().released == 0
         proxy.heal()

@@ -53,6 +53,7 @@ class Handover:
     _lock: threading.Lock
     _queue: queue.SimpleQueue[Sequence[int]]
     _thread: threading.Thread | None
+    _left: int
     _idle: threading.Event
 
     def __init__(self, store: Store, publisher: Publisher, *, owns_engine: bool) -> None:
@@ -73,13 +74,17 @@ class Handover:
     def submit(self, seqs: Sequence[int]) -> None:
         """Have the committed rows ``seqs`` published soon; never raises, never waits."""
         with self._lock:
-            self._queue.put(seqs)
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="outbox-handover", daemon=True
-                )
-                self._idle.clear()
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="outbox-handover", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no more threads, or the interpreter is going down
+                    logger.warning("stored events are left to the relay: %s", error)
+                    return
+                self._thread = thread
+            self._left += len(seqs)
+            self._idle.clear()
+            self._queue.put(seqs)
 
     def wait(self, timeout: float) -> bool:
         """Wait until nothing is left to do, at most ``timeout`` seconds; return whether so."""
@@ -89,6 +94,7 @@ class Handover:
         self._lock = threading.Lock()
         self._queue = queue.SimpleQueue()
         self._thread = None
+        self._left = 0  # rows that are waiting, or being published
         self._idle = threading.Event()
         self._idle.set()
 
@@ -102,7 +108,6 @@ class Handover:
                 with self._lock:
                     if self._queue.empty():
                         self._thread = None
-                        self._idle.set()
                         return
                 continue
             try:
@@ -116,6 +121,13 @@ class Handover:
                 logger.warning("%d stored event(s) are left to the relay: %s", len(seqs), error)
             except Exception:
                 logger.exception("%d stored event(s) are left to the relay", len(seqs))
+            self._note_done(len(seqs))
+
+    def _note_done(self, count: int) -> None:
+        with self._lock:
+            self._left -= count
+            if not self._left:
+                self._idle.set()
 
     def _take_more(self, seqs: list[int]) -> None:
         """Take what else has been committed meanwhile: one claim and one chunk for all of it."""
@@ -159,7 +171,7 @@ class Handover:
         logger.warning("the broker is away: stored events are left to the relay")
         time.sleep(_PAUSE)
         while not self._queue.empty():
-            self._queue.get()
+            self._note_done(len(self._queue.get()))
 
     def _notify(self) -> None:
         with self._store.engine.begin() as connection:

@@ -360,7 +360,7 @@ def test_another_database_is_refused() -> None:
 def test_bound_to_a_scoped_session_plain_events_follow_its_transaction(
     engine: Engine, stored: Any
 ) -> None:
-    configure("memory://")
+    configure("memory://", after_commit="nothing")
     session = scoped_session(sessionmaker(engine))
     outbox.sql.bind(session)
     with auto_publishing() as block:
@@ -380,7 +380,7 @@ def test_bound_to_a_scoped_session_plain_events_follow_its_transaction(
 def test_bound_to_a_callable_the_present_session_is_asked_each_time(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
-    configure("memory://")
+    configure("memory://", after_commit="nothing")
     present: list[Session | None] = [None]
     outbox.sql.bind(lambda: present[0])
     with auto_publishing():
@@ -631,6 +631,7 @@ def test_the_listening_relay_is_told_where_that_is_asked_for(postgresql_url: str
             session.commit()
         [told] = list(listener.notifies(timeout=5, stop_after=1))
     assert told.payload == ""
+    assert outbox.sql.drain()
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM outbox_events")).scalar() == 1
     engine.dispose()

@@ -16,8 +16,8 @@ import pytest
 
 from outbox import Event, Publisher
 from outbox.commands import exit_codes
+from outbox.parking import PARKING_QUEUE
 from outbox.testing.broker import PrivateBroker
-from outbox.transports.rabbitmq.parking import PARKING_QUEUE
 from tests.amqp import Inspector, properties_of
 
 Done = subprocess.CompletedProcess[str]

@@ -60,18 +60,22 @@ def open_engine(url: str | URL) -> Engine:
         raise UsageError(f"the database URL cannot be used: {error}") from error
 
 
-def open_sqlite(path: str, *, synchronous: str = "FULL") -> Engine:
+def open_sqlite(
+    path: str, *, synchronous: str = "FULL", busy_timeout: float = _BUSY_TIMEOUT
+) -> Engine:
     """Return an engine for the file ``path``, made readable for its owner alone if it is not there.
 
     Every transaction begins with ``BEGIN IMMEDIATE``: it waits for the other writers where it
-    begins, at most 10 s, and cannot fail later since another one came first (that a transaction
-    which has read cannot wait is SQLite's rule: https://www.sqlite.org/lang_transaction.html).
+    begins, for ``busy_timeout``, and cannot fail later since another one came first (that a
+    transaction which has read cannot wait is SQLite's rule:
+    https://www.sqlite.org/lang_transaction.html).
     The journal is a write-ahead log, beside which others can read.
 
     Args:
         path: of the file; its folder must exist.
         synchronous: ``FULL``: what is committed outlives a power cut. ``NORMAL``: it outlives the
             end of the process, and a power cut may take the last transactions.
+        busy_timeout: seconds.
 
     Raises:
         UsageError: the path is empty, a symbolic link, no plain file, or somebody else's.
@@ -82,7 +86,7 @@ def open_sqlite(path: str, *, synchronous: str = "FULL") -> Engine:
     engine = create_engine(
         URL.create("sqlite", database=path),
         connect_args={
-            "timeout": _BUSY_TIMEOUT,
+            "timeout": busy_timeout,
             "isolation_level": None,
             "check_same_thread": False,
         },

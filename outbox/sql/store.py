@@ -112,29 +112,34 @@ class Store:
         self.engine = engine
         self._is_postgresql = engine.dialect.name == "postgresql"
 
-    def create(self) -> bool:
+    def create(self, *, connection: Connection | None = None) -> bool:
         """Create the table and its indexes unless they are there; return whether it did."""
-        with self.engine.begin() as connection:
-            if inspect(connection).has_table(events.name):
-                return False
-            metadata.create_all(connection)
-            return True
+        if connection is None:
+            with self.engine.begin() as connection:
+                return self.create(connection=connection)
+        if inspect(connection).has_table(events.name):
+            return False
+        metadata.create_all(connection)
+        return True
 
-    def check(self) -> None:
+    def check(self, *, connection: Connection | None = None) -> None:
         """See that the table is there, with all that is needed.
 
         Raises:
             UsageError: names what is missing, and how to make it.
         """
-        with self.engine.connect() as connection:
-            found = inspect(connection)
-            if not found.has_table(events.name):
-                raise UsageError(
-                    f"there is no table {events.name}: make it with `outbox sql create`, or with "
-                    "your migrations (outbox.sql.metadata, `outbox sql ddl`)"
-                )
-            columns = {one["name"] for one in found.get_columns(events.name)}
-            indexes = {one["name"] for one in found.get_indexes(events.name)}
+        if connection is None:
+            with self.engine.connect() as connection:
+                self.check(connection=connection)
+                return
+        found = inspect(connection)
+        if not found.has_table(events.name):
+            raise UsageError(
+                f"there is no table {events.name}: make it with `outbox sql create`, or with "
+                "your migrations (outbox.sql.metadata, `outbox sql ddl`)"
+            )
+        columns = {one["name"] for one in found.get_columns(events.name)}
+        indexes = {one["name"] for one in found.get_indexes(events.name)}
         missing = [f"column {one.name}" for one in events.columns if one.name not in columns]
         missing += [f"index {one.name}" for one in events.indexes if one.name not in indexes]
         if missing:
@@ -220,6 +225,7 @@ class Store:
         *,
         reason: str | None = None,
         failed: bool = False,
+        in_place: bool = False,
         connection: Connection | None = None,
     ) -> int:
         """Give rows back, due in ``delay`` seconds; return how many were still ours.
@@ -228,12 +234,14 @@ class Store:
             rows: as they were claimed.
             delay: seconds.
             reason: why, for people.
+            in_place: due at once instead, in the place that their age gives them: before what was
+                stored after them.
             failed: whether the row itself is to blame: an attempt is counted.
             connection: in whose transaction; by default in one of its own.
         """
         values = {
             "lease_token": None,
-            "available_at": in_seconds(literal(float(delay))),
+            "available_at": events.c.stored_at if in_place else in_seconds(literal(float(delay))),
             "reason": reason,
             "attempts": events.c.attempts + int(failed),
         }
@@ -245,6 +253,17 @@ class Store:
         """Let leases end ``lease`` seconds from now; return how many were still ours."""
         values = {"available_at": in_seconds(literal(float(lease)))}
         return self._settle(rows, update(events).values(values), connection)
+
+    def leased(self, rows: Iterable[Claimed], *, connection: Connection | None = None) -> set[int]:
+        """Return the numbers of those ``rows`` that are still ours."""
+        if connection is None:
+            with self.engine.begin() as connection:
+                return self.leased(rows, connection=connection)
+        wanted = {row.seq: row.token for row in rows}
+        found = connection.execute(
+            select(events.c.seq, events.c.lease_token).where(self._is_one_of(list(wanted)))
+        )
+        return {row.seq for row in found if row.lease_token == wanted[row.seq]}
 
     def bury(
         self, rows: Iterable[Claimed], reason: str, *, connection: Connection | None = None

@@ -1,0 +1,10 @@
+"""The embedded transport: a file of SQLite, which publishers and workers of one machine share.
+
+Needs the extra ``outbox-events[sql]``.
+"""
+
+from outbox.transports.sqlite.consuming import SQLiteSubscription
+from outbox.transports.sqlite.parked import SQLiteParkedQueues
+from outbox.transports.sqlite.publishing import SQLiteTransport
+
+__all__ = ["SQLiteParkedQueues", "SQLiteSubscription", "SQLiteTransport"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import stat
-from pathlib import Path
+import threading
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event, make_url
@@ -13,6 +13,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.pool import QueuePool
 
+from outbox import process
 from outbox.errors import MissingExtra, UsageError
 from outbox.sql.schema import DIALECTS
 
@@ -106,22 +107,41 @@ def open_sqlite(
 
 
 def _make_private(path: str) -> None:
-    """See that ``path`` is a plain file of ours; the log beside it gets the same mode."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    """See that ``path`` is a plain file of ours; the log beside it gets the same mode.
+
+    A file that is there is not opened: closing it would take away all locks that this process has
+    on it, those of its connections, too (https://www.sqlite.org/howtocorrupt.html, 2.2).
+    """
     try:
-        descriptor = os.open(path, flags, 0o600)
+        with _making:
+            try:
+                found = os.lstat(path)
+            except FileNotFoundError:
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                os.close(os.open(path, flags, 0o600))
+                return
     except OSError as error:
-        if Path(path).is_symlink():
-            raise UsageError(
-                f"{path} is a symbolic link, which anybody who may write its folder could turn "
-                "elsewhere; name the file itself"
-            ) from None
         raise UsageError(f"{path} cannot be opened: {error.strerror}") from error
-    try:
-        found = os.fstat(descriptor)
-    finally:
-        os.close(descriptor)
+    if stat.S_ISLNK(found.st_mode):
+        raise UsageError(
+            f"{path} is a symbolic link, which anybody who may write its folder could turn "
+            "elsewhere; name the file itself"
+        )
     if not stat.S_ISREG(found.st_mode):
         raise UsageError(f"{path} is no plain file")
     if found.st_uid != os.geteuid():
         raise UsageError(f"{path} belongs to another user (uid {found.st_uid})")
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise UsageError(f"{path} may not be read and written")
+
+
+_making = threading.Lock()
+"""Held from looking for a file until a new one is closed: nobody has it open before that."""
+
+
+def _begin_anew() -> None:
+    global _making
+    _making = threading.Lock()
+
+
+process.after_fork(_begin_anew)

@@ -59,7 +59,8 @@ class Database:
         self._raw: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
         self._version: int | None = None
-        _open.add(self)
+        self._neighbours.members.add(self)
+        _made.add(self)
 
     @property
     def store(self) -> Store:
@@ -72,7 +73,7 @@ class Database:
         Raises:
             BrokerError: it cannot be used now; the cause is a UsageError where that will stay so.
         """
-        with self._translated():
+        with self._turn():
             self._opened()
 
     @contextlib.contextmanager
@@ -83,15 +84,10 @@ class Database:
             BrokerError: the file cannot be written now, or stayed locked for 10 s; nothing has
                 changed, unless the failure came with the commit.
         """
-        if not self._neighbours.turn.acquire(timeout=_PATIENCE):
-            raise Blocked(f"another thread has kept {self.path} locked")
-        try:
-            with self._translated():
-                connection = self._opened()
-                with self._patiently(connection.begin):
-                    yield connection
-        finally:
-            self._neighbours.turn.release()
+        with self._turn():
+            connection = self._opened()
+            with self._patiently(connection.begin):
+                yield connection
 
     def changed(self) -> bool:
         """Return whether others have committed since this was last asked (True at first).
@@ -99,7 +95,7 @@ class Database:
         Raises:
             BrokerError: the file cannot be used now.
         """
-        with self._translated():
+        with self._turn():
             version: int = self._raw_opened().execute("PRAGMA data_version").fetchone()[0]
         before, self._version = self._version, version
         return version != before
@@ -113,7 +109,7 @@ class Database:
         Raises:
             BrokerError: the file cannot be used now.
         """
-        with self._translated():
+        with self._turn():
             found = self._raw_opened().execute(_DUE_IN, {"queue": queue}).fetchone()[0]
         return None if found is None else float(found)
 
@@ -136,6 +132,11 @@ class Database:
         if self._connection is not None and self._identity == self._identity_now():
             return self._connection
         self.close()
+        if self.path in _unsafe:
+            raise UsageError(
+                f"{self.path} was open when this process was forked, and cannot be used safely "
+                "in it; publish nothing before the fork (uWSGI: lazy-apps = true)"
+            )
         self._engine = self._make_engine()
         self._store = Store(self._engine)
         # The first connection turns the write-ahead log on, which needs the file for itself.
@@ -172,10 +173,24 @@ class Database:
                 return function()
             except DATABASE_ERRORS as error:
                 now = time.monotonic()
-                if not is_busy(error) or self._given_up() or now > deadline:
+                waits = not self._given_up() and not self._neighbours.to_fork
+                if not is_busy(error) or not waits or now > deadline:
                     raise
                 if now - begin < _SLICE:  # SQLite did not wait where that could be a deadlock
                     time.sleep(0.01)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Use the file while no other thread of this process does."""
+        deadline = time.monotonic() + _PATIENCE
+        while not self._neighbours.turn.acquire(timeout=_SLICE):
+            if self._given_up() or time.monotonic() > deadline:
+                raise Blocked(f"another thread has kept {self.path} locked")
+        try:
+            with self._translated():
+                yield
+        finally:
+            self._neighbours.turn.release()
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -194,13 +209,15 @@ class Database:
             raise of_database(error, self.path) from error
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: never touch the parent's connection, not even to close it.
+        """In a forked child: never touch a connection of the parent's, not even to close it.
 
-        Both would be a way to damage the file (https://www.sqlite.org/howtocorrupt.html, 2.6).
+        There is one only where no hook could run before the fork (uWSGI), or a disk hangs.
         """
+        if self._connection is None:
+            return
+        _unsafe.add(self.path)
         for one in (self._raw, self._connection, self._engine):
-            if one is not None:
-                ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
         self._connection = self._raw = None
 
 
@@ -221,11 +238,14 @@ SELECT min((
 FROM ranks WHERE rank IS NOT NULL
 """
 
-_open: weakref.WeakSet[Database] = weakref.WeakSet()
+_made: weakref.WeakSet[Database] = weakref.WeakSet()
+
+_unsafe: set[str] = set()
+"""Paths of files that were open when this process was forked: it would have no locks on them."""
 
 
 def _leave_all_to_parent() -> None:
-    for one in list(_open):
+    for one in list(_made):
         one._leave_to_parent()
 
 

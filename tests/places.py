@@ -107,21 +107,24 @@ class Reader:
 
     def take(self, count: int, *, timeout: float = 10.0) -> list[Delivery]:
         """Return the next messages, which must come; they are not settled."""
+        return self._next(count, timeout, settle=False)
+
+    def _next(self, count: int, timeout: float, *, settle: bool) -> list[Delivery]:
         deadline = time.monotonic() + timeout
         found: list[Delivery] = []
         while len(found) < count:
             try:
-                found.append(self._arrived.get(timeout=max(0.0, deadline - time.monotonic())))
+                one = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise AssertionError(f"{len(found)} of {count} messages came: {found}") from None
+                raise AssertionError(f"{len(found)} of {count} messages came") from None
+            if settle:
+                self._subscription.ack(one)
+            found.append(one)
         return found
 
     def get(self, count: int = 1, *, timeout: float = 10.0) -> list[Delivery]:
         """Return the next messages, and settle them."""
-        found = self.take(count, timeout=timeout)
-        for one in found:
-            self._subscription.ack(one)
-        return found
+        return self._next(count, timeout, settle=True)
 
     def requeue(self, delivery: Delivery, delay: float = 0.0) -> None:
         """Give one back."""

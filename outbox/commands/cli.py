@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--url",
-        help="the broker, amqp://user:password@host:5672/vhost (default: OUTBOX_URL, which does "
+        help="the broker, amqp://user:password@host:5672/vhost, or sqlite:///outbox.db (default: "
+        "OUTBOX_URL, which does "
         "not show a password in the list of processes)",
     )
     common.add_argument(

@@ -331,7 +331,7 @@ def test_messages_that_were_given_back_often_are_warned_of(
         ),
         (["purge", "--yes", "--queue", "a.dead", "--queue", "b.dead"], "give one --queue"),
         (["list", "--url", "memory://"], "memory:// has no queues"),
-        (["list", "--url", "sqlite:///x"], "sqlite:// has no queues"),
+        (["list", "--url", "sqlite:////no/file.db"], "there is no file /no/file.db"),
         (["list", "--url", "amqp://u:hunter2/@h"], "cannot be taken apart"),
         (["list", "--limit", "0"], "argument --limit"),
         (["replay", "--limit", "many"], "argument --limit"),

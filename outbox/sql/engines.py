@@ -115,11 +115,11 @@ def _make_private(path: str) -> None:
     try:
         with _making:
             try:
-                found = os.lstat(path)
-            except FileNotFoundError:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
                 os.close(os.open(path, flags, 0o600))
                 return
+            except FileExistsError:
+                found = os.lstat(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be opened: {error.strerror}") from error
     if stat.S_ISLNK(found.st_mode):
@@ -136,7 +136,7 @@ def _make_private(path: str) -> None:
 
 
 _making = threading.Lock()
-"""Held from looking for a file until a new one is closed: nobody has it open before that."""
+"""Held until a new file is closed: no other thread of this process has it open before that."""
 
 
 def _begin_anew() -> None:

@@ -113,6 +113,41 @@ def test_four_processes_publish_and_four_consume_and_none_is_told_that_the_file_
     assert seen == Counter(f"{who}-{n}" for who in range(4) for n in range(250))
 
 
+COMES_AND_GOES = """
+import logging, sys
+from outbox import Event, Publisher
+
+_, url, exchange, who = sys.argv
+logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
+print("started", flush=True)
+sys.stdin.readline()
+for n in range(15):
+    with Publisher(url, exchange=exchange, unroutable="fail") as publisher:
+        for m in range(3):
+            event = Event(id=f"{who}-{n}-{m}", target="n", exchange="", body=b"")
+            publisher.publish([event]).raise_for_failure()
+"""
+
+
+def test_processes_begin_on_a_new_file_at_once_and_come_and_go(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/new.db"
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(running(COMES_AND_GOES, url, "x", str(who))) for who in range(4)
+        ]
+        place = SQLitePlace(str(tmp_path / "new.db"), "x")
+        place.bind("n", "")
+        for one in started:
+            assert one.stdin is not None
+            one.stdin.write("go\n")
+            one.stdin.flush()
+        told = [one.communicate(timeout=60)[1] for one in started]
+    assert told == [""] * 4
+    rows = place.execute("SELECT id FROM outbox_events")
+    assert len(rows) == 4 * 15 * 3
+    assert set(rows) == {(f"{a}-{b}-{c}",) for a in range(4) for b in range(15) for c in range(3)}
+
+
 def test_what_a_killed_worker_had_comes_again_when_its_lease_has_ended(
     place: SQLitePlace, name: str, tmp_path: Path
 ) -> None:

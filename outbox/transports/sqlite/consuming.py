@@ -199,6 +199,8 @@ class SQLiteSubscription:
                 self._settle(done, connection)
                 left = self._extend(connection) if extending else set()
                 claimed = [] if self._cancelling else self._claim(done, connection)
+                deadly = [row for row in claimed if is_deadly(row)]
+                self._bury(deadly, connection)
         except BaseException:
             self._done.extendleft(reversed(done))
             raise
@@ -209,7 +211,14 @@ class SQLiteSubscription:
             self._poll = _FIRST_POLL
         self._look_at = 0.0
         for row in claimed:
-            self._deliver(delivery_of(row, self._leases.take(row, now)))
+            if not is_deadly(row):
+                self._deliver(delivery_of(row, self._leases.take(row, now)))
+        for row in deadly:
+            logger.error(
+                "message %r of %r was never settled: it is in the dead letters",
+                row.event.id,
+                row.queue,
+            )
 
     def _declare(self, connection: Connection) -> None:
         """See to the queues.
@@ -265,21 +274,12 @@ class SQLiteSubscription:
         found: list[Claimed] = []
         for queue in self._queues:
             free = self._leases.free(queue.name) + settled.count(queue.name)
-            if free <= 0:
-                continue
-            rows = store.claim(free, queue=queue.name, lease=LEASE, connection=connection)
-            if deadly := [row for row in rows if is_deadly(row)]:
-                self._bury(deadly, connection)
-            found += [row for row in rows if not is_deadly(row)]
+            if free > 0:
+                found += store.claim(free, queue=queue.name, lease=LEASE, connection=connection)
         return found
 
     def _bury(self, rows: Sequence[Claimed], connection: Connection) -> None:
         for row in rows:
-            logger.error(
-                "message %r of %r goes to the dead letters: it was never settled",
-                row.event.id,
-                row.queue,
-            )
             letter = letter_of_deadly(row)
             self._database.store.put_rows(rows_of(letter, (letter.target,)), connection=connection)
         self._database.store.complete(rows, connection=connection)

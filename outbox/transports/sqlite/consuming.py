@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +34,9 @@ _FIRST_POLL, _LONGEST_POLL = 0.01, 0.1
 _POLL_GROWTH = 1.3
 _LOOK_AGAIN = 1.0
 """Seconds after which what is due is looked up whatever was noticed: the clock may be set."""
+
+_LONGEST_PAUSE = 2.0
+"""Seconds after a failure: the leases have to be extended as soon as that is possible."""
 
 _CANCEL_TIMEOUT = 2.0
 _CLOSE_TIMEOUT = 3.0
@@ -190,11 +193,12 @@ class SQLiteSubscription:
     def _turn(self) -> None:
         now = time.monotonic()
         done = [self._done.popleft() for _ in range(len(self._done))]
+        declaring, self._to_declare = self._to_declare, False
         extend_in = self._leases.extend_in(now)
         extending = extend_in is not None and extend_in <= 0
         try:
             with self._database.transaction() as connection:
-                if self._to_declare:
+                if declaring:
                     self._declare(connection)
                 self._settle(done, connection)
                 left = self._extend(connection) if extending else set()
@@ -203,6 +207,7 @@ class SQLiteSubscription:
                 self._bury(deadly, connection)
         except BaseException:
             self._done.extendleft(reversed(done))
+            self._to_declare |= declaring
             raise
         self._leases.drop(one.tag for one in done)
         if extending and (lost := self._leases.extended(left, now)):
@@ -245,7 +250,6 @@ class SQLiteSubscription:
             missing = [name for name in names if bindings.of_queue(name) not in there]
             if missing:
                 raise UsageError(f"NOT_FOUND - there is no queue {missing[0]!r}")
-        self._to_declare = False
 
     def _settle(self, done: Sequence[_Done], connection: Connection) -> None:
         store = self._database.store
@@ -270,10 +274,11 @@ class SQLiteSubscription:
 
     def _claim(self, done: Sequence[_Done], connection: Connection) -> list[Claimed]:
         store = self._database.store
-        settled = [row.queue for tag, _ in done if (row := self._leases.get(tag)) is not None]
+        rows = (self._leases.get(tag) for tag in {one.tag for one in done})
+        settled = Counter(row.queue for row in rows if row is not None)
         found: list[Claimed] = []
         for queue in self._queues:
-            free = self._leases.free(queue.name) + settled.count(queue.name)
+            free = self._leases.free(queue.name) + settled[queue.name]
             if free > 0:
                 found += store.claim(free, queue=queue.name, lease=LEASE, connection=connection)
         return found
@@ -307,7 +312,7 @@ class SQLiteSubscription:
             logger.error("cannot consume: %s; trying again", error)
         if lost := self._leases.end(time.monotonic()):
             logger.warning("%d message(s) could not be held, and will come again", lost)
-        until = time.monotonic() + backoff(self._failures)
+        until = time.monotonic() + min(_LONGEST_PAUSE, backoff(self._failures))
         self._failures += 1
         while not self._stopping and (left := until - time.monotonic()) > 0:
             if self._cancelling:

@@ -115,6 +115,14 @@ class Database:
 
     def close(self) -> None:
         """Close the connection, if it is open."""
+        # In turn: the process must not fork in the middle of it.
+        turn = self._neighbours.turn.acquire(timeout=_SLICE)
+        self.let_go()
+        if turn:
+            self._neighbours.turn.release()
+
+    def let_go(self) -> None:
+        """Close the connection, if it is open, it being our turn."""
         connection, self._connection = self._connection, None
         self._raw = self._identity = self._version = None
         with contextlib.suppress(*DATABASE_ERRORS):
@@ -131,7 +139,7 @@ class Database:
     def _opened(self) -> Connection:
         if self._connection is not None and self._identity == self._identity_now():
             return self._connection
-        self.close()
+        self.let_go()
         if self.path in _unsafe:
             raise UsageError(
                 f"{self.path} was open when this process was forked, and cannot be used safely "
@@ -199,13 +207,13 @@ class Database:
         except BrokerError:
             raise
         except UsageError as error:
-            self.close()
+            self.let_go()
             raise ConnectFailed(str(error)) from error
         except DATABASE_ERRORS as error:
             if not is_failure(error):
                 raise
             if not is_busy(error):
-                self.close()
+                self.let_go()
             raise of_database(error, self.path) from error
 
     def _leave_to_parent(self) -> None:

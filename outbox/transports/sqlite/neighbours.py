@@ -24,8 +24,8 @@ __all__ = ["Neighbours", "neighbours_at"]
 class Closable(Protocol):
     """What has the file open."""
 
-    def close(self) -> None:
-        """Close it; it is opened anew when it is needed."""
+    def let_go(self) -> None:
+        """Close it, it being the caller's turn; it is opened anew when it is needed."""
         ...
 
 
@@ -78,7 +78,7 @@ def _before_fork() -> None:
         if one.turn.acquire(timeout=_LONGEST_WAIT):
             _held.append(one)
             for member in list(one.members):
-                member.close()
+                member.let_go()
 
 
 def _after_fork_in_parent() -> None:

@@ -111,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--url",
-        help="the broker, amqp://user:password@host:5672/vhost (default: OUTBOX_URL, which does "
+        help="the broker, amqp://user:password@host:5672/vhost, or sqlite:///outbox.db (default: "
+        "OUTBOX_URL, which does "
         "not show a password in the list of processes)",
     )
     parser.add_argument(

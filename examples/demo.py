@@ -1,8 +1,9 @@
 """Shows outbox at work: ``python -m examples.demo``, or ``scripts/demo`` which sets all up first.
 
-Starts a private RabbitMQ, a web server and a worker as processes of their own, sends real HTTP
-requests, kills the broker and starts it again. What it says of events it has seen on the broker,
-with a plain AMQP connection. Exits with 0 only if every step was observed.
+Starts a web server and a worker as processes of their own, which share a file of SQLite, sends
+real HTTP requests, kills the worker and starts another. With --rabbitmq they share a private
+RabbitMQ, and it is the broker that is killed and comes back. What it says of events it has seen
+itself, in a queue of its own. Exits with 0 only if every step was observed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,7 +24,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,7 +32,10 @@ from typing import Any
 import pika
 import pika.exceptions
 
+from outbox.settings import Settings
+from outbox.subscription import Delivery, QueueSpec
 from outbox.testing.broker import BrokerMissing, PrivateBroker
+from outbox.transports import open_subscription
 
 ROOT = Path(__file__).parents[1]
 WITNESS = "demo.witness"
@@ -46,9 +52,9 @@ def main() -> int:
         signal.signal(number, interrupt)
     try:
         with ExitStack() as stack:
-            demo = Demo(stack, options.consumers)
+            demo = (DemoOnRabbitMQ if options.rabbitmq else DemoOnSQLite)(stack, options.consumers)
             for number, name in enumerate(options.apps or ["flask", "fastapi"]):
-                demo.show(name, outage=number == 0)
+                demo.show(name, trouble=number == 0)
             demo.finish()
         say("All of it was observed.")
     except (Failed, BrokerMissing, TimeoutError) as error:
@@ -62,6 +68,11 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
+    parser.add_argument(
+        "--rabbitmq",
+        action="store_true",
+        help="on a private RabbitMQ, which must be installed, in place of a file of SQLite",
+    )
     parser.add_argument(
         "--app",
         dest="apps",
@@ -81,38 +92,48 @@ def _parser() -> argparse.ArgumentParser:
 class Demo:
     """The processes, and one run of the story for each web application."""
 
+    _witness: Witness
+
     def __init__(self, stack: ExitStack, consumers: str) -> None:
         self._stack = stack
+        self._consumers = consumers
         self._folder = Path(tempfile.mkdtemp(prefix="outbox-demo-"))
         stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
         self._processes: list[Process] = []
         stack.push(self._show_logs)
-        step("a private RabbitMQ starts")
-        self._broker = stack.enter_context(PrivateBroker())
-        say(f"  it listens on {self._broker.url}")
+        self._url = self._prepare()
         self._environment = {
             **{name: os.environ[name] for name in os.environ if not name.startswith("OUTBOX_")},
-            "OUTBOX_URL": self._broker.url,
+            "OUTBOX_URL": self._url,
             "SHOP_DATABASE": str(self._folder / "shop.db"),
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "XDG_RUNTIME_DIR": str(self._folder),  # where gunicorn puts its control socket
         }
-        step(f"a worker starts: outbox-consume {consumers}")
-        self._worker = self._process("worker", "-m", "outbox.consumers.cli", consumers)
-        self._witness = Witness(self._broker.url)
-        stack.callback(self._witness.close)
-        self._worker.until(
-            lambda: (
-                self._witness.consumers("shop.invoices") and self._witness.consumers("shop.ledger")
-            ),
-            "the worker consumes",
-        )
+        self._worker = self._start_worker("worker")
         # A quorum queue that is younger than a moment may not survive the kill to come.
         self._queues_made_at = time.monotonic()
 
-    def show(self, name: str, *, outage: bool) -> None:
-        """Tell the story with one web application, with the broker's death or without."""
+    def _prepare(self) -> str:
+        """Set up what the processes share, and the witness; return its URL."""
+        raise NotImplementedError
+
+    def _trouble(self, orders: str) -> None:
+        raise NotImplementedError
+
+    def _start_worker(self, name: str) -> Process:
+        step(f"a worker starts: outbox-consume {self._consumers}")
+        worker = self._process(name, "-m", "outbox.consumers.cli", self._consumers)
+        worker.until(
+            lambda: (
+                self._witness.consumes("shop.invoices") and self._witness.consumes("shop.ledger")
+            ),
+            "the worker consumes",
+        )
+        return worker
+
+    def show(self, name: str, *, trouble: bool) -> None:
+        """Tell the story with one web application, with somebody's death or without."""
         port = free_port()
         with self._web_server(name, port) as server:
             orders = f"http://127.0.0.1:{port}/orders"
@@ -123,7 +144,7 @@ class Demo:
             order = answer["order_id"]
             placed = self._witness.next("order.placed")
             expect(placed["order_id"] == order, "the event is the order's")
-            say(f"  HTTP 201; on the broker: order.placed {placed}")
+            say(f"  HTTP 201; published: order.placed {placed}")
             sent = self._witness.next("invoice.sent")
             expect(sent == {"order_id": order}, "the follow-on event is the order's")
             say(f"  consumed; the follow-on event: invoice.sent {sent}")
@@ -136,8 +157,8 @@ class Demo:
             expect(self._witness.is_quiet(1.0), "nothing was published")
             say(f"  HTTP 402, {answer['error']}; nothing was published")
 
-            if outage:
-                self._outage(orders)
+            if trouble:
+                self._trouble(orders)
 
             step("the web server is told to stop")
             code = server.stop()
@@ -147,29 +168,26 @@ class Demo:
             server.logs("Shutting down" if name == "flask" else "Finished server process")
             say("  it has ended in order")
 
-    def _outage(self, orders: str) -> None:
-        step("the broker is killed")
-        time.sleep(max(0.0, self._queues_made_at + 3 - time.monotonic()))
-        self._broker.kill()
-        placed_meanwhile, times = [], []
+    def _place_five(self, orders: str) -> tuple[list[int], list[float]]:
+        """Place five orders; return them, and how many milliseconds each took."""
+        placed, times = [], []
         for number in range(5):
             status, answer, seconds = post(orders, item=f"lamp {number}", amount="30")
-            expect(status == 201, f"a request without a broker answers 201, not {status}")
-            placed_meanwhile.append(answer["order_id"])
+            expect(status == 201, f"a request meanwhile answers 201, not {status}")
+            placed.append(answer["order_id"])
             times.append(seconds * 1000)
         say(f"  five orders meanwhile: HTTP 201 after {', '.join(f'{ms:.0f}' for ms in times)} ms")
-        expect(times[0] < 1000, "the first of them answers within a second")
-        # The first may be the one that notices; whoever comes later must not wait at all.
-        expect(sum(times[1:]) < QUICK_MS, f"the others answer within {QUICK_MS} ms together")
+        return placed, times
 
-        step("the broker comes back, and nobody sends a request")
-        self._broker.start()
-        arrived = {self._witness.next("order.placed", 30)["order_id"] for _ in placed_meanwhile}
-        expect(arrived == set(placed_meanwhile), "these are the five orders")
+    def _see_arrive(self, placed: list[int]) -> None:
+        arrived = {self._witness.next("order.placed", 30)["order_id"] for _ in placed}
+        expect(arrived == set(placed), "these are the five orders")
         say(f"  all five arrived: orders {sorted(arrived)}")
-        invoiced = {self._witness.next("invoice.sent", 30)["order_id"] for _ in placed_meanwhile}
-        expect(invoiced == arrived, "an invoice followed from each")
-        for order in placed_meanwhile:
+
+    def _see_consumed(self, placed: list[int]) -> None:
+        invoiced = {self._witness.next("invoice.sent", 30)["order_id"] for _ in placed}
+        expect(invoiced == set(placed), "an invoice followed from each")
+        for order in placed:
             self._worker.logs(f"order {order} is in the books")
         say("  and were consumed, each with its follow-on event")
 
@@ -214,6 +232,52 @@ class Demo:
                 say(process.tail())
 
 
+class DemoOnSQLite(Demo):
+    """Without a server; the worker is killed."""
+
+    def _prepare(self) -> str:
+        path = self._folder / "outbox.db"
+        url = f"sqlite:///{path}"
+        step(f"no server starts: events are in {url}")
+        self._witness = SQLiteWitness(url, path)
+        self._stack.callback(self._witness.close)
+        return url
+
+    def _trouble(self, orders: str) -> None:
+        step("the worker is killed")
+        self._worker.kill()
+        placed, _ = self._place_five(orders)
+        self._see_arrive(placed)
+        self._worker = self._start_worker("second worker")
+        self._see_consumed(placed)
+
+
+class DemoOnRabbitMQ(Demo):
+    """On a private broker, which is killed."""
+
+    def _prepare(self) -> str:
+        step("a private RabbitMQ starts")
+        self._broker = self._stack.enter_context(PrivateBroker())
+        say(f"  it listens on {self._broker.url}")
+        self._witness = RabbitMQWitness(self._broker.url)
+        self._stack.callback(self._witness.close)
+        return self._broker.url
+
+    def _trouble(self, orders: str) -> None:
+        step("the broker is killed")
+        time.sleep(max(0.0, self._queues_made_at + 3 - time.monotonic()))
+        self._broker.kill()
+        placed, times = self._place_five(orders)
+        expect(times[0] < 1000, "the first of them answers within a second")
+        # The first may be the one that notices; whoever comes later must not wait at all.
+        expect(sum(times[1:]) < QUICK_MS, f"the others answer within {QUICK_MS} ms together")
+
+        step("the broker comes back, and nobody sends a request")
+        self._broker.start()
+        self._see_arrive(placed)
+        self._see_consumed(placed)
+
+
 class Process:
     """A child process with its log."""
 
@@ -253,6 +317,11 @@ class Process:
         lines = self._log.read_text().splitlines()[-15:]
         return "\n".join([f"--- the end of the {self._name}'s log:", *lines])
 
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self._child.kill()
+        self._child.wait(10)
+
     def stop(self) -> int:
         """Ask it to end, by its own id; return its exit code."""
         if self.running:
@@ -265,30 +334,26 @@ class Process:
 
 
 class Witness:
-    """Sees every event on the broker, over plain AMQP."""
+    """Sees every event that is published."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self) -> None:
         self._seen: list[tuple[str, Any]] = []
         self._ids: set[str] = set()
-        self._connect()
-        self._channel.exchange_declare("outbox", "topic", durable=True)
-        self._channel.queue_declare(WITNESS, durable=True)
-        self._channel.queue_bind(WITNESS, "outbox", "#")
 
-    def _connect(self) -> None:
-        parameters = pika.URLParameters(self._url)
-        parameters.heartbeat = 600
-        self._connection = pika.BlockingConnection(parameters)
-        self._channel = self._connection.channel()
+    def consumes(self, queue: str) -> bool:
+        """Whether somebody consumes from ``queue``, or has."""
+        raise NotImplementedError
 
-    def consumers(self, queue: str) -> int:
-        try:
-            found = self._channel.queue_declare(queue, passive=True)
-        except pika.exceptions.ChannelClosedByBroker:
-            self._channel = self._connection.channel()
-            return 0
-        return int(found.method.consumer_count)
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def _look(self, deadline: float) -> None:
+        raise NotImplementedError
+
+    def _note(self, event_id: str, target: str, body: bytes) -> None:
+        if event_id not in self._ids:
+            self._ids.add(event_id)
+            self._seen.append((target, json.loads(body)))
 
     def next(self, target: str, timeout: float = 20) -> Any:
         """Return the payload of the next event to ``target``; a repeated id is passed over."""
@@ -300,7 +365,7 @@ class Witness:
                     del self._seen[index]
                     return payload
             if time.monotonic() > deadline:
-                raise Failed(f"{target} arrives on the broker")
+                raise Failed(f"{target} arrives")
             time.sleep(0.02)
 
     def is_quiet(self, seconds: float) -> bool:
@@ -309,6 +374,65 @@ class Witness:
             self._look(deadline)
             time.sleep(0.05)
         return not self._seen
+
+
+class SQLiteWitness(Witness):
+    """Has a queue in the file."""
+
+    def __init__(self, url: str, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        spec = QueueSpec(WITNESS, ("#",), "outbox")
+        self._subscription = open_subscription(Settings.load(url, {}), [spec], 100)
+        self._subscription.start(self._arrived.put, say)
+        deadline = time.monotonic() + 20
+        while not self.consumes(WITNESS):
+            expect(time.monotonic() < deadline, "the file can be used")
+            time.sleep(0.02)
+
+    def consumes(self, queue: str) -> bool:
+        statement = "SELECT 1 FROM outbox_bindings WHERE queue = ?"
+        with closing(sqlite3.connect(self._path, timeout=10)) as connection:
+            try:
+                return bool(connection.execute(statement, (queue,)).fetchall())
+            except sqlite3.OperationalError:  # nobody has made the tables yet
+                return False
+
+    def _look(self, deadline: float) -> None:
+        while not self._arrived.empty():
+            found = self._arrived.get()
+            self._note(found.message_id or "", found.target, found.body)
+            self._subscription.ack(found)
+
+    def close(self) -> None:
+        self._subscription.close()
+
+
+class RabbitMQWitness(Witness):
+    """Has a queue on the broker, over plain AMQP."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self._url = url
+        self._connect()
+        self._channel.exchange_declare("outbox", "topic", durable=True)
+        self._channel.queue_declare(WITNESS, durable=True)
+        self._channel.queue_bind(WITNESS, "outbox", "#")
+
+    def _connect(self) -> None:
+        parameters = pika.URLParameters(self._url)
+        parameters.heartbeat = 600
+        self._connection = pika.BlockingConnection(parameters)
+        self._channel = self._connection.channel()
+
+    def consumes(self, queue: str) -> bool:
+        try:
+            found = self._channel.queue_declare(queue, passive=True)
+        except pika.exceptions.ChannelClosedByBroker:
+            self._channel = self._connection.channel()
+            return False
+        return int(found.method.consumer_count) > 0
 
     def _look(self, deadline: float) -> None:
         while True:
@@ -323,9 +447,7 @@ class Witness:
                 continue
             if method is None:
                 return
-            if properties.message_id not in self._ids:
-                self._ids.add(properties.message_id)
-                self._seen.append((method.routing_key, json.loads(body)))
+            self._note(properties.message_id or "", method.routing_key, body or b"")
 
     def close(self) -> None:
         with suppress(pika.exceptions.AMQPError):

@@ -122,7 +122,7 @@ class ConnectionLost(BrokerError):
 
 
 class Blocked(BrokerError):
-    """The broker has stopped reading from publishers (a memory or disk alarm)."""
+    """The broker has stopped reading from publishers: a memory or disk alarm, a locked file."""
 
 
 class Nacked(BrokerError):

@@ -1,8 +1,24 @@
-"""Headers that are the broker's own, and not the sender's."""
+"""Headers that are not the application's: outbox's own, and the broker's."""
 
 from __future__ import annotations
 
-__all__ = ["is_brokers_own"]
+__all__ = [
+    "FORMAT_VERSION",
+    "HEADER_FORMAT",
+    "HEADER_KEY",
+    "HEADER_OCCURRED_AT",
+    "ORIGIN_EXCHANGE",
+    "ORIGIN_TARGET",
+    "is_brokers_own",
+]
+
+# docs/wire-format.md tells what they mean.
+FORMAT_VERSION = 1
+HEADER_FORMAT = "outbox-format"
+HEADER_KEY = "outbox-key"
+HEADER_OCCURRED_AT = "outbox-occurred-at-us"
+ORIGIN_EXCHANGE = "outbox-origin-exchange"
+ORIGIN_TARGET = "outbox-origin-target"
 
 # What the broker wrote about earlier stations of the message; sent back to it, some of it is
 # believed (RabbitMQ 4.0 release notes, x-death).

@@ -53,10 +53,9 @@ def open_store(options: argparse.Namespace, *, check: bool = True) -> Iterator[S
 @contextlib.contextmanager
 def told() -> Iterator[None]:
     """Tell errors of the database in a line, without statements and their parameters."""
-    from sqlalchemy.exc import SQLAlchemyError
+    from outbox.sql.failures import DatabaseError, reason_of
 
     try:
         yield
-    except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
-        raise DatabaseAway(f"the database failed: {reason}") from error
+    except DatabaseError as error:
+        raise DatabaseAway(f"the database failed: {reason_of(error)}") from error

@@ -14,8 +14,8 @@ def broker_option() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--url",
-        help="the broker, amqp://user:password@host:5672/vhost (default: OUTBOX_URL, which does "
-        "not show a password in the list of processes)",
+        help="the broker, amqp://user:password@host:5672/vhost or sqlite:///outbox.db (default: "
+        "OUTBOX_URL, which does not show a password in the list of processes)",
     )
     return parser
 

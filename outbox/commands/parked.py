@@ -13,13 +13,13 @@ from outbox.commands.options import broker_option, positive
 from outbox.commands.printing import json_line, payload_text, printable
 from outbox.errors import UsageError
 from outbox.parked import Address, Browsing, ParkedMessage, ParkedQueues, Selection
+from outbox.parking import PARKING_QUEUE
 from outbox.settings import Settings
 from outbox.subscription import dead_letter_queue
 from outbox.transports import open_parked_queues
 
 __all__ = ["add_parser"]
 
-_PARKING_QUEUE = "outbox.unroutable"
 _LISTED = 50
 _MANY_RETURNS = 10
 _TOO_MANY_RETURNS = (
@@ -118,7 +118,7 @@ def _filters() -> argparse.ArgumentParser:
         "--queue",
         action="append",
         metavar="QUEUE",
-        help=f"{_PARKING_QUEUE} (the default) or a dead-letter queue, <queue>.dead; list takes "
+        help=f"{PARKING_QUEUE} (the default) or a dead-letter queue, <queue>.dead; list takes "
         "several",
     )
     filters.add_argument(
@@ -231,12 +231,12 @@ def _open(options: argparse.Namespace) -> ParkedQueues:
 
 
 def _queues(options: argparse.Namespace) -> list[str]:
-    queues = list(dict.fromkeys(options.queue or [_PARKING_QUEUE]))
+    queues = list(dict.fromkeys(options.queue or [PARKING_QUEUE]))
     for queue in queues:
         # What other queues hold is on its way, and not for this command to take.
-        if queue != _PARKING_QUEUE and not queue.endswith(dead_letter_queue("")):
+        if queue != PARKING_QUEUE and not queue.endswith(dead_letter_queue("")):
             raise UsageError(
-                f"{queue!r} is neither {_PARKING_QUEUE!r} nor a dead-letter queue; "
+                f"{queue!r} is neither {PARKING_QUEUE!r} nor a dead-letter queue; "
                 f"the dead letters of {queue!r} are in {dead_letter_queue(queue)!r}"
             )
     return queues

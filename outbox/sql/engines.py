@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import stat
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ __all__ = ["engine_beside", "open_engine", "open_sqlite"]
 
 logger = logging.getLogger("outbox.sql")
 
-_BUSY_TIMEOUT = 10.0  # seconds a connection to SQLite waits for another one's write to end
+_BUSY_TIMEOUT = 10.0  # seconds
 _DRIVERS = {"postgresql": ("psycopg", "psycopg2")}
 
 
@@ -99,7 +100,9 @@ def _leave_to_parent() -> None:
 process.after_fork(_leave_to_parent)
 
 
-def open_sqlite(path: str, *, synchronous: str = "FULL") -> Engine:
+def open_sqlite(
+    path: str, *, synchronous: str = "FULL", busy_timeout: float = _BUSY_TIMEOUT
+) -> Engine:
     """Return an engine for a file of our own, made readable for its owner alone if it is not there.
 
     The journal is a write-ahead log, beside which others can read.
@@ -108,13 +111,14 @@ def open_sqlite(path: str, *, synchronous: str = "FULL") -> Engine:
         path: of the file; its folder must exist.
         synchronous: ``FULL``: what is committed outlives a power cut. ``NORMAL``: it outlives the
             end of the process, and a power cut may take the last transactions.
+        busy_timeout: seconds that a transaction waits for another one's end before it begins.
 
     Raises:
         UsageError: the path is empty, a symbolic link, no plain file, or somebody else's.
     """
     _check_names_a_file(path)
     _make_private(path)
-    engine = _sqlite_engine(path)
+    engine = _sqlite_engine(path, busy_timeout)
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: object) -> None:
@@ -124,17 +128,17 @@ def open_sqlite(path: str, *, synchronous: str = "FULL") -> Engine:
     return engine
 
 
-def _sqlite_engine(path: str) -> Engine:
+def _sqlite_engine(path: str, busy_timeout: float = _BUSY_TIMEOUT) -> Engine:
     """Return an engine whose transactions begin with ``BEGIN IMMEDIATE``.
 
-    That waits for other writers at the beginning, at most 10 s, and cannot fail later since
-    another one came first: a transaction that has read cannot wait for the lock
+    That waits for other writers at the beginning, at most ``busy_timeout`` seconds, and cannot fail
+    later since another one came first: a transaction that has read cannot wait for the lock
     (https://www.sqlite.org/lang_transaction.html).
     """
     engine = create_engine(
         URL.create("sqlite", database=path),
         connect_args={
-            "timeout": _BUSY_TIMEOUT,
+            "timeout": busy_timeout,
             "isolation_level": None,
             "check_same_thread": False,
         },
@@ -154,22 +158,41 @@ def _check_names_a_file(path: str) -> None:
 
 
 def _make_private(path: str) -> None:
-    """See that ``path`` is a plain file of ours; the log beside it gets the same mode."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    """See that ``path`` is a plain file of ours; the log beside it gets the same mode.
+
+    A file that is there is not opened: closing it would take away all locks that this process has
+    on it, those of its connections, too (https://www.sqlite.org/howtocorrupt.html, 2.2).
+    """
     try:
-        descriptor = os.open(path, flags, 0o600)
+        with _making:
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                os.close(os.open(path, flags, 0o600))
+                return
+            except FileExistsError:
+                found = os.lstat(path)
     except OSError as error:
-        if Path(path).is_symlink():
-            raise UsageError(
-                f"{path} is a symbolic link, which anybody who may write its folder could turn "
-                "elsewhere; name the file itself"
-            ) from None
         raise UsageError(f"{path} cannot be opened: {error.strerror}") from error
-    try:
-        found = os.fstat(descriptor)
-    finally:
-        os.close(descriptor)
+    if stat.S_ISLNK(found.st_mode):
+        raise UsageError(
+            f"{path} is a symbolic link, which anybody who may write its folder could turn "
+            "elsewhere; name the file itself"
+        )
     if not stat.S_ISREG(found.st_mode):
         raise UsageError(f"{path} is no plain file")
     if found.st_uid != os.geteuid():
         raise UsageError(f"{path} belongs to another user (uid {found.st_uid})")
+    if not os.access(path, os.R_OK | os.W_OK):
+        raise UsageError(f"{path} may not be read and written")
+
+
+_making = threading.Lock()
+"""Held until a new file is closed: no other thread of this process has it open before that."""
+
+
+def _begin_anew() -> None:
+    global _making
+    _making = threading.Lock()
+
+
+process.after_fork(_begin_anew)

@@ -15,12 +15,12 @@ import weakref
 from collections.abc import Sequence
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
 
 from outbox import process
 from outbox.errors import OutboxError
 from outbox.publisher import Publisher
 from outbox.sql.engines import engine_beside
+from outbox.sql.failures import DatabaseError, reason_of
 from outbox.sql.store import Claimed, Store
 from outbox.sql.waves import publish_in_waves
 
@@ -116,9 +116,10 @@ class Handover:
                     self._notify()
                 else:
                     self._publish(seqs)
-            except (SQLAlchemyError, OutboxError) as error:
+            except (DatabaseError, OutboxError) as error:
                 # They are committed: a relay publishes them.
-                logger.warning("%d stored event(s) are left to the relay: %s", len(seqs), error)
+                reason = reason_of(error)
+                logger.warning("%d stored event(s) are left to the relay: %s", len(seqs), reason)
             except Exception:
                 logger.exception("%d stored event(s) are left to the relay", len(seqs))
             self._note_done(len(seqs))

@@ -20,7 +20,6 @@ from typing import Any
 
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from outbox.configuration import default_publisher
@@ -28,6 +27,7 @@ from outbox.errors import Nacked, UsageError
 from outbox.publisher import Publisher
 from outbox.report import PublishReport
 from outbox.sql.engines import open_engine
+from outbox.sql.failures import DatabaseError, reason_of
 from outbox.sql.handover import CHANNEL
 from outbox.sql.store import Claimed, Store
 from outbox.sql.waves import Outcome, publish_in_waves, sort_out
@@ -208,9 +208,9 @@ class Relay:
                 if said:
                     logger.info("the database is back")
                 said, away = False, _AWAY[0]
-            except SQLAlchemyError as error:
+            except DatabaseError as error:
                 if not said:
-                    logger.warning("the database is away, trying again: %s", _first_line(error))
+                    logger.warning("the database is away, trying again: %s", reason_of(error))
                     said = True
                 self._wake.wait(away * random.uniform(0.5, 1))
                 away = min(2 * away, _AWAY[1])
@@ -310,11 +310,11 @@ class Relay:
             for batch in self._on_their_way:
                 self.store.release(batch.rows)
             self._forget_confirmed()
-        except SQLAlchemyError as error:
+        except DatabaseError as error:
             logger.warning(
                 "the database is away at the end; what was claimed is due again within %.0f s: %s",
                 self.lease,
-                _first_line(error),
+                reason_of(error),
             )
 
     def _disconnect(self) -> None:
@@ -346,8 +346,3 @@ def _by_reason(rejected: Iterable[tuple[Claimed, str]]) -> dict[str, list[Claime
     for row, reason in rejected:
         found.setdefault(reason, []).append(row)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    # SQLAlchemy adds the statement and its parameters: not for a log.
-    return str(getattr(error, "orig", None) or error).partition("\n")[0]

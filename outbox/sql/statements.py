@@ -161,6 +161,25 @@ class Statements:
         )
 
     @functools.cached_property
+    def release_in_place(self) -> Update:
+        """Give back ``numbers`` of the lease ``of_token`` to where their age puts them."""
+        return (
+            update(events)
+            .where(self._ours)
+            .values(
+                lease_token=None,
+                available_at=events.c.stored_at,
+                reason=_WHY,
+                attempts=events.c.attempts + _FAILURES,
+            )
+        )
+
+    @functools.cached_property
+    def leases(self) -> Select[Any]:
+        """By which lease ``numbers`` are held, if by any."""
+        return select(events.c.seq, events.c.lease_token).where(self.is_one_of)
+
+    @functools.cached_property
     def extend(self) -> Update:
         """Lease ``numbers`` of the lease ``of_token`` for longer."""
         return update(events).where(self._ours).values(available_at=in_seconds(_SECONDS))

@@ -109,29 +109,34 @@ class Store:
         self._is_postgresql = engine.dialect.name == "postgresql"
         self._ask = Statements(is_postgresql=self._is_postgresql)
 
-    def create(self) -> bool:
+    def create(self, *, connection: Connection | None = None) -> bool:
         """Create the table and its indexes unless they are there; return whether it did."""
-        with self.engine.begin() as connection:
-            if inspect(connection).has_table(events.name):
-                return False
-            metadata.create_all(connection)
-            return True
+        if connection is None:
+            with self.engine.begin() as connection:
+                return self.create(connection=connection)
+        if inspect(connection).has_table(events.name):
+            return False
+        metadata.create_all(connection)
+        return True
 
-    def check(self) -> None:
+    def check(self, *, connection: Connection | None = None) -> None:
         """See that the table is there, with all that is needed.
 
         Raises:
             UsageError: names what is missing, and how to make it.
         """
-        with self.engine.connect() as connection:
-            found = inspect(connection)
-            if not found.has_table(events.name):
-                raise UsageError(
-                    f"there is no table {events.name}: make it with `outbox sql create`, or with "
-                    "your migrations (outbox.sql.metadata, `outbox sql ddl`)"
-                )
-            columns = {one["name"] for one in found.get_columns(events.name)}
-            indexes = {one["name"] for one in found.get_indexes(events.name)}
+        if connection is None:
+            with self.engine.connect() as connection:
+                self.check(connection=connection)
+                return
+        found = inspect(connection)
+        if not found.has_table(events.name):
+            raise UsageError(
+                f"there is no table {events.name}: make it with `outbox sql create`, or with "
+                "your migrations (outbox.sql.metadata, `outbox sql ddl`)"
+            )
+        columns = {one["name"] for one in found.get_columns(events.name)}
+        indexes = {one["name"] for one in found.get_indexes(events.name)}
         missing = [f"column {one.name}" for one in events.columns if one.name not in columns]
         missing += [f"index {one.name}" for one in events.indexes if one.name not in indexes]
         if missing:
@@ -217,6 +222,7 @@ class Store:
         *,
         reason: str | None = None,
         failed: bool = False,
+        in_place: bool = False,
         connection: Connection | None = None,
     ) -> int:
         """Give rows back, due in ``delay`` seconds; return how many were still ours.
@@ -225,10 +231,15 @@ class Store:
             rows: as they were claimed.
             delay: seconds.
             reason: why, for people.
+            in_place: due at once instead, in the place that their age gives them: before what was
+                stored after them.
             failed: whether the row itself is to blame: an attempt is counted.
             connection: in whose transaction; by default in one of its own.
         """
-        asked = {"seconds": float(delay), "why": reason, "failures": int(failed)}
+        asked: dict[str, Any] = {"why": reason, "failures": int(failed)}
+        if in_place:
+            return self._settle(rows, self._ask.release_in_place, asked, connection)
+        asked["seconds"] = float(delay)
         return self._settle(rows, self._ask.release, asked, connection)
 
     def extend(
@@ -236,6 +247,16 @@ class Store:
     ) -> int:
         """Let leases end ``lease`` seconds from now; return how many were still ours."""
         return self._settle(rows, self._ask.extend, {"seconds": float(lease)}, connection)
+
+    def leased(self, rows: Iterable[Claimed], *, connection: Connection | None = None) -> set[int]:
+        """Return the numbers of those ``rows`` that are still ours."""
+        if connection is None:
+            with self.engine.begin() as connection:
+                return self.leased(rows, connection=connection)
+        wanted = {row.seq: row.token for row in rows}
+        numbers = {"numbers": self._ask.numbers(list(wanted))}
+        found = connection.execute(self._ask.leases, numbers)
+        return {row.seq for row in found if row.lease_token == wanted[row.seq]}
 
     def bury(
         self, rows: Iterable[Claimed], reason: str, *, connection: Connection | None = None

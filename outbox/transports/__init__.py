@@ -32,9 +32,10 @@ def open_transport(settings: Settings) -> Transport:
 
         return MemoryTransport(spread)
     if url.scheme == "sqlite":
-        raise UsageError(
-            "this version of outbox has no sqlite:// transport; use amqp:// or memory://"
-        )
+        check_threads()
+        from outbox.transports.sqlite import SQLiteTransport
+
+        return SQLiteTransport(url, settings, spread)
     check_threads()
     from outbox.transports.rabbitmq import RabbitMQTransport
 
@@ -55,8 +56,12 @@ def open_subscription(
         UsageError: the URL cannot be consumed from.
     """
     url = BrokerURL.parse(settings.url or "")
+    if url.scheme == "sqlite":
+        from outbox.transports.sqlite import SQLiteSubscription
+
+        return SQLiteSubscription(url, settings, queues, prefetch)
     if url.scheme not in ("amqp", "amqps"):
-        raise UsageError(f"{url.scheme}:// cannot be consumed from; use amqp://")
+        raise UsageError(f"{url.scheme}:// cannot be consumed from; use amqp:// or sqlite://")
     from outbox.transports.rabbitmq import RabbitMQSubscription
 
     return RabbitMQSubscription(url, settings, queues, prefetch)
@@ -72,9 +77,13 @@ def open_parked_queues(settings: Settings) -> ParkedQueues:
     if settings.url is None:
         raise NotConfigured
     url = BrokerURL.parse(settings.url)
+    if url.scheme == "sqlite":
+        from outbox.transports.sqlite import SQLiteParkedQueues
+
+        return SQLiteParkedQueues(url, settings)
     if url.scheme not in ("amqp", "amqps"):
         raise UsageError(
-            f"{url.scheme}:// has no queues to look into from outside; use amqp:// or amqps://"
+            f"{url.scheme}:// has no queues to look into from outside; use amqp:// or sqlite://"
         )
     from outbox.transports.rabbitmq import RabbitMQParkedQueues
 

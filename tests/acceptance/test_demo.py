@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from outbox.testing.servers import find_rabbitmq
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 
 # As the fixtures do: CI has a server, unless another broker was named on purpose.
 REQUIRED = "CI" in os.environ and not os.environ.get("OUTBOX_TEST_AMQP_URL")
-pytestmark = pytest.mark.skipif(
+needs_rabbitmq = pytest.mark.skipif(
     find_rabbitmq() is None and not REQUIRED, reason="the demo starts a RabbitMQ itself"
 )
 
@@ -57,12 +58,23 @@ def _runs(pid: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("app", ["flask", "fastapi"])
-def test_the_demo_tells_its_story(tmp_path: Path, app: str) -> None:
-    code, output = _told(tmp_path, "--app", app)
+@pytest.mark.parametrize(
+    ("arguments", "death"),
+    [
+        (["--app", "flask"], "the worker is killed"),
+        (["--app", "fastapi"], "the worker is killed"),
+        pytest.param(
+            ["--rabbitmq", "--app", "flask"], "the broker is killed", marks=needs_rabbitmq
+        ),
+    ],
+    ids=["flask", "fastapi", "rabbitmq"],
+)
+def test_the_demo_tells_its_story(tmp_path: Path, arguments: list[str], death: str) -> None:
+    code, output = _told(tmp_path, *arguments)
     assert code == 0, output
     for observed in (
-        "on the broker: order.placed",
+        "published: order.placed",
+        death,
         "the follow-on event: invoice.sent",
         "nothing was published",
         "five orders meanwhile: HTTP 201",
@@ -84,12 +96,16 @@ def test_the_demo_fails_when_a_step_is_not_observed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "moment"),
-    [(signal.SIGINT, "a private RabbitMQ starts"), (signal.SIGTERM, "a payment is refused")],
+    [
+        pytest.param(signal.SIGINT, "a private RabbitMQ starts", marks=needs_rabbitmq),
+        (signal.SIGTERM, "a payment is refused"),
+    ],
 )
 def test_an_interrupted_demo_leaves_nothing_behind(
     tmp_path: Path, number: signal.Signals, moment: str
 ) -> None:
-    with _demo(tmp_path, "--app", "flask") as child:
+    options = ["--rabbitmq"] if "RabbitMQ" in moment else []
+    with _demo(tmp_path, "--app", "flask", *options) as child:
         assert child.stdout is not None
         for line in child.stdout:
             if moment in line:
@@ -101,7 +117,8 @@ def test_an_interrupted_demo_leaves_nothing_behind(
         output, _ = child.communicate(timeout=40)
     assert child.returncode == 130, output
     assert "Traceback" not in output
-    assert not [pid for pid in children if _runs(pid)]
+    # What starts programs for it ends when it sees that its parent has.
+    wait_until(lambda: not any(_runs(pid) for pid in children))
 
 
 def _children(pid: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import starlette.testclient
 
-from outbox import configure
+from outbox import auto_publishing, configure, enqueue_event
 from outbox.consumers import Consumer, Worker
 from outbox.testing import CollectedEvents
 from tests.amqp import Inspector
+from tests.places import SQLitePlace, reading
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -37,35 +39,53 @@ def run(page: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def everything(amqp_url: str, inspector: Inspector, monkeypatch: pytest.MonkeyPatch) -> str:
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SQLitePlace:
+    """The file ``outbox.db`` in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    place = SQLitePlace(str(tmp_path / "outbox.db"), "outbox")
+    place.bind("outbox.unroutable", "")
+    return place
+
+
+@pytest.fixture
+def everything(
+    amqp_url: str, inspector: Inspector, file: SQLitePlace, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """A queue that gets every event of the default exchange."""
     monkeypatch.setenv("OUTBOX_URL", amqp_url)
     return inspector.queue("documentation", "outbox")
 
 
-def test_the_readme_does_what_it_says(everything: str, inspector: Inspector) -> None:
-    found = run(ROOT / "README.md")
-    assert inspector.get(everything).payload == {"order_id": 17, "total": "12.50"}
-    assert found["app"].test_client().post("/orders").status_code == 201
-    assert inspector.get(everything).payload == {"order_id": 17}
-    assert starlette.testclient.TestClient(found["api"]).post("/orders").status_code == 201
-    assert inspector.get(everything).payload == {"order_id": 18}
+def test_the_readme_does_what_it_says(file: SQLitePlace) -> None:
+    with reading(file, "documentation", ["#"]) as reader:
 
-    assert issubclass(found["Invoices"], Consumer)
-    worker = Worker([found["Invoices"]])
-    for queue in ("invoices", "invoices.dead"):
-        inspector.clean_up(queue=queue)
-    worker.start()
-    try:
-        inspector.wait_for_queue("invoices")
-        inspector.publish("invoices", b'{"order_id": 5}')
-        sent = inspector.get(everything)
-        assert (sent.target, sent.payload) == ("invoice.sent", {"order_id": 5})
-        inspector.publish("invoices", b"{}")
-        letter = inspector.get("invoices.dead")
-        assert letter.properties.headers["outbox-dead-reason"] == "no order"
-    finally:
-        worker.stop()
+        def payload() -> Any:
+            return json.loads(reader.get()[0].body)
+
+        found = run(ROOT / "README.md")
+        assert payload() == {"order_id": 17, "total": "12.50"}
+        assert found["app"].test_client().post("/orders").status_code == 201
+        assert payload() == {"order_id": 17}
+        assert starlette.testclient.TestClient(found["api"]).post("/orders").status_code == 201
+        assert payload() == {"order_id": 18}
+
+        assert issubclass(found["Invoices"], Consumer)
+        with reading(file, "invoices"):
+            pass
+        reader.get()  # what the queue began with
+        worker = Worker([found["Invoices"]])
+        worker.start()
+        try:
+            with auto_publishing():
+                enqueue_event({"order_id": 5}, "invoices", exchange="")
+                enqueue_event({}, "invoices", exchange="")
+            [sent] = reader.get()
+            assert (sent.target, json.loads(sent.body)) == ("invoice.sent", {"order_id": 5})
+            with reading(file, "invoices.dead", again=True) as dead:
+                [letter] = dead.get()
+            assert (letter.headers or {})["outbox-dead-reason"] == "no order"
+        finally:
+            worker.stop()
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
@@ -124,6 +144,7 @@ def test_the_documented_options_of_the_commands_are_there() -> None:
         ["outbox", "parked", "replay"],
         ["outbox", "parked", "purge"],
         ["proving"],
+        ["examples.demo"],
     ):
         done = subprocess.run(
             [sys.executable, "-m", *command, "--help"],

@@ -16,8 +16,8 @@ import pytest
 
 from outbox import Event, Publisher
 from outbox.commands import exit_codes
+from outbox.parking import PARKING_QUEUE
 from outbox.testing.broker import PrivateBroker
-from outbox.transports.rabbitmq.parking import PARKING_QUEUE
 from tests.amqp import Inspector, properties_of
 
 Done = subprocess.CompletedProcess[str]
@@ -331,7 +331,7 @@ def test_messages_that_were_given_back_often_are_warned_of(
         ),
         (["purge", "--yes", "--queue", "a.dead", "--queue", "b.dead"], "give one --queue"),
         (["list", "--url", "memory://"], "memory:// has no queues"),
-        (["list", "--url", "sqlite:///x"], "sqlite:// has no queues"),
+        (["list", "--url", "sqlite:////no/file.db"], "there is no file /no/file.db"),
         (["list", "--url", "amqp://u:hunter2/@h"], "cannot be taken apart"),
         (["list", "--limit", "0"], "argument --limit"),
         (["replay", "--limit", "many"], "argument --limit"),

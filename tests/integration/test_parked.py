@@ -24,12 +24,12 @@ from outbox import (
 )
 from outbox.consumers import ReceivedEvent, Reject, Worker, consumer
 from outbox.parked import Outcome, ParkedMessage, ParkedQueues
+from outbox.parking import parked
 from outbox.settings import Settings
 from outbox.testing.broker import PrivateBroker
 from outbox.transports import open_parked_queues
 from outbox.transports.rabbitmq import wire
 from outbox.transports.rabbitmq.parameters import connection_parameters
-from outbox.transports.rabbitmq.parking import parked
 from outbox.url import BrokerURL
 from tests.amqp import Inspector, Unwritten, properties_of
 

@@ -25,8 +25,8 @@ from outbox import (
     publish,
     publish_async,
 )
+from outbox.parking import PARKING_QUEUE
 from outbox.transports.rabbitmq import wire
-from outbox.transports.rabbitmq.parking import PARKING_QUEUE
 from tests.amqp import Inspector
 
 

@@ -364,6 +364,25 @@ def test_links_folders_and_missing_folders_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere.db").exists()
 
 
+def test_a_second_engine_for_a_file_takes_no_locks_from_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+    first = open_sqlite(str(path))
+    with first.connect() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (n)")
+        connection.commit()
+        open_sqlite(str(path)).dispose()
+        # Without the locks another process takes itself for the last, and removes the log at its
+        # end; what is written into that later, nobody else sees.
+        other = (
+            "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); "
+            "c.execute('INSERT INTO t VALUES (1)'); c.commit(); c.close()"
+        )
+        subprocess.run([sys.executable, "-c", other, str(path)], check=True)
+        assert path.with_name("events.db-wal").exists()
+        assert connection.exec_driver_sql("SELECT n FROM t").scalar_one() == 1
+    first.dispose()
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

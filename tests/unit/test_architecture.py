@@ -70,7 +70,12 @@ def test_a_module_imports_only_what_its_layer_may(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_driver_is_imported_in_its_own_transport_alone(module: str) -> None:
-    homes = {"pika": "outbox.transports.rabbitmq", "starlette": "outbox.middleware.asgi"}
+    homes = {
+        "pika": ("outbox.transports.rabbitmq",),
+        "sqlalchemy": ("outbox.sql", "outbox.transports.sqlite"),
+        "sqlite3": ("outbox.sql", "outbox.transports.sqlite"),
+        "starlette": ("outbox.middleware.asgi",),
+    }
     for name in imports(MODULES[module]):
         home = homes.get(name.split(".")[0])
         assert home is None or module.startswith(home), f"{module} imports {name}"

@@ -14,12 +14,12 @@ from outbox import Event
 from outbox.consumers.dead_letter import dead_letter
 from outbox.consumers.outcome import Dead
 from outbox.parked import Address, ParkedMessage, Selection
+from outbox.parking import PARKING_QUEUE, parked
 from outbox.subscription import Delivery
 from outbox.transports.rabbitmq.browsing import next_window
 from outbox.transports.rabbitmq.framing import Encoder
 from outbox.transports.rabbitmq.header import ContentHeader
 from outbox.transports.rabbitmq.parked import HeldMessage, Replayed, read, replayed
-from outbox.transports.rabbitmq.parking import PARKING_QUEUE, parked
 from outbox.transports.rabbitmq.replaying import VerbatimEncoder
 from tests.amqp import properties_of
 from tests.unit.test_content_header import by_pika, content_headers

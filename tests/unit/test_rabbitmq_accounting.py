@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox import Event
+from outbox.backoff import backoff
 from outbox.chunk import Chunk, Entry
 from outbox.transports.rabbitmq.acks import Acks
 from outbox.transports.rabbitmq.confirms import Confirms
 from outbox.transports.rabbitmq.framing import PUBLISH_CHANNEL, Encoder, properties
-from outbox.transports.rabbitmq.link import backoff
 
 
 def entries_of(*ids: str, target: str = "x") -> list[Entry]:

@@ -14,15 +14,16 @@ import pika.channel
 import pika.exceptions
 import pika.spec
 
+from outbox.backoff import backoff
 from outbox.errors import BrokerError, ConnectionLost
+from outbox.parking import restore_origin
 from outbox.settings import Settings
 from outbox.subscription import Delivery, QueueSpec
 from outbox.transports.rabbitmq import topology, wire
 from outbox.transports.rabbitmq.acks import Acks
 from outbox.transports.rabbitmq.failures import told
-from outbox.transports.rabbitmq.link import Link, backoff
+from outbox.transports.rabbitmq.link import Link
 from outbox.transports.rabbitmq.parameters import connection_parameters
-from outbox.transports.rabbitmq.parked import ORIGIN_EXCHANGE, ORIGIN_TARGET
 from outbox.url import BrokerURL
 
 __all__ = ["RabbitMQSubscription"]
@@ -220,11 +221,7 @@ class RabbitMQSubscription:
 
     def _hand_out(self, delivery: Delivery) -> None:
         """Deliver a message; what was replayed to this one queue tells where it was published."""
-        if delivery.headers and not delivery.exchange and delivery.target == delivery.queue:
-            exchange = delivery.headers.get(ORIGIN_EXCHANGE)
-            target = delivery.headers.get(ORIGIN_TARGET)
-            if isinstance(exchange, str) and isinstance(target, str):
-                delivery.exchange, delivery.target = exchange, target
+        restore_origin(delivery)
         self._deliver(delivery)
 
     def _on_cancelled_by_broker(self, channel: pika.channel.Channel) -> None:

@@ -15,12 +15,9 @@ from typing import Any
 import pika
 
 from outbox.event import Event
+from outbox.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
 
 __all__ = [
-    "FORMAT_VERSION",
-    "HEADER_FORMAT",
-    "HEADER_KEY",
-    "HEADER_OCCURRED_AT",
     "PUBLISH_CHANNEL",
     "Encoder",
     "properties",
@@ -28,11 +25,6 @@ __all__ = [
 
 PUBLISH_CHANNEL = 1
 """Frames carry their channel's number; events are always published on this one."""
-
-FORMAT_VERSION = 1
-HEADER_FORMAT = "outbox-format"
-HEADER_KEY = "outbox-key"
-HEADER_OCCURRED_AT = "outbox-occurred-at-us"
 
 _FRAME_END = b"\xce"
 _FRAME_OVERHEAD = 8  # type, channel and size before the payload, the end mark behind it

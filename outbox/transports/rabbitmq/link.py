@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -11,25 +10,16 @@ from typing import Protocol
 import pika
 from pika.adapters.select_connection import IOLoop
 
+from outbox.backoff import backoff
 from outbox.errors import BrokerError, ConnectionLost
 from outbox.transports.rabbitmq import failures, wire
 
-__all__ = ["Link", "Session", "backoff", "quiet_pika"]
+__all__ = ["Link", "Session", "quiet_pika"]
 
 logger = logging.getLogger("outbox.link")
 
-_FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0
 _CLOSE_TIMEOUT = 2.0
 _CLOSING_TURNS = 50
-
-
-def backoff(attempt: int) -> float:
-    """Return the seconds to wait after the ``attempt``-th failure (from 0): 0.5 doubling to 30.
-
-    Jittered between half of it and the whole, so that many processes do not come back as one.
-    """
-    delay: float = min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** min(attempt, 16))
-    return delay * random.uniform(0.5, 1.0)
 
 
 class Session(Protocol):

@@ -9,18 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from outbox.event import Event
-from outbox.headers import is_brokers_own
-from outbox.parked import Address, Kind, ParkedMessage
+from outbox.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET
+from outbox.parked import Address, ParkedMessage
+from outbox.parking import is_kept_on_replay, origin_of, told_of
 from outbox.transports.rabbitmq.header import ContentHeader
-from outbox.transports.rabbitmq.parking import PARKING_QUEUE
 from outbox.transports.rabbitmq.wire import UNREADABLE
 
-__all__ = ["ORIGIN_EXCHANGE", "ORIGIN_TARGET", "HeldMessage", "Replayed", "read", "replayed"]
-
-ORIGIN_EXCHANGE = "outbox-origin-exchange"
-ORIGIN_TARGET = "outbox-origin-target"
-
-_ADDED: dict[Kind, str] = {"parked": "outbox-parked-", "dead": "outbox-dead-"}
+__all__ = ["HeldMessage", "Replayed", "read", "replayed"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -57,13 +52,7 @@ def read(
 ) -> HeldMessage:
     """Return the message that was found in ``queue``."""
     header_or_empty = header or ContentHeader()
-    # What was parked may die in the hands of a consumer of the parking queue, and has both.
-    tellers = [_dead_letter, _parked] if queue != PARKING_QUEUE else [_parked, _dead_letter]
-    told: dict[str, Any] = {"kind": "foreign"}
-    for teller in (*tellers, _dead_by_broker):
-        if found := teller(header_or_empty):
-            told = found
-            break
+    told = told_of(queue, header_or_empty.header) or _dead_by_broker(header_or_empty)
     returns = header_or_empty.header("x-delivery-count")
     return HeldMessage(
         queue=queue,
@@ -74,7 +63,7 @@ def read(
         header=header,
         readable=readable,
         tag=tag,
-        **told,
+        **(told or {"kind": "foreign"}),
     )
 
 
@@ -96,14 +85,7 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Replayed | s
         return "its id is not UTF-8"
     if any(len(part.encode()) > 255 for part in (*destination, *(message.origin or ()))):
         return "its address is longer than 255 bytes"
-    added = _ADDED.get(message.kind)
-    header = message.header.without(
-        lambda name: (
-            is_brokers_own(name)
-            or (added is not None and name.startswith(added))
-            or (message.kind == "dead" and name in (ORIGIN_EXCHANGE, ORIGIN_TARGET))
-        )
-    )
+    header = message.header.without(lambda name: not is_kept_on_replay(message.kind, name))
     if message.kind == "dead":
         encoding = message.header.header("outbox-dead-content-encoding")
         if isinstance(encoding, str) and encoding != UNREADABLE and len(encoding.encode()) <= 255:
@@ -129,34 +111,6 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Replayed | s
     )
 
 
-def _dead_letter(header: ContentHeader) -> dict[str, Any] | None:
-    died_in = _text(header, "outbox-dead-queue")
-    if died_in is None:
-        return None
-    attempts = header.header("outbox-attempt")
-    return {
-        "kind": "dead",
-        "died_in": died_in,
-        "origin": _address(header, "outbox-dead-exchange", "outbox-dead-target"),
-        "reason": _text(header, "outbox-dead-reason"),
-        "error": _text(header, "outbox-dead-error"),
-        "at": _text(header, "outbox-dead-at"),
-        "attempts": attempts if isinstance(attempts, int) else None,
-    }
-
-
-def _parked(header: ContentHeader) -> dict[str, Any] | None:
-    origin = _address(header, "outbox-parked-exchange", "outbox-parked-target")
-    if origin is None:
-        return None
-    return {
-        "kind": "parked",
-        "origin": origin,
-        "reason": _text(header, "outbox-parked-reason"),
-        "at": _text(header, "outbox-parked-at"),
-    }
-
-
 def _dead_by_broker(header: ContentHeader) -> dict[str, Any] | None:
     """Return what RabbitMQ's own header tells; its newest entry is the first (DLX guide)."""
     match header.header("x-death"):
@@ -165,7 +119,7 @@ def _dead_by_broker(header: ContentHeader) -> dict[str, Any] | None:
         case _:
             return None
     exchange, reason, at = death.get("exchange"), death.get("reason"), death.get("time")
-    origin = _address(header, ORIGIN_EXCHANGE, ORIGIN_TARGET)
+    origin = origin_of(header.header)
     match death.get("routing-keys"):
         case [str(target), *_] if origin is None and isinstance(exchange, str):
             origin = Address(exchange, target)
@@ -178,13 +132,3 @@ def _dead_by_broker(header: ContentHeader) -> dict[str, Any] | None:
         "at": at.isoformat() if hasattr(at, "isoformat") else None,
         "attempts": count if isinstance(count, int) else None,
     }
-
-
-def _text(header: ContentHeader, name: str) -> str | None:
-    found = header.header(name)
-    return found if isinstance(found, str) else None
-
-
-def _address(header: ContentHeader, exchange: str, target: str) -> Address | None:
-    found = _text(header, exchange), _text(header, target)
-    return Address(found[0] or "", found[1]) if found[1] is not None else None

@@ -14,9 +14,11 @@ import pika.frame
 import pika.spec
 
 from outbox.backlog import Backlog
+from outbox.backoff import backoff
 from outbox.chunk import Chunk, Entry, Fate
 from outbox.errors import Blocked, BrokerError, ConnectionLost, Nacked
 from outbox.event import Event
+from outbox.parking import PARKING_QUEUE, parked
 from outbox.settings import Settings
 from outbox.spread import Spread, call_hook
 from outbox.stats import Tally
@@ -24,9 +26,8 @@ from outbox.transports.rabbitmq import topology, wire
 from outbox.transports.rabbitmq.confirms import Confirms
 from outbox.transports.rabbitmq.failures import one_line, told
 from outbox.transports.rabbitmq.framing import PUBLISH_CHANNEL, Encoder
-from outbox.transports.rabbitmq.link import Link, backoff
+from outbox.transports.rabbitmq.link import Link
 from outbox.transports.rabbitmq.parameters import connection_parameters
-from outbox.transports.rabbitmq.parking import PARKING_QUEUE, parked
 from outbox.url import BrokerURL
 
 __all__ = ["RabbitMQTransport"]

@@ -1,0 +1,80 @@
+"""A leased row as a worker gets it, and as a dead letter."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from typing import Any
+
+from outbox.event import Event
+from outbox.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
+from outbox.parking import restore_origin
+from outbox.sql.store import Claimed
+from outbox.subscription import Delivery, dead_letter_queue
+
+__all__ = ["DELIVERY_LIMIT", "delivery_of", "headers_of", "is_deadly", "letter_of_deadly"]
+
+DELIVERY_LIMIT = 20
+"""How often a message may be lost with its worker; RabbitMQ 4 has the same for quorum queues."""
+
+
+def headers_of(event: Event) -> dict[str, Any]:
+    """Return all headers of ``event``, outbox's own included, as RabbitMQ would deliver them."""
+    headers = {**event.headers, HEADER_FORMAT: FORMAT_VERSION}
+    if event.key is not None:
+        headers[HEADER_KEY] = event.key
+    headers[HEADER_OCCURRED_AT] = round(event.occurred_at.timestamp() * 1e6)
+    return headers
+
+
+def delivery_of(row: Claimed, tag: int) -> Delivery:
+    """Return the message of ``row``."""
+    event = row.event
+    found = Delivery(
+        queue=row.queue,
+        tag=tag,
+        generation=0,
+        redelivered=row.deliveries > 1,
+        exchange=event.exchange,
+        target=event.target,
+        body=event.body,
+        content_type=event.content_type,
+        headers=headers_of(event),
+        message_id=event.id,
+        priority=event.priority,
+        timestamp=int(event.occurred_at.timestamp()),
+    )
+    restore_origin(found)
+    return found
+
+
+def is_deadly(row: Claimed) -> bool:
+    """Return whether ``row`` was delivered too often without anybody settling it.
+
+    What a worker gave back counts as an attempt: it is not the message that ended the worker.
+    """
+    return row.deliveries - 1 - row.attempts >= DELIVERY_LIMIT
+
+
+def letter_of_deadly(row: Claimed) -> Event:
+    """Return the dead letter in place of a deadly row (``docs/wire-format.md``)."""
+    delivery = delivery_of(row, 0)
+    own = {} if row.event.key is None else {HEADER_KEY: row.event.key}
+    return dataclasses.replace(
+        row.event,
+        exchange="",
+        target=dead_letter_queue(row.queue),
+        key=None,
+        headers={
+            **row.event.headers,
+            **own,
+            "outbox-dead-reason": (
+                f"delivered {DELIVERY_LIMIT} times, and each time its worker ended, "
+                "or lost it, before it was settled"
+            ),
+            "outbox-dead-queue": row.queue,
+            "outbox-dead-exchange": delivery.exchange,
+            "outbox-dead-target": delivery.target,
+            "outbox-dead-at": datetime.datetime.now(datetime.UTC).isoformat(),
+        },
+    )

@@ -1,0 +1,599 @@
+"""What every transport promises alike: one test each, over RabbitMQ, SQLite, and memory://."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outbox import (
+    Event,
+    InvalidEvent,
+    Publisher,
+    PublishReport,
+    UsageError,
+    auto_publishing,
+    enqueue_event,
+    publish,
+)
+from outbox.consumers import REQUEUE, Consumer, ReceivedEvent, Reject, Worker, consumer
+from outbox.parked import ParkedMessage
+from outbox.parking import PARKING_QUEUE
+from outbox.subscription import Delivery, dead_letter_queue
+from outbox.topics import matches
+from tests.amqp import Inspector
+from tests.places import (
+    Place,
+    RabbitMQPlace,
+    SQLitePlace,
+    events_for,
+    parked_in,
+    reading,
+)
+from tests.waiting import wait_until
+
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
+HEADERS: dict[str, Any] = {
+    "text": "Grüße",
+    "empty": "",
+    "small": 7,
+    "large": 1 << 40,
+    "negative": -(1 << 63),
+    "yes": True,
+    "none": None,
+    "raw": b"\x00\xff",
+    "list": [1, "two", [b"3"], {"four": None}],
+    "table": {"a": {"b": [True]}, "$bytes": "no bytes", "$table": {}},
+}
+
+
+@pytest.fixture(params=["rabbitmq", "sqlite"])
+def place(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Place:
+    if request.param == "sqlite":
+        return SQLitePlace(str(tmp_path / "outbox.db"), name)
+    amqp_url: str = request.getfixturevalue("amqp_url")
+    inspector: Inspector = request.getfixturevalue("inspector")
+    return RabbitMQPlace(amqp_url, name, inspector)
+
+
+@pytest.fixture
+def publisher(place: Place) -> Iterator[Publisher]:
+    with place.publisher() as found:
+        yield found
+
+
+@pytest.fixture(params=["rabbitmq", "sqlite", "memory"])
+def taker(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Iterator[Publisher]:
+    """A publisher whose events go wherever they are sent."""
+    if request.param == "memory":
+        with Publisher("memory://", exchange=name) as found:
+            yield found
+        return
+    made: Place = (
+        SQLitePlace(str(tmp_path / "outbox.db"), name)
+        if request.param == "sqlite"
+        else RabbitMQPlace(
+            request.getfixturevalue("amqp_url"), name, request.getfixturevalue("inspector")
+        )
+    )
+    made.bind(f"{name}-all", name, "#")
+    with made.publisher() as found:
+        yield found
+
+
+@contextlib.contextmanager
+def working(place: Place, publisher: Publisher, *consumers: Consumer) -> Iterator[Worker]:
+    """Run a worker over queues that have been made."""
+    worker = Worker(consumers, publisher=publisher, threads=2)
+    worker.start()
+    try:
+        yield worker
+    finally:
+        assert worker.stop(10)
+
+
+def made(place: Place, queue: str, *topics: str) -> str:
+    """Make a consumer's queue with its dead letters, and nothing in them."""
+    with reading(place, queue, topics):
+        return queue
+
+
+def ids(found: list[Delivery] | tuple[Event, ...] | list[Event]) -> list[str | None]:
+    return [one.message_id if isinstance(one, Delivery) else one.id for one in found]
+
+
+# ---------------------------------------------------------------------------- publishing
+
+
+def test_the_report_names_every_event_in_order(taker: Publisher) -> None:
+    events = events_for(taker, ["a", "b.c", "b.c"])
+    report = taker.publish(events)
+    assert report == PublishReport(published=tuple(events))
+    assert report.ok
+
+
+def test_a_chunk_of_nothing_is_published_at_once(taker: Publisher) -> None:
+    assert taker.publish([]) == PublishReport()
+
+
+def test_what_is_published_is_not_kept_and_is_counted(taker: Publisher) -> None:
+    taker.publish(events_for(taker, ["a"] * 3))
+    stats = taker.stats()
+    assert (stats.published, stats.kept, stats.ever_kept) == (3, 0, 0)
+    assert taker.kept == ()
+
+
+def test_many_threads_publish_side_by_side(taker: Publisher) -> None:
+    reports: list[PublishReport] = []
+
+    def act() -> None:
+        for _ in range(5):
+            reports.append(taker.publish(events_for(taker, ["a"] * 10)))
+
+    threads = [threading.Thread(target=act) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [len(report.published) for report in reports] == [10] * 20
+
+
+def test_a_closed_publisher_refuses(taker: Publisher) -> None:
+    events = events_for(taker, ["a"])
+    assert taker.close() == ()
+    with pytest.raises(UsageError, match="closed"):
+        taker.publish(events)
+
+
+def test_publishing_on_a_running_loop_is_refused_and_its_async_twin_works(
+    taker: Publisher,
+) -> None:
+    events = events_for(taker, ["a"])
+
+    async def act() -> PublishReport:
+        with pytest.raises(UsageError, match="publish_async"):
+            taker.publish(events)
+        return await taker.publish_async(events)
+
+    assert asyncio.run(act()).published == tuple(events)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"headers": {"outbox-key": "x"}}, "not the application's"),
+        ({"headers": {"x": object()}}, "headers carry"),
+        ({"priority": 256}, "priority"),
+        ({"unroutable": "drop"}, "unroutable"),
+        ({"id": ""}, "id is empty"),
+    ],
+)
+def test_what_cannot_be_carried_is_refused_in_the_callers_line(
+    taker: Publisher, options: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InvalidEvent, match=told):
+        events_for(taker, ["a"], **options)
+
+
+def test_a_failed_block_publishes_nothing(taker: Publisher) -> None:
+    with pytest.raises(ZeroDivisionError), auto_publishing(publisher=taker):
+        enqueue_event({}, "a")
+        raise ZeroDivisionError
+    assert taker.stats().published == 0
+
+
+# ----------------------------------------------------------------------------- delivering
+
+
+def test_an_event_is_delivered_with_all_that_the_wire_format_promises(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    with reading(place, name, ["order.*"]) as reader:
+        [event] = events_for(publisher, ["order.placed"], headers=HEADERS, key="k-7", priority=3)
+        assert publisher.publish([event]).ok
+        [found] = reader.get()
+    assert (found.queue, found.exchange, found.target) == (name, place.exchange, "order.placed")
+    assert (found.body, found.content_type) == (b'{"n":0}', "application/json")
+    assert (found.message_id, found.priority, found.redelivered) == (event.id, 3, False)
+    assert found.timestamp == int(event.occurred_at.timestamp())
+    assert found.content_encoding is None
+    assert found.headers == {
+        **HEADERS,
+        "outbox-format": 1,
+        "outbox-key": "k-7",
+        "outbox-occurred-at-us": (event.occurred_at - EPOCH) // datetime.timedelta(microseconds=1),
+    }
+
+
+def test_a_consumer_gets_the_event_that_was_enqueued(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    seen: list[ReceivedEvent] = []
+    handler = consumer(made(place, name, "order.#"), topics=["order.#"])(seen.append)
+    with working(place, publisher, handler):
+        [sent] = events_for(publisher, ["order.placed"], headers=HEADERS, key="k", priority=2)
+        publisher.publish([sent])
+        wait_until(lambda: seen)
+    [event] = seen
+    for field in ("id", "target", "exchange", "body", "content_type", "key", "priority"):
+        assert getattr(event, field) == getattr(sent, field)
+    assert (event.headers, event.occurred_at) == (HEADERS, sent.occurred_at)
+    assert (event.queue, event.attempt, event.redelivered) == (name, 1, False)
+    assert place.count(name) == place.count(dead_letter_queue(name)) == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, 200_000, 3_000_000])
+def test_a_body_arrives_byte_for_byte(
+    place: Place, publisher: Publisher, name: str, size: int
+) -> None:
+    body = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    event = Event(
+        id="1", target=name, exchange=place.exchange, body=body, content_type="application/x-raw"
+    )
+    with reading(place, name) as reader:
+        assert publisher.publish([event]).ok
+        [found] = reader.get()
+    assert found.body == body
+    assert found.content_type == "application/x-raw"
+
+
+def test_events_keep_their_order_within_and_between_chunks(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    with reading(place, name, ["a.*"]) as reader:
+        events = events_for(publisher, ["a.x", "a.y"] * 300)
+        for start in range(0, 600, 150):
+            publisher.submit(events[start : start + 150])
+        assert ids(reader.get(600)) == ids(events)
+
+
+PATTERNS = ["a.b", "a.*", "*.b", "#", "a.#", "#.b", "*", "*.*", "a.*.c", "a.#.c", "#.#", "", "*."]
+TARGETS = ["a", "b", "a.b", "a.b.c", "a..c", "a.", ".b", ".", "..", "a.c", "b.a"]
+
+
+def test_patterns_match_as_those_of_a_topic_exchange(place: Place, name: str) -> None:
+    with place.publisher(unroutable="ignore") as publisher:
+        for number, pattern in enumerate(PATTERNS):
+            exchange = f"{name}-{number}"
+            if isinstance(place, RabbitMQPlace):
+                place._inspector.clean_up(exchange=exchange)
+            place.bind(f"{name}-q", exchange, pattern)
+            events = [Event(id=one, target=one, exchange=exchange, body=b"") for one in TARGETS]
+            routed = {event.target for event in publisher.publish(events).published}
+            assert routed == {one for one in TARGETS if matches(pattern, one)}, pattern
+
+
+def test_every_queue_that_matches_gets_an_event_once(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    with (
+        reading(place, f"{name}-3", ["order"]) as three,
+        reading(place, f"{name}-2", ["*.placed"]) as two,
+        reading(place, f"{name}-1", ["order.*", "#.placed", "#"]) as one,
+    ):
+        events = events_for(publisher, ["order.placed", "order"])
+        publisher.publish(events)
+        assert ids(one.get(2)) == ids(events)
+        assert ids(two.get(1)) == ids(events[:1])
+        assert ids(three.get(1)) == ids(events[1:])
+    assert [place.count(f"{name}-{n}") for n in (1, 2, 3)] == [0, 0, 0]
+
+
+def test_a_queue_that_another_process_binds_later_gets_what_is_published_then(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    before = events_for(publisher, ["a.b"], unroutable="ignore")
+    assert publisher.publish(before).ignored == tuple(before)
+    place.bind(name, place.exchange, "a.*")
+    after = events_for(publisher, ["a.b"])
+    assert publisher.publish(after).published == tuple(after)
+    assert place.count(name) == 1
+
+
+def test_the_exchange_without_a_name_leads_to_the_queue_of_that_name(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    queue = f"{name}.*"
+    with reading(place, queue) as reader:
+        [event, elsewhere] = events_for(
+            publisher, [queue, f"{name}.x"], exchange="", unroutable="fail"
+        )
+        report = publisher.publish([event, elsewhere])
+        assert report.published == (event,)
+        assert [one.event for one in report.rejected] == [elsewhere]
+        [found] = reader.get()
+    assert (found.exchange, found.target, found.message_id) == ("", queue, event.id)
+
+
+def test_a_message_that_nobody_settled_comes_again_in_its_place_to_the_next_worker(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    with reading(place, name, ["a"]) as reader:
+        events = events_for(publisher, ["a"] * 5)
+        publisher.publish(events)
+        reader.get(1)
+        assert not any(one.redelivered for one in reader.take(3))
+    later = events_for(publisher, ["a"])
+    publisher.publish(later)
+    with reading(place, name, again=True) as reader:
+        found = reader.get(5)
+    assert ids(found) == ids(events[1:] + later)
+    assert [one.redelivered for one in found][:3] == [True] * 3
+    assert not found[-1].redelivered
+
+
+def test_what_is_given_back_comes_again(place: Place, publisher: Publisher, name: str) -> None:
+    with reading(place, name) as reader:
+        sent = events_for(publisher, [name])
+        publisher.publish(sent)
+        [first] = reader.take(1)
+        reader.requeue(first, 0.05)
+        [second] = reader.get()
+    assert ids([second]) == ids(sent)
+    assert (first.redelivered, second.redelivered) == (False, True)
+    assert (first.body, first.headers) == (
+        second.body,
+        {name: value for name, value in (second.headers or {}).items() if name[:2] != "x-"},
+    )
+
+
+def test_no_more_than_the_prefetch_is_out_at_a_time(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    with reading(place, name, prefetch=3) as reader:
+        publisher.publish(events_for(publisher, [name] * 5))
+        reader.take(3)
+        with pytest.raises(AssertionError, match="0 of 1 messages came"):
+            reader.take(1, timeout=0.3)
+    wait_until(lambda: place.count(name) == 5)
+
+
+# ----------------------------------------------------------------------------- unroutable
+
+
+def test_what_is_unroutable_is_parked_failed_or_ignored_and_its_siblings_are_published(
+    place: Place, name: str
+) -> None:
+    rejected: list[tuple[Event, str]] = []
+    parked: list[Event] = []
+    place.bind(name, place.exchange, "good")
+    with place.publisher(
+        on_rejected=lambda event, why: rejected.append((event, why)), on_parked=parked.extend
+    ) as publisher:
+        good = events_for(publisher, ["good"] * 3)
+        to_park = events_for(publisher, ["bad"])
+        to_fail = events_for(publisher, ["bad"], unroutable="fail")
+        to_ignore = events_for(publisher, ["bad"], unroutable="ignore")
+        report = publisher.publish([*to_park, good[0], *to_fail, good[1], *to_ignore, good[2]])
+    assert report == PublishReport(
+        published=tuple(good),
+        parked=tuple(to_park),
+        ignored=tuple(to_ignore),
+        rejected=report.rejected,
+    )
+    assert [(one.event, one.reason) for one in report.rejected] == rejected
+    assert rejected == [(to_fail[0], "unroutable: 312 NO_ROUTE")]
+    assert parked == to_park
+    assert not report.ok
+
+
+@pytest.mark.parametrize("policy", ["park", "fail", "ignore"])
+def test_the_publishers_policy_is_for_events_that_have_none(
+    place: Place, policy: Any, name: str
+) -> None:
+    with place.publisher(unroutable=policy) as publisher:
+        own = events_for(publisher, ["bad"], unroutable="fail" if policy == "park" else "park")
+        plain = events_for(publisher, ["bad"])
+        report = publisher.publish([*own, *plain])
+    fates = {
+        "park": report.parked,
+        "fail": tuple(one.event for one in report.rejected),
+        "ignore": report.ignored,
+    }
+    assert fates[policy] == tuple(plain)
+    assert fates["fail" if policy == "park" else "park"] == tuple(own)
+
+
+def test_a_parked_event_is_as_it_was_with_its_address_and_the_reason(
+    place: Place, publisher: Publisher
+) -> None:
+    [event] = events_for(publisher, ["lost.one"], headers=HEADERS, key="k", priority=1)
+    assert publisher.publish([event]).parked == (event,)
+    with reading(place, PARKING_QUEUE, again=True) as reader:
+        [found] = reader.get()
+    headers = dict(found.headers or {})
+    datetime.datetime.fromisoformat(headers.pop("outbox-parked-at"))
+    occurred = headers.pop("outbox-occurred-at-us")
+    assert occurred == (event.occurred_at - EPOCH) // datetime.timedelta(microseconds=1)
+    assert headers == {
+        **HEADERS,
+        "outbox-format": 1,
+        "outbox-key": "k",
+        "outbox-parked-reason": "312 NO_ROUTE",
+        "outbox-parked-exchange": place.exchange,
+        "outbox-parked-target": "lost.one",
+    }
+    assert (found.exchange, found.target, found.message_id) == ("", PARKING_QUEUE, event.id)
+    assert (found.body, found.priority) == (event.body, 1)
+
+
+def test_parked_events_keep_their_order(place: Place, publisher: Publisher) -> None:
+    events = events_for(publisher, [f"lost.{n}" for n in range(50)])
+    assert publisher.publish(events).parked == tuple(events)
+    with reading(place, PARKING_QUEUE, again=True) as reader:
+        assert ids(reader.get(50)) == ids(events)
+
+
+# ------------------------------------------------------------------------------- consuming
+
+
+def test_a_dead_letter_has_the_reason_and_all_that_the_message_had(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    @consumer(made(place, name, "order.*"), topics=["order.*"])
+    def refuse(event: ReceivedEvent) -> None:
+        raise Reject("no such customer")
+
+    with working(place, publisher, refuse):
+        [sent] = events_for(publisher, ["order.placed"], headers=HEADERS, key="k", priority=4)
+        publisher.publish([sent])
+        with reading(place, dead_letter_queue(name), again=True) as reader:
+            [letter] = reader.get()
+    headers = dict(letter.headers or {})
+    datetime.datetime.fromisoformat(headers.pop("outbox-dead-at"))
+    assert headers == {
+        **HEADERS,
+        "outbox-format": 1,
+        "outbox-key": "k",
+        "outbox-occurred-at-us": (sent.occurred_at - EPOCH) // datetime.timedelta(microseconds=1),
+        "outbox-dead-reason": "no such customer",
+        "outbox-dead-error": "Reject",
+        "outbox-dead-queue": name,
+        "outbox-dead-exchange": place.exchange,
+        "outbox-dead-target": "order.placed",
+    }
+    assert (letter.message_id, letter.body, letter.priority) == (sent.id, sent.body, 4)
+    assert place.count(name) == 0
+
+
+def test_a_second_run_knows_that_it_is_one_and_its_follow_ons_have_the_same_ids(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    made(place, name)
+    seen: list[bool] = []
+
+    @consumer(name)
+    def act(event: ReceivedEvent) -> Any:
+        for n in (1, 1, 2):
+            enqueue_event({"n": n}, f"{name}-next")
+        publish()
+        seen.append(event.redelivered)
+        return None if event.redelivered else REQUEUE
+
+    with reading(place, f"{name}-next") as reader, working(place, publisher, act):
+        publisher.publish(events_for(publisher, [name]))
+        found = ids(reader.get(6))
+    assert seen == [False, True]
+    assert found[:3] == found[3:]
+    assert len(set(found)) == 3
+
+
+def test_the_same_message_has_follow_ons_of_the_same_ids_over_every_transport(
+    place: Place, publisher: Publisher
+) -> None:
+    queue = made(place, "contract.follow-on")
+
+    @consumer(queue)
+    def act(event: ReceivedEvent) -> None:
+        enqueue_event({"of": event.id}, "contract.next", exchange="")
+        publish()
+
+    with reading(place, "contract.next") as reader, working(place, publisher, act):
+        message = Event(id="m-1", target=queue, exchange="", body=b"1")
+        publisher.publish([message])
+        assert ids(reader.get()) == ["534dd04d-b6bd-51e4-9a31-689698afa1c5"]
+
+
+def test_what_was_handed_in_is_published_before_close_returns(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    place.bind(name, place.exchange, "#")
+    events = events_for(publisher, ["x"] * 500)
+    for event in events:
+        publisher.submit([event])
+    assert publisher.close() == ()
+    assert place.count(name) == 500
+
+
+# ---------------------------------------------------------------------- what waits for a person
+
+
+def selected(place: Place, queue: str) -> list[ParkedMessage]:
+    with parked_in(place) as parked, parked.browse(queue, parked.count(queue)) as browsing:
+        return [message for window in browsing.windows() for message in window]
+
+
+def replay(place: Place, queue: str, *, to_origin: bool = False) -> list[str]:
+    """Replay all of a queue, as the command does; return why some could not be."""
+    left: list[str] = []
+    with parked_in(place) as parked, parked.browse(queue, parked.count(queue)) as browsing:
+        for window in browsing.windows():
+            outcome = parked.replay(window, to_origin=to_origin)
+            browsing.remove(outcome.done)
+            left += [reason for _, reason in outcome.left]
+    return left
+
+
+def test_parked_events_are_listed_and_replayed_as_they_were(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    events = events_for(publisher, ["late.one", "late.two"], headers=HEADERS, key="k", priority=1)
+    publisher.publish(events)
+    found = selected(place, PARKING_QUEUE)
+    assert [(one.kind, one.id, one.origin, one.reason) for one in found] == [
+        ("parked", event.id, (place.exchange, event.target), "312 NO_ROUTE") for event in events
+    ]
+    assert replay(place, PARKING_QUEUE) == ["unroutable: 312 NO_ROUTE"] * 2
+    assert place.count(PARKING_QUEUE) == 2
+    with reading(place, name, ["late.*"]) as reader:
+        assert replay(place, PARKING_QUEUE) == []
+        again = reader.get(2)
+    assert place.count(PARKING_QUEUE) == 0
+    for event, message in zip(events, again, strict=True):
+        assert (message.exchange, message.target) == (place.exchange, event.target)
+        assert (message.message_id, message.body, message.priority) == (event.id, event.body, 1)
+        assert message.headers == {
+            **HEADERS,
+            "outbox-format": 1,
+            "outbox-key": "k",
+            "outbox-occurred-at-us": (event.occurred_at - EPOCH)
+            // datetime.timedelta(microseconds=1),
+        }
+
+
+def test_a_replayed_dead_letter_comes_to_the_consumer_it_died_in_as_it_was_at_first(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    seen: list[ReceivedEvent] = []
+    dead = dead_letter_queue(name)
+
+    @consumer(made(place, name, "order.*"), topics=["order.*"])
+    def act(event: ReceivedEvent) -> None:
+        seen.append(event)
+        if len(seen) == 1:
+            raise ValueError("broken")
+
+    with working(place, publisher, act):
+        [sent] = events_for(publisher, ["order.placed"], headers=HEADERS, key="k", priority=4)
+        publisher.publish([sent])
+        wait_until(lambda: place.count(dead))
+        [letter] = selected(place, dead)
+        assert (letter.kind, letter.died_in, letter.error) == ("dead", name, "ValueError")
+        assert replay(place, dead) == []
+        wait_until(lambda: len(seen) == 2)
+    first, second = seen
+    for field in ("id", "target", "exchange", "body", "content_type", "key", "priority"):
+        assert getattr(first, field) == getattr(second, field)
+    assert (first.headers, first.occurred_at) == (second.headers, second.occurred_at)
+    assert place.count(dead) == 0
+
+
+def test_messages_are_deleted_one_by_one(place: Place, publisher: Publisher) -> None:
+    events = events_for(publisher, ["lost"] * 3)
+    publisher.publish(events)
+    with parked_in(place) as parked, parked.browse(PARKING_QUEUE, 3) as browsing:
+        [window] = browsing.windows()
+        browsing.remove([window[1]])
+    assert [one.id for one in selected(place, PARKING_QUEUE)] == ids([events[0], events[2]])
+
+
+def test_a_queue_that_is_not_there_cannot_be_looked_into(place: Place) -> None:
+    with parked_in(place) as parked, pytest.raises(UsageError, match=r"has no queue 'no\.dead'"):
+        parked.count("no.dead")

@@ -1,0 +1,177 @@
+"""Places where events can go, each behind the same face: for what all transports promise alike."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, Unpack
+
+from outbox import Event, EventCollector, Publisher
+from outbox.parked import ParkedQueues
+from outbox.parking import PARKING_QUEUE
+from outbox.settings import SettingOverrides, Settings
+from outbox.subscription import Delivery, QueueSpec, Subscription, dead_letter_queue
+from outbox.transports import open_parked_queues, open_subscription
+from tests.amqp import Inspector
+from tests.waiting import wait_until
+
+__all__ = ["Place", "RabbitMQPlace", "Reader", "SQLitePlace", "events_for", "parked_in", "reading"]
+
+
+class Place(Protocol):
+    """A broker, or what stands for one."""
+
+    url: str
+    exchange: str
+
+    def publisher(self, **settings: Unpack[SettingOverrides]) -> Publisher: ...
+
+    def bind(self, queue: str, exchange: str, *patterns: str) -> None:
+        """Make a queue and bind it, as some other process would."""
+        ...
+
+    def count(self, queue: str) -> int: ...
+
+    def will_clean_up(self, queue: str) -> None: ...
+
+
+class _Place:
+    def __init__(self, url: str, exchange: str) -> None:
+        self.url = url
+        self.exchange = exchange
+
+    def publisher(self, **settings: Unpack[SettingOverrides]) -> Publisher:
+        chosen: SettingOverrides = {"exchange": self.exchange, **settings}
+        return Publisher(self.url, **chosen)
+
+
+class RabbitMQPlace(_Place):
+    """A RabbitMQ, and the test's own exchange in it."""
+
+    def __init__(self, url: str, exchange: str, inspector: Inspector) -> None:
+        super().__init__(url, exchange)
+        self._inspector = inspector
+        inspector.queue(PARKING_QUEUE)
+        inspector.channel.queue_purge(PARKING_QUEUE)
+        inspector.clean_up(exchange=exchange)
+
+    def bind(self, queue: str, exchange: str, *patterns: str) -> None:
+        self._inspector.queue(queue, exchange, patterns, arguments={"x-queue-type": "classic"})
+
+    def count(self, queue: str) -> int:
+        return self._inspector.count(queue)
+
+    def will_clean_up(self, queue: str) -> None:
+        self._inspector.clean_up(queue=queue)
+
+
+class SQLitePlace(_Place):
+    """A file."""
+
+    def __init__(self, path: str, exchange: str) -> None:
+        super().__init__(f"sqlite:///{path}", exchange)
+        self.path = path
+        with self.publisher() as publisher:
+            publisher.make_ready()
+            wait_until(lambda: publisher.connected)
+
+    def execute(self, statement: str, *parameters: Any) -> list[Any]:
+        """Run a statement on a connection of its own."""
+        with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as connection:
+            with connection:
+                return connection.execute(statement, parameters).fetchall()
+
+    def bind(self, queue: str, exchange: str, *patterns: str) -> None:
+        for row in ((queue, "", queue), *((queue, exchange, pattern) for pattern in patterns)):
+            self.execute("INSERT OR IGNORE INTO outbox_bindings VALUES (?, ?, ?)", *row)
+
+    def count(self, queue: str) -> int:
+        statement = "SELECT count(*) FROM outbox_events WHERE queue = ? AND lease_token IS NULL"
+        return int(self.execute(statement, queue)[0][0])
+
+    def will_clean_up(self, queue: str) -> None:
+        """Nothing is left: the file is the test's own."""
+
+
+class Reader:
+    """Takes messages of one queue, as they are."""
+
+    def __init__(self, subscription: Subscription) -> None:
+        self._subscription = subscription
+        self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self.refused: list[str] = []
+        subscription.start(self._arrived.put, self.refused.append)
+
+    def take(self, count: int, *, timeout: float = 10.0) -> list[Delivery]:
+        """Return the next messages, which must come; they are not settled."""
+        return self._next(count, timeout, settle=False)
+
+    def _next(self, count: int, timeout: float, *, settle: bool) -> list[Delivery]:
+        deadline = time.monotonic() + timeout
+        found: list[Delivery] = []
+        while len(found) < count:
+            try:
+                one = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise AssertionError(f"{len(found)} of {count} messages came") from None
+            if settle:
+                self._subscription.ack(one)
+            found.append(one)
+        return found
+
+    def get(self, count: int = 1, *, timeout: float = 10.0) -> list[Delivery]:
+        """Return the next messages, and settle them."""
+        return self._next(count, timeout, settle=True)
+
+    def requeue(self, delivery: Delivery, delay: float = 0.0) -> None:
+        """Give one back."""
+        self._subscription.requeue(delivery, delay)
+
+    def close(self) -> None:
+        """Give back what was taken and not settled."""
+        self._subscription.cancel()
+        self._subscription.close()
+
+
+@contextlib.contextmanager
+def reading(
+    place: Place,
+    name: str,
+    topics: Sequence[str] = (),
+    *,
+    prefetch: int = 1000,
+    again: bool = False,
+) -> Iterator[Reader]:
+    """Consume from a queue bound to the place's exchange, made unless it is there (``again``)."""
+    for one in (name, dead_letter_queue(name)):
+        place.will_clean_up(one)
+    declare = "never" if again else "create"
+    settings = Settings.load(place.url, {"exchange": place.exchange, "declare": declare})
+    spec = QueueSpec(name, tuple(topics), place.exchange)
+    reader = Reader(open_subscription(settings, [spec], prefetch))
+    try:
+        if not again:
+            # It is bound when what goes to it has arrived.
+            with place.publisher(unroutable="ignore") as publisher:
+                begin = events_for(publisher, [name])
+                wait_until(lambda: publisher.publish(begin).published)
+            reader.get(1)
+        yield reader
+    finally:
+        reader.close()
+
+
+def events_for(publisher: Publisher, targets: Sequence[str], **options: Any) -> list[Event]:
+    """Return an event to each target, not published yet; the payload is its number, from 0."""
+    collector = EventCollector(publisher=publisher)
+    return [
+        collector.enqueue_event({"n": n}, target, **options) for n, target in enumerate(targets)
+    ]
+
+
+def parked_in(place: Place) -> ParkedQueues:
+    """Return what ``outbox parked`` sees."""
+    return open_parked_queues(Settings.load(place.url, {"exchange": place.exchange}))

@@ -248,6 +248,9 @@ class EventCollector:
         )
         if sink is not None:
             sink(event, publisher)
+            observer = observing.installed()
+            if observer is not None:
+                observer.stored_in_transaction(event)
         elif publisher is not None:
             self._collect(event, buffer, publisher)
         return event

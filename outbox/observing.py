@@ -23,6 +23,10 @@ class Observer(Protocol):
         """``event`` was collected."""
         ...
 
+    def stored_in_transaction(self, event: Event) -> None:
+        """``event`` was stored in a transaction of the application's database."""
+        ...
+
     def cleared(self, events: Sequence[Event]) -> None:
         """``events`` were dropped by a rollback or by ``clear_events()``."""
         ...

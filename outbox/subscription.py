@@ -6,7 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["Delivery", "QueueSpec", "Subscription", "dead_letter_queue"]
+from outbox.event import Event
+from outbox.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
+
+__all__ = [
+    "Delivery",
+    "QueueSpec",
+    "Subscription",
+    "as_delivered",
+    "dead_letter_queue",
+    "headers_on_the_wire",
+]
 
 
 def dead_letter_queue(queue: str) -> str:
@@ -64,6 +74,33 @@ class Delivery:
     message_id: str | None = None
     priority: int | None = None
     timestamp: int | None = None
+
+
+def as_delivered(event: Event, queue: str, tag: int, *, redelivered: bool = False) -> Delivery:
+    """Return ``event`` as a message of ``queue``, as RabbitMQ would deliver it."""
+    return Delivery(
+        queue=queue,
+        tag=tag,
+        generation=0,
+        redelivered=redelivered,
+        exchange=event.exchange,
+        target=event.target,
+        body=event.body,
+        content_type=event.content_type,
+        headers=headers_on_the_wire(event),
+        message_id=event.id,
+        priority=event.priority,
+        timestamp=int(event.occurred_at.timestamp()),
+    )
+
+
+def headers_on_the_wire(event: Event) -> dict[str, Any]:
+    """Return all headers of ``event``, outbox's own included (``docs/wire-format.md``)."""
+    headers = {**event.headers, HEADER_FORMAT: FORMAT_VERSION}
+    if event.key is not None:
+        headers[HEADER_KEY] = event.key
+    headers[HEADER_OCCURRED_AT] = round(event.occurred_at.timestamp() * 1e6)
+    return headers
 
 
 class Subscription(Protocol):

@@ -15,7 +15,7 @@ from sqlalchemy import inspect as state_of
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction, registry
 
-from outbox import storing
+from outbox import observing, storing
 from outbox.errors import UsageError
 from outbox.event import Event
 from outbox.publisher import Publisher
@@ -26,6 +26,7 @@ from outbox.sql.schema import DIALECTS, events, events_with_grace
 __all__ = ["bind", "sink_of_connection", "sink_of_session"]
 
 _PENDING = "outbox.sql: rows to hand over"
+_OBSERVED = "outbox.sql: rows of which a test is told"
 
 
 class _Row:
@@ -138,24 +139,30 @@ def _store_in_session(session: Session, stored: Event, publisher: Publisher | No
             "(sessionmaker(bind=engine), or binds={outbox.sql.events: engine})"
         ) from error
     _check(where)
+    observer = observing.installed()
+    if observer is not None:
+        # A test asks what became of it; nothing is published behind its back.
+        row = _Row(values_of(stored))
+        session.add(row)
+        session.info.setdefault(_OBSERVED, []).append((observer, row, stored))
+        return
     # Where the connection is the caller's, his transaction may outlast the session's.
     handover = handover_for(where, publisher) if isinstance(where, Engine) else None
     if handover is None or stored.deliver_at is not None:
         session.add(_Row(values_of(stored)))
         return
-    row = _RowWithGrace(values_of(stored))
-    session.add(row)
-    pending = session.info.get(_PENDING)
-    if pending is None:
-        session.info[_PENDING] = [(handover, row)]
-    else:
-        pending.append((handover, row))
+    graced = _RowWithGrace(values_of(stored))
+    session.add(graced)
+    session.info.setdefault(_PENDING, []).append((handover, graced))
 
 
 @event.listens_for(Session, "after_commit")
 def _after_commit(session: Session) -> None:
     # Also fired when a savepoint is released; what is rolled back later, the database forgets.
-    if _PENDING not in session.info or session.in_nested_transaction():
+    if session.in_nested_transaction():
+        return
+    session.info.pop(_OBSERVED, None)
+    if _PENDING not in session.info:
         return
     numbers: dict[Handover, list[int]] = {}
     for handover, row in session.info.pop(_PENDING):
@@ -170,6 +177,16 @@ def _after_commit(session: Session) -> None:
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
         session.info.pop(_PENDING, None)
+        for observer, _, stored in session.info.pop(_OBSERVED, ()):
+            observer.cleared([stored])
+
+
+@event.listens_for(Session, "after_soft_rollback")
+def _after_soft_rollback(session: Session, _: SessionTransaction) -> None:
+    observed = session.info.get(_OBSERVED, ())
+    for one in [one for one in observed if state_of(one[1]).transient]:
+        observed.remove(one)
+        one[0].cleared([one[2]])
 
 
 def _check(where: Engine | Connection) -> None:

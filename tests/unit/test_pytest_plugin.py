@@ -165,7 +165,7 @@ def test_the_states_are_told_apart(collected_events: CollectedEvents) -> None:
     assert list(collected_events.pending) == []
     assert collected_events.published == (pending,)
     assert collected_events.cleared == (cleared,)
-    assert repr(collected_events) == "<CollectedEvents 1 published, 1 cleared, 0 pending>"
+    assert repr(collected_events) == "<CollectedEvents 1 published, 1 cleared>"
 
 
 def test_an_explicit_publisher_does_not_reach_its_broker(

@@ -4,46 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from typing import Any
 
 from outbox.event import Event
-from outbox.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
+from outbox.headers import HEADER_KEY
 from outbox.parking import restore_origin
 from outbox.sql.store import Claimed
-from outbox.subscription import Delivery, dead_letter_queue
+from outbox.subscription import (
+    Delivery,
+    as_delivered,
+    dead_letter_queue,
+)
 
-__all__ = ["DELIVERY_LIMIT", "delivery_of", "headers_of", "is_deadly", "letter_of_deadly"]
+__all__ = ["DELIVERY_LIMIT", "delivery_of", "is_deadly", "letter_of_deadly"]
 
 DELIVERY_LIMIT = 20
 """How often a message may be lost with its worker; RabbitMQ 4 has the same for quorum queues."""
 
 
-def headers_of(event: Event) -> dict[str, Any]:
-    """Return all headers of ``event``, outbox's own included, as RabbitMQ would deliver them."""
-    headers = {**event.headers, HEADER_FORMAT: FORMAT_VERSION}
-    if event.key is not None:
-        headers[HEADER_KEY] = event.key
-    headers[HEADER_OCCURRED_AT] = round(event.occurred_at.timestamp() * 1e6)
-    return headers
-
-
 def delivery_of(row: Claimed, tag: int) -> Delivery:
     """Return the message of ``row``."""
-    event = row.event
-    found = Delivery(
-        queue=row.queue,
-        tag=tag,
-        generation=0,
-        redelivered=row.deliveries > 1,
-        exchange=event.exchange,
-        target=event.target,
-        body=event.body,
-        content_type=event.content_type,
-        headers=headers_of(event),
-        message_id=event.id,
-        priority=event.priority,
-        timestamp=int(event.occurred_at.timestamp()),
-    )
+    found = as_delivered(row.event, row.queue, tag, redelivered=row.deliveries > 1)
     restore_origin(found)
     return found
 

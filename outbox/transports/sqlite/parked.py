@@ -19,9 +19,9 @@ from outbox.settings import MIB, Settings
 from outbox.sql.clock import now
 from outbox.sql.rows import event_of
 from outbox.sql.schema import events
+from outbox.subscription import headers_on_the_wire
 from outbox.transports.sqlite import bindings
 from outbox.transports.sqlite.database import Database
-from outbox.transports.sqlite.delivering import headers_of
 from outbox.transports.sqlite.location import Location
 from outbox.transports.sqlite.neighbours import neighbours_at
 from outbox.transports.sqlite.plan import NO_ROUTE, rows_of
@@ -59,7 +59,7 @@ def _read(row: Any) -> StoredMessage:
         content_type=event.content_type,
         seq=row.seq,
         event=event,
-        **(told_of(row.queue, headers_of(event).get) or {"kind": "foreign"}),
+        **(told_of(row.queue, headers_on_the_wire(event).get) or {"kind": "foreign"}),
     )
 
 

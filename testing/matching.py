@@ -1,0 +1,182 @@
+"""What a test wants of an event, and how far another one is from it. No state, no I/O."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any
+
+from outbox import Event
+from outbox.topics import matches
+
+__all__ = ["Wanted", "contains", "describe"]
+
+_WIDTH = 300
+_DIFF_LINES = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an event must be; ``...`` asks nothing.
+
+    Attributes:
+        target: the routing key or a topic pattern.
+        payload: see :func:`contains`; or a function that is asked about the payload.
+        headers: that must be there, compared likewise.
+        key: the event's key.
+        priority: the event's priority.
+        exchange: it goes to.
+        delay: seconds, or a timedelta, between enqueueing and delivery; None for none.
+        deliver_at: the instant from which it may be delivered; None for none.
+        tolerance: seconds by which the last two may be off.
+    """
+
+    target: str
+    payload: Any = ...
+    headers: Mapping[str, Any] | None = None
+    key: str | EllipsisType | None = ...
+    priority: int | EllipsisType | None = ...
+    exchange: str | EllipsisType = ...
+    delay: float | datetime.timedelta | EllipsisType | None = ...
+    deliver_at: datetime.datetime | EllipsisType | None = ...
+    tolerance: float = 1.0
+
+    def accepts(self, event: Event) -> bool:
+        """Return whether ``event`` is what is wanted."""
+        return (
+            matches(self.target, event.target)
+            and (self.payload is ... or contains(event.payload, self.payload))
+            and (self.headers is None or contains(dict(event.headers), self.headers))
+            and self.key in (..., event.key)
+            and self.priority in (..., event.priority)
+            and self.exchange in (..., event.exchange)
+            and (self.delay is ... or self._in_time(event, self._after(event)))
+            and (self.deliver_at is ... or self._in_time(event, self.deliver_at))
+        )
+
+    def distance(self, event: Event) -> tuple[float, ...]:
+        """Return a number for how far ``event`` is from it, the nearer the smaller."""
+        alike = 1.0 if matches(self.target, event.target) else _alike(self.target, event.target)
+        if self.payload is ... or callable(self.payload):
+            return -alike, 0.0
+        return -alike, -_alike(describe(self.payload), describe(event.payload))
+
+    def difference(self, event: Event) -> str:
+        """Return the lines in which ``event`` differs from it; empty where none can be told."""
+        wanted: dict[str, Any] = {"target": self.target}
+        actual: dict[str, Any] = {"target": event.target}
+        if matches(self.target, event.target):
+            actual["target"] = self.target
+        if self.payload is not ... and not callable(self.payload):
+            wanted["payload"] = self.payload
+            actual["payload"] = _like(event.payload, self.payload)
+        if self.headers is not None:
+            wanted["headers"] = dict(self.headers)
+            actual["headers"] = _like(dict(event.headers), self.headers)
+        for name in ("key", "priority", "exchange"):
+            if getattr(self, name) is not ...:
+                wanted[name], actual[name] = getattr(self, name), getattr(event, name)
+        for name in ("delay", "deliver_at"):
+            if getattr(self, name) is not ...:
+                wanted[name] = str(getattr(self, name))
+                found = event.deliver_at
+                if name == "delay" and found is not None:
+                    actual[name] = str((found - event.occurred_at).total_seconds())
+                else:
+                    actual[name] = str(found)
+        lines = difflib.ndiff(_lines(wanted), _lines(actual))
+        told = [line for line in lines if not line.startswith("?")]
+        if all(line.startswith("  ") for line in told):
+            return ""
+        return "\n".join(told[:_DIFF_LINES])
+
+    def __str__(self) -> str:
+        told = [repr(self.target)]
+        if self.payload is not ...:
+            told.append(f"with {describe(self.payload)}")
+        if self.headers is not None:
+            told.append(f"headers {describe(dict(self.headers))}")
+        for name in ("key", "priority", "exchange", "delay", "deliver_at"):
+            value = getattr(self, name)
+            if value is not ...:
+                told.append(f"{name} {value!r}")
+        first, *rest = told
+        return first + (" " + " and ".join(rest) if rest else "")
+
+    def _after(self, event: Event) -> datetime.datetime | None:
+        if self.delay is None or isinstance(self.delay, EllipsisType):
+            return None
+        span = self.delay
+        if not isinstance(span, datetime.timedelta):
+            span = datetime.timedelta(seconds=span)
+        return event.occurred_at + span
+
+    def _in_time(self, event: Event, wanted: datetime.datetime | EllipsisType | None) -> bool:
+        if wanted is None or isinstance(wanted, EllipsisType) or event.deliver_at is None:
+            return wanted is event.deliver_at
+        return abs((event.deliver_at - wanted).total_seconds()) <= self.tolerance
+
+
+def contains(actual: Any, wanted: Any) -> bool:
+    """Return whether ``actual`` is what ``wanted`` says.
+
+    Of objects only the members that ``wanted`` names are looked at, at every depth. A compiled
+    regular expression stands for any text in which it is found, a function for any value that it is
+    true of, and anything with ``==`` for what it says that it equals.
+    """
+    if isinstance(wanted, Mapping):
+        return isinstance(actual, Mapping) and all(
+            name in actual and contains(actual[name], value) for name, value in wanted.items()
+        )
+    if isinstance(wanted, list | tuple):
+        return (
+            isinstance(actual, Sequence)
+            and not isinstance(actual, str | bytes)
+            and len(actual) == len(wanted)
+            and all(map(contains, actual, wanted))
+        )
+    if isinstance(wanted, re.Pattern):
+        return isinstance(actual, str) and wanted.search(actual) is not None
+    if _is_predicate(wanted):
+        return bool(wanted(actual))
+    return bool(wanted == actual)
+
+
+def describe(value: Any) -> str:
+    """Return ``value`` in a line of at most 300 characters."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= _WIDTH else text[:_WIDTH] + "..."
+
+
+def _is_predicate(wanted: Any) -> bool:
+    # What has an == of its own, such as unittest.mock's, stands for a value.
+    equals: Any = type(wanted).__eq__
+    return callable(wanted) and equals is object.__eq__
+
+
+def _alike(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
+
+
+def _like(actual: Any, wanted: Any) -> Any:
+    """Return of ``actual`` what ``wanted`` asks about, and ``wanted`` where the two agree."""
+    if isinstance(wanted, Mapping) and isinstance(actual, Mapping):
+        return {
+            name: _like(actual[name], value) for name, value in wanted.items() if name in actual
+        }
+    if isinstance(wanted, list | tuple) and isinstance(actual, list) and len(wanted) == len(actual):
+        return [_like(one, other) for one, other in zip(actual, wanted, strict=True)]
+    return wanted if contains(actual, wanted) else actual
+
+
+def _lines(value: Any) -> list[str]:
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, indent=2, default=repr)
+    return text.splitlines()

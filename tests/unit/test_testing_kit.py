@@ -1,0 +1,400 @@
+"""The testing kit: matching, states, failures on purpose, consumers, pretended transactions."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import unittest
+import unittest.mock
+from typing import Any
+
+import pytest
+
+from outbox import (
+    Event,
+    PublishFailed,
+    PublishTimeout,
+    UsageError,
+    auto_publishing,
+    configure,
+    enqueue_event,
+    publish,
+)
+from outbox.consumers import ACK, Consumer, Reject, Requeue
+from outbox.testing import CollectedEvents, CollectedEventsMixin, SimulatedCrash, recorded
+from outbox.testing.matching import Wanted
+
+
+def place(number: int = 1, target: str = "order.placed", **options: Any) -> Event:
+    with auto_publishing():
+        return enqueue_event({"id": number, "name": f"order {number}"}, target, **options)
+
+
+# ---------------------------------------------------------------------------------- matching
+
+
+def test_a_payload_matches_expressions_functions_and_stand_ins(
+    collected_events: CollectedEvents,
+) -> None:
+    place(7)
+    for payload in (
+        {"name": re.compile(r"^order \d$")},
+        {"id": lambda found: found > 6},
+        lambda payload: payload["id"] == 7,
+        {"id": unittest.mock.ANY},
+    ):
+        collected_events.assert_published("order.*", payload)
+    for wrong in (
+        {"name": re.compile("x")},
+        {"id": lambda found: found > 7},
+        lambda payload: False,
+    ):
+        collected_events.assert_not_published("order.*", wrong)
+    collected_events.assert_not_published("order.*", {"id": re.compile("7")})
+
+
+def test_key_priority_and_exchange_can_be_asked_for(collected_events: CollectedEvents) -> None:
+    place(1, key="k", priority=3, exchange="other")
+    place(2)
+    for criteria in ({"key": "k"}, {"priority": 3}, {"exchange": "other"}):
+        assert collected_events.assert_published("#", **criteria).payload["id"] == 1
+    assert collected_events.assert_published("#", key=None, priority=None).payload["id"] == 2
+    collected_events.assert_not_published("#", priority=4)
+
+
+def test_a_delay_matches_to_the_tolerance(collected_events: CollectedEvents) -> None:
+    at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+    place(1, delay=60)
+    place(2, deliver_at=at)
+    place(3)
+    assert collected_events.assert_published("#", delay=60).payload["id"] == 1
+    minute = datetime.timedelta(minutes=1)
+    assert collected_events.assert_published("#", delay=minute).payload["id"] == 1
+    assert collected_events.assert_published("#", delay=58, tolerance=3).payload["id"] == 1
+    assert collected_events.assert_published("#", deliver_at=at).payload["id"] == 2
+    assert collected_events.assert_published("#", delay=None).payload["id"] == 3
+    collected_events.assert_not_published("#", delay=58)
+
+
+def test_a_failure_shows_how_the_nearest_differs(collected_events: CollectedEvents) -> None:
+    place(1)
+    place(2)
+    with pytest.raises(AssertionError) as caught:
+        collected_events.assert_published("order.placed", {"id": 2, "name": "order 3"}, priority=1)
+    difference = str(caught.value).partition("wanted (-) and nearest (+):\n")[2]
+    assert '-     "name": "order 3"' in difference
+    assert '+     "name": "order 2"' in difference
+    assert '-   "priority": 1' in difference
+    assert '+   "priority": null' in difference
+
+
+def test_a_difference_is_told_of_every_criterion() -> None:
+    event = Event(id="1", target="b", exchange="x", body=b"[1]", deliver_at=None)
+    told = Wanted("a", [2], headers={"h": 1}, delay=5).difference(event)
+    for line in (
+        '-   "target": "a"',
+        '+   "target": "b"',
+        "-     2",
+        "+     1",
+        '-   "delay": "5"',
+    ):
+        assert line in told
+    assert Wanted("b", lambda _: False).difference(event) == ""
+
+
+def test_events_are_asserted_in_their_order(collected_events: CollectedEvents) -> None:
+    for number, target in enumerate(("a.x", "noise", "b", "a.y")):
+        place(number, target)
+    found = collected_events.assert_published_in_order("a.*", "b", "a.*")
+    assert [event.target for event in found] == ["a.x", "b", "a.y"]
+    with pytest.raises(AssertionError, match="no event to 'b' after 'a\\.y'"):
+        collected_events.assert_published_in_order("a.y", "b")
+
+
+def test_nothing_else_means_what_no_assertion_has_spoken_of(
+    collected_events: CollectedEvents,
+) -> None:
+    place(1)
+    place(2, "extra")
+    collected_events.assert_published("order.placed")
+    with pytest.raises(AssertionError, match="found 1 more published"):
+        collected_events.assert_nothing_else_published()
+    collected_events.assert_published("extra")
+    collected_events.assert_nothing_else_published()
+
+
+# ------------------------------------------------------------------------------------ states
+
+
+def test_each_state_has_its_assertion(collected_events: CollectedEvents) -> None:
+    with pytest.raises(RuntimeError), auto_publishing():
+        enqueue_event(1, "dropped")
+        collected_events.assert_pending("dropped", 1)
+        raise RuntimeError
+    collected_events.assert_cleared("dropped", 1)
+    with collected_events.broker_down():
+        place(2, "waits")
+        collected_events.assert_kept("waits")
+        collected_events.assert_not_published("waits")
+    collected_events.assert_published("waits")
+    with pytest.raises(AssertionError, match="at least 1 stored"):
+        collected_events.assert_stored("#")
+    assert repr(collected_events) == "<CollectedEvents 1 published, 1 cleared>"
+
+
+def test_events_stored_in_a_session_follow_its_transaction(
+    collected_events: CollectedEvents,
+) -> None:
+    from sqlalchemy import create_engine
+    from sqlalchemy.orm import Session
+
+    import outbox.sql
+
+    engine = create_engine("sqlite://")
+    outbox.sql.metadata.create_all(engine)
+    with Session(engine) as session:
+        enqueue_event(1, "kept", session=session)
+        with pytest.raises(RuntimeError), session.begin_nested():
+            enqueue_event(2, "inner", session=session)
+            session.flush()
+            raise RuntimeError
+        collected_events.assert_cleared("inner")
+        session.commit()
+        enqueue_event(3, "closed", session=session)
+    collected_events.assert_cleared("closed")
+    collected_events.assert_stored("kept")
+    assert collected_events.commit()[0].target == "kept"
+    collected_events.assert_published("kept")
+    engine.dispose()
+
+
+def test_a_transaction_can_be_pretended(collected_events: CollectedEvents) -> None:
+    with auto_publishing() as block:
+        enqueue_event(1, "a")
+        with pytest.raises(RuntimeError), collected_events.savepoint():
+            enqueue_event(2, "b")
+            raise RuntimeError
+        collected_events.assert_cleared("b")
+        assert [event.target for event in collected_events.commit()] == ["a"]
+        collected_events.assert_published("a", times=1)
+        enqueue_event(3, "c")
+        assert [event.target for event in collected_events.rollback()] == ["c"]
+        block.clear_events()
+    collected_events.assert_not_published("c")
+
+
+# ------------------------------------------------------------------------ failures on purpose
+
+
+def test_publishing_fails_after_so_many_events(collected_events: CollectedEvents) -> None:
+    error = PublishTimeout("slow")
+    with collected_events.fail_publish(after=2, error=error):
+        with auto_publishing() as block:
+            for n in range(4):
+                enqueue_event(n, "a")
+        assert block.report is not None
+        assert [event.payload for event in block.report.published] == [0, 1]
+        assert [event.payload for event in block.report.kept] == [2, 3]
+        assert block.report.error is error
+    assert [event.payload for event in collected_events.published] == [0, 1, 2, 3]
+
+
+def test_what_has_no_queue_is_parked_failed_or_ignored(collected_events: CollectedEvents) -> None:
+    with collected_events.unroutable("lost.*"), auto_publishing() as block:
+        enqueue_event(1, "lost.one")
+        enqueue_event(2, "lost.two", unroutable="fail")
+        enqueue_event(3, "lost.three", unroutable="ignore")
+        enqueue_event(4, "found")
+    report = block.report
+    assert report is not None
+    assert [event.payload for event in report.parked] == [1]
+    assert [one.event.payload for one in report.rejected] == [2]
+    assert [event.payload for event in report.ignored] == [3]
+    assert [event.payload for event in report.published] == [4]
+    assert [event.payload for event in collected_events.parked] == [1]
+
+
+def test_a_crash_after_the_confirm_leaves_the_event_published(
+    collected_events: CollectedEvents,
+) -> None:
+    with collected_events.crash_after_confirm(), pytest.raises(SimulatedCrash):
+        place(1)
+    collected_events.assert_published("order.placed")
+    assert not issubclass(SimulatedCrash, Exception)
+
+
+# --------------------------------------------------------------------------------- consumers
+
+
+class Invoices(Consumer):
+    queue = "invoices"
+    topics = ("order.*",)
+
+    def process(self, event: Any) -> None:
+        if event.payload["id"] == 13:
+            raise ValueError("thirteen")
+        if event.payload["id"] == 14:
+            raise Reject("fourteen")
+        enqueue_event({"order": event.payload["id"]}, "invoice.sent")
+        publish()
+
+
+class Mails(Consumer):
+    queue = "mails"
+    topics = ("invoice.sent",)
+    auto_publish = True
+
+    def process(self, event: Any) -> None:
+        enqueue_event(event.payload, "mail.sent")
+
+
+def test_consumers_process_what_was_published_until_quiet(
+    collected_events: CollectedEvents,
+) -> None:
+    place(1, key="k", headers={"tenant": "acme"})
+    place(2)
+    first = collected_events.deliver(Invoices)
+    assert [one.acked for one in first] == [True, True]
+    assert [event.target for event in first[0].follow_ons] == ["invoice.sent"]
+    assert collected_events.deliver(Invoices) == []
+    rest = collected_events.deliver_all(Invoices, Mails)
+    assert {one.consumer.queue for one in rest} == {"mails"}
+    collected_events.assert_published("mail.sent", times=2)
+
+
+def test_a_handlers_error_is_raised_and_its_message_is_a_dead_letter(
+    collected_events: CollectedEvents,
+) -> None:
+    place(13)
+    with pytest.raises(ValueError, match="thirteen"):
+        collected_events.deliver_all(Invoices)
+    letter = collected_events.assert_published("invoices.dead", {"id": 13}, exchange="")
+    assert letter.headers["outbox-dead-reason"] == "ValueError: thirteen"
+    collected_events.assert_not_published("invoice.#")
+    place(14)
+    [found] = collected_events.deliver_all(Invoices, raise_errors=False)
+    assert found.dead
+    assert collected_events.deliver_all(Invoices) == []
+
+
+def test_a_loop_of_events_is_told(collected_events: CollectedEvents) -> None:
+    class Echo(Consumer):
+        queue = "echo"
+        auto_publish = True
+
+        def process(self, event: Any) -> None:
+            enqueue_event(event.payload, "echo")
+
+    place(1, "echo")
+    with pytest.raises(AssertionError, match="after 100 rounds"):
+        collected_events.deliver_all(Echo)
+
+
+def test_one_consumer_performs_one_message(collected_events: CollectedEvents) -> None:
+    done = collected_events.perform(Invoices, {"id": 5}, target="order.placed")
+    assert done.outcome == ACK
+    assert done.acked
+    assert [event.payload for event in done.follow_ons] == [{"order": 5}]
+    again = collected_events.perform(Invoices, {"id": 5}, target="order.placed", id=done.event.id)
+    assert again.follow_ons[0].id == done.follow_ons[0].id
+    with pytest.raises(ValueError, match="thirteen"):
+        collected_events.perform(Invoices, {"id": 13})
+    assert collected_events.perform(Invoices, {"id": 13}, raise_errors=False).dead
+
+
+def test_a_message_that_is_given_back_is_delivered_again(collected_events: CollectedEvents) -> None:
+    class Later(Consumer):
+        queue = "later"
+        times = 0
+
+        def process(self, event: Any) -> None:
+            Later.times += 1
+            if Later.times == 1:
+                raise Requeue
+
+    place(1, "later")
+    assert not collected_events.deliver(Later)[0].acked
+    assert collected_events.deliver(Later)[0].acked
+
+
+def test_follow_ons_that_are_not_confirmed_hold_the_message(
+    collected_events: CollectedEvents,
+) -> None:
+    place(1)
+    with collected_events.broker_down(), pytest.raises(PublishFailed):
+        collected_events.deliver(Invoices)
+    assert collected_events.kept == ()
+    collected_events.assert_not_published("invoice.#")
+
+
+# ----------------------------------------------------------------------------------- fixtures
+
+
+def test_recording_twice_names_both_places(collected_events: CollectedEvents) -> None:
+    with pytest.raises(UsageError, match=r"by the fixture collected_events of .*both_places.*: me"):
+        with recorded("me"):
+            pass
+
+
+def test_without_the_fixture_nothing_is_left_behind() -> None:
+    with recorded("a block") as found:
+        place(1)
+        found.assert_published("order.placed")
+    publisher = configure("memory://")
+    place(2)
+    assert publisher.stats().published == 1
+
+
+def test_a_strict_test_fails_for_what_no_assertion_has_spoken_of(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+        from outbox import auto_publishing, enqueue_event
+
+        def publish():
+            with auto_publishing():
+                enqueue_event(1, "spoken.of")
+                enqueue_event(2, "overlooked")
+
+        @pytest.mark.collected_events(strict=True)
+        def test_strict(collected_events):
+            publish()
+            collected_events.assert_published("spoken.of")
+
+        def test_lenient(collected_events):
+            publish()
+
+        @pytest.mark.collected_events(strict=True)
+        def test_complete(collected_events):
+            publish()
+            collected_events.assert_published("#", times=2)
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:randomly", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(["*found 1 more published event(s)*", "*'overlooked' 2*"])
+    pytester.makeini("[pytest]\noutbox_strict = true\n")
+    result = pytester.runpytest_subprocess("-p", "no:randomly", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=1, failed=2)
+
+
+class TestMixin(CollectedEventsMixin, unittest.TestCase):
+    def test_it_collects(self) -> None:
+        place(1)
+        self.collected_events.assert_published("order.placed", {"id": 1})
+
+    def test_it_begins_anew(self) -> None:
+        self.collected_events.assert_nothing_published()
+
+
+def test_a_strict_test_case_fails_likewise() -> None:
+    class Strict(CollectedEventsMixin):
+        strict_events = True
+
+        def runTest(self) -> None:
+            place(1)
+
+    result = unittest.TestResult()
+    Strict().run(result)
+    [(_, told)] = result.failures
+    assert "expected nothing else" in told

@@ -20,8 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from outbox import auto_publishing, configure, enqueue_event
 
 warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads; on purpose here
-_, url, exchange, how, method, drain_timeout = sys.argv
-configure(url, exchange=exchange, timeout=0.05, drain_timeout=float(drain_timeout))
+_, url, exchange, how, method, timeout, drain_timeout = sys.argv
+configure(url, exchange=exchange, timeout=float(timeout), drain_timeout=float(drain_timeout))
 
 
 def publish(who):
@@ -69,7 +69,7 @@ def test_a_child_publishes_over_a_connection_of_its_own_and_harms_not_its_parent
     proxy: FaultProxy, inspector: Inspector, name: str, tmp_path: Path, how: str, method: str
 ) -> None:
     queue = inspector.queue(name, name)
-    program = start(tmp_path, proxy.url, name, how, method, "5")
+    program = start(tmp_path, proxy.url, name, how, method, "20", "5")
     _, errors = program.communicate(timeout=30)
     assert (program.returncode, errors) == (0, "")
     assert sorted(message.payload for message in inspector.messages(queue, 3)) == [
@@ -86,7 +86,7 @@ def test_a_child_drains_what_it_keeps_when_it_ends(
 ) -> None:
     queue = inspector.queue(name, name)
     proxy.delay = 0.04  # longer than callers wait: at its end the child's event is on its way
-    program = start(tmp_path, proxy.url, name, how, method, "15")
+    program = start(tmp_path, proxy.url, name, how, method, "0.05", "15")
     output, errors = program.communicate(timeout=45)
     assert program.returncode == 0, errors
     assert "lost" not in errors
@@ -99,7 +99,7 @@ def test_a_child_that_cannot_drain_names_what_is_lost(
     proxy: FaultProxy, name: str, tmp_path: Path, how: str, method: str
 ) -> None:
     proxy.refuse()
-    program = start(tmp_path, proxy.url, name, how, method, "0.3")
+    program = start(tmp_path, proxy.url, name, how, method, "0.05", "0.3")
     output, errors = program.communicate(timeout=30)
     assert program.returncode == 0, errors
     before, child, after = output.split()

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 from outbox.errors import BrokerError
 from outbox.event import Event
-from outbox.report import PublishReport, Rejection
+from outbox.report import PublishReport, Rejection, Withdrawn
 
 __all__ = ["Chunk", "Entry", "Fate"]
 
@@ -104,7 +104,7 @@ class Chunk:
             parked=events(Fate.PARKED),
             ignored=events(Fate.IGNORED),
             rejected=tuple(
-                Rejection(entry.event, entry.reason)
+                (Rejection if entry.fate is Fate.REJECTED else Withdrawn)(entry.event, entry.reason)
                 for entry in self.entries
                 if entry.fate in (Fate.REJECTED, Fate.WITHDRAWN)
             ),

@@ -14,13 +14,14 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypedDict, Unpack
 
-from outbox import configuration, observing, process, scope
+from outbox import configuration, observing, process, scope, storing
 from outbox.buffer import Buffer, ChildBuffer, RootBuffer
 from outbox.chunk import Chunk
 from outbox.errors import CollectorClosed, UsageError
 from outbox.event import Event, Headers, MakeId, Unroutable, check_name, make_event
 from outbox.publisher import Publisher
 from outbox.report import PublishReport
+from outbox.settings import Settings
 from outbox.spread import ids
 
 __all__ = [
@@ -57,6 +58,8 @@ class EventOptions(TypedDict, total=False):
     id: str | uuid.UUID | None
     exchange: str | None
     unroutable: Unroutable | None
+    session: Any
+    connection: Any
 
 
 class EventCollector:
@@ -167,8 +170,14 @@ class EventCollector:
         id: str | uuid.UUID | None = None,
         exchange: str | None = None,
         unroutable: Unroutable | None = None,
+        session: Any = None,
+        connection: Any = None,
     ) -> Event:
         """Serialise ``payload`` now and hold the event until the unit of work has succeeded.
+
+        With ``session`` or ``connection``, or in a transaction of what ``outbox.sql.bind()`` was
+        given, the event is not collected but stored: it is a row of that transaction, and the
+        database drops it or keeps it.
 
         Args:
             payload: what the serializer can carry; by default see
@@ -184,6 +193,8 @@ class EventCollector:
             id: at most 255 bytes; the default is a new UUIDv7.
             exchange: the default is the publisher's ``exchange``.
             unroutable: the default is the publisher's ``unroutable``.
+            session: a ``Session``, ``scoped_session`` or ``AsyncSession`` of SQLAlchemy.
+            connection: a ``Connection`` of SQLAlchemy.
 
         Returns:
             The event, with its id.
@@ -193,13 +204,25 @@ class EventCollector:
             CollectorFull: a bound is reached; or it is the first event here, and the publisher
                 keeps ``max_kept`` events.
             CollectorClosed: the unit of work has ended, or belongs to another process.
-            NotConfigured: the process has no publisher.
+            NotConfigured: the process has no publisher, and the event is not stored.
+            UsageError: it cannot be stored with ``session`` or ``connection``.
+            MissingExtra: it is to be stored, and SQLAlchemy is not installed.
         """
-        publisher = self._publisher or configuration.default_publisher()
-        settings = publisher.settings
+        sink: storing.Sink | None = None
+        if session is not None or connection is not None:
+            sink = storing.sink_of(session, connection)
+        elif storing.bound is not None:
+            sink = storing.bound()
+        publisher: Publisher | None
+        if sink is None:
+            publisher = self._publisher or configuration.default_publisher()
+            settings = publisher.settings
+        else:
+            publisher = self._publisher or configuration.publisher_if_any()
+            settings = Settings.load(None, {}) if publisher is None else publisher.settings
         buffer = self._innermost()
         root = buffer.root
-        if root.pid != process.pid:
+        if root.pid != process.pid and sink is None:
             raise CollectorClosed(
                 f"this collector belongs to the process {root.pid}; "
                 "in a forked child use enqueue_event() or EventCollector.current()"
@@ -223,17 +246,23 @@ class EventCollector:
             id,
             unroutable,
         )
+        if sink is not None:
+            sink(event, publisher)
+        elif publisher is not None:
+            self._collect(event, buffer, publisher)
+        return event
+
+    def _collect(self, event: Event, buffer: Buffer, publisher: Publisher) -> None:
         if event.deliver_at is not None:
             publisher.check_carries(event)
         if not buffer.events:
             publisher.make_ready()
-        buffer.append(event, settings.max_events, settings.max_bytes)
+        buffer.append(event, publisher.settings.max_events, publisher.settings.max_bytes)
         observer = observing.installed()
         if observer is not None:
             observer.enqueued(event)
         if self.autoflush:
             self._flush()
-        return event
 
     def publish(self) -> PublishReport:
         """Publish the events of the innermost buffer as one chunk, and wait for the confirms.
@@ -376,7 +405,7 @@ class _LazyCollector(EventCollector):
         scope.begin(collector, collector._root)
         return collector
 
-    def enqueue_event(self, payload: Any, target: str, **options: Any) -> Event:
+    def _collect(self, event: Event, buffer: Buffer, publisher: Publisher) -> None:
         if not self._watched:
             if not self.autoflush:
                 # Before anything is collected: the application may have made it an exception.
@@ -388,7 +417,7 @@ class _LazyCollector(EventCollector):
                 )
             weakref.finalize(self, _died_unpublished, self._root, process.pid, self._observer)
             self._watched = True
-        return super().enqueue_event(payload, target, **options)
+        super()._collect(event, buffer, publisher)
 
     def _is_current(self) -> bool:
         return self._observer is observing.installed()
@@ -407,7 +436,7 @@ def _died_unpublished(root: Buffer, pid: int, observer: object) -> None:
 
 def _stacklevel_of_caller() -> int:
     """Return the ``stacklevel`` that makes a warning point at the first line outside of outbox."""
-    level = 2  # as seen from _LazyCollector.enqueue_event
+    level = 2  # as seen from _LazyCollector._collect
     frame = sys._getframe(2)
     package = __name__.partition(".")[0]
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(

@@ -7,11 +7,11 @@ import threading
 from typing import Unpack
 
 from outbox import observing, process, serializer
-from outbox.errors import UsageError
+from outbox.errors import NotConfigured, UsageError
 from outbox.publisher import Publisher
 from outbox.settings import SettingOverrides
 
-__all__ = ["configure", "configured_publisher", "default_publisher"]
+__all__ = ["configure", "configured_publisher", "default_publisher", "publisher_if_any"]
 
 _publisher: Publisher | None = None
 _lock = threading.RLock()
@@ -74,6 +74,14 @@ def default_publisher() -> Publisher:
         ):
             return Publisher("memory://")
         return _publisher or configure()
+
+
+def publisher_if_any() -> Publisher | None:
+    """Return the default publisher, or None where neither code nor the environment names a URL."""
+    try:
+        return default_publisher()
+    except NotConfigured:
+        return None
 
 
 def configured_publisher() -> Publisher | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 from outbox.errors import BrokerError, PublishFailed
 from outbox.event import Event
 
-__all__ = ["PublishReport", "Rejection"]
+__all__ = ["PublishReport", "Rejection", "Withdrawn"]
 
 
 class Rejection(NamedTuple):
@@ -16,6 +16,12 @@ class Rejection(NamedTuple):
 
     event: Event
     reason: str
+
+
+class Withdrawn(Rejection):
+    """An event that was given up by ``keep=False`` alone: the same may succeed later."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,8 @@ class PublishReport:
             retry may deliver one twice, with the same id.
         parked: no queue was bound for them; confirmed in ``outbox.unroutable``.
         ignored: no queue was bound for them, and ``unroutable="ignore"`` says that it is right.
-        rejected: given up, with the reason.
+        rejected: given up, with the reason; ``Withdrawn`` where that is only since nothing was to
+            be kept.
         error: why events are kept or withdrawn, or None.
     """
 

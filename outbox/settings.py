@@ -20,6 +20,7 @@ __all__ = ["MIB", "Declare", "SettingOverrides", "Settings"]
 MIB = 1024 * 1024
 
 Declare = Literal["create", "passive", "never"]
+AfterCommit = Literal["publish", "notify", "nothing"]
 EventsHook = Callable[[tuple[Event, ...]], object]
 RejectionHook = Callable[[Event, str], object]
 ConfirmedHook = Callable[[int, float], object]
@@ -43,6 +44,7 @@ class SettingOverrides(TypedDict, total=False):
     max_body_bytes: int
     unroutable: Unroutable
     declare: Declare
+    after_commit: AfterCommit
     app_id: str
     connection_name: str
     serializer: Serializer
@@ -76,6 +78,9 @@ class Settings:
             ``ignore``; an event's own setting wins.
         declare: whether the exchange is made (``create``), must be there (``passive``), or is
             not looked at (``never``).
+        after_commit: what this process does when it has committed stored events: it publishes
+            them itself (``publish``), tells listening relays (``notify``, PostgreSQL alone), or
+            ``nothing``: relays find them.
         app_id: AMQP's ``app-id`` of every message, at most 255 bytes; empty leaves it out.
         connection_name: what the broker's management shows for the connection.
         serializer: turns payloads into bodies.
@@ -104,6 +109,7 @@ class Settings:
     max_body_bytes: int = 16 * MIB
     unroutable: Unroutable = "park"
     declare: Declare = "create"
+    after_commit: AfterCommit = "publish"
     app_id: str = ""
     connection_name: str = "outbox"
     serializer: Serializer = JSONSerializer()  # noqa: RUF009  it has no state
@@ -153,6 +159,7 @@ _FROM_ENVIRONMENT = [
 _CHOICES: dict[str, tuple[str, ...]] = {
     "unroutable": get_args(Unroutable),
     "declare": get_args(Declare),
+    "after_commit": get_args(AfterCommit),
 }
 
 

@@ -59,7 +59,7 @@ def prove(
             time.sleep(seconds)
         for track_done in done:
             track_done.result()
-        ground.proxy.heal()
+        ground.heal()
         ground.settle()
     return check(read(folder)), Counter(one.fault.name for one in planned)
 

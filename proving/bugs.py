@@ -11,16 +11,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
 from outbox import EventCollector, Publisher, ids
 from outbox.auto_publishing import AutoPublishingEventCollector
 from outbox.backlog import Backlog
 from outbox.chunk import Entry, Fate
+from outbox.configuration import default_publisher
 from outbox.consumers import life, worker
 from outbox.consumers.outcome import Ack
 from outbox.middleware import unit
+from outbox.sql import Store, rows, store, transaction, waves
 from outbox.transports.rabbitmq.publishing import RabbitMQTransport
 
 __all__ = ["BUGS", "Bug", "plant"]
+
+
+_DURABLE = ("durable", "relay", "relay2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +184,71 @@ def _no_dead_letters() -> None:
     worker.Worker._bury = bury  # type: ignore[method-assign]
 
 
+def _claim_deletes() -> None:
+    original = Store.claim
+
+    def claim(self: Any, *arguments: Any, **options: Any) -> Any:
+        rows = original(self, *arguments, **options)
+        self.complete(rows)
+        return rows
+
+    Store.claim = claim  # type: ignore[method-assign]
+
+
+def _stored_elsewhere() -> None:
+    def store(session: Any, stored: Any, publisher: Any) -> None:
+        Store(session.get_bind()).put([stored])
+
+    transaction._store_in_session = store
+
+
+def _released_is_committed() -> None:
+    original = transaction._store_in_session
+
+    def store(session: Any, stored: Any, publisher: Any) -> None:
+        original(session, stored, publisher)
+        session.info.setdefault("stored", []).append(stored)
+
+    @event.listens_for(Session, "after_commit")
+    def publish(session: Any) -> None:
+        default_publisher().submit(session.info.pop("stored", ()))
+
+    transaction._store_in_session = store
+
+
+def _new_ids_when_read() -> None:
+    original = rows.event_of
+
+    def event_of(row: Any) -> Any:
+        return dataclasses.replace(original(row), id=ids.new_id())
+
+    found: Any = store
+    found.event_of = event_of
+
+
+def _order_ignored() -> None:
+    original = Store.claim
+
+    def claim(self: Any, *arguments: Any, **options: Any) -> Any:
+        found = original(self, *arguments, **{**options, "ordered": False})
+        return [*found[1::2], *found[::2]]
+
+    Store.claim = claim  # type: ignore[method-assign]
+
+
+def _left_is_done() -> None:
+    original = waves.sort_out
+
+    def sort_out(claimed: Any, report: Any) -> Any:
+        outcome = original(claimed, report)
+        outcome.done += outcome.left
+        outcome.left = []
+        return outcome
+
+    found: Any = waves
+    found.sort_out = sort_out
+
+
 BUGS: Sequence[Bug] = (
     Bug(
         "ack-before-publish",
@@ -208,6 +281,12 @@ BUGS: Sequence[Bug] = (
     Bug("nack-is-ack", "lost", ["full queue"], ["script"], _nack_is_ack),
     Bug("returned-is-published", "lost", ["unbind"], ["script"], _returned_is_published),
     Bug("error-responses-publish", "phantom", [], ["wsgi", "asgi"], _error_responses_publish),
+    Bug("claim-deletes", "lost", ["cut at publish", "refuse"], _DURABLE, _claim_deletes),
+    Bug("stored-elsewhere", "phantom", [], _DURABLE, _stored_elsewhere),
+    Bug("released-is-committed", "phantom", [], _DURABLE, _released_is_committed),
+    Bug("new-ids-when-read", "new id", [], _DURABLE, _new_ids_when_read),
+    Bug("order-ignored", "out of order", ["kill durable"], _DURABLE, _order_ignored),
+    Bug("left-is-done", "lost", ["cut at publish", "refuse"], _DURABLE, _left_is_done),
     Bug("no-dead-letters", "lost", [], ["script", "worker"], _no_dead_letters),
 )
 """All of them."""

@@ -4,8 +4,10 @@ Writers put events into *units* of work and write down:
 
 - ``intent``: an event was enqueued: its ``key`` (the writer's own name for it, which the payload
   carries too), its ``id``, its ``unit``, and what is expected of it: ``lane`` and ``seq``, if the
-  order within the lane is promised; ``work``, see below.
-- ``commit`` or ``rollback``: what becomes of the ``unit``, before the library is told.
+  order within the lane is promised; ``stored``, if it is in a database and outlives its writer;
+  ``work``, see below.
+- ``commit`` or ``rollback``: what becomes of the ``unit``, before the library is told; or, where a
+  database decides, what that says in the end.
 - ``confirm``: the library has said that the events with these ``keys`` are published.
 
 Witnesses, who consume with another library, write:
@@ -92,7 +94,7 @@ def check(history: Sequence[Record]) -> Verdict:
             if came_out:
                 verdict.counts["delivered"] += 1
                 _check_work(verdict, key, intent, places)
-            elif intent.by in killed and key not in confirmed:
+            elif intent.by in killed and key not in confirmed and not intent.facts.get("stored"):
                 verdict.counts["excused: unconfirmed, their writer killed"] += 1
             else:
                 how = "confirmed" if key in confirmed else "committed"

@@ -82,6 +82,10 @@ def _at_method(way: Way, class_id: int, method_id: int) -> Callable[[Frame], boo
     return lambda frame: frame.way is way and frame.method == (class_id, method_id)
 
 
+def _with(text: bytes) -> Callable[[Frame], bool]:
+    return lambda piece: piece.way is Way.UP and text in piece.data
+
+
 def _block(ground: Ground) -> None:
     ground.proxy.inject(BLOCKED)
 
@@ -134,6 +138,38 @@ FAULTS: Sequence[Fault] = (
     Fault(
         "full queue", lambda on: on.bounded.pause(), lambda on: on.bounded.resume(), _LONG, "queues"
     ),
+    Fault("cut database", lambda on: on.database.proxy.cut(), track="database"),
+    Fault(
+        "cut database at delete",
+        lambda on: on.database.proxy.cut_at(_with(b"DELETE FROM outbox_events")),
+        track="database",
+    ),
+    Fault(
+        "cut database at commit",
+        lambda on: on.database.proxy.cut_at(_with(b"COMMIT")),
+        track="database",
+    ),
+    Fault(
+        "refuse database",
+        lambda on: on.database.proxy.refuse(),
+        lambda on: on.database.proxy.heal(),
+        _LONG,
+        "database",
+    ),
+    Fault(
+        "black hole before database",
+        lambda on: on.database.proxy.black_hole(),
+        lambda on: on.database.proxy.heal(),
+        _SHORT,
+        "database",
+    ),
+    Fault(
+        "kill database",
+        lambda on: on.database.server.kill(),
+        lambda on: on.database.server.start(),
+        _SHORT,
+        "database",
+    ),
     *(
         Fault(
             f"{way} {kind}",
@@ -142,7 +178,7 @@ FAULTS: Sequence[Fault] = (
             _SHORT,
             "processes",
         )
-        for kind in ("script", "wsgi", "asgi", "worker")
+        for kind in ("script", "wsgi", "asgi", "durable", "relay", "relay2", "worker")
         for way in ("kill", "terminate")
     ),
 )

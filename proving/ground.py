@@ -15,6 +15,7 @@ from typing import Any, Self
 import pika
 
 from outbox.testing.broker import PrivateBroker
+from proving.database import Database
 from proving.history import Journal
 from proving.processes import Program, Server
 from proving.proxy import FaultProxy
@@ -22,7 +23,9 @@ from proving.witness import Witness
 
 __all__ = ["KINDS", "Ground"]
 
-KINDS = ("script", "wsgi", "asgi", "worker")
+_WRITERS = ("script", "wsgi", "asgi", "durable")
+_RELAYS = ("relay", "relay2")
+KINDS = (*_WRITERS, *_RELAYS, "worker")
 _PARKED = "outbox.unroutable"
 _BOUND = 20  # messages in the queue that fills up
 
@@ -63,6 +66,7 @@ class Ground:
         self.name = name
         self.history = Journal(folder, "driver")
         self.proxy = FaultProxy(broker.url)
+        self._database = Database() if "durable" in kinds else None
         self._parking = parking
         self._folder = folder
         self._chance = random.Random(seed)
@@ -78,9 +82,20 @@ class Ground:
         bounded = {f"{name}.bounded": "bounded"}
         self.bounded = Witness(broker.url, bounded, Journal(folder, "bounded"))
 
+    @property
+    def database(self) -> Database:
+        """The database of the programs that have one."""
+        if self._database is None:
+            raise RuntimeError("no program here has a database")
+        return self._database
+
     def __enter__(self) -> Self:
         self.proxy.start()
         self._declare()
+        database = {}
+        if self._database is not None:
+            self._database.start()
+            database["OUTBOX_DATABASE_URL"] = self._database.proxy.url
         environment = {
             "OUTBOX_URL": self.proxy.url,
             "OUTBOX_EXCHANGE": self.name,
@@ -94,6 +109,7 @@ class Ground:
             "PROVE_WORK": "yes" if "worker" in self._kinds else "",
             "PROVE_KINDS": "shaky,bounded" if self._parking else "bounded",
             "PYTHONUNBUFFERED": "1",
+            **database,
         }
         ports = _free_port(), _free_port()
         gunicorn = [
@@ -105,12 +121,18 @@ class Ground:
             *("--log-level", "warning"),
         ]
         consume = ["outbox.consumers.cli", "proving.programs.worker:Orders", "--prefetch", "50"]
+        relay = ["proving.programs.relay"]
         every: dict[str, Callable[[], Program]] = {
             "script": lambda: Program(
                 "script", ["proving.programs.script"], environment, self._folder
             ),
             "wsgi": lambda: Server("wsgi", gunicorn, environment, self._folder, children=True),
             "asgi": lambda: Server("asgi", uvicorn, environment, self._folder, children=False),
+            "durable": lambda: Program(
+                "durable", ["proving.programs.durable"], environment, self._folder
+            ),
+            "relay": lambda: Program("relay", relay, environment, self._folder),
+            "relay2": lambda: Program("relay2", relay, environment, self._folder),
             "worker": lambda: Program("worker", consume, environment, self._folder),
         }
         self.programs = {kind: every[kind]() for kind in KINDS if kind in self._kinds}
@@ -139,6 +161,14 @@ class Ground:
         self.ledger.stop()
         self.bounded.stop()
         self.proxy.close()
+        if self._database is not None:
+            self._database.stop()
+
+    def heal(self) -> None:
+        """Let everything through on every way."""
+        self.proxy.heal()
+        if self._database is not None:
+            self._database.proxy.heal()
 
     def settle(self, timeout: float = 120.0) -> None:
         """End the writers, let everything arrive, end the worker.
@@ -150,8 +180,16 @@ class Ground:
         """
         deadline = time.monotonic() + timeout
         self._stop_load()
-        for kind in KINDS[:3]:
+        for kind in _WRITERS:
             if kind in self.programs:
+                self.programs[kind].terminate()
+        if self._database is not None:
+            database = self._database
+            for kind in _RELAYS:
+                self.start(kind)
+            self._until(lambda: not database.waiting(), deadline)
+            database.write_commits(Journal(self._folder, "database"))
+            for kind in _RELAYS:
                 self.programs[kind].terminate()
         worker = self.programs.get("worker")
         if worker is not None:

@@ -1,7 +1,8 @@
-"""A proxy on loopback that does to an AMQP connection what networks do.
+"""A proxy on loopback that does to a connection what networks do.
 
-It forwards whole frames (AMQP 0-9-1, section 2.3.5) in both directions, so that a frame of its own
-can be put between two others, and so that a connection can be cut at a chosen one.
+Of AMQP it forwards whole frames (AMQP 0-9-1, section 2.3.5) in both directions, so that a frame of
+its own can be put between two others, and so that a connection can be cut at a chosen one. Of other
+protocols, such as PostgreSQL's, it forwards the pieces as they come.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Way(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame, or the protocol header that a client begins with (``kind`` is then 0).
+    """One frame; or the protocol header that a client begins with, or a piece of another protocol.
+
+    Of the latter two ``kind`` is 0.
 
     Attributes:
         way: its direction.
@@ -112,8 +115,9 @@ class FaultProxy:
     """
 
     def __init__(self, url: str) -> None:
-        """Stand before the broker at ``url``, whose user and vhost the proxy's own URL has."""
+        """Stand before the server at ``url``; the proxy's own URL differs in host and port."""
         self._parts = urlsplit(url)
+        self._split = _Frames if self._parts.scheme == "amqp" else _Pieces
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy")
         self._server: asyncio.Server | None = None
@@ -265,7 +269,7 @@ class FaultProxy:
 
         async def read() -> None:
             nonlocal given_up
-            frames = _Frames(way)
+            frames = self._split(way)
             while data := await reader.read(65536):
                 whole = bytearray()
                 for frame in frames.feed(data):
@@ -328,6 +332,17 @@ class _Link:
     def _cancel(self) -> None:
         for task in self.tasks:
             task.cancel()
+
+
+class _Pieces:
+    """Takes the bytes of one direction as they come."""
+
+    def __init__(self, way: Way) -> None:
+        self._way = way
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """Return ``data``."""
+        return [Frame(self._way, 0, 0, data)]
 
 
 class _Frames:

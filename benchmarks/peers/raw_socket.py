@@ -61,6 +61,12 @@ class RawSocket:
             self._wait_for_acks(chunk)
         return time.perf_counter() - begin
 
+    def send(self, frames: list[bytes]) -> None:
+        """Send events as they are encoded, as one chunk, and wait for their acks."""
+        self._socket.sendall(b"".join(frames))
+        self._sent += len(frames)
+        self._wait_for_acks(len(frames))
+
     def close(self) -> None:
         self._socket.close()
 

@@ -8,13 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from outbox.commands import exit_codes, parked
+from outbox.commands import exit_codes, parked, relay, sql, stored
 from outbox.commands.printing import printable
 from outbox.errors import BrokerError, OutboxError
 
 __all__ = ["main"]
 
-_SUB_COMMANDS = (parked,)
+_SUB_COMMANDS = (relay, stored, sql, parked)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,16 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="outbox",
-        description="Look after events that have gone astray.",
-        epilog="'outbox parked --help' tells more, with examples.",
+        description="Publish stored events, and look after those that have gone astray.",
+        epilog="'outbox relay --help', 'outbox parked --help' and so on tell more, with examples.",
     )
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--url",
-        help="the broker, amqp://user:password@host:5672/vhost, or sqlite:///outbox.db (default: "
-        "OUTBOX_URL, which does "
-        "not show a password in the list of processes)",
-    )
     common.add_argument(
         "--log-level",
         default="CRITICAL",

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from outbox.commands import exit_codes
+from outbox.commands.options import broker_option, positive
 from outbox.commands.printing import json_line, payload_text, printable
 from outbox.errors import UsageError
 from outbox.parked import Address, Browsing, ParkedMessage, ParkedQueues, Selection
@@ -65,16 +66,17 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     actions = parked.add_subparsers(title="actions", metavar="ACTION", required=True)
     filters = _filters()
+    broker = broker_option()
 
     listing = actions.add_parser(
         "list",
-        parents=[common, filters],
+        parents=[common, broker, filters],
         help="show messages; nothing is changed",
         description="Show messages, oldest first. They are taken and given back in their order.",
     )
     listing.add_argument(
         "--limit",
-        type=_positive,
+        type=positive,
         default=_LISTED,
         metavar="N",
         help=f"show so many of each queue at the most (default: {_LISTED})",
@@ -85,7 +87,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
     replay = actions.add_parser(
         "replay",
-        parents=[common, filters],
+        parents=[common, broker, filters],
         help="publish messages again where they were to go",
         description="Publish parked events to their original address, and dead letters to the "
         "queue that they died in. What is not accepted there stays where it is.",
@@ -101,7 +103,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
     purge = actions.add_parser(
         "purge",
-        parents=[common, filters],
+        parents=[common, broker, filters],
         help="delete messages",
         description="Delete messages for good.",
     )
@@ -133,19 +135,9 @@ def _filters() -> argparse.ArgumentParser:
 
 def _limit_and_dry_run(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument(
-        "--limit", type=_positive, metavar="N", help=f"{verb} so many at the most (default: all)"
+        "--limit", type=positive, metavar="N", help=f"{verb} so many at the most (default: all)"
     )
     parser.add_argument("--dry-run", action="store_true", help="tell what would be done")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
-_positive.__name__ = "number from 1 on"  # what argparse calls it in its errors
 
 
 def _list(options: argparse.Namespace) -> int:

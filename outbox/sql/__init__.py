@@ -19,7 +19,20 @@ if sqlalchemy.__version__ < "2.":
         "pip install 'outbox-events[sql]'"
     )
 
+from outbox.sql.handover import drain
+from outbox.sql.relay import Relay, RelayStats
 from outbox.sql.schema import events, metadata
-from outbox.sql.store import Claimed, Store
+from outbox.sql.store import Claimed, Status, Store
+from outbox.sql.transaction import bind
 
-__all__ = ["Claimed", "Store", "events", "metadata"]
+__all__ = [
+    "Claimed",
+    "Relay",
+    "RelayStats",
+    "Status",
+    "Store",
+    "bind",
+    "drain",
+    "events",
+    "metadata",
+]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import stat
 import threading
+import weakref
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event, make_url
@@ -17,14 +20,16 @@ from outbox import process
 from outbox.errors import MissingExtra, UsageError
 from outbox.sql.schema import DIALECTS
 
-__all__ = ["open_engine", "open_sqlite"]
+__all__ = ["engine_beside", "open_engine", "open_sqlite"]
 
-_BUSY_TIMEOUT = 10.0  # seconds a connection to SQLite waits for another one's write to end
+logger = logging.getLogger("outbox.sql")
+
+_BUSY_TIMEOUT = 10.0  # seconds
 _DRIVERS = {"postgresql": ("psycopg", "psycopg2")}
 
 
 def open_engine(url: str | URL) -> Engine:
-    """Return an engine for ``url``; nothing is connected yet, but a file of SQLite is made.
+    """Return an engine for an application's database; nothing is connected yet.
 
     A driver of asyncio is replaced by one for threads, and none is taken for the one that is there.
 
@@ -46,7 +51,11 @@ def open_engine(url: str | URL) -> Engine:
     if dialect == "sqlite":
         if parsed.query:
             raise UsageError("the options of a sqlite:// URL are not understood here")
-        return open_sqlite(parsed.database or "")
+        path = parsed.database or ""
+        _check_names_a_file(path)
+        if not Path(path).parent.is_dir():
+            raise UsageError(f"{path} cannot be opened: its folder is not there")
+        return _sqlite_engine(path)
     found = [one for one in _DRIVERS[dialect] if importlib.util.find_spec(one)]
     named = parsed.get_driver_name() if "+" in parsed.drivername else ""
     driver = named if named in _DRIVERS[dialect] else (found or [""])[0]
@@ -61,29 +70,71 @@ def open_engine(url: str | URL) -> Engine:
         raise UsageError(f"the database URL cannot be used: {error}") from error
 
 
+_beside: weakref.WeakKeyDictionary[Engine, Engine | None] = weakref.WeakKeyDictionary()
+
+
+def engine_beside(engine: Engine) -> Engine | None:
+    """Return an engine for the database of ``engine`` to be used in a thread of ours, or None.
+
+    It is ``engine`` itself, unless that is of asyncio, or of SQLite, whose transactions must begin
+    otherwise for a claim. There is none for a database in memory.
+    """
+    dialect = engine.dialect
+    if dialect.name != "sqlite" and not dialect.is_async:
+        return engine
+    if engine not in _beside:
+        try:
+            _beside[engine] = open_engine(engine.url)
+        except UsageError as error:
+            logger.warning("stored events are left to the relay: %s", error)
+            _beside[engine] = None
+    return _beside[engine]
+
+
+def _leave_to_parent() -> None:
+    for engine in _beside.values():
+        if engine is not None:
+            engine.dispose(close=False)
+
+
+process.after_fork(_leave_to_parent)
+
+
 def open_sqlite(
     path: str, *, synchronous: str = "FULL", busy_timeout: float = _BUSY_TIMEOUT
 ) -> Engine:
-    """Return an engine for the file ``path``, made readable for its owner alone if it is not there.
+    """Return an engine for a file of our own, made readable for its owner alone if it is not there.
 
-    Every transaction begins with ``BEGIN IMMEDIATE``: it waits for the other writers where it
-    begins, for ``busy_timeout``, and cannot fail later since another one came first (that a
-    transaction which has read cannot wait is SQLite's rule:
-    https://www.sqlite.org/lang_transaction.html).
     The journal is a write-ahead log, beside which others can read.
 
     Args:
         path: of the file; its folder must exist.
         synchronous: ``FULL``: what is committed outlives a power cut. ``NORMAL``: it outlives the
             end of the process, and a power cut may take the last transactions.
-        busy_timeout: seconds.
+        busy_timeout: seconds that a transaction waits for another one's end before it begins.
 
     Raises:
         UsageError: the path is empty, a symbolic link, no plain file, or somebody else's.
     """
-    if path in ("", ":memory:"):
-        raise UsageError("the sqlite:// URL names no file; use sqlite:///outbox.db")
+    _check_names_a_file(path)
     _make_private(path)
+    engine = _sqlite_engine(path, busy_timeout)
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute(f"PRAGMA synchronous={synchronous}")
+
+    return engine
+
+
+def _sqlite_engine(path: str, busy_timeout: float = _BUSY_TIMEOUT) -> Engine:
+    """Return an engine whose transactions begin with ``BEGIN IMMEDIATE``.
+
+    That waits for other writers at the beginning, at most ``busy_timeout`` seconds, and cannot fail
+    later since another one came first: a transaction that has read cannot wait for the lock
+    (https://www.sqlite.org/lang_transaction.html).
+    """
     engine = create_engine(
         URL.create("sqlite", database=path),
         connect_args={
@@ -94,16 +145,16 @@ def open_sqlite(
         poolclass=QueuePool,
     )
 
-    @event.listens_for(engine, "connect")
-    def prepare(connection: Any, _: object) -> None:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute(f"PRAGMA synchronous={synchronous}")
-
     @event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+def _check_names_a_file(path: str) -> None:
+    if path in ("", ":memory:"):
+        raise UsageError("the sqlite:// URL names no file; use sqlite:///outbox.db")
 
 
 def _make_private(path: str) -> None:

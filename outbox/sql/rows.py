@@ -6,7 +6,7 @@ import base64
 import json
 from typing import Any
 
-from outbox.event import Event, Headers
+from outbox.event import Event, Headers, check_name, plain_table
 
 __all__ = ["event_of", "headers_of", "values_of"]
 
@@ -42,7 +42,15 @@ def values_of(event: Event, *, queue: str = "", rank: int = 0) -> dict[str, Any]
 
 
 def event_of(row: Any) -> Event:
-    """Return the event of ``row``, whose time has come: it has no ``deliver_at`` any more."""
+    """Return the event of ``row``, whose time has come: it has no ``deliver_at`` any more.
+
+    Raises:
+        ValueError: somebody else has written the row, and it is no event that could be carried.
+    """
+    for what in ("id", "type", "exchange", "content_type", "key"):
+        value = getattr(row, what)
+        if value is not None:
+            check_name(what, value)
     return Event(
         id=row.id,
         target=row.type,
@@ -78,8 +86,15 @@ def _to_json(value: Any) -> Any:
 
 
 def headers_of(text: str) -> dict[str, Any]:
-    """Return the headers of a row."""
-    return {name: _from_json(value) for name, value in json.loads(text).items()}
+    """Return the headers of a row.
+
+    Raises:
+        ValueError: they are no JSON object, or one of them cannot be carried.
+    """
+    table = json.loads(text)
+    if not isinstance(table, dict):
+        raise ValueError(f"the headers are no JSON object: {text:.60}")
+    return plain_table({name: _from_json(value) for name, value in table.items()}, "headers")[0]
 
 
 def _from_json(value: Any) -> Any:

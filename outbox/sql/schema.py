@@ -13,6 +13,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    literal,
     null,
     text,
 )
@@ -21,47 +22,65 @@ from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
 
 from outbox.errors import UsageError
-from outbox.sql.clock import Timestamp, now
+from outbox.sql.clock import Timestamp, in_seconds, now
 
-__all__ = ["DIALECTS", "ddl", "events", "metadata"]
+__all__ = ["DIALECTS", "GRACE", "ddl", "events", "events_with_grace", "metadata"]
 
 DIALECTS = ("postgresql", "sqlite")
 """The databases for which stored events have been built and tested."""
 
+GRACE = 1.0
+"""Seconds that relays leave to the process that has stored an event to publish it itself."""
+
 metadata = MetaData()
 
-# The first five are those that Debezium's outbox event router reads. See docs/durable.md for all.
-events = Table(
-    "outbox_events",
-    metadata,
-    Column("id", String(255), nullable=False),
-    Column("aggregatetype", String(255), nullable=False),
-    Column("aggregateid", String(255), nullable=False),
-    Column("type", String(255), nullable=False),
-    Column("payload", LargeBinary, nullable=False),
-    Column(
-        "seq",
-        BigInteger().with_variant(Integer, "sqlite"),
-        primary_key=True,
-        autoincrement=True,
-    ),
-    Column("queue", String(255), nullable=False, server_default=""),
-    Column("exchange", String(255), nullable=False),
-    Column("content_type", String(255), nullable=False),
-    Column("headers", Text),
-    Column("key", String(255)),
-    Column("priority", SmallInteger),
-    Column("rank", SmallInteger, nullable=False, server_default=text("0")),
-    Column("unroutable", String(10)),
-    Column("occurred_at", Timestamp, nullable=False),
-    Column("stored_at", Timestamp, nullable=False, default=now()),
-    Column("available_at", Timestamp, nullable=False, default=now()),
-    Column("lease_token", String(36)),
-    Column("deliveries", Integer, nullable=False, server_default=text("0")),
-    Column("attempts", Integer, nullable=False, server_default=text("0")),
-    Column("dead_at", Timestamp),
-    Column("reason", Text),
-)
+
+def _table(metadata: MetaData, grace: float) -> Table:
+    """Return the table, whose new rows are due ``grace`` seconds after they were written."""
+    # The first five columns are those that Debezium's outbox event router reads. The defaults are
+    # of the column and not of a row: the clock is the database's, and the rows of a flush of a
+    # session still go into one statement.
+    return Table(
+        "outbox_events",
+        metadata,
+        Column("id", String(255), nullable=False),
+        Column("aggregatetype", String(255), nullable=False),
+        Column("aggregateid", String(255), nullable=False),
+        Column("type", String(255), nullable=False),
+        Column("payload", LargeBinary, nullable=False),
+        Column(
+            "seq",
+            BigInteger().with_variant(Integer, "sqlite"),
+            primary_key=True,
+            autoincrement=True,
+        ),
+        Column("queue", String(255), nullable=False, server_default=""),
+        Column("exchange", String(255), nullable=False),
+        Column("content_type", String(255), nullable=False),
+        Column("headers", Text),
+        Column("key", String(255)),
+        Column("priority", SmallInteger),
+        Column("rank", SmallInteger, nullable=False, server_default=text("0")),
+        Column("unroutable", String(10)),
+        Column("occurred_at", Timestamp, nullable=False),
+        Column("stored_at", Timestamp, nullable=False, default=now()),
+        Column(
+            "available_at",
+            Timestamp,
+            nullable=False,
+            default=in_seconds(literal(grace)) if grace else now(),
+        ),
+        Column("lease_token", String(36)),
+        Column("deliveries", Integer, nullable=False, server_default=text("0")),
+        Column("attempts", Integer, nullable=False, server_default=text("0")),
+        Column("dead_at", Timestamp),
+        Column("reason", Text),
+    )
+
+
+events = _table(metadata, 0.0)
+events_with_grace = _table(MetaData(), GRACE)
+"""The same table, for rows that relays leave alone for a moment after they were written."""
 
 _alive = events.c.dead_at.is_(null())
 # What is due, in the order in which it is claimed: neither the dead nor what is for later are

@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import itertools
-import json
+import logging
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import (
-    ColumnElement,
     Connection,
     Delete,
     Engine,
-    Subquery,
     Update,
-    and_,
-    any_,
-    bindparam,
     delete,
-    exists,
     func,
     insert,
     inspect,
-    literal,
-    or_,
     select,
     text,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, BIGINT
 
 from outbox.errors import UsageError
 from outbox.event import Event
-from outbox.sql.clock import in_seconds, now, seconds_since
+from outbox.sql.clock import now, seconds_since
 from outbox.sql.rows import event_of, values_of
 from outbox.sql.schema import DIALECTS, ddl, events, metadata
+from outbox.sql.statements import Statements
 
 __all__ = ["Claimed", "Status", "Store"]
+
+logger = logging.getLogger("outbox.sql")
 
 _WINDOW = 4  # times the limit: among how many due rows the first ones of their keys are looked for
 
@@ -111,6 +107,7 @@ class Store:
             )
         self.engine = engine
         self._is_postgresql = engine.dialect.name == "postgresql"
+        self._ask = Statements(is_postgresql=self._is_postgresql)
 
     def create(self, *, connection: Connection | None = None) -> bool:
         """Create the table and its indexes unless they are there; return whether it did."""
@@ -191,32 +188,32 @@ class Store:
             connection: in whose transaction; by default in one of its own.
         """
         if connection is None:
-            with self.engine.begin() as connection:
+            with self._begin() as connection:
                 return self.claim(
                     limit, queue=queue, lease=lease, max_bytes=max_bytes, ordered=ordered,
                     only=only, connection=connection,
                 )  # fmt: skip
-        token = str(uuid.uuid4())
-        row = events.c
-        of_queue: list[ColumnElement[bool]] = [row.queue == queue, row.dead_at.is_(None)]
+        asked = {
+            "of_queue": queue,
+            "of_token": str(uuid.uuid4()),
+            "seconds": float(lease),
+            "max_bytes": max_bytes,
+        }
         if only is not None:
             # Within their grace: not due, and not leased.
-            chosen = [*of_queue, self._is_one_of(only), row.lease_token.is_(None)]
-            return self._take(connection, chosen, limit, lease, max_bytes, token, ordered)
-        due = [*of_queue, row.available_at <= now()]
+            asked["numbers"] = self._ask.numbers(only)
+            return self._take(connection, limit, asked, ordered=ordered)
         found: list[Claimed] = []
         for rank in self._ranks(connection, queue):
-            chosen = [*due, row.rank == rank]
-            found += self._take(
-                connection, chosen, limit - len(found), lease, max_bytes, token, ordered
-            )
+            asked["of_rank"] = rank
+            found += self._take(connection, limit - len(found), asked, ordered=ordered)
             if len(found) >= limit:
                 break
         return found
 
     def complete(self, rows: Iterable[Claimed], *, connection: Connection | None = None) -> int:
         """Delete rows that have reached their aim; return how many were still ours."""
-        return self._settle(rows, delete(events), connection)
+        return self._settle(rows, self._ask.complete, {}, connection)
 
     def release(
         self,
@@ -239,20 +236,17 @@ class Store:
             failed: whether the row itself is to blame: an attempt is counted.
             connection: in whose transaction; by default in one of its own.
         """
-        values = {
-            "lease_token": None,
-            "available_at": events.c.stored_at if in_place else in_seconds(literal(float(delay))),
-            "reason": reason,
-            "attempts": events.c.attempts + int(failed),
-        }
-        return self._settle(rows, update(events).values(values), connection)
+        asked: dict[str, Any] = {"why": reason, "failures": int(failed)}
+        if in_place:
+            return self._settle(rows, self._ask.release_in_place, asked, connection)
+        asked["seconds"] = float(delay)
+        return self._settle(rows, self._ask.release, asked, connection)
 
     def extend(
         self, rows: Iterable[Claimed], lease: float, *, connection: Connection | None = None
     ) -> int:
         """Let leases end ``lease`` seconds from now; return how many were still ours."""
-        values = {"available_at": in_seconds(literal(float(lease)))}
-        return self._settle(rows, update(events).values(values), connection)
+        return self._settle(rows, self._ask.extend, {"seconds": float(lease)}, connection)
 
     def leased(self, rows: Iterable[Claimed], *, connection: Connection | None = None) -> set[int]:
         """Return the numbers of those ``rows`` that are still ours."""
@@ -260,22 +254,15 @@ class Store:
             with self.engine.begin() as connection:
                 return self.leased(rows, connection=connection)
         wanted = {row.seq: row.token for row in rows}
-        found = connection.execute(
-            select(events.c.seq, events.c.lease_token).where(self._is_one_of(list(wanted)))
-        )
+        numbers = {"numbers": self._ask.numbers(list(wanted))}
+        found = connection.execute(self._ask.leases, numbers)
         return {row.seq for row in found if row.lease_token == wanted[row.seq]}
 
     def bury(
         self, rows: Iterable[Claimed], reason: str, *, connection: Connection | None = None
     ) -> int:
         """Mark rows dead: they are never claimed again; return how many were still ours."""
-        values = {
-            "lease_token": None,
-            "dead_at": now(),
-            "reason": reason,
-            "attempts": events.c.attempts + 1,
-        }
-        return self._settle(rows, update(events).values(values), connection)
+        return self._settle(rows, self._ask.bury, {"why": reason}, connection)
 
     def status(self) -> Status:
         """Return what is in the table."""
@@ -352,133 +339,104 @@ class Store:
     def retry(self, seqs: Sequence[int]) -> int:
         """Make dead rows alive and due again; return how many there were."""
         values = {"dead_at": None, "available_at": now(), "attempts": 0, "deliveries": 0}
-        statement = update(events).where(self._is_one_of(seqs), events.c.dead_at.is_not(None))
+        statement = update(events).where(self._ask.is_one_of, events.c.dead_at.is_not(None))
+        asked = {"numbers": self._ask.numbers(seqs)}
         with self.engine.begin() as connection:
-            return connection.execute(statement.values(values)).rowcount
+            return connection.execute(statement.values(values), asked).rowcount
 
     def purge(self, seqs: Sequence[int]) -> int:
         """Delete dead rows; return how many there were."""
-        statement = delete(events).where(self._is_one_of(seqs), events.c.dead_at.is_not(None))
+        statement = delete(events).where(self._ask.is_one_of, events.c.dead_at.is_not(None))
+        asked = {"numbers": self._ask.numbers(seqs)}
         with self.engine.begin() as connection:
-            return connection.execute(statement).rowcount
+            return connection.execute(statement, asked).rowcount
+
+    @contextmanager
+    def _begin(self) -> Iterator[Connection]:
+        """Begin a transaction of whose work nothing is lost when a power cut takes it back.
+
+        A lease, or that an event has reached its aim: at worst it is published once more, with the
+        same id. So the commit need not wait for the disk.
+        """
+        with self.engine.begin() as connection:
+            if self._is_postgresql:
+                connection.exec_driver_sql("SET LOCAL synchronous_commit TO OFF")
+            yield connection
 
     def _ranks(self, connection: Connection, queue: str) -> Iterator[int]:
         """Yield the ranks that are in ``queue``, the highest first; the relay's has one."""
         if not queue:
             yield 0
             return
-        row = events.c
-        below: int | None = None
+        rank: int | None = 1 << 15  # more than any
         while True:
-            statement = select(func.max(row.rank)).where(row.queue == queue, row.dead_at.is_(None))
-            if below is not None:
-                statement = statement.where(row.rank < below)
-            below = connection.execute(statement).scalar()
-            if below is None:
+            asked = {"of_queue": queue, "of_rank": rank}
+            rank = connection.execute(self._ask.highest_rank, asked).scalar()
+            if rank is None:
                 return
-            yield below
+            yield rank
 
     def _take(
-        self,
-        connection: Connection,
-        chosen: Sequence[ColumnElement[bool]],
-        limit: int,
-        lease: float,
-        max_bytes: int,
-        token: str,
-        ordered: bool,
+        self, connection: Connection, limit: int, asked: dict[str, Any], *, ordered: bool
     ) -> list[Claimed]:
+        ask = self._ask
+        chosen = "numbers" in asked
+        asked = {**asked, "at_most": limit}
         if not ordered:
-            return self._lease(connection, self._candidates(chosen, limit), max_bytes, lease, token)
-        row = events.c
-        # The first of each key; what others are claiming right now is still alive for us. A
-        # backlog of few keys has few such rows: they are looked for near its beginning first.
-        window = (
-            select(row.seq)
-            .where(*chosen)
-            .order_by(row.available_at, row.seq)
-            .limit(_WINDOW * limit)
-            .scalar_subquery()
-        )
-        heads: list[Claimed] = []
-        for within in ([row.seq.in_(window)], []):
-            candidates = self._candidates([*chosen, *within, _is_first_of_its_key()], limit)
-            heads = self._lease(connection, candidates, max_bytes, lease, token)
-            if heads:
-                break
+            return self._lease(connection, ask.lease_chosen if chosen else ask.lease_due, asked)
+        # The first of each key; what others are claiming right now is still alive for us.
+        if chosen:
+            heads = self._lease(connection, ask.lease_first_chosen, asked)
+        else:
+            # A backlog of few keys has few such rows: look near its beginning first.
+            near = {**asked, "among": _WINDOW * limit}
+            heads = self._lease(connection, ask.lease_first_due_near, near)
+            heads = heads or self._lease(connection, ask.lease_first_due, asked)
         size = sum(len(one.event.body) for one in heads)
         keyed = {one.event.key: one.seq for one in heads if one.event.key is not None}
-        if not keyed or len(heads) >= limit or size >= max_bytes:
+        if not keyed or len(heads) >= limit or size >= asked["max_bytes"]:
             return heads
         # While the first of a key is ours, nobody else claims any of that key.
-        free = row.lease_token.is_(None) | (row.available_at <= now())
-        ready = and_(*chosen, free).label("ready")
         following = connection.execute(
-            select(row.seq, row.key, func.length(row.payload).label("size"), ready)
-            .where(row.key.in_(keyed), row.queue == heads[0].queue, row.dead_at.is_(None))
-            .order_by(row.key, row.seq)
-            .limit(limit)
+            ask.following_chosen if chosen else ask.following_due, {**asked, "keys": list(keyed)}
         ).all()
         more: list[int] = []
         for key, rows in itertools.groupby(following, key=lambda one: one.key):
             behind = [one for one in rows if one.seq > keyed[key]]
             for one in itertools.takewhile(lambda one: one.ready, behind):
                 size += one.size
-                if len(heads) + len(more) >= limit or size > max_bytes:
+                if len(heads) + len(more) >= limit or size > asked["max_bytes"]:
                     break
                 more.append(one.seq)
         if more:
-            candidates = self._candidates([self._is_one_of(more)], len(more))
-            taken = self._lease(connection, candidates, max_bytes, lease, token)
-            heads = sorted([*heads, *taken], key=lambda one: one.seq)
+            named = {**asked, "numbers": ask.numbers(more)}
+            heads += self._lease(connection, ask.lease_named, named)
+            heads.sort(key=_number)
         return heads
 
-    def _candidates(self, chosen: Sequence[ColumnElement[bool]], limit: int) -> Subquery:
-        row = events.c
-        found = (
-            select(row.seq, row.available_at, func.length(row.payload).label("size"))
-            .where(*chosen)
-            .order_by(row.available_at, row.seq)
-            .limit(limit)
-        )
-        if self._is_postgresql:
-            found = found.with_for_update(skip_locked=True)
-        due = found.cte("due").prefix_with("MATERIALIZED")
-        before = func.sum(due.c.size).over(order_by=(due.c.available_at, due.c.seq)) - due.c.size
-        return select(due.c.seq, before.label("before")).subquery("candidates")
-
     def _lease(
-        self,
-        connection: Connection,
-        candidates: Subquery,
-        max_bytes: int,
-        lease: float,
-        token: str,
+        self, connection: Connection, statement: Update, asked: dict[str, Any]
     ) -> list[Claimed]:
-        taken = select(candidates.c.seq).where(candidates.c.before < max_bytes)
-        statement = (
-            update(events)
-            .where(events.c.seq.in_(taken))
-            .values(
-                lease_token=token,
-                available_at=in_seconds(literal(float(lease))),
-                deliveries=events.c.deliveries + 1,
-            )
-            .returning(events)
-        )
-        rows = connection.execute(statement).all()
-        return sorted(
-            (
-                Claimed(row.seq, row.queue, event_of(row), token, row.deliveries, row.attempts)
-                for row in rows
-            ),
-            key=lambda one: one.seq,
-        )
+        token = asked["of_token"]
+        found: list[Claimed] = []
+        for row in connection.execute(statement, asked).all():
+            try:
+                event = event_of(row)
+            except ValueError as error:  # it must not hold up the others
+                numbers = self._ask.numbers([row.seq])
+                why = {"why": f"no event: {error}", "of_token": token, "numbers": numbers}
+                connection.execute(self._ask.bury, why)
+                logger.error("the row %d is no event: %s", row.seq, error)
+                continue
+            found.append(Claimed(row.seq, row.queue, event, token, row.deliveries, row.attempts))
+        found.sort(key=_number)
+        return found
 
     def _settle(
         self,
         rows: Iterable[Claimed],
         statement: Delete | Update,
+        asked: dict[str, Any],
         connection: Connection | None,
     ) -> int:
         by_token: dict[str, list[int]] = {}
@@ -486,39 +444,13 @@ class Store:
             by_token.setdefault(row.token, []).append(row.seq)
         if not by_token:
             return 0
-        if connection is None:
-            with self.engine.begin() as connection:
-                return self._settle_by_token(by_token, statement, connection)
-        return self._settle_by_token(by_token, statement, connection)
-
-    def _settle_by_token(
-        self,
-        by_token: dict[str, list[int]],
-        statement: Delete | Update,
-        connection: Connection,
-    ) -> int:
-        count = 0
-        for token, seqs in by_token.items():
-            mine = and_(self._is_one_of(seqs), events.c.lease_token == token)
-            count += connection.execute(statement.where(mine)).rowcount
-        return count
-
-    def _is_one_of(self, seqs: Sequence[int]) -> ColumnElement[bool]:
-        # As one parameter: the statement is the same for any number of rows.
-        if self._is_postgresql:
-            return events.c.seq == any_(bindparam(None, list(seqs), ARRAY(BIGINT)))
-        each = func.json_each(json.dumps(list(seqs))).table_valued("value")
-        return events.c.seq.in_(select(each.c.value))
+        with nullcontext(connection) if connection is not None else self._begin() as connection:
+            return sum(
+                connection.execute(
+                    statement, {**asked, "of_token": token, "numbers": self._ask.numbers(seqs)}
+                ).rowcount
+                for token, seqs in by_token.items()
+            )
 
 
-def _is_first_of_its_key() -> ColumnElement[bool]:
-    earlier = events.alias("earlier")
-    return or_(
-        events.c.key.is_(None),
-        ~exists().where(
-            earlier.c.queue == events.c.queue,
-            earlier.c.key == events.c.key,
-            earlier.c.seq < events.c.seq,
-            earlier.c.dead_at.is_(None),
-        ),
-    )
+_number = attrgetter("seq")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 from outbox import enqueue_event
 from proving import bugs
@@ -30,7 +31,8 @@ class Unit:
         keys: of the events enqueued so far.
     """
 
-    def __init__(self, history: Journal, name: str, chance: random.Random) -> None:
+    def __init__(self, history: Journal, name: str, chance: random.Random, **options: Any) -> None:
+        self._options = options  # of every event
         self._history = history
         self._chance = chance
         self.name = f"{history.by}/{name}"
@@ -51,10 +53,12 @@ class Unit:
         number = len(self.keys)
         key = f"{self.name}/{number}"
         payload = {"key": key, "work": work, "padding": _PADDING}
-        event = enqueue_event(payload, _TARGETS[kind])
-        order = {}
+        event = enqueue_event(payload, _TARGETS[kind], **self._options)
+        order: dict[str, Any] = {}
         if kind == "order":
             order = {"lane": lane or self.name, "seq": seq or number}
+        if "session" in self._options:
+            order["stored"] = True
         self._history.write("intent", unit=self.name, key=key, id=event.id, work=work, **order)
         self.keys.append(key)
 

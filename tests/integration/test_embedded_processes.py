@@ -177,7 +177,7 @@ def test_a_child_has_a_connection_of_its_own_and_harms_not_its_parents(
     place: SQLitePlace, name: str, tmp_path: Path, how: str, method: str
 ) -> None:
     place.bind(name, name, "#")
-    program = start(tmp_path, place.url, name, how, method, "20", "5")
+    program = start(tmp_path, place.url, name, how, method, "10", "5")
     output, errors = program.communicate(timeout=30)
     assert (program.returncode, errors) == (0, "")
     rows = place.execute("SELECT id, payload FROM outbox_events ORDER BY seq")

@@ -484,3 +484,22 @@ def test_reports_of_a_fault_are_complete(proxy: FaultProxy, queue: str, name: st
         assert cut.is_set()
         assert report == PublishReport(kept=tuple(events), error=report.error)
         assert publisher.drain(5)
+
+
+def test_draining_goes_on_trying_however_long_the_broker_was_away(
+    proxy: FaultProxy, inspector: Inspector, name: str, queue: str
+) -> None:
+    with Publisher(proxy.url, exchange=name) as publisher:
+        publisher.publish(events_for(name, 1))
+        assert inspector.get(queue)
+        proxy.refuse()
+        assert publisher.publish(events_for(name, 1)).kept
+        # As after half an hour: the next attempt is far away.
+        transport: Any = publisher._own
+        transport._link._failures = 20
+        wait_until(lambda: transport._link._failures > 20)
+        healing = threading.Timer(1.0, proxy.heal)
+        healing.start()
+        assert publisher.drain(5)
+        healing.join()
+    assert inspector.get(queue)

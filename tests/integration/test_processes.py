@@ -21,7 +21,9 @@ from outbox import auto_publishing, configure, enqueue_event
 
 warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads; on purpose here
 _, url, exchange, how, method, timeout, drain_timeout = sys.argv
-configure(url, exchange=exchange, timeout=float(timeout), drain_timeout=float(drain_timeout))
+configure(
+    url, exchange=exchange, timeout=float(timeout), drain_timeout=float(drain_timeout)
+)
 
 
 def publish(who):
@@ -69,7 +71,7 @@ def test_a_child_publishes_over_a_connection_of_its_own_and_harms_not_its_parent
     proxy: FaultProxy, inspector: Inspector, name: str, tmp_path: Path, how: str, method: str
 ) -> None:
     queue = inspector.queue(name, name)
-    program = start(tmp_path, proxy.url, name, how, method, "20", "5")
+    program = start(tmp_path, proxy.url, name, how, method, "10", "5")
     _, errors = program.communicate(timeout=30)
     assert (program.returncode, errors) == (0, "")
     assert sorted(message.payload for message in inspector.messages(queue, 3)) == [

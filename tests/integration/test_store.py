@@ -22,7 +22,7 @@ from outbox import UsageError
 from outbox.event import Event, make_event
 from outbox.serializer import JSONSerializer
 from outbox.sql import Store, metadata
-from outbox.sql.engines import open_engine
+from outbox.sql.engines import open_engine, open_sqlite
 from outbox.sql.rows import headers_of, values_of
 from outbox.sql.schema import ddl, events
 from outbox.sql.store import Claimed
@@ -76,17 +76,18 @@ def test_an_event_comes_back_as_it_was_stored(store: Store) -> None:
     assert (claimed.deliveries, claimed.attempts, claimed.queue) == (1, 0, "")
 
 
+names = st.text(max_size=60)  # 255 bytes at the most
 tables = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 63) - 1) | st.text() | st.binary(),
     lambda inner: (
         st.lists(inner)
-        | st.dictionaries(st.text() | st.sampled_from(["$bytes", "$table"]), inner, max_size=3)
+        | st.dictionaries(names | st.sampled_from(["$bytes", "$table"]), inner, max_size=3)
     ),
     max_leaves=8,
 )
 
 
-@given(st.dictionaries(st.text(min_size=1), tables, max_size=4))
+@given(st.dictionaries(names, tables, max_size=4))
 def test_any_headers_come_back_from_a_row(headers: dict[str, Any]) -> None:
     stored = Event(id="1", target="t", exchange="", body=b"", headers=headers)
     text = values_of(stored)["headers"]
@@ -334,7 +335,7 @@ def test_the_columns_of_debeziums_event_router_are_there(store: Store) -> None:
 def test_a_new_file_and_what_is_beside_it_are_for_their_owner_alone(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        store = Store(open_engine(f"sqlite:///{tmp_path}/private.db"))
+        store = Store(open_sqlite(f"{tmp_path}/private.db"))
         store.create()
         store.put([an_event(1)])
         files = sorted(tmp_path.iterdir())
@@ -356,20 +357,20 @@ def test_links_folders_and_missing_folders_are_refused(tmp_path: Path) -> None:
         ("", "cannot be opened|no plain file"),
     ]:
         with pytest.raises(UsageError, match=reason):
-            open_engine(f"sqlite:///{tmp_path}/{path}")
+            open_sqlite(f"{tmp_path}/{path}")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="no plain file"):
-        open_engine(f"sqlite:///{tmp_path}/pipe")
+        open_sqlite(f"{tmp_path}/pipe")
     assert not (tmp_path / "nowhere.db").exists()
 
 
 def test_a_second_engine_for_a_file_takes_no_locks_from_the_first(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
-    first = open_engine(f"sqlite:///{path}")
+    first = open_sqlite(str(path))
     with first.connect() as connection:
         connection.exec_driver_sql("CREATE TABLE t (n)")
         connection.commit()
-        open_engine(f"sqlite:///{path}").dispose()
+        open_sqlite(str(path)).dispose()
         # Without the locks another process takes itself for the last, and removes the log at its
         # end; what is written into that later, nobody else sees.
         other = (
@@ -390,6 +391,7 @@ def test_a_second_engine_for_a_file_takes_no_locks_from_the_first(tmp_path: Path
         ("sqlite://", "names no file"),
         ("sqlite:///:memory:", "names no file"),
         ("sqlite:///x.db?cache=shared", "options"),
+        ("sqlite:///nowhere/x.db", "folder"),
     ],
 )
 def test_a_url_that_cannot_be_used_is_refused_without_its_password(url: str, message: str) -> None:

@@ -39,6 +39,7 @@ _WRITE_BYTES = 256 * 1024
 _WINDOW = 4 * _WRITE_EVENTS
 """Events that may be outstanding at a time: the broker stays busy while confirms travel."""
 
+_HURRY = 0.5  # seconds between two attempts to connect while somebody waits for the end
 _NO_SUCH_EXCHANGE = 404
 _FAULTS_OF_MESSAGES = frozenset((311, 403, _NO_SUCH_EXCHANGE, 406))
 """Reply codes that may be about the message; others (541, say) are the broker's own trouble."""
@@ -129,11 +130,18 @@ class RabbitMQTransport:
         self._spread(self._backlog.release(chunk))
 
     def drain(self, timeout: float) -> bool:
-        """Wait until every event has its fate, trying the broker at once."""
-        if self._backlog.wait_empty(0):
-            return True
-        self._link.call(self._link.hurry)
-        return self._backlog.wait_empty(timeout)
+        """Wait until every event has its fate, trying the broker at once and again and again.
+
+        There is an end to the waiting: after a long outage the back-off would outlast it.
+        """
+        deadline = time.monotonic() + timeout
+        left = 0.0
+        while not self._backlog.wait_empty(min(left, _HURRY)):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._link.call(self._link.hurry)
+        return True
 
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
         """Close the connection and return what is left."""

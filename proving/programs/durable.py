@@ -1,0 +1,97 @@
+"""A script whose threads store events in their database's transactions, until SIGTERM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from outbox import configure
+from proving.programs.unit import Unit, journal
+
+HISTORY = journal("durable")
+LANES = 3
+PAUSE = 0.03  # seconds at most between two units
+
+
+class Failed(Exception):
+    """The unit of work was to fail."""
+
+
+class Lane:
+    """A sequence of transactions, one after the other, whose events have one key."""
+
+    def __init__(self, number: int, engine: Engine) -> None:
+        self.name = f"{HISTORY.by}/lane{number}"
+        self.chance = random.Random(self.name)
+        self._engine = engine
+        self._units = 0
+        self._seq = 0
+
+    def work(self) -> None:
+        """Do one transaction; what became of it the database knows."""
+        with contextlib.suppress(SQLAlchemyError, Failed), Session(self._engine) as session:
+            unit = self._begin(session)
+            self._fill(unit)
+            if self.chance.random() < 0.2:
+                self._in_savepoint(session)
+            if self.chance.random() < 0.3:
+                raise Failed
+            session.commit()
+
+    def _begin(self, session: Session) -> Unit:
+        self._units += 1
+        name = f"{self.name.rpartition('/')[2]}/{self._units}"
+        unit = Unit(HISTORY, name, self.chance, session=session, key=self.name)
+        # With the unit's own row, the database says in the end whether it was committed.
+        session.execute(text("INSERT INTO units VALUES (:name)"), {"name": unit.name})
+        return unit
+
+    def _fill(self, unit: Unit) -> None:
+        for _ in range(self.chance.randint(1, 4)):
+            self._seq += 1
+            unit.enqueue(self.name, self._seq)
+
+    def _in_savepoint(self, session: Session) -> None:
+        with contextlib.suppress(Failed), session.begin_nested():
+            self._fill(self._begin(session))
+            if self.chance.random() < 0.5:
+                raise Failed
+
+
+def run(lane: Lane, stopping: threading.Event) -> None:
+    while not stopping.is_set():
+        lane.work()
+        stopping.wait(lane.chance.random() * PAUSE)
+
+
+def main() -> None:
+    configure()
+    engine = create_engine(
+        os.environ["OUTBOX_DATABASE_URL"], pool_pre_ping=True, connect_args={"connect_timeout": 2}
+    )
+    stopping = threading.Event()
+    seen: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _frame: seen.append(number))
+    threads = [
+        threading.Thread(target=run, args=(Lane(number, engine), stopping), daemon=True)
+        for number in range(LANES)
+    ]
+    for thread in threads:
+        thread.start()
+    while not seen:
+        time.sleep(0.05)
+    stopping.set()
+    for thread in threads:
+        thread.join(30)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""An application's database with a table of its own, on which tests of stored events work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ForeignKey, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+__all__ = ["Base", "Line", "Order", "targets"]
+
+
+class Base(DeclarativeBase):
+    """The application's own tables."""
+
+
+class Order(Base):
+    """What the application commits beside its events."""
+
+    __tablename__ = "orders"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+
+
+class Line(Base):
+    """Refers to an order, which is checked when the transaction commits."""
+
+    __tablename__ = "lines"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    order_id: Mapped[int] = mapped_column(
+        ForeignKey("orders.id", deferrable=True, initially="DEFERRED")
+    )
+
+
+def targets(connection: Any) -> list[str]:
+    """Return the targets of all stored events, in the order of their rows."""
+    rows = connection.execute(text("SELECT type FROM outbox_events ORDER BY seq"))
+    return [row[0] for row in rows]

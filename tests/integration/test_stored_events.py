@@ -1,0 +1,637 @@
+"""Events that are stored in the application's own transaction, on PostgreSQL and SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine, create_engine, event, make_url, select, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, PendingRollbackError
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+import outbox.sql
+from outbox import (
+    EventCollector,
+    InvalidEvent,
+    Publisher,
+    UsageError,
+    auto_publishing,
+    clear_events,
+    configure,
+    enqueue_event,
+)
+from outbox.sql import Store
+from outbox.sql.engines import open_engine
+from tests.amqp import Inspector
+from tests.databases import Base, Line, Order, targets
+
+pytestmark = pytest.mark.usefixtures("unbound")
+
+
+@pytest.fixture
+def unbound() -> Iterator[None]:
+    yield
+    outbox.sql.bind(None)
+
+
+@pytest.fixture(params=["postgresql", "sqlite"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/application.db"
+    found: str = request.getfixturevalue("postgresql_url")
+    return found
+
+
+def correct_savepoints(engine: Engine) -> None:
+    """Have SQLite's driver leave transactions to SQLAlchemy, as its documentation advises."""
+
+    @event.listens_for(engine, "connect")
+    def leave_alone(connection: Any, _: object) -> None:
+        connection.isolation_level = None
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    found = create_engine(database_url)
+    if found.dialect.name == "sqlite":
+        correct_savepoints(found)
+    Base.metadata.create_all(found)
+    outbox.sql.metadata.create_all(found)
+    yield found
+    assert outbox.sql.drain()
+    found.dispose()
+
+
+@pytest.fixture
+def sessions(engine: Engine) -> sessionmaker[Session]:
+    return sessionmaker(engine)
+
+
+@pytest.fixture
+def stored(engine: Engine) -> Any:
+    """Return a function that returns the targets of what is committed."""
+
+    def found() -> list[str]:
+        with engine.connect() as connection:
+            return targets(connection)
+
+    return found
+
+
+# --------------------------------------------------------------------------- in a transaction
+
+
+def test_an_event_is_stored_with_its_transaction_and_not_collected(
+    sessions: sessionmaker[Session], stored: Any
+) -> None:
+    with sessions() as session:
+        session.add(Order(name="a"))
+        found = enqueue_event({"n": 1}, "order.placed", session=session, key="7")
+        assert len(EventCollector.current()) == 0
+        assert stored() == []
+        session.commit()
+    assert stored() == ["order.placed"]
+    assert found.exchange == "outbox"
+
+
+def test_a_rollback_takes_it_back(sessions: sessionmaker[Session], stored: Any) -> None:
+    with sessions() as session:
+        enqueue_event(1, "a", session=session)
+        session.flush()
+        session.rollback()
+        enqueue_event(2, "b", session=session)
+        session.commit()
+    assert stored() == ["b"]
+
+
+def test_closing_without_a_commit_takes_it_back(
+    sessions: sessionmaker[Session], stored: Any
+) -> None:
+    session = sessions()
+    enqueue_event(1, "lost", session=session)
+    session.flush()
+    session.close()
+    enqueue_event(2, "unflushed", session=session)
+    session.close()
+    session.add(Order(name="reused"))
+    enqueue_event(3, "kept", session=session)
+    session.commit()
+    session.close()
+    assert stored() == ["kept"]
+
+
+def test_a_savepoint_takes_back_its_own_and_nothing_else(
+    sessions: sessionmaker[Session], stored: Any
+) -> None:
+    with sessions() as session:
+        session.add(Order(name="a"))
+        enqueue_event(1, "outer", session=session)
+        with contextlib.suppress(RuntimeError), session.begin_nested():
+            enqueue_event(2, "inner.lost", session=session)
+            raise RuntimeError
+        with session.begin_nested():
+            enqueue_event(3, "inner.kept", session=session)
+        session.commit()
+    assert stored() == ["outer", "inner.kept"]
+
+
+def test_a_released_savepoint_goes_with_the_outer_rollback(
+    sessions: sessionmaker[Session], stored: Any
+) -> None:
+    with sessions() as session:
+        with session.begin_nested():
+            enqueue_event(1, "a", session=session)
+        session.rollback()
+    assert stored() == []
+
+
+def test_an_outer_event_survives_a_savepoint_that_is_rolled_back_around_a_released_one(
+    sessions: sessionmaker[Session], stored: Any
+) -> None:
+    with sessions() as session:
+        session.add(Order(name="a"))
+        enqueue_event(1, "outer", session=session)
+        outer = session.begin_nested()
+        with session.begin_nested():
+            enqueue_event(2, "innermost", session=session)
+        outer.rollback()
+        session.commit()
+    assert stored() == ["outer"]
+
+
+def test_a_commit_that_fails_stores_nothing_and_leaves_the_next_transaction_clean(
+    sessions: sessionmaker[Session], stored: Any
+) -> None:
+    with sessions() as session:
+        session.add(Line(order_id=404))
+        enqueue_event(1, "never", session=session)
+        with pytest.raises(IntegrityError):
+            session.commit()
+        session.rollback()
+        enqueue_event(2, "next", session=session)
+        session.commit()
+    assert stored() == ["next"]
+
+
+def test_a_swallowed_database_error_stores_nothing_on_postgresql(postgresql_url: str) -> None:
+    engine = create_engine(postgresql_url)
+    outbox.sql.metadata.create_all(engine)
+    with Session(engine) as session:
+        enqueue_event(1, "never", session=session)
+        session.flush()
+        connection = session.connection()
+        with contextlib.suppress(DBAPIError):
+            connection.exec_driver_sql("SELECT nonsense")
+        session.commit()  # PostgreSQL rolls back, and says nothing
+    with engine.connect() as connection:
+        assert targets(connection) == []
+    engine.dispose()
+
+
+def test_several_transactions_of_one_request_decide_each_for_itself(
+    sessions: sessionmaker[Session], stored: Any
+) -> None:
+    with sessions() as session:
+        enqueue_event(1, "first", session=session)
+        session.commit()
+        enqueue_event(2, "second", session=session)
+        session.rollback()
+        enqueue_event(3, "third", session=session)
+        session.commit()
+    assert stored() == ["first", "third"]
+
+
+def test_two_sessions_side_by_side_do_not_mix(
+    postgresql_url: str,
+) -> None:
+    engine = create_engine(postgresql_url)
+    outbox.sql.metadata.create_all(engine)
+    with Session(engine) as main, Session(engine) as audit:
+        enqueue_event(1, "main", session=main)
+        enqueue_event(2, "audit", session=audit)
+        audit.commit()
+        main.rollback()
+    with engine.connect() as connection:
+        assert targets(connection) == ["audit"]
+    engine.dispose()
+
+
+def test_ten_events_of_a_transaction_are_one_statement_on_postgresql(postgresql_url: str) -> None:
+    engine = create_engine(postgresql_url)
+    outbox.sql.metadata.create_all(engine)
+    statements: list[str] = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        statements.append(statement)
+
+    configure("memory://")
+    with Session(engine) as session:
+        for n in range(10):
+            enqueue_event(n, "a", session=session)
+        session.flush()
+        session.rollback()
+    assert len([one for one in statements if "INSERT" in one]) == 1
+    engine.dispose()
+
+
+def test_what_cannot_be_carried_is_refused_before_the_transaction_knows_of_it(
+    sessions: sessionmaker[Session], stored: Any
+) -> None:
+    with sessions() as session:
+        session.add(Order(name="a"))
+        with pytest.raises(InvalidEvent):
+            enqueue_event(float("nan"), "a", session=session)
+        session.commit()
+    assert stored() == []
+
+
+def test_a_later_change_of_the_payload_changes_nothing(
+    sessions: sessionmaker[Session], engine: Engine
+) -> None:
+    payload = {"n": 1}
+    with sessions() as session:
+        enqueue_event(payload, "a", session=session)
+        payload["n"] = 2
+        session.commit()
+    with engine.connect() as connection:
+        [row] = connection.execute(select(outbox.sql.events.c.payload)).all()
+    assert bytes(row.payload) == b'{"n":1}'
+
+
+def test_a_session_in_the_callers_own_transaction_stores_with_that_one(
+    engine: Engine, stored: Any
+) -> None:
+    configure("memory://")
+    with engine.connect() as connection:
+        transaction = connection.begin()
+        with Session(connection, join_transaction_mode="create_savepoint") as session:
+            enqueue_event(1, "a", session=session)
+            session.commit()
+        transaction.rollback()
+    assert stored() == []
+
+
+def test_scheduled_events_are_stored_whatever_the_broker_can_do(
+    sessions: sessionmaker[Session], engine: Engine, amqp_url: str
+) -> None:
+    configure(amqp_url)
+    with sessions() as session:
+        enqueue_event(1, "later", session=session, delay=3600)
+        session.commit()
+    store = Store(open_engine(engine.url))
+    assert (store.status().scheduled, store.claim(1)) == (1, [])
+    store.engine.dispose()
+
+
+# ------------------------------------------------------------------------------- connections
+
+
+def test_a_connection_of_core_stores_in_its_transaction(engine: Engine, stored: Any) -> None:
+    with engine.begin() as connection:
+        enqueue_event(1, "kept", connection=connection)
+        with contextlib.suppress(RuntimeError), connection.begin_nested():
+            enqueue_event(2, "lost", connection=connection)
+            raise RuntimeError
+    with contextlib.suppress(RuntimeError), engine.begin() as connection:
+        enqueue_event(3, "lost", connection=connection)
+        raise RuntimeError
+    assert stored() == ["kept"]
+
+
+@pytest.mark.parametrize("where", ["engine", "option"])
+def test_a_connection_that_commits_by_itself_is_refused(database_url: str, where: str) -> None:
+    engine = create_engine(
+        database_url, **({"isolation_level": "AUTOCOMMIT"} if where == "engine" else {})
+    )
+    if where == "option":
+        engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection, pytest.raises(UsageError, match="AUTOCOMMIT"):
+        enqueue_event(1, "a", connection=connection)
+    with Session(engine) as session, pytest.raises(UsageError, match="AUTOCOMMIT"):
+        enqueue_event(1, "a", session=session)
+    engine.dispose()
+
+
+def test_what_is_no_session_or_connection_is_refused(engine: Engine) -> None:
+    for options, message in [
+        ({"session": object()}, "is not a Session"),
+        ({"session": engine}, "is not a Session"),
+        ({"connection": object()}, "is not a Connection"),
+        ({"session": object(), "connection": object()}, "not both"),
+        ({"session": Session()}, "no engine"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            enqueue_event(1, "a", **options)  # type: ignore[arg-type]
+    assert len(EventCollector.current()) == 0
+
+
+def test_another_database_is_refused() -> None:
+    class Dialect:
+        name = "mysql"
+
+    class Bound(Session):
+        def get_bind(self, *_: Any, **__: Any) -> Any:
+            return type("Engine", (), {"dialect": Dialect})()
+
+    with pytest.raises(UsageError, match="cannot be stored in mysql"):
+        enqueue_event(1, "a", session=Bound())
+
+
+# -------------------------------------------------------------------------------------- bind
+
+
+def test_bound_to_a_scoped_session_plain_events_follow_its_transaction(
+    engine: Engine, stored: Any
+) -> None:
+    configure("memory://", after_commit="nothing")
+    session = scoped_session(sessionmaker(engine))
+    outbox.sql.bind(session)
+    with auto_publishing() as block:
+        enqueue_event(1, "collected")  # no session was used yet: none is made
+        assert not session.registry.has()
+        session.add(Order(name="a"))
+        enqueue_event(2, "stored")
+        assert [one.target for one in block.events] == ["collected"]
+        session.commit()
+        enqueue_event(3, "collected.too")
+    session.remove()
+    assert stored() == ["stored"]
+    assert block.report is not None
+    assert [one.target for one in block.report.published] == ["collected", "collected.too"]
+
+
+def test_bound_to_a_callable_the_present_session_is_asked_each_time(
+    sessions: sessionmaker[Session], stored: Any
+) -> None:
+    configure("memory://", after_commit="nothing")
+    present: list[Session | None] = [None]
+    outbox.sql.bind(lambda: present[0])
+    with auto_publishing():
+        enqueue_event(0, "collected")
+        assert len(clear_events()) == 1
+        with sessions.begin() as session:
+            present[0] = session
+            enqueue_event(1, "stored")
+        present[0] = None
+        enqueue_event(2, "collected")
+        assert len(clear_events()) == 1
+    assert stored() == ["stored"]
+
+
+def test_no_warning_of_an_open_end_where_the_transaction_answers_for_the_event(
+    sessions: sessionmaker[Session], stored: Any
+) -> None:
+    with sessions.begin() as session:
+        enqueue_event(1, "a", session=session)  # a warning is an error here
+    assert stored() == ["a"]
+
+
+@pytest.mark.parametrize("provider", [1, "session", Session()])
+def test_bind_refuses_what_gives_no_session(provider: Any) -> None:
+    with pytest.raises(UsageError, match="not a scoped_session"):
+        outbox.sql.bind(provider)
+
+
+# ----------------------------------------------------------------------------------- asyncio
+
+
+def asynchronous(url: str) -> str:
+    driver = {"postgresql": "postgresql+asyncpg", "sqlite": "sqlite+aiosqlite"}
+    parsed = make_url(url)
+    return parsed.set(drivername=driver[parsed.get_backend_name()]).render_as_string(
+        hide_password=False
+    )
+
+
+@pytest.mark.asyncio
+async def test_a_session_of_asyncio_stores_in_its_transaction(
+    database_url: str, engine: Engine, stored: Any
+) -> None:
+    asynchronous_engine = create_async_engine(asynchronous(database_url))
+    async with AsyncSession(asynchronous_engine) as session:
+        enqueue_event(1, "kept", session=session)
+        await session.commit()
+        enqueue_event(2, "lost", session=session)
+        await session.rollback()
+    async with asynchronous_engine.begin() as connection:
+        with pytest.raises(UsageError, match="run_sync"):
+            enqueue_event(3, "a", connection=connection)
+        await connection.run_sync(lambda sync: enqueue_event(4, "core", connection=sync))
+    scoped = async_scoped_session(
+        async_sessionmaker(asynchronous_engine), scopefunc=asyncio.current_task
+    )
+    outbox.sql.bind(scoped)
+    scoped.add(Order(name="a"))
+    enqueue_event(5, "scoped")
+    await scoped.commit()
+    await scoped.remove()
+    assert stored() == ["kept", "core", "scoped"]
+    await asynchronous_engine.dispose()
+
+
+@pytest.mark.asyncio
+async def test_what_a_session_of_asyncio_has_committed_is_published_at_once(
+    database_url: str, engine: Engine, stored: Any, publisher: Publisher, inspector: Inspector,
+    name: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(outbox.configuration, "_publisher", publisher)
+    inspector.queue(name, name)
+    asynchronous_engine = create_async_engine(asynchronous(database_url))
+    async with AsyncSession(asynchronous_engine) as session:
+        enqueue_event(1, "now", session=session)
+        await session.commit()
+    assert inspector.get(name).payload == 1
+    await asynchronous_engine.dispose()
+
+
+# ---------------------------------------------------------------------------- the fast path
+
+
+@pytest.fixture
+def bound_queue(
+    publisher: Publisher, inspector: Inspector, name: str, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Return a queue that gets every event of the process's publisher."""
+    monkeypatch.setattr(outbox.configuration, "_publisher", publisher)
+    inspector.queue(name, name)
+    return name
+
+
+def until(condition: Any, timeout: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_is_committed_is_published_at_once_and_deleted(
+    sessions: sessionmaker[Session], stored: Any, bound_queue: str, inspector: Inspector
+) -> None:
+    with sessions() as session:
+        for n in range(5):
+            enqueue_event(n, "a", session=session, key="k", headers={"b": b"x"})
+        session.commit()
+    assert [inspector.get(bound_queue).payload for _ in range(5)] == [0, 1, 2, 3, 4]
+    until(lambda: stored() == [])
+
+
+def test_what_is_rolled_back_with_its_savepoint_is_not_published(
+    sessions: sessionmaker[Session], stored: Any, bound_queue: str, inspector: Inspector
+) -> None:
+    with sessions() as session:
+        with contextlib.suppress(RuntimeError), session.begin_nested():
+            enqueue_event("lost", "a", session=session)
+            session.flush()
+            raise RuntimeError
+        with session.begin_nested():
+            enqueue_event("kept", "a", session=session)
+        session.commit()
+    assert inspector.get(bound_queue).payload == "kept"
+    until(lambda: stored() == [])
+    assert inspector.all(bound_queue) == []
+
+
+def test_switched_off_the_row_waits_for_a_relay_without_any_grace(
+    sessions: sessionmaker[Session], engine: Engine, amqp_url: str
+) -> None:
+    configure(amqp_url, after_commit="nothing")
+    with sessions() as session:
+        enqueue_event(1, "a", session=session)
+        session.commit()
+    store = Store(open_engine(engine.url))
+    assert len(store.claim(1)) == 1
+    store.engine.dispose()
+
+
+def test_relays_leave_new_rows_alone_for_a_moment_but_not_for_ever(
+    sessions: sessionmaker[Session], engine: Engine
+) -> None:
+    configure("memory://")
+    store = Store(open_engine(engine.url))
+    with sessions() as session:
+        enqueue_event(1, "a", session=session)
+        session.flush()
+        session.info.clear()  # as if the process had died right after the commit
+        session.commit()
+    assert store.claim(1) == []
+    until(lambda: store.claim(1) != [], 3)
+    store.engine.dispose()
+
+
+def test_a_broker_that_is_away_costs_the_commit_nothing_and_leaves_it_to_the_relay(
+    sessions: sessionmaker[Session], engine: Engine
+) -> None:
+    configure("amqp://127.0.0.1:1/", connect_timeout=1)
+    begin = time.monotonic()
+    with sessions() as session:
+        enqueue_event(1, "a", session=session)
+        session.commit()
+    assert time.monotonic() - begin < 1
+    store = Store(open_engine(engine.url))
+    until(lambda: store.status().waiting == 1)
+    [row] = store.claim(1)
+    assert (row.attempts, row.event.payload) == (0, 1)
+    store.engine.dispose()
+
+
+def test_an_event_that_is_never_to_be_carried_is_buried_with_its_reason(
+    sessions: sessionmaker[Session], engine: Engine, bound_queue: str, inspector: Inspector
+) -> None:
+    with sessions() as session:
+        enqueue_event(1, "a", session=session)
+        enqueue_event(2, "b", session=session, exchange=f"{bound_queue}-none", unroutable="fail")
+        enqueue_event(3, "c", session=session)
+        session.commit()
+    # The missing exchange closes the channel: what was not confirmed then comes twice.
+    found = {inspector.get(bound_queue).id, inspector.get(bound_queue).id}
+    while len(found) < 2:
+        found.add(inspector.get(bound_queue).id)
+    store = Store(open_engine(engine.url))
+    until(lambda: store.dead() != [])
+    [(_, _, target, reason)] = store.dead()
+    assert target == "b"
+    assert "404" in reason
+    store.engine.dispose()
+
+
+def test_a_thousand_transactions_in_four_threads_are_each_published_once(
+    postgresql_url: str, bound_queue: str, inspector: Inspector
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    engine = create_engine(postgresql_url)
+    outbox.sql.metadata.create_all(engine)
+
+    def work(thread: int) -> None:
+        for n in range(100):
+            with Session(engine) as session:
+                enqueue_event([thread, n], "a", session=session, key=str(thread))
+                if n % 10 == 9:
+                    session.rollback()
+                else:
+                    session.commit()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    found = [tuple(inspector.get(bound_queue).payload) for _ in range(360)]
+    assert outbox.sql.drain()
+    assert len(set(found)) == 360
+    assert not [one for one in found if one[1] % 10 == 9]
+    for thread in range(4):
+        numbers = [n for of, n in found if of == thread]
+        assert numbers == sorted(numbers)
+    assert inspector.all(bound_queue) == []
+    engine.dispose()
+
+
+def test_a_closed_session_after_a_failed_flush_hands_nothing_over(
+    sessions: sessionmaker[Session], stored: Any, bound_queue: str, inspector: Inspector
+) -> None:
+    with sessions() as session:
+        session.add(Order(name="twice"))
+        session.commit()
+        session.add(Order(name="twice"))
+        enqueue_event(1, "a", session=session)
+        with pytest.raises(IntegrityError):
+            session.flush()
+        with contextlib.suppress(PendingRollbackError):
+            session.commit()
+    assert stored() == []
+    assert inspector.all(bound_queue) == []
+
+
+def test_the_listening_relay_is_told_where_that_is_asked_for(postgresql_url: str) -> None:
+    import psycopg
+
+    configure("memory://", after_commit="notify")
+    engine = create_engine(postgresql_url)
+    outbox.sql.metadata.create_all(engine)
+    address = make_url(postgresql_url).set(drivername="postgresql").render_as_string(False)
+    with psycopg.connect(address, autocommit=True) as listener:
+        listener.execute("LISTEN outbox_events")
+        with Session(engine) as session:
+            enqueue_event(1, "a", session=session)
+            session.commit()
+        [told] = list(listener.notifies(timeout=5, stop_after=1))
+    assert told.payload == ""
+    assert outbox.sql.drain()
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM outbox_events")).scalar() == 1
+    engine.dispose()

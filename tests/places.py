@@ -154,10 +154,11 @@ def reading(
     reader = Reader(open_subscription(settings, [spec], prefetch))
     try:
         if not again:
-            # It is bound when what goes to it has arrived.
+            # It is bound when it is consumed from; what goes to it by its name reaches no other.
             with place.publisher(unroutable="ignore") as publisher:
-                begin = events_for(publisher, [name])
-                wait_until(lambda: publisher.publish(begin).published)
+                begin = events_for(publisher, [name], exchange="")
+                # A queue that is just being made refuses: then it must not come again later.
+                wait_until(lambda: publisher.publish(begin, keep=False).published)
             reader.get(1)
         yield reader
     finally:

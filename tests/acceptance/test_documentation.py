@@ -72,7 +72,6 @@ def test_the_readme_does_what_it_says(file: SQLitePlace) -> None:
         assert issubclass(found["Invoices"], Consumer)
         with reading(file, "invoices"):
             pass
-        reader.get()  # what the queue began with
         worker = Worker([found["Invoices"]])
         worker.start()
         try:

@@ -246,14 +246,17 @@ def test_with_no_room_on_the_disk_events_are_kept_until_there_is(
 
 
 def test_a_file_that_was_taken_away_is_made_anew_and_nothing_goes_where_nobody_looks(
-    place: SQLitePlace, publisher: Publisher, name: str, tmp_path: Path
+    name: str, tmp_path: Path
 ) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    place = SQLitePlace(str(folder / "outbox.db"), name)
     place.bind(name, place.exchange, "#")
-    publisher.publish(events_for(publisher, ["a"]))
-    with reading(place, name, again=True) as reader:
+    with place.publisher() as publisher, reading(place, name, again=True) as reader:
+        publisher.publish(events_for(publisher, ["a"]))
         reader.get()
-        for suffix in ("", "-wal", "-shm"):
-            shutil.move(place.path + suffix, tmp_path / f"away{suffix}")
+        folder.rename(tmp_path / "away")  # with the log beside it, at one go
+        folder.mkdir()
         events = events_for(publisher, ["b"])
         assert publisher.publish(events).parked == tuple(events)  # no binding is there any more
         place.bind(name, place.exchange, "#")
@@ -439,7 +442,7 @@ def test_a_lease_that_was_lost_is_noticed_and_the_message_is_settled_by_the_othe
         wait_until(lambda: subscription.is_stale(found))
         subscription.ack(found)
         subscription.requeue(found, 0)
-        assert "were not held in time" in caplog.text
+        wait_until(lambda: "were not held in time" in caplog.text)
     assert place.execute("SELECT lease_token FROM outbox_events") == [("of another",)]
 
 

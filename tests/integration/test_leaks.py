@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from outbox import Event, Publisher
-from outbox.transports.rabbitmq import link, wire
+from outbox.transports.rabbitmq import wire
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.waiting import wait_until
@@ -37,7 +37,7 @@ def test_200_reconnects_leave_no_descriptor_no_thread_and_no_memory(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(link, "_FIRST_DELAY", 0.002)
+    monkeypatch.setattr("outbox.backoff._FIRST_DELAY", 0.002)
     caplog.set_level(logging.CRITICAL, "outbox")  # else what is captured grows
     event = Event(id="1", target="x", exchange=name, body=b"{}", unroutable="ignore")
     with Publisher(proxy.url, exchange=name) as publisher:

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from outbox import process
 from outbox.errors import MissingExtra, UsageError
@@ -28,10 +28,14 @@ _BUSY_TIMEOUT = 10.0  # seconds
 _DRIVERS = {"postgresql": ("psycopg", "psycopg2")}
 
 
-def open_engine(url: str | URL) -> Engine:
+def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
     """Return an engine for an application's database; nothing is connected yet.
 
     A driver of asyncio is replaced by one for threads, and none is taken for the one that is there.
+
+    Args:
+        url: of PostgreSQL or SQLite.
+        pool: for SQLite.
 
     Raises:
         UsageError: it is no database URL, or of a database for which there is no store. The message
@@ -55,7 +59,7 @@ def open_engine(url: str | URL) -> Engine:
         _check_names_a_file(path)
         if not Path(path).parent.is_dir():
             raise UsageError(f"{path} cannot be opened: its folder is not there")
-        return _sqlite_engine(path)
+        return _sqlite_engine(path, pool=pool)
     found = [one for one in _DRIVERS[dialect] if importlib.util.find_spec(one)]
     named = parsed.get_driver_name() if "+" in parsed.drivername else ""
     driver = named if named in _DRIVERS[dialect] else (found or [""])[0]
@@ -84,7 +88,8 @@ def engine_beside(engine: Engine) -> Engine | None:
         return engine
     if engine not in _beside:
         try:
-            _beside[engine] = open_engine(engine.url)
+            # Of SQLite no connection is left open: a child of a fork would have its locks' shadow.
+            _beside[engine] = open_engine(engine.url, pool=NullPool)
         except UsageError as error:
             logger.warning("stored events are left to the relay: %s", error)
             _beside[engine] = None
@@ -128,7 +133,9 @@ def open_sqlite(
     return engine
 
 
-def _sqlite_engine(path: str, busy_timeout: float = _BUSY_TIMEOUT) -> Engine:
+def _sqlite_engine(
+    path: str, busy_timeout: float = _BUSY_TIMEOUT, pool: type[Pool] = QueuePool
+) -> Engine:
     """Return an engine whose transactions begin with ``BEGIN IMMEDIATE``.
 
     That waits for other writers at the beginning, at most ``busy_timeout`` seconds, and cannot fail
@@ -142,7 +149,7 @@ def _sqlite_engine(path: str, busy_timeout: float = _BUSY_TIMEOUT) -> Engine:
             "isolation_level": None,
             "check_same_thread": False,
         },
-        poolclass=QueuePool,
+        poolclass=pool,
     )
 
     @event.listens_for(engine, "begin")

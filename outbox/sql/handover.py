@@ -32,46 +32,39 @@ CHANNEL = "outbox_events"
 """Where PostgreSQL's LISTEN hears of new rows."""
 
 _BATCH = 1000
+_LINGER = 0.2  # seconds
 _LEASE = 10.0  # seconds, beside what a stalled connection takes to be given up
 _PAUSE = 0.5
 _AGAIN = 0.01  # seconds until events are looked for again that are behind others of their key
 _TRIES = 10
 
 
-_all: weakref.WeakSet[Handover] = weakref.WeakSet()
-_found: weakref.WeakKeyDictionary[Engine, weakref.WeakKeyDictionary[Publisher, Handover]]
-_found = weakref.WeakKeyDictionary()
+_by_publisher: weakref.WeakKeyDictionary[Publisher, Handover] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+
+Rows = tuple[Engine, Sequence[int]]
+"""Numbers of committed rows, and the engine of their database."""
 
 
 class Handover:
-    """Publishes rows of one database through one publisher, on a thread of its own. Thread-safe.
+    """Publishes rows through one publisher, on a thread of its own. Thread-safe.
 
-    The thread is there while there is something to do, and a moment longer.
+    The thread is there while there is something to do, and a moment longer. Neither publisher nor
+    engine is kept alive by it.
     """
 
     _lock: threading.Lock
-    _queue: queue.SimpleQueue[Sequence[int]]
+    _queue: queue.SimpleQueue[Rows]
     _thread: threading.Thread | None
     _left: int
     _idle: threading.Event
 
-    def __init__(self, store: Store, publisher: Publisher, *, owns_engine: bool) -> None:
-        """Begin nothing yet.
-
-        Args:
-            store: of the rows.
-            publisher: of the events.
-            owns_engine: whether the store's engine is there for this alone.
-        """
-        self._store = store
-        self._owns_engine = owns_engine
-        self._publisher = publisher
-        self._notifies = publisher.settings.after_commit == "notify"
+    def __init__(self, publisher: Publisher) -> None:
+        """Begin nothing yet."""
+        self._publisher = weakref.ref(publisher)
         self._reset()
-        _all.add(self)
 
-    def submit(self, seqs: Sequence[int]) -> None:
+    def submit(self, engine: Engine, seqs: Sequence[int]) -> None:
         """Have the committed rows ``seqs`` published soon; never raises, never waits."""
         with self._lock:
             if self._thread is None:
@@ -84,7 +77,7 @@ class Handover:
                 self._thread = thread
             self._left += len(seqs)
             self._idle.clear()
-            self._queue.put(seqs)
+            self._queue.put((engine, seqs))
 
     def wait(self, timeout: float) -> bool:
         """Wait until nothing is left to do, at most ``timeout`` seconds; return whether so."""
@@ -99,30 +92,32 @@ class Handover:
         self._idle.set()
 
     def _run(self) -> None:
+        ours: set[Engine] = set()  # made by us, beside one of the application's
         while True:
             try:
-                seqs = list(self._queue.get(timeout=0.2))
+                first = self._queue.get(timeout=_LINGER)
             except queue.Empty:
-                if self._owns_engine:
-                    self._store.engine.dispose()
+                for engine in ours:
+                    engine.dispose()
+                ours.clear()
                 with self._lock:
                     if self._queue.empty():
                         self._thread = None
                         return
                 continue
-            try:
-                self._take_more(seqs)
-                if self._notifies:
-                    self._notify()
-                else:
-                    self._publish(seqs)
-            except (DatabaseError, OutboxError) as error:
-                # They are committed: a relay publishes them.
-                reason = reason_of(error)
-                logger.warning("%d stored event(s) are left to the relay: %s", len(seqs), reason)
-            except Exception:
-                logger.exception("%d stored event(s) are left to the relay", len(seqs))
-            self._note_done(len(seqs))
+            for engine, seqs in self._take_more(first).items():
+                try:
+                    self._serve(engine, seqs, ours)
+                except (DatabaseError, OutboxError) as error:
+                    # They are committed: a relay publishes them.
+                    reason = reason_of(error)
+                    logger.warning(
+                        "%d stored event(s) are left to the relay: %s", len(seqs), reason
+                    )
+                except Exception:
+                    logger.exception("%d stored event(s) are left to the relay", len(seqs))
+                self._note_done(len(seqs))
+            del first, engine
 
     def _note_done(self, count: int) -> None:
         with self._lock:
@@ -130,20 +125,36 @@ class Handover:
             if not self._left:
                 self._idle.set()
 
-    def _take_more(self, seqs: list[int]) -> None:
+    def _take_more(self, first: Rows) -> dict[Engine, list[int]]:
         """Take what else has been committed meanwhile: one claim and one chunk for all of it."""
-        while len(seqs) < _BATCH:
+        found = {first[0]: list(first[1])}
+        while len(found[first[0]]) < _BATCH:
             try:
-                seqs += self._queue.get_nowait()
+                engine, seqs = self._queue.get_nowait()
             except queue.Empty:
-                return
+                break
+            found.setdefault(engine, []).extend(seqs)
+        return found
 
-    def _publish(self, seqs: list[int]) -> None:
+    def _serve(self, engine: Engine, seqs: list[int], ours: set[Engine]) -> None:
+        beside = engine_beside(engine)
+        publisher = self._publisher()
+        if beside is None or publisher is None:
+            return
+        if beside is not engine:
+            ours.add(beside)
+        store = Store(beside)
+        if publisher.settings.after_commit == "notify":
+            _notify(store)
+        else:
+            self._publish(store, publisher, seqs)
+
+    def _publish(self, store: Store, publisher: Publisher, seqs: list[int]) -> None:
         left = seqs
         for _ in range(_TRIES):
-            lease = _LEASE + 2 * self._publisher.settings.stall_timeout
-            claimed = self._store.claim(len(left), only=left, lease=lease, ordered=True)
-            if claimed and not self._settle(claimed):
+            lease = _LEASE + 2 * publisher.settings.stall_timeout
+            claimed = store.claim(len(left), only=left, lease=lease, ordered=True)
+            if claimed and not _settle(store, publisher, claimed):
                 self._give_up()
                 return
             found = {row.seq for row in claimed}
@@ -154,51 +165,49 @@ class Handover:
                 # Behind others of their key that are just being published; or not there any more.
                 time.sleep(_AGAIN)
 
-    def _settle(self, claimed: list[Claimed]) -> bool:
-        """Publish rows and settle them; return whether the broker took them."""
-        try:
-            outcome = publish_in_waves(self._publisher, claimed)
-        except BaseException:
-            self._store.release(claimed)
-            raise
-        self._store.complete(outcome.done)
-        self._store.release(outcome.left)
-        for row, reason in outcome.rejected:
-            self._store.bury([row], reason)
-        return outcome.error is None
-
     def _give_up(self) -> None:
         """Leave to the relay what is waiting, and what comes in the next moment."""
         logger.warning("the broker is away: stored events are left to the relay")
         time.sleep(_PAUSE)
         while not self._queue.empty():
-            self._note_done(len(self._queue.get()))
+            self._note_done(len(self._queue.get()[1]))
 
-    def _notify(self) -> None:
-        with self._store.engine.begin() as connection:
-            if connection.dialect.name == "postgresql":
-                connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
-        time.sleep(0.02)  # one hint is enough for all that is committed meanwhile
+
+def _settle(store: Store, publisher: Publisher, claimed: list[Claimed]) -> bool:
+    """Publish rows and settle them; return whether the broker took them."""
+    try:
+        outcome = publish_in_waves(publisher, claimed)
+    except BaseException:
+        store.release(claimed)
+        raise
+    store.complete(outcome.done)
+    store.release(outcome.left)
+    for row, reason in outcome.rejected:
+        store.bury([row], reason)
+    return outcome.error is None
+
+
+def _notify(store: Store) -> None:
+    with store.engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
+    time.sleep(0.02)  # one hint is enough for all that is committed meanwhile
 
 
 def handover_for(engine: Engine, publisher: Publisher | None) -> Handover | None:
     """Return what publishes rows of ``engine``'s database with ``publisher``, or None for nothing.
 
-    Made once for both. There is none without a publisher, where it is switched off, and where the
-    database can be reached by its own session alone.
+    There is none without a publisher, where it is switched off, and where the database can be
+    reached by its own session alone.
     """
     if publisher is None or publisher.settings.after_commit == "nothing":
         return None
+    if engine_beside(engine) is None:
+        return None
     with _lock:
-        of_engine = _found.setdefault(engine, weakref.WeakKeyDictionary())
-        found = of_engine.get(publisher)
+        found = _by_publisher.get(publisher)
         if found is None:
-            beside = engine_beside(engine)
-            if beside is None:
-                return None
-            found = of_engine[publisher] = Handover(
-                Store(beside), publisher, owns_engine=beside is not engine
-            )
+            found = _by_publisher[publisher] = Handover(publisher)
         return found
 
 
@@ -214,7 +223,9 @@ def drain(timeout: float = 5.0) -> bool:
         Whether nothing is left to do.
     """
     deadline = time.monotonic() + timeout
-    waits = [one.wait(max(0.0, deadline - time.monotonic())) for one in list(_all)]
+    waits = [
+        one.wait(max(0.0, deadline - time.monotonic())) for one in list(_by_publisher.values())
+    ]
     return all(waits)
 
 
@@ -224,7 +235,7 @@ atexit.register(drain)  # after the publisher's own, and so called before it
 def _begin_anew() -> None:
     global _lock
     _lock = threading.Lock()
-    for handover in list(_all):
+    for handover in list(_by_publisher.values()):
         handover._reset()
 
 

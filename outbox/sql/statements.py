@@ -34,7 +34,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, BIGINT
 from outbox.sql.clock import in_seconds, now
 from outbox.sql.schema import events
 
-__all__ = ["Statements"]
+__all__ = ["Statements", "statements"]
 
 # Names of parameters must not be those of columns.
 _QUEUE = bindparam("of_queue", type_=String)
@@ -241,6 +241,12 @@ class Statements:
             .order_by(row.key, row.seq)
             .limit(_AT_MOST)
         )
+
+
+@functools.cache
+def statements(*, is_postgresql: bool) -> Statements:
+    """Return what is asked of PostgreSQL, or of SQLite: built once in a process."""
+    return Statements(is_postgresql=is_postgresql)
 
 
 def _is_first_of_its_key() -> ColumnElement[bool]:

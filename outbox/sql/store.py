@@ -30,7 +30,7 @@ from outbox.event import Event
 from outbox.sql.clock import now, seconds_since
 from outbox.sql.rows import event_of, values_of
 from outbox.sql.schema import DIALECTS, ddl, events, metadata
-from outbox.sql.statements import Statements
+from outbox.sql.statements import statements
 
 __all__ = ["Claimed", "Status", "Store"]
 
@@ -107,7 +107,7 @@ class Store:
             )
         self.engine = engine
         self._is_postgresql = engine.dialect.name == "postgresql"
-        self._ask = Statements(is_postgresql=self._is_postgresql)
+        self._ask = statements(is_postgresql=self._is_postgresql)
 
     def create(self, *, connection: Connection | None = None) -> bool:
         """Create the table and its indexes unless they are there; return whether it did."""

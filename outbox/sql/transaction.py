@@ -153,7 +153,7 @@ def _store_in_session(session: Session, stored: Event, publisher: Publisher | No
         return
     graced = _RowWithGrace(values_of(stored))
     session.add(graced)
-    session.info.setdefault(_PENDING, []).append((handover, graced))
+    session.info.setdefault(_PENDING, []).append((handover, where, graced))
 
 
 @event.listens_for(Session, "after_commit")
@@ -164,13 +164,13 @@ def _after_commit(session: Session) -> None:
     session.info.pop(_OBSERVED, None)
     if _PENDING not in session.info:
         return
-    numbers: dict[Handover, list[int]] = {}
-    for handover, row in session.info.pop(_PENDING):
+    numbers: dict[tuple[Handover, Engine], list[int]] = {}
+    for handover, engine, row in session.info.pop(_PENDING):
         identity = state_of(row).identity  # none of those that went with their savepoint
         if identity is not None:
-            numbers.setdefault(handover, []).append(identity[0])
-    for handover, seqs in numbers.items():
-        handover.submit(seqs)
+            numbers.setdefault((handover, engine), []).append(identity[0])
+    for (handover, engine), seqs in numbers.items():
+        handover.submit(engine, seqs)
 
 
 @event.listens_for(Session, "after_transaction_end")

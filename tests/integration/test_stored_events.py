@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -635,3 +637,26 @@ def test_the_listening_relay_is_told_where_that_is_asked_for(postgresql_url: str
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM outbox_events")).scalar() == 1
     engine.dispose()
+
+
+def test_neither_engine_nor_publisher_is_kept_alive(tmp_path: Path) -> None:
+    def use() -> tuple[weakref.ref[Engine], weakref.ref[Publisher]]:
+        engine = create_engine(f"sqlite:///{tmp_path}/short.db")
+        outbox.sql.metadata.create_all(engine)
+        publisher = configure("memory://")
+        with Session(engine) as session:
+            enqueue_event(1, "a", session=session)
+            session.commit()
+        assert outbox.sql.drain()
+        engine.dispose()
+        publisher.close()
+        outbox.configuration._publisher = None
+        return weakref.ref(engine), weakref.ref(publisher)
+
+    used = use()
+
+    def is_gone() -> bool:
+        gc.collect()
+        return not any(one() for one in used)
+
+    until(is_gone)

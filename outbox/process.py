@@ -1,50 +1,77 @@
-"""Which process this is, and what becomes of it in a fork."""
+"""Which process this is, what becomes of it in a fork, and what is done when it ends."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
-__all__ = ["after_fork", "pid"]
+__all__ = ["after_fork", "at_exit", "pid"]
 
 pid = os.getpid()
 """The id of this process, also in a forked child, without asking the system each time."""
 
-_hooks: list[Callable[[], None]] = []
+_after_fork: list[Callable[[], object]] = []
+_at_exit: list[Callable[[], object]] = []
 
 
-def after_fork(function: Callable[[], None]) -> None:
+def after_fork(function: Callable[[], object]) -> None:
     """Have ``function`` called in every forked child, in the order of these calls.
 
     It may be called twice in one child.
     """
-    _hooks.append(function)
+    _after_fork.append(function)
+
+
+def at_exit(function: Callable[[], object]) -> None:
+    """Have ``function`` called when the interpreter exits, before those of earlier calls.
+
+    As :mod:`atexit` does it; but also where uWSGI ends a worker without running that. It may be
+    called twice.
+    """
+    _at_exit.append(function)
+    atexit.register(function)
 
 
 def _forked() -> None:
     global pid
     pid = os.getpid()
-    for hook in _hooks:
+    for hook in _after_fork:
         hook()
 
 
 def _follow_uwsgi() -> None:
-    """Have uWSGI's forks noticed: unless told to, it does not run Python's own hooks."""
-    uwsgi = sys.modules["uwsgi"]
+    """Have uWSGI's forks and exits noticed: it does not always run Python's own hooks."""
+    uwsgi: Any = sys.modules["uwsgi"]
+    _chain(uwsgi, "atexit", lambda: _uwsgi_exits(uwsgi))
     with contextlib.suppress(Exception):  # it wants a master process, and says so by raising
         importlib.import_module("uwsgidecorators").postfork(_forked)
         return
-    before = getattr(uwsgi, "post_fork_hook", None)
+    _chain(uwsgi, "post_fork_hook", _forked)
+
+
+def _uwsgi_exits(uwsgi: Any) -> None:
+    # Its own loops end by exit(3), and this option spares the interpreter's end. Elsewhere Python's
+    # hooks are run a moment later, of which the application's may still publish.
+    if getattr(uwsgi, "loop", None) or "skip-atexit-teardown" in getattr(uwsgi, "opt", ()):
+        for hook in reversed(_at_exit):
+            hook()
+
+
+def _chain(module: Any, name: str, function: Callable[[], object]) -> None:
+    """Have ``function`` called by a hook of ``module``, after what is there already."""
+    before = getattr(module, name, None)
 
     def hook() -> None:
         if before is not None:
             before()
-        _forked()
+        function()
 
-    setattr(uwsgi, "post_fork_hook", hook)  # noqa: B010  the module has no types
+    setattr(module, name, hook)
 
 
 if hasattr(os, "register_at_fork"):

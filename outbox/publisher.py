@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import logging
 import math
@@ -356,7 +355,6 @@ def _set(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-@atexit.register
 def _close_all() -> None:
     for publisher in list(_open_publishers):
         publisher.close()
@@ -387,3 +385,4 @@ def _leave_all_to_parent() -> None:
 
 
 process.after_fork(_leave_all_to_parent)
+process.at_exit(_close_all)

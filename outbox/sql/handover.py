@@ -6,7 +6,6 @@ Whatever it cannot do, a relay does: rows that this process leaves are due a mom
 
 from __future__ import annotations
 
-import atexit
 import logging
 import queue
 import threading
@@ -229,7 +228,7 @@ def drain(timeout: float = 5.0) -> bool:
     return all(waits)
 
 
-atexit.register(drain)  # after the publisher's own, and so called before it
+process.at_exit(drain)  # after the publisher's own, and so called before it
 
 
 def _begin_anew() -> None:

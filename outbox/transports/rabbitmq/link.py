@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import pika
-from pika.adapters.select_connection import IOLoop
 
+from outbox import runtime
 from outbox.backoff import backoff
 from outbox.errors import BrokerError, ConnectionLost
 from outbox.transports.rabbitmq import failures, wire
@@ -46,9 +46,10 @@ class Link:
     ) -> None:
         self._hosts = hosts
         self._session = session
-        self._loop: IOLoop  # made at the start: it holds sockets
+        self._name = name
+        self._loop: wire.Loop  # made at the start: it holds sockets
         self._services: wire.IOServices
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread: threading.Thread | None = None  # likewise: threads may yet be patched
         self._start_lock = threading.Lock()
         self._connection: wire.Connection | None = None
         self._host = 0
@@ -68,19 +69,30 @@ class Link:
         return f"{parameters.host}:{parameters.port}"
 
     def start(self) -> None:
-        """Start the thread and begin to connect, unless that has been done."""
-        if self._thread.ident is None:
+        """Start the thread and begin to connect, unless that has been done.
+
+        Raises:
+            UsageError: the threads that there are by now would not do.
+        """
+        if self._thread is None:
             with self._start_lock:
-                if self._thread.ident is None and not self._stopping:
+                if self._thread is None and not self._stopping:
+                    runtime.check_start()
                     quiet_pika()
-                    self._loop = IOLoop()
+                    self._loop = wire.Loop()
                     self._services = wire.IOServices(self._loop)
                     self._loop.add_callback_threadsafe(self._connect)
-                    self._thread.start()
+                    self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                    try:
+                        self._thread.start()
+                    except RuntimeError:  # there can be no more threads; the next caller tries
+                        self._thread = None
+                        self._loop.close()
+                        raise
 
     def call(self, function: Callable[[], None]) -> None:
         """Have ``function`` called on the link's thread, soon; never, if it was not started."""
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._loop.add_callback_threadsafe(function)
 
     def later(self, delay: float, function: Callable[[], None]) -> None:
@@ -108,16 +120,20 @@ class Link:
         """Close the connection and end the thread, within about 2 seconds."""
         with self._start_lock:
             self._stopping = True
-            started = self._thread.ident is not None
-        if started and self._thread.is_alive():
+            thread = self._thread
+        if thread is not None and thread.is_alive():
             self.call(self._close if graceful else self._end)
             if not self.on_thread:
-                self._thread.join(_CLOSE_TIMEOUT + 1)
+                thread.join(_CLOSE_TIMEOUT + 1)
 
     def _run(self) -> None:
         while True:
             try:
                 self._loop.start()
+            except wire.Forked:
+                # All that is open is the parent's. Nor can it end: threading, which has forgotten
+                # it at the fork, would complain.
+                threading.Event().wait()
             except BaseException as error:  # a bug, ours or pika's, must not end publishing
                 logger.exception("the connection to %s is given up", self.address)
                 self.fail(failures.connection_lost(error, self.address))

@@ -12,6 +12,7 @@ import contextlib
 import re
 import socket
 import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,11 @@ import pika
 import pika.channel
 import pika.frame
 import pika.spec
+from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils import nbio_interface
 from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 
+from outbox import process, runtime
 from outbox.chunk import Entry
 from outbox.errors import ConnectionLost
 from outbox.event import Event
@@ -32,7 +35,9 @@ __all__ = [
     "UNREADABLE",
     "BlockingConnection",
     "Connection",
+    "Forked",
     "IOServices",
+    "Loop",
     "abort",
     "content_header",
     "publish",
@@ -242,6 +247,32 @@ _FRAME_START = struct.Struct(">BHI")  # AMQP 0-9-1, section 2.3.5: type, channel
 _METHOD = struct.Struct(">I")  # its class and method
 _CONFIRM = struct.Struct(">QB")  # Basic.Ack: delivery tag, multiple
 _BODY_SIZE = struct.Struct(">Q")  # behind the class and the weight, section 2.3.5.2
+
+
+class Forked(BaseException):
+    """Raised out of a loop in a forked child, which has inherited it together with its greenlet."""
+
+
+class Loop(IOLoop):
+    """pika's loop, which in a forked child ends without having touched anything.
+
+    A thread is not there in a child; the greenlet that gevent or eventlet make of it is. It would
+    read what the broker sends to the parent, confirms for instance, and take the parent's wake-up
+    calls. It is stopped between waiting and dispatching, where pika has no public name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        if runtime.greenlets_of(sys.modules):
+            self._pid = process.pid
+            self._dispatch = self._poller._dispatch_fd_events
+            setattr(self._poller, "_dispatch_fd_events", self._dispatch_unless_forked)  # noqa: B010
+
+    def _dispatch_unless_forked(self, events: dict[int, int]) -> None:
+        # In every turn, with or without events: timers come after it.
+        if process.pid != self._pid:
+            raise Forked
+        self._dispatch(events)
 
 
 class IOServices(SelectorIOServicesAdapter):

@@ -179,6 +179,24 @@ def test_a_file_is_returned_as_the_servers_own_wrapper(collected_events: Collect
     assert published(collected_events) == ["app"]
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_file_is_returned_as_it_is_where_the_servers_wrapper_is_a_function(
+    collected_events: CollectedEvents, depth: int
+) -> None:
+    file = BytesIO(b"file")
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        enqueue_event("app", "t")
+        start_response("200 OK", [])
+        return environ["wsgi.file_wrapper"](file, 8192)
+
+    server = Server(OutboxMiddleware(app) if depth == 2 else app)
+    server.environ["wsgi.file_wrapper"] = lambda made, _size: made  # as uWSGI's
+    assert server.call() is file
+    assert published(collected_events) == ["app"]
+    assert server.call() is file  # tried again with the same environ
+
+
 def test_the_length_of_a_body_stays_known(collected_events: CollectedEvents) -> None:
     class Sized(Body):
         def __len__(self) -> int:

@@ -512,6 +512,31 @@ def test_a_disconnect_that_a_task_group_wraps_is_a_normal_end(
     assert published(collected_events) == ["outside"]
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_only_an_oserror_of_the_servers_send_is_a_disconnect(
+    collected_events: CollectedEvents, wrapped: bool, own: bool
+) -> None:
+    refused = BrokenPipeError("the client has gone")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event("outside", "t")
+        try:
+            await send({"type": "websocket.send", "text": "x"})
+        except OSError as error:
+            found = BrokenPipeError("a file of the handler's") if own else error
+        if wrapped:
+            raise ExceptionGroup("tasks", [ExceptionGroup("inner", [found]), WebSocketDisconnect()])
+        raise found
+
+    async def send(message: Any) -> None:
+        raise refused
+
+    with pytest.raises(ExceptionGroup if wrapped else BrokenPipeError):
+        asyncio.run(OutboxMiddleware(app)({"type": "websocket"}, nothing, send))
+    assert published(collected_events) == ([] if own else ["outside"])
+
+
 def test_a_failure_beside_a_disconnect_is_a_failure(collected_events: CollectedEvents) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         enqueue_event("outside", "t")

@@ -17,6 +17,7 @@ drained, also for an application that has no lifespan.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
@@ -103,10 +104,19 @@ class OutboxMiddleware:
     async def _websocket(
         self, collector: RequestCollector, asgi_scope: Scope, receive: Receive, send: Send
     ) -> None:
+        refusals: list[OSError] = []
+
+        async def watch(message: Message) -> None:
+            try:
+                await send(message)
+            except OSError as error:  # the client has gone (ASGI, from 2.4 on)
+                refusals.append(error)
+                raise
+
         try:
-            await self.app(asgi_scope, receive, send)
+            await self.app(asgi_scope, receive, watch)
         except Exception as error:
-            if _is_disconnect(error):
+            if _is_disconnect(error, refusals):
                 await collector.publish_quietly_async()
             else:
                 collector.discard(f"the connection failed with {type(error).__qualname__}")
@@ -152,8 +162,13 @@ class OutboxMiddleware:
             await publishing_send({"type": "lifespan.shutdown.complete"})
 
 
-def _is_disconnect(error: Exception) -> bool:
-    """Return whether nothing but the client's going away ended the connection."""
+def _is_disconnect(error: Exception, refusals: Sequence[OSError]) -> bool:
+    """Return whether nothing but the client's going away ended the connection.
+
+    Args:
+        error: what came out of the application.
+        refusals: what the server's ``send`` raised.
+    """
     if isinstance(error, ExceptionGroup):  # the handler ran in a task group
-        return error.split(WebSocketDisconnect)[1] is None
-    return isinstance(error, WebSocketDisconnect)
+        return all(_is_disconnect(one, refusals) for one in error.exceptions)
+    return isinstance(error, WebSocketDisconnect) or any(error is one for one in refusals)

@@ -15,7 +15,7 @@ exception that passes through the application or its iterator is failure, as is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from outbox import Publisher
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["OutboxMiddleware"]
 
 _MARKER = "outbox.collector"
+_FILE_WRAPPER = "wsgi.file_wrapper"
 _WITHOUT_BODY = ("204", "304")
 
 
@@ -62,6 +63,9 @@ class OutboxMiddleware:
         if around is not None and not around.closed:  # not a retry of a request that has ended
             return self.app(environ, start_response)
         request = environ[_MARKER] = _Request(self._publisher, start_response, self._is_success)
+        wrapper = environ.get(_FILE_WRAPPER)
+        if wrapper is not None and not isinstance(wrapper, (type, _FileWrapper)):
+            environ[_FILE_WRAPPER] = _FileWrapper(wrapper)
         scope = Scope(request, request.buffer, present())
         token = resume(scope)
         try:
@@ -145,9 +149,29 @@ class _Request(RequestCollector):
         )
 
 
+class _FileWrapper:
+    """A server's ``wsgi.file_wrapper`` that is a function, and what it made last.
+
+    PEP 3333 asks for a callable only. That of uWSGI returns the file itself, by which the server
+    knows what to send: nothing else tells it from any other file that is iterated.
+    """
+
+    __slots__ = ("_wrapper", "made")
+
+    def __init__(self, wrapper: Callable[..., object]) -> None:
+        self._wrapper = wrapper
+        self.made: object = None
+
+    def __call__(self, *arguments: Any) -> object:
+        self.made = self._wrapper(*arguments)
+        return self.made
+
+
 def _is_file(body: object, environ: WSGIEnvironment) -> bool:
     """Return whether ``body`` is the server's own file wrapper, which it sends by itself."""
-    wrapper = environ.get("wsgi.file_wrapper")
+    wrapper = environ.get(_FILE_WRAPPER)
+    if isinstance(wrapper, _FileWrapper):
+        return body is wrapper.made
     return isinstance(wrapper, type) and isinstance(body, wrapper)
 
 

@@ -19,7 +19,7 @@ from outbox.errors import CollectorFull, InvalidEvent, UsageError
 from outbox.event import Event
 from outbox.report import PublishReport
 from outbox.settings import SettingOverrides, Settings
-from outbox.spread import call_hook
+from outbox.spread import call_hook, ids
 from outbox.stats import Stats
 from outbox.transport import Transport
 from outbox.transports import open_transport
@@ -163,8 +163,21 @@ class Publisher:
 
     def wait_for(self, chunk: Chunk, timeout: float | None = None) -> PublishReport:
         """Wait until ``chunk`` is reported, at most ``timeout`` seconds, which reports it."""
-        with contextlib.suppress(TimeoutError):
-            return chunk.future.result(self._timeout(timeout))
+        try:
+            with contextlib.suppress(TimeoutError):
+                return chunk.future.result(self._timeout(timeout))
+        except BaseException as error:
+            # Whoever interrupts may kill the process next (gunicorn does, a second after its
+            # SIGABRT), before draining has come to its end: the ids are told while they can be.
+            waiting = [entry.event for entry in chunk.entries if entry.fate is None]
+            if waiting:
+                logger.warning(
+                    "%s in the middle of publishing; %d event(s) on their way, not confirmed: %s",
+                    type(error).__qualname__,
+                    len(waiting),
+                    ids(waiting),
+                )
+            raise
         self._transport().release(chunk)
         return chunk.future.result()
 

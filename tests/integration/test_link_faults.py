@@ -312,6 +312,7 @@ def test_after_an_interrupted_wait_the_next_reports_are_about_their_own_events(
     inspector: Inspector,
     name: str,
     interrupt_soon: Callable[[type[BaseException]], None],
+    caplog: pytest.LogCaptureFixture,
     kind: type[BaseException],
 ) -> None:
     queue = inspector.queue(name, name, ("good",))
@@ -324,6 +325,9 @@ def test_after_an_interrupted_wait_the_next_reports_are_about_their_own_events(
         interrupt_soon(kind)
         with pytest.raises(kind):
             publisher.publish([good[1]])
+        [warning] = caplog.messages
+        assert kind.__name__ in warning
+        assert good[1].id in warning
         assert publisher.publish([full[1]]).kept == (full[1],)
         proxy.delay = 0.0
         assert publisher.publish([good[2]]).published == (good[2],)

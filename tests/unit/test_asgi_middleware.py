@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
@@ -16,8 +17,8 @@ import starlette.testclient
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -58,6 +59,13 @@ async def call(app: Any, **scope: Any) -> list[Any]:
 async def respond(send: Any, status: int = 200) -> None:
     await send({"type": "http.response.start", "status": status, "headers": []})
     await send({"type": "http.response.body", "body": b"ok"})
+
+
+def only_warning(caplog: pytest.LogCaptureFixture) -> str:
+    """Return the one line that outbox logged, which tells of no loss."""
+    [record] = [one for one in caplog.records if one.name.startswith("outbox")]
+    assert record.levelno == logging.WARNING
+    return record.getMessage()
 
 
 def get(app: Any, path: str = "/") -> Any:
@@ -102,20 +110,31 @@ def test_an_application_that_answers_nothing_has_not_succeeded(
     assert published(collected_events) == []
 
 
+@pytest.mark.parametrize(
+    "raised",
+    [
+        ValueError("alone"),
+        ExceptionGroup("several", [ValueError(1), KeyError(2)]),
+        BaseExceptionGroup("worse", [ValueError(1), GeneratorExit()]),
+        WebSocketDisconnect(),  # is a failure where there is no WebSocket
+    ],
+    ids=repr,
+)
 def test_an_exception_drops_the_events_and_passes_as_the_same_object(
     collected_events: CollectedEvents,
+    caplog: pytest.LogCaptureFixture,
+    raised: BaseException,
 ) -> None:
-    raised = ExceptionGroup("several", [ValueError(1), KeyError(2)])
-
     async def app(scope: Any, receive: Any, send: Any) -> None:
         enqueue_event(1, "t")
         await respond(send)
         raise raised
 
-    with pytest.raises(ExceptionGroup) as caught:
+    with pytest.raises(type(raised)) as caught:
         asyncio.run(call(app))
     assert caught.value is raised
     assert published(collected_events) == []
+    assert type(raised).__name__ in only_warning(caplog)
 
 
 def test_wrapped_twice_it_publishes_once(collected_events: CollectedEvents) -> None:
@@ -125,6 +144,45 @@ def test_wrapped_twice_it_publishes_once(collected_events: CollectedEvents) -> N
 
     asyncio.run(call(OutboxMiddleware(app)))
     assert published(collected_events) == [1]
+
+
+@pytest.mark.parametrize("end", ["500", "raise"])
+def test_wrapped_twice_the_outer_one_decides(collected_events: CollectedEvents, end: str) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(1, "t")
+        await respond(send)
+
+    async def between(scope: Any, receive: Any, send: Any) -> None:
+        async def drop(message: Any) -> None: ...
+
+        await OutboxMiddleware(app)(scope, receive, drop)
+        assert published(collected_events) == []
+        if end == "raise":
+            raise ValueError
+        await respond(send, 500)
+
+    with contextlib.suppress(ValueError):
+        asyncio.run(call(between))
+    assert published(collected_events) == []
+    assert [event.payload for event in collected_events.cleared] == [1]
+
+
+def test_a_requests_collector_is_current_until_its_end_and_no_longer(
+    collected_events: CollectedEvents,
+) -> None:
+    inside: list[EventCollector] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        inside.append(EventCollector.current())
+        await respond(send)
+
+    async def main() -> None:
+        before = EventCollector.current()
+        await call(app)
+        assert EventCollector.current() is before
+        assert inside[0] is not before
+
+    asyncio.run(main())
 
 
 def starlette_app(**options: Any) -> Starlette:
@@ -147,6 +205,20 @@ def starlette_app(**options: Any) -> Starlette:
 
         return StreamingResponse(chunks())
 
+    async def file(request: Request) -> Response:
+        enqueue_event("file", "t")
+        task = BackgroundTask(lambda: enqueue_event("task", "t"))
+        return FileResponse(__file__, background=task)
+
+    async def threads(request: Request) -> Response:
+        async def work(n: int) -> None:
+            await anyio.to_thread.run_sync(lambda: [enqueue_event(n, "t") for _ in range(100)])
+
+        async with anyio.create_task_group() as group:
+            for n in range(8):
+                group.start_soon(work, n)
+        return JSONResponse({})
+
     async def boom(request: Request) -> Response:
         enqueue_event("boom", "t")
         raise ValueError
@@ -156,6 +228,8 @@ def starlette_app(**options: Any) -> Starlette:
             Route("/endpoint", endpoint),
             Route("/sync", sync),
             Route("/stream", stream),
+            Route("/file", file),
+            Route("/threads", threads),
             Route("/boom", boom),
         ],
         **options,
@@ -175,6 +249,8 @@ class Base(BaseHTTPMiddleware):
         ("/endpoint", ["endpoint", "task"]),
         ("/sync", ["sync", "joined"]),
         ("/stream", [0, 1, 2]),
+        ("/file", ["file", "task"]),
+        ("/threads", [n for n in range(8) for _ in range(100)]),
         ("/boom", []),
     ],
 )
@@ -190,7 +266,18 @@ def test_starlettes_endpoints_threads_tasks_and_streams_are_collected(
         app.add_middleware(Base)
     response = get(OutboxMiddleware(app) if placing == "around" else app, path)
     assert response.status_code == (500 if path == "/boom" else 200)
-    assert published(collected_events) == expected
+    found = published(collected_events)
+    assert (sorted(found) if path == "/threads" else found) == expected
+
+
+def test_a_file_that_the_server_sends_by_its_path_ends_the_request_as_any_other(
+    collected_events: CollectedEvents,
+) -> None:
+    extensions: dict[str, Any] = {"http.response.pathsend": {}}
+    start, pathsend = asyncio.run(call(starlette_app(), path="/file", extensions=extensions))
+    assert start["status"] == 200
+    assert pathsend == {"type": "http.response.pathsend", "path": __file__}
+    assert published(collected_events) == ["file", "task"]
 
 
 def fastapi_app(commit: Any) -> fastapi.FastAPI:
@@ -246,6 +333,37 @@ def test_a_commit_that_fails_after_the_response_publishes_nothing(
         raise ValueError("deferred constraint")
 
     get(OutboxMiddleware(fastapi_app(commit)), "/transaction")
+    assert published(collected_events) == []
+
+
+def test_a_disconnect_that_rolls_the_transaction_back_publishes_nothing(
+    collected_events: CollectedEvents,
+) -> None:
+    """Servers of ASGI 2.4 say by an exception that the client has gone."""
+    ends: list[str] = []
+
+    async def transaction() -> AsyncIterator[None]:
+        try:
+            yield
+        except BaseException:
+            ends.append("rolled back")
+            raise
+        ends.append("committed")
+
+    app = fastapi.FastAPI()
+
+    @app.get("/", dependencies=[fastapi.Depends(transaction)])
+    async def stream() -> StreamingResponse:
+        enqueue_event("in the transaction", "t")
+        return StreamingResponse(iter([b"x"]))
+
+    async def send(message: Any) -> None:
+        raise BrokenPipeError
+
+    scope = {**HTTP, "asgi": {"version": "3.0", "spec_version": "2.4"}, "query_string": b""}
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(OutboxMiddleware(app)(scope, nothing, send))
+    assert ends == ["rolled back"]
     assert published(collected_events) == []
 
 
@@ -332,6 +450,37 @@ def test_a_cancellation_during_the_publishing_ends_the_waiting_only(
     assert not chunk.future.cancelled()
 
 
+def test_the_publishing_needs_no_thread_of_the_loops_pool(slow: Publisher) -> None:
+    transport = slow._own
+    assert isinstance(transport, SlowTransport)
+    free = threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(1, "t")
+        await respond(send)
+
+    async def send(message: Any) -> None: ...
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, free.wait)
+        task = asyncio.create_task(OutboxMiddleware(app, publisher=slow)(dict(HTTP), nothing, send))
+        while not transport.submitted.is_set():
+            assert not task.done()
+            await asyncio.sleep(0)
+        transport.release(transport.chunks[0])
+        await task
+        assert not busy.done()
+        free.set()
+        await busy
+
+    try:
+        asyncio.run(asyncio.wait_for(main(), 10))
+    finally:
+        free.set()
+
+
 def test_a_task_that_outlives_its_request_is_refused(collected_events: CollectedEvents) -> None:
     late: list[asyncio.Task[None]] = []
 
@@ -394,7 +543,7 @@ def test_a_background_task_that_fails_fails_its_request(collected_events: Collec
 
 
 def test_a_request_that_the_server_cancels_drops_its_events(
-    collected_events: CollectedEvents,
+    collected_events: CollectedEvents, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         enqueue_event(1, "t")
@@ -410,6 +559,7 @@ def test_a_request_that_the_server_cancels_drops_its_events(
     asyncio.run(main())
     assert published(collected_events) == []
     assert [event.payload for event in collected_events.cleared] == [1]
+    assert "CancelledError" in only_warning(caplog)
 
 
 def test_a_cancellation_just_before_the_publishing_does_not_prevent_it(slow: Publisher) -> None:
@@ -500,6 +650,23 @@ def test_a_block_per_message_publishes_at_once_and_the_rest_when_the_connection_
         assert [event.payload for event in collected_events.cleared] == ["outside"]
 
 
+def test_messages_in_blocks_leave_nothing_behind_in_the_connection(
+    collected_events: CollectedEvents,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for n in range(100):
+            async with auto_publishing():
+                enqueue_event(n, "t")
+            assert len(EventCollector.current()) == 0
+        with pytest.raises(ValueError):
+            async with auto_publishing():
+                enqueue_event("dropped", "t")
+                raise ValueError
+
+    asyncio.run(call(app, type="websocket"))
+    assert published(collected_events) == list(range(100))
+
+
 def test_a_disconnect_that_a_task_group_wraps_is_a_normal_end(
     collected_events: CollectedEvents,
 ) -> None:
@@ -510,6 +677,31 @@ def test_a_disconnect_that_a_task_group_wraps_is_a_normal_end(
     with pytest.raises(ExceptionGroup):
         asyncio.run(call(app, type="websocket"))
     assert published(collected_events) == ["outside"]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_only_an_oserror_of_the_servers_send_is_a_disconnect(
+    collected_events: CollectedEvents, wrapped: bool, own: bool
+) -> None:
+    refused = BrokenPipeError("the client has gone")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event("outside", "t")
+        try:
+            await send({"type": "websocket.send", "text": "x"})
+        except OSError as error:
+            found = BrokenPipeError("a file of the handler's") if own else error
+        if wrapped:
+            raise ExceptionGroup("tasks", [ExceptionGroup("inner", [found]), WebSocketDisconnect()])
+        raise found
+
+    async def send(message: Any) -> None:
+        raise refused
+
+    with pytest.raises(ExceptionGroup if wrapped else BrokenPipeError):
+        asyncio.run(OutboxMiddleware(app)({"type": "websocket"}, nothing, send))
+    assert published(collected_events) == ([] if own else ["outside"])
 
 
 def test_a_failure_beside_a_disconnect_is_a_failure(collected_events: CollectedEvents) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
+import functools
 import logging
+import re
+import wsgiref.handlers
 import wsgiref.util
 import wsgiref.validate
 from collections.abc import Callable, Iterable, Iterator
-from io import BytesIO
+from io import BytesIO, TextIOWrapper
 from typing import Any
 
 import flask
@@ -20,12 +24,12 @@ from outbox import (
     CollectorClosed,
     EventCollector,
     Publisher,
-    UsageError,
     auto_publishing,
     enqueue_event,
 )
 from outbox.middleware.wsgi import OutboxMiddleware
 from outbox.testing import CollectedEvents
+from tests.bodies import BODIES
 
 App = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
@@ -42,11 +46,13 @@ class Server:
         wsgiref.util.setup_testing_defaults(self.environ)
         self.environ["wsgi.file_wrapper"] = wsgiref.util.FileWrapper
         self.statuses: list[str] = []
+        self.exc_infos: list[Any] = []
         self.written: list[bytes] = []
         self._app = OutboxMiddleware(app, **options)
 
     def start_response(self, status: str, headers: Any, exc_info: Any = None) -> Any:
         self.statuses.append(status)
+        self.exc_infos.append(exc_info)
         return self.written.append
 
     def call(self) -> Any:
@@ -88,8 +94,15 @@ def enqueuing(payload: Any, chunk: bytes = b"x") -> Callable[[], bytes]:
     return make
 
 
-def raising() -> bytes:
-    raise ValueError("in the middle")
+def raising(error: type[BaseException] = ValueError) -> bytes:
+    raise error("in the middle")
+
+
+def only_warning(caplog: pytest.LogCaptureFixture) -> str:
+    """Return the one line that was logged, which tells of no loss."""
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    return record.getMessage()
 
 
 def app_of(
@@ -133,7 +146,9 @@ def test_what_counts_as_success_can_be_said(collected_events: CollectedEvents) -
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
 def test_an_exception_drops_the_events_and_the_next_request_has_only_its_own(
-    collected_events: CollectedEvents, error: type[BaseException]
+    collected_events: CollectedEvents,
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
 ) -> None:
     def fails(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         enqueue_event("lost", "t")
@@ -141,8 +156,24 @@ def test_an_exception_drops_the_events_and_the_next_request_has_only_its_own(
 
     with pytest.raises(error):
         Server(fails).serve()
+    warning = only_warning(caplog)
+    assert error.__name__ in warning
+    assert collected_events.cleared[0].id in warning
     Server(app_of([b"ok"])).serve()
     assert published(collected_events) == ["app"]
+
+
+def test_a_body_that_its_server_abandons_leaves_nothing_to_the_next_request(
+    collected_events: CollectedEvents,
+) -> None:
+    abandoned = Server(app_of(Body([enqueuing("abandoned")] * 2))).call()
+    next(abandoned)
+    with pytest.warns(RuntimeWarning, match="outside of any unit of work"):
+        enqueue_event("between", "t")
+    assert [event.payload for event in EventCollector.current().clear_events()] == ["between"]
+    Server(app_of(Body([enqueuing("next")]))).serve()
+    assert published(collected_events) == ["app", "next"]
+    abandoned.close()
 
 
 @pytest.mark.parametrize(
@@ -179,6 +210,24 @@ def test_a_file_is_returned_as_the_servers_own_wrapper(collected_events: Collect
     assert published(collected_events) == ["app"]
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_file_is_returned_as_it_is_where_the_servers_wrapper_is_a_function(
+    collected_events: CollectedEvents, depth: int
+) -> None:
+    file = BytesIO(b"file")
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        enqueue_event("app", "t")
+        start_response("200 OK", [])
+        return environ["wsgi.file_wrapper"](file, 8192)
+
+    server = Server(OutboxMiddleware(app) if depth == 2 else app)
+    server.environ["wsgi.file_wrapper"] = lambda made, _size: made  # as uWSGI's
+    assert server.call() is file
+    assert published(collected_events) == ["app"]
+    assert server.call() is file  # tried again with the same environ
+
+
 def test_the_length_of_a_body_stays_known(collected_events: CollectedEvents) -> None:
     class Sized(Body):
         def __len__(self) -> int:
@@ -209,15 +258,48 @@ def test_a_client_that_goes_away_has_not_undone_the_work(
     assert inner.closed == 1
 
 
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt, GeneratorExit])
 def test_an_exception_in_the_middle_of_a_stream_drops_all(
     collected_events: CollectedEvents,
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
 ) -> None:
-    inner = Body([enqueuing(1), enqueuing(2), raising])
-    with pytest.raises(ValueError, match="in the middle"):
+    inner = Body([enqueuing(1), enqueuing(2), functools.partial(raising, error)])
+    with pytest.raises(error, match="in the middle"):
         Server(app_of(inner)).serve()
     assert published(collected_events) == []
     assert [event.payload for event in collected_events.cleared] == ["app", 1, 2]
     assert inner.closed == 1
+    assert error.__name__ in only_warning(caplog)
+
+
+def test_what_a_failed_stream_enqueues_while_closing_is_dropped(
+    collected_events: CollectedEvents,
+) -> None:
+    class Closing(Body):
+        def close(self) -> None:
+            enqueue_event("closing", "t")
+
+    with pytest.raises(ValueError):
+        Server(app_of(Closing([enqueuing(1), raising]))).serve()
+    assert published(collected_events) == []
+    assert [event.payload for event in collected_events.cleared] == ["app", 1, "closing"]
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_an_exception_while_closing_drops_what_was_not_published(
+    collected_events: CollectedEvents,
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
+) -> None:
+    class Closing(Body):
+        def close(self) -> None:
+            raise error
+
+    with pytest.raises(error):
+        Server(app_of(Closing([enqueuing(1)]))).call().close()
+    assert published(collected_events) == []
+    assert error.__name__ in only_warning(caplog)
 
 
 def test_what_is_enqueued_while_closing_is_published_unless_closing_fails(
@@ -263,19 +345,34 @@ def test_a_generator_whose_status_comes_late_is_judged_by_it(
     assert published(collected_events) == ["200 OK"]
 
 
+def test_a_body_that_is_closed_before_its_status_is_known_drops_the_events(
+    collected_events: CollectedEvents, caplog: pytest.LogCaptureFixture
+) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        def chunks() -> Iterator[bytes]:
+            start_response("200 OK", [])
+            yield b"x"
+
+        enqueue_event(1, "t")
+        return chunks()
+
+    Server(app).call().close()
+    assert published(collected_events) == []
+    assert "not known" in only_warning(caplog)
+
+
 def test_the_last_status_counts(collected_events: CollectedEvents) -> None:
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         enqueue_event(1, "t")
         start_response("200 OK", [])
-        try:
-            raise ValueError
-        except ValueError as error:
-            start_response("500 Oops", [], (ValueError, error, None))
+        start_response("500 Oops", [], exc_info)
         return [b"oops"]
 
+    exc_info = (ValueError, ValueError(), None)
     server = Server(app)
     server.serve()
     assert server.statuses == ["200 OK", "500 Oops"]
+    assert server.exc_infos == [None, exc_info]
     assert published(collected_events) == []
 
 
@@ -294,6 +391,24 @@ def test_write_still_works(collected_events: CollectedEvents) -> None:
 def test_wrapped_twice_it_publishes_once(collected_events: CollectedEvents) -> None:
     Server(OutboxMiddleware(app_of(Body([enqueuing(1)])))).serve()
     assert published(collected_events) == ["app", 1]
+
+
+@pytest.mark.parametrize("end", ["500 Oops", "raise"])
+def test_wrapped_twice_the_outer_one_decides(collected_events: CollectedEvents, end: str) -> None:
+    inner = OutboxMiddleware(app_of([b"ok"]))
+
+    def between(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        inner(environ, lambda *_: lambda _: None)
+        assert published(collected_events) == []
+        if end == "raise":
+            raise ValueError
+        start_response(end, [])
+        return [b"oops"]
+
+    with contextlib.suppress(ValueError):
+        Server(between).serve()
+    assert published(collected_events) == []
+    assert [event.payload for event in collected_events.cleared] == ["app"]
 
 
 def test_a_request_within_a_request_is_a_unit_of_its_own(
@@ -362,7 +477,10 @@ def test_a_publisher_that_fails_never_fails_the_response(
         return inner if streamed else [b"ok"]
 
     assert Server(app, publisher=publisher).serve() == b"ok"
-    assert "could not publish" in caplog.text
+    *failures, lost = caplog.records
+    assert all("could not publish" in one.getMessage() for one in failures)
+    assert "lost" in lost.getMessage()
+    assert lost.levelno == logging.ERROR
     assert inner.closed == streamed
 
 
@@ -493,12 +611,15 @@ def test_a_request_that_is_tried_again_with_the_same_environ_is_collected_again(
     assert published(collected_events) == [2]
 
 
-def test_where_a_loop_runs_it_publishes_without_waiting(collected_events: CollectedEvents) -> None:
+def test_where_a_loop_runs_it_publishes_without_waiting(
+    collected_events: CollectedEvents, caplog: pytest.LogCaptureFixture
+) -> None:
     async def serve() -> bytes:
         return Server(app_of(Body([enqueuing(1)]))).serve()
 
     assert asyncio.run(serve()) == b"x"
     assert published(collected_events) == ["app", 1]
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("headers", [[], [("Content-Length", "1")]])
@@ -568,16 +689,39 @@ def test_flask_streams_with_the_request_collecting(
     assert published(collected_events) == [0, 1, 2, "closed"]
 
 
-def test_a_response_is_the_same_with_and_without(collected_events: CollectedEvents) -> None:
-    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        start_response("200 OK", [("Content-Type", "text/plain"), ("X-A", "b")])
-        return [b"ok"]
+class Wire(wsgiref.handlers.SimpleHandler):
+    """The standard library's server: what it derives from a body shows in its bytes."""
 
-    plain, wrapped = Client(app).get("/"), Client(OutboxMiddleware(app)).get("/")
-    assert (plain.status, list(plain.headers), plain.data) == (
-        wrapped.status,
-        list(wrapped.headers),
-        wrapped.data,
-    )
-    with pytest.raises(UsageError):
-        auto_publishing(publisher=None, colour=1)  # type: ignore[call-overload]
+    def sendfile(self) -> bool:
+        self.write(b"sent as a file: " + self.result.filelike.read())  # type: ignore[attr-defined]
+        return True
+
+    def log_exception(self, exc_info: Any) -> None: ...
+
+    @classmethod
+    def bytes_of(cls, app: App, method: str) -> bytes:
+        environ: dict[str, Any] = {}
+        wsgiref.util.setup_testing_defaults(environ)
+        environ["REQUEST_METHOD"] = method
+        sent = BytesIO()
+        handler = cls(BytesIO(), sent, TextIOWrapper(BytesIO()), environ)
+        handler.http_version = "1.1"
+        handler.origin_server = True
+        handler.server_software = ""
+        handler.run(app)
+        return re.sub(rb"Date: .*\r\n", b"", sent.getvalue())
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("kind", sorted(BODIES))
+def test_a_response_is_the_same_with_and_without(
+    collected_events: CollectedEvents, kind: str, method: str
+) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        enqueue_event("app", "t")
+        return BODIES[kind](environ, start_response)
+
+    wrapped = Wire.bytes_of(OutboxMiddleware(app), method)
+    assert published(collected_events) == ([] if kind == "raises" else ["app"])
+    assert wrapped == Wire.bytes_of(BODIES[kind], method)
+    assert wrapped.startswith(b"HTTP/1.1")

@@ -21,6 +21,7 @@ from outbox import process
 from outbox.errors import OutboxError
 from outbox.publisher import Publisher
 from outbox.sql.engines import engine_beside
+from outbox.sql.outcome import settle
 from outbox.sql.store import Claimed, Store
 from outbox.sql.waves import publish_in_waves
 
@@ -148,10 +149,7 @@ class Handover:
         except BaseException:
             self._store.release(claimed)
             raise
-        self._store.complete(outcome.done)
-        self._store.release(outcome.left)
-        for row, reason in outcome.rejected:
-            self._store.bury([row], reason)
+        settle(self._store, outcome)
         return outcome.error is None
 
     def _give_up(self) -> None:

@@ -243,7 +243,7 @@ def test_while_a_broker_says_nothing_no_transaction_is_open_and_a_stop_gives_bac
                     assert not [one for one in states if one and "transaction" in one]
                 time.sleep(0.02)
         assert store.status().waiting == 20
-        assert relay.stats().released == 0
+        assert relay.stats().released == 20
         proxy.heal()
 
 

@@ -70,7 +70,7 @@ def default_publisher() -> Publisher:
         if (
             _publisher is None
             and observing.installed() is not None
-            and "OUTBOX_URL" not in os.environ
+            and not os.environ.get("OUTBOX_URL")
         ):
             return Publisher("memory://")
         return _publisher or configure()

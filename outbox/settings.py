@@ -142,6 +142,8 @@ class Settings:
         values: dict[str, Any] = {}
         for name in _FROM_ENVIRONMENT:
             text = environ.get(f"OUTBOX_{name.upper()}")
+            if name == "url" and not text:
+                continue  # a variable that was emptied is one that is not set
             if text is not None and name not in overrides:
                 values[name] = _from_text(name, text)
         for name, value in overrides.items():

@@ -22,7 +22,7 @@ from outbox.configuration import default_publisher
 from outbox.consumers import life, worker
 from outbox.consumers.outcome import Ack
 from outbox.middleware import unit
-from outbox.sql import Store, rows, store, transaction, waves
+from outbox.sql import Store, outcome, rows, store, transaction, waves
 from outbox.transports.rabbitmq.publishing import RabbitMQTransport
 
 __all__ = ["BUGS", "Bug", "plant"]
@@ -237,13 +237,13 @@ def _order_ignored() -> None:
 
 
 def _left_is_done() -> None:
-    original = waves.sort_out
+    original = outcome.sort_out
 
     def sort_out(claimed: Any, report: Any) -> Any:
-        outcome = original(claimed, report)
-        outcome.done += outcome.left
-        outcome.left = []
-        return outcome
+        fates = original(claimed, report)
+        fates.done += fates.left
+        fates.left = []
+        return fates
 
     found: Any = waves
     found.sort_out = sort_out

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,13 @@ examples:
 SIGTERM and SIGINT let what is on its way be confirmed; a second one ends at once. Nothing is lost
 either way: what is not confirmed is published again, with the same id.
 
-exit codes: 0 stopped in order, 1 some events were not confirmed in time, 2 wrong usage or no such
-table, 3 the database or the broker cannot be reached, 130 ended by a second signal
+exit codes: 0 stopped in order, 1 some events were not confirmed in time or --once was stopped, 2
+wrong usage or no such table, 3 the database or the broker cannot be reached, 130 ended by a second
+signal
 """
 
-_PROGRESS = 1.0  # seconds between two lines on a terminal
+_POLL = 0.1  # seconds within which a signal is noticed
+_TOLD = 1.0  # seconds between two lines on a terminal
 _LOGGED = 60.0  # seconds between two lines in a log
 
 
@@ -83,59 +86,101 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     if logging.getLogger().level == logging.CRITICAL:
         logging.getLogger().setLevel(logging.INFO)  # it is a service: its log is what one sees
-    with open_store(options) as store, Publisher(options.url) as publisher:
+    signals = _Signals()
+    with open_store(options) as store:
         from outbox.sql import Relay
 
-        relay = Relay(
-            store,
-            publisher,
-            batch=options.batch,
-            lease=options.lease,
-            ordered=options.ordered,
-            listen=options.listen,
-        )
-        if options.once:
-            with told():
-                count = relay.run_once()
-            print(f"{count:,} event{'' if count == 1 else 's'} published")
-            return exit_codes.SUCCESS
-        return _serve(relay, options.shutdown_timeout)
+        publisher = Publisher(options.url)
+        try:
+            relay = Relay(
+                store,
+                publisher,
+                batch=options.batch,
+                lease=options.lease,
+                ordered=options.ordered,
+                listen=options.listen,
+            )
+            run = _publish_once if options.once else _serve
+            return run(relay, signals, options.shutdown_timeout)
+        finally:
+            publisher.close(0)  # what it has not confirmed has been given back
 
 
-def _serve(relay: Relay, timeout: float) -> int:
-    asked = threading.Event()
-
-    def ask(number: int, _: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        relay.start()
-        logger.info("relaying")
-        _tell_progress(relay, asked)
-        finished = relay.stop(timeout)
-        logger.info("stopped; %s events published", f"{relay.stats().published:,}")
-        return exit_codes.SUCCESS if finished else exit_codes.INCOMPLETE
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _serve(relay: Relay, signals: _Signals, timeout: float) -> int:
+    progress = _Progress(relay)
+    relay.start()
+    logger.info("relaying")
+    while not signals.seen:
+        relay.wait(_POLL)
+        progress.tell()
+    finished = relay.stop(timeout)
+    progress.end()
+    logger.info("stopped; %s events published", f"{_confirmed(relay):,}")
+    return exit_codes.SUCCESS if finished else exit_codes.INCOMPLETE
 
 
-def _tell_progress(relay: Relay, asked: threading.Event) -> None:
-    """Tell how it goes, on a terminal in one line, otherwise in the log, until asked to stop."""
-    on_terminal = sys.stderr.isatty()
-    every = _PROGRESS if on_terminal else _LOGGED
-    then, before = time.monotonic(), 0
-    while not asked.wait(every):
-        now, published = time.monotonic(), relay.stats().published
-        rate = (published - before) / (now - then)
-        if on_terminal:
+def _publish_once(relay: Relay, signals: _Signals, timeout: float) -> int:
+    progress = _Progress(relay)
+    # On another thread, so that this one sees signals while that one waits.
+    with ThreadPoolExecutor(1) as executor:
+        published = executor.submit(relay.run_once)
+        while not signals.seen and not wait([published], _POLL).done:
+            progress.tell()
+        if signals.seen:
+            relay.ask_to_stop(timeout)
+        with told():
+            count = published.result()
+    progress.end()
+    print(f"{count:,} event{'' if count == 1 else 's'} published")
+    return exit_codes.INCOMPLETE if signals.seen else exit_codes.SUCCESS
+
+
+class _Signals:
+    """Notes SIGTERM and SIGINT; a second one ends the process.
+
+    A handler may interrupt anything, also a lock that is being taken: it takes none itself.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        if self.seen:
+            os._exit(exit_codes.INTERRUPTED)
+        self.seen = True
+
+
+class _Progress:
+    """How it goes: on a terminal in one line that is rewritten, otherwise in the log."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._on_terminal = sys.stderr.isatty()
+        self._every = _TOLD if self._on_terminal else _LOGGED
+        self._then, self._before = time.monotonic(), 0
+
+    def tell(self) -> None:
+        """Tell, if the time has come."""
+        now = time.monotonic()
+        if now - self._then < self._every:
+            return
+        published = _confirmed(self._relay)
+        rate = (published - self._before) / (now - self._then)
+        if self._on_terminal:
             sys.stderr.write(f"\r\x1b[K{published:,} events published, {rate:,.0f} a second ")
             sys.stderr.flush()
-        elif published != before:
+        elif published != self._before:
             logger.info("%s events published, %s a second", f"{published:,}", f"{rate:,.0f}")
-        then, before = now, published
-    if on_terminal:
-        sys.stderr.write("\n")
+        self._then, self._before = now, published
+
+    def end(self) -> None:
+        """Leave the line as it is."""
+        if self._on_terminal:
+            sys.stderr.write("\n")
+
+
+def _confirmed(relay: Relay) -> int:
+    stats = relay.stats()
+    return stats.published + stats.parked

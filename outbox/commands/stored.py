@@ -26,8 +26,8 @@ examples:
 Only dead events are looked at: those that could never be published. A relay publishes what is
 made due again; it keeps its id.
 
-exit codes: 0 done, 1 nothing was done, 2 wrong usage or no such table, 3 the database cannot be
-reached, 130 interrupted
+exit codes: 0 done, 1 the question was answered with no, 2 wrong usage or no such table, 3 the
+database cannot be reached, 130 interrupted
 """
 
 
@@ -148,7 +148,7 @@ def _tell(what: str, chosen: list[tuple[int, str, str, str]]) -> int:
 
 def _done(what: str, count: int) -> int:
     print(f"{_events(count)} {what}")
-    return exit_codes.SUCCESS if count else exit_codes.INCOMPLETE
+    return exit_codes.SUCCESS
 
 
 def _confirmed(count: int) -> bool:

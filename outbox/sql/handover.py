@@ -20,6 +20,7 @@ from outbox.errors import OutboxError
 from outbox.publisher import Publisher
 from outbox.sql.engines import engine_beside
 from outbox.sql.failures import DatabaseError, reason_of
+from outbox.sql.outcome import settle
 from outbox.sql.store import Claimed, Store
 from outbox.sql.waves import publish_in_waves
 
@@ -179,10 +180,7 @@ def _settle(store: Store, publisher: Publisher, claimed: list[Claimed]) -> bool:
     except BaseException:
         store.release(claimed)
         raise
-    store.complete(outcome.done)
-    store.release(outcome.left)
-    for row, reason in outcome.rejected:
-        store.bury([row], reason)
+    settle(store, outcome)
     return outcome.error is None
 
 

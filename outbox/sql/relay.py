@@ -13,24 +13,20 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine
 from sqlalchemy.engine import URL
-from sqlalchemy.pool import NullPool
 
 from outbox.configuration import default_publisher
-from outbox.errors import Nacked, UsageError
+from outbox.errors import UsageError
 from outbox.publisher import Publisher
-from outbox.report import PublishReport
 from outbox.sql.engines import open_engine
 from outbox.sql.failures import DatabaseError, reason_of
-from outbox.sql.handover import CHANNEL
-from outbox.sql.store import Claimed, Store
-from outbox.sql.waves import Outcome, publish_in_waves, sort_out
+from outbox.sql.listening import can_listen, listen
+from outbox.sql.outcome import Outcome, settle
+from outbox.sql.store import Store
+from outbox.sql.waves import Batch
 
 __all__ = ["Relay", "RelayStats"]
 
@@ -39,8 +35,8 @@ logger = logging.getLogger("outbox.relay")
 _IN_FLIGHT = 3  # batches: one is claimed, one on its way, one being confirmed
 _IDLE = (0.02, 2.0)  # seconds between two looks, when there was nothing
 _CONNECTING = 0.05  # seconds between two looks whether the broker is there
+_CONFIRMS = 0.1  # seconds at most between two looks at leases, while confirms are awaited
 _AWAY = (0.5, 30.0)  # seconds between two tries while the database is away
-_NACKED = (1.0, 60.0)  # seconds until a refused event is tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,31 +45,30 @@ class RelayStats:
 
     Attributes:
         claimed: rows.
-        published: rows that the broker has confirmed, in a queue or among the parked, or that were
-            to be ignored where no queue was bound for them.
+        published: rows that the broker has confirmed, or that were to be ignored where no queue was
+            bound for them.
+        parked: rows that the broker has confirmed among the parked.
         released: rows that were given back: the broker was away, or refused them for the moment.
         buried: rows that can never be published.
         batches: claims that found something.
+        lag: seconds for which the oldest event of the last claim had been stored by then; 0.0 if
+            there was nothing to claim.
     """
 
     claimed: int = 0
     published: int = 0
+    parked: int = 0
     released: int = 0
     buried: int = 0
     batches: int = 0
-
-
-@dataclass(slots=True)
-class _Batch:
-    rows: list[Claimed]
-    report: Future[PublishReport]
+    lag: float = 0.0
 
 
 class Relay:
     """Moves stored events from one database to one broker, until it is stopped.
 
-    Any number may run side by side, in any number of processes. ``start``, ``stop`` and ``wait``
-    may be called from any thread; ``run_once`` instead of ``start``.
+    Any number may run side by side, in any number of processes. One relay runs once: ``start`` and
+    ``stop``, or ``run_once``. ``stop``, ``wait``, ``stats`` may be called from any thread.
     """
 
     def __init__(
@@ -106,7 +101,7 @@ class Relay:
         """
         if batch < 1:
             raise UsageError(f"batch is {batch}, not 1 or more")
-        if lease is not None and lease <= 0:
+        if lease is not None and not lease > 0:
             raise UsageError(f"lease is {lease}, not more than 0 seconds")
         self._owns_engine = isinstance(database, str | URL)
         if isinstance(database, str | URL):
@@ -117,9 +112,17 @@ class Relay:
         self.lease = lease or max(60.0, 2 * self.publisher.settings.stall_timeout)
         self.ordered = ordered
         self.listen = listen
-        self._counts = dict.fromkeys(("claimed", "published", "released", "buried", "batches"), 0)
-        self._on_their_way: deque[_Batch] = deque()
-        self._confirmed: list[Claimed] = []  # and not deleted yet: the database was away
+        self._counts = dict.fromkeys(
+            ("claimed", "published", "parked", "released", "buried", "batches"), 0
+        )
+        self._lag = 0.0
+        self._on_their_way: deque[Batch] = deque()
+        # Of a key everything is in one batch: beside it there would be little to claim.
+        self._most_on_their_way = 1 if ordered else _IN_FLIGHT
+        self._extend_at = 0.0
+        self._owed = Outcome()  # known, and not written yet: the database was away
+        self._incomplete = False
+        self._begun = False
         self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
         self._wake = threading.Event()
@@ -127,24 +130,23 @@ class Relay:
 
     def stats(self) -> RelayStats:
         """Return what has been counted so far."""
-        return RelayStats(**self._counts)
+        return RelayStats(**self._counts, lag=self._lag)
 
     def start(self) -> None:
         """Begin to relay, in the background.
 
         Raises:
-            UsageError: the table is missing, or not as it should be.
+            UsageError: the table is missing, or not as it should be; or this relay has run already.
             sqlalchemy.exc.SQLAlchemyError: the database cannot be reached.
         """
-        try:
-            self.store.check()
-        except BaseException:
-            self._disconnect()
-            raise
+        self._begin()
         self._threads = [threading.Thread(target=self._run, name="outbox-relay", daemon=True)]
-        if self.listen and self.store.engine.driver == "psycopg":
+        if self.listen and can_listen(self.store.engine):
+            arguments = (self.store.engine, self._wake.set, self._stopping)
             self._threads.append(
-                threading.Thread(target=self._listen, name="outbox-relay-listen", daemon=True)
+                threading.Thread(
+                    target=listen, args=arguments, name="outbox-relay-listen", daemon=True
+                )
             )
         for thread in self._threads:
             thread.start()
@@ -152,6 +154,16 @@ class Relay:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the relay is asked to stop, at most ``timeout`` seconds; return whether so."""
         return self._stopping.wait(timeout)
+
+    def ask_to_stop(self, timeout: float = 10.0) -> None:
+        """Do what :meth:`stop` does, and do not wait for it: for a handler of signals.
+
+        Args:
+            timeout: seconds until what is not confirmed is given back.
+        """
+        self._deadline = time.monotonic() + timeout
+        self._stopping.set()
+        self._wake.set()
 
     def stop(self, timeout: float = 10.0) -> bool:
         """Claim no more, and wait for the confirms of what is on its way.
@@ -162,49 +174,65 @@ class Relay:
         Returns:
             Whether all was confirmed.
         """
-        self._deadline = time.monotonic() + timeout
-        self._stopping.set()
-        self._wake.set()
+        self.ask_to_stop(timeout)
         for thread in self._threads:
-            thread.join(timeout + 5)
+            # A moment longer than that: the rest is to be given back.
+            thread.join(max(0.0, self._deadline + 5 - time.monotonic()))
         self._disconnect()
-        return not self._on_their_way and not any(one.is_alive() for one in self._threads)
+        return not self._incomplete and not any(one.is_alive() for one in self._threads)
 
     def run_once(self) -> int:
         """Publish what is due now, and return how many events the broker has confirmed.
 
-        What the broker or the database does not take is left as it is.
+        What the broker or the database does not take is given back. From another thread
+        ``ask_to_stop`` ends it early.
 
         Raises:
-            UsageError: the table is missing, or not as it should be.
+            UsageError: the table is missing, or not as it should be; or this relay is running.
             BrokerError: the broker is away.
             sqlalchemy.exc.SQLAlchemyError: the database is away.
         """
-        self.store.check()
-        before = self._counts["published"]
-        while True:
-            found = self._fill()
-            outcome = self._settle_next()
-            if outcome is not None and outcome.error and not isinstance(outcome.error, Nacked):
-                while self._on_their_way:
-                    self._settle_next()
-                raise outcome.error
-            if not found and outcome is None:
-                return self._counts["published"] - before
+        self._begin()
+        before = self._confirmed()
+        outcome: Outcome | None = None
+        try:
+            while outcome is None or outcome.error is None:
+                found = self._fill(known_to_be_connected=False)
+                outcome = self._take_in()
+                if not found and outcome is None:
+                    break
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C: there is no time
+                self.ask_to_stop(0)
+            self._finish()
+            raise
+        self._finish()
+        self._begun = False
+        if outcome is not None and outcome.error is not None:
+            raise outcome.error
+        return self._confirmed() - before
+
+    def _begin(self) -> None:
+        if self._begun or self._stopping.is_set():
+            raise UsageError("this relay has run already; make another one")
+        try:
+            self.store.check()
+        except BaseException:
+            self._disconnect()
+            raise
+        self._begun = True
 
     def _run(self) -> None:
         idle, away = _IDLE[0], _AWAY[0]
         said = False
         with contextlib.suppress(UsageError):
             self.publisher.make_ready()
-        while not self._stopping.is_set():
+        while True:
             self._wake.clear()
+            if self._stopping.is_set():  # after the clearing: who asks to stop wakes, too
+                break
             try:
-                if not self.publisher.connected and not self._on_their_way:
-                    self._wake.wait(_CONNECTING)  # nothing is claimed that could not be sent
-                    continue
-                found = self._fill()
-                busy = self._settle_next() is not None
+                busy = self._turn()
                 if said:
                     logger.info("the database is back")
                 said, away = False, _AWAY[0]
@@ -212,137 +240,123 @@ class Relay:
                 if not said:
                     logger.warning("the database is away, trying again: %s", reason_of(error))
                     said = True
-                self._wake.wait(away * random.uniform(0.5, 1))
+                self._stopping.wait(away * random.uniform(0.5, 1))
                 away = min(2 * away, _AWAY[1])
                 continue
             except Exception:  # a bug of ours must not end the relay
                 logger.exception("the relay goes on after an error")
-                self._wake.wait(_AWAY[0])
+                self._stopping.wait(_AWAY[0])
                 continue
-            if found or busy:
+            if busy:
                 idle = _IDLE[0]
+            elif not self.publisher.connected:
+                self._wake.wait(_CONNECTING)
             else:
                 self._wake.wait(idle)
                 idle = min(2 * idle, _IDLE[1])
         self._finish()
 
-    def _fill(self) -> bool:
-        """Claim batches and send them, as many as may be on their way; return whether any."""
-        self._forget_confirmed()
+    def _turn(self) -> bool:
+        """Claim, send, and take in a batch; return whether there was any."""
+        settle(self.store, self._owed)
+        found = self._fill()
+        return self._take_in() is not None or found
+
+    def _fill(self, *, known_to_be_connected: bool = True) -> bool:
+        """Claim batches and send them, as many as may be on their way; return whether any.
+
+        Nothing is claimed that could not be sent.
+        """
         found = False
-        while len(self._on_their_way) < _IN_FLIGHT and not self._stopping.is_set():
+        while len(self._on_their_way) < self._most_on_their_way and not self._stopping.is_set():
+            if known_to_be_connected and not self.publisher.connected:
+                break
+            began = time.monotonic()
             rows = self.store.claim(self.batch, lease=self.lease, ordered=self.ordered)
+            self._lag = max((row.age for row in rows), default=0.0)
             if not rows:
                 break
             found = True
             self._counts["batches"] += 1
             self._counts["claimed"] += len(rows)
-            if self.ordered:
-                until = time.monotonic() + self.lease / 2
-                self._settle(publish_in_waves(self.publisher, rows, until=until))
-                break
-            self._send(rows)
+            if not self._on_their_way:
+                self._extend_at = began + self.lease / 3
+            batch = Batch(
+                self.publisher,
+                rows,
+                ordered=self.ordered,
+                until=began + self.lease / 2,
+                on_report=self._wake.set,
+            )
+            self._on_their_way.append(batch)
+            batch.advance()
             if len(rows) < self.batch // 2:
                 break
         return found
 
-    def _send(self, rows: list[Claimed]) -> None:
-        try:
-            report = self.publisher.submit([row.event for row in rows], keep=False)
-        except UsageError:  # the publisher is closed
-            self._settle(Outcome(left=rows))
-            raise
-        except Exception as error:
-            if len(rows) == 1:
-                self._settle(Outcome(rejected=[(rows[0], f"cannot be encoded: {error!r}")]))
-            else:  # the one that cannot be encoded must not hold up the others
-                for row in rows:
-                    self._send([row])
-            return
-        report.add_done_callback(lambda _: self._wake.set())
-        self._on_their_way.append(_Batch(rows, report))
+    def _take_in(self) -> Outcome | None:
+        """Wait for the oldest batch on its way and settle it.
 
-    def _settle_next(self) -> Outcome | None:
-        """Wait for the oldest batch on its way and settle it; return None if there is none."""
+        Returns:
+            What became of it; None if there is none, or no time to wait for it any longer.
+        """
         if not self._on_their_way:
             return None
         batch = self._on_their_way[0]
-        while not batch.report.done():
-            if self._stopping.is_set() and time.monotonic() > self._deadline:
-                return None
-            self._wake.wait(0.2)
+        while not batch.advance():
+            if self._stopping.is_set():
+                batch.until = 0.0  # what has not been sent is left
+                if time.monotonic() >= self._deadline:
+                    return None
+            self._keep_leases()
+            self._wake.wait(_CONFIRMS)
             self._wake.clear()
         self._on_their_way.popleft()
-        outcome = sort_out(batch.rows, batch.report.result())
-        self._settle(outcome)
-        return outcome
+        self._count(batch.outcome)
+        self._owed.add(batch.outcome)
+        settle(self.store, self._owed)
+        return batch.outcome
 
-    def _settle(self, outcome: Outcome) -> None:
-        counts = self._counts
-        counts["published"] += len(outcome.done)
-        counts["released"] += len(outcome.left)
-        counts["buried"] += len(outcome.rejected)
-        self._confirmed += outcome.done
-        self._forget_confirmed()
-        if isinstance(outcome.error, Nacked):
-            by_delay: dict[float, list[Claimed]] = {}
-            for row in outcome.left:
-                delay = min(_NACKED[0] * 2 ** min(row.attempts, 10), _NACKED[1])
-                by_delay.setdefault(delay, []).append(row)
-            for delay, rows in by_delay.items():
-                self.store.release(rows, delay, reason=str(outcome.error), failed=True)
-        else:
-            self.store.release(outcome.left)
-        for reason, rows in _by_reason(outcome.rejected).items():
-            logger.error("%d event(s) can never be published, %r", len(rows), reason)
-            self.store.bury(rows, reason)
-
-    def _forget_confirmed(self) -> None:
-        if self._confirmed:
-            self.store.complete(self._confirmed)
-            self._confirmed = []
+    def _keep_leases(self) -> None:
+        """Extend the leases of what is on its way: a slow broker must not see it twice."""
+        now = time.monotonic()
+        if now < self._extend_at:
+            return
+        rows = [row for batch in self._on_their_way for row in batch.rows]
+        self.store.extend(rows, self.lease)
+        self._extend_at = now + self.lease / 3
+        for batch in self._on_their_way:
+            batch.until = now + self.lease / 2
 
     def _finish(self) -> None:
         """Wait for what is on its way, as long as there is time, and give back the rest."""
         try:
-            while self._settle_next() is not None:
+            while self._take_in() is not None:
                 pass
-            for batch in self._on_their_way:
-                self.store.release(batch.rows)
-            self._forget_confirmed()
+            while self._on_their_way:
+                self._incomplete = True
+                outcome = self._on_their_way.popleft().abandon()
+                self._count(outcome)
+                self._owed.add(outcome)
+            settle(self.store, self._owed)
         except DatabaseError as error:
+            self._incomplete = True
             logger.warning(
                 "the database is away at the end; what was claimed is due again within %.0f s: %s",
                 self.lease,
                 reason_of(error),
             )
 
+    def _count(self, outcome: Outcome) -> None:
+        counts = self._counts
+        counts["published"] += len(outcome.done) - outcome.parked
+        counts["parked"] += outcome.parked
+        counts["released"] += len(outcome.left) + len(outcome.refused)
+        counts["buried"] += len(outcome.rejected)
+
+    def _confirmed(self) -> int:
+        return self._counts["published"] + self._counts["parked"]
+
     def _disconnect(self) -> None:
         if self._owns_engine:
             self.store.engine.dispose()
-
-    def _listen(self) -> None:
-        engine = create_engine(
-            self.store.engine.url, poolclass=NullPool, isolation_level="AUTOCOMMIT"
-        )
-        pause = _AWAY[0]
-        while not self._stopping.is_set():
-            try:
-                with engine.connect() as connection:
-                    connection.exec_driver_sql(f"LISTEN {CHANNEL}")
-                    driver: Any = connection.connection.driver_connection
-                    pause = _AWAY[0]
-                    while not self._stopping.is_set():
-                        for _ in driver.notifies(timeout=0.5, stop_after=1):
-                            self._wake.set()
-            except Exception as error:  # only a hint: without it the relay looks by itself
-                logger.debug("not listening for now: %s", error)
-                self._stopping.wait(pause)
-                pause = min(2 * pause, _AWAY[1])
-
-
-def _by_reason(rejected: Iterable[tuple[Claimed, str]]) -> dict[str, list[Claimed]]:
-    found: dict[str, list[Claimed]] = {}
-    for row, reason in rejected:
-        found.setdefault(reason, []).append(row)
-    return found

@@ -55,7 +55,8 @@ def event_of(row: Any) -> Event:
         id=row.id,
         target=row.type,
         exchange=row.exchange,
-        body=bytes(row.payload),
+        # SQLite keeps text as text, whatever the column is for.
+        body=row.payload.encode() if isinstance(row.payload, str) else bytes(row.payload),
         content_type=row.content_type,
         headers=headers_of(row.headers) if row.headers else {},
         priority=row.priority,

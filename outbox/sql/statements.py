@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, BIGINT
 
-from outbox.sql.clock import in_seconds, now
+from outbox.sql.clock import in_seconds, now, seconds_since
 from outbox.sql.schema import events
 
 __all__ = ["Statements", "statements"]
@@ -46,6 +46,8 @@ _SECONDS = bindparam("seconds", type_=Float)
 _TOKEN = bindparam("of_token", type_=String)
 _WHY = bindparam("why", type_=Text)
 _FAILURES = bindparam("failures", type_=Integer)
+
+_WITH_AGE = (events, seconds_since(events.c.stored_at).label("age"))
 
 
 class Statements:
@@ -142,6 +144,11 @@ class Statements:
         return self._following(self.chosen)
 
     @functools.cached_property
+    def leased(self) -> Select[Any]:
+        """The row ``number``, as a claim returns it."""
+        return select(*_WITH_AGE).where(events.c.seq == bindparam("number"))
+
+    @functools.cached_property
     def complete(self) -> Delete:
         """Delete ``numbers`` of the lease ``of_token``."""
         return delete(events).where(self._ours)
@@ -220,7 +227,7 @@ class Statements:
                 available_at=in_seconds(_SECONDS),
                 deliveries=row.deliveries + 1,
             )
-            .returning(events)
+            .returning(*_WITH_AGE)
         )
 
     def _following(self, condition: ColumnElement[bool]) -> Select[Any]:

@@ -24,6 +24,7 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.exc import DataError
 
 from outbox.errors import UsageError
 from outbox.event import Event
@@ -50,6 +51,7 @@ class Claimed:
         token: of the lease: the row can be changed with it for as long as nobody else claims it.
         deliveries: how often it has been claimed, this time included.
         attempts: how often it has failed by itself.
+        age: seconds since it was stored, at the time of the claim.
     """
 
     seq: int
@@ -58,6 +60,7 @@ class Claimed:
     token: str
     deliveries: int
     attempts: int
+    age: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +198,6 @@ class Store:
                 )  # fmt: skip
         asked = {
             "of_queue": queue,
-            "of_token": str(uuid.uuid4()),
             "seconds": float(lease),
             "max_bytes": max_bytes,
         }
@@ -417,20 +419,44 @@ class Store:
     def _lease(
         self, connection: Connection, statement: Update, asked: dict[str, Any]
     ) -> list[Claimed]:
-        token = asked["of_token"]
+        token = str(uuid.uuid4())
+        asked = {**asked, "of_token": token}
+        try:
+            rows: Iterable[Any] = connection.execute(statement, asked).all()
+        except _UNREADABLE:
+            rows = self._read_one_by_one(connection, token)
         found: list[Claimed] = []
-        for row in connection.execute(statement, asked).all():
+        for row in rows:
             try:
                 event = event_of(row)
-            except ValueError as error:  # it must not hold up the others
-                numbers = self._ask.numbers([row.seq])
-                why = {"why": f"no event: {error}", "of_token": token, "numbers": numbers}
-                connection.execute(self._ask.bury, why)
-                logger.error("the row %d is no event: %s", row.seq, error)
+            except _UNREADABLE as error:
+                self._bury_unreadable(connection, token, row.seq, error)
                 continue
-            found.append(Claimed(row.seq, row.queue, event, token, row.deliveries, row.attempts))
+            found.append(
+                Claimed(
+                    row.seq, row.queue, event, token, row.deliveries, row.attempts, float(row.age)
+                )
+            )
         found.sort(key=_number)
         return found
+
+    def _read_one_by_one(self, connection: Connection, token: str) -> Iterator[Any]:
+        """Yield the rows that were leased with ``token``, but for those that cannot be loaded."""
+        leased = select(events.c.seq).where(events.c.lease_token == token)
+        for number in connection.execute(leased).scalars().all():
+            try:
+                yield connection.execute(self._ask.leased, {"number": number}).one()
+            except _UNREADABLE as error:
+                self._bury_unreadable(connection, token, number, error)
+
+    def _bury_unreadable(
+        self, connection: Connection, token: str, number: int, error: Exception
+    ) -> None:
+        # It must not hold up the others. Of a driver's error not the statement, which has values.
+        reason = f"no event: {getattr(error, 'orig', None) or error}"
+        asked = {"why": reason, "of_token": token, "numbers": self._ask.numbers([number])}
+        connection.execute(self._ask.bury, asked)
+        logger.error("the row %d is %r", number, reason)
 
     def _settle(
         self,
@@ -452,5 +478,9 @@ class Store:
                 for token, seqs in by_token.items()
             )
 
+
+# What drivers and SQLAlchemy raise for a value that is not of its column's type: text where SQLite
+# was to hold bytes, a timestamp that Python has no type for.
+_UNREADABLE = (TypeError, ValueError, OverflowError, OSError, DataError)
 
 _number = attrgetter("seq")

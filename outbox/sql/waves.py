@@ -1,58 +1,20 @@
-"""What becomes of claimed rows when they are published."""
+"""Claimed rows on their way to the broker: all at once, or in waves that keep the order of keys."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 
-from outbox.errors import BrokerError
+from outbox.errors import UsageError
 from outbox.publisher import Publisher
-from outbox.report import PublishReport, Withdrawn
+from outbox.report import PublishReport
+from outbox.sql.outcome import Outcome, sort_out
 from outbox.sql.store import Claimed
 
-__all__ = ["Outcome", "publish_in_waves", "sort_out", "waves"]
-
-
-@dataclass
-class Outcome:
-    """The fates of claimed rows.
-
-    Attributes:
-        done: the broker answers for them, or ignored them as it should: they can go.
-        left: not confirmed; to be published again.
-        rejected: never to be published, each with the reason.
-        error: why some are left, or None.
-    """
-
-    done: list[Claimed] = field(default_factory=list)
-    left: list[Claimed] = field(default_factory=list)
-    rejected: list[tuple[Claimed, str]] = field(default_factory=list)
-    error: BrokerError | None = None
-
-    def add(self, other: Outcome) -> None:
-        """Add the fates of other rows."""
-        self.done += other.done
-        self.left += other.left
-        self.rejected += other.rejected
-        self.error = self.error or other.error
-
-
-def sort_out(rows: Iterable[Claimed], report: PublishReport) -> Outcome:
-    """Return the fates of ``rows``, whose events were published together, from their report."""
-    by_event = {id(row.event): row for row in rows}  # by identity: equal ones may be two rows
-    outcome = Outcome(error=report.error)
-    for event in (*report.published, *report.parked, *report.ignored):
-        outcome.done.append(by_event[id(event)])
-    for one in report.rejected:
-        row = by_event[id(one.event)]
-        if isinstance(one, Withdrawn):
-            outcome.left.append(row)
-        else:
-            outcome.rejected.append((row, one.reason))
-    return outcome
+__all__ = ["Batch", "publish_in_waves", "waves"]
 
 
 def waves(rows: Iterable[Claimed]) -> list[list[Claimed]]:
@@ -70,31 +32,127 @@ def waves(rows: Iterable[Claimed]) -> list[list[Claimed]]:
     return found
 
 
-def publish_in_waves(
-    publisher: Publisher, rows: Sequence[Claimed], *, until: float = math.inf
-) -> Outcome:
-    """Publish ``rows`` so that those of one key arrive in order, and return what became of them.
+class Batch:
+    """Rows of one claim that are being published. Not thread-safe.
 
-    One wave is confirmed before the next is sent; of a key, nothing is sent after what failed.
+    Ordered, they leave in waves: one is confirmed before the next is sent, and of a key nothing is
+    sent after what was not confirmed.
+
+    Attributes:
+        rows: all of them, in their order.
+        outcome: what is known of them so far.
+        until: no further wave is sent after that, by ``time.monotonic()``: a lease ends some time.
+    """
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        rows: Sequence[Claimed],
+        *,
+        ordered: bool,
+        until: float = math.inf,
+        on_report: Callable[[], None] | None = None,
+    ) -> None:
+        """Nothing is sent before :meth:`advance`.
+
+        Args:
+            publisher: of the events.
+            rows: at least one.
+            ordered: whether in waves.
+            until: see above.
+            on_report: called on any thread when :meth:`advance` may have something to do.
+        """
+        self.rows = rows
+        self.outcome = Outcome()
+        self.until = until
+        self._publisher = publisher
+        self._on_report = on_report
+        self._waves = deque(waves(rows) if ordered else [list(rows)])
+        self._sent: list[tuple[list[Claimed], Future[PublishReport]]] = []
+        self._begun = False
+        self._stopped: set[str | None] = set()
+
+    def advance(self) -> bool:
+        """Take in what is reported, and send what is next; return whether all have their fate.
+
+        Raises:
+            UsageError: the publisher is closed; what it has not confirmed is left.
+        """
+        try:
+            while all(report.done() for _, report in self._sent):
+                self._take_in()
+                if not self._waves:
+                    return True
+                self._send_next()
+        except UsageError:
+            self.abandon()
+            raise
+        return False
+
+    def wait(self) -> None:
+        """Wait for the report of what was sent first."""
+        for _, report in self._sent[:1]:
+            report.result()
+
+    def abandon(self) -> Outcome:
+        """Return the fates known so far, and all others as left: who waited does so no more."""
+        self._waves.clear()
+        self._sent = []
+        known = self.outcome
+        settled = {row.seq for row in known.done}
+        settled |= {row.seq for row, _ in (*known.refused, *known.rejected)}
+        known.left = [row for row in self.rows if row.seq not in settled]
+        return known
+
+    def _take_in(self) -> None:
+        for rows, report in self._sent:
+            found = sort_out(rows, report.result())
+            self.outcome.add(found)
+            failed = [*found.left, *(row for row, _ in found.refused)]
+            self._stopped.update(row.event.key for row in failed if row.event.key is not None)
+        self._sent = []
+
+    def _send_next(self) -> None:
+        wave = self._waves.popleft()
+        in_time = not self._begun or time.monotonic() < self.until
+        self._begun = True
+        going: list[Claimed] = []
+        for row in wave:
+            goes = in_time and row.event.key not in self._stopped
+            (going if goes else self.outcome.left).append(row)
+        if going:
+            self._send(going)
+
+    def _send(self, rows: list[Claimed]) -> None:
+        try:
+            report = self._publisher.submit([row.event for row in rows], keep=False)
+        except UsageError:  # the publisher is closed
+            raise
+        except Exception as error:  # one cannot be encoded: it must not hold up the others
+            if len(rows) == 1:
+                self.outcome.rejected.append((rows[0], f"cannot be encoded: {error!r}"))
+                return
+            half = len(rows) // 2
+            self._send(rows[:half])
+            self._send(rows[half:])
+            return
+        if self._on_report is not None:
+            on_report = self._on_report
+            report.add_done_callback(lambda _: on_report())
+        self._sent.append((rows, report))
+
+
+def publish_in_waves(publisher: Publisher, rows: Sequence[Claimed]) -> Outcome:
+    """Publish ``rows`` so that those of one key arrive in order, and return what became of them.
 
     Args:
         publisher: of the events.
         rows: in their order.
-        until: no wave is sent after that, by ``time.monotonic()``: a lease ends some time.
 
     Raises:
         UsageError: the publisher is closed.
     """
-    outcome = Outcome()
-    stopped: set[str | None] = set()
-    for number, wave in enumerate(waves(rows)):
-        in_time = not number or time.monotonic() < until
-        going = [row for row in wave if in_time and row.event.key not in stopped]
-        outcome.left += [row for row in wave if not in_time or row.event.key in stopped]
-        if not going:
-            continue
-        report = publisher.submit([row.event for row in going], keep=False).result()
-        found = sort_out(going, report)
-        outcome.add(found)
-        stopped.update(row.event.key for row in found.left if row.event.key is not None)
-    return outcome
+    batch = Batch(publisher, rows, ordered=True)
+    while not batch.advance():
+        batch.wait()
+    return batch.outcome

@@ -18,13 +18,13 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from outbox import BrokerError, Event, Publisher, UsageError
+from outbox import BrokerError, Publisher, UsageError
 from outbox.sql import Relay, Store
 from outbox.sql import relay as module
-from outbox.sql.engines import open_engine
 from outbox.testing.postgresql import PrivatePostgreSQL
 from proving.proxy import FaultProxy, Frame, Way
 from tests.amqp import Inspector
+from tests.relaying import an_event, is_empty, many, opened, running
 from tests.waiting import wait_until
 
 FULL = {"x-max-length": 1, "x-overflow": "reject-publish"}
@@ -36,12 +36,6 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/events.db"
     found: str = request.getfixturevalue("postgresql_url")
     return found
-
-
-def opened(url: str) -> Store:
-    store = Store(open_engine(url))
-    store.create()
-    return store
 
 
 @pytest.fixture
@@ -56,27 +50,6 @@ def postgresql_store(postgresql_url: str) -> Iterator[Store]:
     found = opened(postgresql_url)
     yield found
     found.engine.dispose()
-
-
-@contextlib.contextmanager
-def running(relay: Relay, timeout: float = 10.0) -> Iterator[Relay]:
-    relay.start()
-    try:
-        yield relay
-    finally:
-        relay.stop(timeout)
-
-
-def an_event(number: int, exchange: str, target: str = "a", **options: Any) -> Event:
-    return Event(id=f"e{number}", target=target, exchange=exchange, body=b"%d" % number, **options)
-
-
-def many(count: int, exchange: str, **options: Any) -> list[Event]:
-    return [an_event(number, exchange, **options) for number in range(count)]
-
-
-def is_empty(store: Store) -> bool:
-    return not store.status().queues
 
 
 # ---------------------------------------------------------------------------- on a good day
@@ -243,7 +216,7 @@ def test_while_a_broker_says_nothing_no_transaction_is_open_and_a_stop_gives_bac
                     assert not [one for one in states if one and "transaction" in one]
                 time.sleep(0.02)
         assert store.status().waiting == 20
-        assert relay.stats().released == 0
+        assert relay.stats().released == 20
         proxy.heal()
 
 
@@ -302,14 +275,15 @@ def test_an_unroutable_event_is_parked_and_done(
     assert is_empty(store)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 def test_run_once_raises_when_the_broker_is_away_and_gives_back(
-    store: Store, proxy: FaultProxy, name: str
+    store: Store, proxy: FaultProxy, name: str, ordered: bool
 ) -> None:
-    store.put(many(3, name))
+    store.put(many(3, name, key="k"))
     proxy.refuse()
     with Publisher(proxy.url, exchange=name, drain_timeout=0.1) as publisher:
         with pytest.raises(BrokerError):
-            Relay(store, publisher).run_once()
+            Relay(store, publisher, ordered=ordered).run_once()
     assert store.status().waiting == 3
 
 

@@ -37,7 +37,7 @@ def routes(*bindings: tuple[str, str, str]) -> Routes:
 def claimed(
     seq: int = 1, *, queue: str = "q", deliveries: int = 1, attempts: int = 0, event: Event = EVENT
 ) -> Claimed:
-    return Claimed(seq, queue, event, "token", deliveries, attempts)
+    return Claimed(seq, queue, event, "token", deliveries, attempts, age=0.0)
 
 
 def location(url: str) -> Location:

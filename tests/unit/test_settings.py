@@ -107,6 +107,11 @@ def test_no_url_names_the_three_forms() -> None:
         configure()
 
 
+def test_an_emptied_url_is_one_that_is_not_set() -> None:
+    assert Settings.load(None, {}, {"OUTBOX_URL": ""}).url is None
+    assert Settings.load(None, {}, {"OUTBOX_EXCHANGE": ""}).exchange == ""
+
+
 def test_settings_come_from_code_then_environment_then_default() -> None:
     environ = {"OUTBOX_TIMEOUT": "2.5", "OUTBOX_MAX_KEPT": "7", "OUTBOX_UNROUTABLE": "ignore"}
     settings = Settings.load("memory://", {"timeout": 1}, environ)

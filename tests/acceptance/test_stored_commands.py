@@ -1,0 +1,226 @@
+"""``outbox status``, ``retry``, ``purge`` and ``sql`` as their users run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from outbox.commands import exit_codes
+from outbox.sql import Store
+from tests.relaying import an_event, many, opened
+
+Done = subprocess.CompletedProcess[str]
+Run = Callable[..., Done]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/events.db"
+    found: str = request.getfixturevalue("postgresql_url")
+    return found
+
+
+def run_at(database: str, *arguments: str, **options: Any) -> Done:
+    return subprocess.run(
+        [sys.executable, "-m", "outbox", *arguments],
+        env={**os.environ, "OUTBOX_DATABASE_URL": database},
+        stdin=options.pop("stdin", subprocess.DEVNULL),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+@pytest.fixture
+def run(database: str) -> Run:
+    """Run the command on the test's database; nobody sits in front of it."""
+    return lambda *arguments, **options: run_at(database, *arguments, **options)
+
+
+@pytest.fixture
+def store(database: str) -> Iterator[Store]:
+    found = opened(database)
+    yield found
+    found.engine.dispose()
+
+
+@pytest.fixture
+def graves(store: Store) -> Store:
+    """Five dead events: e0 to e2 too large, e3 and e4 to the target b unroutable."""
+    store.put([*many(3, "x"), *(an_event(n, "x", "b") for n in (3, 4))])
+    rows = store.claim(5)
+    store.bury(rows[:3], "too large\x1b[2J")
+    store.bury(rows[3:], "unroutable: 312 NO_ROUTE")
+    return store
+
+
+def dead(store: Store) -> list[str]:
+    return [id for _, id, _, _ in store.dead()]
+
+
+# ------------------------------------------------------------------------------------- status
+
+
+def test_the_status_tells_what_waits_and_what_is_dead_and_why(run: Run, graves: Store) -> None:
+    graves.put(many(6, "x"))
+    graves.claim(1)
+    graves.release(graves.claim(2), 3600)
+    with graves.engine.begin() as connection:
+        connection.execute(text("UPDATE outbox_events SET queue = 'thumbnails' WHERE id = 'e5'"))
+    done = run("status")
+    assert done.returncode == exit_codes.SUCCESS, done.stderr
+    assert done.stdout.splitlines() == [
+        done.stdout.splitlines()[0],
+        "2 events scheduled for later",
+        "1 event on the way",
+        "5 events dead",
+        "    3: too large\\x1b[2J",
+        "    2: unroutable: 312 NO_ROUTE",
+        "queue thumbnails: 1 event",
+    ]
+    assert done.stdout.startswith("3 events waiting, the oldest for ")
+
+
+def test_the_status_is_one_object_of_json_when_asked(run: Run, graves: Store) -> None:
+    graves.put(many(2, "x"))
+    done = run("status", "--json")
+    found = json.loads(done.stdout)
+    assert 0 <= found.pop("oldest") < 60
+    assert found == {
+        "waiting": 2,
+        "scheduled": 0,
+        "leased": 0,
+        "dead": 5,
+        "dead_by_reason": {"too large\x1b[2J": 3, "unroutable: 312 NO_ROUTE": 2},
+        "queues": {"": 2},
+    }
+    assert "\x1b" not in done.stdout
+
+
+def test_the_status_of_an_empty_table_has_no_oldest(run: Run, store: Store) -> None:
+    assert store.status().oldest is None
+    assert json.loads(run("status", "--json").stdout)["oldest"] is None
+    assert run("status").stdout.startswith("0 events waiting\n")
+
+
+# ------------------------------------------------------------------------------ retry and purge
+
+
+@pytest.mark.parametrize(
+    ("selection", "chosen"),
+    [
+        (["--all"], ["e0", "e1", "e2", "e3", "e4"]),
+        (["--id", "e1", "--id", "e4", "--id", "nobody"], ["e1", "e4"]),
+        (["--reason", "NO_ROUTE"], ["e3", "e4"]),
+        (["--target", "a"], ["e0", "e1", "e2"]),
+        (["--target", "a", "--limit", "1"], ["e0"]),
+        (["--target", "a", "--reason", "NO_ROUTE"], []),
+    ],
+)
+def test_a_selection_is_made_due_again_and_the_rest_stays_dead(
+    run: Run, graves: Store, selection: list[str], chosen: list[str]
+) -> None:
+    planned = run("retry", *selection, "--dry-run")
+    assert [line.split()[0] for line in planned.stdout.splitlines()[:-1]] == chosen
+    assert len(dead(graves)) == 5
+    done = run("retry", *selection)
+    assert done.returncode == exit_codes.SUCCESS
+    assert done.stdout == f"{len(chosen)} event{'' if len(chosen) == 1 else 's'} due again\n"
+    assert [one.event.id for one in graves.claim(10)] == chosen
+    assert set(dead(graves)) == {"e0", "e1", "e2", "e3", "e4"} - set(chosen)
+
+
+def test_purge_deletes_what_is_selected_and_nothing_without_being_told(
+    run: Run, graves: Store
+) -> None:
+    graves.put([an_event(9, "x")])
+    assert run("purge", "--target", "b").returncode == exit_codes.USAGE
+    planned = run("purge", "--target", "b", "--dry-run")
+    assert planned.stdout.endswith("2 events would be deleted\n")
+    assert len(dead(graves)) == 5
+    done = run("purge", "--target", "b", "--yes")
+    assert (done.returncode, done.stdout) == (exit_codes.SUCCESS, "2 events deleted\n")
+    assert dead(graves) == ["e0", "e1", "e2"]
+    assert run("purge", "--all", "--yes").stdout == "3 events deleted\n"
+    assert run("purge", "--all", "--yes").returncode == exit_codes.SUCCESS
+    assert [one.event.id for one in graves.claim(10)] == ["e9"]  # what is alive stays
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "left"),
+    [(b"y\n", exit_codes.SUCCESS, 0), (b"\n", exit_codes.INCOMPLETE, 5)],
+)
+def test_on_a_terminal_purge_asks(
+    run: Run, graves: Store, answer: bytes, code: int, left: int
+) -> None:
+    controller, terminal = pty.openpty()
+    os.write(controller, answer)
+    done = run("purge", "--all", stdin=terminal)
+    os.close(terminal)
+    os.close(controller)
+    assert done.returncode == code
+    assert "Delete 5 events for good? [y/N]" in done.stdout
+    assert len(dead(graves)) == left
+
+
+@pytest.mark.parametrize("command", ["retry", "purge"])
+def test_a_command_for_dead_events_wants_to_know_which(
+    run: Run, graves: Store, command: str
+) -> None:
+    done = run(command, "--dry-run")
+    assert done.returncode == exit_codes.USAGE
+    assert "--id, --reason, --target, or --all" in done.stderr
+    assert len(dead(graves)) == 5
+
+
+# ---------------------------------------------------------------------------------------- sql
+
+
+def test_the_table_is_made_once_and_checked(run: Run, database: str) -> None:
+    missing = run("sql", "check")
+    assert missing.returncode == exit_codes.USAGE
+    assert "outbox sql create" in missing.stderr
+    assert run("sql", "create").stdout == "the table outbox_events was made\n"
+    assert run("sql", "create").stdout == "the table outbox_events is there\n"
+    assert run("sql", "check").stdout == "the table outbox_events is as it should be\n"
+    store = opened(database)
+    with store.engine.begin() as connection:
+        connection.execute(text("DROP INDEX outbox_events_due"))
+    store.engine.dispose()
+    lacking = run("sql", "check")
+    assert lacking.returncode == exit_codes.USAGE
+    assert "index outbox_events_due" in lacking.stderr
+    assert run("status").returncode == exit_codes.USAGE
+
+
+def test_the_ddl_that_is_printed_makes_the_table(tmp_path: Path) -> None:
+    printed = run_at("", "sql", "ddl", "--dialect", "sqlite")
+    with sqlite3.connect(tmp_path / "a.db") as connection:
+        connection.executescript(printed.stdout)
+    connection.close()
+    assert run_at(f"sqlite:///{tmp_path}/a.db", "sql", "check").returncode == exit_codes.SUCCESS
+    assert "BYTEA" in run_at("", "sql", "ddl", "--dialect", "postgresql").stdout
+    unknown = run_at("", "sql", "ddl", "--dialect", "oracle")
+    assert unknown.returncode == exit_codes.USAGE
+    assert "postgresql, sqlite" in unknown.stderr
+
+
+@pytest.mark.parametrize("command", [["status"], ["retry", "--all"], ["sql", "create"]])
+def test_a_database_that_cannot_be_reached_is_told_in_a_line(command: list[str]) -> None:
+    done = run_at("postgresql://u:hunter2@127.0.0.1:1/d", *command)
+    assert done.returncode == exit_codes.BROKER
+    assert len(done.stderr.splitlines()) == 1
+    assert "hunter2" not in done.stderr

@@ -34,7 +34,7 @@ def run(page: Path) -> dict[str, Any]:
     """Execute the page's snippets, one after the other, in one namespace."""
     namespace: dict[str, Any] = {"__name__": page.stem}
     for snippet in snippets(page):
-        exec(compile(snippet, str(page), "exec"), namespace)
+        exec(compile(snippet, str(page), "exec", dont_inherit=True), namespace)
     return namespace
 
 
@@ -145,6 +145,10 @@ def test_the_documented_options_of_the_commands_are_there() -> None:
         ["outbox", "parked", "list"],
         ["outbox", "parked", "replay"],
         ["outbox", "parked", "purge"],
+        ["outbox", "relay"],
+        ["outbox", "status"],
+        ["outbox", "retry"],
+        ["outbox", "sql", "ddl"],
         ["proving"],
         ["examples.demo"],
     ):

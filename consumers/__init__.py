@@ -1,8 +1,18 @@
-"""Consumers of RabbitMQ queues, and the worker that runs them."""
+"""Consumers of queues, and the worker that runs them."""
 
 from outbox.consumers.consumer import Consumer, FunctionConsumer, consumer
-from outbox.consumers.outcome import ACK, REJECT, REQUEUE, Outcome, Reject, Requeue
+from outbox.consumers.filters import after, around, before
+from outbox.consumers.outcome import (
+    ACK,
+    REJECT,
+    REQUEUE,
+    Outcome,
+    ProcessTimeout,
+    Reject,
+    Requeue,
+)
 from outbox.consumers.received import ReceivedEvent
+from outbox.consumers.retrying import Retry, RetryPolicy, exponential
 from outbox.consumers.worker import Worker
 
 __all__ = [
@@ -10,14 +20,22 @@ __all__ = [
     "Consumer",
     "FunctionConsumer",
     "ReceivedEvent",
+    "after",
+    "around",
+    "before",
     "consumer",
     # Outcomes
     "ACK",
     "REJECT",
     "REQUEUE",
     "Outcome",
+    "ProcessTimeout",
     "Reject",
     "Requeue",
+    # Retries
+    "Retry",
+    "RetryPolicy",
+    "exponential",
     # Running them
     "Worker",
 ]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from outbox import InvalidEvent, UsageError
-from outbox.consumers.outcome import Outcome
+from outbox.consumers.filters import Filters, filters_of
 from outbox.consumers.received import ReceivedEvent
+from outbox.consumers.retrying import RetryPolicy, seconds_of
 from outbox.event import check_name
 from outbox.subscription import QueueSpec
 
@@ -31,12 +34,20 @@ def _check(found: type[Consumer] | Consumer, what: str) -> None:
             check_name("exchange", found.exchange)
     except InvalidEvent as error:
         raise UsageError(f"{what}: {error}") from None
-    process = getattr(found, "_function", found.process)
-    if inspect.iscoroutinefunction(process):
-        raise UsageError(
-            f"{what}: process() is a coroutine function, which this version's worker does not run; "
-            "make it a plain function"
-        )
+    if found.retry is not None and not isinstance(found.retry, RetryPolicy):
+        raise UsageError(f"{what}: retry is {found.retry!r}, not a RetryPolicy")
+    for name in ("timeout", "deduplicate"):
+        value = getattr(found, name)
+        if value is None or (name == "deduplicate" and isinstance(value, bool)):
+            continue
+        try:
+            if not seconds_of(value):
+                raise UsageError(f"{name} is 0 seconds")
+        except UsageError as error:
+            raise UsageError(f"{what}: {name}: {error}") from None
+
+
+_CALLBACKS = ("on_success", "on_failure", "on_timeout", "on_dead")
 
 
 class Consumer:
@@ -51,12 +62,30 @@ class Consumer:
         exchange: the exchange it is bound to; None for the publisher's own.
         auto_publish: publish the follow-on events when ``process`` has succeeded. By default it
             publishes them itself, with ``publish()``.
+        retry: what is done about failed attempts; None for no retry.
+        timeout: seconds, or a timedelta, that ``process`` has; None for any time. Then the attempt
+            has failed. A coroutine is cancelled. A thread cannot be: it goes on, without being able
+            to publish, beside the next attempt; see ``Worker``.
+        deduplicate: process a message id once, and remember it for seven days, or for a timedelta;
+            in a database, see ``Worker``.
+        skip: names of inherited filters that are not to run.
+        filters: what :func:`before`, :func:`after` and :func:`around` have made, with the bases'.
+        callbacks: which of the ``on_`` methods are overridden.
+        is_async: whether ``process`` is a coroutine function.
     """
 
     queue: ClassVar[str] = ""
     topics: ClassVar[Sequence[str]] = ()
     exchange: ClassVar[str | None] = None
     auto_publish: ClassVar[bool] = False
+    retry: ClassVar[RetryPolicy | None] = None
+    timeout: ClassVar[float | datetime.timedelta | None] = None
+    deduplicate: ClassVar[bool | datetime.timedelta] = False
+    skip: ClassVar[Sequence[str]] = ()
+
+    filters: ClassVar[Filters] = Filters()
+    callbacks: ClassVar[frozenset[str]] = frozenset()
+    is_async: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check what the class says.
@@ -65,10 +94,42 @@ class Consumer:
             UsageError: names the class and what is wrong.
         """
         super().__init_subclass__(**kwargs)
-        _check(cls, f"the consumer {cls.__qualname__}")
+        what = f"the consumer {cls.__qualname__}"
+        _check(cls, what)
+        cls.filters = filters_of(cls, what=what)
+        cls.callbacks = frozenset(
+            name for name in _CALLBACKS if getattr(cls, name) is not getattr(Consumer, name)
+        )
+        cls.is_async = inspect.iscoroutinefunction(cls.process)
+        if not cls.is_async and cls.process is not Consumer.process:
+            for name in (*cls.callbacks, *sum(dataclasses.astuple(cls.filters), ())):
+                member = getattr(cls, name)
+                if inspect.iscoroutinefunction(member) or getattr(member, "is_async", False):
+                    raise UsageError(f"{what}: {name}() is asynchronous, and process() is not")
 
-    def process(self, event: ReceivedEvent) -> Outcome | None:
-        """Handle one message.
+    @property
+    def time_limit(self) -> float | None:
+        """The timeout in seconds."""
+        return None if self.timeout is None else seconds_of(self.timeout)
+
+    def on_success(self, event: ReceivedEvent) -> Any:
+        """Be told that a message was processed. Called before it is acked.
+
+        What these four enqueue is published when they return. What they raise is logged, and
+        changes nothing. In a consumer of asyncio they may be coroutine functions.
+        """
+
+    def on_failure(self, event: ReceivedEvent, error: BaseException) -> Any:
+        """Be told of a failed attempt, whether it is retried or not."""
+
+    def on_timeout(self, event: ReceivedEvent) -> Any:
+        """Be told that an attempt took longer than ``timeout``; ``on_failure`` is called, too."""
+
+    def on_dead(self, event: ReceivedEvent, reason: str) -> Any:
+        """Be told that a message goes to the dead letters."""
+
+    def process(self, event: ReceivedEvent) -> Any:
+        """Handle one message; a plain function, or a coroutine function.
 
         Events enqueued here are follow-ons: ``publish()`` waits until the broker has confirmed
         them, and only then is the message acked. They get the same ids when the same message is
@@ -79,8 +140,10 @@ class Consumer:
 
         Raises:
             Reject: to the dead letters, with a reason.
+            Retry: a failed attempt, to be tried again.
             Requeue: back to the queue.
-            Exception: any other is a failed attempt: the message goes to the dead letters.
+            Exception: any other is a failed attempt: ``retry`` decides what follows, and without
+                one the message goes to the dead letters.
         """
         raise NotImplementedError(f"{type(self).__qualname__} has no process()")
 
@@ -99,6 +162,7 @@ class FunctionConsumer(Consumer):
         self._function = function
         for name, value in attributes.items():
             setattr(self, name, value)
+        self.is_async = inspect.iscoroutinefunction(function)  # type: ignore[misc]
         _check(self, f"the consumer {function.__qualname__}")
         if not self.queue:
             raise UsageError(f"the consumer {function.__qualname__} names no queue")
@@ -109,10 +173,9 @@ class FunctionConsumer(Consumer):
     def __repr__(self) -> str:
         return f"<consumer {self._function.__qualname__} of {self.queue!r}>"
 
-    def process(self, event: ReceivedEvent) -> Outcome | None:
+    def process(self, event: ReceivedEvent) -> Any:
         """Call the function."""
-        result: Outcome | None = self._function(event)
-        return result
+        return self._function(event)
 
 
 def consumer(
@@ -121,6 +184,9 @@ def consumer(
     topics: Sequence[str] = (),
     exchange: str | None = None,
     auto_publish: bool = False,
+    retry: RetryPolicy | None = None,
+    timeout: float | datetime.timedelta | None = None,
+    deduplicate: bool | datetime.timedelta = False,
 ) -> Callable[[Callable[[ReceivedEvent], Any]], FunctionConsumer]:
     """Make a consumer of the function below; the arguments are :class:`Consumer`'s attributes.
 
@@ -130,7 +196,14 @@ def consumer(
 
     def decorate(function: Callable[[ReceivedEvent], Any]) -> FunctionConsumer:
         return FunctionConsumer(
-            function, queue=queue, topics=topics, exchange=exchange, auto_publish=auto_publish
+            function,
+            queue=queue,
+            topics=topics,
+            exchange=exchange,
+            auto_publish=auto_publish,
+            retry=retry,
+            timeout=timeout,
+            deduplicate=deduplicate,
         )
 
     return decorate

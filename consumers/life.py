@@ -1,74 +1,395 @@
-"""The life of a message: decode, process, outcome. No I/O of its own; shared by every engine."""
+"""The life of a message, from its delivery to its end. No I/O of its own; shared by every engine.
+
+It is written as generators of *steps*: what is to be called next, with which arguments, and in
+which time. An engine calls it and sends the result back; where that can be awaited, an engine of
+asyncio awaits it first. So there is one life, and it knows nothing of threads, tasks or processes.
+
+decode, look into the inbox, filters and ``process``, follow-on events, callbacks, settle.
+"""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from outbox import BrokerError, Event, EventCollector, Publisher, PublishFailed, UnpublishedEvents
+from outbox.buffer import Buffer
+from outbox.consumers.away import is_away
 from outbox.consumers.consumer import Consumer
+from outbox.consumers.copies import dead_letter, retry_copy
 from outbox.consumers.outcome import (
     ACK,
+    DUPLICATE,
     Ack,
+    Again,
     Dead,
+    Failed,
     Hold,
     Outcome,
+    ProcessTimeout,
     Reject,
     Requeue,
     Return,
 )
 from outbox.consumers.received import ReceivedEvent, Undecodable, decode
+from outbox.consumers.retrying import Retry, RetryPolicy
 from outbox.ids import follow_on_id
 from outbox.spread import ids
-from outbox.subscription import Delivery
+from outbox.subscription import Delivery, Subscription
 
-__all__ = ["run"]
+__all__ = ["Inbox", "InboxEntry", "Message", "Services", "Step", "Steps", "call"]
 
 logger = logging.getLogger("outbox.consumer")
 
+T = TypeVar("T")
 
-def run(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome:
-    """Return what is to become of ``delivery``, having processed it.
+_PAUSE = 0.5  # seconds between two looks whether the broker takes events again
+_LONGEST_PAUSE = 30.0  # seconds, while a database is away
+_FOR_RETRY = RetryPolicy()
 
-    To be called in a context of the message's own. Never raises an ``Exception``.
+
+class Step(NamedTuple):
+    """What an engine is to do next.
+
+    Attributes:
+        call: the function; what it returns may have to be awaited.
+        arguments: of the call.
+        timeout: seconds, or None.
     """
-    try:
-        event = decode(delivery)
-    except Undecodable as error:
-        return Dead(f"undecodable: {error}", error)
-    collector = _MessageCollector(publisher, event, auto_publish=consumer.auto_publish)
-    with EventCollector.use(collector):
+
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    timeout: float | None = None
+
+
+Steps = Generator[Step, Any, T]
+
+
+class InboxEntry(Protocol):
+    """What an inbox knows of one message and one consumer."""
+
+    def is_done(self) -> bool:
+        """Return whether the message has been done. Waits for the database."""
+        ...
+
+    def join(self) -> None:
+        """Have it noted in the handler's own transaction, if it has one. Waits for nothing."""
+        ...
+
+    def note(self) -> None:
+        """Note that it is done, unless the handler's transaction has. Waits for the database."""
+        ...
+
+
+class Inbox(Protocol):
+    """Remembers which messages a consumer has done."""
+
+    def entry(self, consumer: Consumer, event: ReceivedEvent) -> InboxEntry:
+        """Return what is known of ``event``; asks nobody yet."""
+        ...
+
+
+class Services(Protocol):
+    """What the life of a message needs of the engine that runs it."""
+
+    @property
+    def publisher(self) -> Publisher:
+        """Of follow-on events, retries and dead letters."""
+        ...
+
+    @property
+    def subscription(self) -> Subscription:
+        """Where the messages come from."""
+        ...
+
+    @property
+    def inbox(self) -> Inbox | None:
+        """What has been done, or None, where nobody has named a database for that."""
+        ...
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether nothing that can wait is to be done any more."""
+        ...
+
+    def publish(self, collector: EventCollector) -> Any:
+        """Publish what ``collector`` holds; return the report, or something to await."""
+        ...
+
+    def publish_one(self, event: Event) -> Any:
+        """Publish ``event``, withdrawn when it is not confirmed; return the report, or so."""
+        ...
+
+    def apart(self, function: Callable[[], Any]) -> Any:
+        """Call what waits for a database; return its result, or something to await."""
+        ...
+
+    def pause(self, seconds: float) -> Any:
+        """Wait, but not when the worker is stopping; return None, or something to await."""
+        ...
+
+
+class Message:
+    """One message in the hands of a worker.
+
+    Attributes:
+        consumer: that processes it.
+        delivery: as it came.
+        event: decoded; None until then.
+    """
+
+    def __init__(self, consumer: Consumer, delivery: Delivery, services: Services) -> None:
+        """Nothing is done yet."""
+        self.consumer = consumer
+        self.delivery = delivery
+        self.event: ReceivedEvent | None = None
+        self._services = services
+        self._collector: _MessageCollector | None = None
+        self._given_up = False
+
+    def live(self) -> Steps[Outcome | None]:
+        """Process the message and settle it.
+
+        Returns:
+            What became of it; None if it is left: somebody else gets it.
+        """
+        pause = _PAUSE
+        while True:
+            result = yield from self.attempt()
+            if self._given_up:
+                return None
+            outcome = yield from self.conclude(result)
+            if not isinstance(outcome, Hold):
+                return (yield from self.settle(outcome))
+            logger.warning("holding message %r: %s", self.delivery.message_id, outcome.error)
+            if not (yield from self._until_ready(outcome, pause)):
+                return None
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def give_up(self, error: BaseException) -> Steps[Outcome | None]:
+        """End the message in the place of an attempt that goes on and cannot be stopped.
+
+        That attempt publishes nothing from now on, and must not settle.
+        """
+        self._given_up = True
+        if self._collector is not None:
+            self._collector.end()
+        outcome = yield from self.conclude(Failed(error))
+        return (yield from self.settle(outcome))
+
+    def attempt(self) -> Steps[Outcome | Failed]:
+        """Process the message once; never raises an ``Exception``."""
         try:
-            outcome = _process(consumer, event, collector)
-        except (Exception, SystemExit) as error:  # a handler's sys.exit() is no worker's end
-            outcome = _of_exception(error)
-        finally:
-            left = collector.end()
-        if left and not isinstance(outcome, Ack):
-            logger.debug("dropped with %r: %s", event.id, ids(left))
+            event = self.event = self.event or decode(self.delivery)
+        except Undecodable as error:
+            return Dead(f"undecodable: {error}", error)
+        services = self._services
+        collector = self._collector = _MessageCollector(
+            services.publisher, event, auto_publish=self.consumer.auto_publish
+        )
+        outcome: Outcome | Failed
+        with EventCollector.use(collector):
+            try:
+                outcome = yield from self._process(event, collector)
+            except (Exception, SystemExit) as error:  # a handler's sys.exit() is no worker's end
+                outcome = _of_exception(error)
+            finally:
+                left = collector.end()
+            if left and not isinstance(outcome, Ack):
+                logger.debug("dropped with %r: %s", event.id, ids(left))
+            return outcome
+
+    def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
+        """Decide what follows from an attempt, and tell the consumer."""
+        consumer, event = self.consumer, self.event
+        if event is None:  # undecodable: there is nothing that a consumer could be told
+            assert not isinstance(result, Failed)
+            return result
+        told = consumer.callbacks
+        outcome = self._decide(event, result.error) if isinstance(result, Failed) else result
+        if not told:
+            return outcome
+        if isinstance(result, Failed):
+            if isinstance(result.error, ProcessTimeout) and "on_timeout" in told:
+                yield from self._tell(event, consumer.on_timeout, event)
+            if "on_failure" in told:
+                yield from self._tell(event, consumer.on_failure, event, result.error)
+        if isinstance(outcome, Dead) and "on_dead" in told:
+            yield from self._tell(event, consumer.on_dead, event, outcome.reason)
+        if outcome is not DUPLICATE and isinstance(outcome, Ack) and "on_success" in told:
+            yield from self._tell(event, consumer.on_success, event)
         return outcome
 
+    def settle(self, outcome: Outcome) -> Steps[Outcome | None]:
+        """Do with the delivery what ``outcome`` says: the one place that settles messages."""
+        subscription, delivery = self._services.subscription, self.delivery
+        match outcome:
+            case Ack():
+                subscription.ack(delivery)
+            case Return(delay=delay):
+                subscription.requeue(delivery, delay)
+            case Again():
+                copy = retry_copy(delivery, outcome)
+                if copy is None:
+                    reason = "its headers leave no room for a retry's"
+                    return (yield from self.settle(Dead(reason, outcome.error, outcome.attempts)))
+                logger.warning(
+                    "message %r of %r failed, attempt %d; again in %.1f s",
+                    delivery.message_id,
+                    delivery.queue,
+                    outcome.attempts,
+                    outcome.delay,
+                    exc_info=outcome.error,
+                )
+                return (yield from self._send_on(copy, outcome))
+            case Dead():
+                logger.error(
+                    "message %r of %r goes to the dead letters: %r",
+                    delivery.message_id,
+                    delivery.queue,
+                    outcome.reason,
+                    exc_info=outcome.error,
+                )
+                return (yield from self._send_on(dead_letter(delivery, outcome), outcome))
+            case Hold():
+                raise AssertionError("a held message is processed again, not settled")
+        return outcome
 
-def _process(consumer: Consumer, event: ReceivedEvent, collector: _MessageCollector) -> Outcome:
-    result = consumer.process(event)
-    outcome = ACK if result is None else result
-    if not isinstance(outcome, Ack | Dead | Return):
-        raise TypeError(
-            f"process() returned {result!r}; return None, ACK, REJECT or REQUEUE, "
-            "and publish follow-on events with publish()"
-        )
-    if isinstance(outcome, Ack) and collector.events:
-        if consumer.auto_publish:
-            collector.publish()
+    def _process(self, event: ReceivedEvent, collector: _MessageCollector) -> Steps[Outcome]:
+        consumer, services = self.consumer, self._services
+        entry: InboxEntry | None = None
+        if consumer.deduplicate and services.inbox is not None:
+            entry = services.inbox.entry(consumer, event)
+            if (yield Step(services.apart, (entry.is_done,))):
+                return DUPLICATE
+            entry.join()
+        if consumer.filters:
+            result = yield from self._around(consumer.filters.around, event)
         else:
-            unpublished = tuple(one.id for one in collector.events)
-            raise UnpublishedEvents(unpublished)
-    return outcome
+            result = yield Step(consumer.process, (event,), consumer.time_limit)
+        outcome = ACK if result is None else result
+        if not isinstance(outcome, Ack | Dead | Return):
+            raise TypeError(
+                f"process() returned {result!r}; return None, ACK, REJECT or REQUEUE, "
+                "and publish follow-on events with publish()"
+            )
+        if isinstance(outcome, Ack):
+            if collector.events:
+                if not consumer.auto_publish:
+                    raise UnpublishedEvents(tuple(one.id for one in collector.events))
+                yield Step(services.publish, (collector,))
+            if entry is not None:
+                yield Step(services.apart, (entry.note,))
+        return outcome
+
+    def _around(self, names: Sequence[str], event: ReceivedEvent) -> Steps[Any]:
+        if not names:
+            return (yield from self._before_and_after(event))
+        manager = getattr(self.consumer, names[0])(event)
+        is_async = hasattr(manager, "__aenter__")
+        end = manager.__aexit__ if is_async else manager.__exit__
+        yield Step(manager.__aenter__ if is_async else manager.__enter__)
+        try:
+            result = yield from self._around(names[1:], event)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            if not (yield Step(end, (type(error), error, error.__traceback__))):
+                raise
+            return None
+        yield Step(end, (None, None, None))
+        return result
+
+    def _before_and_after(self, event: ReceivedEvent) -> Steps[Any]:
+        consumer, filters = self.consumer, self.consumer.filters
+        for name in filters.before:
+            result = yield Step(getattr(consumer, name), (event,))
+            if result is not None:
+                return result
+        result = yield Step(consumer.process, (event,), consumer.time_limit)
+        if result is None or isinstance(result, Ack):
+            for name in filters.after:
+                yield Step(getattr(consumer, name), (event,))
+        return result
+
+    def _decide(self, event: ReceivedEvent, error: BaseException) -> Again | Dead:
+        first = event.first_failure or datetime.datetime.now(datetime.UTC)
+        policy = self.consumer.retry
+        if policy is None and isinstance(error, Retry):
+            policy = _FOR_RETRY
+        if policy is not None:
+            try:
+                delay = policy.delay_after(error, event.attempt)
+            except Exception as wrong:  # in a delay of the user's own
+                logger.exception("the retry policy of %r failed", self.consumer)
+                error.add_note(f"and then the retry policy failed: {wrong!r}")
+                delay = None
+            if delay is not None:
+                return Again(delay, error, event.attempt, first)
+        reason = f"{type(error).__qualname__}: {error}"
+        return Dead(reason, error, event.attempt, first)
+
+    def _tell(self, event: ReceivedEvent, call: Callable[..., Any], *arguments: Any) -> Steps[None]:
+        """Call back; what that enqueues is published and kept like a request's."""
+        collector = _CallbackCollector(self._services.publisher, event, auto_publish=True)
+        with EventCollector.use(collector):
+            try:
+                yield Step(call, arguments)
+                if collector.events:
+                    yield Step(self._services.publish, (collector,))
+            except Exception:
+                logger.exception("%s of %r failed", call.__name__, self.consumer)
+            finally:
+                collector.end()
+
+    def _send_on(self, copy: Event, outcome: Outcome) -> Steps[Outcome | None]:
+        """Publish what takes the message's place, and ack it when that is confirmed."""
+        services = self._services
+        while True:
+            report = yield Step(services.publish_one, (copy,))
+            if report.ok:
+                services.subscription.ack(self.delivery)
+                return outcome
+            logger.error("%r is not published yet: %s", copy, report)
+            if report.error is None:
+                services.subscription.declare_again()  # somebody deleted the queue
+            if not (yield from self._until_ready(None, _PAUSE)):
+                return None
+
+    def _until_ready(self, held: Hold | None, seconds: float) -> Steps[bool]:
+        """Wait for what the message needs; return False if it is no longer ours to settle."""
+        services = self._services
+        yield Step(services.pause, (seconds if held and not held.is_brokers else _PAUSE,))
+        while not services.is_stopping and not services.subscription.is_stale(self.delivery):
+            if services.publisher.connected:
+                return True
+            yield Step(services.pause, (_PAUSE,))
+        return False
 
 
-def _of_exception(error: BaseException) -> Outcome:
+def call(steps: Steps[T]) -> T:
+    """Take ``steps`` here and now, without regard to timeouts, and return their result."""
+    value: Any = None
+    error: BaseException | None = None
+    while True:
+        try:
+            step = steps.send(value) if error is None else steps.throw(error)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+        value = error = None
+        try:
+            value = step.call(*step.arguments)
+        except BaseException as raised:
+            error = raised
+
+
+def _of_exception(error: BaseException) -> Outcome | Failed:
     match error:
         case Reject():
             return Dead(error.reason, error)
@@ -76,10 +397,14 @@ def _of_exception(error: BaseException) -> Outcome:
             return Return()
         case PublishFailed() if error.report.error is None:
             return Dead(f"a follow-on was rejected: {error}", error)
+        case UnpublishedEvents():
+            return Dead(f"{type(error).__qualname__}: {error}", error)
         case BrokerError():
             return Hold(error)
+        case Exception() if is_away(error):
+            return Hold(error)
         case _:
-            return Dead(f"{type(error).__qualname__}: {error}", error)
+            return Failed(error)
 
 
 class _MessageCollector(EventCollector):
@@ -93,6 +418,15 @@ class _MessageCollector(EventCollector):
 
     def end(self) -> tuple[Event, ...]:
         return self._drop(self._root.close())
+
+
+class _CallbackCollector(_MessageCollector):
+    """The collector of a callback: the message's fate is decided, so its events are kept."""
+
+    __slots__ = ()
+
+    def _keeps(self, buffer: Buffer) -> bool:
+        return True
 
 
 class _FollowOnIds:

@@ -1,7 +1,8 @@
-"""Outcomes: what is to become of a message; ``Worker.settle`` is the place that acts on them."""
+"""Outcomes: what is to become of a message; ``settling.Settler`` is the place that acts on them."""
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -9,12 +10,16 @@ from outbox import BrokerError
 
 __all__ = [
     "ACK",
+    "DUPLICATE",
     "REJECT",
     "REQUEUE",
     "Ack",
+    "Again",
     "Dead",
+    "Failed",
     "Hold",
     "Outcome",
+    "ProcessTimeout",
     "Reject",
     "Requeue",
     "Return",
@@ -26,7 +31,41 @@ REQUEUE_DELAY = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """Done: the broker may forget the message."""
+    """Done: the broker may forget the message.
+
+    Attributes:
+        duplicate: it had been done before, and was not processed.
+    """
+
+    duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An attempt has failed; the consumer's retry policy decides what follows.
+
+    Attributes:
+        error: what was raised.
+    """
+
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """To be tried again: a copy comes to the queue in ``delay`` seconds.
+
+    Attributes:
+        delay: seconds.
+        error: the exception behind it.
+        attempts: that there were, this one included.
+        first_failure: when the first of them failed.
+    """
+
+    delay: float
+    error: BaseException
+    attempts: int
+    first_failure: datetime.datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +75,14 @@ class Dead:
     Attributes:
         reason: what is wrong, for whoever reads the dead letters.
         error: the exception behind it, if there is one.
+        attempts: that there were, this one included.
+        first_failure: when the first of them failed; None for the present.
     """
 
     reason: str
     error: BaseException | None = None
+    attempts: int = 1
+    first_failure: datetime.datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +94,26 @@ class Return:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Not the message's fault: held, and processed again once the broker takes events again."""
+    """Not the message's fault: held, and processed again when what it needs is back.
 
-    error: BrokerError
+    Attributes:
+        error: of the broker, or of a database.
+    """
+
+    error: Exception
+
+    @property
+    def is_brokers(self) -> bool:
+        """Whether the broker takes no events; a database otherwise."""
+        return isinstance(self.error, BrokerError)
 
 
-Outcome: TypeAlias = Ack | Dead | Return | Hold
+Outcome: TypeAlias = Ack | Again | Dead | Return | Hold
 
 ACK = Ack()
 """Returned by ``process()``: done. None says the same."""
+
+DUPLICATE = Ack(duplicate=True)
 
 REJECT = Dead("rejected by the consumer")
 """Returned by ``process()``: to the dead letters."""
@@ -85,3 +139,7 @@ class Requeue(Exception):
     For what is not the message's fault and will pass. It counts as no failure, and nothing limits
     how often it happens.
     """
+
+
+class ProcessTimeout(TimeoutError):
+    """An attempt took longer than the consumer's ``timeout``: a failed one."""

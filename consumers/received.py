@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from outbox import Event
+from outbox.headers import ATTEMPT, FIRST_FAILURE
 from outbox.ids import new_id
 from outbox.serializer import JSONSerializer, serializer_for
 from outbox.subscription import Delivery
@@ -33,11 +34,13 @@ class ReceivedEvent(Event):
         queue: where it was consumed from.
         attempt: 1 for the first attempt to process it.
         redelivered: whether it may have been delivered before; a hint, no more.
+        first_failure: when the first attempt failed, if there was one before this.
     """
 
     queue: str = ""
     attempt: int = 1
     redelivered: bool = False
+    first_failure: datetime.datetime | None = None
     _payload: Any = field(default=None, kw_only=True)
 
     @property
@@ -67,7 +70,7 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         raise Undecodable(f"its body is not {content_type}: {error}") from error
     headers = delivery.headers or {}
     key = headers.get("outbox-key")
-    attempt = headers.get("outbox-attempt")
+    attempt = headers.get(ATTEMPT)
     return ReceivedEvent(
         id=delivery.message_id or new_id(),
         target=delivery.target,
@@ -81,8 +84,19 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         queue=delivery.queue,
         attempt=attempt if isinstance(attempt, int) and attempt > 0 else 1,
         redelivered=delivery.redelivered,
+        first_failure=_instant(headers.get(FIRST_FAILURE)),
         _payload=payload,
     )
+
+
+def _instant(text: Any) -> datetime.datetime | None:
+    if not isinstance(text, str):
+        return None
+    try:
+        found = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found if found.tzinfo is not None else None
 
 
 def _plain(value: Any) -> Any:

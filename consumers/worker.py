@@ -1,20 +1,18 @@
-"""The threaded worker: takes messages from a subscription and settles every one."""
+"""The worker: takes messages from a subscription and has every one processed and settled."""
 
 from __future__ import annotations
 
-import contextvars
 import logging
-import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from outbox import Publisher, UsageError
 from outbox.configuration import default_publisher
-from outbox.consumers import life
 from outbox.consumers.consumer import Consumer
-from outbox.consumers.dead_letter import dead_letter
-from outbox.consumers.outcome import Ack, Dead, Hold, Outcome, Return
+from outbox.consumers.life import Inbox
+from outbox.consumers.tasks import TaskEngine
+from outbox.consumers.threads import ThreadEngine
 from outbox.subscription import Delivery
 from outbox.transports import open_subscription
 
@@ -22,15 +20,19 @@ __all__ = ["Worker"]
 
 logger = logging.getLogger("outbox.consumer")
 
-_PAUSE = 0.5
-
 
 class Worker:
-    """Runs consumers on a pool of threads until it is stopped.
+    """Runs consumers until it is stopped: plain ones on threads, asynchronous ones as tasks.
 
     A message is acked when it has been processed and its follow-on events are confirmed, on
-    another connection. While the broker takes no events, messages are held, not failed. The link to
-    the broker is reopened for as long as the worker runs.
+    another connection. While the broker takes no events, or a database is away, messages are held,
+    not failed. The link to the broker is reopened for as long as the worker runs.
+
+    A plain handler that takes longer than its consumer's ``timeout`` cannot be stopped. Its message
+    is given up, another thread takes its place, and what it publishes from then on is refused: so
+    it may still be running beside the next attempt. As many late handlers as there are threads are
+    replaced; beyond that the worker has a thread less until one of them ends. Coroutines are
+    cancelled.
 
     ``start``, ``stop`` and ``wait`` may be called from any thread, but not from a signal handler.
     """
@@ -41,7 +43,9 @@ class Worker:
         *,
         publisher: Publisher | None = None,
         threads: int = 8,
+        concurrency: int = 100,
         prefetch: int | None = None,
+        inbox: Inbox | None = None,
     ) -> None:
         """Make a worker; nothing is connected yet.
 
@@ -49,13 +53,17 @@ class Worker:
             consumers: classes or instances, one a queue.
             publisher: of the follow-on events and dead letters; its URL is consumed from. The
                 default is the process's own.
-            threads: how many messages are processed at a time, 1 or more.
+            threads: how many messages of plain consumers are processed at a time, 1 or more.
+            concurrency: how many messages of asynchronous consumers are, 1 or more.
             prefetch: how many messages of each queue the broker sends ahead, 1 to 65535. The
-                default keeps the threads busy while acks travel: four a thread, at least 50.
-                Lower it when messages take long, so that other workers get their share.
+                default keeps the worker busy while acks travel: four a thread, at least 50, and
+                twice the concurrency where there are asynchronous consumers. Lower it when messages
+                take long, so that other workers get their share.
+            inbox: remembers what consumers that ``deduplicate`` have done.
 
         Raises:
-            UsageError: there is no consumer, two have the same queue, or a number is out of range.
+            UsageError: there is no consumer, two have the same queue, one deduplicates without an
+                inbox, or a number is out of range.
         """
         self.consumers: dict[str, Consumer] = {}
         for one in consumers:
@@ -67,12 +75,19 @@ class Worker:
             self.consumers[consumer.queue] = consumer
         if not self.consumers:
             raise UsageError("a worker needs at least one consumer")
-        if threads < 1:
-            raise UsageError(f"threads is {threads}, not 1 or more")
+        for name, number in (("threads", threads), ("concurrency", concurrency)):
+            if number < 1:
+                raise UsageError(f"{name} is {number}, not 1 or more")
         self.threads = threads
-        self.prefetch = max(50, 4 * threads) if prefetch is None else prefetch
-        if not 1 <= self.prefetch <= 65535:
+        self.concurrency = concurrency
+        plain = [one for one in self.consumers.values() if not one.is_async]
+        asynchronous = [one for one in self.consumers.values() if one.is_async]
+        if prefetch is None:
+            busy = max(4 * threads if plain else 0, 2 * concurrency if asynchronous else 0)
+            prefetch = min(max(50, busy), 65535)
+        if not 1 <= prefetch <= 65535:
             raise UsageError(f"prefetch is {prefetch}, not 1 to 65535")
+        self.prefetch = prefetch
         self.publisher = publisher or default_publisher()
         settings = self.publisher.settings
         self._subscription = open_subscription(
@@ -80,25 +95,23 @@ class Worker:
             [consumer.spec(settings.exchange) for consumer in self.consumers.values()],
             self.prefetch,
         )
-        self._inbox: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
-        self._pool: list[threading.Thread] = []
+        common = (self.consumers, self.publisher, self._subscription, inbox)
+        self._threads = ThreadEngine(*common, threads=threads) if plain else None
+        self._tasks = TaskEngine(*common, concurrency=concurrency) if asynchronous else None
         self._stopping = threading.Event()
-        self._finished = threading.Event()
         self._refused = ""
+
+    @property
+    def late(self) -> int:
+        """How many handlers go on although their time is over."""
+        return self._threads.late if self._threads is not None else 0
 
     def start(self) -> None:
         """Begin to consume, in the background."""
-        context = contextvars.copy_context()
-        self._pool = [
-            threading.Thread(
-                target=self._work, args=(context,), name=f"outbox-worker-{number}", daemon=True
-            )
-            for number in range(1, self.threads + 1)
-        ]
-        for thread in self._pool:
-            thread.start()
+        for engine in self._engines():
+            engine.start()
         self.publisher.make_ready()
-        self._subscription.start(self._inbox.put, self._on_refused)
+        self._subscription.start(self._receiver(), self._on_refused)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the worker is asked to stop, at most ``timeout`` seconds; return whether so.
@@ -117,86 +130,35 @@ class Worker:
 
         Args:
             timeout: seconds that the messages being processed have. What is not finished then is
-                delivered again, later.
+                delivered again, later; coroutines are cancelled.
 
         Returns:
             Whether all of them finished.
         """
         deadline = time.monotonic() + timeout
         self._stopping.set()
+        for engine in self._engines():
+            engine.ask_to_stop(deadline)
         self._subscription.cancel()
-        for _ in self._pool:
-            self._inbox.put(None)
-        for thread in self._pool:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        finished = not any(thread.is_alive() for thread in self._pool)
+        ends = [engine.stop(deadline) for engine in self._engines()]
+        finished = all(ends)
         if not finished:
             logger.warning("some messages did not finish within %.1f s: they come again", timeout)
         self._subscription.close()
         return finished
 
-    def settle(self, delivery: Delivery, outcome: Outcome) -> None:
-        """Do with ``delivery`` what ``outcome`` says: the one place that settles messages."""
-        match outcome:
-            case Ack():
-                self._subscription.ack(delivery)
-            case Dead():
-                self._bury(delivery, outcome)
-            case Return(delay=delay):
-                self._subscription.requeue(delivery, delay)
-            case Hold():
-                raise AssertionError("a held message is processed again, not settled")
+    def _engines(self) -> list[ThreadEngine | TaskEngine]:
+        return [one for one in (self._threads, self._tasks) if one is not None]
 
-    def _work(self, context: contextvars.Context) -> None:
-        while (delivery := self._inbox.get()) is not None:
-            if self._stopping.is_set() or self._subscription.is_stale(delivery):
-                continue  # it is given back when the subscription closes, or was already
-            try:
-                self._handle(delivery, context)
-            except BaseException:  # a bug of ours must end neither the thread nor the message
-                logger.exception("could not handle message %r", delivery.message_id)
-                self._subscription.requeue(delivery, _PAUSE)
-
-    def _handle(self, delivery: Delivery, context: contextvars.Context) -> None:
-        consumer = self.consumers[delivery.queue]
-        while True:
-            outcome = context.copy().run(life.run, consumer, delivery, self.publisher)
-            if not isinstance(outcome, Hold):
-                self.settle(delivery, outcome)
-                return
-            logger.warning("holding message %r: %s", delivery.message_id, outcome.error)
-            if not self._pause(delivery):
-                return
-
-    def _pause(self, delivery: Delivery) -> bool:
-        """Wait for the publisher; return False if the message is no longer ours to settle."""
-        self._stopping.wait(_PAUSE)
-        while not self._stopping.is_set() and not self._subscription.is_stale(delivery):
-            if self.publisher.connected:
-                return True
-            self._stopping.wait(_PAUSE)
-        return False
-
-    def _bury(self, delivery: Delivery, outcome: Dead) -> None:
-        """Publish ``delivery`` to its dead letters, and ack it when that is confirmed."""
-        logger.error(
-            "message %r of %r goes to the dead letters: %r",
-            delivery.message_id,
-            delivery.queue,
-            outcome.reason,
-            exc_info=outcome.error,
-        )
-        letter = dead_letter(delivery, outcome)
-        while True:
-            report = self.publisher.publish([letter], keep=False)
-            if report.ok:
-                self._subscription.ack(delivery)
-                return
-            logger.error("the dead letter %r is not published yet: %s", letter.id, report)
-            if report.error is None:
-                self._subscription.declare_again()  # somebody deleted the dead letters' queue
-            if not self._pause(delivery):
-                return
+    def _receiver(self) -> Callable[[Delivery], None]:
+        if self._tasks is None or self._threads is None:
+            [engine] = self._engines()
+            return engine.put
+        of_queue = {
+            queue: self._tasks.put if consumer.is_async else self._threads.put
+            for queue, consumer in self.consumers.items()
+        }
+        return lambda delivery: of_queue[delivery.queue](delivery)
 
     def _on_refused(self, reason: str) -> None:
         self._refused = reason

@@ -355,10 +355,14 @@ class EventCollector:
         """Submit what is in ``buffer``; when that fails, it is there as before."""
         events = buffer.take()
         try:
-            return publisher.submit_chunk(events, keep=buffer.root.make_id is None)
+            return publisher.submit_chunk(events, keep=self._keeps(buffer))
         except BaseException:
             buffer.put_back(events)
             raise
+
+    def _keeps(self, buffer: Buffer) -> bool:
+        """Return whether what is not confirmed is kept; what follows from a message is not."""
+        return buffer.root.make_id is None
 
     @staticmethod
     def _told(chunk: Chunk, report: PublishReport) -> PublishReport:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
+    "ATTEMPT",
+    "FIRST_FAILURE",
     "FORMAT_VERSION",
     "HEADER_FORMAT",
     "HEADER_KEY",
@@ -17,6 +19,8 @@ FORMAT_VERSION = 1
 HEADER_FORMAT = "outbox-format"
 HEADER_KEY = "outbox-key"
 HEADER_OCCURRED_AT = "outbox-occurred-at-us"
+ATTEMPT = "outbox-attempt"
+FIRST_FAILURE = "outbox-first-failed-at"
 ORIGIN_EXCHANGE = "outbox-origin-exchange"
 ORIGIN_TARGET = "outbox-origin-target"
 

@@ -12,7 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 from outbox.event import Event
-from outbox.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET, is_brokers_own
+from outbox.headers import (
+    ATTEMPT,
+    FIRST_FAILURE,
+    ORIGIN_EXCHANGE,
+    ORIGIN_TARGET,
+    is_brokers_own,
+)
 from outbox.parked import Address, Kind
 from outbox.subscription import Delivery
 
@@ -21,6 +27,9 @@ __all__ = ["PARKING_QUEUE", "is_kept_on_replay", "origin_of", "parked", "restore
 PARKING_QUEUE = "outbox.unroutable"
 
 _ADDED: dict[Kind, str] = {"parked": "outbox-parked-", "dead": "outbox-dead-"}
+
+# A replayed dead letter begins anew.
+_OF_AN_ATTEMPT = (ORIGIN_EXCHANGE, ORIGIN_TARGET, ATTEMPT, FIRST_FAILURE)
 
 Header = Callable[[str], Any]
 """Returns the value of a header, or None."""
@@ -62,7 +71,7 @@ def is_kept_on_replay(kind: Kind, name: str) -> bool:
     return not (
         is_brokers_own(name)
         or (added is not None and name.startswith(added))
-        or (kind == "dead" and name in (ORIGIN_EXCHANGE, ORIGIN_TARGET))
+        or (kind == "dead" and name in _OF_AN_ATTEMPT)
     )
 
 
@@ -85,7 +94,7 @@ def _dead(header: Header) -> dict[str, Any] | None:
     died_in = _text(header, "outbox-dead-queue")
     if died_in is None:
         return None
-    attempts = header("outbox-attempt")
+    attempts = header(ATTEMPT)
     return {
         "kind": "dead",
         "died_in": died_in,

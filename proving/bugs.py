@@ -19,8 +19,9 @@ from outbox.auto_publishing import AutoPublishingEventCollector
 from outbox.backlog import Backlog
 from outbox.chunk import Entry, Fate
 from outbox.configuration import default_publisher
-from outbox.consumers import life, worker
-from outbox.consumers.outcome import Ack
+from outbox.consumers import life
+from outbox.consumers.life import Message
+from outbox.consumers.outcome import ACK, Dead
 from outbox.middleware import unit
 from outbox.sql import Store, outcome, rows, store, transaction, waves
 from outbox.transports.rabbitmq.publishing import RabbitMQTransport
@@ -57,13 +58,13 @@ def plant(name: str) -> None:
 
 
 def _ack_before_publish() -> None:
-    original = worker.Worker._handle
+    original = Message.attempt
 
-    def handle(self: Any, delivery: Any, context: Any) -> None:
-        self.settle(delivery, Ack())
-        original(self, delivery, context)
+    def attempt(self: Any) -> Any:
+        self._services.subscription.ack(self.delivery)
+        return (yield from original(self))
 
-    worker.Worker._handle = handle  # type: ignore[method-assign]
+    Message.attempt = attempt  # type: ignore[method-assign]
 
 
 def _one_buffer() -> None:
@@ -178,10 +179,12 @@ def _error_responses_publish() -> None:
 
 
 def _no_dead_letters() -> None:
-    def bury(self: Any, delivery: Any, outcome: Any) -> None:
-        self.settle(delivery, Ack())
+    original = Message.settle
 
-    worker.Worker._bury = bury  # type: ignore[method-assign]
+    def settle(self: Any, outcome: Any) -> Any:
+        return (yield from original(self, ACK if isinstance(outcome, Dead) else outcome))
+
+    Message.settle = settle  # type: ignore[method-assign]
 
 
 def _claim_deletes() -> None:

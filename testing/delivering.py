@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from outbox import Event, Publisher
-from outbox.consumers import Consumer, life
-from outbox.consumers.dead_letter import dead_letter
-from outbox.consumers.outcome import Ack, Dead, Hold, Outcome, Return
+from outbox import Event, EventCollector, Publisher
+from outbox.consumers import Consumer
+from outbox.consumers.copies import dead_letter, retry_copy
+from outbox.consumers.life import Message, call
+from outbox.consumers.outcome import Ack, Again, Dead, Hold, Outcome, Return
+from outbox.consumers.tasks import drive
 from outbox.event import make_event
-from outbox.subscription import as_delivered, dead_letter_queue
+from outbox.parking import restore_origin
+from outbox.subscription import Delivery, Subscription, as_delivered, dead_letter_queue
 from outbox.topics import matches
 
 __all__ = ["Delivered", "Deliverer"]
@@ -114,12 +119,18 @@ class Deliverer:
         self._tag += 1
         before = len(self._published())
         delivery = as_delivered(event, consumer.queue, self._tag)
-        outcome = contextvars.Context().run(life.run, consumer, delivery, publisher)
+        restore_origin(delivery)
+        outcome = _processed(consumer, delivery, publisher)
         follow_ons = self._published()[before:]
         error: BaseException | None = None
         match outcome:
             case Dead():
                 publisher.submit([dead_letter(delivery, outcome)])
+                error = outcome.error
+            case Again():
+                copy = retry_copy(delivery, outcome)
+                assert copy is not None, "the headers of a test leave no room for a retry's"
+                publisher.submit([copy])
                 error = outcome.error
             case Hold():
                 error = outcome.error
@@ -128,6 +139,57 @@ class Deliverer:
         if raise_errors and error is not None:
             raise error
         return Delivered(event, consumer, outcome, follow_ons)
+
+
+class _Services:
+    """What a message needs that is processed here and now, and settled by the caller."""
+
+    inbox = None
+    is_stopping = True
+
+    def __init__(self, publisher: Publisher, *, is_async: bool) -> None:
+        self.publisher = publisher
+        self._is_async = is_async
+
+    @property
+    def subscription(self) -> Subscription:
+        raise AssertionError("nothing is subscribed to")
+
+    def publish(self, collector: EventCollector) -> Any:
+        return collector.publish_async() if self._is_async else collector.publish()
+
+    def publish_one(self, event: Event) -> Any:
+        raise AssertionError("the message is settled by the caller")
+
+    def apart(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def pause(self, seconds: float) -> None:
+        """Wait for nothing."""
+
+
+def _processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome:
+    """Return what is to become of a message, having processed it in a context of its own.
+
+    A handler finds what it finds in a worker: no event loop, or one in which it is a task.
+    """
+    message = Message(consumer, delivery, _Services(publisher, is_async=consumer.is_async))
+
+    async def as_task() -> Outcome:
+        return await drive(message.conclude(await drive(message.attempt())))
+
+    def process() -> Outcome:
+        if consumer.is_async:
+            return asyncio.run(as_task())
+        return call(message.conclude(call(message.attempt())))
+
+    context = contextvars.Context()
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return context.run(process)
+    with ThreadPoolExecutor(1) as elsewhere:  # the test itself is a coroutine
+        return elsewhere.submit(context.run, process).result()
 
 
 def _is_bound(consumer: Consumer, event: Event, publisher: Publisher) -> bool:

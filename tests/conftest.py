@@ -6,6 +6,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, make_url
@@ -16,6 +17,7 @@ from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.postgresql import PostgreSQLMissing, PrivatePostgreSQL
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
+from tests.places import Place, RabbitMQPlace, SQLitePlace
 
 
 def _started() -> PrivateBroker:
@@ -138,3 +140,13 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if thread.name.startswith("outbox-"):
             thread.join(5)
             assert not thread.is_alive(), f"{thread.name} was left running"
+
+
+@pytest.fixture(params=["rabbitmq", "sqlite"])
+def place(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Place:
+    """Where events go: each test that asks for it runs with every one that can be consumed from."""
+    if request.param == "sqlite":
+        return SQLitePlace(str(tmp_path / "outbox.db"), name)
+    amqp_url: str = request.getfixturevalue("amqp_url")
+    inspector: Inspector = request.getfixturevalue("inspector")
+    return RabbitMQPlace(amqp_url, name, inspector)

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, Unpack
 
 from outbox import Event, EventCollector, Publisher
-from outbox.parked import ParkedQueues
+from outbox.consumers import Consumer, Worker
+from outbox.parked import ParkedMessage, ParkedQueues
 from outbox.parking import PARKING_QUEUE
 from outbox.settings import SettingOverrides, Settings
 from outbox.subscription import Delivery, QueueSpec, Subscription, dead_letter_queue
@@ -18,7 +19,19 @@ from outbox.transports import open_parked_queues, open_subscription
 from tests.amqp import Inspector
 from tests.waiting import wait_until
 
-__all__ = ["Place", "RabbitMQPlace", "Reader", "SQLitePlace", "events_for", "parked_in", "reading"]
+__all__ = [
+    "Place",
+    "RabbitMQPlace",
+    "Reader",
+    "SQLitePlace",
+    "events_for",
+    "made",
+    "parked_in",
+    "reading",
+    "replay",
+    "selected",
+    "working",
+]
 
 
 class Place(Protocol):
@@ -176,3 +189,38 @@ def events_for(publisher: Publisher, targets: Sequence[str], **options: Any) -> 
 def parked_in(place: Place) -> ParkedQueues:
     """Return what ``outbox parked`` sees."""
     return open_parked_queues(Settings.load(place.url, {"exchange": place.exchange}))
+
+
+def selected(place: Place, queue: str) -> list[ParkedMessage]:
+    with parked_in(place) as parked, parked.browse(queue, parked.count(queue)) as browsing:
+        return [message for window in browsing.windows() for message in window]
+
+
+def replay(place: Place, queue: str, *, to_origin: bool = False) -> list[str]:
+    """Replay all of a queue, as the command does; return why some could not be."""
+    left: list[str] = []
+    with parked_in(place) as parked, parked.browse(queue, parked.count(queue)) as browsing:
+        for window in browsing.windows():
+            outcome = parked.replay(window, to_origin=to_origin)
+            browsing.remove(outcome.done)
+            left += [reason for _, reason in outcome.left]
+    return left
+
+
+@contextlib.contextmanager
+def working(
+    publisher: Publisher, *consumers: Consumer | type[Consumer], **options: Any
+) -> Iterator[Worker]:
+    """Run a worker over queues that have been made."""
+    worker = Worker(consumers, publisher=publisher, **{"threads": 2, **options})
+    worker.start()
+    try:
+        yield worker
+    finally:
+        assert worker.stop(10)
+
+
+def made(place: Place, queue: str, *topics: str) -> str:
+    """Make a consumer's queue with its dead letters, and nothing in them."""
+    with reading(place, queue, topics):
+        return queue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime
 import threading
 from collections.abc import Iterator
@@ -22,19 +21,21 @@ from outbox import (
     enqueue_event,
     publish,
 )
-from outbox.consumers import REQUEUE, Consumer, ReceivedEvent, Reject, Worker, consumer
-from outbox.parked import ParkedMessage
+from outbox.consumers import REQUEUE, ReceivedEvent, Reject, consumer
 from outbox.parking import PARKING_QUEUE
 from outbox.subscription import Delivery, dead_letter_queue
 from outbox.topics import matches
-from tests.amqp import Inspector
 from tests.places import (
     Place,
     RabbitMQPlace,
     SQLitePlace,
     events_for,
+    made,
     parked_in,
     reading,
+    replay,
+    selected,
+    working,
 )
 from tests.waiting import wait_until
 
@@ -52,15 +53,6 @@ HEADERS: dict[str, Any] = {
     "list": [1, "two", [b"3"], {"four": None}],
     "table": {"a": {"b": [True]}, "$bytes": "no bytes", "$table": {}},
 }
-
-
-@pytest.fixture(params=["rabbitmq", "sqlite"])
-def place(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Place:
-    if request.param == "sqlite":
-        return SQLitePlace(str(tmp_path / "outbox.db"), name)
-    amqp_url: str = request.getfixturevalue("amqp_url")
-    inspector: Inspector = request.getfixturevalue("inspector")
-    return RabbitMQPlace(amqp_url, name, inspector)
 
 
 @pytest.fixture
@@ -86,23 +78,6 @@ def taker(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Iterator
     made.bind(f"{name}-all", name, "#")
     with made.publisher() as found:
         yield found
-
-
-@contextlib.contextmanager
-def working(place: Place, publisher: Publisher, *consumers: Consumer) -> Iterator[Worker]:
-    """Run a worker over queues that have been made."""
-    worker = Worker(consumers, publisher=publisher, threads=2)
-    worker.start()
-    try:
-        yield worker
-    finally:
-        assert worker.stop(10)
-
-
-def made(place: Place, queue: str, *topics: str) -> str:
-    """Make a consumer's queue with its dead letters, and nothing in them."""
-    with reading(place, queue, topics):
-        return queue
 
 
 def ids(found: list[Delivery] | tuple[Event, ...] | list[Event]) -> list[str | None]:
@@ -217,7 +192,7 @@ def test_a_consumer_gets_the_event_that_was_enqueued(
 ) -> None:
     seen: list[ReceivedEvent] = []
     handler = consumer(made(place, name, "order.#"), topics=["order.#"])(seen.append)
-    with working(place, publisher, handler):
+    with working(publisher, handler):
         [sent] = events_for(publisher, ["order.placed"], headers=HEADERS, key="k", priority=2)
         publisher.publish([sent])
         wait_until(lambda: seen)
@@ -441,13 +416,15 @@ def test_a_dead_letter_has_the_reason_and_all_that_the_message_had(
     def refuse(event: ReceivedEvent) -> None:
         raise Reject("no such customer")
 
-    with working(place, publisher, refuse):
+    with working(publisher, refuse):
         [sent] = events_for(publisher, ["order.placed"], headers=HEADERS, key="k", priority=4)
         publisher.publish([sent])
         with reading(place, dead_letter_queue(name), again=True) as reader:
             [letter] = reader.get()
     headers = dict(letter.headers or {})
-    datetime.datetime.fromisoformat(headers.pop("outbox-dead-at"))
+    for when in ("outbox-dead-at", "outbox-dead-first-at"):
+        datetime.datetime.fromisoformat(headers.pop(when))
+    assert "Reject: no such customer" in headers.pop("outbox-dead-traceback")
     assert headers == {
         **HEADERS,
         "outbox-format": 1,
@@ -458,6 +435,7 @@ def test_a_dead_letter_has_the_reason_and_all_that_the_message_had(
         "outbox-dead-queue": name,
         "outbox-dead-exchange": place.exchange,
         "outbox-dead-target": "order.placed",
+        "outbox-attempt": 1,
     }
     assert (letter.message_id, letter.body, letter.priority) == (sent.id, sent.body, 4)
     assert place.count(name) == 0
@@ -477,7 +455,7 @@ def test_a_second_run_knows_that_it_is_one_and_its_follow_ons_have_the_same_ids(
         seen.append(event.redelivered)
         return None if event.redelivered else REQUEUE
 
-    with reading(place, f"{name}-next") as reader, working(place, publisher, act):
+    with reading(place, f"{name}-next") as reader, working(publisher, act):
         publisher.publish(events_for(publisher, [name]))
         found = ids(reader.get(6))
     assert seen == [False, True]
@@ -495,7 +473,7 @@ def test_the_same_message_has_follow_ons_of_the_same_ids_over_every_transport(
         enqueue_event({"of": event.id}, "contract.next", exchange="")
         publish()
 
-    with reading(place, "contract.next") as reader, working(place, publisher, act):
+    with reading(place, "contract.next") as reader, working(publisher, act):
         message = Event(id="m-1", target=queue, exchange="", body=b"1")
         publisher.publish([message])
         assert ids(reader.get()) == ["534dd04d-b6bd-51e4-9a31-689698afa1c5"]
@@ -513,22 +491,6 @@ def test_what_was_handed_in_is_published_before_close_returns(
 
 
 # ---------------------------------------------------------------------- what waits for a person
-
-
-def selected(place: Place, queue: str) -> list[ParkedMessage]:
-    with parked_in(place) as parked, parked.browse(queue, parked.count(queue)) as browsing:
-        return [message for window in browsing.windows() for message in window]
-
-
-def replay(place: Place, queue: str, *, to_origin: bool = False) -> list[str]:
-    """Replay all of a queue, as the command does; return why some could not be."""
-    left: list[str] = []
-    with parked_in(place) as parked, parked.browse(queue, parked.count(queue)) as browsing:
-        for window in browsing.windows():
-            outcome = parked.replay(window, to_origin=to_origin)
-            browsing.remove(outcome.done)
-            left += [reason for _, reason in outcome.left]
-    return left
 
 
 def test_parked_events_are_listed_and_replayed_as_they_were(
@@ -570,7 +532,7 @@ def test_a_replayed_dead_letter_comes_to_the_consumer_it_died_in_as_it_was_at_fi
         if len(seen) == 1:
             raise ValueError("broken")
 
-    with working(place, publisher, act):
+    with working(publisher, act):
         [sent] = events_for(publisher, ["order.placed"], headers=HEADERS, key="k", priority=4)
         publisher.publish([sent])
         wait_until(lambda: place.count(dead))

@@ -466,14 +466,6 @@ class Explicit(Consumer):
 def test_wrong_consumers_are_refused_where_they_are_written() -> None:
     with pytest.raises(UsageError, match=r"topics are 'a\.\*', not a list"):
         consumer("q", topics="a.*")(lambda event: None)
-    with pytest.raises(UsageError, match="coroutine function"):
-
-        class Async(Consumer):
-            queue = "q"
-
-            async def process(self, event: ReceivedEvent) -> None:  # type: ignore[override]
-                pass
-
     with pytest.raises(UsageError, match="250 bytes"):
         consumer("q" * 251)(lambda event: None)
     with pytest.raises(UsageError, match="names no queue"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from outbox.consumers.dead_letter import dead_letter
+from outbox.consumers.copies import dead_letter
 from outbox.consumers.outcome import Dead
 from outbox.event import MAX_HEADER_BYTES, plain_table
 from outbox.subscription import Delivery

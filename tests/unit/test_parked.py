@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox import Event
-from outbox.consumers.dead_letter import dead_letter
+from outbox.consumers.copies import dead_letter
 from outbox.consumers.outcome import Dead
 from outbox.parked import Address, ParkedMessage, Selection
 from outbox.parking import PARKING_QUEUE, parked

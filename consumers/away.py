@@ -1,0 +1,53 @@
+"""Whether an exception says that a database is away, which is no fault of the message."""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+from typing import Any
+
+__all__ = ["is_away"]
+
+# Result codes of SQLite (https://www.sqlite.org/rescode.html): busy, locked, I/O error, full,
+# cannot open.
+_SQLITE = {5, 6, 10, 13, 14}
+# Classes and codes of SQLSTATE (PostgreSQL's documentation, appendix A): connection exceptions,
+# too many connections, shutdown and recovery.
+_SQLSTATES = ("08", "53300", "57P")
+
+
+def is_away(error: BaseException) -> bool:
+    """Return whether ``error``, or what it was raised from, is a failure of a database's link.
+
+    SQLAlchemy's, Django's, psycopg's, asyncpg's and SQLite's exceptions are understood.
+    """
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        if _is_link_failure(found):
+            return True
+        original = getattr(found, "orig", None)  # SQLAlchemy's
+        found = original if isinstance(original, BaseException) else found.__cause__
+    return False
+
+
+def _is_link_failure(error: BaseException) -> bool:
+    if isinstance(error, sqlite3.OperationalError):
+        return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _SQLITE
+    if _is_of("sqlalchemy.exc", "DBAPIError", error):
+        return bool(getattr(error, "connection_invalidated", False))
+    state = getattr(error, "sqlstate", None)
+    for module in ("psycopg", "asyncpg"):
+        if _is_of(module, "OperationalError", error) or _is_of(module, "PostgresError", error):
+            # Without a state it was the client library that said so: no connection, or lost.
+            return state is None or str(state).startswith(_SQLSTATES)
+        if _is_of(module, "InterfaceError", error) and "closed" in str(error):
+            return True
+    return False
+
+
+def _is_of(module: str, name: str, error: BaseException) -> bool:
+    """Return whether ``error`` is of a class of a module that may not be imported at all."""
+    found: Any = getattr(sys.modules.get(module), name, None)
+    return isinstance(found, type) and isinstance(error, found)

@@ -1,0 +1,150 @@
+"""Retries: how often a failed attempt is repeated, and after which time."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from outbox import UsageError
+
+__all__ = ["Delay", "Retry", "RetryPolicy", "exponential", "seconds_of"]
+
+_LONGEST = 10 * 365 * 86_400.0  # seconds
+
+Delay = float | datetime.timedelta | Callable[[int], float]
+"""Seconds, a timedelta, or a function of the number of attempts so far (1 or more) to seconds."""
+
+
+class Retry(Exception):
+    """Raised by ``process()``: this attempt has failed; try again.
+
+    It counts as an attempt of the consumer's :class:`RetryPolicy`, or of the default one where the
+    consumer has none: after the last one the message goes to the dead letters.
+    """
+
+    def __init__(
+        self, reason: str = "to be retried", *, delay: float | datetime.timedelta | None = None
+    ) -> None:
+        """Give the reason, for the log and the dead letters.
+
+        Args:
+            reason: for people.
+            delay: seconds, or a timedelta, in place of the policy's delay; 0 or more.
+
+        Raises:
+            UsageError: the delay is out of its bounds.
+        """
+        super().__init__(reason)
+        self.delay = None if delay is None else seconds_of(delay)
+
+
+def exponential(
+    first: float, *, factor: float = 2.0, max: float = 3600.0, jitter: bool = True
+) -> Callable[[int], float]:
+    """Return delays that grow: ``first``, ``first * factor``, and so on up to ``max`` seconds.
+
+    Args:
+        first: seconds after the first failed attempt, more than 0.
+        factor: 1 or more.
+        max: seconds, ``first`` or more.
+        jitter: take a random time between half of each delay and all of it, so that messages that
+            failed together do not come again together.
+
+    Raises:
+        UsageError: a number is out of its bounds.
+    """
+    if not 0 < first < math.inf:
+        raise UsageError(f"first is {first!r}, not more than 0 seconds")
+    if not 1 <= factor < math.inf:
+        raise UsageError(f"factor is {factor!r}, not 1 or more")
+    if not first <= max <= _LONGEST:
+        raise UsageError(f"max is {max!r}, not {first!r} seconds or more, nor ten years at most")
+
+    def delay(attempts: int) -> float:
+        try:
+            found = min(first * factor ** (attempts - 1), max)
+        except OverflowError:
+            found = max
+        return found * random.uniform(0.5, 1) if jitter else found
+
+    return delay
+
+
+_DEFAULT_DELAY = exponential(1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """What is done about a failed attempt, timeouts included. Immutable; may be shared.
+
+    A retried message waits in its queue's transport, not in the worker, and counts attempts in a
+    header of its own. What the worker or the broker had to do with (a lost connection, a stop) is
+    no attempt.
+
+    Attributes:
+        max_attempts: in all, the first one included; 1 or more.
+        delay: until the next attempt. Over RabbitMQ it is rounded up to whole seconds.
+        on: the exceptions after which it is tried again.
+        give_up_on: those after which it is not, although ``on`` names them.
+    """
+
+    max_attempts: int = 5
+    delay: Delay = _DEFAULT_DELAY
+    on: tuple[type[BaseException], ...] = (Exception,)
+    give_up_on: tuple[type[BaseException], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the arguments.
+
+        Raises:
+            UsageError: names what is wrong.
+        """
+        if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int):
+            raise UsageError(f"max_attempts is {self.max_attempts!r}, not a number")
+        if self.max_attempts < 1:
+            raise UsageError(f"max_attempts is {self.max_attempts}, not 1 or more")
+        if not callable(self.delay):
+            seconds_of(self.delay)
+        for name in ("on", "give_up_on"):
+            value = getattr(self, name)
+            kinds = (value,) if isinstance(value, type) else tuple(value)
+            for kind in kinds:
+                if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+                    raise UsageError(f"{name} has {kind!r}, which is no exception class")
+            object.__setattr__(self, name, kinds)
+
+    def delay_after(self, error: BaseException, attempts: int) -> float | None:
+        """Return the seconds until the next attempt, or None to give up.
+
+        Args:
+            error: what the last attempt raised.
+            attempts: how many there were, 1 or more.
+
+        Raises:
+            Exception: whatever a ``delay`` of the user's own raises.
+        """
+        if attempts >= self.max_attempts:
+            return None
+        if isinstance(error, Retry):
+            if error.delay is not None:
+                return error.delay
+        elif isinstance(error, self.give_up_on) or not isinstance(error, self.on):
+            return None
+        return seconds_of(self.delay(attempts) if callable(self.delay) else self.delay)
+
+
+def seconds_of(delay: float | datetime.timedelta) -> float:
+    """Return a delay in seconds.
+
+    Raises:
+        UsageError: it is none, negative, or more than ten years.
+    """
+    seconds = delay.total_seconds() if isinstance(delay, datetime.timedelta) else delay
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise UsageError(f"the delay {delay!r} is neither seconds nor a timedelta")
+    if not 0 <= seconds <= _LONGEST:
+        raise UsageError(f"the delay {delay!r} is not between 0 seconds and ten years")
+    return float(seconds)

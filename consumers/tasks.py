@@ -1,0 +1,211 @@
+"""The engine of asynchronous consumers: tasks of one event loop, on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import inspect
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from outbox import Event, EventCollector, Publisher, PublishReport
+from outbox.consumers.consumer import Consumer
+from outbox.consumers.life import Inbox, Message, Step, Steps
+from outbox.consumers.outcome import ProcessTimeout
+from outbox.subscription import Delivery, Subscription
+
+__all__ = ["HandlerCancelled", "TaskEngine", "drive"]
+
+logger = logging.getLogger("outbox.consumer")
+
+T = TypeVar("T")
+
+_REQUEUE = 0.5  # seconds
+_CANCELLED = 1.0  # seconds that a cancelled task has
+
+
+class HandlerCancelled(Exception):
+    """A handler ended by a cancellation that did not come from the worker: a failed attempt."""
+
+
+class TaskEngine:
+    """Runs the messages of asynchronous consumers as tasks.
+
+    The loop knows nothing of the broker: deliveries come in from the subscription's thread, and
+    acks go back to it. A handler that is cancelled at the end leaves its message to others.
+
+    Attributes:
+        publisher, subscription, inbox: see ``life.Services``.
+    """
+
+    def __init__(
+        self,
+        consumers: Mapping[str, Consumer],
+        publisher: Publisher,
+        subscription: Subscription,
+        inbox: Inbox | None,
+        *,
+        concurrency: int,
+    ) -> None:
+        """Nothing runs yet."""
+        self.publisher = publisher
+        self.subscription = subscription
+        self.inbox = inbox
+        self._consumers = consumers
+        self._concurrency = concurrency
+        self._waiting: deque[Delivery] = deque()
+        self._woken = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Event | None = None
+        self._deadline = 0.0
+        self._finished = True
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="outbox-worker-loop", daemon=True)
+        self._context = contextvars.Context()
+
+    # ------------------------------------------------------------------- services of a message
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the engine is."""
+        return self._stopping is not None and self._stopping.is_set()
+
+    def publish(self, collector: EventCollector) -> Coroutine[Any, Any, PublishReport]:
+        """Publish and await."""
+        return collector.publish_async()
+
+    def publish_one(self, event: Event) -> Coroutine[Any, Any, PublishReport]:
+        """Publish and await."""
+        return self.publisher.publish_async([event], keep=False)
+
+    def apart(self, function: Callable[[], Any]) -> Coroutine[Any, Any, Any]:
+        """Call ``function`` on another thread: it waits for a database."""
+        return asyncio.to_thread(function)
+
+    async def pause(self, seconds: float) -> None:
+        """Wait, or until the engine stops."""
+        assert self._stopping is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+
+    # ------------------------------------------------------------------------------- running
+
+    def start(self) -> None:
+        """Start the loop; messages run in copies of the caller's context."""
+        self._context = contextvars.copy_context()
+        self._thread.start()
+        self._ready.wait()
+
+    def put(self, delivery: Delivery) -> None:
+        """Have a message processed when there is room. Thread-safe."""
+        self._waiting.append(delivery)
+        if not self._woken:
+            self._woken = True
+            self._call(self._dispatch)
+
+    def ask_to_stop(self, deadline: float) -> None:
+        """Begin no further message, and cancel at ``deadline`` what runs. Thread-safe."""
+        self._deadline = deadline
+        if self._stopping is not None:
+            self._call(self._stopping.set)
+
+    def stop(self, deadline: float) -> bool:
+        """Wait for the messages being processed, until ``deadline``; return whether all finished.
+
+        What is not finished then is cancelled: the message is left to others.
+        """
+        self.ask_to_stop(deadline)
+        self._thread.join(max(0.0, deadline - time.monotonic()) + _CANCELLED + 1)
+        return self._finished and not self._thread.is_alive()
+
+    def _call(self, function: Any) -> None:
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(function)
+
+    def _run(self) -> None:
+        asyncio.run(self._main())
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        stopping = self._stopping = asyncio.Event()
+        self._ready.set()
+        await stopping.wait()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=max(0.0, self._deadline - time.monotonic()))
+        for task in self._tasks:
+            self._finished = False
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_CANCELLED)
+
+    def _dispatch(self) -> None:
+        self._woken = False
+        assert self._loop is not None
+        while self._waiting and len(self._tasks) < self._concurrency and not self.is_stopping:
+            delivery = self._waiting.popleft()
+            if self.subscription.is_stale(delivery):
+                continue
+            task = self._loop.create_task(self._handle(delivery), context=self._context.copy())
+            self._tasks.add(task)
+            task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if self._waiting:
+            self._dispatch()
+
+    async def _handle(self, delivery: Delivery) -> None:
+        message = Message(self._consumers[delivery.queue], delivery, self)
+        try:
+            await drive(message.live())
+        except asyncio.CancelledError:
+            if not self.is_stopping:  # somebody else has cancelled it: it must come again
+                self.subscription.requeue(delivery, _REQUEUE)
+            raise
+        except BaseException:  # a bug of ours must end neither the loop nor the message
+            logger.exception("could not handle message %r", delivery.message_id)
+            self.subscription.requeue(delivery, _REQUEUE)
+
+
+async def drive(steps: Steps[T]) -> T:
+    """Take ``steps``, awaiting what can be awaited, and return their result."""
+    value: Any = None
+    error: BaseException | None = None
+    while True:
+        try:
+            step = steps.send(value) if error is None else steps.throw(error)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+        value = error = None
+        try:
+            value = step.call(*step.arguments)
+            if inspect.isawaitable(value):
+                value = await value if step.timeout is None else await _in_time(value, step)
+        except asyncio.CancelledError as raised:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                error = raised
+            else:
+                error = HandlerCancelled("the handler was cancelled, and not by the worker")
+                error.__cause__ = raised
+        except BaseException as raised:
+            error = raised
+
+
+async def _in_time(value: Any, step: Step) -> Any:
+    try:
+        async with asyncio.timeout(step.timeout) as scope:
+            return await value
+    except TimeoutError:
+        if scope.expired():
+            raise ProcessTimeout(f"it took more than {step.timeout:g} s") from None
+        raise

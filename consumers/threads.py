@@ -1,0 +1,223 @@
+"""The engine of plain consumers: a pool of threads, each with one message at a time."""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeVar
+
+from outbox import Event, EventCollector, Publisher, PublishReport
+from outbox.consumers.consumer import Consumer
+from outbox.consumers.life import Inbox, Message, Step, Steps
+from outbox.consumers.outcome import Outcome, ProcessTimeout
+from outbox.consumers.watch import Watch
+from outbox.subscription import Delivery, Subscription
+
+__all__ = ["ThreadEngine"]
+
+logger = logging.getLogger("outbox.consumer")
+
+T = TypeVar("T")
+
+_REQUEUE = 0.5  # seconds
+
+
+class _Late(BaseException):
+    """Raised in the life of a message when its step has ended after its time."""
+
+
+class ThreadEngine:
+    """Runs the messages of plain consumers on threads.
+
+    A handler that takes longer than its time cannot be stopped. Its message is given up, and its
+    thread's place is taken by another one: for as many late threads as there are places. Beyond
+    that places are lost until one of them comes back.
+
+    Attributes:
+        publisher, subscription, inbox: see ``life.Services``.
+        late: how many threads are in handlers whose time is over.
+    """
+
+    def __init__(
+        self,
+        consumers: Mapping[str, Consumer],
+        publisher: Publisher,
+        subscription: Subscription,
+        inbox: Inbox | None,
+        *,
+        threads: int,
+    ) -> None:
+        """Nothing runs yet."""
+        self.publisher = publisher
+        self.subscription = subscription
+        self.inbox = inbox
+        self.late = 0
+        self._consumers = consumers
+        self._size = threads
+        self._missing = 0  # places of late threads that nobody has taken
+        self._waiting: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
+        self._threads: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._watch = Watch()
+        self._context = contextvars.Context()
+
+    # ------------------------------------------------------------------- services of a message
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the engine is."""
+        return self._stopping.is_set()
+
+    def publish(self, collector: EventCollector) -> PublishReport:
+        """Publish and wait."""
+        return collector.publish()
+
+    def publish_one(self, event: Event) -> PublishReport:
+        """Publish and wait."""
+        return self.publisher.publish([event], keep=False)
+
+    def apart(self, function: Callable[[], T]) -> T:
+        """Call ``function``."""
+        return function()
+
+    def pause(self, seconds: float) -> None:
+        """Wait, or until the engine stops."""
+        self._stopping.wait(seconds)
+
+    # ------------------------------------------------------------------------------- running
+
+    def start(self) -> None:
+        """Start the threads; messages run in copies of the caller's context."""
+        self._context = contextvars.copy_context()
+        for number in range(1, self._size + 1):
+            self._start_thread(f"outbox-worker-{number}", self._work)
+
+    def put(self, delivery: Delivery) -> None:
+        """Have a message processed when a thread is free."""
+        self._waiting.put(delivery)
+
+    def ask_to_stop(self, _deadline: float) -> None:
+        """Begin no further message."""
+        self._stopping.set()
+        for _ in range(2 * self._size):  # of late threads' successors, too
+            self._waiting.put(None)
+
+    def stop(self, deadline: float) -> bool:
+        """Wait for the messages being processed, until ``deadline``; return whether all finished.
+
+        Those that are late have been given up before, and are not waited for.
+        """
+        self.ask_to_stop(deadline)
+        finished = True
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            finished = finished and not thread.is_alive()
+        self._watch.close()
+        return finished
+
+    def _start_thread(self, name: str, run: Callable[[], None]) -> None:
+        def begin() -> None:
+            try:
+                run()
+            finally:
+                with self._lock:
+                    self._threads.discard(thread)
+
+        thread = threading.Thread(target=begin, name=name, daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+
+    def _work(self) -> None:
+        while (delivery := self._waiting.get()) is not None:
+            if self._stopping.is_set() or self.subscription.is_stale(delivery):
+                continue  # it is given back when the subscription closes, or was already
+            message = Message(self._consumers[delivery.queue], delivery, self)
+            try:
+                self._context.copy().run(self._drive, message, message.live())
+            except _Late:
+                if not self._come_back():
+                    return
+            except BaseException:  # a bug of ours must end neither the thread nor the message
+                logger.exception("could not handle message %r", delivery.message_id)
+                self.subscription.requeue(delivery, _REQUEUE)
+
+    def _drive(self, message: Message, steps: Steps[Outcome | None]) -> Outcome | None:
+        value: object = None
+        error: BaseException | None = None
+        while True:
+            try:
+                step = steps.send(value) if error is None else steps.throw(error)
+            except StopIteration as end:
+                found: Outcome | None = end.value
+                return found
+            value = error = None
+            try:
+                if step.timeout is None:
+                    value = step.call(*step.arguments)
+                else:
+                    value = self._call_watched(message, step)
+            except BaseException as raised:
+                error = raised
+
+    def _call_watched(self, message: Message, step: Step) -> object:
+        assert step.timeout is not None
+        late = partial(self._on_late, message, threading.current_thread(), step.timeout)
+        ticket = self._watch.enter(step.timeout, late)
+        try:
+            found: object = step.call(*step.arguments)
+        except BaseException as error:
+            if not self._watch.leave(ticket):
+                raise _Late from error
+            raise
+        if not self._watch.leave(ticket):
+            raise _Late
+        return found
+
+    def _on_late(self, message: Message, thread: threading.Thread, seconds: float) -> None:
+        with self._lock:
+            self.late += 1
+            self._threads.discard(thread)
+            has_successor = self.late <= self._size
+            if not has_successor:
+                self._missing += 1
+        logger.error(
+            "message %r of %r takes more than %.1f s and is given up; its handler cannot be "
+            "stopped, and goes on in the thread %s",
+            message.delivery.message_id,
+            message.delivery.queue,
+            seconds,
+            thread.name,
+        )
+        if not has_successor:
+            logger.error("%d handlers are late: the worker has a thread less", self.late)
+        error = ProcessTimeout(f"it took more than {seconds:g} s")
+        self._start_thread(thread.name, partial(self._succeed, message, error, has_successor))
+
+    def _succeed(self, message: Message, error: ProcessTimeout, goes_on: bool) -> None:
+        """End a message whose handler is late, and work in that thread's place."""
+        try:
+            self._context.copy().run(self._drive, message, message.give_up(error))
+        except BaseException:
+            logger.exception("could not end message %r", message.delivery.message_id)
+            self.subscription.requeue(message.delivery, _REQUEUE)
+        if goes_on:
+            self._work()
+
+    def _come_back(self) -> bool:
+        """Note that a late handler has ended; return whether its thread has a place to work in."""
+        with self._lock:
+            self.late -= 1
+            if not self._missing:
+                return False
+            self._missing -= 1
+            self._threads.add(threading.current_thread())
+            return True

@@ -1,0 +1,474 @@
+"""Consumers that fail, hang, wait and are asynchronous, on real transports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import datetime
+import itertools
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from outbox import (
+    CollectorClosed,
+    EventCollector,
+    Publisher,
+    enqueue_event,
+    publish,
+    publish_async,
+)
+from outbox.consumers import (
+    Consumer,
+    ProcessTimeout,
+    ReceivedEvent,
+    Retry,
+    RetryPolicy,
+    Worker,
+    consumer,
+)
+from outbox.subscription import Delivery, dead_letter_queue
+from tests.places import Place, events_for, made, reading, replay, working
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+def publisher(place: Place) -> Iterator[Publisher]:
+    with place.publisher() as found:
+        yield found
+
+
+def send(publisher: Publisher, queue: str, count: int = 1, **options: Any) -> list[str]:
+    """Publish to a queue, and return the ids."""
+    events = events_for(publisher, [queue] * count, exchange="", **options)
+    assert publisher.publish(events).ok
+    return [event.id for event in events]
+
+
+def dead_letters(place: Place, queue: str, count: int = 1) -> list[Delivery]:
+    with reading(place, dead_letter_queue(queue), again=True) as reader:
+        return reader.get(count)
+
+
+# ------------------------------------------------------------------------------- retries
+
+
+def test_a_failed_attempt_comes_again_after_its_delay_as_the_message_was(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    seen: list[tuple[float, ReceivedEvent]] = []
+    done = threading.Event()
+
+    @consumer(made(place, name, "a.*"), topics=["a.*"], retry=RetryPolicy(delay=1))
+    def flaky(event: ReceivedEvent) -> None:
+        seen.append((time.monotonic(), event))
+        if len(seen) < 3:
+            raise ValueError("not yet")
+        done.set()
+
+    with working(publisher, flaky):
+        [sent] = events_for(publisher, ["a.b"], headers={"mine": "x"}, key="k", priority=3)
+        publisher.publish([sent])
+        assert done.wait(10)
+    times, events = zip(*seen, strict=True)
+    assert [event.attempt for event in events] == [1, 2, 3]
+    for event in events:
+        assert (event.id, event.target, event.exchange) == (sent.id, "a.b", place.exchange)
+        assert (event.headers, event.key, event.payload) == ({"mine": "x"}, "k", sent.payload)
+        assert (event.priority, event.queue) == (3, name)
+        assert event.occurred_at == sent.occurred_at
+    assert events[0].first_failure is None
+    assert events[1].first_failure == events[2].first_failure is not None
+    for earlier, later in itertools.pairwise(times):
+        assert 0.99 <= later - earlier < 2.5
+    assert place.count(name) == place.count(dead_letter_queue(name)) == 0
+
+
+def test_after_the_last_attempt_the_dead_letter_tells_all_of_it(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    @consumer(made(place, name), retry=RetryPolicy(max_attempts=3, delay=0))
+    def fails(event: ReceivedEvent) -> None:
+        try:
+            raise KeyError("inner")
+        except KeyError as error:
+            raise ValueError(f"attempt {event.attempt}") from error
+
+    begin = datetime.datetime.now(datetime.UTC)
+    with working(publisher, fails):
+        [sent] = send(publisher, name)
+        [letter] = dead_letters(place, name)
+    headers = dict(letter.headers or {})
+    assert letter.message_id == sent
+    assert headers["outbox-dead-reason"] == "ValueError: attempt 3"
+    assert headers["outbox-dead-error"] == "ValueError"
+    assert headers["outbox-attempt"] == 3
+    assert (headers["outbox-dead-exchange"], headers["outbox-dead-target"]) == ("", name)
+    first, last = (
+        datetime.datetime.fromisoformat(headers[header])
+        for header in ("outbox-dead-first-at", "outbox-dead-at")
+    )
+    assert begin <= first < last
+    traced = headers["outbox-dead-traceback"]
+    assert "KeyError: 'inner'" in traced
+    assert traced.endswith("ValueError: attempt 3")
+    assert "in fails" in traced
+    assert "life.py" not in traced
+
+
+def test_a_retry_can_be_asked_for_with_a_delay_of_its_own(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    times: list[float] = []
+
+    @consumer(made(place, name))
+    def waits(event: ReceivedEvent) -> None:
+        times.append(time.monotonic())
+        if event.attempt == 1:
+            raise Retry("the other side is busy", delay=2)
+
+    with working(publisher, waits):
+        send(publisher, name)
+        wait_until(lambda: len(times) == 2)
+    assert 1.99 <= times[1] - times[0] < 4
+
+
+def test_poison_beside_good_ones_holds_up_nobody_and_all_of_it_ends_with_its_reason(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    done: Counter[int] = Counter()
+    policy = RetryPolicy(max_attempts=2, delay=0)
+
+    @consumer(made(place, name), retry=policy)
+    def picky(event: ReceivedEvent) -> None:
+        if event.payload["n"] % 10 == 0:
+            raise ValueError(f"poison {event.payload['n']}")
+        done[event.payload["n"]] += 1
+
+    with working(publisher, picky, threads=4):
+        publisher.publish(events_for(publisher, [name] * 500, exchange=""))
+        letters = dead_letters(place, name, 50)
+        wait_until(lambda: sum(done.values()) >= 450)
+    assert set(done.values()) == {1}
+    assert len(done) == 450
+    reasons = {(letter.headers or {})["outbox-dead-reason"] for letter in letters}
+    assert reasons == {f"ValueError: poison {n}" for n in range(0, 500, 10)}
+    assert place.count(name) == 0
+
+
+def test_a_replayed_dead_letter_begins_with_the_first_attempt(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+
+    attempts: list[int] = []
+
+    @consumer(made(place, name), retry=RetryPolicy(max_attempts=2, delay=0))
+    def fails(event: ReceivedEvent) -> None:
+        attempts.append(event.attempt)
+        if len(attempts) <= 2:
+            raise ValueError
+
+    with working(publisher, fails):
+        send(publisher, name)
+        wait_until(lambda: place.count(dead_letter_queue(name)) == 1)
+        assert replay(place, dead_letter_queue(name)) == []
+        wait_until(lambda: len(attempts) == 3)
+    assert attempts == [1, 2, 1]
+
+
+def test_follow_ons_of_a_failed_attempt_are_dropped_and_of_the_next_one_published(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    made(place, name)
+    ids: list[str] = []
+
+    @consumer(name, retry=RetryPolicy(delay=0), auto_publish=True)
+    def act(event: ReceivedEvent) -> None:
+        ids.append(enqueue_event({"follow": 1}, f"{name}-next").id)
+        if event.attempt == 1:
+            raise ValueError
+
+    with reading(place, f"{name}-all", ["#"]) as reader, working(publisher, act):
+        send(publisher, name)
+        [follow_on] = reader.get()
+        wait_until(lambda: place.count(name) == 0)
+    assert ids == [follow_on.message_id] * 2
+
+
+# ------------------------------------------------------------------------------- timeouts
+
+
+def test_a_handler_that_takes_too_long_is_retried_and_its_thread_replaced(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    release = threading.Event()
+    ends: list[str] = []
+    told: list[str] = []
+
+    class Slow(Consumer):
+        queue = name
+        timeout = 0.2
+        retry = RetryPolicy(max_attempts=2, delay=0)
+
+        def process(self, event: ReceivedEvent) -> None:
+            if event.attempt == 1 and not release.is_set():
+                enqueue_event("late", f"{name}-late")
+                release.wait(10)
+                assert publish().published == ()
+                try:
+                    enqueue_event("later", f"{name}-late")
+                except CollectorClosed:
+                    ends.append("refused")
+            else:
+                ends.append("second")
+
+        def on_timeout(self, event: ReceivedEvent) -> None:
+            told.append("timeout")
+
+        def on_failure(self, event: ReceivedEvent, error: BaseException) -> None:
+            told.append(type(error).__name__)
+
+        def on_success(self, event: ReceivedEvent) -> None:
+            told.append("success")
+
+    made(place, name)
+    with reading(place, f"{name}-late"), working(publisher, Slow, threads=1) as worker:
+        send(publisher, name)
+        wait_until(lambda: ends == ["second"])
+        assert worker.late == 1
+        release.set()
+        wait_until(lambda: len(ends) == 2)
+        wait_until(lambda: worker.late == 0)
+        send(publisher, name)  # the one place is still there, and no more than one
+        wait_until(lambda: place.count(name) == 0)
+    assert ends[:2] == ["second", "refused"]
+    assert told == ["timeout", "ProcessTimeout", "success", *told[3:]]
+    assert place.count(f"{name}-late") == 0
+
+
+def test_without_a_retry_a_timeout_is_a_dead_letter_and_settles_once(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    release = threading.Event()
+
+    @consumer(made(place, name), timeout=0.1)
+    def slow(event: ReceivedEvent) -> None:
+        release.wait(10)
+
+    with working(publisher, slow):
+        [sent] = send(publisher, name)
+        [letter] = dead_letters(place, name)
+        release.set()
+        assert letter.message_id == sent
+        assert (letter.headers or {})["outbox-dead-error"] == "ProcessTimeout"
+    assert place.count(name) == place.count(dead_letter_queue(name)) == 0
+
+
+def test_late_handlers_beyond_the_number_of_threads_cost_places_until_they_end(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    release = threading.Event()
+    done: list[Any] = []
+
+    @consumer(made(place, name), timeout=0.1)
+    def hangs(event: ReceivedEvent) -> None:
+        if event.headers.get("hang"):
+            release.wait(20)
+        else:
+            done.append(event.id)
+
+    with working(publisher, hangs, threads=1) as worker:
+        send(publisher, name, 2, headers={"hang": True})
+        wait_until(lambda: worker.late == 2)
+        [after] = send(publisher, name)
+        time.sleep(0.3)
+        assert done == []
+        release.set()
+        wait_until(lambda: done == [after])
+        wait_until(lambda: worker.late == 0)
+
+
+def test_a_handler_within_its_time_is_left_alone(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    done: list[str] = []
+
+    @consumer(made(place, name), timeout=datetime.timedelta(seconds=1))
+    def quick(event: ReceivedEvent) -> None:
+        time.sleep(0.01)
+        done.append(event.id)
+
+    with working(publisher, quick) as worker:
+        sent = send(publisher, name, 50)
+        wait_until(lambda: len(done) == 50)
+        time.sleep(1.1)
+        assert worker.late == 0
+    assert sorted(done) == sorted(sent)
+
+
+# ------------------------------------------------------------------------------- asyncio
+
+
+def test_coroutines_run_side_by_side_up_to_the_concurrency(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    running: set[str] = set()
+    most = 0
+    done: list[str] = []
+
+    @consumer(made(place, name))
+    async def gentle(event: ReceivedEvent) -> None:
+        nonlocal most
+        running.add(event.id)
+        most = max(most, len(running))
+        await asyncio.sleep(0.05)
+        running.discard(event.id)
+        done.append(event.id)
+
+    with working(publisher, gentle, concurrency=10):
+        sent = send(publisher, name, 40)
+        wait_until(lambda: len(done) == 40)
+    assert most == 10
+    assert sorted(done) == sorted(sent)
+    assert place.count(name) == 0
+
+
+def test_a_coroutine_publishes_its_follow_ons_before_its_message_is_acked(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    made(place, name)
+
+    class Async(Consumer):
+        queue = name
+
+        async def process(self, event: ReceivedEvent) -> None:
+            enqueue_event({"n": 1}, f"{name}-next")
+            report = await publish_async()
+            assert report.ok
+
+    with reading(place, f"{name}-all", ["#"]) as reader, working(publisher, Async):
+        send(publisher, name)
+        [follow_on] = reader.get()
+        assert follow_on.target == f"{name}-next"
+        wait_until(lambda: place.count(name) == 0)
+
+
+def test_a_coroutine_that_takes_too_long_is_cancelled_and_retried(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    ends: list[str] = []
+    errors: list[BaseException] = []
+
+    class Slow(Consumer):
+        queue = name
+        timeout = 0.1
+        retry = RetryPolicy(max_attempts=2, delay=0)
+
+        async def process(self, event: ReceivedEvent) -> None:
+            try:
+                await asyncio.sleep(0 if event.attempt == 2 else 30)
+                ends.append("done")
+            except asyncio.CancelledError:
+                ends.append("cancelled")
+                raise
+
+        async def on_failure(self, event: ReceivedEvent, error: BaseException) -> None:
+            errors.append(error)
+
+    made(place, name)
+    with working(publisher, Slow):
+        send(publisher, name)
+        wait_until(lambda: ends == ["cancelled", "done"])
+    [error] = errors
+    assert isinstance(error, ProcessTimeout)
+
+
+def test_a_coroutine_that_cancels_itself_has_failed(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    @consumer(made(place, name))
+    async def odd(event: ReceivedEvent) -> None:
+        raise asyncio.CancelledError
+
+    with working(publisher, odd):
+        send(publisher, name)
+        [letter] = dead_letters(place, name)
+        assert (letter.headers or {})["outbox-dead-error"] == "HandlerCancelled"
+
+
+def test_a_stop_lets_coroutines_finish_and_gives_back_what_does_not(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    done: list[int] = []
+    began = threading.Semaphore(0)
+
+    @consumer(made(place, name))
+    async def work(event: ReceivedEvent) -> None:
+        began.release()
+        await asyncio.sleep(event.headers["seconds"])
+        done.append(event.headers["seconds"])
+
+    worker = Worker([work], publisher=publisher)
+    worker.start()
+    send(publisher, name, headers={"seconds": 1})
+    send(publisher, name, headers={"seconds": 60})
+    assert began.acquire(timeout=10)
+    assert began.acquire(timeout=10)
+    begin = time.monotonic()
+    assert not worker.stop(2)
+    assert time.monotonic() - begin < 5
+    assert done == [1]
+    with reading(place, name, again=True) as reader:
+        [left] = reader.get()
+        assert (left.headers or {})["seconds"] == 60
+    assert place.count(dead_letter_queue(name)) == 0
+
+
+def test_each_coroutine_has_a_context_and_a_collector_of_its_own(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    mine: contextvars.ContextVar[str] = contextvars.ContextVar("mine", default="nobody's")
+    found: list[tuple[str, int]] = []
+
+    @consumer(made(place, name), auto_publish=True)
+    async def act(event: ReceivedEvent) -> None:
+        before = mine.get()
+        mine.set(event.id)
+        enqueue_event(event.id, f"{name}-next")
+        await asyncio.sleep(0.02)
+        assert mine.get() == event.id
+        found.append((before, len(EventCollector.current())))
+
+    with reading(place, f"{name}-all", ["#"]) as reader, working(publisher, act):
+        sent = send(publisher, name, 20)
+        follow_ons = reader.get(20)
+        wait_until(lambda: len(found) == 20)
+    assert set(found) == {("nobody's", 1)}
+    assert {one.target for one in follow_ons} == {f"{name}-next"}
+    assert len({one.message_id for one in follow_ons}) == len(sent)
+
+
+def test_plain_and_asynchronous_consumers_share_a_worker(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    done: list[str] = []
+
+    @consumer(made(place, f"{name}-a"))
+    async def asynchronous(event: ReceivedEvent) -> None:
+        await asyncio.sleep(0)
+        done.append("async")
+
+    @consumer(made(place, f"{name}-b"))
+    def plain(event: ReceivedEvent) -> None:
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        done.append("plain")
+
+    with working(publisher, asynchronous, plain):
+        send(publisher, f"{name}-a")
+        send(publisher, f"{name}-b")
+        wait_until(lambda: sorted(done) == ["async", "plain"])

@@ -1,0 +1,73 @@
+"""Retry policies, as plain objects."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+
+from outbox import UsageError
+from outbox.consumers import Retry, RetryPolicy, exponential
+
+
+def test_delays_grow_up_to_the_most() -> None:
+    delay = exponential(1, factor=2, max=10, jitter=False)
+    assert [delay(attempts) for attempts in range(1, 7)] == [1, 2, 4, 8, 10, 10]
+    assert delay(100_000) == 10
+
+
+def test_with_jitter_a_delay_is_between_half_and_all_of_it() -> None:
+    delay = exponential(8, factor=1)
+    found = [delay(1) for _ in range(500)]
+    assert 4 <= min(found) < 4.5
+    assert 7.5 < max(found) <= 8
+
+
+def test_the_last_attempt_is_not_followed_by_another() -> None:
+    policy = RetryPolicy(max_attempts=3, delay=2)
+    assert policy.delay_after(ValueError(), 1) == 2
+    assert policy.delay_after(ValueError(), 2) == 2
+    assert policy.delay_after(ValueError(), 3) is None
+    assert policy.delay_after(Retry(), 3) is None
+    assert policy.delay_after(ValueError(), 7) is None
+
+
+def test_what_is_to_be_retried_can_be_said() -> None:
+    policy = RetryPolicy(on=(OSError,), give_up_on=(FileNotFoundError,), delay=1)
+    assert policy.delay_after(ConnectionError(), 1) == 1
+    assert policy.delay_after(FileNotFoundError(), 1) is None
+    assert policy.delay_after(ValueError(), 1) is None
+    assert policy.delay_after(SystemExit(), 1) is None
+
+
+def test_a_retry_that_is_asked_for_is_done_whatever_the_policy_is_for() -> None:
+    policy = RetryPolicy(on=(), delay=datetime.timedelta(minutes=1))
+    assert policy.delay_after(Retry(), 1) == 60
+    assert policy.delay_after(Retry(delay=5), 1) == 5
+    assert policy.delay_after(Retry("soon", delay=datetime.timedelta(0)), 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: RetryPolicy(max_attempts=0), "max_attempts is 0"),
+        (lambda: RetryPolicy(max_attempts=True), "max_attempts is True"),
+        (lambda: RetryPolicy(delay=-1), "the delay -1 is not between"),
+        (lambda: RetryPolicy(delay=float("nan")), "the delay nan"),
+        (lambda: RetryPolicy(delay="1"), "the delay '1' is neither"),  # type: ignore[arg-type]
+        (lambda: RetryPolicy(on=(1,)), "on has 1"),  # type: ignore[arg-type]
+        (lambda: RetryPolicy(give_up_on=("x",)), "give_up_on has 'x'"),  # type: ignore[arg-type]
+        (lambda: Retry(delay=-1), "the delay -1"),
+        (lambda: exponential(0), "first is 0"),
+        (lambda: exponential(1, factor=0.5), "factor is 0.5"),
+        (lambda: exponential(5, max=4), "max is 4"),
+    ],
+)
+def test_numbers_out_of_their_bounds_are_refused(make: Any, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        make()
+
+
+def test_one_exception_needs_no_tuple() -> None:
+    assert RetryPolicy(on=OSError).on == (OSError,)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import sys
 from typing import Any
 
@@ -33,7 +32,7 @@ def is_away(error: BaseException) -> bool:
 
 
 def _is_link_failure(error: BaseException) -> bool:
-    if isinstance(error, sqlite3.OperationalError):
+    if _is_of("sqlite3", "OperationalError", error):
         return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _SQLITE
     if _is_of("sqlalchemy.exc", "DBAPIError", error):
         return bool(getattr(error, "connection_invalidated", False))

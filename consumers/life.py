@@ -207,12 +207,9 @@ class Message:
     def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
         """Decide what follows from an attempt, and tell the consumer."""
         consumer, event = self.consumer, self.event
-        if event is None:  # undecodable: there is nothing that a consumer could be told
-            assert not isinstance(result, Failed)
-            return result
+        outcome = self._decide(result.error) if isinstance(result, Failed) else result
         told = consumer.callbacks
-        outcome = self._decide(event, result.error) if isinstance(result, Failed) else result
-        if not told:
+        if event is None or not told:  # undecodable: there is nothing that it could be told
             return outcome
         if isinstance(result, Failed):
             if isinstance(result.error, ProcessTimeout) and "on_timeout" in told:
@@ -317,22 +314,24 @@ class Message:
                 yield Step(getattr(consumer, name), (event,))
         return result
 
-    def _decide(self, event: ReceivedEvent, error: BaseException) -> Again | Dead:
-        first = event.first_failure or datetime.datetime.now(datetime.UTC)
+    def _decide(self, error: BaseException) -> Again | Dead:
+        event = self.event
+        attempts = 1 if event is None else event.attempt
+        first = (event and event.first_failure) or datetime.datetime.now(datetime.UTC)
         policy = self.consumer.retry
         if policy is None and isinstance(error, Retry):
             policy = _FOR_RETRY
         if policy is not None:
             try:
-                delay = policy.delay_after(error, event.attempt)
+                delay = policy.delay_after(error, attempts)
             except Exception as wrong:  # in a delay of the user's own
                 logger.exception("the retry policy of %r failed", self.consumer)
                 error.add_note(f"and then the retry policy failed: {wrong!r}")
                 delay = None
             if delay is not None:
-                return Again(delay, error, event.attempt, first)
+                return Again(delay, error, attempts, first)
         reason = f"{type(error).__qualname__}: {error}"
-        return Dead(reason, error, event.attempt, first)
+        return Dead(reason, error, attempts, first)
 
     def _tell(self, event: ReceivedEvent, call: Callable[..., Any], *arguments: Any) -> Steps[None]:
         """Call back; what that enqueues is published and kept like a request's."""

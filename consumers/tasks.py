@@ -61,8 +61,8 @@ class TaskEngine:
         self._waiting: deque[Delivery] = deque()
         self._woken = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop  # made when it starts, as is what belongs to it
+        self._stopping: asyncio.Event
         self._deadline = 0.0
         self._finished = True
         self._ready = threading.Event()
@@ -74,7 +74,7 @@ class TaskEngine:
     @property
     def is_stopping(self) -> bool:
         """Whether the engine is."""
-        return self._stopping is not None and self._stopping.is_set()
+        return self._stopping.is_set()
 
     def publish(self, collector: EventCollector) -> Coroutine[Any, Any, PublishReport]:
         """Publish and await."""
@@ -90,7 +90,6 @@ class TaskEngine:
 
     async def pause(self, seconds: float) -> None:
         """Wait, or until the engine stops."""
-        assert self._stopping is not None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
@@ -113,7 +112,7 @@ class TaskEngine:
     def ask_to_stop(self, deadline: float) -> None:
         """Begin no further message, and cancel at ``deadline`` what runs. Thread-safe."""
         self._deadline = deadline
-        if self._stopping is not None:
+        if self._ready.is_set():
             self._call(self._stopping.set)
 
     def stop(self, deadline: float) -> bool:
@@ -122,11 +121,12 @@ class TaskEngine:
         What is not finished then is cancelled: the message is left to others.
         """
         self.ask_to_stop(deadline)
+        if not self._ready.is_set():
+            return True
         self._thread.join(max(0.0, deadline - time.monotonic()) + _CANCELLED + 1)
         return self._finished and not self._thread.is_alive()
 
     def _call(self, function: Any) -> None:
-        assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(function)
 
@@ -148,7 +148,6 @@ class TaskEngine:
 
     def _dispatch(self) -> None:
         self._woken = False
-        assert self._loop is not None
         while self._waiting and len(self._tasks) < self._concurrency and not self.is_stopping:
             delivery = self._waiting.popleft()
             if self.subscription.is_stale(delivery):

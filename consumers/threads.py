@@ -164,14 +164,13 @@ class ThreadEngine:
                 if step.timeout is None:
                     value = step.call(*step.arguments)
                 else:
-                    value = self._call_watched(message, step)
+                    value = self._call_watched(message, step, step.timeout)
             except BaseException as raised:
                 error = raised
 
-    def _call_watched(self, message: Message, step: Step) -> object:
-        assert step.timeout is not None
-        late = partial(self._on_late, message, threading.current_thread(), step.timeout)
-        ticket = self._watch.enter(step.timeout, late)
+    def _call_watched(self, message: Message, step: Step, seconds: float) -> object:
+        late = partial(self._on_late, message, threading.current_thread(), seconds)
+        ticket = self._watch.enter(seconds, late)
         try:
             found: object = step.call(*step.arguments)
         except BaseException as error:

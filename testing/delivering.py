@@ -128,9 +128,8 @@ class Deliverer:
                 publisher.submit([dead_letter(delivery, outcome)])
                 error = outcome.error
             case Again():
-                copy = retry_copy(delivery, outcome)
-                assert copy is not None, "the headers of a test leave no room for a retry's"
-                publisher.submit([copy])
+                again = retry_copy(delivery, outcome)
+                publisher.submit([] if again is None else [again])
                 error = outcome.error
             case Hold():
                 error = outcome.error

@@ -73,6 +73,11 @@ Steps = Generator[Step, Any, T]
 class InboxEntry(Protocol):
     """What an inbox knows of one message and one consumer."""
 
+    @property
+    def committed(self) -> bool:
+        """Whether the handler's own transaction has noted it."""
+        ...
+
     def is_done(self) -> bool:
         """Return whether the message has been done. Waits for the database."""
         ...
@@ -150,6 +155,7 @@ class Message:
         self.event: ReceivedEvent | None = None
         self._services = services
         self._collector: _MessageCollector | None = None
+        self._entry: InboxEntry | None = None
         self._given_up = False
 
     def live(self) -> Steps[Outcome | None]:
@@ -198,6 +204,8 @@ class Message:
                 outcome = yield from self._process(event, collector)
             except (Exception, SystemExit) as error:  # a handler's sys.exit() is no worker's end
                 outcome = _of_exception(error)
+                if self._entry is not None:
+                    outcome = yield from self._of_done(self._entry, outcome, error)
             finally:
                 left = collector.end()
             if left and not isinstance(outcome, Ack):
@@ -261,7 +269,7 @@ class Message:
         consumer, services = self.consumer, self._services
         entry: InboxEntry | None = None
         if consumer.deduplicate and services.inbox is not None:
-            entry = services.inbox.entry(consumer, event)
+            entry = self._entry = services.inbox.entry(consumer, event)
             if (yield Step(services.apart, (entry.is_done,))):
                 return DUPLICATE
             entry.join()
@@ -282,6 +290,22 @@ class Message:
                 yield Step(services.publish, (collector,))
             if entry is not None:
                 yield Step(services.apart, (entry.note,))
+        return outcome
+
+    def _of_done(
+        self, entry: InboxEntry, outcome: Outcome | Failed, error: BaseException
+    ) -> Steps[Outcome | Failed]:
+        """Return what became of a message that failed, but is perhaps done all the same."""
+        if entry.committed and not isinstance(outcome, Dead):
+            # Another attempt would be passed over. Somebody has to see to what is missing.
+            kind = type(error).__qualname__
+            return Dead(f"failed after its transaction had been committed: {kind}: {error}", error)
+        if isinstance(outcome, Failed):
+            try:
+                if (yield Step(self._services.apart, (entry.is_done,))):
+                    return DUPLICATE  # another one was faster, and what this one did was taken back
+            except Exception:  # it has failed, then
+                logger.debug("the inbox could not be asked", exc_info=True)
         return outcome
 
     def _around(self, names: Sequence[str], event: ReceivedEvent) -> Steps[Any]:

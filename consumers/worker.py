@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -13,8 +14,10 @@ from outbox.consumers.consumer import Consumer
 from outbox.consumers.life import Inbox
 from outbox.consumers.tasks import TaskEngine
 from outbox.consumers.threads import ThreadEngine
+from outbox.settings import Settings
 from outbox.subscription import Delivery
 from outbox.transports import open_subscription
+from outbox.url import BrokerURL
 
 __all__ = ["Worker"]
 
@@ -59,11 +62,12 @@ class Worker:
                 default keeps the worker busy while acks travel: four a thread, at least 50, and
                 twice the concurrency where there are asynchronous consumers. Lower it when messages
                 take long, so that other workers get their share.
-            inbox: remembers what consumers that ``deduplicate`` have done.
+            inbox: remembers what consumers that ``deduplicate`` have done; the default is one in
+                the database ``OUTBOX_DATABASE_URL``, or in the file that is consumed from.
 
         Raises:
-            UsageError: there is no consumer, two have the same queue, one deduplicates without an
-                inbox, or a number is out of range.
+            UsageError: there is no consumer, two have the same queue, one deduplicates and there is
+                no database for that, or a number is out of range.
         """
         self.consumers: dict[str, Consumer] = {}
         for one in consumers:
@@ -95,6 +99,9 @@ class Worker:
             [consumer.spec(settings.exchange) for consumer in self.consumers.values()],
             self.prefetch,
         )
+        deduplicating = [one for one in self.consumers.values() if one.deduplicate]
+        if deduplicating and inbox is None:
+            inbox = _open_inbox(settings, deduplicating[0])
         common = (self.consumers, self.publisher, self._subscription, inbox)
         self._threads = ThreadEngine(*common, threads=threads) if plain else None
         self._tasks = TaskEngine(*common, concurrency=concurrency) if asynchronous else None
@@ -163,3 +170,25 @@ class Worker:
     def _on_refused(self, reason: str) -> None:
         self._refused = reason
         self._stopping.set()
+
+
+def _open_inbox(settings: Settings, consumer: Consumer) -> Inbox:
+    url = os.environ.get("OUTBOX_DATABASE_URL")
+    broker = BrokerURL.parse(settings.url or "memory://")
+    if not url and broker.scheme == "sqlite":
+        from outbox.sql import Inbox
+        from outbox.sql.engines import open_sqlite
+
+        inbox = Inbox(open_sqlite(os.path.abspath(broker.path)))
+        inbox.create()
+        return inbox
+    if not url:
+        raise UsageError(
+            f"the consumer of {consumer.queue!r} deduplicates, and nobody says where: set "
+            "OUTBOX_DATABASE_URL, or give Worker(inbox=outbox.sql.Inbox(engine))"
+        )
+    from outbox.sql import Inbox
+
+    inbox = Inbox(url)
+    inbox.check()
+    return inbox

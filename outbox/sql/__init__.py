@@ -20,6 +20,7 @@ if sqlalchemy.__version__ < "2.":
     )
 
 from outbox.sql.handover import drain
+from outbox.sql.inbox import Inbox
 from outbox.sql.relay import Relay, RelayStats
 from outbox.sql.schema import events, metadata
 from outbox.sql.store import Claimed, Status, Store
@@ -27,6 +28,7 @@ from outbox.sql.transaction import bind
 
 __all__ = [
     "Claimed",
+    "Inbox",
     "Relay",
     "RelayStats",
     "Status",

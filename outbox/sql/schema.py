@@ -1,4 +1,4 @@
-"""The table of stored events; ``metadata`` is for Alembic and ``create_all``."""
+"""The table of stored events; ``metadata``, which has all tables, is for migrations."""
 
 from __future__ import annotations
 
@@ -117,6 +117,8 @@ def ddl(dialect: str) -> str:
         chosen = registry.load(dialect)()
     except NoSuchModuleError as error:
         raise UsageError(f"SQLAlchemy does not know the dialect {dialect!r}") from error
-    indexes = sorted(events.indexes, key=lambda index: str(index.name))
-    statements: list[ExecutableDDLElement] = [CreateTable(events), *map(CreateIndex, indexes)]
+    statements: list[ExecutableDDLElement] = []
+    for table in metadata.sorted_tables:
+        indexes = sorted(table.indexes, key=lambda index: str(index.name))
+        statements += [CreateTable(table), *map(CreateIndex, indexes)]
     return "".join(f"{str(one.compile(dialect=chosen)).strip()};\n" for one in statements)

@@ -113,14 +113,17 @@ class Store:
         self._ask = statements(is_postgresql=self._is_postgresql)
 
     def create(self, *, connection: Connection | None = None) -> bool:
-        """Create the table and its indexes unless they are there; return whether it did."""
+        """Create the tables and their indexes unless they are there.
+
+        Returns:
+            Whether the table of events was not there.
+        """
         if connection is None:
             with self.engine.begin() as connection:
                 return self.create(connection=connection)
-        if inspect(connection).has_table(events.name):
-            return False
+        was_there = inspect(connection).has_table(events.name)
         metadata.create_all(connection)
-        return True
+        return not was_there
 
     def check(self, *, connection: Connection | None = None) -> None:
         """See that the table is there, with all that is needed.

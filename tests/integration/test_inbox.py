@@ -1,0 +1,322 @@
+"""The inbox: a message that is delivered twice is done once, and noted with what it does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, create_engine, func, select, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.pool import NullPool
+
+import outbox.sql
+from outbox import Event, Publisher, UsageError, enqueue_event
+from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, consumer
+from outbox.sql import Inbox
+from outbox.subscription import dead_letter_queue
+from tests.places import Place, made, reading, working
+from tests.waiting import wait_until
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Effect(Base):
+    """What a handler does."""
+
+    __tablename__ = "effects"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    of: Mapped[str]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/shop.db"
+    found: str = request.getfixturevalue("postgresql_url")
+    return found
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[Engine]:
+    engine = create_engine(url)
+    Base.metadata.create_all(engine)
+    outbox.sql.metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def inbox(engine: Engine) -> Inbox:
+    return Inbox(engine)
+
+
+@pytest.fixture
+def publisher(place: Place) -> Iterator[Publisher]:
+    with place.publisher() as found:
+        yield found
+
+
+def effects(engine: Engine) -> int:
+    with Session(engine) as session:
+        return session.scalar(select(func.count()).select_from(Effect)) or 0
+
+
+def noted(engine: Engine) -> int:
+    with engine.connect() as connection:
+        return connection.scalar(text("SELECT count(*) FROM outbox_inbox")) or 0
+
+
+def send(publisher: Publisher, queue: str, *ids: str) -> None:
+    events = [Event(id=one, target=queue, exchange="", body=b"{}") for one in ids]
+    assert publisher.publish(events).ok
+
+
+def test_a_second_delivery_is_acked_and_not_done(
+    place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
+) -> None:
+    done: list[str] = []
+
+    @consumer(made(place, name), deduplicate=True)
+    def act(event: ReceivedEvent) -> None:
+        done.append(event.id)
+
+    with working(publisher, act, inbox=inbox, threads=1):
+        send(publisher, name, "a", "b", "a", "a")
+        wait_until(lambda: place.count(name) == 0 and len(done) >= 2)
+    with working(publisher, act, inbox=Inbox(engine)):
+        send(publisher, name, "b", "c")
+        wait_until(lambda: "c" in done)
+    assert sorted(done) == ["a", "b", "c"]
+    assert place.count(name) == place.count(dead_letter_queue(name)) == 0
+
+
+def test_each_consumer_does_it_once(
+    place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
+) -> None:
+    done: list[str] = []
+    made(place, f"{name}-1", "t")
+    made(place, f"{name}-2", "t")
+
+    @consumer(f"{name}-1", topics=["t"], deduplicate=True)
+    def first(event: ReceivedEvent) -> None:
+        done.append("first")
+
+    @consumer(f"{name}-2", topics=["t"], deduplicate=True)
+    def second(event: ReceivedEvent) -> None:
+        done.append("second")
+
+    with working(publisher, first, second, inbox=inbox, threads=1):
+        for _ in range(2):
+            publisher.publish([Event(id="x", target="t", exchange=place.exchange, body=b"{}")])
+            wait_until(lambda: len(done) >= 2)
+            wait_until(lambda: noted(engine) == 2)
+    assert sorted(done) == ["first", "second"]
+
+
+def test_the_note_is_committed_with_what_the_handler_does_or_not_at_all(
+    place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
+) -> None:
+    attempts: list[int] = []
+
+    @consumer(made(place, name), deduplicate=True, retry=RetryPolicy(delay=0))
+    def act(event: ReceivedEvent) -> None:
+        attempts.append(event.attempt)
+        with Session(engine) as session:
+            session.add(Effect(of=event.id))
+            if event.attempt == 1:
+                session.flush()
+                session.rollback()
+                raise ValueError
+            session.commit()
+        found.append(noted(engine))
+
+    found: list[int] = []
+    with working(publisher, act, inbox=inbox):
+        send(publisher, name, "a")
+        wait_until(lambda: found)
+    assert attempts == [1, 2]
+    assert found == [1]  # not later than the data
+    assert effects(engine) == 1
+
+
+def test_two_workers_that_do_it_at_the_same_time_do_it_once(
+    place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
+) -> None:
+    both = threading.Barrier(2)
+    began: list[str] = []
+
+    @consumer(made(place, name), deduplicate=True)
+    def act(event: ReceivedEvent) -> None:
+        began.append(event.id)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(5)
+        with Session(engine) as session:
+            session.add(Effect(of=event.id))
+            session.commit()
+
+    with working(publisher, act, inbox=inbox):
+        send(publisher, name, "same", "same")
+        wait_until(lambda: len(began) == 2)
+        wait_until(lambda: place.count(name) == 0)
+    assert effects(engine) == 1
+    assert place.count(dead_letter_queue(name)) == 0
+
+
+def test_what_fails_after_its_commit_is_a_dead_letter_that_says_so(
+    place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
+) -> None:
+    @consumer(made(place, name), deduplicate=True, retry=RetryPolicy(delay=0))
+    def act(event: ReceivedEvent) -> None:
+        with Session(engine) as session:
+            session.add(Effect(of=event.id))
+            session.commit()
+        raise ValueError("too late")
+
+    with working(publisher, act, inbox=inbox):
+        send(publisher, name, "a")
+        with reading(place, dead_letter_queue(name), again=True) as reader:
+            [letter] = reader.get()
+    reason = (letter.headers or {})["outbox-dead-reason"]
+    assert reason == "failed after its transaction had been committed: ValueError: too late"
+    assert effects(engine) == 1
+
+
+def test_after_its_window_a_message_is_a_new_one(
+    place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
+) -> None:
+    done: list[str] = []
+
+    @consumer(made(place, name), deduplicate=datetime.timedelta(hours=1))
+    def act(event: ReceivedEvent) -> None:
+        done.append(event.id)
+        with Session(engine) as session:
+            session.add(Effect(of=event.id))
+            session.commit()
+
+    with working(publisher, act, inbox=inbox):
+        send(publisher, name, "a")
+        wait_until(lambda: noted(engine) == 1)
+        age = "now() - interval '2 hours'" if engine.name == "postgresql" else "done_at - 7200"
+        with engine.begin() as connection:
+            connection.execute(text(f"UPDATE outbox_inbox SET done_at = {age}"))
+        send(publisher, name, "a")
+        wait_until(lambda: len(done) == 2)
+    assert effects(engine) == 2
+    assert inbox.purge(name, 3600) == 0
+    assert inbox.purge(name, 0) == 1
+
+
+def test_a_coroutine_is_noted_in_its_asynchronous_session(
+    place: Place, publisher: Publisher, tmp_path: Path, name: str
+) -> None:
+    url = f"sqlite:///{tmp_path}/shop.db"
+    engine = create_engine(url)
+    found: list[int] = []
+    Base.metadata.create_all(engine)
+    outbox.sql.metadata.create_all(engine)
+    asynchronous = create_async_engine(
+        url.replace("sqlite:", "sqlite+aiosqlite:"), poolclass=NullPool
+    )
+
+    class Act(Consumer):
+        queue = name
+        deduplicate = True
+
+        async def process(self, event: ReceivedEvent) -> None:
+            async with AsyncSession(asynchronous) as session:
+                session.add(Effect(of=event.id))
+                await session.commit()
+            found.append(await asyncio.to_thread(noted, engine))
+
+    made(place, name)
+    with working(publisher, Act, inbox=Inbox(engine)):
+        send(publisher, name, "a", "a")
+        wait_until(lambda: place.count(name) == 0 and found)
+    assert found == [1]
+    assert effects(engine) == 1
+    engine.dispose()
+
+
+def test_follow_ons_stored_with_the_note_come_once(
+    place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
+) -> None:
+    made(place, f"{name}-all", f"{name}-next")
+
+    @consumer(made(place, name), deduplicate=True)
+    def act(event: ReceivedEvent) -> None:
+        with Session(engine) as session:
+            session.add(Effect(of=event.id))
+            enqueue_event({}, f"{name}-next", session=session)
+            session.commit()
+
+    with working(publisher, act, inbox=inbox):
+        send(publisher, name, "a", "a")
+        wait_until(lambda: place.count(name) == 0 and effects(engine))
+        outbox.sql.drain()
+        with reading(place, f"{name}-all", again=True) as reader:
+            [follow_on] = reader.get()
+    assert follow_on.target == f"{name}-next"
+    assert place.count(f"{name}-all") == 0
+
+
+def test_a_database_that_is_away_costs_no_attempt(
+    place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
+) -> None:
+    attempts: list[int] = []
+
+    @consumer(made(place, name), deduplicate=True)
+    def act(event: ReceivedEvent) -> None:
+        attempts.append(event.attempt)
+        if len(attempts) == 1:
+            with create_engine("postgresql+psycopg://a@127.0.0.1:1/none").connect():
+                pass
+
+    with working(publisher, act, inbox=inbox):
+        send(publisher, name, "a")
+        wait_until(lambda: len(attempts) == 2)
+        wait_until(lambda: place.count(name) == 0)
+    assert attempts == [1, 1]
+    assert place.count(dead_letter_queue(name)) == 0
+    with pytest.raises(OperationalError):
+        create_engine("postgresql+psycopg://a@127.0.0.1:1/none").connect()
+
+
+def test_without_a_database_a_consumer_that_deduplicates_is_refused(
+    name: str, amqp_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("OUTBOX_DATABASE_URL", raising=False)
+
+    @consumer(name, deduplicate=True)
+    def act(event: ReceivedEvent) -> None: ...
+
+    with Publisher(amqp_url) as publisher:
+        with pytest.raises(UsageError, match="set OUTBOX_DATABASE_URL, or give Worker"):
+            Worker([act], publisher=publisher)
+        monkeypatch.setenv("OUTBOX_DATABASE_URL", f"sqlite:///{tmp_path}/none.db")
+        with pytest.raises(UsageError, match=r"no table outbox_inbox.*outbox sql create"):
+            Worker([act], publisher=publisher)
+
+
+def test_on_a_file_it_is_in_that_file(tmp_path: Path, name: str) -> None:
+    done: list[str] = []
+
+    @consumer(name, deduplicate=True)
+    def act(event: ReceivedEvent) -> None:
+        done.append(event.id)
+
+    path = tmp_path / "outbox.db"
+    with Publisher(f"sqlite:///{path}") as publisher, working(publisher, act, threads=1):
+        assert path.stat().st_mode & 0o777 == 0o600
+        wait_until(lambda: publisher.publish([Event("a", name, "", b"{}")]).published)
+        send(publisher, name, "a", "b")
+        wait_until(lambda: "b" in done)
+    assert done == ["a", "b"]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from outbox import BrokerError, Event, EventCollector, Publisher, PublishFailed, UnpublishedEvents
 from outbox.buffer import Buffer
+from outbox.consumers import connections
 from outbox.consumers.away import is_away
 from outbox.consumers.consumer import Consumer
 from outbox.consumers.copies import dead_letter, retry_copy
@@ -194,6 +195,8 @@ class Message:
             event = self.event = self.event or decode(self.delivery)
         except Undecodable as error:
             return Dead(f"undecodable: {error}", error)
+        refreshers = connections.refreshers(is_async=self.consumer.is_async)
+        yield from self._refresh(refreshers)
         services = self._services
         collector = self._collector = _MessageCollector(
             services.publisher, event, auto_publish=self.consumer.auto_publish
@@ -210,7 +213,8 @@ class Message:
                 left = collector.end()
             if left and not isinstance(outcome, Ack):
                 logger.debug("dropped with %r: %s", event.id, ids(left))
-            return outcome
+        yield from self._refresh(refreshers)
+        return outcome
 
     def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
         """Decide what follows from an attempt, and tell the consumer."""
@@ -264,6 +268,13 @@ class Message:
             case Hold():
                 raise AssertionError("a held message is processed again, not settled")
         return outcome
+
+    def _refresh(self, refreshers: Sequence[Callable[[], Any]]) -> Steps[None]:
+        for refresh in refreshers:
+            try:
+                yield Step(refresh)
+            except Exception:  # of a connection that is broken already
+                logger.debug("a connection could not be closed", exc_info=True)
 
     def _process(self, event: ReceivedEvent, collector: _MessageCollector) -> Steps[Outcome]:
         consumer, services = self.consumer, self._services

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from outbox.event import Event
     from outbox.publisher import Publisher
 
-__all__ = ["Sink", "bind", "bound", "sink_of"]
+__all__ = ["Sink", "bind", "bound", "remove", "sink_of"]
 
 Sink = Callable[["Event", "Publisher | None"], None]
 """Stores an event in an open transaction; the publisher is the process's, if it has one."""
@@ -20,10 +20,17 @@ bound: Callable[[], Sink | None] | None = None
 """Returns where plain events go while a transaction is open here, else None; see ``bind``."""
 
 
-def bind(provider: Callable[[], Sink | None] | None) -> None:
+remove: Callable[[], Any] | None = None
+"""Ends the present session of a scoped one that was bound, if there is one."""
+
+
+def bind(
+    provider: Callable[[], Sink | None] | None, removing: Callable[[], Any] | None = None
+) -> None:
     """Have every event that is enqueued in a transaction stored in it; None ends that."""
-    global bound
+    global bound, remove
     bound = provider
+    remove = removing
 
 
 def sink_of(session: Any, connection: Any) -> Sink:

@@ -78,7 +78,7 @@ def bind(provider: Callable[[], Any] | Any | None) -> None:
             return None
         return sink_of_session(session)
 
-    storing.bind(sink)
+    storing.bind(sink, None if found is None else getattr(provider, "remove", None))
 
 
 def sink_of_session(session: Any) -> storing.Sink:

@@ -6,14 +6,20 @@ import asyncio
 import contextvars
 import datetime
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import scoped_session, sessionmaker
 
+import outbox.sql
 from outbox import (
     CollectorClosed,
     EventCollector,
@@ -472,3 +478,77 @@ def test_plain_and_asynchronous_consumers_share_a_worker(
         send(publisher, f"{name}-a")
         send(publisher, f"{name}-b")
         wait_until(lambda: sorted(done) == ["async", "plain"])
+
+
+# ------------------------------------------------------------------------------- databases
+
+
+def test_a_session_that_a_handler_left_in_a_mess_is_not_the_next_ones(
+    place: Place, publisher: Publisher, tmp_path: Path, name: str
+) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/shop.db")
+    sessions = scoped_session(sessionmaker(engine))
+    seen: list[tuple[int, bool]] = []
+
+    @consumer(made(place, name))
+    def act(event: ReceivedEvent) -> None:
+        session = sessions()
+        seen.append((id(session), session.in_transaction()))
+        session.execute(text("SELECT no_such_column"))
+
+    outbox.sql.bind(sessions)
+    try:
+        with working(publisher, act, threads=1):
+            send(publisher, name, 3)
+            wait_until(lambda: len(seen) == 3)
+            wait_until(lambda: place.count(dead_letter_queue(name)) == 3)
+    finally:
+        outbox.sql.bind(None)
+    assert [in_transaction for _, in_transaction in seen] == [False] * 3
+    engine.dispose()
+
+
+DJANGO = """
+import threading, time
+from django.conf import settings
+
+settings.configure(DATABASES={"default": {
+    "ENGINE": "django.db.backends.sqlite3", "NAME": "shop.db", "CONN_MAX_AGE": 0}})
+import django
+django.setup()
+from django.db import connection
+import outbox
+from outbox.consumers import Consumer, Worker
+
+seen = []
+
+class Plain(Consumer):
+    queue = "plain"
+    def process(self, event):
+        seen.append(connection.connection is None)
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+
+outbox.configure("sqlite:///outbox.db")
+worker = Worker([Plain], threads=1)
+worker.start()
+until = time.monotonic() + 20
+while len(seen) < 2 and time.monotonic() < until:
+    with outbox.auto_publishing():
+        outbox.enqueue_event({}, "plain", exchange="", unroutable="ignore")
+    time.sleep(0.05)
+assert worker.stop(5)
+assert seen and all(seen), seen
+"""
+
+
+def test_djangos_connections_are_closed_between_messages(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", DJANGO],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

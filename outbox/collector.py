@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypedDict, Unpack
 
 from outbox import configuration, observing, process, scope, storing
-from outbox.buffer import Buffer, ChildBuffer, RootBuffer
+from outbox.buffer import Buffer, RootBuffer, SavepointBuffer
 from outbox.chunk import Chunk
 from outbox.errors import CollectorClosed, UsageError
 from outbox.event import Event, Headers, MakeId, Unroutable, check_name, make_event
@@ -323,7 +323,7 @@ class EventCollector:
 
     @contextmanager
     def _savepoint(self) -> Iterator[EventCollector]:
-        buffer = ChildBuffer(self._innermost())
+        buffer = SavepointBuffer(self._innermost())
         token = scope.enter(self, buffer)
         try:
             yield self

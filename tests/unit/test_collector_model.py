@@ -35,7 +35,7 @@ from outbox import (
 )
 from outbox.testing import CollectedEvents, recorded
 
-MAX_EVENTS = 12
+MAX_EVENTS = 8
 
 T = TypeVar("T")
 Names = list[int]
@@ -254,9 +254,10 @@ class Units(RuleBasedStateMachine):
         task.places.append(Place(buffer, own=True, leave=leave))
         self.enqueue_in(task)
 
-    @rule(number=tasks_)
-    def enqueue(self, number: int) -> None:
-        self.enqueue_in(self.task(number))
+    @rule()
+    def enqueue_everywhere(self) -> None:
+        for task in self.tasks:
+            self.enqueue_in(task)
 
     def enqueue_in(self, task: Task) -> None:
         self.count += 1
@@ -325,7 +326,15 @@ class Units(RuleBasedStateMachine):
         return [task for task in self.tasks if task.places and task.places[-1].own]
 
     @precondition(lambda self: bool(self.leavable()))
-    @rule(number=tasks_, error=st.none() | errors)
+    @rule(number=tasks_)
+    def end_well(self, number: int) -> None:
+        self.end(number, None)
+
+    @precondition(lambda self: bool(self.leavable()))
+    @rule(number=tasks_, error=errors)
+    def end_with(self, number: int, error: BaseException) -> None:
+        self.end(number, error)
+
     def end(self, number: int, error: BaseException | None) -> None:
         leavable = self.leavable()
         task = leavable[number % len(leavable)]
@@ -337,31 +346,34 @@ class Units(RuleBasedStateMachine):
         # What contextlib has made raises again what its block has raised.
         assert (error is not None and raised is error) or is_as_expected(raised, expected), raised
 
-    @precondition(lambda self: len(self.tasks) < 3)
-    @rule(number=tasks_)
-    def spawn(self, number: int) -> None:
-        task = self.task(number)
+    @precondition(lambda self: len(self.tasks) < 3 and bool(self.leavable()))
+    @rule(number=tasks_, first=st.sampled_from(["nothing", "savepoint", "block"]))
+    def spawn(self, number: int, first: str) -> None:
+        """Have a task begin in the middle of another's unit, which it may outlive."""
+        leavable = self.leavable()
+        task = leavable[number % len(leavable)]
         inherited = [Place(one.buffer, False, one.leave) for one in task.places]
         self.tasks.append(Task(task.context.copy(), inherited))
+        if first == "savepoint":
+            self.begin_savepoint(len(self.tasks) - 1)
+        elif first == "block":
+            self.begin_block(len(self.tasks) - 1, is_async=True, independent=False)
 
-    @rule(number=tasks_)
+    @precondition(lambda self: len(self.tasks) == 3)
+    @rule(number=st.integers(1, 2))
     def begin_anew(self, number: int) -> None:
         """Have a task replaced by one of an empty context, such as a bare thread's."""
-        if number and number < len(self.tasks):
-            self.gone.append(self.tasks[number])
-            self.tasks[number] = Task(contextvars.Context(), [])
+        self.gone.append(self.tasks.pop(number))
+        self.tasks.append(Task(contextvars.Context(), []))
 
-    @precondition(lambda self: self.world.broker_is_there)
     @rule()
-    def broker_leaves(self) -> None:
-        self.world.broker_is_there = False
-        self.outage.enter_context(self.collected.broker_down())
-
-    @precondition(lambda self: not self.world.broker_is_there)
-    @rule()
-    def broker_returns(self) -> None:
-        self.world.broker_returns()
-        self.outage.close()
+    def broker_leaves_or_returns(self) -> None:
+        if self.world.broker_is_there:
+            self.world.broker_is_there = False
+            self.outage.enter_context(self.collected.broker_down())
+        else:
+            self.world.broker_returns()
+            self.outage.close()
 
     @property
     def all_there_are(self) -> tuple[Event, ...]:

@@ -35,13 +35,14 @@ text = st.text(max_size=20)
 
 # ------------------------------------------------------------------------------ URLs
 
-urls = anything | st.lists(
-    st.sampled_from(
-        [*SCHEMES, "://", *":@/?#,[]%=&é", "//", "%2F", "%ff", "%00", "host", "::1", "9" * 5_000]
-    )
-    | anything,
-    max_size=12,
-).map("".join)
+parts = st.sampled_from([*":@/?#,[]%=&é", "%2F", "%ff", "%00", "host", "::1", "9" * 5_000])
+urls = anything | st.builds(
+    lambda scheme, rest: f"{scheme}://{''.join(rest)}",
+    st.sampled_from(SCHEMES),
+    st.lists(parts | anything, max_size=8),
+)
+escapes = st.text(max_size=9) | st.sampled_from(["%41", "100%", "a%2Fb", "+", "é/@:?#"])
+names_in_urls = escapes.filter(lambda one: "\0" not in one)
 
 
 @given(urls)
@@ -57,9 +58,9 @@ def test_any_url_is_understood_or_refused(url: str) -> None:
 
 @given(
     st.sampled_from(["amqp", "amqps"]),
-    text.filter(lambda one: "\0" not in one),
-    text.filter(lambda one: "\0" not in one),
-    text.filter(lambda one: one and "\0" not in one),
+    names_in_urls,
+    names_in_urls,
+    names_in_urls.filter(bool),
     st.lists(
         st.tuples(st.from_regex(r"[a-z0-9.-]+", fullmatch=True), st.integers(1, 65_535)),
         min_size=1,
@@ -81,10 +82,10 @@ def test_what_is_percent_encoded_comes_back(
 @given(
     st.sampled_from(["amqp", "amqps", "AMQP", "http", ""]),
     st.lists(st.sampled_from([*":@/?#%,[]=&", "%2F", " "]), max_size=6),
-    st.sampled_from(["@host/vhost", "@", "@host:port", "@a,,b", "@host?a=b", "@[::1"]),
+    st.sampled_from(["@host/vhost", "@", "@host:port", "@a,,b", "@host?a=b", "@[::1", "=x@host"]),
 )
 def test_a_password_is_never_told_encoded_or_not(scheme: str, around: list[str], rest: str) -> None:
-    password = f"hunter2{''.join(around)}hunter2"
+    password = f"{''.join(around)}hunter2"
     try:
         url = BrokerURL.parse(f"{scheme}://user:{password}{rest}")
         told = f"{url!r} {url}"

@@ -9,6 +9,7 @@ import tracemalloc
 from typing import Any
 
 import pika
+import pika.exceptions
 import pika.frame
 import pytest
 from hypothesis import given
@@ -69,7 +70,7 @@ fields = st.recursive(
     ),
     max_leaves=8,
 )
-deep = st.builds(nested, st.integers(0, 1_200), st.sampled_from([b"A", b"F"]))
+deep = st.builds(nested, st.sampled_from([1, 33, 400, 900, 1_200]), st.sampled_from([b"A", b"F"]))
 tables = st.lists(st.builds(entry, names, fields | fields | deep), max_size=4).map(
     lambda entries: struct.pack(">I", len(b"".join(entries))) + b"".join(entries)
 )
@@ -206,6 +207,14 @@ def test_a_broken_stream_is_given_up_or_read_to_its_end(
         return
     assert len(stream._frame_buffer) <= len(broken)
     assert len(stream.deliveries) <= 2
+
+
+@pytest.mark.parametrize("swift", [True, False])
+def test_a_header_frame_without_its_end_mark_ends_the_connection(swift: bool) -> None:
+    method = struct.pack(">HH", 60, 60) + short(b"ctag1") + struct.pack(">QB", 7, 0) + b"\0\0"
+    header = frame(2, struct.pack(">HHQH", 60, 0, 0, 0))[:-1] + b"!"
+    with pytest.raises(pika.exceptions.InvalidFrameError):
+        Stream(swift=swift)._on_data_available(frame(1, method) + header)
 
 
 HUGE = struct.pack(">I", 0xFFFF_FFFF)

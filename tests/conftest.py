@@ -23,7 +23,7 @@ from tests.amqp import Inspector
 hypothesis.settings.register_profile("quick", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile(
-    "thorough", deadline=None, max_examples=5_000, print_blob=True, stateful_step_count=100
+    "thorough", deadline=None, max_examples=2_000, print_blob=True, stateful_step_count=100
 )
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if "CI" in os.environ else "quick")

@@ -27,6 +27,7 @@ from outbox.transports.rabbitmq.framing import Encoder
 from outbox.url import BrokerURL
 
 QUEUES = {b"ctag1": "orders"}
+FIELDS = [one.name for one in dataclasses.fields(Delivery)]
 FLAGS_OF_STRINGS = (0x8000, 0x4000, 0x0400, 0x0200, 0x0100, 0x0080, 0x0020, 0x0010, 0x0008, 0x0004)
 
 
@@ -70,7 +71,10 @@ fields = st.recursive(
     ),
     max_leaves=8,
 )
-deep = st.builds(nested, st.sampled_from([1, 33, 400, 900, 1_200]), st.sampled_from([b"A", b"F"]))
+# Some that pika still reads, and outbox does not; and some that nobody can read by recursion.
+deep = st.just(nested(600, b"A")) | st.builds(
+    nested, st.sampled_from([1, 33, 300, 2_000]), st.sampled_from([b"A", b"F"])
+)
 tables = st.lists(st.builds(entry, names, fields | fields | deep), max_size=4).map(
     lambda entries: struct.pack(">I", len(b"".join(entries))) + b"".join(entries)
 )
@@ -151,15 +155,31 @@ def delivered(*pieces: bytes, swift: bool = True) -> list[Delivery]:
     return stream.deliveries
 
 
-def as_dicts(deliveries: list[Delivery]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(one) for one in deliveries]
+def alike(found: list[Delivery], expected: list[Delivery]) -> bool:
+    """Compare without recursion: headers may be nested deeper than Python compares."""
+    left: list[tuple[Any, Any]] = [(found, expected)]
+    while left:
+        one, other = left.pop()
+        if type(one) is not type(other):
+            return False
+        if isinstance(one, Delivery):
+            left += [(getattr(one, name), getattr(other, name)) for name in FIELDS]
+        elif isinstance(one, list | dict):
+            if len(one) != len(other):
+                return False
+            left += zip(one, other, strict=True)
+            if isinstance(one, dict):
+                left += zip(one.values(), other.values(), strict=True)
+        elif one != other:
+            return False
+    return True
 
 
 @given(messages())
 def test_any_message_arrives_and_by_either_reader_alike(message: bytes) -> None:
     found = delivered(message)
     assert len(found) == 1
-    assert repr(as_dicts(found)) == repr(as_dicts(delivered(message, swift=False)))
+    assert alike(found, delivered(message, swift=False))
 
 
 @given(st.lists(messages(), max_size=3), st.lists(st.integers(1, 200), max_size=20))
@@ -169,7 +189,7 @@ def test_messages_arrive_alike_however_the_bytes_come(sent: list[bytes], sizes: 
     for size in [*sizes, len(data)]:
         pieces.append(data[at : at + size])
         at += size
-    assert repr(as_dicts(delivered(*pieces))) == repr(as_dicts(delivered(data)))
+    assert alike(delivered(*pieces), delivered(data))
 
 
 @consumer("orders")

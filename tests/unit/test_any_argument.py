@@ -35,11 +35,13 @@ text = st.text(max_size=20)
 
 # ------------------------------------------------------------------------------ URLs
 
-parts = st.sampled_from([*":@/?#,[]%=&é", "%2F", "%ff", "%00", "host", "::1", "9" * 5_000])
+parts = st.sampled_from(
+    [*":@/?#,[]%=&é", "%ff", "%00", "host", "host:", "::1", "9" * 5_000, "\ud800"]
+)
 urls = anything | st.builds(
     lambda scheme, rest: f"{scheme}://{''.join(rest)}",
     st.sampled_from(SCHEMES),
-    st.lists(parts | anything, max_size=8),
+    st.lists(parts | parts | anything, max_size=8) | parts.map(lambda part: ["host:", part]),
 )
 escapes = st.text(max_size=9) | st.sampled_from(["%41", "100%", "a%2Fb", "+", "é/@:?#"])
 names_in_urls = escapes.filter(lambda one: "\0" not in one)
@@ -114,8 +116,9 @@ numerals = st.integers().map(str) | st.floats().map(str) | st.just("9" * 5_000)
     st.dictionaries(st.sampled_from(SETTINGS) | text, values, max_size=3),
     st.dictionaries(
         st.sampled_from(SETTINGS).map(lambda name: f"OUTBOX_{name.upper()}"),
-        numerals | anything | st.sampled_from(["park", "create", "publish", "nan", "inf", "1_0"]),
-        max_size=3,
+        numerals | anything | st.sampled_from(["park", "create", "nan", "inf", "1_0", "\udcff"]),
+        min_size=1,
+        max_size=6,
     ),
 )
 def test_any_settings_are_understood_or_refused(
@@ -330,6 +333,7 @@ def test_what_somebody_else_has_written_wrong_is_told(column: str, value: Any, t
 
 # ----------------------------------------------------------------------------- times
 
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 zones = (
     st.none()
     | st.timezones()
@@ -356,8 +360,9 @@ def test_deliver_at_is_kept_to_the_microsecond_or_refused(at: datetime.datetime)
     except InvalidEvent:
         assert at.tzinfo is None or not 2 < at.year < 9_998
         return
-    assert event.deliver_at == at
     assert event.deliver_at is not None
+    # By their distance: Python calls an hour that a clock shows twice equal to no other zone's.
+    assert event.deliver_at - EPOCH == at - EPOCH
     assert event.deliver_at.utcoffset() == datetime.timedelta()
 
 

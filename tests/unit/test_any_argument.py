@@ -15,7 +15,7 @@ import pika
 import pika.data
 import pika.frame
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from outbox import Event, EventCollector, InvalidEvent, Publisher, UsageError
@@ -269,6 +269,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     engine.dispose()
 
 
+@settings(max_examples=settings().max_examples // 4)  # each is some commits to a disk
 @given(st.lists(events, max_size=5))
 def test_any_events_come_back_from_a_file_in_their_order(store: Store, stored: list[Event]) -> None:
     store.put(stored)

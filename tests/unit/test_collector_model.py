@@ -394,7 +394,7 @@ class Units(RuleBasedStateMachine):
 
 
 TestUnits = Units.TestCase
-TestUnits.settings = settings(max_examples=3 * settings().max_examples)
+TestUnits.settings = settings(max_examples=2 * settings().max_examples)
 
 
 def any_id(exchange: str, target: str, key: str | None, body: bytes) -> str:

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from outbox import Event
+from outbox import Event, InvalidEvent
 from outbox.consumers.outcome import Again, Dead
 from outbox.consumers.received import occurred_at
 from outbox.event import MAX_HEADER_BYTES, plain_table
@@ -50,9 +50,13 @@ def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
         headers["outbox-dead-traceback"] = _text(traceback_of(outcome.error))
     if delivery.content_encoding:
         headers["outbox-dead-content-encoding"] = delivery.content_encoding
-    own = _senders_headers(delivery)
-    if own is None:
-        headers["outbox-dead-headers"] = "dropped: with these there was no room for them"
+    try:
+        own = _senders_headers(delivery)
+        if own is None:
+            headers["outbox-dead-headers"] = "dropped: with these there was no room for them"
+    except (InvalidEvent, RecursionError):
+        own = None
+        headers["outbox-dead-headers"] = "dropped: they are nested too deeply"
     headers = {**(own or {}), **headers}
     if plain_table(headers, "headers")[1] > MAX_HEADER_BYTES:
         headers.pop("outbox-dead-traceback", None)
@@ -63,9 +67,12 @@ def retry_copy(delivery: Delivery, outcome: Again) -> Event | None:
     """Return the event that brings the message back to its queue for the next attempt.
 
     It is delivered as the message was: with its id, body, headers, exchange and target. None if
-    its sender's headers leave no room for ours.
+    its sender's headers leave no room for ours, or are nested too deeply.
     """
-    own = _senders_headers(delivery)
+    try:
+        own = _senders_headers(delivery)
+    except (InvalidEvent, RecursionError):
+        own = None
     if own is None:
         return None
     added = {
@@ -102,6 +109,7 @@ def _senders_headers(delivery: Delivery) -> dict[str, Any] | None:
         for name, value in (delivery.headers or {}).items()
         if _is_senders(name)
     }
+    # InvalidEvent or RecursionError where they are nested too deeply.
     return None if plain_table(own, "headers")[1] > MAX_HEADER_BYTES else own
 
 
@@ -112,11 +120,11 @@ def _copy(
     deliver_at: datetime.datetime | None = None,
 ) -> Event:
     return Event(
-        id=delivery.message_id or new_id(),
+        id=_short(delivery.message_id or new_id()),
         target=queue,
         exchange="",
         body=delivery.body,
-        content_type=delivery.content_type or "application/octet-stream",
+        content_type=_short(delivery.content_type or "application/octet-stream"),
         headers=headers,
         priority=delivery.priority,
         deliver_at=deliver_at,
@@ -128,6 +136,11 @@ def _copy(
 def _text(text: str) -> str:
     """Return ``text`` as something that can be written in UTF-8."""
     return text.encode(errors="replace").decode()
+
+
+def _short(text: str) -> str:
+    """Return as much of ``text`` as is a short string: with what replaces bytes it has grown."""
+    return text.encode()[:255].decode(errors="ignore")
 
 
 def _carried(value: Any) -> Any:

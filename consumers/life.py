@@ -245,7 +245,7 @@ class Message:
             case Again():
                 copy = retry_copy(delivery, outcome)
                 if copy is None:
-                    reason = "its headers leave no room for a retry's"
+                    reason = "its headers cannot be sent again with a retry's"
                     return (yield from self.settle(Dead(reason, outcome.error, outcome.attempts)))
                 logger.warning(
                     "message %r of %r failed, attempt %d; again in %.1f s",
@@ -309,8 +309,8 @@ class Message:
         """Return what became of a message that failed, but is perhaps done all the same."""
         if entry.committed and not isinstance(outcome, Dead):
             # Another attempt would be passed over. Somebody has to see to what is missing.
-            kind = type(error).__qualname__
-            return Dead(f"failed after its transaction had been committed: {kind}: {error}", error)
+            told = f"{type(error).__qualname__}: {_text(error)}"
+            return Dead(f"failed after its transaction had been committed: {told}", error)
         if isinstance(outcome, Failed):
             try:
                 if (yield Step(self._services.apart, (entry.is_done,))):
@@ -365,7 +365,7 @@ class Message:
                 delay = None
             if delay is not None:
                 return Again(delay, error, attempts, first)
-        reason = f"{type(error).__qualname__}: {error}"
+        reason = f"{type(error).__qualname__}: {_text(error)}"
         return Dead(reason, error, attempts, first)
 
     def _tell(self, event: ReceivedEvent, call: Callable[..., Any], *arguments: Any) -> Steps[None]:
@@ -430,15 +430,22 @@ def _of_exception(error: BaseException) -> Outcome | Failed:
         case Requeue():
             return Return()
         case PublishFailed() if error.report.error is None:
-            return Dead(f"a follow-on was rejected: {error}", error)
+            return Dead(f"a follow-on was rejected: {_text(error)}", error)
         case UnpublishedEvents():
-            return Dead(f"{type(error).__qualname__}: {error}", error)
+            return Dead(f"{type(error).__qualname__}: {_text(error)}", error)
         case BrokerError():
             return Hold(error)
         case Exception() if is_away(error):
             return Hold(error)
         case _:
             return Failed(error)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as why:  # the application's own exception, which need not be sound
+        return f"(its text cannot be told: {type(why).__qualname__})"
 
 
 class _MessageCollector(EventCollector):

@@ -20,7 +20,7 @@ from outbox.parking import restore_origin
 from outbox.subscription import Delivery, Subscription, as_delivered, dead_letter_queue
 from outbox.topics import matches
 
-__all__ = ["Delivered", "Deliverer"]
+__all__ = ["Delivered", "Deliverer", "processed"]
 
 _ROUNDS = 100
 
@@ -120,7 +120,7 @@ class Deliverer:
         before = len(self._published())
         delivery = as_delivered(event, consumer.queue, self._tag)
         restore_origin(delivery)
-        outcome = _processed(consumer, delivery, publisher)
+        outcome = processed(consumer, delivery, publisher)
         follow_ons = self._published()[before:]
         error: BaseException | None = None
         match outcome:
@@ -167,7 +167,7 @@ class _Services:
         """Wait for nothing."""
 
 
-def _processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome:
+def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome:
     """Return what is to become of a message, having processed it in a context of its own.
 
     A handler finds what it finds in a worker: no event loop, or one in which it is a task.

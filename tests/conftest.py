@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
@@ -18,6 +19,17 @@ from outbox.testing.postgresql import PostgreSQLMissing, PrivatePostgreSQL
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.places import Place, RabbitMQPlace, SQLitePlace
+
+# Properties are tried quickly by default, the same way each time where a change is judged, and
+# at length with HYPOTHESIS_PROFILE=thorough or --hypothesis-profile thorough.
+hypothesis.settings.register_profile("quick", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile(
+    "thorough", deadline=None, max_examples=2_000, print_blob=True, stateful_step_count=100
+)
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if "CI" in os.environ else "quick")
+)
 
 
 def _started() -> PrivateBroker:

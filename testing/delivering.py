@@ -15,7 +15,7 @@ from outbox.event import make_event
 from outbox.subscription import as_delivered, dead_letter_queue
 from outbox.topics import matches
 
-__all__ = ["Delivered", "Deliverer"]
+__all__ = ["Delivered", "Deliverer", "is_bound"]
 
 _ROUNDS = 100
 
@@ -69,7 +69,7 @@ class Deliverer:
         for event in self._published():
             for consumer in made:
                 place = (id(event), consumer.queue)
-                if place not in self._done and _is_bound(consumer, event, publisher):
+                if place not in self._done and is_bound(consumer, event, publisher):
                     self._done.add(place)
                     found.append(
                         self._process(consumer, event, publisher, raise_errors=raise_errors)
@@ -130,7 +130,7 @@ class Deliverer:
         return Delivered(event, consumer, outcome, follow_ons)
 
 
-def _is_bound(consumer: Consumer, event: Event, publisher: Publisher) -> bool:
+def is_bound(consumer: Consumer, event: Event, publisher: Publisher) -> bool:
     """Return whether the broker would have put ``event`` into the consumer's queue."""
     if event.target == dead_letter_queue(consumer.queue):
         return False

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 
-from outbox import BrokerError, ConnectionLost, Event, PublishReport
+from outbox import BrokerError, ConnectionLost, Event, PublishReport, UsageError
 from outbox.chunk import Chunk, Entry, Fate
 from outbox.configuration import configured_publisher
+from outbox.settings import Settings
 from outbox.stats import Tally
 from outbox.topics import matches
 
 __all__ = ["Recorder", "SimulatedCrash"]
+
+
+logger = logging.getLogger("outbox.testing")
 
 
 class SimulatedCrash(BaseException):
@@ -29,10 +34,13 @@ class Recorder:
     publishers are recorded alike.
     """
 
+    hands_over = False
     supports_delay = True
     on_own_thread = False
 
-    def __init__(self) -> None:
+    def __init__(self, where: str = "a test") -> None:
+        self._where = where
+        self._ended = False
         self._lock = threading.Lock()
         self._enqueued: dict[int, Event] = {}  # by identity: a test may enqueue equal events
         self._stored: dict[int, Event] = {}
@@ -47,10 +55,20 @@ class Recorder:
         self._crashes = False
         self.tally = Tally()
 
-    @property
-    def transport(self) -> Recorder:
-        """Itself, in place of every publisher's transport."""
+    def transport_of(self, settings: Settings) -> Recorder:
+        """Return itself, in place of every publisher's transport."""
         return self
+
+    def consumed_with(self, settings: Settings) -> Settings:
+        """Refuse: nothing is published that a worker could consume.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "events are recorded here, not published: a worker has nothing to consume; have them "
+            "processed with deliver_all(), or publish them really, with the fixture live_events"
+        )
 
     @property
     def connected(self) -> bool:
@@ -100,6 +118,12 @@ class Recorder:
 
     def enqueued(self, event: Event) -> None:
         """Record an event that was collected."""
+        if self._ended:
+            logger.warning(
+                "the event %r came when the test was over that its unit of work began in, %s",
+                event.id,
+                self._where,
+            )
         with self._lock:
             self._enqueued[id(event)] = event
 
@@ -123,6 +147,10 @@ class Recorder:
                 self._enqueued.pop(id(event), None)
                 self._stored.pop(id(event), None)
                 self._published.append(event)
+
+    def end(self) -> None:
+        """Note that the test is over: what comes later is of no interest to anybody."""
+        self._ended = True
 
     # ---------------------------------------------------------------- what a test may break
 

@@ -326,7 +326,7 @@ class _LiveTransport:
 
     def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
         if self._broker.has_ended(events):
-            return _withdrawn(events)
+            return _withdrawn(events, keep=keep)
         self._broker.submitting(events)
         chunk = self._inner.submit(events, keep=keep)
         self._broker.submitted(chunk)
@@ -356,8 +356,8 @@ def event_of(delivery: Delivery) -> Event:
         )
 
 
-def _withdrawn(events: Sequence[Event]) -> Chunk:
-    chunk = Chunk(events, keep=False)
+def _withdrawn(events: Sequence[Event], *, keep: bool) -> Chunk:
+    chunk = Chunk(events, keep=keep)
     for entry in chunk.entries:
         entry.fate, entry.reason = Fate.WITHDRAWN, "withdrawn: the test is over"
     chunk.future.set_result(chunk.report())

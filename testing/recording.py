@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from outbox import UsageError, observing
+from outbox import UsageError, observing, scope
 from outbox.configuration import publisher_if_any
 from outbox.settings import Settings
 from outbox.testing.collected import CollectedEvents
@@ -69,10 +69,12 @@ def _in_force(observer: observing.Observer, where: str) -> Iterator[None]:
             f"the events of this test are taken care of already, by {_where or 'something else'}: "
             f"{where} cannot do it too; use one of the two"
         )
+    outer = scope.present()
     observing.install(observer)
     _where = where
     try:
         yield
     finally:
+        scope.resume(outer)  # a block that the test has left open is not the next one's
         observing.install(None)
         _where = ""

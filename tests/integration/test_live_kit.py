@@ -20,8 +20,10 @@ from outbox import (
     publish,
 )
 from outbox.consumers import Consumer, Reject, Requeue, Worker
-from outbox.testing import LiveEvents, recorded
+from outbox.testing import LiveEvents, live, recorded
 from outbox.testing.broker import PrivateBroker
+
+IN_ORDER = ("-p", "no:randomly")
 
 
 def place(number: int = 1, target: str = "order.placed", **options: Any) -> None:
@@ -251,3 +253,44 @@ def test_virtual_hosts_are_empty_and_never_the_same(outbox_broker: PrivateBroker
     assert len(set(found)) == 17
     for url in found:
         outbox_broker.give_back(url)
+
+
+def test_the_next_test_sees_nothing_of_what_one_has_left(
+    outbox_broker: PrivateBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = auto_publishing()
+    with live(outbox_broker.empty_url(), "the first") as first:
+        place(13)
+        first.deliver_all(Invoices, raise_errors=False)
+        place(1)
+        place(2, "nobody", exchange="")
+        assert len(first.parked) == 1
+        left.__enter__()
+        enqueue_event(3, "left")
+    with live(outbox_broker.empty_url(), "the second") as second:
+        left.__exit__(None, None, None)
+        assert second.deliver_all(Invoices) == []
+        assert repr(second) == "<LiveEvents none>"
+    assert "when the test was over that their unit of work began in, the first" in caplog.text
+
+
+def test_a_users_suite_starts_one_broker(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+        from outbox import auto_publishing, enqueue_event
+
+        ports = []
+
+        @pytest.mark.parametrize("n", range(2))
+        def test_it_is_published(live_events, outbox_broker, n):
+            with auto_publishing():
+                enqueue_event(n, "order.placed")
+            live_events.assert_published("order.placed", n)
+            live_events.assert_nothing_else_published()
+            ports.append(outbox_broker.port)
+            assert ports == [outbox_broker.port] * (n + 1)
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *IN_ORDER, timeout=80)
+    result.assert_outcomes(passed=2)

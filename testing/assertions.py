@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, Literal, Protocol, TypedDict, Unpack, overload
 
 from outbox import Event
-from outbox.testing.matching import Wanted, describe
+from outbox.testing.matching import Wanted, describe, payload_of
 
 __all__ = ["Criteria", "EventAssertions", "Matches", "States"]
 
@@ -33,6 +34,7 @@ class Matches(tuple[Event, ...]):
     __slots__ = ()
 
     def __getattr__(self, name: str) -> Any:
+        __tracebackhide__ = True
         if name in Event.__dataclass_fields__ or name == "payload":
             raise AssertionError(
                 f"{len(self)} events match, so there is no one {name}: narrow the assertion, "
@@ -157,7 +159,7 @@ class EventAssertions:
             AssertionError: tells what was there instead, nearest first.
         """
         __tracebackhide__ = True
-        return self._assert("published", Wanted(target, payload, **criteria), times)
+        return self._assert("published", _wanted(target, payload, criteria), times)
 
     def assert_pending(
         self,
@@ -169,7 +171,7 @@ class EventAssertions:
     ) -> Event | Matches:
         """Assert that a matching event waits for its unit of work; see ``assert_published``."""
         __tracebackhide__ = True
-        return self._assert("pending", Wanted(target, payload, **criteria), times)
+        return self._assert("pending", _wanted(target, payload, criteria), times)
 
     def assert_cleared(
         self,
@@ -181,7 +183,7 @@ class EventAssertions:
     ) -> Event | Matches:
         """Assert that a matching event was dropped; see ``assert_published``."""
         __tracebackhide__ = True
-        return self._assert("cleared", Wanted(target, payload, **criteria), times)
+        return self._assert("cleared", _wanted(target, payload, criteria), times)
 
     def assert_kept(
         self,
@@ -193,7 +195,7 @@ class EventAssertions:
     ) -> Event | Matches:
         """Assert that a matching event is kept by a publisher; see ``assert_published``."""
         __tracebackhide__ = True
-        return self._assert("kept", Wanted(target, payload, **criteria), times)
+        return self._assert("kept", _wanted(target, payload, criteria), times)
 
     def assert_stored(
         self,
@@ -205,7 +207,7 @@ class EventAssertions:
     ) -> Event | Matches:
         """Assert that a matching event was stored in a transaction; see ``assert_published``."""
         __tracebackhide__ = True
-        return self._assert("stored", Wanted(target, payload, **criteria), times)
+        return self._assert("stored", _wanted(target, payload, criteria), times)
 
     def assert_not_published(
         self, target: str, payload: Any = ..., **criteria: Unpack[Criteria]
@@ -216,7 +218,7 @@ class EventAssertions:
             AssertionError: tells which ones were.
         """
         __tracebackhide__ = True
-        wanted = Wanted(target, payload, **criteria)
+        wanted = _wanted(target, payload, criteria)
         found = [event for event in self.published if wanted.accepts(event)]
         if found:
             raise AssertionError(
@@ -322,6 +324,16 @@ _TOLD: dict[str, str] = {
 }
 
 
+def _wanted(target: str, payload: Any, criteria: Criteria) -> Wanted:
+    __tracebackhide__ = True
+    for name in criteria:
+        if name not in Criteria.__annotations__:
+            close = difflib.get_close_matches(name, [*Criteria.__annotations__, "times"], 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{name!r} is nothing that an event can be asked for{hint}")
+    return Wanted(target, payload, **criteria)
+
+
 def _in_order(events: Sequence[Event], targets: Sequence[str]) -> list[Event]:
     """Return an event for each target, one after the other, as far as there are such."""
     found: list[Event] = []
@@ -357,7 +369,7 @@ def _lines(state: str, events: Sequence[Event]) -> str:
     lines = [f"{state}:"]
     for event in events[:_SHOWN]:
         headers = f" headers {describe(dict(event.headers))}" if event.headers else ""
-        lines.append(f"  {event.target!r} {describe(event.payload)}{headers}")
+        lines.append(f"  {event.target!r} {describe(payload_of(event))}{headers}")
     if len(events) > _SHOWN:
         lines.append(f"  and {len(events) - _SHOWN} more")
     return "\n".join(lines)

@@ -44,7 +44,7 @@ class CollectedEvents(EventAssertions):
             What was published by it.
         """
         events = (*self.pending, *self.stored)
-        self._recorder.publish_all(events)
+        self._recorder.pretend(events, success=True)
         return events
 
     def rollback(self) -> tuple[Event, ...]:
@@ -54,7 +54,7 @@ class CollectedEvents(EventAssertions):
             What was dropped by it.
         """
         events = (*self.pending, *self.stored)
-        self._recorder.cleared(events)
+        self._recorder.pretend(events, success=False)
         return events
 
     @contextmanager
@@ -65,7 +65,8 @@ class CollectedEvents(EventAssertions):
             yield
         except BaseException:
             events = (*self.pending, *self.stored)
-            self._recorder.cleared([one for one in events if id(one) not in before])
+            dropped = [one for one in events if id(one) not in before]
+            self._recorder.pretend(dropped, success=False)
             raise
 
     # ------------------------------------------------------------------------- failures
@@ -116,6 +117,7 @@ class CollectedEvents(EventAssertions):
         Returns:
             What was delivered, in order, each with its outcome and follow-on events.
         """
+        __tracebackhide__ = True
         return self._deliverer.deliver(consumers, raise_errors=raise_errors)
 
     def deliver_all(
@@ -146,6 +148,7 @@ class CollectedEvents(EventAssertions):
             **options: ``target`` (by default the consumer's queue), and those of
                 ``enqueue_event()``.
         """
+        __tracebackhide__ = True
         return self._deliverer.perform(consumer, payload, options, raise_errors=raise_errors)
 
     def _publisher(self) -> Publisher:

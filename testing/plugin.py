@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import pytest
 
+from outbox import MissingExtra
 from outbox.testing.assertions import EventAssertions
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.collected import CollectedEvents
@@ -90,6 +91,10 @@ def embedded_events(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
     Every publisher and worker of the process uses a file that is the test's own. No server is
     needed; it takes the extra ``[sql]``.
     """
+    try:
+        import outbox.sql  # noqa: F401  # says which extra is missing
+    except MissingExtra as error:
+        pytest.fail(f"the fixture embedded_events: {error}", pytrace=False)
     url = f"sqlite:///{quote(str(tmp_path / 'outbox-events.db'))}"
     with live(url, _where(request), strict=_is_strict(request)) as found:
         yield found

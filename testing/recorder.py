@@ -46,6 +46,7 @@ class Recorder:
         self._stored: dict[int, Event] = {}
         self._published: list[Event] = []
         self._cleared: list[Event] = []
+        self._pretended: dict[int, Fate] = {}
         self._parked: list[Event] = []
         self._rejected: list[Event] = []
         self._kept: list[Event] = []
@@ -138,15 +139,17 @@ class Recorder:
             for event in events:
                 self._enqueued.pop(id(event), None)
                 self._stored.pop(id(event), None)
-                self._cleared.append(event)
+                if id(event) not in self._pretended:
+                    self._cleared.append(event)
 
-    def publish_all(self, events: Sequence[Event]) -> None:
-        """Record events as published, whatever else was to happen."""
+    def pretend(self, events: Sequence[Event], *, success: bool) -> None:
+        """Record events as published or dropped, whatever becomes of their unit of work."""
         with self._lock:
             for event in events:
                 self._enqueued.pop(id(event), None)
                 self._stored.pop(id(event), None)
-                self._published.append(event)
+                self._pretended[id(event)] = Fate.PUBLISHED if success else Fate.IGNORED
+                (self._published if success else self._cleared).append(event)
 
     def end(self) -> None:
         """Note that the test is over: what comes later is of no interest to anybody."""
@@ -214,6 +217,9 @@ class Recorder:
 
     def _decide(self, entry: Entry, chunk: Chunk) -> None:
         event = entry.event
+        if id(event) in self._pretended:
+            self._end(entry, self._pretended[id(event)])
+            return
         if self._left is not None:
             if self._left == 0:
                 chunk.error = self._error

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from outbox import Event, PublishReport
+from outbox import Event, PublishReport, observing, process
 from outbox.chunk import Chunk, Fate
 from outbox.consumers.received import Undecodable, decode
 from outbox.settings import Settings
@@ -235,6 +235,15 @@ class LiveBroker:
                 watcher.close()
             self._control.close()
 
+    def leave_to_parent(self) -> None:
+        """In a forked child: publish on connections of its own; the parent reads what arrives."""
+        _inherited.append((self._transports, list(self._watchers.values()), self._control))
+        self.changed = threading.Condition()
+        self._opening = threading.Lock()
+        self._transports = []
+        self._control = open_transport(self._settings)
+        self._unreported, self._ever_kept = [], []
+
     def _reports_of_thread(self) -> list[Future[PublishReport]]:
         found: list[Future[PublishReport]] | None = getattr(self._thread, "reports", None)
         if found is None:
@@ -340,6 +349,19 @@ class _LiveTransport:
 
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
         return self._inner.close(graceful=graceful)
+
+
+_inherited: list[object] = []
+"""What a parent had opened: never collected, so that its sockets are never closed."""
+
+
+def _leave_to_parent() -> None:
+    observer = observing.installed()
+    if isinstance(observer, LiveBroker):
+        observer.leave_to_parent()
+
+
+process.after_fork(_leave_to_parent)
 
 
 def event_of(delivery: Delivery) -> Event:

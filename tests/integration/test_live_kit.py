@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 import subprocess
 import sys
 import threading
@@ -196,6 +198,22 @@ def test_another_process_publishes_to_the_tests_broker(events: LiveEvents) -> No
     program = "from outbox import *\nwith auto_publishing():\n    enqueue_event(1, 'elsewhere')"
     subprocess.run([sys.executable, "-c", program], env=events.environ, check=True, timeout=30)
     events.assert_published("elsewhere", 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_publishes_to_the_tests_broker(events: LiveEvents) -> None:
+    place(1, "parent")
+    child = os.fork()
+    if not child:
+        status = 1
+        with contextlib.suppress(BaseException):
+            place(2, "child")
+            status = 0
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    events.assert_published("child", {"id": 2})
+    place(3, "parent")
+    events.assert_published("parent", times=2)
 
 
 def test_what_is_stored_is_published_after_its_commit(events: LiveEvents, tmp_path: Any) -> None:

@@ -27,7 +27,7 @@ __all__ = ["LiveBroker", "event_of"]
 logger = logging.getLogger("outbox.testing")
 
 _WATCHING = "outbox.test"
-_ARRIVAL_TIMEOUT = 10.0
+_ARRIVAL_TIMEOUT = 30.0
 
 Address = tuple[str, str, str]
 """An event's id, exchange and target."""
@@ -121,7 +121,7 @@ class LiveBroker:
         """What was published: as it arrived, in the order of arrival.
 
         Raises:
-            AssertionError: something was confirmed, and has not arrived after 10 seconds.
+            AssertionError: something was confirmed, and has not arrived after 30 seconds.
         """
         return self._copy(self._published)
 

@@ -52,7 +52,7 @@ class LiveEvents(EventAssertions):
         self,
         *consumers: type[Consumer] | Consumer,
         raise_errors: bool = True,
-        timeout: float = 10.0,
+        timeout: float = 30.0,
     ) -> list[Delivered]:
         """Run a worker of ``consumers`` until all that was published is processed, follow-ons too.
 
@@ -77,7 +77,7 @@ class LiveEvents(EventAssertions):
         self,
         *consumers: type[Consumer] | Consumer,
         raise_errors: bool = True,
-        timeout: float = 10.0,
+        timeout: float = 30.0,
     ) -> list[Delivered]:
         """Do what ``deliver_all`` does: a worker does not stop before what follows."""
         __tracebackhide__ = True
@@ -89,7 +89,7 @@ class LiveEvents(EventAssertions):
         payload: Any = None,
         *,
         raise_errors: bool = True,
-        timeout: float = 10.0,
+        timeout: float = 30.0,
         **options: Any,
     ) -> Delivered:
         """Have a worker process a message of one consumer's queue; return what became of it.

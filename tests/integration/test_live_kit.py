@@ -25,8 +25,6 @@ from outbox.consumers import Consumer, Reject, Requeue, Worker
 from outbox.testing import LiveEvents, live, recorded
 from outbox.testing.broker import PrivateBroker
 
-IN_ORDER = ("-p", "no:randomly")
-
 
 def place(number: int = 1, target: str = "order.placed", **options: Any) -> None:
     with auto_publishing():
@@ -38,6 +36,7 @@ def events(request: pytest.FixtureRequest) -> LiveEvents:
     """Both ways, one after the other."""
     found = request.getfixturevalue(request.param)
     assert isinstance(found, LiveEvents)
+    found.patience = 20.0  # on a busy machine
     return found
 
 
@@ -292,23 +291,9 @@ def test_the_next_test_sees_nothing_of_what_one_has_left(
     assert "when the test was over that their unit of work began in, the first" in caplog.text
 
 
-def test_a_users_suite_starts_one_broker(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        """
-        import pytest
-        from outbox import auto_publishing, enqueue_event
-
-        ports = []
-
-        @pytest.mark.parametrize("n", range(2))
-        def test_it_is_published(live_events, outbox_broker, n):
-            with auto_publishing():
-                enqueue_event(n, "order.placed")
-            live_events.assert_published("order.placed", n)
-            live_events.assert_nothing_else_published()
-            ports.append(outbox_broker.port)
-            assert ports == [outbox_broker.port] * (n + 1)
-        """
-    )
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *IN_ORDER, timeout=80)
-    result.assert_outcomes(passed=2)
+def test_live_tests_share_the_broker_of_the_session(
+    live_events: LiveEvents, outbox_broker: PrivateBroker
+) -> None:
+    assert live_events.url.startswith(outbox_broker.url)
+    assert live_events.url != outbox_broker.url
+    assert live_events.environ["OUTBOX_URL"] == live_events.url

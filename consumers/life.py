@@ -43,7 +43,7 @@ from outbox.ids import follow_on_id
 from outbox.spread import ids
 from outbox.subscription import Delivery, Subscription
 
-__all__ = ["Inbox", "InboxEntry", "Message", "Services", "Step", "Steps", "call"]
+__all__ = ["Inbox", "InboxEntry", "MakeMessage", "Message", "Services", "Step", "Steps", "call"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -404,6 +404,10 @@ class Message:
                 return True
             yield Step(services.pause, (_PAUSE,))
         return False
+
+
+MakeMessage = Callable[[Consumer, Delivery, Services], Message]
+"""Makes what an engine takes through its life."""
 
 
 def call(steps: Steps[T]) -> T:

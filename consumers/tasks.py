@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from outbox import Event, EventCollector, Publisher, PublishReport
 from outbox.consumers.consumer import Consumer
-from outbox.consumers.life import Inbox, Message, Step, Steps
+from outbox.consumers.life import Inbox, MakeMessage, Step, Steps
 from outbox.consumers.outcome import ProcessTimeout
 from outbox.subscription import Delivery, Subscription
 
@@ -49,10 +49,12 @@ class TaskEngine:
         publisher: Publisher,
         subscription: Subscription,
         inbox: Inbox | None,
+        make_message: MakeMessage,
         *,
         concurrency: int,
     ) -> None:
         """Nothing runs yet."""
+        self._make_message = make_message
         self.publisher = publisher
         self.subscription = subscription
         self.inbox = inbox
@@ -162,7 +164,7 @@ class TaskEngine:
             self._dispatch()
 
     async def _handle(self, delivery: Delivery) -> None:
-        message = Message(self._consumers[delivery.queue], delivery, self)
+        message = self._make_message(self._consumers[delivery.queue], delivery, self)
         try:
             await drive(message.live())
         except asyncio.CancelledError:

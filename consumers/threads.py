@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from outbox import Event, EventCollector, Publisher, PublishReport
 from outbox.consumers.consumer import Consumer
-from outbox.consumers.life import Inbox, Message, Step, Steps
+from outbox.consumers.life import Inbox, MakeMessage, Message, Step, Steps
 from outbox.consumers.outcome import Outcome, ProcessTimeout
 from outbox.consumers.watch import Watch
 from outbox.subscription import Delivery, Subscription
@@ -49,10 +49,12 @@ class ThreadEngine:
         publisher: Publisher,
         subscription: Subscription,
         inbox: Inbox | None,
+        make_message: MakeMessage,
         *,
         threads: int,
     ) -> None:
         """Nothing runs yet."""
+        self._make_message = make_message
         self.publisher = publisher
         self.subscription = subscription
         self.inbox = inbox
@@ -140,7 +142,7 @@ class ThreadEngine:
         while (delivery := self._waiting.get()) is not None:
             if self._stopping.is_set() or self.subscription.is_stale(delivery):
                 continue  # it is given back when the subscription closes, or was already
-            message = Message(self._consumers[delivery.queue], delivery, self)
+            message = self._make_message(self._consumers[delivery.queue], delivery, self)
             try:
                 self._context.copy().run(self._drive, message, message.live())
             except _Late:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from outbox import Publisher, UsageError
 from outbox.configuration import default_publisher
 from outbox.consumers.consumer import Consumer
-from outbox.consumers.life import Inbox
+from outbox.consumers.life import Inbox, Message, Services
 from outbox.consumers.tasks import TaskEngine
 from outbox.consumers.threads import ThreadEngine
 from outbox.settings import Settings
@@ -102,7 +102,9 @@ class Worker:
         deduplicating = [one for one in self.consumers.values() if one.deduplicate]
         if deduplicating and inbox is None:
             inbox = _open_inbox(settings, deduplicating[0])
-        common = (self.consumers, self.publisher, self._subscription, inbox)
+        common = (
+            self.consumers, self.publisher, self._subscription, inbox, self._make_message
+        )  # fmt: skip
         self._threads = ThreadEngine(*common, threads=threads) if plain else None
         self._tasks = TaskEngine(*common, concurrency=concurrency) if asynchronous else None
         self._stopping = threading.Event()
@@ -153,6 +155,9 @@ class Worker:
             logger.warning("some messages did not finish within %.1f s: they come again", timeout)
         self._subscription.close()
         return finished
+
+    def _make_message(self, consumer: Consumer, delivery: Delivery, services: Services) -> Message:
+        return Message(consumer, delivery, services)
 
     def _engines(self) -> list[ThreadEngine | TaskEngine]:
         return [one for one in (self._threads, self._tasks) if one is not None]

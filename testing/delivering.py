@@ -20,7 +20,7 @@ from outbox.parking import restore_origin
 from outbox.subscription import Delivery, Subscription, as_delivered, dead_letter_queue
 from outbox.topics import matches
 
-__all__ = ["Delivered", "Deliverer", "processed"]
+__all__ = ["Delivered", "Deliverer", "is_bound", "processed"]
 
 _ROUNDS = 100
 
@@ -68,13 +68,14 @@ class Deliverer:
         self, consumers: Sequence[type[Consumer] | Consumer], *, raise_errors: bool
     ) -> list[Delivered]:
         """Deliver what is published now; see ``CollectedEvents.deliver``."""
+        __tracebackhide__ = True
         made = [one() if isinstance(one, type) else one for one in consumers]
         publisher = self._publisher()
         found = []
         for event in self._published():
             for consumer in made:
                 place = (id(event), consumer.queue)
-                if place not in self._done and _is_bound(consumer, event, publisher):
+                if place not in self._done and is_bound(consumer, event, publisher):
                     self._done.add(place)
                     found.append(
                         self._process(consumer, event, publisher, raise_errors=raise_errors)
@@ -106,6 +107,7 @@ class Deliverer:
         raise_errors: bool,
     ) -> Delivered:
         """Process one message; see ``CollectedEvents.perform``."""
+        __tracebackhide__ = True
         made = consumer() if isinstance(consumer, type) else consumer
         publisher = self._publisher()
         settings = publisher.settings
@@ -116,6 +118,7 @@ class Deliverer:
     def _process(
         self, consumer: Consumer, event: Event, publisher: Publisher, *, raise_errors: bool
     ) -> Delivered:
+        __tracebackhide__ = True
         self._tag += 1
         before = len(self._published())
         delivery = as_delivered(event, consumer.queue, self._tag)
@@ -191,7 +194,7 @@ def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> O
         return elsewhere.submit(context.run, process).result()
 
 
-def _is_bound(consumer: Consumer, event: Event, publisher: Publisher) -> bool:
+def is_bound(consumer: Consumer, event: Event, publisher: Publisher) -> bool:
     """Return whether the broker would have put ``event`` into the consumer's queue."""
     if event.target == dead_letter_queue(consumer.queue):
         return False

@@ -9,6 +9,7 @@ from collections import Counter
 
 from outbox import BrokerError, Event, EventCollector, Publisher, PublishFailed, UnpublishedEvents
 from outbox.consumers.consumer import Consumer
+from outbox.consumers.current import set_current_message
 from outbox.consumers.outcome import (
     ACK,
     Ack,
@@ -38,6 +39,7 @@ def run(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome
         event = decode(delivery)
     except Undecodable as error:
         return Dead(f"undecodable: {error}", error)
+    set_current_message(event)
     collector = _MessageCollector(publisher, event, auto_publish=consumer.auto_publish)
     with EventCollector.use(collector):
         try:

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 
 from outbox import Publisher, UsageError
 from outbox.configuration import default_publisher
-from outbox.consumers import life
+from outbox.consumers import life, message_log
 from outbox.consumers.consumer import Consumer
 from outbox.consumers.dead_letter import dead_letter
 from outbox.consumers.outcome import Ack, Dead, Hold, Outcome, Return
+from outbox.consumers.quota import Quota
 from outbox.subscription import Delivery
 from outbox.transports import open_subscription
 
@@ -42,6 +43,7 @@ class Worker:
         publisher: Publisher | None = None,
         threads: int = 8,
         prefetch: int | None = None,
+        max_messages: int | None = None,
     ) -> None:
         """Make a worker; nothing is connected yet.
 
@@ -53,6 +55,8 @@ class Worker:
             prefetch: how many messages of each queue the broker sends ahead, 1 to 65535. The
                 default keeps the threads busy while acks travel: four a thread, at least 50.
                 Lower it when messages take long, so that other workers get their share.
+            max_messages: how many messages are processed, 1 or more; then ``wait`` returns True,
+                and the worker is to be stopped. None for no limit.
 
         Raises:
             UsageError: there is no consumer, two have the same queue, or a number is out of range.
@@ -73,6 +77,11 @@ class Worker:
         self.prefetch = max(50, 4 * threads) if prefetch is None else prefetch
         if not 1 <= self.prefetch <= 65535:
             raise UsageError(f"prefetch is {prefetch}, not 1 to 65535")
+        if max_messages is not None and max_messages < 1:
+            raise UsageError(f"max_messages is {max_messages}, not 1 or more")
+        self.quota = Quota(max_messages)
+        if max_messages is not None:  # others would only be given back
+            self.prefetch = min(self.prefetch, max_messages)
         self.publisher = publisher or default_publisher()
         settings = self.publisher.settings
         self._subscription = open_subscription(
@@ -151,17 +160,23 @@ class Worker:
         while (delivery := self._inbox.get()) is not None:
             if self._stopping.is_set() or self._subscription.is_stale(delivery):
                 continue  # it is given back when the subscription closes, or was already
+            if not self.quota.begin():
+                continue
             try:
                 self._handle(delivery, context)
             except BaseException:  # a bug of ours must end neither the thread nor the message
                 logger.exception("could not handle message %r", delivery.message_id)
                 self._subscription.requeue(delivery, _PAUSE)
+            if self.quota.end():
+                self._stopping.set()
 
     def _handle(self, delivery: Delivery, context: contextvars.Context) -> None:
         consumer = self.consumers[delivery.queue]
+        began = message_log.started(delivery)
         while True:
             outcome = context.copy().run(life.run, consumer, delivery, self.publisher)
             if not isinstance(outcome, Hold):
+                message_log.ended(delivery, outcome, began)
                 self.settle(delivery, outcome)
                 return
             logger.warning("holding message %r: %s", delivery.message_id, outcome.error)
@@ -179,13 +194,6 @@ class Worker:
 
     def _bury(self, delivery: Delivery, outcome: Dead) -> None:
         """Publish ``delivery`` to its dead letters, and ack it when that is confirmed."""
-        logger.error(
-            "message %r of %r goes to the dead letters: %r",
-            delivery.message_id,
-            delivery.queue,
-            outcome.reason,
-            exc_info=outcome.error,
-        )
         letter = dead_letter(delivery, outcome)
         while True:
             report = self.publisher.publish([letter], keep=False)

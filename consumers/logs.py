@@ -63,9 +63,9 @@ class TextFormatter(logging.Formatter):
         )
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return the line; an id that it tells anyway is not told twice."""
+        """Return the line; those of the worker itself tell the id anyway."""
         message_id = getattr(record, "message_id", "")
-        told = not message_id or message_id in record.message
+        told = not message_id or hasattr(record, "outbox_message")
         record.__dict__["of_message"] = "" if told else f" [{message_id}]"
         return super().formatMessage(record)
 

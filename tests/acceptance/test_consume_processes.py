@@ -122,7 +122,7 @@ class Command:
                 found.append(json.loads(line))
         return [one["message"] for one in found if one["logger"] == logger]
 
-    def wait_for(self, pattern: str, count: int = 1, timeout: float = 20) -> list[str]:
+    def wait_for(self, pattern: str, count: int = 1, timeout: float = 20) -> list[Any]:
         """Wait until the log has so many matches; return them."""
         try:
             wait_until(lambda: len(re.findall(pattern, self.text())) >= count, timeout)

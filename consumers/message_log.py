@@ -30,9 +30,9 @@ def started(delivery: Delivery) -> float:
 def ended(delivery: Delivery, outcome: Outcome, began: float) -> None:
     """Log what becomes of ``delivery``, at INFO, or at ERROR if it is dead."""
     dead = outcome if isinstance(outcome, Dead) else None
-    level = logging.INFO if dead is None else logging.ERROR
-    if not logger.isEnabledFor(level):
+    if dead is None and not logger.isEnabledFor(logging.INFO):
         return
+    level = logging.INFO if dead is None else logging.ERROR
     duration = time.perf_counter() - began
     extra = _extra(delivery, duration)
     attempt = extra["outbox_message"]["attempt"]

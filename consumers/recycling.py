@@ -64,18 +64,18 @@ class Recycling:
         jitter = random.random() if fraction is None else fraction
         self._until = None if limits.age is None else now + limits.age * (1 - _JITTER * jitter)
 
-    def reason(self, now: float, messages: int) -> str | None:
+    def reason(self, now: float, *, has_worked: bool) -> str | None:
         """Return why the process is to stop, or None.
 
         Args:
             now: the present.
-            messages: how many have been begun. For its memory a process is not replaced before its
-                first message: the next one would need as much, and none would ever work.
+            has_worked: whether a message was begun. Before that a process is not replaced for its
+                memory: its successor would need as much, and none would ever work.
         """
         if self._until is not None and now >= self._until:
             return "it has reached its age"
         limit = self._limits.memory
-        if limit is not None and messages and now >= self._look_at:
+        if limit is not None and has_worked and now >= self._look_at:
             self._look_at = now + _LOOK_EVERY
             size = self._resident()
             if size > limit:

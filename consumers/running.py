@@ -67,10 +67,10 @@ def run(
         try:
             while not stop.asked:
                 if worker.wait(_POLL):
-                    if worker.quota.used_up:
+                    if worker.used_up:
                         reason = f"it has processed {limits.messages} messages"
                     break
-                reason = recycling.reason(time.monotonic(), worker.quota.begun)
+                reason = recycling.reason(time.monotonic(), has_worked=worker.has_worked)
                 if reason is not None:
                     break
             on_stopping()

@@ -34,6 +34,13 @@ class Worker:
     the broker is reopened for as long as the worker runs.
 
     ``start``, ``stop`` and ``wait`` may be called from any thread, but not from a signal handler.
+
+    Attributes:
+        consumers: by the name of their queue.
+        publisher: of the follow-on events and dead letters.
+        threads: how many messages are processed at a time.
+        prefetch: how many messages of each queue the broker sends ahead.
+        has_worked: whether a message was begun.
     """
 
     def __init__(
@@ -79,9 +86,10 @@ class Worker:
             raise UsageError(f"prefetch is {prefetch}, not 1 to 65535")
         if max_messages is not None and max_messages < 1:
             raise UsageError(f"max_messages is {max_messages}, not 1 or more")
-        self.quota = Quota(max_messages)
+        self._quota = None if max_messages is None else Quota(max_messages)
         if max_messages is not None:  # others would only be given back
             self.prefetch = min(self.prefetch, max_messages)
+        self.has_worked = False
         self.publisher = publisher or default_publisher()
         settings = self.publisher.settings
         self._subscription = open_subscription(
@@ -121,6 +129,11 @@ class Worker:
             raise UsageError(f"the broker refused what the consumers declare: {self._refused}")
         return stopped
 
+    @property
+    def used_up(self) -> bool:
+        """Whether all the messages that it may process have been."""
+        return self._quota is not None and self._quota.used_up
+
     def stop(self, timeout: float = 30.0) -> bool:
         """Take no more messages, finish those being processed, give back the rest, disconnect.
 
@@ -157,17 +170,19 @@ class Worker:
                 raise AssertionError("a held message is processed again, not settled")
 
     def _work(self, context: contextvars.Context) -> None:
+        quota = self._quota
         while (delivery := self._inbox.get()) is not None:
             if self._stopping.is_set() or self._subscription.is_stale(delivery):
                 continue  # it is given back when the subscription closes, or was already
-            if not self.quota.begin():
+            if quota is not None and not quota.begin():
                 continue
+            self.has_worked = True
             try:
                 self._handle(delivery, context)
             except BaseException:  # a bug of ours must end neither the thread nor the message
                 logger.exception("could not handle message %r", delivery.message_id)
                 self._subscription.requeue(delivery, _PAUSE)
-            if self.quota.end():
+            if quota is not None and quota.end():
                 self._stopping.set()
 
     def _handle(self, delivery: Delivery, context: contextvars.Context) -> None:

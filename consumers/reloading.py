@@ -56,12 +56,15 @@ def run_reloading(work: Callable[[], int], stop: Stop, timeout: float) -> int:
         elif not stop.asked:
             logger.warning("waiting for a source file to change")
 
-    # The parent is ours, which knows how to stop a worker in order: werkzeug's is told that it is
+    # It is the parent that acts on Ctrl-C, and sends SIGTERM: two exceptions, one after the other,
+    # would end the stopping.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    # That parent is ours, which knows how to stop a worker in order: werkzeug's is told that it is
     # there already, and only watches.
     os.environ[_IN_CHILD] = "true"
     changed = False
     try:
-        run_with_reloader(run)  # ends on SIGTERM and SIGINT, too
+        run_with_reloader(run)  # ends on SIGTERM, too
     except SystemExit as end:
         changed = end.code == _CHANGED
     Signals(second_kills=False).begin()

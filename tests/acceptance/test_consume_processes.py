@@ -24,7 +24,7 @@ from tests.places import Place, RabbitMQPlace, SQLitePlace, events_for
 from tests.waiting import wait_until
 
 MODULE = """
-import os, signal, threading, time
+import os, time
 from outbox.consumers import consumer
 
 leaked = []
@@ -35,6 +35,9 @@ def note(*words):
         file.write(" ".join(map(str, words)) + "\\n")
 
 
+note("imported", "-", os.getpid())
+
+
 @consumer("{name}")
 def work(event):
     command, _, argument = str(event.payload["do"]).partition(" ")
@@ -42,10 +45,7 @@ def work(event):
         note("began", event.id, os.getpid())
         time.sleep(float(argument))
     elif command == "leak":
-        leaked.append(os.urandom(int(argument) << 20))
-    elif command == "block":
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=time.sleep, args=(60,)).start()
+        leaked.append(b"x" * (int(argument) << 20))
     note("done", event.id, os.getpid())
 """
 
@@ -202,6 +202,18 @@ def test_a_worker_that_is_killed_is_replaced_and_its_message_is_done(anywhere: C
         anywhere.wait_done(1)
         assert anywhere.did()[0][0] == message
     assert anywhere.stop() == exit_codes.SUCCESS, anywhere.text()
+
+
+def test_the_parent_imports_and_opens_nothing_of_the_application(anywhere: Command) -> None:
+    anywhere.start("-p", "2")
+    workers = anywhere.consuming(2)
+    anywhere.publish("nothing")
+    anywhere.wait_done(1)
+    assert sorted(pid for _, pid in anywhere.did("imported")) == sorted(workers)
+    folder = f"/proc/{anywhere.process.pid}/fd"
+    opened = [os.readlink(f"{folder}/{one}") for one in os.listdir(folder)]
+    assert not [one for one in opened if one.startswith("socket:") or "outbox.db" in one]
+    assert anywhere.stop() == exit_codes.SUCCESS
 
 
 def test_a_crash_loop_of_one_is_tried_ever_more_slowly_and_told(command: Command) -> None:
@@ -374,6 +386,19 @@ def test_a_worker_begins_anew_when_a_source_file_changes(command: Command) -> No
     command.publish("nothing")
     command.wait_done(1, "done-anew")
     assert command.stop() == exit_codes.SUCCESS, command.text()
+
+
+def test_a_reloading_worker_finishes_what_runs_when_the_terminal_interrupts(
+    command: Command,
+) -> None:
+    command.start("--reload", "-t", "1")
+    command.consuming(1)
+    command.publish("sleep 0.7")
+    command.wait_done(1, "began")
+    os.killpg(command.process.pid, signal.SIGINT)
+    assert command.process.wait(15) == exit_codes.SUCCESS, command.text()
+    assert len(command.did()) == 1
+    assert command.left() == 0
 
 
 def change(command: Command, module: str) -> None:

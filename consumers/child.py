@@ -25,10 +25,10 @@ logger = logging.getLogger("outbox.consumer")
 READY, STOPPING = b"r", b"s"
 """What a worker process tells: that it consumes, and that it has begun to stop."""
 
-MARGIN = 5.0
+MARGIN = 10.0
 """Seconds beyond the shutdown timeout after which a worker process that stops is ended by force.
 
-In them it closes its connections, which is bounded, too.
+In them it closes its connections and drains its publisher, which are bounded, too.
 """
 
 _VARIABLE = "_OUTBOX_CONSUME_PARENT"

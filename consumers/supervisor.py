@@ -90,12 +90,13 @@ class Supervisor:
             try:
                 while self._turn():
                     self._wait()
-            finally:
-                for worker in self._workers:
+                for worker in self._workers:  # after a second signal
                     worker.kill()
                 for worker in self._workers:
                     worker.wait()
                     worker.close()
+            finally:
+                # Workers that are there still, after a bug in here, stop in order.
                 os.close(self._held)
                 os.close(self._lifeline)
         return self._code

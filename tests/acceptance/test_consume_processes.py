@@ -370,6 +370,7 @@ def test_workers_are_kept_when_their_replacements_cannot_begin(command: Command)
     assert all(map(is_alive, before))
     command.publish("nothing")
     command.wait_done(1)
+    assert len(command.workers()) == 3  # the second is not tried
     assert command.stop() == exit_codes.SUCCESS
 
 

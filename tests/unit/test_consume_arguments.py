@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from outbox import MissingExtra
 from outbox.consumers.arguments import limits_of, make_parser
 from outbox.consumers.recycling import Limits
+from outbox.consumers.reloading import run_reloading
+from outbox.consumers.stopping import Stop
 
 
 def limits(*arguments: str) -> Limits:
@@ -42,3 +47,9 @@ def test_what_cannot_be_is_told(
         limits(option, value)
     assert caught.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_where_the_reloader_is_missing_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "werkzeug._reloader", None)
+    with pytest.raises(MissingExtra, match="--reload needs werkzeug"):
+        run_reloading(lambda: 0, Stop(), 1.0)

@@ -81,6 +81,6 @@ def run(
     except OutboxError as error:
         print(f"outbox-consume: {error}", file=sys.stderr)
         return exit_codes.USAGE
-    if reason is not None:
+    if reason is not None and not stop.asked:
         return exit_codes.RECYCLED
     return exit_codes.SUCCESS if finished else exit_codes.UNFINISHED

@@ -14,7 +14,7 @@ from outbox import process
 from outbox.errors import CollectorClosed, CollectorFull
 from outbox.event import Event, MakeId
 
-__all__ = ["Buffer", "ChildBuffer", "RootBuffer"]
+__all__ = ["Buffer", "ChildBuffer", "RootBuffer", "SavepointBuffer"]
 
 
 class Buffer:
@@ -146,7 +146,7 @@ class RootBuffer(Buffer):
 
 
 class ChildBuffer(Buffer):
-    """The buffer of a savepoint or of a nested block."""
+    """The buffer of a nested block, which publishes by itself where all above have ended."""
 
     __slots__ = ("parent", "root")
 
@@ -175,3 +175,18 @@ class ChildBuffer(Buffer):
             self.events = []
             self.size = 0
         return True
+
+
+class SavepointBuffer(ChildBuffer):
+    """The buffer of a savepoint: nobody publishes its events once all blocks above have ended."""
+
+    __slots__ = ()
+
+    def append(self, event: Event, max_events: int, max_bytes: int) -> None:
+        """Add ``event``; see :meth:`Buffer.append`."""
+        above: Buffer | None = self.parent
+        while above is not None and (above.closed or isinstance(above, SavepointBuffer)):
+            above = above.parent
+        if above is None:
+            raise CollectorClosed(self._why_closed(event))
+        super().append(event, max_events, max_bytes)

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypedDict, Unpack
 
 from outbox import configuration, observing, process, scope, storing
-from outbox.buffer import Buffer, ChildBuffer, RootBuffer
+from outbox.buffer import Buffer, RootBuffer, SavepointBuffer
 from outbox.chunk import Chunk
 from outbox.errors import CollectorClosed, UsageError
 from outbox.event import Event, Headers, MakeId, Unroutable, check_name, make_event
@@ -184,8 +184,8 @@ class EventCollector:
                 :class:`outbox.serializer.JSONSerializer`. Later changes of it change nothing.
             target: the routing key, 1 to 255 bytes in UTF-8.
             headers: names of at most 255 bytes to str, bytes, bool, int of 64 bits, None, and
-                lists and dicts of these; float, UUID, Decimal and dates become strings. Names
-                that RabbitMQ or outbox acts on are refused.
+                lists and dicts of these, at most 32 deep; float, UUID, Decimal and dates become
+                strings. Names that RabbitMQ or outbox acts on are refused.
             key: events of one key belong together; at most 255 bytes.
             priority: 0 to 255.
             delay: seconds, or a timedelta, from now until it may be delivered.
@@ -229,7 +229,7 @@ class EventCollector:
             )
         if exchange is None:
             exchange = settings.exchange
-        elif exchange:
+        elif exchange != "":
             check_name("exchange", exchange)
         event = make_event(  # by position: this is the hot path, and keywords have a price
             settings.serializer,
@@ -323,7 +323,7 @@ class EventCollector:
 
     @contextmanager
     def _savepoint(self) -> Iterator[EventCollector]:
-        buffer = ChildBuffer(self._innermost())
+        buffer = SavepointBuffer(self._innermost())
         token = scope.enter(self, buffer)
         try:
             yield self

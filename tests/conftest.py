@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
@@ -16,6 +17,17 @@ from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.postgresql import PostgreSQLMissing, PrivatePostgreSQL
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
+
+# Properties are tried quickly by default, the same way each time where a change is judged, and
+# at length with HYPOTHESIS_PROFILE=thorough or --hypothesis-profile thorough.
+hypothesis.settings.register_profile("quick", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile(
+    "thorough", deadline=None, max_examples=2_000, print_blob=True, stateful_step_count=100
+)
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if "CI" in os.environ else "quick")
+)
 
 
 def _started() -> PrivateBroker:

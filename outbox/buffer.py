@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from outbox import process
 from outbox.errors import CollectorClosed, CollectorFull
 from outbox.event import Event, MakeId
+
+if TYPE_CHECKING:
+    from outbox.observing import Observer
 
 __all__ = ["Buffer", "ChildBuffer", "RootBuffer", "SavepointBuffer"]
 
@@ -100,6 +104,7 @@ class RootBuffer(Buffer):
     Attributes:
         publishes_itself: whether the unit publishes at its end, so that nested blocks join it.
         make_id: makes the ids of events that follow from a message, else None.
+        observer: that was in force when the unit began; None for whichever is by now.
         pid: the process that made it.
         max_events: the bound of the unit in events; None for the publisher's setting.
         max_bytes: the bound in bytes of all bodies; None for the publisher's setting.
@@ -110,6 +115,7 @@ class RootBuffer(Buffer):
         "make_id",
         "max_bytes",
         "max_events",
+        "observer",
         "pid",
         "publishes_itself",
         "total",
@@ -137,6 +143,7 @@ class RootBuffer(Buffer):
         self.max_bytes = max_bytes
         self.publishes_itself = False
         self.make_id = make_id
+        self.observer: Observer | None = None
         self.pid = process.pid
 
     @property

@@ -120,6 +120,7 @@ class EventCollector:
     @contextmanager
     def use(cls, collector: EventCollector) -> Iterator[EventCollector]:
         """Make ``collector`` current for a ``with`` block; its events are left to the caller."""
+        collector._root.root.observer = observing.installed()
         token = scope.enter(collector, collector._root)
         try:
             yield collector
@@ -145,7 +146,7 @@ class EventCollector:
         Raises:
             NotConfigured: the process has no publisher.
         """
-        return self._publisher or configuration.default_publisher()
+        return self._publisher or configuration.default_publisher(self._root.root.observer)
 
     def __len__(self) -> int:
         return len(self._innermost().events)
@@ -215,7 +216,7 @@ class EventCollector:
             sink = storing.bound()
         publisher: Publisher | None
         if sink is None:
-            publisher = self._publisher or configuration.default_publisher()
+            publisher = self._publisher or configuration.default_publisher(self._root.root.observer)
             settings = publisher.settings
         else:
             publisher = self._publisher or configuration.publisher_if_any()
@@ -248,7 +249,7 @@ class EventCollector:
         )
         if sink is not None:
             sink(event, publisher)
-            observer = observing.installed()
+            observer = root.observer or observing.installed()
             if observer is not None:
                 observer.stored_in_transaction(event)
         elif publisher is not None:
@@ -256,12 +257,12 @@ class EventCollector:
         return event
 
     def _collect(self, event: Event, buffer: Buffer, publisher: Publisher) -> None:
+        observer = buffer.root.observer or observing.installed()
         if event.deliver_at is not None:
-            publisher.check_carries(event)
+            publisher.check_carries(event, observer)
         if not buffer.events:
-            publisher.make_ready()
+            publisher.make_ready(observer)
         buffer.append(event, publisher.settings.max_events, publisher.settings.max_bytes)
-        observer = observing.installed()
         if observer is not None:
             observer.enqueued(event)
         if self.autoflush:
@@ -355,7 +356,9 @@ class EventCollector:
         """Submit what is in ``buffer``; when that fails, it is there as before."""
         events = buffer.take()
         try:
-            return publisher.submit_chunk(events, keep=buffer.root.make_id is None)
+            return publisher.submit_chunk(
+                events, keep=buffer.root.make_id is None, observer=buffer.root.observer
+            )
         except BaseException:
             buffer.put_back(events)
             raise
@@ -366,7 +369,7 @@ class EventCollector:
 
     def _drop(self, events: list[Event]) -> tuple[Event, ...]:
         if events:
-            observer = observing.installed()
+            observer = self._root.root.observer or observing.installed()
             if observer is not None:
                 observer.cleared(events)
             publisher = self._publisher or configuration.configured_publisher()
@@ -398,7 +401,7 @@ class _LazyCollector(EventCollector):
 
     def __init__(self) -> None:
         super().__init__()
-        self._observer = observing.installed()
+        self._observer = self._root.root.observer = observing.installed()
         self._watched = False
 
     @classmethod

@@ -35,9 +35,10 @@ def _started() -> PrivateBroker:
         return PrivateBroker().start()
     except BrokerMissing as error:
         # Where a broker was named on purpose, what needs one that it may kill is skipped.
+        told = f"{error}; or set OUTBOX_TEST_AMQP_URL to one that runs"
         if "CI" in os.environ and not os.environ.get("OUTBOX_TEST_AMQP_URL"):
-            pytest.fail(str(error))
-        pytest.skip(str(error))
+            pytest.fail(told)
+        pytest.skip(told)
 
 
 def _started_postgresql() -> PrivatePostgreSQL:
@@ -50,15 +51,22 @@ def _started_postgresql() -> PrivatePostgreSQL:
 
 
 @pytest.fixture(scope="session")
-def amqp_url() -> Iterator[str]:
+def outbox_broker() -> Iterator[PrivateBroker]:
+    """The testing kit's fixture, with our own rule for where there is no server."""
+    broker = _started()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture(scope="session")
+def amqp_url(request: pytest.FixtureRequest) -> str:
     """A broker for all tests that leave it alive."""
     given = os.environ.get("OUTBOX_TEST_AMQP_URL")
     if given:
-        yield given
-        return
-    broker = _started()
-    yield broker.url
-    broker.stop()
+        return given
+    broker = request.getfixturevalue("outbox_broker")
+    assert isinstance(broker, PrivateBroker)
+    return broker.url
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """Consumers of queues, and the worker that runs them."""
 
 from outbox.consumers.consumer import Consumer, FunctionConsumer, consumer
+from outbox.consumers.current import current_message
 from outbox.consumers.filters import after, around, before
+from outbox.consumers.logs import MessageFilter
 from outbox.consumers.outcome import (
     ACK,
     REJECT,
@@ -38,4 +40,7 @@ __all__ = [
     "exponential",
     # Running them
     "Worker",
+    # Logging
+    "MessageFilter",
+    "current_message",
 ]

@@ -11,3 +11,9 @@ USAGE = 2
 
 KILLED = 3
 """Stopped at once, by a second signal."""
+
+RECYCLED = 4
+"""Of a worker process, to its parent: it has done enough, and another is to take its place.
+
+The command as a whole never exits with it.
+"""

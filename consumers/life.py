@@ -19,10 +19,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from outbox import BrokerError, Event, EventCollector, Publisher, PublishFailed, UnpublishedEvents
 from outbox.buffer import Buffer
-from outbox.consumers import connections
+from outbox.consumers import connections, message_log
 from outbox.consumers.away import is_away
 from outbox.consumers.consumer import Consumer
 from outbox.consumers.copies import dead_letter, retry_copy
+from outbox.consumers.current import set_current_message
 from outbox.consumers.outcome import (
     ACK,
     DUPLICATE,
@@ -43,7 +44,7 @@ from outbox.ids import follow_on_id
 from outbox.spread import ids
 from outbox.subscription import Delivery, Subscription
 
-__all__ = ["Inbox", "InboxEntry", "MakeMessage", "Message", "Services", "Step", "Steps", "call"]
+__all__ = ["Inbox", "InboxEntry", "Message", "Services", "Step", "Steps", "call"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -158,6 +159,7 @@ class Message:
         self._collector: _MessageCollector | None = None
         self._entry: InboxEntry | None = None
         self._given_up = False
+        self._began = 0.0
 
     def live(self) -> Steps[Outcome | None]:
         """Process the message and settle it.
@@ -165,6 +167,7 @@ class Message:
         Returns:
             What became of it; None if it is left: somebody else gets it.
         """
+        self._began = message_log.started(self.delivery)
         pause = _PAUSE
         while True:
             result = yield from self.attempt()
@@ -195,6 +198,7 @@ class Message:
             event = self.event = self.event or decode(self.delivery)
         except Undecodable as error:
             return Dead(f"undecodable: {error}", error)
+        set_current_message(event)
         refreshers = connections.refreshers(is_async=self.consumer.is_async)
         yield from self._refresh(refreshers)
         services = self._services
@@ -239,31 +243,20 @@ class Message:
         subscription, delivery = self._services.subscription, self.delivery
         match outcome:
             case Ack():
+                message_log.ended(delivery, outcome, self._began)
                 subscription.ack(delivery)
             case Return(delay=delay):
+                message_log.ended(delivery, outcome, self._began)
                 subscription.requeue(delivery, delay)
             case Again():
                 copy = retry_copy(delivery, outcome)
                 if copy is None:
                     reason = "its headers cannot be sent again with a retry's"
                     return (yield from self.settle(Dead(reason, outcome.error, outcome.attempts)))
-                logger.warning(
-                    "message %r of %r failed, attempt %d; again in %.1f s",
-                    delivery.message_id,
-                    delivery.queue,
-                    outcome.attempts,
-                    outcome.delay,
-                    exc_info=outcome.error,
-                )
+                message_log.ended(delivery, outcome, self._began)
                 return (yield from self._send_on(copy, outcome))
             case Dead():
-                logger.error(
-                    "message %r of %r goes to the dead letters: %r",
-                    delivery.message_id,
-                    delivery.queue,
-                    outcome.reason,
-                    exc_info=outcome.error,
-                )
+                message_log.ended(delivery, outcome, self._began)
                 return (yield from self._send_on(dead_letter(delivery, outcome), outcome))
             case Hold():
                 raise AssertionError("a held message is processed again, not settled")
@@ -404,10 +397,6 @@ class Message:
                 return True
             yield Step(services.pause, (_PAUSE,))
         return False
-
-
-MakeMessage = Callable[[Consumer, Delivery, Services], Message]
-"""Makes what an engine takes through its life."""
 
 
 def call(steps: Steps[T]) -> T:

@@ -10,14 +10,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from outbox import Event, EventCollector, Publisher, PublishReport
-from outbox.consumers.consumer import Consumer
-from outbox.consumers.life import Inbox, MakeMessage, Step, Steps
+from outbox import Event, EventCollector, PublishReport
+from outbox.consumers.life import Step, Steps
 from outbox.consumers.outcome import ProcessTimeout
-from outbox.subscription import Delivery, Subscription
+from outbox.consumers.work import Work
+from outbox.subscription import Delivery
 
 __all__ = ["HandlerCancelled", "TaskEngine", "drive"]
 
@@ -41,24 +41,16 @@ class TaskEngine:
 
     Attributes:
         publisher, subscription, inbox: see ``life.Services``.
+        has_worked: whether a message was begun.
     """
 
-    def __init__(
-        self,
-        consumers: Mapping[str, Consumer],
-        publisher: Publisher,
-        subscription: Subscription,
-        inbox: Inbox | None,
-        make_message: MakeMessage,
-        *,
-        concurrency: int,
-    ) -> None:
+    def __init__(self, work: Work, concurrency: int) -> None:
         """Nothing runs yet."""
-        self._make_message = make_message
-        self.publisher = publisher
-        self.subscription = subscription
-        self.inbox = inbox
-        self._consumers = consumers
+        self.publisher = work.publisher
+        self.subscription = work.subscription
+        self.inbox = work.inbox
+        self.has_worked = False
+        self._shared = work
         self._concurrency = concurrency
         self._waiting: deque[Delivery] = deque()
         self._woken = False
@@ -154,17 +146,21 @@ class TaskEngine:
             delivery = self._waiting.popleft()
             if self.subscription.is_stale(delivery):
                 continue
+            if not self._shared.begins():
+                continue
+            self.has_worked = True
             task = self._loop.create_task(self._handle(delivery), context=self._context.copy())
             self._tasks.add(task)
             task.add_done_callback(self._on_done)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._shared.ends()
         if self._waiting:
             self._dispatch()
 
     async def _handle(self, delivery: Delivery) -> None:
-        message = self._make_message(self._consumers[delivery.queue], delivery, self)
+        message = self._shared.make_message(self._shared.consumers[delivery.queue], delivery, self)
         try:
             await drive(message.live())
         except asyncio.CancelledError:

@@ -7,16 +7,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from outbox import Event, EventCollector, Publisher, PublishReport
-from outbox.consumers.consumer import Consumer
-from outbox.consumers.life import Inbox, MakeMessage, Message, Step, Steps
+from outbox import Event, EventCollector, PublishReport
+from outbox.consumers.life import Message, Step, Steps
 from outbox.consumers.outcome import Outcome, ProcessTimeout
 from outbox.consumers.watch import Watch
-from outbox.subscription import Delivery, Subscription
+from outbox.consumers.work import Work
+from outbox.subscription import Delivery
 
 __all__ = ["ThreadEngine"]
 
@@ -40,26 +40,18 @@ class ThreadEngine:
 
     Attributes:
         publisher, subscription, inbox: see ``life.Services``.
+        has_worked: whether a message was begun.
         late: how many threads are in handlers whose time is over.
     """
 
-    def __init__(
-        self,
-        consumers: Mapping[str, Consumer],
-        publisher: Publisher,
-        subscription: Subscription,
-        inbox: Inbox | None,
-        make_message: MakeMessage,
-        *,
-        threads: int,
-    ) -> None:
+    def __init__(self, work: Work, threads: int) -> None:
         """Nothing runs yet."""
-        self._make_message = make_message
-        self.publisher = publisher
-        self.subscription = subscription
-        self.inbox = inbox
+        self.publisher = work.publisher
+        self.subscription = work.subscription
+        self.inbox = work.inbox
+        self.has_worked = False
+        self._shared = work
         self.late = 0
-        self._consumers = consumers
         self._size = threads
         self._missing = 0  # places of late threads that nobody has taken
         self._waiting: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
@@ -142,15 +134,22 @@ class ThreadEngine:
         while (delivery := self._waiting.get()) is not None:
             if self._stopping.is_set() or self.subscription.is_stale(delivery):
                 continue  # it is given back when the subscription closes, or was already
-            message = self._make_message(self._consumers[delivery.queue], delivery, self)
+            if not self._shared.begins():
+                continue
+            self.has_worked = True
+            message = self._shared.make_message(
+                self._shared.consumers[delivery.queue], delivery, self
+            )
             try:
                 self._context.copy().run(self._drive, message, message.live())
             except _Late:
                 if not self._come_back():
                     return
+                continue
             except BaseException:  # a bug of ours must end neither the thread nor the message
                 logger.exception("could not handle message %r", delivery.message_id)
                 self.subscription.requeue(delivery, _REQUEUE)
+            self._shared.ends()
 
     def _drive(self, message: Message, steps: Steps[Outcome | None]) -> Outcome | None:
         value: object = None
@@ -210,6 +209,7 @@ class ThreadEngine:
         except BaseException:
             logger.exception("could not end message %r", message.delivery.message_id)
             self.subscription.requeue(message.delivery, _REQUEUE)
+        self._shared.ends()
         if goes_on:
             self._work()
 

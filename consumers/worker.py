@@ -12,8 +12,10 @@ from outbox import Publisher, UsageError
 from outbox.configuration import default_publisher
 from outbox.consumers.consumer import Consumer
 from outbox.consumers.life import Inbox, Message, Services
+from outbox.consumers.quota import Quota
 from outbox.consumers.tasks import TaskEngine
 from outbox.consumers.threads import ThreadEngine
+from outbox.consumers.work import Work
 from outbox.settings import Settings
 from outbox.subscription import Delivery
 from outbox.transports import open_subscription
@@ -38,6 +40,13 @@ class Worker:
     cancelled.
 
     ``start``, ``stop`` and ``wait`` may be called from any thread, but not from a signal handler.
+
+    Attributes:
+        consumers: by the name of their queue.
+        publisher: of the follow-on events and dead letters.
+        threads: how many messages of plain consumers are processed at a time.
+        concurrency: how many messages of asynchronous consumers are.
+        prefetch: how many messages of each queue the broker sends ahead.
     """
 
     def __init__(
@@ -48,6 +57,7 @@ class Worker:
         threads: int = 8,
         concurrency: int = 100,
         prefetch: int | None = None,
+        max_messages: int | None = None,
         inbox: Inbox | None = None,
     ) -> None:
         """Make a worker; nothing is connected yet.
@@ -62,6 +72,8 @@ class Worker:
                 default keeps the worker busy while acks travel: four a thread, at least 50, and
                 twice the concurrency where there are asynchronous consumers. Lower it when messages
                 take long, so that other workers get their share.
+            max_messages: how many messages are processed, 1 or more; then ``wait`` returns True,
+                and the worker is to be stopped. None for no limit.
             inbox: remembers what consumers that ``deduplicate`` have done; the default is one in
                 the database ``OUTBOX_DATABASE_URL``, or in the file that is consumed from.
 
@@ -91,7 +103,11 @@ class Worker:
             prefetch = min(max(50, busy), 65535)
         if not 1 <= prefetch <= 65535:
             raise UsageError(f"prefetch is {prefetch}, not 1 to 65535")
-        self.prefetch = prefetch
+        if max_messages is not None and max_messages < 1:
+            raise UsageError(f"max_messages is {max_messages}, not 1 or more")
+        self._quota = None if max_messages is None else Quota(max_messages)
+        # More than are to be processed would only be given back.
+        self.prefetch = prefetch if max_messages is None else min(prefetch, max_messages)
         self.publisher = publisher or default_publisher()
         settings = self.publisher.settings
         self._subscription = open_subscription(
@@ -99,16 +115,32 @@ class Worker:
             [consumer.spec(settings.exchange) for consumer in self.consumers.values()],
             self.prefetch,
         )
+        self._stopping = threading.Event()
+        self._refused = ""
         deduplicating = [one for one in self.consumers.values() if one.deduplicate]
         if deduplicating and inbox is None:
             inbox = _open_inbox(settings, deduplicating[0])
-        common = (
-            self.consumers, self.publisher, self._subscription, inbox, self._make_message
-        )  # fmt: skip
-        self._threads = ThreadEngine(*common, threads=threads) if plain else None
-        self._tasks = TaskEngine(*common, concurrency=concurrency) if asynchronous else None
-        self._stopping = threading.Event()
-        self._refused = ""
+        work = Work(
+            consumers=self.consumers,
+            publisher=self.publisher,
+            subscription=self._subscription,
+            inbox=inbox,
+            quota=self._quota,
+            on_used_up=self._stopping.set,
+            make_message=self._make_message,
+        )
+        self._threads = ThreadEngine(work, threads) if plain else None
+        self._tasks = TaskEngine(work, concurrency) if asynchronous else None
+
+    @property
+    def has_worked(self) -> bool:
+        """Whether a message was begun."""
+        return any(engine.has_worked for engine in self._engines())
+
+    @property
+    def used_up(self) -> bool:
+        """Whether all the messages that it may process have been."""
+        return self._quota is not None and self._quota.used_up
 
     @property
     def late(self) -> int:

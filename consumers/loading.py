@@ -1,0 +1,71 @@
+"""Finds the consumers that a command names."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+
+from outbox import UsageError
+from outbox.consumers.consumer import Consumer, FunctionConsumer
+
+__all__ = ["load", "selected"]
+
+
+def load(names: Iterable[str]) -> list[Consumer]:
+    """Import the consumers that ``MODULE[:ATTR]`` name, each once.
+
+    Modules are looked for in the working directory, too.
+
+    Raises:
+        UsageError: there is no such module, or it has no such consumer.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found: dict[object, Consumer] = {}
+    for name in names:
+        module_name, _, attribute = name.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (module_name + ".").startswith(error.name + "."):
+                raise  # the module is there; something that it imports is not
+            raise UsageError(f"there is no module {module_name!r}") from error
+        for one in _of_module(module, attribute):
+            found[one] = one() if isinstance(one, type) else one
+    return list(found.values())
+
+
+def selected(consumers: list[Consumer], queues: Sequence[str] | None) -> list[Consumer]:
+    """Return those of ``consumers`` whose queue is among ``queues``; all of them without any.
+
+    Raises:
+        UsageError: no consumer has one of the queues.
+    """
+    if not queues:
+        return consumers
+    for queue in queues:
+        if all(consumer.queue != queue for consumer in consumers):
+            known = ", ".join(repr(consumer.queue) for consumer in consumers)
+            raise UsageError(f"no consumer has the queue {queue!r}; there are {known}")
+    return [consumer for consumer in consumers if consumer.queue in queues]
+
+
+def _of_module(module: ModuleType, attribute: str) -> list[type[Consumer] | FunctionConsumer]:
+    if attribute:
+        one = getattr(module, attribute, None)
+        if not _is_consumer(one):
+            raise UsageError(f"{module.__name__}:{attribute} is no consumer that names a queue")
+        return [one]  # type: ignore[list-item]
+    found = [one for one in vars(module).values() if _is_consumer(one)]
+    if not found:
+        raise UsageError(f"the module {module.__name__!r} has no consumer")
+    return found
+
+
+def _is_consumer(one: object) -> bool:
+    if isinstance(one, type):
+        return issubclass(one, Consumer) and bool(one.queue)
+    return isinstance(one, FunctionConsumer)

@@ -1,0 +1,88 @@
+"""One worker process, from its consumers' import to its end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+from outbox import OutboxError, configure
+from outbox.consumers import exit_codes
+from outbox.consumers.arguments import limits_of
+from outbox.consumers.loading import load, selected
+from outbox.consumers.recycling import Recycling
+from outbox.consumers.stopping import Stop
+from outbox.consumers.worker import Worker
+
+__all__ = ["run"]
+
+logger = logging.getLogger("outbox.consumer")
+
+_POLL = 0.2
+"""Seconds until a signal is seen, at the most."""
+
+
+def run(
+    options: argparse.Namespace,
+    stop: Stop,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+    on_stopping: Callable[[], None] = lambda: None,
+) -> int:
+    """Consume until ``stop`` is asked for, or a limit is reached.
+
+    Args:
+        options: what ``arguments`` has parsed.
+        stop: is asked several times a second.
+        on_ready: is called when everything is imported and consuming begins.
+        on_stopping: is called when it ends.
+
+    Returns:
+        One of ``outbox.consumers.exit_codes``.
+    """
+    limits = limits_of(options)
+    try:
+        publisher = configure(options.url)
+        consumers = selected(load(options.consumers), options.queue)
+        worker = Worker(
+            consumers,
+            publisher=publisher,
+            threads=options.threads,
+            concurrency=options.concurrency,
+            prefetch=options.prefetch,
+            max_messages=limits.messages,
+        )
+        recycling = Recycling(limits, time.monotonic())
+        stop.begin()
+        worker.start()
+        on_ready()
+        logger.info(
+            "consuming %s with %d thread(s), %d task(s), prefetch %d",
+            ", ".join(map(repr, worker.consumers)),
+            worker.threads,
+            worker.concurrency,
+            worker.prefetch,
+        )
+        reason = None
+        try:
+            while not stop.asked:
+                if worker.wait(_POLL):
+                    if worker.used_up:
+                        reason = f"it has processed {limits.messages} messages"
+                    break
+                reason = recycling.reason(time.monotonic(), has_worked=worker.has_worked)
+                if reason is not None:
+                    break
+            on_stopping()
+            logger.info("stopping: %s", reason or "as asked")
+        finally:
+            finished = worker.stop(options.shutdown_timeout)
+            publisher.close()
+    except OutboxError as error:
+        print(f"outbox-consume: {error}", file=sys.stderr)
+        return exit_codes.USAGE
+    if reason is not None and not stop.asked:
+        return exit_codes.RECYCLED
+    return exit_codes.SUCCESS if finished else exit_codes.UNFINISHED

@@ -1,0 +1,46 @@
+"""What the engines of a worker share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from outbox import Publisher
+from outbox.consumers.consumer import Consumer
+from outbox.consumers.life import Inbox, Message
+from outbox.consumers.quota import Quota
+from outbox.subscription import Subscription
+
+__all__ = ["Work"]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Whose messages are processed, and with what.
+
+    Attributes:
+        consumers: by the name of their queue.
+        publisher: of follow-on events, retries and dead letters.
+        subscription: where the messages come from.
+        inbox: what has been done, or None.
+        quota: how many messages may be begun, or None for any number.
+        on_used_up: called when the last message of the quota has ended.
+        make_message: makes what is taken through its life.
+    """
+
+    consumers: Mapping[str, Consumer]
+    publisher: Publisher
+    subscription: Subscription
+    inbox: Inbox | None
+    quota: Quota | None
+    on_used_up: Callable[[], object]
+    make_message: Callable[..., Message]
+
+    def begins(self) -> bool:
+        """Return whether one more message may be begun."""
+        return self.quota is None or self.quota.begin()
+
+    def ends(self) -> None:
+        """Note that a message that was begun has ended."""
+        if self.quota is not None and self.quota.end():
+            self.on_used_up()

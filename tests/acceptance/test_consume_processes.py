@@ -1,0 +1,408 @@
+"""``outbox-consume -p`` as its users run it: workers that die, leak, are replaced and reloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from outbox.consumers import exit_codes
+from outbox.subscription import dead_letter_queue
+from tests.amqp import Inspector
+from tests.places import Place, RabbitMQPlace, SQLitePlace, events_for
+from tests.waiting import wait_until
+
+MODULE = """
+import os, time
+from outbox.consumers import consumer
+
+leaked = []
+
+
+def note(*words):
+    with open("done", "a", buffering=1) as file:
+        file.write(" ".join(map(str, words)) + "\\n")
+
+
+note("imported", "-", os.getpid())
+
+
+@consumer("{name}")
+def work(event):
+    command, _, argument = str(event.payload["do"]).partition(" ")
+    if command == "sleep":
+        note("began", event.id, os.getpid())
+        time.sleep(float(argument))
+    elif command == "leak":
+        leaked.append(b"x" * (int(argument) << 20))
+    note("done", event.id, os.getpid())
+"""
+
+
+class Command:
+    """One ``outbox-consume`` in a folder with a module ``work``."""
+
+    def __init__(self, folder: Path, place: Place, name: str) -> None:
+        self.place, self.folder, self.queue = place, folder, name
+        self.process: subprocess.Popen[bytes]
+        self._publisher = place.publisher(unroutable="fail")
+        self._log = folder / "log"
+        self.write(MODULE.format(name=name))
+        place.will_clean_up(name)
+        place.will_clean_up(dead_letter_queue(name))
+
+    def write(self, module: str) -> None:
+        (self.folder / "work.py").write_text(module)
+
+    def start(self, *arguments: str) -> None:
+        environment = {
+            **os.environ,
+            "OUTBOX_URL": self.place.url,
+            "OUTBOX_EXCHANGE": self.place.exchange,
+            "PYTHONDONTWRITEBYTECODE": "1",  # a module may change twice within its time's unit
+        }
+        command = ["outbox.consumers.cli", "work", "--log-format", "json", *arguments]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def publish(self, *commands: str) -> list[str]:
+        """Have the consumer do something; return the ids of the messages."""
+        events = events_for(self._publisher, [self.queue] * len(commands), exchange="")
+        made = [
+            type(event)(
+                id=event.id,
+                target=event.target,
+                exchange="",
+                body=json.dumps({"do": do}).encode(),
+                unroutable="fail",
+            )
+            for event, do in zip(events, commands, strict=True)
+        ]
+        # Until the queue is there nothing is published, and then all of it.
+        wait_until(lambda: self._publisher.publish(made[:1], keep=False).ok, 20)
+        if made[1:]:
+            self._publisher.publish(made[1:]).raise_for_failure()
+        return [event.id for event in made]
+
+    def did(self, word: str = "done") -> list[tuple[str, int]]:
+        """Return what messages were done, and by which process."""
+        path = self.folder / "done"
+        rows = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+        return [(row[1], int(row[2])) for row in rows if row[0] == word]
+
+    def wait_done(self, count: int, word: str = "done") -> None:
+        wait_until(lambda: len(self.did(word)) >= count, 20)
+
+    def text(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def lines(self, logger: str = "outbox.consumer.processes") -> list[str]:
+        found: list[dict[str, Any]] = []
+        for line in self.text().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return [one["message"] for one in found if one["logger"] == logger]
+
+    def wait_for(self, pattern: str, count: int = 1, timeout: float = 20) -> list[Any]:
+        """Wait until the log has so many matches; return them."""
+        try:
+            wait_until(lambda: len(re.findall(pattern, self.text())) >= count, timeout)
+        except AssertionError:
+            raise AssertionError(self.text()) from None
+        return re.findall(pattern, self.text())
+
+    def workers(self) -> list[int]:
+        """Return the ids of all worker processes that were begun."""
+        found = re.findall(r"\(process (\d+)\) begins", self.text())
+        return [int(one) for one in found]
+
+    def consuming(self, count: int) -> list[int]:
+        """Wait until so many workers have begun to consume, in all."""
+        self.wait_for('"consuming ', count)
+        return self.workers()
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout)
+
+    def left(self) -> int:
+        """Return how many messages the queue has."""
+        return self.place.count(self.queue)
+
+    def close(self) -> None:
+        self._publisher.close(0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: it and its workers
+        self.process.wait(10)
+
+
+def make(request: pytest.FixtureRequest, folder: Path, name: str, kind: str) -> Command:
+    if kind == "sqlite":
+        return Command(folder, SQLitePlace(str(folder / "outbox.db"), name), name)
+    amqp_url: str = request.getfixturevalue("amqp_url")
+    inspector: Inspector = request.getfixturevalue("inspector")
+    return Command(folder, RabbitMQPlace(amqp_url, name, inspector), name)
+
+
+@pytest.fixture(params=["rabbitmq", "sqlite"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> Iterator[Command]:
+    """The command on either transport."""
+    found = make(request, tmp_path, name, request.param)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def command(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> Iterator[Command]:
+    """The command on a file, for what has nothing to do with the transport."""
+    found = make(request, tmp_path, name, "sqlite")
+    yield found
+    found.close()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_a_worker_that_is_killed_is_replaced_and_its_message_is_done(anywhere: Command) -> None:
+    anywhere.start("-p", "2", "-t", "1")
+    anywhere.consuming(2)
+    [message] = anywhere.publish("sleep 1.5")
+    anywhere.wait_done(1, "began")
+    [(_, victim)] = anywhere.did("began")
+    os.kill(victim, signal.SIGKILL)
+    [wait] = anywhere.wait_for(
+        rf"\(process {victim}\) was killed by SIGKILL after [\d.]+ s: another in ([\d.]+) s"
+    )
+    assert float(wait) <= 0.5
+    assert len(anywhere.consuming(3)) == 3
+    if isinstance(anywhere.place, RabbitMQPlace):  # on a file it comes when its lease has ended
+        anywhere.wait_done(1)
+        assert anywhere.did()[0][0] == message
+    assert anywhere.stop() == exit_codes.SUCCESS, anywhere.text()
+
+
+def test_the_parent_imports_and_opens_nothing_of_the_application(anywhere: Command) -> None:
+    anywhere.start("-p", "2")
+    workers = anywhere.consuming(2)
+    anywhere.publish("nothing")
+    anywhere.wait_done(1)
+    assert sorted(pid for _, pid in anywhere.did("imported")) == sorted(workers)
+    folder = f"/proc/{anywhere.process.pid}/fd"
+    opened = [os.readlink(f"{folder}/{one}") for one in os.listdir(folder)]
+    assert not [one for one in opened if one.startswith("socket:") or "outbox.db" in one]
+    assert anywhere.stop() == exit_codes.SUCCESS
+
+
+def test_a_crash_loop_of_one_is_tried_ever_more_slowly_and_told(command: Command) -> None:
+    command.write("raise RuntimeError('broken')")
+    command.start("-p", "3")
+    found = command.wait_for(
+        r"worker (\d) \(process \d+\) ended with exit code 1 after [\d.]+ s[^:]*: "
+        r"another in ([\d.]+) s",
+        3,
+    )
+    assert {number for number, _ in found} == {"1"}  # the others are not even tried
+    waits = [float(wait) for _, wait in found]
+    for wait, longest in zip(waits, (0.5, 1, 2), strict=False):
+        assert longest / 2 - 0.05 <= wait <= longest
+    assert len(command.wait_for("number 3 in a row: another in")) == 1
+    assert command.text().count('"exc_info"') == len(command.workers())
+    begin = time.monotonic()
+    assert command.stop() == exit_codes.SUCCESS
+    assert time.monotonic() - begin < 2
+
+
+def test_when_the_parent_is_killed_workers_finish_what_runs_and_end(anywhere: Command) -> None:
+    anywhere.start("-p", "2", "-t", "1")
+    workers = anywhere.consuming(2)
+    messages = anywhere.publish("sleep 0.7", "sleep 0.7")
+    anywhere.wait_done(2, "began")
+    anywhere.process.kill()
+    wait_until(lambda: not any(map(is_alive, workers)), 15)
+    assert sorted(message for message, _ in anywhere.did()) == sorted(messages)
+    assert anywhere.left() == 0
+    assert "the parent process is gone: stopping" in anywhere.text()
+
+
+def test_sigterm_under_load_settles_what_runs_and_gives_back_the_rest(anywhere: Command) -> None:
+    anywhere.start("-p", "2", "-t", "4", "--prefetch", "4")
+    anywhere.consuming(2)
+    messages = anywhere.publish(*["sleep 0.3"] * 40)
+    anywhere.wait_done(10)
+    begin = time.monotonic()
+    assert anywhere.stop() == exit_codes.SUCCESS, anywhere.text()
+    assert time.monotonic() - begin < 8
+    done = Counter(message for message, _ in anywhere.did())
+    assert set(done.values()) == {1}
+    wait_until(lambda: len(done) + anywhere.left() == len(messages))
+    assert anywhere.left() > 0
+    assert anywhere.place.count(dead_letter_queue(anywhere.queue)) == 0
+
+
+def test_signals_to_the_whole_group_are_one_stop_for_every_worker(command: Command) -> None:
+    command.start("-p", "2", "-t", "1")
+    command.consuming(2)
+    command.publish("sleep 1")
+    command.wait_done(1, "began")
+    os.killpg(command.process.pid, signal.SIGINT)  # as Ctrl-C does
+    assert command.process.wait(15) == exit_codes.SUCCESS
+    assert len(command.did()) == 1
+    assert command.left() == 0
+
+
+def test_a_second_signal_ends_all_at_once(command: Command) -> None:
+    command.start("-p", "2", "-t", "1")
+    workers = command.consuming(2)
+    command.publish("sleep 30")
+    command.wait_done(1, "began")
+    command.process.send_signal(signal.SIGTERM)
+    command.wait_for("SIGTERM: stopping")
+    begin = time.monotonic()
+    assert command.stop() == exit_codes.KILLED
+    assert time.monotonic() - begin < 3
+    wait_until(lambda: not any(map(is_alive, workers)))
+
+
+def test_what_does_not_finish_in_time_is_told_by_the_exit_code(command: Command) -> None:
+    command.start("-p", "2", "-t", "1", "--shutdown-timeout", "0.2")
+    command.consuming(2)
+    command.publish("sleep 30")
+    command.wait_done(1, "began")
+    assert command.stop() == exit_codes.UNFINISHED
+    assert "did not finish within 0.2 s" in command.text()
+
+
+def test_processes_are_recycled_by_messages_and_nothing_is_lost_or_repeated(
+    anywhere: Command,
+) -> None:
+    anywhere.start("-p", "2", "-t", "2", "--max-messages", "10")
+    anywhere.consuming(2)
+    messages = anywhere.publish(*["nothing"] * 25)
+    anywhere.wait_done(25)
+    assert anywhere.stop() == exit_codes.SUCCESS, anywhere.text()
+    assert sorted(message for message, _ in anywhere.did()) == sorted(messages)
+    by_process = Counter(pid for _, pid in anywhere.did())
+    assert max(by_process.values()) <= 10
+    assert len(by_process) >= 3
+    assert "it has processed 10 messages" in anywhere.text()
+    assert "another in" not in anywhere.text()  # there is no back-off
+    assert anywhere.left() == 0
+
+
+def test_a_process_that_takes_too_much_memory_is_recycled_after_its_message(
+    command: Command,
+) -> None:
+    command.start("--max-memory", "350M")
+    command.consuming(1)
+    messages = command.publish("leak 400")
+    command.wait_for("stopping: it takes [4-9].. MiB of memory")
+    command.consuming(2)
+    messages += command.publish("nothing")
+    command.wait_done(2)
+    assert command.stop() == exit_codes.SUCCESS
+    assert [message for message, _ in command.did()] == messages
+    assert len(set(command.did())) == len({pid for _, pid in command.did()}) == 2
+
+
+def test_a_process_is_recycled_at_its_age_without_losing_what_it_works_on(
+    command: Command,
+) -> None:
+    command.start("-t", "1", "--max-age", "1")
+    command.consuming(1)
+    messages = command.publish("sleep 1.3")
+    command.wait_for("stopping: it has reached its age")
+    command.consuming(2)
+    assert [message for message, _ in command.did()] == messages
+    assert command.left() == 0
+    assert command.stop() == exit_codes.SUCCESS
+
+
+def test_wrong_usage_ends_all_with_its_code_and_is_told_once(command: Command) -> None:
+    command.start("-p", "4", "-Q", "nowhere")
+    assert command.process.wait(20) == exit_codes.USAGE
+    assert command.text().count("no consumer has the queue 'nowhere'") == 1
+    assert len(command.workers()) == 1
+
+
+def test_sighup_replaces_all_workers_one_by_one(command: Command) -> None:
+    command.start("-p", "2", "-t", "1")
+    before = command.consuming(2)
+    command.publish("sleep 1")
+    command.wait_done(1, "began")
+    command.process.send_signal(signal.SIGHUP)
+    after = command.consuming(4)[2:]
+    wait_until(lambda: not any(map(is_alive, before)), 15)
+    assert all(map(is_alive, after))
+    assert len(command.did()) == 1
+    assert command.left() == 0
+    assert command.stop() == exit_codes.SUCCESS
+
+
+def test_workers_are_kept_when_their_replacements_cannot_begin(command: Command) -> None:
+    command.start("-p", "2", "-t", "1")
+    before = command.consuming(2)
+    command.write("raise RuntimeError('broken')")
+    command.process.send_signal(signal.SIGHUP)
+    command.wait_for("the other workers are not replaced")
+    assert all(map(is_alive, before))
+    command.publish("nothing")
+    command.wait_done(1)
+    assert len(command.workers()) == 3  # the second is not tried
+    assert command.stop() == exit_codes.SUCCESS
+
+
+def test_a_worker_begins_anew_when_a_source_file_changes(command: Command) -> None:
+    command.start("--reload")
+    command.consuming(1)
+    command.publish("nothing")
+    command.wait_done(1)
+    module = (command.folder / "work.py").read_text()
+    change(command, "this is no Python")
+    command.wait_for("waiting for a source file to change")
+    change(command, module.replace('note("done"', 'note("done-anew"'))
+    command.consuming(2)
+    command.publish("nothing")
+    command.wait_done(1, "done-anew")
+    assert command.stop() == exit_codes.SUCCESS, command.text()
+
+
+def test_a_reloading_worker_finishes_what_runs_when_the_terminal_interrupts(
+    command: Command,
+) -> None:
+    command.start("--reload", "-t", "1")
+    command.consuming(1)
+    command.publish("sleep 0.7")
+    command.wait_done(1, "began")
+    os.killpg(command.process.pid, signal.SIGINT)
+    assert command.process.wait(15) == exit_codes.SUCCESS, command.text()
+    assert len(command.did()) == 1
+    assert command.left() == 0
+
+
+def change(command: Command, module: str) -> None:
+    command.write(module)
+    later = time.time() + 2  # whatever the unit of the file system's times
+    os.utime(command.folder / "work.py", (later, later))

@@ -1,0 +1,171 @@
+"""What a parent does with workers that do not do as they should, and workers without a parent."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from outbox.consumers import child, exit_codes
+from outbox.consumers.child import Parent
+from tests.waiting import wait_until
+
+DRIVER = """
+import logging, sys
+from outbox.consumers.supervisor import Supervisor
+logging.basicConfig(level="INFO", format="%(message)s")
+command = [sys.executable, "worker.py"] if {command!r} is None else {command!r}
+sys.exit(Supervisor(command, {processes}, shutdown_timeout=0.2, margin=0.2).run())
+"""
+
+WORKER = """
+import os, signal, subprocess, sys, time
+from outbox.consumers.child import READY, STOPPING, Parent
+parent = Parent.inherited()
+"""
+
+
+class Driven:
+    """A supervisor in a process of its own, whose log is a file."""
+
+    def __init__(self, folder: Path, worker: str, command: list[str] | None, processes: int):
+        self.folder = folder
+        (folder / "worker.py").write_text(WORKER + worker)
+        self._log = folder / "log"
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", DRIVER.format(command=command, processes=processes)],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait_for(self, text: str, count: int = 1) -> None:
+        wait_until(lambda: self.log().count(text) >= count, 20)
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(10)
+
+
+@pytest.fixture
+def drive(tmp_path: Path) -> Iterator[Callable[..., Driven]]:
+    started: list[Driven] = []
+
+    def start(worker: str, *, command: list[str] | None = None, processes: int = 1) -> Driven:
+        started.append(Driven(tmp_path, worker, command, processes))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.process.poll() is None:
+            os.killpg(one.process.pid, signal.SIGKILL)
+            one.process.wait(10)
+
+
+def test_a_worker_that_does_not_end_is_killed_when_its_time_is_over(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive("""
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+parent.tell(READY)
+print("here", file=sys.stderr, flush=True)
+time.sleep(60)
+""")
+    driven.wait_for("here")
+    assert driven.stop() == exit_codes.UNFINISHED
+    assert "has not ended in time: it is killed" in driven.log()
+    assert "was killed by SIGKILL" in driven.log()
+
+
+def test_a_worker_that_recycles_itself_and_does_not_end_is_killed_and_replaced(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive("""
+parent.tell(READY)
+parent.tell(STOPPING)
+time.sleep(60)
+""")
+    driven.wait_for("has not ended in time: it is killed")
+    driven.wait_for(" begins", 2)
+    driven.stop()
+
+
+def test_a_program_that_cannot_be_started_is_tried_again_slowly(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive("", command=["/nonexistent/python"])
+    driven.wait_for("worker 1 cannot be started: [Errno 2]", 2)
+    assert driven.stop() == exit_codes.SUCCESS
+
+
+def test_a_crash_of_one_worker_does_not_touch_the_others(drive: Callable[..., Driven]) -> None:
+    driven = drive(
+        """
+parent.tell(READY)
+print("up", file=sys.stderr, flush=True)
+try:
+    os.mkdir("taken")
+except FileExistsError:
+    time.sleep(60)
+while not os.path.exists("go"):
+    time.sleep(0.01)
+os.rmdir("taken")
+os.kill(os.getpid(), signal.SIGSEGV)
+""",
+        processes=3,
+    )
+    driven.wait_for("up", 3)
+    (driven.folder / "go").touch()
+    driven.wait_for("was killed by SIGSEGV")
+    driven.wait_for("up", 4)
+    assert len(set(re.findall(r"worker (\d) \(process \d+\) was killed", driven.log()))) == 1
+    driven.stop()
+
+
+def test_what_a_worker_starts_is_no_worker_and_holds_no_pipe_of_the_parents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lifeline, held = os.pipe()
+    told, status = os.pipe()
+    for descriptor in (lifeline, status):
+        os.set_inheritable(descriptor, True)
+    for name, value in child.environment(lifeline, status).items():
+        monkeypatch.setenv(name, value)
+    assert Parent.inherited() is not None
+    assert Parent.inherited() is None
+    assert not os.get_inheritable(lifeline)
+    assert not os.get_inheritable(status)
+    for descriptor in (lifeline, held, told, status):
+        os.close(descriptor)
+
+
+def test_a_worker_that_cannot_stop_ends_all_the_same_when_its_parent_is_gone() -> None:
+    program = """
+import os, sys, time
+from outbox.consumers.child import Parent
+from outbox.consumers.stopping import Stop
+stop = Stop()
+Parent.inherited().outlived(stop, 0.3)
+time.sleep(60)
+"""
+    lifeline, held = os.pipe()
+    told, status = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, **child.environment(lifeline, status)},
+        pass_fds=(lifeline, status),
+    )
+    for descriptor in (lifeline, status, held, told):
+        os.close(descriptor)
+    assert process.wait(15) == exit_codes.KILLED

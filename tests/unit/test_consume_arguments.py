@@ -1,0 +1,55 @@
+"""The command line of ``outbox-consume``."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from outbox import MissingExtra
+from outbox.consumers.arguments import limits_of, make_parser
+from outbox.consumers.recycling import Limits
+from outbox.consumers.reloading import run_reloading
+from outbox.consumers.stopping import Stop
+
+
+def limits(*arguments: str) -> Limits:
+    return limits_of(make_parser().parse_args(["work", *arguments]))
+
+
+def test_sizes_and_times_have_units() -> None:
+    for text, size in {"300M": 300 << 20, "1.5g": 3 << 29, "64KiB": 1 << 16, "4096": 4096}.items():
+        assert limits("--max-memory", text) == Limits(memory=size)
+    for text, age in {"90": 90, "90s": 90, "1.5m": 90, "12h": 43200, "7d": 604800}.items():
+        assert limits("--max-age", text) == Limits(age=age)
+    assert limits("--max-messages", "10") == Limits(messages=10)
+    assert not limits()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("-p", "0", "invalid number from 1 on value: '0'"),
+        ("-p", "x", "invalid number from 1 on value: 'x'"),
+        ("--max-messages", "-1", "invalid number from 1 on value: '-1'"),
+        ("--max-memory", "M", "invalid size such as 300M value: 'M'"),
+        ("--max-memory", "10X", "invalid size such as 300M value: '10X'"),
+        ("--max-memory", "nan", "invalid size such as 300M value: 'nan'"),
+        ("--max-age", "0.5", "invalid time such as 12h value: '0.5'"),
+        ("--max-age", "infd", "invalid time such as 12h value: 'infd'"),
+        ("--log-format", "xml", "invalid choice: 'xml'"),
+    ],
+)
+def test_what_cannot_be_is_told(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, told: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        limits(option, value)
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_where_the_reloader_is_missing_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "werkzeug._reloader", None)
+    with pytest.raises(MissingExtra, match="--reload needs werkzeug"):
+        run_reloading(lambda: 0, Stop(), 1.0)

@@ -1,0 +1,106 @@
+"""How soon dead workers are replaced, and when living ones are: without processes or clocks."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from outbox.consumers.quota import Quota
+from outbox.consumers.recycling import Limits, Recycling, resident_bytes
+from outbox.consumers.restarts import Restarts
+
+MIB = 2**20
+
+
+def doubling(attempt: int) -> float:
+    return 0.5 * 2.0**attempt
+
+
+def test_the_wait_doubles_while_workers_die_young() -> None:
+    restarts = Restarts(doubling)
+    assert [restarts.died(1.0) for _ in range(5)] == [0.5, 1, 2, 4, 8]
+    assert restarts.in_a_row == 5
+
+
+def test_the_wait_has_a_bound_and_jitter() -> None:
+    restarts = Restarts()
+    waits = [restarts.died(0.0) for _ in range(50)]
+    assert 0.25 <= waits[0] <= 0.5
+    assert all(15 <= wait <= 30 for wait in waits[10:])
+    assert len(set(waits[10:])) > 1
+
+
+def test_a_worker_that_has_lived_for_a_minute_begins_a_new_count() -> None:
+    restarts = Restarts(doubling)
+    for _ in range(4):
+        restarts.died(59.9)
+    assert restarts.died(60.0) == 0.5
+    assert restarts.in_a_row == 1
+
+
+def test_the_third_early_death_in_a_row_is_a_loop() -> None:
+    restarts = Restarts(doubling)
+    found = []
+    for lived in (1.0, 1.0, 1.0, 61.0):
+        restarts.died(lived)
+        found.append(restarts.looping)
+    assert found == [False, False, True, False]
+
+
+def test_without_limits_nothing_is_recycled() -> None:
+    assert not Limits()
+    assert Recycling(Limits(), 0.0).reason(1e9, has_worked=True) is None
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_the_age_has_a_jitter_of_a_tenth_and_is_never_exceeded(fraction: float) -> None:
+    recycling = Recycling(Limits(age=100.0), 1000.0, fraction=fraction)
+    age = 100.0 - 10.0 * fraction
+    assert recycling.reason(1000.0 + age - 0.01, has_worked=False) is None
+    assert recycling.reason(1000.0 + age, has_worked=False) == "it has reached its age"
+
+
+def test_memory_is_looked_at_once_a_second_and_after_the_first_message() -> None:
+    sizes = [100 * MIB, 301 * MIB]
+    recycling = Recycling(Limits(memory=300 * MIB), 0.0, resident=lambda: sizes.pop(0))
+    assert recycling.reason(0.0, has_worked=False) is None
+    assert len(sizes) == 2  # what it takes before its first message, its successor would take, too
+    assert recycling.reason(0.2, has_worked=True) is None
+    assert recycling.reason(1.1, has_worked=True) is None
+    assert len(sizes) == 1
+    assert recycling.reason(1.3, has_worked=True) == "it takes 301 MiB of memory"
+
+
+def test_the_resident_size_follows_what_is_allocated() -> None:
+    before = resident_bytes()
+    block = b"x" * (64 * MIB)
+    assert resident_bytes() - before > 32 * MIB
+    del block
+
+
+def test_no_more_messages_begin_than_are_allowed_and_the_last_end_is_told_once() -> None:
+    quota = Quota(1000)
+    begun, told = [], []
+
+    def work() -> None:
+        while quota.begin():
+            begun.append(1)
+            told.append(quota.end())
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(begun), sum(told)) == (1000, 1)
+    assert quota.used_up
+
+
+def test_a_quota_is_used_up_when_the_last_message_has_ended_not_when_it_begins() -> None:
+    quota = Quota(1)
+    assert quota.begin()
+    assert not quota.begin()
+    assert not quota.used_up
+    assert quota.end()
+    assert quota.used_up

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from outbox import Event
+from outbox.headers import is_brokers_own
 from outbox.ids import new_id
 from outbox.serializer import JSONSerializer, serializer_for
 from outbox.subscription import Delivery
@@ -27,7 +28,8 @@ class ReceivedEvent(Event):
 
     What the sender left out: ``id`` is then a new one each time the message is delivered, and
     ``occurred_at`` the time of receipt. ``headers`` are the sender's, without outbox's own; they
-    come from outside and may hold anything.
+    come from outside and may hold anything. What a broker has written about the message's way is
+    not among them.
 
     Attributes:
         queue: where it was consumed from.
@@ -74,7 +76,7 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         exchange=delivery.exchange,
         body=delivery.body,
         content_type=content_type,
-        headers={name: _plain(value) for name, value in headers.items() if not _is_ours(name)},
+        headers={name: _plain(value) for name, value in headers.items() if _is_senders(name)},
         priority=delivery.priority,
         key=key if isinstance(key, str) else None,
         occurred_at=occurred_at(headers, delivery.timestamp),
@@ -99,8 +101,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _is_ours(name: Any) -> bool:
-    return isinstance(name, str) and name.startswith(_RESERVED)
+def _is_senders(name: Any) -> bool:
+    return not isinstance(name, str) or not (name.startswith(_RESERVED) or is_brokers_own(name))
 
 
 def occurred_at(headers: Mapping[str, Any], timestamp: Any) -> datetime.datetime:

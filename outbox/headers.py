@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
+    "DELAY_EXCHANGE",
+    "DELAY_HEADERS",
     "FORMAT_VERSION",
     "HEADER_FORMAT",
     "HEADER_KEY",
@@ -19,6 +21,8 @@ HEADER_KEY = "outbox-key"
 HEADER_OCCURRED_AT = "outbox-occurred-at-us"
 ORIGIN_EXCHANGE = "outbox-origin-exchange"
 ORIGIN_TARGET = "outbox-origin-target"
+DELAY_HEADERS = "outbox-delay-"
+DELAY_EXCHANGE = "outbox-delay-exchange"
 
 # What the broker wrote about earlier stations of the message; sent back to it, some of it is
 # believed (RabbitMQ 4.0 release notes, x-death).

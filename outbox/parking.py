@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from outbox.event import Event
-from outbox.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET, is_brokers_own
+from outbox.headers import DELAY_HEADERS, ORIGIN_EXCHANGE, ORIGIN_TARGET, is_brokers_own
 from outbox.parked import Address, Kind
 from outbox.subscription import Delivery
 
@@ -61,6 +61,7 @@ def is_kept_on_replay(kind: Kind, name: str) -> bool:
     added = _ADDED.get(kind)
     return not (
         is_brokers_own(name)
+        or name.startswith(DELAY_HEADERS)
         or (added is not None and name.startswith(added))
         or (kind == "dead" and name in (ORIGIN_EXCHANGE, ORIGIN_TARGET))
     )

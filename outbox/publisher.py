@@ -277,10 +277,18 @@ class Publisher:
 
     def check_carries(self, event: Event) -> None:
         """Raise InvalidEvent for what this publisher's own transport cannot do."""
-        if event.deliver_at is not None and not self._own_transport().supports_delay:
+        if event.deliver_at is None:
+            return
+        transport = self._own_transport()
+        if not transport.supports_delay:
             raise InvalidEvent(
-                f"the event to {event.target!r} asks for a delay, "
-                "which this version of outbox cannot do over RabbitMQ"
+                f"the event to {event.target!r} asks for a delay, which its transport cannot do"
+            )
+        longest = transport.longest_delay
+        if longest is not None and event.deliver_at - event.occurred_at > longest:
+            raise InvalidEvent(
+                f"the event to {event.target!r} is to be delivered at {event.deliver_at}: "
+                f"its transport holds none for longer than {longest.days} days"
             )
 
     def make_ready(self) -> None:

@@ -30,6 +30,7 @@ class Recorder:
     """
 
     supports_delay = True
+    longest_delay = None
     on_own_thread = False
 
     def __init__(self) -> None:

@@ -19,8 +19,9 @@ from outbox.errors import BrokerError, ConnectionLost
 from outbox.parking import restore_origin
 from outbox.settings import Settings
 from outbox.subscription import Delivery, QueueSpec
-from outbox.transports.rabbitmq import topology, wire
+from outbox.transports.rabbitmq import ladder, topology, wire
 from outbox.transports.rabbitmq.acks import Acks
+from outbox.transports.rabbitmq.delays import restore_delayed
 from outbox.transports.rabbitmq.failures import told
 from outbox.transports.rabbitmq.link import Link
 from outbox.transports.rabbitmq.parameters import connection_parameters
@@ -126,6 +127,7 @@ class RabbitMQSubscription:
             steps += topology.exchange(exchange, mode)
         for spec in self._queues:
             steps += topology.queue(spec, mode)
+            steps += ladder.way_to_queue(spec.name, mode)
         return steps
 
     def _declare_again(self) -> None:
@@ -220,7 +222,8 @@ class RabbitMQSubscription:
         return receive
 
     def _hand_out(self, delivery: Delivery) -> None:
-        """Deliver a message; what was replayed to this one queue tells where it was published."""
+        """Deliver a message, as one of the exchange that it was published to at first."""
+        restore_delayed(delivery)
         restore_origin(delivery)
         self._deliver(delivery)
 

@@ -17,7 +17,7 @@ from outbox.settings import Declare
 from outbox.subscription import QueueSpec, dead_letter_queue
 from outbox.transports.rabbitmq.failures import one_line
 
-__all__ = ["Step", "declare", "exchange", "parking_queue", "queue"]
+__all__ = ["Step", "declare", "durable_queue", "exchange", "parking_queue", "queue"]
 
 Step = Callable[[pika.channel.Channel, Callable[[Any], None]], None]
 """Makes one declaration on a channel and has the callback called with the broker's answer."""
@@ -54,17 +54,16 @@ def queue(spec: QueueSpec, mode: Declare) -> list[Step]:
         "x-overflow": "reject-publish",
     }
 
-    def declared(name: str, arguments: dict[str, str]) -> Step:
-        return lambda channel, done: channel.queue_declare(
-            name, passive=mode == "passive", durable=True, arguments=arguments, callback=done
-        )
-
     def bound(topic: str) -> Step:
         return lambda channel, done: channel.queue_bind(
             spec.name, spec.exchange, topic, callback=done
         )
 
-    steps = [declared(dead, {"x-queue-type": "quorum"}), declared(spec.name, arguments)]
+    passive = mode == "passive"
+    steps = [
+        durable_queue(dead, {"x-queue-type": "quorum"}, passive=passive),
+        durable_queue(spec.name, arguments, passive=passive),
+    ]
     if mode == "create" and spec.exchange:
         steps += [bound(topic) for topic in dict.fromkeys((spec.name, *spec.topics))]
     return steps
@@ -77,11 +76,14 @@ def parking_queue(name: str, mode: Declare) -> list[Step]:
     """
     if mode != "create":
         return []
-    return [
-        lambda channel, done: channel.queue_declare(
-            name, durable=True, arguments={"x-queue-type": "quorum"}, callback=done
-        )
-    ]
+    return [durable_queue(name, {"x-queue-type": "quorum"})]
+
+
+def durable_queue(name: str, arguments: dict[str, Any], *, passive: bool = False) -> Step:
+    """Return the step that declares a durable queue."""
+    return lambda channel, done: channel.queue_declare(
+        name, passive=passive, durable=True, arguments=arguments, callback=done
+    )
 
 
 def declare(

@@ -173,6 +173,8 @@ def test_publishing_on_a_running_loop_is_refused_and_its_async_twin_works(
         ({"priority": 256}, "priority"),
         ({"unroutable": "drop"}, "unroutable"),
         ({"id": ""}, "id is empty"),
+        ({"delay": -1}, "delay=-1"),
+        ({"deliver_at": datetime.datetime(2030, 1, 1)}, "time zone"),
     ],
 )
 def test_what_cannot_be_carried_is_refused_in_the_callers_line(
@@ -342,6 +344,44 @@ def test_what_is_given_back_comes_again(place: Place, publisher: Publisher, name
         second.body,
         {name: value for name, value in (second.headers or {}).items() if name[:2] != "x-"},
     )
+
+
+def test_delayed_events_of_a_chunk_come_when_their_time_has_come_and_never_before(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    with reading(place, name, ["a.*"]) as reader:
+        [later] = events_for(publisher, ["a.b"], headers=HEADERS, key="k", priority=2, delay=2)
+        [now] = events_for(publisher, ["a.b"])
+        moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=0.5)
+        [sooner] = events_for(publisher, [name], exchange="", deliver_at=moment)
+        assert publisher.publish([later, now, sooner]).published == (later, now, sooner)
+        for expected in (now, sooner, later):
+            [found] = reader.get()
+            at = datetime.datetime.now(datetime.UTC)
+            assert found.message_id == expected.id
+            if expected.deliver_at is not None:
+                late = at - expected.deliver_at
+                # Over RabbitMQ within a second after it was rounded up to whole seconds.
+                assert datetime.timedelta(milliseconds=-2) <= late < datetime.timedelta(seconds=2)
+    assert (found.exchange, found.target, found.priority) == (place.exchange, "a.b", 2)
+    assert {one: (found.headers or {})[one] for one in HEADERS} == HEADERS
+    assert not any(one.startswith("outbox-delay") for one in found.headers or {})
+
+
+def test_a_consumer_sees_nothing_of_the_delay(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    seen: list[ReceivedEvent] = []
+    handler = consumer(made(place, name, "order.#"), topics=["order.#"])(seen.append)
+    with working(place, publisher, handler):
+        [sent] = events_for(publisher, ["order.placed"], headers=HEADERS, key="k", delay=1)
+        publisher.publish([sent])
+        wait_until(lambda: seen)
+    [event] = seen
+    for field in ("id", "target", "exchange", "body", "content_type", "key", "priority"):
+        assert getattr(event, field) == getattr(sent, field)
+    assert (event.headers, event.occurred_at) == (HEADERS, sent.occurred_at)
+    assert (event.attempt, event.redelivered) == (1, False)
 
 
 def test_no_more_than_the_prefetch_is_out_at_a_time(

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from types import FrameType, ModuleType
 
 from outbox import OutboxError, UsageError, configure
@@ -31,6 +31,8 @@ examples:
       run one consumer, sixteen messages at a time
   outbox-consume shop.consumers billing.consumers -Q invoices -Q thumbnails
       of all consumers of two modules, run those of two queues
+  outbox-consume shop.consumers -Q high,medium,low
+      all of high before any of medium, and all of medium before any of low
   outbox-consume shop.consumers --prefetch 1 -t 1 --shutdown-timeout 300
       one long message at a time, with five minutes to finish it at the end
 
@@ -50,9 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         publisher = configure(options.url)
-        consumers = _selected(_load(options.consumers), options.queue)
+        loaded = _load(options.consumers)
+        ranks = _ranks(options.queue or (), {one.queue for one in loaded})
         worker = Worker(
-            consumers, publisher=publisher, threads=options.threads, prefetch=options.prefetch
+            [one for one in loaded if not ranks or one.queue in ranks],
+            publisher=publisher,
+            threads=options.threads,
+            prefetch=options.prefetch,
+            ranks=ranks,
         )
         signals = _Signals()
         worker.start()
@@ -92,8 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         "-Q",
         "--queue",
         action="append",
-        metavar="QUEUE",
-        help="only the consumers of this queue; may be repeated",
+        metavar="QUEUE[,QUEUE]...",
+        help="only the consumers of these queues, all messages of each before any of the next; "
+        "repeated, the queues of one have no order towards those of another",
     )
     parser.add_argument(
         "-t",
@@ -167,14 +175,18 @@ def _is_consumer(one: object) -> bool:
     return isinstance(one, FunctionConsumer)
 
 
-def _selected(consumers: list[Consumer], queues: Sequence[str] | None) -> list[Consumer]:
-    if not queues:
-        return consumers
-    for queue in queues:
-        if all(consumer.queue != queue for consumer in consumers):
-            known = ", ".join(repr(consumer.queue) for consumer in consumers)
-            raise UsageError(f"no consumer has the queue {queue!r}; there are {known}")
-    return [consumer for consumer in consumers if consumer.queue in queues]
+def _ranks(groups: Sequence[str], known: Set[str]) -> dict[str, int]:
+    """Return the queues that ``-Q`` names, each with its place in its group; none for all."""
+    ranks: dict[str, int] = {}
+    for group in groups:
+        names = [group] if group in known else [one.strip() for one in group.split(",")]
+        for rank, name in enumerate(names):
+            if name not in known:
+                told = ", ".join(map(repr, sorted(known)))
+                raise UsageError(f"no consumer has the queue {name!r}; there are {told}")
+            if ranks.setdefault(name, rank) != rank:
+                raise UsageError(f"-Q names the queue {name!r} twice, at different places")
+    return ranks
 
 
 class _Signals:

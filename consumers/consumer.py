@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from outbox import InvalidEvent, UsageError
 from outbox.consumers.outcome import Outcome
 from outbox.consumers.received import ReceivedEvent
 from outbox.event import check_name
-from outbox.subscription import QueueSpec
+from outbox.subscription import QueueSpec, QueueType
 
 __all__ = ["Consumer", "FunctionConsumer", "consumer"]
 
@@ -31,6 +31,11 @@ def _check(found: type[Consumer] | Consumer, what: str) -> None:
             check_name("exchange", found.exchange)
     except InvalidEvent as error:
         raise UsageError(f"{what}: {error}") from None
+    highest = found.max_priority
+    if highest is not None and (type(highest) is not int or not 1 <= highest <= 255):
+        raise UsageError(f"{what}: max_priority is {highest!r}, not an int from 1 to 255")
+    if found.queue_type is not None and found.queue_type not in get_args(QueueType):
+        raise UsageError(f"{what}: queue_type is {found.queue_type!r}, not 'quorum' or 'classic'")
     process = getattr(found, "_function", found.process)
     if inspect.iscoroutinefunction(process):
         raise UsageError(
@@ -45,18 +50,25 @@ class Consumer:
     One instance serves all threads of a worker: ``process`` must be thread-safe.
 
     Attributes:
-        queue: the queue's name, 1 to 250 bytes in UTF-8. It is declared as a durable quorum queue.
+        queue: the queue's name, 1 to 250 bytes in UTF-8. It is declared durable.
         topics: patterns of targets that the queue is bound to, beside its own name: ``*`` stands
             for one word between dots, ``#`` for any number of words.
         exchange: the exchange it is bound to; None for the publisher's own.
         auto_publish: publish the follow-on events when ``process`` has succeeded. By default it
             publishes them itself, with ``publish()``.
+        max_priority: 1 to 255: messages are processed by their priority, higher ones first; those
+            above it count as it. On RabbitMQ the queue is then a classic one, not replicated; 10
+            is plenty there. None leaves priorities to the broker (``docs/consuming.md``).
+        queue_type: ``"quorum"`` or ``"classic"``; the default is quorum without ``max_priority``
+            and classic with it. Neither can be changed for a queue that is there.
     """
 
     queue: ClassVar[str] = ""
     topics: ClassVar[Sequence[str]] = ()
     exchange: ClassVar[str | None] = None
     auto_publish: ClassVar[bool] = False
+    max_priority: ClassVar[int | None] = None
+    queue_type: ClassVar[QueueType | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check what the class says.
@@ -87,7 +99,14 @@ class Consumer:
     def spec(self, exchange: str) -> QueueSpec:
         """Return what is to be declared, ``exchange`` being the publisher's."""
         bound_to = exchange if self.exchange is None else self.exchange
-        return QueueSpec(self.queue, tuple(self.topics), bound_to)
+        usual: QueueType = "quorum" if self.max_priority is None else "classic"
+        return QueueSpec(
+            self.queue,
+            tuple(self.topics),
+            bound_to,
+            max_priority=self.max_priority,
+            queue_type=self.queue_type or usual,
+        )
 
 
 class FunctionConsumer(Consumer):
@@ -121,6 +140,8 @@ def consumer(
     topics: Sequence[str] = (),
     exchange: str | None = None,
     auto_publish: bool = False,
+    max_priority: int | None = None,
+    queue_type: QueueType | None = None,
 ) -> Callable[[Callable[[ReceivedEvent], Any]], FunctionConsumer]:
     """Make a consumer of the function below; the arguments are :class:`Consumer`'s attributes.
 
@@ -130,7 +151,13 @@ def consumer(
 
     def decorate(function: Callable[[ReceivedEvent], Any]) -> FunctionConsumer:
         return FunctionConsumer(
-            function, queue=queue, topics=topics, exchange=exchange, auto_publish=auto_publish
+            function,
+            queue=queue,
+            topics=topics,
+            exchange=exchange,
+            auto_publish=auto_publish,
+            max_priority=max_priority,
+            queue_type=queue_type,
         )
 
     return decorate

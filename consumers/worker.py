@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import logging
-import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from outbox import Publisher, UsageError
 from outbox.configuration import default_publisher
 from outbox.consumers import life
 from outbox.consumers.consumer import Consumer
 from outbox.consumers.dead_letter import dead_letter
+from outbox.consumers.inbox import make_inbox
 from outbox.consumers.outcome import Ack, Dead, Hold, Outcome, Return
 from outbox.subscription import Delivery
 from outbox.transports import open_subscription
@@ -42,6 +43,7 @@ class Worker:
         publisher: Publisher | None = None,
         threads: int = 8,
         prefetch: int | None = None,
+        ranks: Mapping[str, int] | None = None,
     ) -> None:
         """Make a worker; nothing is connected yet.
 
@@ -53,6 +55,8 @@ class Worker:
             prefetch: how many messages of each queue the broker sends ahead, 1 to 65535. The
                 default keeps the threads busy while acks travel: four a thread, at least 50.
                 Lower it when messages take long, so that other workers get their share.
+            ranks: of queues, from 0 on, which is that of all others: no message is begun while one
+                of a queue with a lower rank waits.
 
         Raises:
             UsageError: there is no consumer, two have the same queue, or a number is out of range.
@@ -75,12 +79,13 @@ class Worker:
             raise UsageError(f"prefetch is {prefetch}, not 1 to 65535")
         self.publisher = publisher or default_publisher()
         settings = self.publisher.settings
-        self._subscription = open_subscription(
-            settings,
-            [consumer.spec(settings.exchange) for consumer in self.consumers.values()],
-            self.prefetch,
-        )
-        self._inbox: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
+        specs = [
+            dataclasses.replace(one.spec(settings.exchange), rank=(ranks or {}).get(one.queue, 0))
+            for one in self.consumers.values()
+        ]
+        specs.sort(key=lambda spec: spec.rank)
+        self._subscription = open_subscription(settings, specs, self.prefetch)
+        self._inbox = make_inbox(specs, self._subscription.out, self.prefetch)
         self._pool: list[threading.Thread] = []
         self._stopping = threading.Event()
         self._finished = threading.Event()

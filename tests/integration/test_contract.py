@@ -89,9 +89,11 @@ def taker(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Iterator
 
 
 @contextlib.contextmanager
-def working(place: Place, publisher: Publisher, *consumers: Consumer) -> Iterator[Worker]:
+def working(
+    place: Place, publisher: Publisher, *consumers: Consumer, threads: int = 2, **options: Any
+) -> Iterator[Worker]:
     """Run a worker over queues that have been made."""
-    worker = Worker(consumers, publisher=publisher, threads=2)
+    worker = Worker(consumers, publisher=publisher, threads=threads, **options)
     worker.start()
     try:
         yield worker
@@ -99,9 +101,9 @@ def working(place: Place, publisher: Publisher, *consumers: Consumer) -> Iterato
         assert worker.stop(10)
 
 
-def made(place: Place, queue: str, *topics: str) -> str:
+def made(place: Place, queue: str, *topics: str, max_priority: int | None = None) -> str:
     """Make a consumer's queue with its dead letters, and nothing in them."""
-    with reading(place, queue, topics):
+    with reading(place, queue, topics, max_priority=max_priority):
         return queue
 
 
@@ -550,6 +552,104 @@ def test_what_was_handed_in_is_published_before_close_returns(
         publisher.submit([event])
     assert publisher.close() == ()
     assert place.count(name) == 500
+
+
+# ------------------------------------------------------------------------------ priorities
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 50), (4, 50), (2, 1)])
+def test_all_messages_of_a_queue_begin_before_any_of_the_next(
+    place: Place, publisher: Publisher, name: str, threads: int, prefetch: int
+) -> None:
+    begun: list[str] = []
+    queues = [made(place, f"{name}-{rank}") for rank in ("high", "medium", "low")]
+    count = 20 if prefetch == 1 else 150
+    for queue in reversed(queues):
+        publisher.publish(events_for(publisher, [queue] * count)).raise_for_failure()
+    consumers = [
+        consumer(queue)(lambda event: begun.append(event.queue)) for queue in sorted(queues)
+    ]
+    ranks = {queue: rank for rank, queue in enumerate(queues)}
+    with working(place, publisher, *consumers, threads=threads, prefetch=prefetch, ranks=ranks):
+        wait_until(lambda: len(begun) == 3 * count, 30)
+    assert begun == [queue for queue in queues for _ in range(count)]
+
+
+def test_what_comes_later_to_a_queue_before_begins_before_what_already_waits_in_the_worker(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    begun: list[str] = []
+    go_on = threading.Event()
+    high, low = made(place, f"{name}-high"), made(place, f"{name}-low")
+
+    def act(event: ReceivedEvent) -> None:
+        begun.append(event.queue)
+        assert go_on.wait(20)
+
+    consumers = [consumer(high)(act), consumer(low)(act)]
+    with working(place, publisher, *consumers, threads=1, ranks={high: 0, low: 1}):
+        publisher.publish(events_for(publisher, [low] * 30))
+        wait_until(lambda: begun and not place.count(low))
+        publisher.publish(events_for(publisher, [high] * 30))
+        wait_until(lambda: not place.count(high))
+        go_on.set()
+        wait_until(lambda: len(begun) == 60)
+    assert begun == [low] + [high] * 30 + [low] * 29
+
+
+def test_a_queue_that_trickles_holds_up_none_behind_it(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    begun: list[str] = []
+    never = threading.Event()
+    high, low = made(place, f"{name}-high"), made(place, f"{name}-low")
+
+    @consumer(high)
+    def on_high(event: ReceivedEvent) -> None:
+        publisher.publish(events_for(publisher, [high]), timeout=0.0)
+        begun.append(event.queue)
+        never.wait(0.02)
+
+    @consumer(low)
+    def on_low(event: ReceivedEvent) -> None:
+        begun.append(event.queue)
+
+    publisher.publish(events_for(publisher, [low] * 20))
+    publisher.publish(events_for(publisher, [high]))
+    with working(place, publisher, on_high, on_low, threads=2, ranks={high: 0, low: 1}):
+        wait_until(lambda: begun.count(low) == 20)
+
+
+def test_the_queue_hands_out_the_higher_priority_first(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    made(place, name, max_priority=10)
+    events = [events_for(publisher, [name], priority=one)[0] for one in (None, 5, 0, 255, 5)]
+    assert publisher.publish(events).ok
+    wait_until(lambda: place.count(name) == 5)
+    with reading(place, name, again=True, prefetch=1, max_priority=10) as reader:
+        order = [reader.get()[0].message_id for _ in events]
+    assert order == [events[n].id for n in (3, 1, 4, 0, 2)]
+
+
+def test_the_higher_priority_begins_before_what_already_waits_in_the_worker(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    begun: list[int | None] = []
+    go_on = threading.Event()
+
+    @consumer(made(place, name, max_priority=10), max_priority=10)
+    def act(event: ReceivedEvent) -> None:
+        begun.append(event.priority)
+        assert go_on.wait(20)
+
+    with working(place, publisher, act, threads=1):
+        for priority in (4, 1, None, 9, 5, 9):
+            publisher.publish(events_for(publisher, [name], priority=priority))
+            wait_until(lambda: begun and not place.count(name))
+        go_on.set()
+        wait_until(lambda: len(begun) == 6)
+    assert begun == [4, 9, 9, 5, 1, None]
 
 
 # ---------------------------------------------------------------------- what waits for a person

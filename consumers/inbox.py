@@ -23,7 +23,7 @@ from outbox.subscription import Delivery, QueueSpec
 
 __all__ = ["Inbox", "OrderedInbox", "make_inbox"]
 
-_ON_ITS_WAY = 0.1
+_ON_ITS_WAY = 0.25
 """Seconds in which a broker answers an ack with the next message, on any network worth a worker."""
 
 

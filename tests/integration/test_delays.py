@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import pika.exceptions
 import pytest
 
 from outbox import Event, InvalidEvent, Publisher
+from outbox.consumers import ReceivedEvent, Worker, consumer
 from outbox.parking import PARKING_QUEUE
 from outbox.subscription import Delivery
 from proving.proxy import FaultProxy
@@ -188,6 +190,37 @@ def test_an_event_whose_time_has_come_is_published_at_once(
         event.id,
         True,
     )
+
+
+def test_what_is_delayed_again_and_again_has_nothing_of_the_brokers_about_it(
+    place: RabbitMQPlace, publisher: Publisher, name: str
+) -> None:
+    """A broker that finds its own record of the last time drops the message as one in a circle."""
+    seen: list[ReceivedEvent] = []
+
+    with reading(place, name):
+        pass
+
+    @consumer(name)
+    def again(event: ReceivedEvent) -> None:
+        seen.append(event)
+        if len(seen) < 4:
+            copy = dataclasses.replace(
+                events_for(publisher, [name], exchange="", headers=event.headers, delay=1)[0],
+                id=event.id,
+            )
+            assert publisher.publish([copy], keep=False).ok
+
+    worker = Worker([again], publisher=publisher)
+    worker.start()
+    try:
+        publisher.publish(events_for(publisher, [name], headers=HEADERS, delay=1))
+        wait_until(lambda: len(seen) == 4)
+    finally:
+        worker.stop(5)
+    assert [event.headers for event in seen] == [HEADERS] * 4
+    assert [event.exchange for event in seen] == [name, "", "", ""]
+    assert len({event.id for event in seen}) == 1
 
 
 # ------------------------------------------------------------------------- what may go wrong

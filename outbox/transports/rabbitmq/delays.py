@@ -10,7 +10,7 @@ once. Below level 0 is the exchange that hands out what is due::
 All messages of a queue wait equally long: none ever waits behind one of a longer delay. These are
 NServiceBus' delay queues, but for one thing: there the bits are the first words of the routing key,
 which the broker cannot take off again. Here the exchanges match headers, and the routing key is the
-event's own from the first exchange to the last (``docs/decisions/0005-delays-over-rabbitmq.md``).
+event's own from the first exchange to the last (``docs/decisions/0006-delays-over-rabbitmq.md``).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ LOST = f"{PREFIX}lost"
 """Where the two above send what they have no binding for: to the parking queue."""
 
 SINK = f"{PREFIX}sink"
-"""Gets a copy of all that goes to an exchange, and drops it. See decision 5."""
+"""Gets a copy of all that goes to an exchange, and drops it. See decision 6."""
 
 _FRESH = 60.0  # seconds
 _DESTINATIONS = 10_000

@@ -54,7 +54,7 @@ def queue(spec: QueueSpec, mode: Declare) -> list[Step]:
 
     Both are durable, and quorum queues unless the consumer's is to have priorities
     (``docs/decisions/0003-queue-arguments.md`` says why, and why their arguments must never change;
-    ``0006-priorities.md`` tells of the others).
+    ``0007-priorities.md`` tells of the others).
     """
     if mode == "never":
         return []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from typing import Any
 
-from outbox import Event
+from outbox import Event, InvalidEvent
 from outbox.consumers.outcome import Dead
 from outbox.consumers.received import occurred_at
 from outbox.event import MAX_HEADER_BYTES, plain_table
@@ -35,21 +36,20 @@ def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
         headers["outbox-dead-error"] = _text(type(outcome.error).__qualname__)
     if delivery.content_encoding:
         headers["outbox-dead-content-encoding"] = delivery.content_encoding
-    own = {
-        name: _carried(value)
-        for name, value in (delivery.headers or {}).items()
-        if _is_senders(name)
-    }
-    if plain_table(own, "headers")[1] > MAX_HEADER_BYTES:
-        headers["outbox-dead-headers"] = "dropped: with these there was no room for them"
-    else:
-        headers = {**own, **headers}
+    try:
+        own = _senders(delivery.headers or {})
+        if plain_table(own, "headers")[1] <= MAX_HEADER_BYTES:
+            headers = {**own, **headers}
+        else:
+            headers["outbox-dead-headers"] = "dropped: with these there was no room for them"
+    except (InvalidEvent, RecursionError):
+        headers["outbox-dead-headers"] = "dropped: they are nested too deeply"
     return Event(
-        id=delivery.message_id or new_id(),
+        id=_short(delivery.message_id or new_id()),
         target=dead_letter_queue(delivery.queue),
         exchange="",
         body=delivery.body,
-        content_type=delivery.content_type or "application/octet-stream",
+        content_type=_short(delivery.content_type or "application/octet-stream"),
         headers=headers,
         priority=delivery.priority,
         occurred_at=occurred_at(delivery.headers or {}, delivery.timestamp),
@@ -60,6 +60,15 @@ def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
 def _text(text: str) -> str:
     """Return ``text`` as something that can be written in UTF-8."""
     return text.encode(errors="replace").decode()
+
+
+def _short(text: str) -> str:
+    """Return as much of ``text`` as is a short string: with what replaces bytes it has grown."""
+    return text.encode()[:255].decode(errors="ignore")
+
+
+def _senders(headers: Mapping[Any, Any]) -> dict[str, Any]:
+    return {name: _carried(value) for name, value in headers.items() if _is_senders(name)}
 
 
 def _carried(value: Any) -> Any:

@@ -75,11 +75,18 @@ def _of_exception(error: BaseException) -> Outcome:
         case Requeue():
             return Return()
         case PublishFailed() if error.report.error is None:
-            return Dead(f"a follow-on was rejected: {error}", error)
+            return Dead(f"a follow-on was rejected: {_text(error)}", error)
         case BrokerError():
             return Hold(error)
         case _:
-            return Dead(f"{type(error).__qualname__}: {error}", error)
+            return Dead(f"{type(error).__qualname__}: {_text(error)}", error)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as why:  # the application's own exception, which need not be sound
+        return f"(its text cannot be told: {type(why).__qualname__})"
 
 
 class _MessageCollector(EventCollector):

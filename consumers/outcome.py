@@ -76,7 +76,7 @@ class Reject(Exception):
 
     def __init__(self, reason: str = REJECT.reason) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = str(reason)
 
 
 class Requeue(Exception):

@@ -54,8 +54,8 @@ def decode(delivery: Delivery) -> ReceivedEvent:
     A message without a content type is taken for JSON.
 
     Raises:
-        Undecodable: the message is compressed, nothing decodes its content type, or the body is
-            not what the content type says.
+        Undecodable: the message is compressed, nothing decodes its content type, the body is
+            not what the content type says, or its headers are nested too deeply.
     """
     content_type = delivery.content_type or JSONSerializer.content_type
     if delivery.content_encoding not in (None, "", "utf-8", "UTF-8", "identity"):
@@ -68,6 +68,10 @@ def decode(delivery: Delivery) -> ReceivedEvent:
     except Exception as error:
         raise Undecodable(f"its body is not {content_type}: {error}") from error
     headers = delivery.headers or {}
+    try:
+        senders = {name: _plain(value) for name, value in headers.items() if _is_senders(name)}
+    except RecursionError:
+        raise Undecodable("its headers are nested too deeply") from None
     key = headers.get("outbox-key")
     attempt = headers.get("outbox-attempt")
     return ReceivedEvent(
@@ -76,7 +80,7 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         exchange=delivery.exchange,
         body=delivery.body,
         content_type=content_type,
-        headers={name: _plain(value) for name, value in headers.items() if _is_senders(name)},
+        headers=senders,
         priority=delivery.priority,
         key=key if isinstance(key, str) else None,
         occurred_at=occurred_at(headers, delivery.timestamp),

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from outbox import EventCollector, Publisher, UsageError
+from outbox import EventCollector, Publisher, UsageError, observing
 from outbox.buffer import RootBuffer
 from outbox.spread import ids
 
@@ -42,6 +42,7 @@ class RequestCollector(EventCollector):
         self.autoflush = False
         self.buffer = self._root = RootBuffer()
         self.buffer.publishes_itself = publishes_itself
+        self.buffer.observer = observing.installed()
 
     def publish_quietly(self) -> None:
         """Publish; whatever fails is logged, and never fails the response.

@@ -15,7 +15,7 @@ from contextvars import Token
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, cast, overload
 
-from outbox import process, scope
+from outbox import observing, process, scope
 from outbox.buffer import Buffer, ChildBuffer
 from outbox.collector import EventCollector, set_console
 from outbox.errors import UsageError
@@ -176,7 +176,9 @@ class AutoPublishingEventCollector(EventCollector):
 
     def _enter(self, outer: Buffer | None) -> Self:
         if outer is None:
-            self._root.root.publishes_itself = True
+            root = self._root.root
+            root.publishes_itself = True
+            root.observer = observing.installed()
         else:
             collector = cast("Scope", scope.present()).collector
             self._publisher = collector._publisher

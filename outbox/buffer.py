@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from outbox import process
 from outbox.errors import CollectorClosed, CollectorFull
 from outbox.event import Event, MakeId
 
-__all__ = ["Buffer", "ChildBuffer", "RootBuffer"]
+if TYPE_CHECKING:
+    from outbox.observing import Observer
+
+__all__ = ["Buffer", "ChildBuffer", "RootBuffer", "SavepointBuffer"]
 
 
 class Buffer:
@@ -100,6 +104,7 @@ class RootBuffer(Buffer):
     Attributes:
         publishes_itself: whether the unit publishes at its end, so that nested blocks join it.
         make_id: makes the ids of events that follow from a message, else None.
+        observer: that was in force when the unit began; None for whichever is by now.
         pid: the process that made it.
         max_events: the bound of the unit in events; None for the publisher's setting.
         max_bytes: the bound in bytes of all bodies; None for the publisher's setting.
@@ -110,6 +115,7 @@ class RootBuffer(Buffer):
         "make_id",
         "max_bytes",
         "max_events",
+        "observer",
         "pid",
         "publishes_itself",
         "total",
@@ -137,6 +143,7 @@ class RootBuffer(Buffer):
         self.max_bytes = max_bytes
         self.publishes_itself = False
         self.make_id = make_id
+        self.observer: Observer | None = None
         self.pid = process.pid
 
     @property
@@ -146,7 +153,7 @@ class RootBuffer(Buffer):
 
 
 class ChildBuffer(Buffer):
-    """The buffer of a savepoint or of a nested block."""
+    """The buffer of a nested block, which publishes by itself where all above have ended."""
 
     __slots__ = ("parent", "root")
 
@@ -175,3 +182,18 @@ class ChildBuffer(Buffer):
             self.events = []
             self.size = 0
         return True
+
+
+class SavepointBuffer(ChildBuffer):
+    """The buffer of a savepoint: nobody publishes its events once all blocks above have ended."""
+
+    __slots__ = ()
+
+    def append(self, event: Event, max_events: int, max_bytes: int) -> None:
+        """Add ``event``; see :meth:`Buffer.append`."""
+        above: Buffer | None = self.parent
+        while above is not None and (above.closed or isinstance(above, SavepointBuffer)):
+            above = above.parent
+        if above is None:
+            raise CollectorClosed(self._why_closed(event))
+        super().append(event, max_events, max_bytes)

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypedDict, Unpack
 
 from outbox import configuration, observing, process, scope, storing
-from outbox.buffer import Buffer, ChildBuffer, RootBuffer
+from outbox.buffer import Buffer, RootBuffer, SavepointBuffer
 from outbox.chunk import Chunk
 from outbox.errors import CollectorClosed, UsageError
 from outbox.event import Event, Headers, MakeId, Unroutable, check_name, make_event
@@ -120,6 +120,7 @@ class EventCollector:
     @contextmanager
     def use(cls, collector: EventCollector) -> Iterator[EventCollector]:
         """Make ``collector`` current for a ``with`` block; its events are left to the caller."""
+        collector._root.root.observer = observing.installed()
         token = scope.enter(collector, collector._root)
         try:
             yield collector
@@ -145,7 +146,7 @@ class EventCollector:
         Raises:
             NotConfigured: the process has no publisher.
         """
-        return self._publisher or configuration.default_publisher()
+        return self._publisher or configuration.default_publisher(self._root.root.observer)
 
     def __len__(self) -> int:
         return len(self._innermost().events)
@@ -184,8 +185,8 @@ class EventCollector:
                 :class:`outbox.serializer.JSONSerializer`. Later changes of it change nothing.
             target: the routing key, 1 to 255 bytes in UTF-8.
             headers: names of at most 255 bytes to str, bytes, bool, int of 64 bits, None, and
-                lists and dicts of these; float, UUID, Decimal and dates become strings. Names
-                that RabbitMQ or outbox acts on are refused.
+                lists and dicts of these, at most 32 deep; float, UUID, Decimal and dates become
+                strings. Names that RabbitMQ or outbox acts on are refused.
             key: events of one key belong together; at most 255 bytes.
             priority: 0 to 255.
             delay: seconds, or a timedelta, from now until it may be delivered.
@@ -215,7 +216,7 @@ class EventCollector:
             sink = storing.bound()
         publisher: Publisher | None
         if sink is None:
-            publisher = self._publisher or configuration.default_publisher()
+            publisher = self._publisher or configuration.default_publisher(self._root.root.observer)
             settings = publisher.settings
         else:
             publisher = self._publisher or configuration.publisher_if_any()
@@ -229,7 +230,7 @@ class EventCollector:
             )
         if exchange is None:
             exchange = settings.exchange
-        elif exchange:
+        elif exchange != "":
             check_name("exchange", exchange)
         event = make_event(  # by position: this is the hot path, and keywords have a price
             settings.serializer,
@@ -248,7 +249,7 @@ class EventCollector:
         )
         if sink is not None:
             sink(event, publisher)
-            observer = observing.installed()
+            observer = root.observer or observing.installed()
             if observer is not None:
                 observer.stored_in_transaction(event)
         elif publisher is not None:
@@ -256,12 +257,12 @@ class EventCollector:
         return event
 
     def _collect(self, event: Event, buffer: Buffer, publisher: Publisher) -> None:
+        observer = buffer.root.observer or observing.installed()
         if event.deliver_at is not None:
-            publisher.check_carries(event)
+            publisher.check_carries(event, observer)
         if not buffer.events:
-            publisher.make_ready()
+            publisher.make_ready(observer)
         buffer.append(event, publisher.settings.max_events, publisher.settings.max_bytes)
-        observer = observing.installed()
         if observer is not None:
             observer.enqueued(event)
         if self.autoflush:
@@ -323,7 +324,7 @@ class EventCollector:
 
     @contextmanager
     def _savepoint(self) -> Iterator[EventCollector]:
-        buffer = ChildBuffer(self._innermost())
+        buffer = SavepointBuffer(self._innermost())
         token = scope.enter(self, buffer)
         try:
             yield self
@@ -355,7 +356,9 @@ class EventCollector:
         """Submit what is in ``buffer``; when that fails, it is there as before."""
         events = buffer.take()
         try:
-            return publisher.submit_chunk(events, keep=buffer.root.make_id is None)
+            return publisher.submit_chunk(
+                events, keep=buffer.root.make_id is None, observer=buffer.root.observer
+            )
         except BaseException:
             buffer.put_back(events)
             raise
@@ -366,7 +369,7 @@ class EventCollector:
 
     def _drop(self, events: list[Event]) -> tuple[Event, ...]:
         if events:
-            observer = observing.installed()
+            observer = self._root.root.observer or observing.installed()
             if observer is not None:
                 observer.cleared(events)
             publisher = self._publisher or configuration.configured_publisher()
@@ -398,7 +401,7 @@ class _LazyCollector(EventCollector):
 
     def __init__(self) -> None:
         super().__init__()
-        self._observer = observing.installed()
+        self._observer = self._root.root.observer = observing.installed()
         self._watched = False
 
     @classmethod

@@ -14,6 +14,7 @@ from outbox.settings import SettingOverrides
 __all__ = ["configure", "configured_publisher", "default_publisher", "publisher_if_any"]
 
 _publisher: Publisher | None = None
+_stand_in: tuple[observing.Observer | None, Publisher] | None = None
 _lock = threading.RLock()
 
 
@@ -57,8 +58,11 @@ def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> P
         return publisher
 
 
-def default_publisher() -> Publisher:
+def default_publisher(observer: observing.Observer | None = None) -> Publisher:
     """Return the process's default publisher, made from the environment if need be.
+
+    Args:
+        observer: of the unit of work that asks; by default the one in force.
 
     Raises:
         NotConfigured: neither ``configure()`` was called nor is ``OUTBOX_URL`` set.
@@ -69,11 +73,19 @@ def default_publisher() -> Publisher:
     with _lock:
         if (
             _publisher is None
-            and observing.installed() is not None
+            and (observer or observing.installed()) is not None
             and not os.environ.get("OUTBOX_URL")
         ):
-            return Publisher("memory://")
+            return _stand_in_for(observer or observing.installed())
         return _publisher or configure()
+
+
+def _stand_in_for(observer: observing.Observer | None) -> Publisher:
+    """Return the publisher of a test whose code has configured none."""
+    global _stand_in
+    if _stand_in is None or _stand_in[0] is not observer:
+        _stand_in = observer, Publisher("memory://")
+    return _stand_in[1]
 
 
 def publisher_if_any() -> Publisher | None:

@@ -79,7 +79,8 @@ class NotConfigured(UsageError):
     """No broker URL is known.
 
     Call ``outbox.configure(url)`` or set ``OUTBOX_URL``, with one of the three forms
-    ``amqp://user:password@host:5672/vhost``, ``sqlite:///outbox.db`` or ``memory://``.
+    ``amqp://user:password@host:5672/vhost``, ``sqlite:///outbox.db`` or ``memory://``. A test that
+    has the fixture ``collected_events`` needs none.
     """
 
     def __init__(self, message: str = "") -> None:

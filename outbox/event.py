@@ -16,6 +16,7 @@ from outbox.serializer import Serializer, serializer_for
 
 __all__ = [
     "MAX_HEADER_BYTES",
+    "MAX_HEADER_DEPTH",
     "Event",
     "Headers",
     "MakeId",
@@ -34,6 +35,9 @@ MakeId = Callable[[str, str, str | None, bytes], str]
 MAX_HEADER_BYTES = 120_000
 """What the headers of one event may take, encoded: a content header is one frame (AMQP 0-9-1,
 section 4.2.6.1), and RabbitMQ's frames have 131,072 bytes by default."""
+
+MAX_HEADER_DEPTH = 32
+"""How deep lists and dicts in headers may be nested; readers of AMQP recurse, and give up."""
 
 _UTC = datetime.UTC
 _now = datetime.datetime.now
@@ -206,12 +210,15 @@ def _when(
     if deliver_at is not None:
         if delay is not None:
             raise InvalidEvent("give delay or deliver_at, not both")
-        if not isinstance(deliver_at, datetime.datetime) or deliver_at.tzinfo is None:
+        if not isinstance(deliver_at, datetime.datetime) or deliver_at.utcoffset() is None:
             raise InvalidEvent(
                 f"deliver_at is {deliver_at!r}, not a datetime with a time zone; "
                 "use datetime.now(UTC) + timedelta(...)"
             )
-        return deliver_at.astimezone(_UTC)
+        try:
+            return deliver_at.astimezone(_UTC)
+        except OverflowError as error:
+            raise InvalidEvent(f"deliver_at is {deliver_at!r}, beyond all dates in UTC") from error
     try:
         span = delay if isinstance(delay, datetime.timedelta) else _seconds(delay)
         if span < datetime.timedelta():
@@ -265,30 +272,36 @@ def _checked_headers(headers: Any) -> dict[str, Any]:
     return plain
 
 
-def plain_table(table: Mapping[Any, Any], where: str) -> tuple[dict[str, Any], int]:
-    """Return ``table`` in types that every transport writes alike, and its size as AMQP."""
+def plain_table(table: Mapping[Any, Any], where: str, depth: int = 0) -> tuple[dict[str, Any], int]:
+    """Return ``table`` in types that every transport writes alike, and its size as AMQP.
+
+    Raises:
+        InvalidEvent: something in it cannot be carried; ``where`` begins the name of the place.
+    """
     plain: dict[str, Any] = {}
     size = 4
     for name, value in table.items():
         check_name(f"name in {where}", name)
-        plain[name], value_size = _plain(value, f"{where}[{name!r}]")
+        plain[name], value_size = _plain(value, f"{where}[{name!r}]", depth)
         size += 1 + len(name.encode()) + value_size
     return plain, size
 
 
-def _plain(value: Any, where: str) -> tuple[Any, int]:
+def _plain(value: Any, where: str, depth: int) -> tuple[Any, int]:
+    if depth > MAX_HEADER_DEPTH:
+        raise InvalidEvent(f"{where:.60}... is nested too deeply, or contains itself")
     match value:
         case None | bool():
             return value, 2
         case enum.Enum():
-            return _plain(value.value, where)
+            return _plain(value.value, where, depth)
         case int():
             if not -(1 << 63) <= value < 1 << 63:
                 raise InvalidEvent(f"{where} does not fit into 64 bits: {value!r}")
             return int(value), 9
         case float():
             # As text: pika, for one, reads an AMQP double as a whole number (pika.data, 1.4.4).
-            return _plain(repr(float(value)), where)
+            return _plain(repr(float(value)), where, depth)
         case str():
             try:
                 return str(value), 5 + len(value.encode())
@@ -297,14 +310,14 @@ def _plain(value: Any, where: str) -> tuple[Any, int]:
         case bytes() | bytearray() | memoryview():
             return bytes(value), 5 + len(bytes(value))
         case uuid.UUID() | decimal.Decimal():
-            return _plain(str(value), where)
+            return _plain(str(value), where, depth)
         case datetime.datetime() | datetime.date() | datetime.time():
-            return _plain(value.isoformat(), where)
+            return _plain(value.isoformat(), where, depth)
         case list() | tuple():
-            items = [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+            items = [_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
             return [item for item, _ in items], 5 + sum(size for _, size in items)
         case Mapping():
-            table, size = plain_table(value, where)
+            table, size = plain_table(value, where, depth + 1)
             return table, 1 + size
     raise InvalidEvent(
         f"{where} is a {type(value).__qualname__}; headers carry str, bytes, bool, int, float, "

@@ -1,4 +1,4 @@
-"""The one seam through which a test kit sees everything and keeps it from the broker."""
+"""The one seam through which a test kit sees everything and decides where it goes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,35 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from outbox.event import Event
+from outbox.settings import Settings
 from outbox.transport import Transport
 
 __all__ = ["Observer", "install", "installed"]
 
 
 class Observer(Protocol):
-    """Told of every event of the process, on any thread, while it is installed."""
+    """Told of every event of the process, on any thread, while it is installed.
 
-    @property
-    def transport(self) -> Transport:
-        """What takes the place of every publisher's own."""
+    A unit of work keeps the observer under which it began: what comes of it later, when the test
+    is over and the next one has its own, is told to the first.
+
+    Attributes:
+        hands_over: whether what was stored and committed is published by this process, as it is
+            without an observer.
+    """
+
+    hands_over: bool
+
+    def transport_of(self, settings: Settings) -> Transport:
+        """Return what takes the place of the transport of a publisher with these settings."""
+        ...
+
+    def consumed_with(self, settings: Settings) -> Settings:
+        """Return the settings with which a worker consumes in the place of these.
+
+        Raises:
+            UsageError: nothing can be consumed.
+        """
         ...
 
     def enqueued(self, event: Event) -> None:

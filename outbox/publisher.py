@@ -17,6 +17,7 @@ from outbox import observing, process
 from outbox.chunk import Chunk
 from outbox.errors import CollectorFull, InvalidEvent, UsageError
 from outbox.event import Event
+from outbox.observing import Observer
 from outbox.report import PublishReport
 from outbox.settings import SettingOverrides, Settings
 from outbox.spread import call_hook, ids
@@ -154,12 +155,20 @@ class Publisher:
         """
         return await self.wait_for_async(self.submit_chunk(tuple(events), keep=keep), timeout)
 
-    def submit_chunk(self, events: Sequence[Event], *, keep: bool) -> Chunk:
-        """Take ``events`` over as a chunk; see :meth:`submit`. If it raises, none was taken."""
+    def submit_chunk(
+        self, events: Sequence[Event], *, keep: bool, observer: Observer | None = None
+    ) -> Chunk:
+        """Take ``events`` over as a chunk; see :meth:`submit`. If it raises, none was taken.
+
+        Args:
+            events: published in this order.
+            keep: see :meth:`submit`.
+            observer: of their unit of work; by default the one in force.
+        """
         if self._closed:
             raise UsageError("this publisher is closed; nothing was published")
         _see_to_exit_of_child()
-        return self._transport().submit(events, keep=keep)
+        return self._transport(observer).submit(events, keep=keep)
 
     def wait_for(self, chunk: Chunk, timeout: float | None = None) -> PublishReport:
         """Wait until ``chunk`` is reported, at most ``timeout`` seconds, which reports it."""
@@ -275,29 +284,35 @@ class Publisher:
             self._half_full = True
             logger.warning("%d event(s) of %d bytes are kept: half of the bound", events, size)
 
-    def check_carries(self, event: Event) -> None:
-        """Raise InvalidEvent for what this publisher's own transport cannot do."""
+    def check_carries(self, event: Event, observer: Observer | None = None) -> None:
+        """Raise InvalidEvent for what this publisher's own transport cannot do.
+
+        Nor what stands in its place: a test may publish to another broker than the application.
+        """
         if event.deliver_at is None:
             return
-        transport = self._own_transport()
-        if not transport.supports_delay:
-            raise InvalidEvent(
-                f"the event to {event.target!r} asks for a delay, which its transport cannot do"
-            )
-        longest = transport.longest_delay
-        if longest is not None and event.deliver_at - event.occurred_at > longest:
-            raise InvalidEvent(
-                f"the event to {event.target!r} is to be delivered at {event.deliver_at}: "
-                f"its transport holds none for longer than {longest.days} days"
-            )
+        for transport in (self._own_transport(), self._transport(observer)):
+            if not transport.supports_delay:
+                raise InvalidEvent(
+                    f"the event to {event.target!r} asks for a delay, which its transport cannot do"
+                )
+            longest = transport.longest_delay
+            if longest is not None and event.deliver_at - event.occurred_at > longest:
+                raise InvalidEvent(
+                    f"the event to {event.target!r} is to be delivered at {event.deliver_at}: "
+                    f"its transport holds none for longer than {longest.days} days"
+                )
 
-    def make_ready(self) -> None:
+    def make_ready(self, observer: Observer | None = None) -> None:
         """Begin to connect in the background, unless that has begun, and check that there is room.
+
+        Args:
+            observer: of the unit of work that is to publish; by default the one in force.
 
         Raises:
             CollectorFull: see ``check_room``.
         """
-        transport = self._transport()
+        transport = self._transport(observer)
         transport.start()
         if transport.kept_size[0]:
             self.check_room()
@@ -316,9 +331,9 @@ class Publisher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _transport(self) -> Transport:
-        observer = observing.installed()
-        return self._own_transport() if observer is None else observer.transport
+    def _transport(self, observer: Observer | None = None) -> Transport:
+        observer = observer or observing.installed()
+        return self._own_transport() if observer is None else observer.transport_of(self.settings)
 
     def _own_transport(self) -> Transport:
         own = self._own

@@ -158,6 +158,9 @@ _NAMES = [one.name for one in fields(Settings)]
 _FROM_ENVIRONMENT = [
     name for name in _NAMES if name == "url" or type(getattr(_DEFAULTS, name)) in (str, int, float)
 ]
+_MOST_BYTES = (1 << 53) - 1
+_MOST_SECONDS = 1_000_000_000  # a thread can wait for 292 years, and no longer
+_MOST = {"heartbeat": 65_535}  # AMQP 0-9-1, Connection.TuneOk
 _CHOICES: dict[str, tuple[str, ...]] = {
     "unroutable": get_args(Unroutable),
     "declare": get_args(Declare),
@@ -173,7 +176,7 @@ def _from_text(name: str, text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
-            raise UsageError(f"{where} is {text!r}, not a number ({kind.__name__})") from None
+            raise UsageError(f"{where} is {text!r:.80}, not a number ({kind.__name__})") from None
     return _checked(name, value, where)
 
 
@@ -185,10 +188,33 @@ def _checked(name: str, value: Any, where: str) -> Any:
         if value is not None and not callable(value):
             raise UsageError(f"{where} is {value!r}, not callable")
     elif isinstance(default, str):
-        if not isinstance(value, str) or len(value.encode(errors="replace")) > 255:
+        if not isinstance(value, str) or not _is_short(value):
             raise UsageError(f"{where} is {value!r:.80}, not a string of at most 255 bytes")
     elif isinstance(default, int | float):
         numbers = (int,) if isinstance(default, int) else (int, float)
-        if isinstance(value, bool) or not isinstance(value, numbers) or not 0 <= value < 1 << 53:
-            raise UsageError(f"{where} is {value!r}, not a number from 0 on")
+        most = _MOST.get(name, _MOST_BYTES if numbers == (int,) else _MOST_SECONDS)
+        if isinstance(value, bool) or not isinstance(value, numbers) or not 0 <= value <= most:
+            raise UsageError(f"{where} is {value!r:.80}, not a number from 0 to {most}")
+    elif name == "serializer" and not _is_serializer(value):
+        raise UsageError(
+            f"{where} is {value!r:.80}, which has no content_type (a string of at most 255 "
+            "bytes), encode() and decode()"
+        )
     return value
+
+
+def _is_short(text: str) -> bool:
+    try:
+        return len(text.encode()) <= 255
+    except UnicodeEncodeError:  # as the environment has bytes that are not UTF-8
+        return False
+
+
+def _is_serializer(value: Any) -> bool:
+    content_type = getattr(value, "content_type", None)
+    return (
+        isinstance(content_type, str)
+        and _is_short(content_type)
+        and callable(getattr(value, "encode", None))
+        and callable(getattr(value, "decode", None))
+    )

@@ -17,11 +17,25 @@ def matches(pattern: str, target: str) -> bool:
     return _compiled(pattern).fullmatch(f".{target}") is not None
 
 
+_ANY = r"(?:\.[^.]*)*"
+_WORD_ENDS = r"(?=\.|\Z)"
+
+
 @functools.lru_cache(maxsize=256)
 def _compiled(pattern: str) -> re.Pattern[str]:
     # Each word with the dot before it, so that "#" may stand for nothing, dot included.
-    expression = "".join(
-        r"(?:\.[^.]*)*" if word == "#" else r"\.[^.]*" if word == "*" else r"\." + re.escape(word)
-        for word in pattern.split(".")
-    )
-    return re.compile(expression, re.DOTALL)
+    runs = [""]
+    for word in pattern.split("."):
+        if word == "#":
+            runs.append("")
+        else:
+            runs[-1] += r"\.[^.]*" if word == "*" else r"\." + re.escape(word)
+    first, *others = runs
+    # Of what stands between two "#" the first place that fits is as good as any: never going back
+    # from it (an atomic group) keeps a pattern of many "#" from trying all ways to share the words.
+    for number, run in enumerate(others, 1):
+        if number == len(others):
+            first += _ANY + run
+        elif run:
+            first += f"(?>{_ANY}?{run}{_WORD_ENDS})"
+    return re.compile(first, re.DOTALL)

@@ -51,6 +51,8 @@ class BrokerURL:
         """
         if not isinstance(url, str):
             raise UsageError(f"the broker URL is a {type(url).__name__}, not a string: {_FORMS}")
+        if not _is_utf8(url):
+            raise UsageError("the broker URL is not UTF-8; percent-encode what is not ASCII")
         scheme, separator, rest = url.partition("://")
         scheme = scheme.lower()
         if not separator or scheme not in SCHEMES:
@@ -63,10 +65,12 @@ class BrokerURL:
                 f"the options of the {scheme} URL are not name=value pairs; {_ESCAPE}"
             ) from None
         if scheme in ("memory", "sqlite"):
-            return cls(scheme, path=unquote(rest.removeprefix("/")), options=options)
+            path = _decoded(rest.removeprefix("/"), scheme)
+            return cls(scheme, path=path, options=options)
         credentials, at, address = rest.rpartition("@")
         address, _, vhost = address.partition("/")
-        if "/" in vhost or "/" in credentials or "#" in rest:
+        # What is before an "@" among the options may be the rest of a password.
+        if "/" in vhost or "/" in credentials or "#" in rest or "@" in query:
             raise UsageError(f"the {scheme} URL cannot be taken apart; {_ESCAPE}")
         user, colon, password = credentials.partition(":")
         if ":" in password:
@@ -74,9 +78,9 @@ class BrokerURL:
         return cls(
             scheme,
             tuple(_host(one, scheme) for one in address.split(",")),
-            unquote(user) if at else "guest",
-            unquote(password) if colon else "guest",
-            unquote(vhost) or "/",
+            _decoded(user, scheme) if at else "guest",
+            _decoded(password, scheme) if colon else "guest",
+            _vhost(_decoded(vhost, scheme) or "/", scheme),
             options=options,
         )
 
@@ -89,6 +93,32 @@ class BrokerURL:
         return f"{self.scheme}://{quote(self.user, safe='')}:***@{hosts}/{quote(self.vhost, '')}"
 
 
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # as the environment has bytes that are not
+        return False
+    return True
+
+
+def _decoded(text: str, scheme: str) -> str:
+    try:
+        found = unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        found = "\0"
+    if "\0" in found:
+        raise UsageError(
+            f"what is percent-encoded in the {scheme} URL is not text in UTF-8"
+        ) from None
+    return found
+
+
+def _vhost(vhost: str, scheme: str) -> str:
+    if len(vhost.encode()) > 255:  # AMQP 0-9-1, section 1.5.2.5: a short string
+        raise UsageError(f"the vhost in the {scheme} URL has more than 255 bytes in UTF-8")
+    return vhost
+
+
 def _host(text: str, scheme: str) -> tuple[str, int]:
     """Take ``host:port``, ``host`` or ``[v6]:port`` apart."""
     # The text may be a part of a password that was not encoded: it is never quoted.
@@ -99,10 +129,11 @@ def _host(text: str, scheme: str) -> tuple[str, int]:
     else:
         host, _, port = text.partition(":")
         valid = True
-    if not valid or not host:
+    if not valid or not host or not host.isprintable() or " " in host:
         raise UsageError(f"the {scheme} URL names no host, or a part of it is empty; {_ESCAPE}")
     if not port:
         return host, _DEFAULT_PORTS[scheme]
-    if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+    digits = port.isascii() and port.isdigit() and len(port) <= 5
+    if not digits or not 0 < int(port) < 65536:
         raise UsageError(f"the port in the {scheme} URL is not a number from 1 to 65535; {_ESCAPE}")
     return host, int(port)

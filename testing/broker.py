@@ -11,7 +11,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Self
 
@@ -36,13 +37,30 @@ _KERNEL = "-kernel inet_dist_use_interface {127,0,0,1} -start_epmd false"
 _SCHEDULERS = "+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none"
 
 
+_VHOSTS = 16
+
+_MAKE_VHOSTS = """
+[ok = rabbit_vhost:delete(Name, <<"outbox">>) || Name <- [{dropped}]],
+[begin
+    ok = rabbit_vhost:add(Name, <<"outbox">>),
+    ok = rabbit_auth_backend_internal:set_permissions(
+        <<"guest">>, Name, <<".*">>, <<".*">>, <<".*">>, <<"outbox">>)
+end || Name <- [{names}]].
+"""
+
+
+def _names(urls: Sequence[str]) -> str:
+    """Return the virtual hosts of ``urls`` as Erlang's binaries."""
+    return ", ".join(f'<<"{url.rpartition("/")[2]}">>' for url in urls)
+
+
 class BrokerMissing(RuntimeError):
     """No RabbitMQ server is installed."""
 
     def __init__(self) -> None:
         super().__init__(
             "no RabbitMQ server found: install one (Debian and Ubuntu: "
-            "sudo apt-get install rabbitmq-server), or set OUTBOX_TEST_AMQP_URL to one that runs"
+            "sudo apt-get install rabbitmq-server; macOS: brew install rabbitmq)"
         )
 
 
@@ -77,6 +95,8 @@ class PrivateBroker:
         self._node: subprocess.Popen[bytes] | None = None
         self._epmd: subprocess.Popen[bytes] | None = None
         self._environment: dict[str, str] = {}
+        self._empty: list[str] = []
+        self._used: list[str] = []
         self.port = 0
 
     @property
@@ -166,6 +186,7 @@ class PrivateBroker:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+            self._empty, self._used = [], []
 
     def ctl(self, *arguments: str, timeout: float = 60.0) -> str:
         """Run ``rabbitmqctl`` against the node and return what it prints; it takes a second or two.
@@ -178,6 +199,25 @@ class PrivateBroker:
             command, env=self._environment, capture_output=True, timeout=timeout, check=True
         )
         return done.stdout.decode()
+
+    def empty_url(self) -> str:
+        """Return the URL of a virtual host with nothing in it, never returned before.
+
+        They are made sixteen at a time, which takes a second, and the rest nothing.
+
+        Raises:
+            subprocess.CalledProcessError: the node could not make them.
+        """
+        if not self._empty:
+            made = [f"{self.url}{uuid.uuid4().hex}" for _ in range(_VHOSTS)]
+            # rabbitmqctl's own commands would be two for each, and a second each.
+            self.ctl("eval", _MAKE_VHOSTS.format(names=_names(made), dropped=_names(self._used)))
+            self._empty, self._used = made, []
+        return self._empty.pop()
+
+    def give_back(self, url: str) -> None:
+        """Have a virtual host that ``empty_url`` has returned deleted, when others are made."""
+        self._used.append(url)
 
     def log_tail(self, size: int = 4000) -> str:
         """Return the last ``size`` characters of what the node has printed and logged."""

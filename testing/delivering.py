@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +14,10 @@ from outbox.consumers import Consumer, life
 from outbox.consumers.dead_letter import dead_letter
 from outbox.consumers.outcome import Ack, Dead, Hold, Outcome, Return
 from outbox.event import make_event
-from outbox.subscription import as_delivered, dead_letter_queue
+from outbox.subscription import Delivery, as_delivered, dead_letter_queue
 from outbox.topics import matches
 
-__all__ = ["Delivered", "Deliverer"]
+__all__ = ["Delivered", "Deliverer", "is_bound"]
 
 _ROUNDS = 100
 
@@ -63,13 +65,14 @@ class Deliverer:
         self, consumers: Sequence[type[Consumer] | Consumer], *, raise_errors: bool
     ) -> list[Delivered]:
         """Deliver what is published now; see ``CollectedEvents.deliver``."""
+        __tracebackhide__ = True
         made = [one() if isinstance(one, type) else one for one in consumers]
         publisher = self._publisher()
         found = []
         for event in self._published():
             for consumer in made:
                 place = (id(event), consumer.queue)
-                if place not in self._done and _is_bound(consumer, event, publisher):
+                if place not in self._done and is_bound(consumer, event, publisher):
                     self._done.add(place)
                     found.append(
                         self._process(consumer, event, publisher, raise_errors=raise_errors)
@@ -101,6 +104,7 @@ class Deliverer:
         raise_errors: bool,
     ) -> Delivered:
         """Process one message; see ``CollectedEvents.perform``."""
+        __tracebackhide__ = True
         made = consumer() if isinstance(consumer, type) else consumer
         publisher = self._publisher()
         settings = publisher.settings
@@ -111,10 +115,11 @@ class Deliverer:
     def _process(
         self, consumer: Consumer, event: Event, publisher: Publisher, *, raise_errors: bool
     ) -> Delivered:
+        __tracebackhide__ = True
         self._tag += 1
         before = len(self._published())
         delivery = as_delivered(event, consumer.queue, self._tag)
-        outcome = contextvars.Context().run(life.run, consumer, delivery, publisher)
+        outcome = _run_as_in_a_worker(consumer, delivery, publisher)
         follow_ons = self._published()[before:]
         error: BaseException | None = None
         match outcome:
@@ -130,7 +135,18 @@ class Deliverer:
         return Delivered(event, consumer, outcome, follow_ons)
 
 
-def _is_bound(consumer: Consumer, event: Event, publisher: Publisher) -> bool:
+def _run_as_in_a_worker(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome:
+    """Run the life of a message in a context of its own, where no event loop is running."""
+    context = contextvars.Context()
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return context.run(life.run, consumer, delivery, publisher)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(context.run, life.run, consumer, delivery, publisher).result()
+
+
+def is_bound(consumer: Consumer, event: Event, publisher: Publisher) -> bool:
     """Return whether the broker would have put ``event`` into the consumer's queue."""
     if event.target == dead_letter_queue(consumer.queue):
         return False

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
-from outbox import Event
+from outbox import Event, UsageError
 from outbox.topics import matches
 
-__all__ = ["Wanted", "contains", "describe"]
+__all__ = ["Undecoded", "Wanted", "contains", "describe", "payload_of"]
 
 _WIDTH = 300
 _DIFF_LINES = 40
@@ -46,11 +46,19 @@ class Wanted:
     deliver_at: datetime.datetime | EllipsisType | None = ...
     tolerance: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Refuse what was meant the other way round: ``enqueue_event`` takes the payload first."""
+        if not isinstance(self.target, str):
+            raise TypeError(
+                f"the target is {self.target!r:.80}, not a str: assertions take the target first, "
+                "then the payload"
+            )
+
     def accepts(self, event: Event) -> bool:
         """Return whether ``event`` is what is wanted."""
         return (
             matches(self.target, event.target)
-            and (self.payload is ... or contains(event.payload, self.payload))
+            and (self.payload is ... or contains(payload_of(event), self.payload))
             and (self.headers is None or contains(dict(event.headers), self.headers))
             and self.key in (..., event.key)
             and self.priority in (..., event.priority)
@@ -64,7 +72,7 @@ class Wanted:
         alike = 1.0 if matches(self.target, event.target) else _alike(self.target, event.target)
         if self.payload is ... or callable(self.payload):
             return -alike, 0.0
-        return -alike, -_alike(describe(self.payload), describe(event.payload))
+        return -alike, -_alike(describe(self.payload), describe(payload_of(event)))
 
     def difference(self, event: Event) -> str:
         """Return the lines in which ``event`` differs from it; empty where none can be told."""
@@ -74,7 +82,7 @@ class Wanted:
             actual["target"] = self.target
         if self.payload is not ... and not callable(self.payload):
             wanted["payload"] = self.payload
-            actual["payload"] = _like(event.payload, self.payload)
+            actual["payload"] = _like(payload_of(event), self.payload)
         if self.headers is not None:
             wanted["headers"] = dict(self.headers)
             actual["headers"] = _like(dict(event.headers), self.headers)
@@ -127,7 +135,8 @@ def contains(actual: Any, wanted: Any) -> bool:
 
     Of objects only the members that ``wanted`` names are looked at, at every depth. A compiled
     regular expression stands for any text in which it is found, a function for any value that it is
-    true of, and anything with ``==`` for what it says that it equals.
+    true of (a LookupError or TypeError counts as false), and anything with ``==`` for what it says
+    that it equals.
     """
     if isinstance(wanted, Mapping):
         return isinstance(actual, Mapping) and all(
@@ -143,8 +152,29 @@ def contains(actual: Any, wanted: Any) -> bool:
     if isinstance(wanted, re.Pattern):
         return isinstance(actual, str) and wanted.search(actual) is not None
     if _is_predicate(wanted):
-        return bool(wanted(actual))
+        try:
+            return bool(wanted(actual))
+        except (LookupError, TypeError):  # it was written for events of another shape
+            return False
     return bool(wanted == actual)
+
+
+def payload_of(event: Event) -> Any:
+    """Return the payload of ``event``, or what stands for one that cannot be decoded."""
+    try:
+        return event.payload
+    except (UsageError, ValueError):
+        return Undecoded(event)
+
+
+class Undecoded:
+    """A payload that nothing here decodes; equal to nothing."""
+
+    def __init__(self, event: Event) -> None:
+        self._told = f"<{len(event.body)} bytes of {event.content_type or 'no content type'}>"
+
+    def __repr__(self) -> str:
+        return self._told
 
 
 def describe(value: Any) -> str:

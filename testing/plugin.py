@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
+from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
+from outbox import MissingExtra
+from outbox.testing.assertions import EventAssertions
+from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.collected import CollectedEvents
-from outbox.testing.recording import recorded
+from outbox.testing.live_events import LiveEvents
+from outbox.testing.recording import live, recorded
 
-__all__ = ["collected_events"]
+__all__ = ["collected_events", "embedded_events", "live_events", "outbox_broker"]
 
 _MARKER = (
     "collected_events(strict=False): with strict=True the test fails if an event was published "
-    "that no assertion has spoken of"
+    "that no assertion has spoken of; also of live_events and embedded_events"
 )
+_FIXTURES = ("collected_events", "live_events", "embedded_events")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,11 +45,58 @@ def collected_events(request: pytest.FixtureRequest) -> Iterator[CollectedEvents
     pytest runs one test at a time in a process, also under pytest-xdist. No broker is needed, and
     nothing is left to the next test.
     """
-    marker = request.node.get_closest_marker("collected_events")
-    strict = bool(request.config.getini("outbox_strict"))
-    if marker is not None:
-        strict = marker.kwargs.get("strict", strict)
-    with recorded(f"the fixture collected_events of {request.node.nodeid}", strict=strict) as found:
+    with recorded(_where(request), strict=_is_strict(request)) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def outbox_broker() -> Iterator[PrivateBroker]:
+    """A private RabbitMQ for the session, or for each worker of pytest-xdist.
+
+    Started when a test first asks for it, on a free loopback port, and stopped at the end. Where no
+    server is installed, the test is skipped; where ``CI`` is set, it fails.
+    """
+    try:
+        broker = PrivateBroker()
+    except BrokerMissing as error:
+        told = (
+            f"the fixture outbox_broker starts a RabbitMQ, and {error}; the fixture "
+            "embedded_events needs no server"
+        )
+        if os.environ.get("CI"):
+            pytest.fail(told, pytrace=False)
+        pytest.skip(told)
+    with broker:
+        yield broker
+
+
+@pytest.fixture
+def live_events(
+    request: pytest.FixtureRequest, outbox_broker: PrivateBroker
+) -> Iterator[LiveEvents]:
+    """Publish the test's events to a private RabbitMQ, and answer assertions about what arrived.
+
+    Every publisher and worker of the process uses a virtual host that is the test's own.
+    """
+    url = outbox_broker.start().empty_url()
+    with live(url, _where(request), strict=_is_strict(request)) as found:
+        yield found
+    outbox_broker.give_back(url)
+
+
+@pytest.fixture
+def embedded_events(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LiveEvents]:
+    """Publish the test's events to a file of SQLite, and answer assertions about what arrived.
+
+    Every publisher and worker of the process uses a file that is the test's own. No server is
+    needed; it takes the extra ``[sql]``.
+    """
+    try:
+        import outbox.sql  # noqa: F401  # says which extra is missing
+    except MissingExtra as error:
+        pytest.fail(f"the fixture embedded_events: {error}", pytrace=False)
+    url = f"sqlite:///{quote(str(tmp_path / 'outbox-events.db'))}"
+    with live(url, _where(request), strict=_is_strict(request)) as found:
         yield found
 
 
@@ -49,7 +104,18 @@ def collected_events(request: pytest.FixtureRequest) -> Iterator[CollectedEvents
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Fail a strict test in which events were published that nobody has spoken of."""
     result = yield
-    found = getattr(item, "funcargs", {}).get("collected_events")
-    if isinstance(found, CollectedEvents):
-        found.check_strict()
+    for name in _FIXTURES:
+        found = getattr(item, "funcargs", {}).get(name)
+        if isinstance(found, EventAssertions):
+            found.check_strict()
     return result
+
+
+def _where(request: pytest.FixtureRequest) -> str:
+    return f"the fixture {request.fixturename} of {request.node.nodeid}"
+
+
+def _is_strict(request: pytest.FixtureRequest) -> bool:
+    strict = bool(request.config.getini("outbox_strict"))
+    marker = request.node.get_closest_marker("collected_events")
+    return strict if marker is None else bool(marker.kwargs.get("strict", strict))

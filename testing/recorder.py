@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 
-from outbox import BrokerError, ConnectionLost, Event, PublishReport
+from outbox import BrokerError, ConnectionLost, Event, PublishReport, UsageError
 from outbox.chunk import Chunk, Entry, Fate
 from outbox.configuration import configured_publisher
+from outbox.settings import Settings
 from outbox.stats import Tally
 from outbox.topics import matches
 
 __all__ = ["Recorder", "SimulatedCrash"]
+
+
+logger = logging.getLogger("outbox.testing")
 
 
 class SimulatedCrash(BaseException):
@@ -29,16 +34,20 @@ class Recorder:
     publishers are recorded alike.
     """
 
+    hands_over = False
     supports_delay = True
     longest_delay = None
     on_own_thread = False
 
-    def __init__(self) -> None:
+    def __init__(self, where: str = "a test") -> None:
+        self._where = where
+        self._ended = False
         self._lock = threading.Lock()
         self._enqueued: dict[int, Event] = {}  # by identity: a test may enqueue equal events
         self._stored: dict[int, Event] = {}
         self._published: list[Event] = []
         self._cleared: list[Event] = []
+        self._pretended: dict[int, Fate] = {}
         self._parked: list[Event] = []
         self._rejected: list[Event] = []
         self._kept: list[Event] = []
@@ -48,10 +57,20 @@ class Recorder:
         self._crashes = False
         self.tally = Tally()
 
-    @property
-    def transport(self) -> Recorder:
-        """Itself, in place of every publisher's transport."""
+    def transport_of(self, settings: Settings) -> Recorder:
+        """Return itself, in place of every publisher's transport."""
         return self
+
+    def consumed_with(self, settings: Settings) -> Settings:
+        """Refuse: nothing is published that a worker could consume.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "events are recorded here, not published: a worker has nothing to consume; have them "
+            "processed with deliver_all(), or publish them really, with the fixture live_events"
+        )
 
     @property
     def connected(self) -> bool:
@@ -101,6 +120,12 @@ class Recorder:
 
     def enqueued(self, event: Event) -> None:
         """Record an event that was collected."""
+        if self._ended:
+            logger.warning(
+                "the event %r came when the test was over that its unit of work began in, %s",
+                event.id,
+                self._where,
+            )
         with self._lock:
             self._enqueued[id(event)] = event
 
@@ -115,15 +140,21 @@ class Recorder:
             for event in events:
                 self._enqueued.pop(id(event), None)
                 self._stored.pop(id(event), None)
-                self._cleared.append(event)
+                if id(event) not in self._pretended:
+                    self._cleared.append(event)
 
-    def publish_all(self, events: Sequence[Event]) -> None:
-        """Record events as published, whatever else was to happen."""
+    def pretend(self, events: Sequence[Event], *, success: bool) -> None:
+        """Record events as published or dropped, whatever becomes of their unit of work."""
         with self._lock:
             for event in events:
                 self._enqueued.pop(id(event), None)
                 self._stored.pop(id(event), None)
-                self._published.append(event)
+                self._pretended[id(event)] = Fate.PUBLISHED if success else Fate.IGNORED
+                (self._published if success else self._cleared).append(event)
+
+    def end(self) -> None:
+        """Note that the test is over: what comes later is of no interest to anybody."""
+        self._ended = True
 
     # ---------------------------------------------------------------- what a test may break
 
@@ -187,6 +218,9 @@ class Recorder:
 
     def _decide(self, entry: Entry, chunk: Chunk) -> None:
         event = entry.event
+        if id(event) in self._pretended:
+            self._end(entry, self._pretended[id(event)])
+            return
         if self._left is not None:
             if self._left == 0:
                 chunk.error = self._error

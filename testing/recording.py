@@ -1,18 +1,22 @@
-"""Puts a recorder in the place of every publisher, one at a time."""
+"""Puts the observer of one test in force, one at a time: a recorder, or a broker of the test's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from outbox import UsageError, observing
+from outbox import UsageError, observing, scope
+from outbox.configuration import publisher_if_any
+from outbox.settings import Settings
 from outbox.testing.collected import CollectedEvents
+from outbox.testing.live import LiveBroker
+from outbox.testing.live_events import LiveEvents
 from outbox.testing.recorder import Recorder
 
-__all__ = ["recorded"]
+__all__ = ["live", "recorded"]
 
 _where = ""
-"""Who has installed the recorder that is in force."""
+"""Who has installed the observer that is in force."""
 
 
 @contextmanager
@@ -24,19 +28,53 @@ def recorded(where: str, *, strict: bool = False) -> Iterator[CollectedEvents]:
         strict: see :class:`outbox.testing.CollectedEvents`; the caller checks it in the end.
 
     Raises:
-        UsageError: events are recorded already; the message names both places.
+        UsageError: events are recorded, or published live, already; the message names both places.
     """
+    recorder = Recorder(where)
+    with _in_force(recorder, where):
+        try:
+            yield CollectedEvents(recorder, strict=strict)
+        finally:
+            recorder.end()
+
+
+@contextmanager
+def live(url: str, where: str, *, strict: bool = False) -> Iterator[LiveEvents]:
+    """Have every publisher and worker of the process use the broker at ``url`` in the block.
+
+    Args:
+        url: of a broker, or virtual host, that nobody else uses: ``amqp://`` or ``sqlite://``.
+        where: this is asked for, for people.
+        strict: see :class:`outbox.testing.LiveEvents`; the caller checks it in the end.
+
+    Raises:
+        UsageError: events are recorded, or published live, already; the message names both places.
+        AssertionError: the broker does not answer.
+    """
+    broker = LiveBroker(url, where)
+    with _in_force(broker, where):
+        try:
+            publisher = publisher_if_any()
+            broker.watch([(publisher.settings if publisher else Settings()).exchange])
+            yield LiveEvents(broker, strict=strict)
+        finally:
+            broker.end()
+
+
+@contextmanager
+def _in_force(observer: observing.Observer, where: str) -> Iterator[None]:
     global _where
     if observing.installed() is not None:
         raise UsageError(
-            f"events are recorded already, by {_where or 'something else'}: "
-            f"{where} cannot record them too; use one of the two"
+            f"the events of this test are taken care of already, by {_where or 'something else'}: "
+            f"{where} cannot do it too; use one of the two"
         )
-    recorder = Recorder()
-    observing.install(recorder)
+    outer = scope.present()
+    observing.install(observer)
     _where = where
     try:
-        yield CollectedEvents(recorder, strict=strict)
+        yield
     finally:
+        scope.resume(outer)  # a block that the test has left open is not the next one's
         observing.install(None)
         _where = ""

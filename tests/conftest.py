@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
@@ -17,15 +18,27 @@ from outbox.testing.postgresql import PostgreSQLMissing, PrivatePostgreSQL
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 
+# Properties are tried quickly by default, the same way each time where a change is judged, and
+# at length with HYPOTHESIS_PROFILE=thorough or --hypothesis-profile thorough.
+hypothesis.settings.register_profile("quick", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile(
+    "thorough", deadline=None, max_examples=2_000, print_blob=True, stateful_step_count=100
+)
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if "CI" in os.environ else "quick")
+)
+
 
 def _started() -> PrivateBroker:
     try:
         return PrivateBroker().start()
     except BrokerMissing as error:
         # Where a broker was named on purpose, what needs one that it may kill is skipped.
+        told = f"{error}; or set OUTBOX_TEST_AMQP_URL to one that runs"
         if "CI" in os.environ and not os.environ.get("OUTBOX_TEST_AMQP_URL"):
-            pytest.fail(str(error))
-        pytest.skip(str(error))
+            pytest.fail(told)
+        pytest.skip(told)
 
 
 def _started_postgresql() -> PrivatePostgreSQL:
@@ -38,15 +51,22 @@ def _started_postgresql() -> PrivatePostgreSQL:
 
 
 @pytest.fixture(scope="session")
-def amqp_url() -> Iterator[str]:
+def outbox_broker() -> Iterator[PrivateBroker]:
+    """The testing kit's fixture, with our own rule for where there is no server."""
+    broker = _started()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture(scope="session")
+def amqp_url(request: pytest.FixtureRequest) -> str:
     """A broker for all tests that leave it alive."""
     given = os.environ.get("OUTBOX_TEST_AMQP_URL")
     if given:
-        yield given
-        return
-    broker = _started()
-    yield broker.url
-    broker.stop()
+        return given
+    broker = request.getfixturevalue("outbox_broker")
+    assert isinstance(broker, PrivateBroker)
+    return broker.url
 
 
 @pytest.fixture(scope="module")

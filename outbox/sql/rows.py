@@ -51,12 +51,15 @@ def event_of(row: Any) -> Event:
         value = getattr(row, what)
         if value is not None:
             check_name(what, value)
+    # SQLite keeps text as text and a number as a number, whatever the column is for.
+    body = row.payload.encode() if isinstance(row.payload, str) else row.payload
+    if not isinstance(body, bytes | memoryview):
+        raise ValueError(f"the payload is a {type(body).__name__}, not bytes")
     return Event(
         id=row.id,
         target=row.type,
         exchange=row.exchange,
-        # SQLite keeps text as text, whatever the column is for.
-        body=row.payload.encode() if isinstance(row.payload, str) else bytes(row.payload),
+        body=bytes(body),
         content_type=row.content_type,
         headers=headers_of(row.headers) if row.headers else {},
         priority=row.priority,
@@ -92,10 +95,14 @@ def headers_of(text: str) -> dict[str, Any]:
     Raises:
         ValueError: they are no JSON object, or one of them cannot be carried.
     """
-    table = json.loads(text)
-    if not isinstance(table, dict):
-        raise ValueError(f"the headers are no JSON object: {text:.60}")
-    return plain_table({name: _from_json(value) for name, value in table.items()}, "headers")[0]
+    try:
+        table = json.loads(text)
+        if not isinstance(table, dict):
+            raise ValueError(f"the headers are no JSON object: {text:.60}")
+        found = {name: _from_json(value) for name, value in table.items()}
+    except RecursionError:
+        raise ValueError("the headers are nested too deeply") from None
+    return plain_table(found, "headers")[0]
 
 
 def _from_json(value: Any) -> Any:

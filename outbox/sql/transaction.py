@@ -140,20 +140,18 @@ def _store_in_session(session: Session, stored: Event, publisher: Publisher | No
         ) from error
     _check(where)
     observer = observing.installed()
-    if observer is not None:
-        # A test asks what became of it; nothing is published behind its back.
-        row = _Row(values_of(stored))
-        session.add(row)
-        session.info.setdefault(_OBSERVED, []).append((observer, row, stored))
-        return
+    handover = None
     # Where the connection is the caller's, his transaction may outlast the session's.
-    handover = handover_for(where, publisher) if isinstance(where, Engine) else None
+    if isinstance(where, Engine) and (observer is None or observer.hands_over):
+        handover = handover_for(where, publisher)
     if handover is None or stored.deliver_at is not None:
-        session.add(_Row(values_of(stored)))
-        return
-    graced = _RowWithGrace(values_of(stored))
-    session.add(graced)
-    session.info.setdefault(_PENDING, []).append((handover, where, graced))
+        row = _Row(values_of(stored))
+    else:
+        row = _RowWithGrace(values_of(stored))
+        session.info.setdefault(_PENDING, []).append((handover, where, row))
+    session.add(row)
+    if observer is not None:  # a test asks what became of it
+        session.info.setdefault(_OBSERVED, []).append((observer, row, stored))
 
 
 @event.listens_for(Session, "after_commit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from outbox import observing
 from outbox.errors import NotConfigured, UsageError
 from outbox.parked import ParkedQueues
 from outbox.runtime import check_threads
@@ -53,8 +54,11 @@ def open_subscription(
         prefetch: how many messages of each queue may be out at a time, 1 to 65535.
 
     Raises:
-        UsageError: the URL cannot be consumed from.
+        UsageError: the URL cannot be consumed from, or a test records what is published.
     """
+    observer = observing.installed()
+    if observer is not None:
+        settings = observer.consumed_with(settings)
     url = BrokerURL.parse(settings.url or "")
     if url.scheme == "sqlite":
         from outbox.transports.sqlite import SQLiteSubscription

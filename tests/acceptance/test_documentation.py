@@ -24,6 +24,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "proving/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+RECIPES = ROOT / "docs" / "recipes.md"
 
 
 def snippets(page: Path, language: str = "python") -> list[str]:
@@ -87,7 +88,9 @@ def test_the_readme_does_what_it_says(file: SQLitePlace) -> None:
             worker.stop()
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES[1:] if page != RECIPES], ids=lambda page: page.stem
+)
 def test_the_snippets_of_every_page_run(everything: str, page: Path) -> None:
     run(page)
 
@@ -100,6 +103,21 @@ def test_the_tests_shown_pass(page: Path, everything: str) -> None:
     for name in tests:
         with recorded(name) as collected_events:
             found[name](collected_events)
+
+
+def test_every_recipe_passes_as_a_module_of_its_own(pytester: pytest.Pytester) -> None:
+    modules = {}
+    count = 0
+    for section in RECIPES.read_text().split("\n## ")[1:]:
+        found = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+        modules[f"test_{section.splitlines()[0].replace(' ', '_').lower()}"] = "\n\n".join(found)
+        count += "".join(found).count("def test_")
+    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    pytester.makepyfile(**modules)
+    result = pytester.runpytest_subprocess(
+        "-p", "no:cacheprovider", "-W", "error", "--strict-markers", timeout=80
+    )
+    result.assert_outcomes(passed=count)
 
 
 def test_the_readme_shows_code_early_and_stays_short() -> None:

@@ -176,5 +176,4 @@ def test_a_missing_server_is_one_line_that_says_what_to_do(
     monkeypatch.setattr(servers, "_RABBITMQ", ())
     with pytest.raises(BrokerMissing, match="apt-get install rabbitmq-server") as caught:
         PrivateBroker()
-    assert "OUTBOX_TEST_AMQP_URL" in str(caught.value)
     assert "\n" not in str(caught.value)

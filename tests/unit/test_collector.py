@@ -312,6 +312,18 @@ def test_savepoints_nest_and_drop_only_their_own(publisher: Publisher) -> None:
     assert published(publisher) == [1, 3, 6]
 
 
+def test_a_savepoint_of_a_unit_that_has_ended_refuses_events(publisher: Publisher) -> None:
+    def late() -> None:
+        with block.savepoint(), block.savepoint():
+            with pytest.raises(CollectorClosed, match="after its unit of work had ended"):
+                enqueue_event("late", "x")
+
+    with auto_publishing() as block:
+        context = contextvars.copy_context()  # a task's or a thread's, which outlives the unit
+    context.run(late)
+    assert published(publisher) == []
+
+
 def test_publish_and_clear_act_on_the_innermost_buffer(publisher: Publisher) -> None:
     with auto_publishing() as block:
         enqueue_event(1, "x")

@@ -38,6 +38,19 @@ class Model(pydantic.BaseModel):
     price: decimal.Decimal
 
 
+class Nowhere(datetime.tzinfo):
+    """Leaves open how far from UTC it is, which Python takes for no time zone at all."""
+
+    def utcoffset(self, at: datetime.datetime | None) -> None:
+        return None
+
+    dst = tzname = utcoffset
+
+
+EAST = datetime.timezone(datetime.timedelta(hours=12))
+WEST = datetime.timezone(datetime.timedelta(hours=-12))
+
+
 class Colour(enum.Enum):
     RED = "red"
 
@@ -74,6 +87,8 @@ def test_common_types_are_carried_out_of_the_box(collector: EventCollector) -> N
 
 circular: list[Any] = []
 circular.append(circular)
+itself: list[Any] = []
+itself.append({"itself": itself})
 deep: list[Any] = []
 for _ in range(100_000):
     deep = [deep]
@@ -132,6 +147,7 @@ def test_a_target_is_a_string_of_1_to_255_bytes(collector: EventCollector, targe
         ({"id": ""}, "id is empty"),
         ({"id": "i" * 256}, "id has 256 bytes"),
         ({"exchange": "e" * 256}, "exchange has 256 bytes"),
+        ({"exchange": 0}, "exchange is a int"),
         ({"priority": 256}, "priority 256"),
         ({"priority": -1}, "priority -1"),
         ({"priority": True}, "priority True"),
@@ -143,6 +159,11 @@ def test_a_target_is_a_string_of_1_to_255_bytes(collector: EventCollector, targe
         ({"delay": float("nan")}, "delay=nan"),
         ({"delay": 1e300}, "delay=1e+300"),
         ({"deliver_at": datetime.datetime(2030, 1, 1)}, "time zone"),
+        ({"deliver_at": datetime.datetime.max.replace(tzinfo=WEST)}, "beyond all dates"),
+        ({"deliver_at": datetime.datetime.min.replace(tzinfo=EAST)}, "beyond all dates"),
+        ({"deliver_at": datetime.datetime(2030, 1, 1, tzinfo=Nowhere())}, "time zone"),
+        ({"headers": {"a": deep}}, "nested too deeply"),
+        ({"headers": {"a": itself}}, "nested too deeply"),
         ({"deliver_at": datetime.datetime.now(datetime.UTC), "delay": 1}, "not both"),
     ],
 )

@@ -246,3 +246,24 @@ def test_it_is_safe_under_threads_loops_and_xdist(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "42 passed" in done.stdout
     assert "lost" not in done.stderr
+
+
+def test_two_ways_in_one_test_name_both_places(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_both(collected_events, embedded_events): pass")
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(
+        ["*by the fixture collected_events of *:test_both: the fixture embedded_events of *"]
+    )
+
+
+@pytest.mark.parametrize("in_ci", [False, True])
+def test_without_a_server_live_tests_say_what_to_install(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, in_ci: bool
+) -> None:
+    monkeypatch.setenv("CI", "1" if in_ci else "")
+    pytester.makeconftest("from outbox.testing import servers\nservers._RABBITMQ = ()\n")
+    pytester.makepyfile("def test_live(live_events): pass")
+    result = pytester.runpytest_subprocess("-rs", "-p", "no:cacheprovider")
+    result.assert_outcomes(errors=int(in_ci), skipped=int(not in_ci))
+    result.stdout.fnmatch_lines(["*apt-get install rabbitmq-server*embedded_events*"])

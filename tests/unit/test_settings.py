@@ -56,6 +56,13 @@ def test_amqp_urls_are_taken_apart(
         "amqp://user:hunter2:x@host",
         "amqp://user:hunter2@[::1",
         "amqp://user:hunter2?x@host",
+        "amqp://user:1?hunter2=x@host",
+        "amqp://user:x@y?hunter2=z@host",
+        "amqp://user:hunter2%ff@host",
+        "amqp://user:hunter2@host:" + "9" * 5_000,
+        "amqp://user:hunter2@ho\nst",
+        "amqp://user:hunter2\udcff@host",
+        "amqp://user:hunter2@host/" + "v" * 256,
         "amqp://user:hunter2",
         "http://user:hunter2@host",
         "hunter2",
@@ -126,6 +133,8 @@ def test_settings_come_from_code_then_environment_then_default() -> None:
         ("max_kept", "1.5", "OUTBOX_MAX_KEPT is '1.5', not a number"),
         ("timeout", "-1", "OUTBOX_TIMEOUT is -1.0"),
         ("timeout", "nan", "OUTBOX_TIMEOUT"),
+        ("timeout", "1e10", "not a number from 0 to 1000000000"),
+        ("exchange", "\udcff", "OUTBOX_EXCHANGE is '\\\\udcff', not a string"),
         ("unroutable", "drop", "none of park, fail, ignore"),
     ],
 )
@@ -145,6 +154,10 @@ def test_a_wrong_environment_variable_is_named(name: str, value: str, told: str)
         ("exchange", "e" * 256, "at most 255 bytes"),
         ("declare", "maybe", "none of create, passive, never"),
         ("on_kept", 5, "not callable"),
+        ("timeout", 1e10, "not a number from 0 to 1000000000"),
+        ("heartbeat", 65_536, "not a number from 0 to 65535"),
+        ("app_id", "\ud800", "not a string of at most 255 bytes"),
+        ("serializer", "json", "no content_type"),
     ],
 )
 def test_a_wrong_setting_is_named(name: str, value: Any, told: str) -> None:
@@ -157,3 +170,9 @@ def test_every_setting_can_be_given_to_configure_and_is_described() -> None:
     assert set(get_type_hints(SettingOverrides)) == settings
     for name in settings:
         assert f"\n    {name}: " in inspect.cleandoc(Settings.__doc__ or ""), name
+
+
+def test_what_a_file_is_called_is_text() -> None:
+    for url in ("sqlite:///%ff.db", "sqlite:///a%00b.db"):
+        with pytest.raises(UsageError, match="not text in UTF-8"):
+            BrokerURL.parse(url)

@@ -6,12 +6,14 @@ import datetime
 import re
 import unittest
 import unittest.mock
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from outbox import (
     Event,
+    Publisher,
     PublishFailed,
     PublishTimeout,
     UsageError,
@@ -20,7 +22,7 @@ from outbox import (
     enqueue_event,
     publish,
 )
-from outbox.consumers import ACK, Consumer, Reject, Requeue
+from outbox.consumers import ACK, Consumer, Reject, Requeue, Worker
 from outbox.testing import CollectedEvents, CollectedEventsMixin, SimulatedCrash, recorded
 from outbox.testing.matching import Wanted
 
@@ -123,6 +125,35 @@ def test_nothing_else_means_what_no_assertion_has_spoken_of(
     collected_events.assert_nothing_else_published()
 
 
+def test_a_slip_of_the_pen_is_told(collected_events: CollectedEvents) -> None:
+    place(1)
+    swapped: Any = {"id": 1}
+    with pytest.raises(TypeError, match="assertions take the target first, then the payload"):
+        collected_events.assert_published(swapped, "order.placed")
+    misspelt: Any = {"header": {}}
+    with pytest.raises(TypeError, match=r"'header' .* did you mean 'headers'"):
+        collected_events.assert_published("order.placed", **misspelt)
+    with pytest.raises(TypeError, match="did you mean 'times'"):
+        collected_events.assert_not_published("order.placed", time=1)  # type: ignore[call-arg]
+
+
+def test_events_of_another_shape_do_not_fail_a_function(collected_events: CollectedEvents) -> None:
+    place(1, "order.placed")
+    with auto_publishing():
+        enqueue_event({"other": 1}, "order.paid")
+        enqueue_event(None, "order.sent")
+    assert collected_events.assert_published("#", lambda payload: payload["id"] == 1, times=1)
+
+
+def test_a_payload_that_nothing_decodes_is_shown_by_its_size(
+    collected_events: CollectedEvents,
+) -> None:
+    Publisher("memory://").publish([Event(id="1", target="a", exchange="x", body=b"{")])
+    with pytest.raises(AssertionError, match="'a' <1 bytes of application/json>"):
+        collected_events.assert_published("a", {})
+    assert collected_events.assert_published("a").body == b"{"
+
+
 # ------------------------------------------------------------------------------------ states
 
 
@@ -181,6 +212,20 @@ def test_a_transaction_can_be_pretended(collected_events: CollectedEvents) -> No
         assert [event.target for event in collected_events.rollback()] == ["c"]
         block.clear_events()
     collected_events.assert_not_published("c")
+
+
+def test_what_was_pretended_does_not_happen_again_at_the_end_of_its_block(
+    collected_events: CollectedEvents,
+) -> None:
+    with auto_publishing():
+        enqueue_event(1, "a")
+        collected_events.commit()
+        enqueue_event(2, "b")
+        collected_events.rollback()
+        enqueue_event(3, "c")
+    collected_events.assert_published_in_order("a", "c")
+    collected_events.assert_published("#", times=2)
+    collected_events.assert_cleared("b", times=1)
 
 
 # ------------------------------------------------------------------------ failures on purpose
@@ -302,6 +347,23 @@ def test_one_consumer_performs_one_message(collected_events: CollectedEvents) ->
     assert collected_events.perform(Invoices, {"id": 13}, raise_errors=False).dead
 
 
+@pytest.mark.asyncio
+async def test_consumers_publish_also_where_a_test_is_a_coroutine(
+    collected_events: CollectedEvents,
+) -> None:
+    async with auto_publishing():
+        enqueue_event({"id": 1}, "order.placed")
+    assert [one.acked for one in collected_events.deliver_all(Invoices)] == [True]
+    assert collected_events.perform(Invoices, {"id": 2}).acked
+
+
+def test_no_worker_consumes_what_is_recorded(
+    collected_events: CollectedEvents, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"deliver_all\(\), or .* the fixture live_events"):
+        Worker([Invoices], publisher=Publisher(f"sqlite:///{tmp_path}/unused.db"))
+
+
 def test_a_message_that_is_given_back_is_delivered_again(collected_events: CollectedEvents) -> None:
     class Later(Consumer):
         queue = "later"
@@ -343,6 +405,38 @@ def test_without_the_fixture_nothing_is_left_behind() -> None:
     publisher = configure("memory://")
     place(2)
     assert publisher.stats().published == 1
+
+
+def test_tracebacks_end_in_the_tests_own_line(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        from outbox import auto_publishing, enqueue_event
+
+        def test_one(collected_events):
+            with auto_publishing():
+                enqueue_event(1, "a")
+                enqueue_event(2, "a")
+            collected_events.assert_published("b")
+
+        def test_two(collected_events):
+            with auto_publishing():
+                enqueue_event(1, "a")
+                enqueue_event(2, "a")
+            collected_events.assert_published("a").payload
+
+        def test_three(collected_events):
+            collected_events.assert_published("a", header={})
+
+        def test_four(embedded_events):
+            embedded_events.patience = 0
+            embedded_events.assert_published("a")
+        """
+    )
+    result = pytester.runpytest_subprocess("--tb=short", "-p", "no:cacheprovider")
+    result.assert_outcomes(failed=4)
+    places = [line for line in result.outlines if ": in " in line]
+    assert len(places) == 4
+    assert all(line.startswith("test_tracebacks_end") for line in places)
 
 
 def test_a_strict_test_fails_for_what_no_assertion_has_spoken_of(pytester: pytest.Pytester) -> None:

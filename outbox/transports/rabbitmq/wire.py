@@ -18,6 +18,7 @@ from typing import Any
 
 import pika
 import pika.channel
+import pika.exceptions
 import pika.frame
 import pika.spec
 from pika.adapters.select_connection import IOLoop
@@ -197,6 +198,8 @@ class Connection(pika.SelectConnection):
     def _read_frame(self) -> Any:
         try:
             return super()._read_frame()
+        except pika.exceptions.InvalidFrameError:  # of the stream, not of what is in it
+            raise
         except Exception:
             kind, channel, size = _FRAME_START.unpack_from(self._frame_buffer)
             if kind != pika.spec.FRAME_HEADER:

@@ -1,0 +1,375 @@
+"""What a test asks of the events that its code enqueued."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from types import EllipsisType
+from typing import Any, Literal, Protocol, TypedDict, Unpack, overload
+
+from outbox import Event
+from outbox.testing.matching import Wanted, describe, payload_of
+
+__all__ = ["Criteria", "EventAssertions", "Matches", "States"]
+
+_SHOWN = 10
+
+
+class Criteria(TypedDict, total=False):
+    """What else can be asked of an event; see :class:`outbox.testing.matching.Wanted`."""
+
+    headers: Mapping[str, Any] | None
+    key: str | EllipsisType | None
+    priority: int | EllipsisType | None
+    exchange: str | EllipsisType
+    delay: float | datetime.timedelta | EllipsisType | None
+    deliver_at: datetime.datetime | EllipsisType | None
+    tolerance: float
+
+
+class Matches(tuple[Event, ...]):
+    """Several events that match, in their order."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        __tracebackhide__ = True
+        if name in Event.__dataclass_fields__ or name == "payload":
+            raise AssertionError(
+                f"{len(self)} events match, so there is no one {name}: narrow the assertion, "
+                "say times=1, or take one of them"
+            )
+        raise AttributeError(name)
+
+
+class States(Protocol):
+    """Where events are, and what became of them; each in order."""
+
+    @property
+    def published(self) -> tuple[Event, ...]: ...  # noqa: D102
+
+    @property
+    def dropped(self) -> tuple[Event, ...]: ...  # noqa: D102
+
+    @property
+    def pending(self) -> tuple[Event, ...]: ...  # noqa: D102
+
+    @property
+    def kept(self) -> tuple[Event, ...]: ...  # noqa: D102
+
+    @property
+    def stored(self) -> tuple[Event, ...]: ...  # noqa: D102
+
+    @property
+    def parked(self) -> tuple[Event, ...]: ...  # noqa: D102
+
+
+class EventAssertions:
+    """Everything the code under test enqueued, and what became of it. Thread-safe.
+
+    Attributes:
+        strict: whether the test fails in the end if an event was published that no assertion has
+            spoken of.
+    """
+
+    def __init__(self, states: States, *, strict: bool = False) -> None:
+        """Answer from ``states``."""
+        self._states = states
+        self._spoken_of: set[int] = set()
+        self.strict = strict
+
+    # ---------------------------------------------------------------------------- the states
+
+    @property
+    def published(self) -> tuple[Event, ...]:
+        """What was published, in that order."""
+        return self._states.published
+
+    @property
+    def cleared(self) -> tuple[Event, ...]:
+        """What was dropped by a failure or by ``clear_events()``, in that order."""
+        return self._states.dropped
+
+    @property
+    def pending(self) -> tuple[Event, ...]:
+        """What was enqueued and neither published nor dropped yet, in that order."""
+        return self._states.pending
+
+    @property
+    def kept(self) -> tuple[Event, ...]:
+        """What a publisher keeps, since the broker is away, in that order."""
+        return self._states.kept
+
+    @property
+    def stored(self) -> tuple[Event, ...]:
+        """What was stored in a transaction of the application's database, in that order."""
+        return self._states.stored
+
+    @property
+    def parked(self) -> tuple[Event, ...]:
+        """What was parked, since there is no queue for it, in that order."""
+        return self._states.parked
+
+    def __repr__(self) -> str:
+        told = [f"{len(events)} {state}" for state, events in self._all().items() if events]
+        return f"<{type(self).__name__} {', '.join(told) or 'none'}>"
+
+    # ------------------------------------------------------------------------- assertions
+
+    @overload
+    def assert_published(  # type: ignore[overload-overlap]  # 1 is an int, and means one event
+        self,
+        target: str,
+        payload: Any = ...,
+        *,
+        times: Literal[1] | None = ...,
+        **criteria: Unpack[Criteria],
+    ) -> Event: ...
+
+    @overload
+    def assert_published(
+        self, target: str, payload: Any = ..., *, times: int, **criteria: Unpack[Criteria]
+    ) -> Matches: ...
+
+    def assert_published(
+        self,
+        target: str,
+        payload: Any = ...,
+        *,
+        times: int | None = None,
+        **criteria: Unpack[Criteria],
+    ) -> Event | Matches:
+        """Assert that a matching event was published, and return it.
+
+        Args:
+            target: the routing key or a topic pattern (``*`` one word, ``#`` any number).
+            payload: what the decoded payload must be. Of objects only the members given are looked
+                at, at every depth; a compiled regular expression stands for any text that it is
+                found in, a function for what it is true of, and anything with ``==`` for what it
+                equals.
+            times: how many events must match; by default at least one.
+            **criteria: ``headers`` that must be there, compared likewise; ``key``, ``priority``,
+                ``exchange``; ``delay`` in seconds or ``deliver_at``, to the ``tolerance`` (1 s).
+
+        Returns:
+            The event; or all that match, in order, if there are several or ``times`` is not 1.
+
+        Raises:
+            AssertionError: tells what was there instead, nearest first.
+        """
+        __tracebackhide__ = True
+        return self._assert("published", _wanted(target, payload, criteria), times)
+
+    def assert_pending(
+        self,
+        target: str,
+        payload: Any = ...,
+        *,
+        times: int | None = None,
+        **criteria: Unpack[Criteria],
+    ) -> Event | Matches:
+        """Assert that a matching event waits for its unit of work; see ``assert_published``."""
+        __tracebackhide__ = True
+        return self._assert("pending", _wanted(target, payload, criteria), times)
+
+    def assert_cleared(
+        self,
+        target: str,
+        payload: Any = ...,
+        *,
+        times: int | None = None,
+        **criteria: Unpack[Criteria],
+    ) -> Event | Matches:
+        """Assert that a matching event was dropped; see ``assert_published``."""
+        __tracebackhide__ = True
+        return self._assert("cleared", _wanted(target, payload, criteria), times)
+
+    def assert_kept(
+        self,
+        target: str,
+        payload: Any = ...,
+        *,
+        times: int | None = None,
+        **criteria: Unpack[Criteria],
+    ) -> Event | Matches:
+        """Assert that a matching event is kept by a publisher; see ``assert_published``."""
+        __tracebackhide__ = True
+        return self._assert("kept", _wanted(target, payload, criteria), times)
+
+    def assert_stored(
+        self,
+        target: str,
+        payload: Any = ...,
+        *,
+        times: int | None = None,
+        **criteria: Unpack[Criteria],
+    ) -> Event | Matches:
+        """Assert that a matching event was stored in a transaction; see ``assert_published``."""
+        __tracebackhide__ = True
+        return self._assert("stored", _wanted(target, payload, criteria), times)
+
+    def assert_not_published(
+        self, target: str, payload: Any = ..., **criteria: Unpack[Criteria]
+    ) -> None:
+        """Assert that no matching event was published; the arguments as in ``assert_published``.
+
+        Raises:
+            AssertionError: tells which ones were.
+        """
+        __tracebackhide__ = True
+        wanted = _wanted(target, payload, criteria)
+        found = [event for event in self.published if wanted.accepts(event)]
+        if found:
+            raise AssertionError(
+                f"expected no published event to {wanted}, "
+                f"found {len(found)}\n{_lines('published', found)}"
+            )
+
+    def assert_nothing_published(self) -> None:
+        """Assert that no event was published.
+
+        Raises:
+            AssertionError: tells which ones were.
+        """
+        __tracebackhide__ = True
+        if self.published:
+            raise AssertionError(
+                f"expected no published event, found {len(self.published)}\n"
+                + _lines("published", self.published)
+            )
+
+    def assert_nothing_else_published(self) -> None:
+        """Assert that every published event was spoken of by an assertion before.
+
+        Raises:
+            AssertionError: tells which ones were not.
+        """
+        __tracebackhide__ = True
+        others = [event for event in self.published if id(event) not in self._spoken_of]
+        if others:
+            raise AssertionError(
+                f"expected nothing else, found {len(others)} more published event(s)\n"
+                + _lines("published, and no assertion has spoken of", others)
+            )
+
+    def assert_published_in_order(self, *targets: str) -> Matches:
+        """Assert that events to these targets or patterns were published one after the other.
+
+        Others may come in between.
+
+        Returns:
+            The events, one for each target.
+
+        Raises:
+            AssertionError: tells the order in which they were published.
+        """
+        __tracebackhide__ = True
+        for _ in self._looks():
+            published = self.published
+            found = _in_order(published, targets)
+            if len(found) == len(targets):
+                break
+        else:
+            after = f" after {found[-1].target!r}" if found else ""
+            order = ", ".join(repr(one.target) for one in published) or "nothing"
+            missing = targets[len(found)]
+            raise AssertionError(f"no event to {missing!r}{after}; published were {order}")
+        self._spoken_of.update(map(id, found))
+        return Matches(found)
+
+    def check_strict(self) -> None:
+        """At the end of the test: see that every published event was spoken of, if strict."""
+        __tracebackhide__ = True
+        if self.strict:
+            self.assert_nothing_else_published()
+
+    def _looks(self) -> Iterator[None]:
+        """Yield as often as an assertion may look for what it wants, at least once."""
+        yield
+
+    def _all(self) -> dict[str, tuple[Event, ...]]:
+        return {
+            "published": self.published,
+            "pending": self.pending,
+            "cleared": self.cleared,
+            "kept": self.kept,
+            "stored": self.stored,
+            "parked": self.parked,
+        }
+
+    def _assert(self, state: str, wanted: Wanted, times: int | None) -> Event | Matches:
+        __tracebackhide__ = True
+        for _ in self._looks():
+            states = self._all()
+            found = Matches(event for event in states[state] if wanted.accepts(event))
+            if found if times is None else len(found) == times:
+                break
+        else:
+            number = "at least 1" if times is None else str(times)
+            raise AssertionError(
+                f"expected {number} {state} event(s) to {wanted}, found {len(found)}\n"
+                + _there(states, state, wanted, found)
+            )
+        self._spoken_of.update(map(id, found))
+        return found[0] if len(found) == 1 else found
+
+
+_TOLD: dict[str, str] = {
+    "pending": "pending (not published yet)",
+    "cleared": "cleared (dropped)",
+    "kept": "kept (the broker was away)",
+    "stored": "stored (in a transaction)",
+    "parked": "parked (no queue was bound)",
+}
+
+
+def _wanted(target: str, payload: Any, criteria: Criteria) -> Wanted:
+    __tracebackhide__ = True
+    for name in criteria:
+        if name not in Criteria.__annotations__:
+            close = difflib.get_close_matches(name, [*Criteria.__annotations__, "times"], 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{name!r} is nothing that an event can be asked for{hint}")
+    return Wanted(target, payload, **criteria)
+
+
+def _in_order(events: Sequence[Event], targets: Sequence[str]) -> list[Event]:
+    """Return an event for each target, one after the other, as far as there are such."""
+    found: list[Event] = []
+    following = iter(events)
+    for target in targets:
+        wanted = Wanted(target)
+        event = next((one for one in following if wanted.accepts(one)), None)
+        if event is None:
+            break
+        found.append(event)
+    return found
+
+
+def _there(
+    states: Mapping[str, Sequence[Event]], asked: str, wanted: Wanted, found: Sequence[Event]
+) -> str:
+    """Tell what there is, the nearest to what was wanted first, and how it differs."""
+    order = [asked, *(state for state in states if state != asked)]
+    told = []
+    for state in order:
+        nearest = sorted(states[state], key=wanted.distance)
+        if nearest:
+            told.append(_lines(_TOLD.get(state, state), nearest))
+    others = [event for event in states[asked] if event not in found]
+    if others and not found:
+        difference = wanted.difference(min(others, key=wanted.distance))
+        if difference:
+            told.append(f"wanted (-) and nearest (+):\n{difference}")
+    return "\n".join(told) or "nothing was enqueued at all"
+
+
+def _lines(state: str, events: Sequence[Event]) -> str:
+    lines = [f"{state}:"]
+    for event in events[:_SHOWN]:
+        headers = f" headers {describe(dict(event.headers))}" if event.headers else ""
+        lines.append(f"  {event.target!r} {describe(payload_of(event))}{headers}")
+    if len(events) > _SHOWN:
+        lines.append(f"  and {len(events) - _SHOWN} more")
+    return "\n".join(lines)

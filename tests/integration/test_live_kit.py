@@ -1,0 +1,299 @@
+"""Live tests of an application: a broker of the test's own, real publishers, real workers."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+from outbox import (
+    InvalidEvent,
+    Publisher,
+    UsageError,
+    auto_publishing,
+    configure,
+    enqueue_event,
+    publish,
+)
+from outbox.consumers import Consumer, Reject, Requeue, Worker
+from outbox.testing import LiveEvents, live, recorded
+from outbox.testing.broker import PrivateBroker
+
+
+def place(number: int = 1, target: str = "order.placed", **options: Any) -> None:
+    with auto_publishing():
+        enqueue_event({"id": number}, target, **options)
+
+
+@pytest.fixture(params=["live_events", "embedded_events"])
+def events(request: pytest.FixtureRequest) -> LiveEvents:
+    """Both ways, one after the other."""
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, LiveEvents)
+    found.patience = 20.0  # on a busy machine
+    return found
+
+
+class Invoices(Consumer):
+    queue = "invoices"
+    topics = ("order.*",)
+
+    def process(self, event: Any) -> None:
+        if event.payload["id"] == 13:
+            raise ValueError("thirteen")
+        if event.payload["id"] == 14:
+            raise Reject("fourteen")
+        enqueue_event({"order": event.payload["id"]}, "invoice.sent")
+        publish()
+
+
+class Mails(Consumer):
+    queue = "mails"
+    topics = ("invoice.sent",)
+    auto_publish = True
+
+    def process(self, event: Any) -> None:
+        enqueue_event(event.payload, "mail.sent")
+
+
+def test_what_arrived_is_asserted_on(events: LiveEvents) -> None:
+    events.assert_nothing_published()
+    with auto_publishing():
+        enqueue_event({"id": 1}, "order.placed", key="k", headers={"tenant": "acme"}, priority=2)
+        events.assert_pending("order.placed")
+        enqueue_event({"id": 2}, "order.paid")
+    with pytest.raises(KeyError), auto_publishing():
+        enqueue_event({"id": 3}, "order.lost")
+        raise KeyError
+    event = events.assert_published(
+        "order.placed", {"id": 1}, headers={"tenant": "acme"}, key="k", priority=2, delay=None
+    )
+    assert event.occurred_at <= datetime.datetime.now(datetime.UTC)
+    events.assert_published_in_order("order.placed", "order.paid")
+    events.assert_cleared("order.lost")
+    events.assert_nothing_else_published()
+    assert repr(events) == "<LiveEvents 2 published, 1 cleared>"
+
+
+def test_consumers_process_until_quiet_what_was_published_before_and_after(
+    events: LiveEvents,
+) -> None:
+    place(1, key="k", headers={"tenant": "acme"})
+    first = events.deliver_all(Invoices)
+    assert [(one.event.target, one.event.key, one.acked) for one in first] == [
+        ("order.placed", "k", True)
+    ]
+    assert first[0].event.headers == {"tenant": "acme"}
+    assert [event.target for event in first[0].follow_ons] == ["invoice.sent"]
+    assert events.deliver_all(Invoices) == []
+    place(2)
+    rest = events.deliver_all(Invoices, Mails)
+    assert [one.consumer.queue for one in rest].count("mails") == 2
+    events.assert_published("mail.sent", times=2)
+    events.assert_published("invoice.sent", times=2)
+    assert events.deliver(Invoices, Mails) == []
+
+
+def test_a_handlers_error_is_raised_and_its_message_is_a_dead_letter(events: LiveEvents) -> None:
+    place(13)
+    with pytest.raises(ValueError, match="thirteen"):
+        events.deliver_all(Invoices)
+    letter = events.assert_published("invoices.dead", {"id": 13}, exchange="")
+    assert letter.headers["outbox-dead-reason"] == "ValueError: thirteen"
+    assert letter.headers["outbox-dead-target"] == "order.placed"
+    place(14)
+    [found] = events.deliver_all(Invoices, raise_errors=False)
+    assert found.dead
+    assert found.follow_ons == ()
+
+
+def test_a_message_that_is_given_back_is_delivered_again(events: LiveEvents) -> None:
+    times = 0
+
+    class Later(Consumer):
+        queue = "later"
+
+        def process(self, event: Any) -> None:
+            nonlocal times
+            times += 1
+            if times == 1:
+                raise Requeue
+
+    place(1, "later")
+    assert [one.acked for one in events.deliver_all(Later)] == [False, True]
+
+
+def test_a_loop_of_events_is_told(events: LiveEvents) -> None:
+    class Echo(Consumer):
+        queue = "echo"
+        auto_publish = True
+
+        def process(self, event: Any) -> None:
+            enqueue_event(event.payload, "echo")
+
+    place(1, "echo")
+    with pytest.raises(AssertionError, match=r"after 0\.5 s it is not quiet: 'echo' has settled"):
+        events.deliver_all(Echo, timeout=0.5)
+
+
+def test_one_consumer_performs_one_message(events: LiveEvents) -> None:
+    done = events.perform(Invoices, {"id": 5}, target="order.placed")
+    assert done.acked
+    assert done.event.target == "order.placed"
+    again = events.perform(Invoices, {"id": 5}, target="order.placed", id=done.event.id)
+    assert again.follow_ons[0].id == done.follow_ons[0].id
+    with pytest.raises(ValueError, match="thirteen"):
+        events.perform(Invoices, {"id": 13})
+
+
+def test_no_publisher_reaches_the_broker_that_its_url_names(events: LiveEvents) -> None:
+    configure("amqp://127.0.0.1:1/", exchange="mine")
+    place(1)
+    explicit = Publisher("amqp://127.0.0.1:2/", exchange="theirs")
+    with auto_publishing(publisher=explicit):
+        enqueue_event(2, "explicit")
+    explicit.close()
+    assert events.assert_published("order.placed").exchange == "mine"
+    assert events.assert_published("explicit").exchange == "theirs"
+
+
+def test_a_worker_of_the_applications_own_consumes_from_the_tests_broker(
+    events: LiveEvents,
+) -> None:
+    configure("amqp://127.0.0.1:1/")
+    assert events.deliver_all(Mails) == []  # from now on there is a queue
+    worker = Worker([Mails])
+    worker.start()
+    try:
+        place(1, "invoice.sent")
+        events.assert_published("mail.sent", {"id": 1})
+    finally:
+        worker.stop()
+
+
+def test_an_assertion_waits_for_what_a_thread_publishes(events: LiveEvents) -> None:
+    looking = threading.Event()
+
+    def work() -> None:
+        looking.wait(5)
+        place(1, "late")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    timer = threading.Timer(0.2, looking.set)
+    timer.start()
+    events.assert_published("late")
+    thread.join()
+    timer.join()
+
+
+def test_another_process_publishes_to_the_tests_broker(events: LiveEvents) -> None:
+    program = "from outbox import *\nwith auto_publishing():\n    enqueue_event(1, 'elsewhere')"
+    subprocess.run([sys.executable, "-c", program], env=events.environ, check=True, timeout=30)
+    events.assert_published("elsewhere", 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_publishes_to_the_tests_broker(events: LiveEvents) -> None:
+    place(1, "parent")
+    child = os.fork()
+    if not child:
+        status = 1
+        with contextlib.suppress(BaseException):
+            place(2, "child")
+            status = 0
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    events.assert_published("child", {"id": 2})
+    place(3, "parent")
+    events.assert_published("parent", times=2)
+
+
+def test_what_is_stored_is_published_after_its_commit(events: LiveEvents, tmp_path: Any) -> None:
+    from sqlalchemy import create_engine
+    from sqlalchemy.orm import Session
+
+    import outbox.sql
+
+    engine = create_engine(f"sqlite:///{tmp_path / 'application.db'}")
+    outbox.sql.metadata.create_all(engine)
+    with Session(engine) as session:
+        enqueue_event(1, "dropped", session=session)
+        session.rollback()
+        events.assert_cleared("dropped")
+        enqueue_event(2, "committed", session=session)
+        events.assert_stored("committed")
+        events.assert_nothing_published()
+        session.commit()
+    events.assert_published("committed", 2)
+    assert events.stored == ()
+    engine.dispose()
+
+
+def test_a_delayed_event_is_published_and_not_there_yet(embedded_events: LiveEvents) -> None:
+    configure("memory://")
+    place(1, delay=3600)
+    embedded_events.assert_published("order.placed", delay=3600)
+    assert embedded_events.deliver_all(Invoices) == []
+
+
+def test_a_delay_is_refused_as_rabbitmq_would(live_events: LiveEvents) -> None:
+    with pytest.raises(InvalidEvent, match="delay"):
+        place(1, delay=3600)
+
+
+def test_a_failed_assertion_shows_what_arrived(events: LiveEvents) -> None:
+    events.patience = 0
+    place(1)
+    with pytest.raises(AssertionError) as caught:
+        events.assert_published("order.placed", {"id": 2})
+    assert "expected at least 1 published event(s) to 'order.placed'" in str(caught.value)
+    assert '+     "id": 1' in str(caught.value)
+
+
+def test_recording_in_a_live_test_names_both_places(events: LiveEvents) -> None:
+    with pytest.raises(
+        UsageError, match=r"by the fixture \w+_events of .*both_places.*: me cannot"
+    ):
+        with recorded("me"):
+            pass
+
+
+def test_virtual_hosts_are_empty_and_never_the_same(outbox_broker: PrivateBroker) -> None:
+    found = [outbox_broker.empty_url() for _ in range(17)]
+    assert len(set(found)) == 17
+    for url in found:
+        outbox_broker.give_back(url)
+
+
+def test_the_next_test_sees_nothing_of_what_one_has_left(
+    outbox_broker: PrivateBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = auto_publishing()
+    with live(outbox_broker.empty_url(), "the first") as first:
+        place(13)
+        first.deliver_all(Invoices, raise_errors=False)
+        place(1)
+        place(2, "nobody", exchange="")
+        assert len(first.parked) == 1
+        left.__enter__()
+        enqueue_event(3, "left")
+    with live(outbox_broker.empty_url(), "the second") as second:
+        left.__exit__(None, None, None)
+        assert second.deliver_all(Invoices) == []
+        assert repr(second) == "<LiveEvents none>"
+    assert "when the test was over that their unit of work began in, the first" in caplog.text
+
+
+def test_live_tests_share_the_broker_of_the_session(
+    live_events: LiveEvents, outbox_broker: PrivateBroker
+) -> None:
+    assert live_events.url.startswith(outbox_broker.url)
+    assert live_events.url != outbox_broker.url
+    assert live_events.environ["OUTBOX_URL"] == live_events.url

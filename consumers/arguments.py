@@ -18,6 +18,8 @@ examples:
       run one consumer, sixteen messages at a time
   outbox-consume shop.consumers billing.consumers -Q invoices -Q thumbnails
       of all consumers of two modules, run those of two queues
+  outbox-consume shop.consumers -Q high,medium,low
+      all of high before any of medium, and all of medium before any of low
   outbox-consume shop.consumers --prefetch 1 -t 1 --shutdown-timeout 300
       one long message at a time, with five minutes to finish it at the end
   outbox-consume shop.consumers -p 4 --max-memory 300M --max-age 12h
@@ -66,8 +68,9 @@ def _add_consuming(group: argparse._ArgumentGroup) -> None:
         "-Q",
         "--queue",
         action="append",
-        metavar="QUEUE",
-        help="only the consumers of this queue; may be repeated",
+        metavar="QUEUE[,QUEUE]...",
+        help="only the consumers of these queues, all messages of each before any of the next; "
+        "repeated, the queues of one have no order towards those of another",
     )
     group.add_argument(
         "-t",

@@ -7,14 +7,14 @@ import datetime
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from outbox import InvalidEvent, UsageError
 from outbox.consumers.filters import Filters, filters_of
 from outbox.consumers.received import ReceivedEvent
 from outbox.consumers.retrying import RetryPolicy, seconds_of
 from outbox.event import check_name
-from outbox.subscription import QueueSpec
+from outbox.subscription import QueueSpec, QueueType
 
 __all__ = ["Consumer", "FunctionConsumer", "consumer"]
 
@@ -46,6 +46,12 @@ def _check(found: type[Consumer] | Consumer, what: str) -> None:
         except UsageError as error:
             raise UsageError(f"{what}: {name}: {error}") from None
 
+    highest = found.max_priority
+    if highest is not None and (type(highest) is not int or not 1 <= highest <= 255):
+        raise UsageError(f"{what}: max_priority is {highest!r}, not an int from 1 to 255")
+    if found.queue_type is not None and found.queue_type not in get_args(QueueType):
+        raise UsageError(f"{what}: queue_type is {found.queue_type!r}, not 'quorum' or 'classic'")
+
 
 _CALLBACKS = ("on_success", "on_failure", "on_timeout", "on_dead")
 
@@ -56,7 +62,7 @@ class Consumer:
     One instance serves all threads of a worker: ``process`` must be thread-safe.
 
     Attributes:
-        queue: the queue's name, 1 to 250 bytes in UTF-8. It is declared as a durable quorum queue.
+        queue: the queue's name, 1 to 250 bytes in UTF-8. It is declared durable.
         topics: patterns of targets that the queue is bound to, beside its own name: ``*`` stands
             for one word between dots, ``#`` for any number of words.
         exchange: the exchange it is bound to; None for the publisher's own.
@@ -72,6 +78,11 @@ class Consumer:
         filters: what :func:`before`, :func:`after` and :func:`around` have made, with the bases'.
         callbacks: which of the ``on_`` methods are overridden.
         is_async: whether ``process`` is a coroutine function.
+        max_priority: 1 to 255: messages are processed by their priority, higher ones first; those
+            above it count as it. On RabbitMQ the queue is then a classic one, not replicated; 10
+            is plenty there. None leaves priorities to the broker (``docs/consuming.md``).
+        queue_type: ``"quorum"`` or ``"classic"``; the default is quorum without ``max_priority``
+            and classic with it. Neither can be changed for a queue that is there.
     """
 
     queue: ClassVar[str] = ""
@@ -86,6 +97,8 @@ class Consumer:
     filters: ClassVar[Filters] = Filters()
     callbacks: ClassVar[frozenset[str]] = frozenset()
     is_async: ClassVar[bool] = False
+    max_priority: ClassVar[int | None] = None
+    queue_type: ClassVar[QueueType | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check what the class says.
@@ -150,7 +163,14 @@ class Consumer:
     def spec(self, exchange: str) -> QueueSpec:
         """Return what is to be declared, ``exchange`` being the publisher's."""
         bound_to = exchange if self.exchange is None else self.exchange
-        return QueueSpec(self.queue, tuple(self.topics), bound_to)
+        usual: QueueType = "quorum" if self.max_priority is None else "classic"
+        return QueueSpec(
+            self.queue,
+            tuple(self.topics),
+            bound_to,
+            max_priority=self.max_priority,
+            queue_type=self.queue_type or usual,
+        )
 
 
 class FunctionConsumer(Consumer):
@@ -187,6 +207,8 @@ def consumer(
     retry: RetryPolicy | None = None,
     timeout: float | datetime.timedelta | None = None,
     deduplicate: bool | datetime.timedelta = False,
+    max_priority: int | None = None,
+    queue_type: QueueType | None = None,
 ) -> Callable[[Callable[[ReceivedEvent], Any]], FunctionConsumer]:
     """Make a consumer of the function below; the arguments are :class:`Consumer`'s attributes.
 
@@ -204,6 +226,8 @@ def consumer(
             retry=retry,
             timeout=timeout,
             deduplicate=deduplicate,
+            max_priority=max_priority,
+            queue_type=queue_type,
         )
 
     return decorate

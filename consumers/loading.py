@@ -38,19 +38,31 @@ def load(names: Iterable[str]) -> list[Consumer]:
     return list(found.values())
 
 
-def selected(consumers: list[Consumer], queues: Sequence[str] | None) -> list[Consumer]:
-    """Return those of ``consumers`` whose queue is among ``queues``; all of them without any.
+def selected(
+    consumers: list[Consumer], groups: Sequence[str] | None
+) -> tuple[list[Consumer], dict[str, int]]:
+    """Return those of ``consumers`` that ``-Q`` asks for, and the ranks of their queues.
+
+    Args:
+        consumers: all that were loaded.
+        groups: queues, separated by commas where they have an order; None or nothing for all.
 
     Raises:
-        UsageError: no consumer has one of the queues.
+        UsageError: no consumer has one of the queues, or one is named at different places.
     """
-    if not queues:
-        return consumers
-    for queue in queues:
-        if all(consumer.queue != queue for consumer in consumers):
-            known = ", ".join(repr(consumer.queue) for consumer in consumers)
-            raise UsageError(f"no consumer has the queue {queue!r}; there are {known}")
-    return [consumer for consumer in consumers if consumer.queue in queues]
+    if not groups:
+        return consumers, {}
+    known = {one.queue for one in consumers}
+    ranks: dict[str, int] = {}
+    for group in groups:
+        names = [group] if group in known else [one.strip() for one in group.split(",")]
+        for rank, name in enumerate(names):
+            if name not in known:
+                told = ", ".join(map(repr, sorted(known)))
+                raise UsageError(f"no consumer has the queue {name!r}; there are {told}")
+            if ranks.setdefault(name, rank) != rank:
+                raise UsageError(f"-Q names the queue {name!r} twice, at different places")
+    return [one for one in consumers if one.queue in ranks], ranks
 
 
 def _of_module(module: ModuleType, attribute: str) -> list[type[Consumer] | FunctionConsumer]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from outbox import Event
-from outbox.headers import ATTEMPT, FIRST_FAILURE
+from outbox.headers import ATTEMPT, FIRST_FAILURE, is_brokers_own
 from outbox.ids import new_id
 from outbox.serializer import JSONSerializer, serializer_for
 from outbox.subscription import Delivery
@@ -28,7 +28,8 @@ class ReceivedEvent(Event):
 
     What the sender left out: ``id`` is then a new one each time the message is delivered, and
     ``occurred_at`` the time of receipt. ``headers`` are the sender's, without outbox's own; they
-    come from outside and may hold anything.
+    come from outside and may hold anything. What a broker has written about the message's way is
+    not among them.
 
     Attributes:
         queue: where it was consumed from.
@@ -70,7 +71,7 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         raise Undecodable(f"its body is not {content_type}: {error}") from error
     headers = delivery.headers or {}
     try:
-        senders = {name: _plain(value) for name, value in headers.items() if not _is_ours(name)}
+        senders = {name: _plain(value) for name, value in headers.items() if _is_senders(name)}
     except RecursionError:
         raise Undecodable("its headers are nested too deeply") from None
     key = headers.get("outbox-key")
@@ -117,8 +118,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _is_ours(name: Any) -> bool:
-    return isinstance(name, str) and name.startswith(_RESERVED)
+def _is_senders(name: Any) -> bool:
+    return not isinstance(name, str) or not (name.startswith(_RESERVED) or is_brokers_own(name))
 
 
 def occurred_at(headers: Mapping[str, Any], timestamp: Any) -> datetime.datetime:

@@ -45,7 +45,7 @@ def run(
     limits = limits_of(options)
     try:
         publisher = configure(options.url)
-        consumers = selected(load(options.consumers), options.queue)
+        consumers, ranks = selected(load(options.consumers), options.queue)
         worker = Worker(
             consumers,
             publisher=publisher,
@@ -53,6 +53,7 @@ def run(
             concurrency=options.concurrency,
             prefetch=options.prefetch,
             max_messages=limits.messages,
+            ranks=ranks,
         )
         recycling = Recycling(limits, time.monotonic())
         stop.begin()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import inspect
 import logging
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from outbox import Event, EventCollector, PublishReport
+from outbox.consumers.arrivals import OrderedArrivals
 from outbox.consumers.life import Step, Steps
 from outbox.consumers.outcome import ProcessTimeout
 from outbox.consumers.work import Work
@@ -54,6 +56,9 @@ class TaskEngine:
         self._concurrency = concurrency
         self._waiting: deque[Delivery] = deque()
         self._woken = False
+        found = work.make_arrivals()
+        self._ordered = found if isinstance(found, OrderedArrivals) else None
+        self._room = threading.Semaphore(concurrency)
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop  # made when it starts, as is what belongs to it
         self._stopping: asyncio.Event
@@ -95,9 +100,17 @@ class TaskEngine:
         self._context = contextvars.copy_context()
         self._thread.start()
         self._ready.wait()
+        if self._ordered is not None:
+            pump = threading.Thread(
+                target=self._pump, args=(self._ordered,), name="outbox-worker-pump", daemon=True
+            )
+            pump.start()
 
     def put(self, delivery: Delivery) -> None:
         """Have a message processed when there is room. Thread-safe."""
+        if self._ordered is not None:
+            self._ordered.put(delivery)
+            return
         self._waiting.append(delivery)
         if not self._woken:
             self._woken = True
@@ -108,6 +121,9 @@ class TaskEngine:
         self._deadline = deadline
         if self._ready.is_set():
             self._call(self._stopping.set)
+            if self._ordered is not None:
+                self._ordered.put(None)
+                self._room.release()  # if it waits for that
 
     def stop(self, deadline: float) -> bool:
         """Wait for the messages being processed, until ``deadline``; return whether all finished.
@@ -140,21 +156,33 @@ class TaskEngine:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CANCELLED)
 
+    def _pump(self, arrivals: OrderedArrivals) -> None:
+        """Take each message no earlier than there is room for it: a better one may come."""
+        while True:
+            self._room.acquire()
+            delivery = arrivals.get()
+            if delivery is None:
+                return
+            self._call(functools.partial(self._begin, delivery))
+
     def _dispatch(self) -> None:
         self._woken = False
-        while self._waiting and len(self._tasks) < self._concurrency and not self.is_stopping:
-            delivery = self._waiting.popleft()
-            if self.subscription.is_stale(delivery):
-                continue
-            if not self._shared.begins():
-                continue
-            self.has_worked = True
-            task = self._loop.create_task(self._handle(delivery), context=self._context.copy())
-            self._tasks.add(task)
-            task.add_done_callback(self._on_done)
+        while self._waiting and len(self._tasks) < self._concurrency:
+            self._begin(self._waiting.popleft())
+
+    def _begin(self, delivery: Delivery) -> None:
+        # What is not begun is given back when the subscription closes, or was already.
+        if self.is_stopping or self.subscription.is_stale(delivery) or not self._shared.begins():
+            self._room.release()
+            return
+        self.has_worked = True
+        task = self._loop.create_task(self._handle(delivery), context=self._context.copy())
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._room.release()
         self._shared.ends()
         if self._waiting:
             self._dispatch()

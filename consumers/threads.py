@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
@@ -54,7 +53,7 @@ class ThreadEngine:
         self.late = 0
         self._size = threads
         self._missing = 0  # places of late threads that nobody has taken
-        self._waiting: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
+        self._waiting = work.make_arrivals()
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
         self._stopping = threading.Event()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from outbox import Publisher
+from outbox.consumers.arrivals import Arrivals
 from outbox.consumers.consumer import Consumer
 from outbox.consumers.life import Inbox, Message
 from outbox.consumers.quota import Quota
@@ -26,6 +27,7 @@ class Work:
         quota: how many messages may be begun, or None for any number.
         on_used_up: called when the last message of the quota has ended.
         make_message: makes what is taken through its life.
+        make_arrivals: makes what holds messages until they begin, in the order of their queues.
     """
 
     consumers: Mapping[str, Consumer]
@@ -35,6 +37,7 @@ class Work:
     quota: Quota | None
     on_used_up: Callable[[], object]
     make_message: Callable[..., Message]
+    make_arrivals: Callable[[], Arrivals]
 
     def begins(self) -> bool:
         """Return whether one more message may be begun."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from outbox import Publisher, UsageError
 from outbox.configuration import default_publisher
+from outbox.consumers.arrivals import make_arrivals
 from outbox.consumers.consumer import Consumer
 from outbox.consumers.life import Inbox, Message, Services
 from outbox.consumers.quota import Quota
@@ -58,6 +60,7 @@ class Worker:
         concurrency: int = 100,
         prefetch: int | None = None,
         max_messages: int | None = None,
+        ranks: Mapping[str, int] | None = None,
         inbox: Inbox | None = None,
     ) -> None:
         """Make a worker; nothing is connected yet.
@@ -74,6 +77,8 @@ class Worker:
                 take long, so that other workers get their share.
             max_messages: how many messages are processed, 1 or more; then ``wait`` returns True,
                 and the worker is to be stopped. None for no limit.
+            ranks: of queues, from 0 on, which is that of all others: no message is begun while one
+                of a queue with a lower rank waits.
             inbox: remembers what consumers that ``deduplicate`` have done; the default is one in
                 the database ``OUTBOX_DATABASE_URL``, or in the file that is consumed from.
 
@@ -110,11 +115,12 @@ class Worker:
         self.prefetch = prefetch if max_messages is None else min(prefetch, max_messages)
         self.publisher = publisher or default_publisher()
         settings = self.publisher.settings
-        self._subscription = open_subscription(
-            settings,
-            [consumer.spec(settings.exchange) for consumer in self.consumers.values()],
-            self.prefetch,
-        )
+        specs = [
+            dataclasses.replace(one.spec(settings.exchange), rank=(ranks or {}).get(one.queue, 0))
+            for one in self.consumers.values()
+        ]
+        specs.sort(key=lambda spec: spec.rank)
+        self._subscription = open_subscription(settings, specs, self.prefetch)
         self._stopping = threading.Event()
         self._refused = ""
         deduplicating = [one for one in self.consumers.values() if one.deduplicate]
@@ -128,6 +134,7 @@ class Worker:
             quota=self._quota,
             on_used_up=self._stopping.set,
             make_message=self._make_message,
+            make_arrivals=lambda: make_arrivals(specs, self._subscription.out, self.prefetch),
         )
         self._threads = ThreadEngine(work, threads) if plain else None
         self._tasks = TaskEngine(work, concurrency) if asynchronous else None

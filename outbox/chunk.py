@@ -29,6 +29,7 @@ class Entry:
     Attributes:
         event: what is to be published.
         parked_as: what is published instead, since no queue would have the event itself, or None.
+        delayed_as: what is published instead, to come when the event's time has come, or None.
         chunk: the chunk it came in.
         frames: its encoded form, made in the caller's thread; empty where the transport needs none.
         fate: None until it is final.
@@ -37,11 +38,22 @@ class Entry:
         attempts: how often the broker has refused it for the time being.
     """
 
-    __slots__ = ("attempts", "chunk", "event", "fate", "frames", "kept", "parked_as", "reason")
+    __slots__ = (
+        "attempts",
+        "chunk",
+        "delayed_as",
+        "event",
+        "fate",
+        "frames",
+        "kept",
+        "parked_as",
+        "reason",
+    )
 
     def __init__(self, event: Event, chunk: Chunk, frames: bytes) -> None:
         self.event = event
         self.parked_as: Event | None = None
+        self.delayed_as: Event | None = None
         self.chunk = chunk
         self.frames = frames
         self.fate: Fate | None = None
@@ -52,7 +64,7 @@ class Entry:
     @property
     def sent_as(self) -> Event:
         """What the frames say."""
-        return self.parked_as or self.event
+        return self.parked_as or self.delayed_as or self.event
 
 
 class Chunk:

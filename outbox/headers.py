@@ -5,6 +5,8 @@ from __future__ import annotations
 __all__ = [
     "ATTEMPT",
     "FIRST_FAILURE",
+    "DELAY_EXCHANGE",
+    "DELAY_HEADERS",
     "FORMAT_VERSION",
     "HEADER_FORMAT",
     "HEADER_KEY",
@@ -23,6 +25,8 @@ ATTEMPT = "outbox-attempt"
 FIRST_FAILURE = "outbox-first-failed-at"
 ORIGIN_EXCHANGE = "outbox-origin-exchange"
 ORIGIN_TARGET = "outbox-origin-target"
+DELAY_HEADERS = "outbox-delay-"
+DELAY_EXCHANGE = "outbox-delay-exchange"
 
 # What the broker wrote about earlier stations of the message; sent back to it, some of it is
 # believed (RabbitMQ 4.0 release notes, x-death).

@@ -14,6 +14,7 @@ from typing import Any
 from outbox.event import Event
 from outbox.headers import (
     ATTEMPT,
+    DELAY_HEADERS,
     FIRST_FAILURE,
     ORIGIN_EXCHANGE,
     ORIGIN_TARGET,
@@ -70,6 +71,7 @@ def is_kept_on_replay(kind: Kind, name: str) -> bool:
     added = _ADDED.get(kind)
     return not (
         is_brokers_own(name)
+        or name.startswith(DELAY_HEADERS)
         or (added is not None and name.startswith(added))
         or (kind == "dead" and name in _OF_AN_ATTEMPT)
     )

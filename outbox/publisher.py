@@ -291,11 +291,17 @@ class Publisher:
         """
         if event.deliver_at is None:
             return
-        if not (self._own_transport().supports_delay and self._transport(observer).supports_delay):
-            raise InvalidEvent(
-                f"the event to {event.target!r} asks for a delay, "
-                "which this version of outbox cannot do over RabbitMQ"
-            )
+        for transport in (self._own_transport(), self._transport(observer)):
+            if not transport.supports_delay:
+                raise InvalidEvent(
+                    f"the event to {event.target!r} asks for a delay, which its transport cannot do"
+                )
+            longest = transport.longest_delay
+            if longest is not None and event.deliver_at - event.occurred_at > longest:
+                raise InvalidEvent(
+                    f"the event to {event.target!r} is to be delivered at {event.deliver_at}: "
+                    f"its transport holds none for longer than {longest.days} days"
+                )
 
     def make_ready(self, observer: Observer | None = None) -> None:
         """Begin to connect in the background, unless that has begun, and check that there is room.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from outbox.event import Event
 from outbox.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
@@ -12,11 +12,15 @@ from outbox.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCC
 __all__ = [
     "Delivery",
     "QueueSpec",
+    "QueueType",
     "Subscription",
     "as_delivered",
     "dead_letter_queue",
     "headers_on_the_wire",
 ]
+
+
+QueueType = Literal["quorum", "classic"]
 
 
 def dead_letter_queue(queue: str) -> str:
@@ -33,11 +37,18 @@ class QueueSpec:
         topics: patterns of targets it is bound to, beside its own name (``*`` stands for one
             word, ``#`` for any number of them).
         exchange: the exchange it is bound to.
+        max_priority: the highest priority that counts, 1 to 255; None where priorities are left to
+            the broker.
+        queue_type: ``quorum`` or ``classic``, where the broker has both.
+        rank: from 0 on; a message begins only when none of a queue of a lower rank waits.
     """
 
     name: str
     topics: tuple[str, ...]
     exchange: str
+    max_priority: int | None = None
+    queue_type: QueueType = "quorum"
+    rank: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -122,6 +133,10 @@ class Subscription(Protocol):
 
     def requeue(self, delivery: Delivery, delay: float) -> None:
         """Give ``delivery`` back to its queue, after ``delay`` seconds."""
+        ...
+
+    def out(self, queue: str) -> int:
+        """How many messages of ``queue`` were handed out and are not settled, about."""
         ...
 
     def is_stale(self, delivery: Delivery) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -20,6 +21,11 @@ class Transport(Protocol):
     """
 
     supports_delay: bool
+
+    @property
+    def longest_delay(self) -> datetime.timedelta | None:
+        """How far ahead ``deliver_at`` may be when an event is enqueued; None for any time."""
+        ...
 
     @property
     def connected(self) -> bool:

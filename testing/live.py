@@ -309,6 +309,7 @@ class _LiveTransport:
         self._broker = broker
         self._inner = inner
         self.supports_delay = inner.supports_delay
+        self.longest_delay = inner.longest_delay
 
     @property
     def connected(self) -> bool:

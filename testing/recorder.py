@@ -36,6 +36,7 @@ class Recorder:
 
     hands_over = False
     supports_delay = True
+    longest_delay = None
     on_own_thread = False
 
     def __init__(self, where: str = "a test") -> None:

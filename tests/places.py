@@ -14,7 +14,7 @@ from outbox.consumers import Consumer, Worker
 from outbox.parked import ParkedMessage, ParkedQueues
 from outbox.parking import PARKING_QUEUE
 from outbox.settings import SettingOverrides, Settings
-from outbox.subscription import Delivery, QueueSpec, Subscription, dead_letter_queue
+from outbox.subscription import Delivery, QueueSpec, QueueType, Subscription, dead_letter_queue
 from outbox.transports import open_parked_queues, open_subscription
 from tests.amqp import Inspector
 from tests.waiting import wait_until
@@ -157,13 +157,17 @@ def reading(
     *,
     prefetch: int = 1000,
     again: bool = False,
+    max_priority: int | None = None,
 ) -> Iterator[Reader]:
     """Consume from a queue bound to the place's exchange, made unless it is there (``again``)."""
     for one in (name, dead_letter_queue(name)):
         place.will_clean_up(one)
     declare = "never" if again else "create"
     settings = Settings.load(place.url, {"exchange": place.exchange, "declare": declare})
-    spec = QueueSpec(name, tuple(topics), place.exchange)
+    kind: QueueType = "quorum" if max_priority is None else "classic"
+    spec = QueueSpec(
+        name, tuple(topics), place.exchange, max_priority=max_priority, queue_type=kind
+    )
     reader = Reader(open_subscription(settings, [spec], prefetch))
     try:
         if not again:
@@ -220,7 +224,7 @@ def working(
         assert worker.stop(10)
 
 
-def made(place: Place, queue: str, *topics: str) -> str:
+def made(place: Place, queue: str, *topics: str, max_priority: int | None = None) -> str:
     """Make a consumer's queue with its dead letters, and nothing in them."""
-    with reading(place, queue, topics):
+    with reading(place, queue, topics, max_priority=max_priority):
         return queue

@@ -19,6 +19,7 @@ class MemoryTransport:
     """Confirms at once; remembers the last 100,000 events in ``published``. Thread-safe."""
 
     supports_delay = True
+    longest_delay = None
     connected = True
     kept: tuple[Event, ...] = ()
     kept_size = (0, 0)

@@ -198,12 +198,49 @@ def test_a_module_runs_all_its_consumers_and_queues_can_be_chosen(
     wait_for_consumer(inspector, name)
 
 
+def test_queues_in_one_option_are_emptied_one_after_the_other(
+    start: Start, inspector: Inspector, name: str, tmp_path: Path
+) -> None:
+    first, last = f"{name}.first", f"{name}.last"
+    (tmp_path / "ordered.py").write_text(
+        f"""
+from outbox.consumers import consumer
+
+def note(event):
+    with open("begun", "a") as file:
+        file.write(event.queue + "\\n")
+
+last = consumer("{last}", exchange="{name}")(note)
+first = consumer("{first}", exchange="{name}")(note)
+"""
+    )
+    for queue in (last, first):
+        inspector.clean_up(queue=queue)
+        inspector.clean_up(queue=f"{queue}.dead")
+    child = start("ordered")  # makes the queues
+    for queue in (last, first):
+        wait_for_consumer(inspector, queue)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(15) == exit_codes.SUCCESS
+    for queue in (last, first):
+        for _ in range(30):
+            inspector.publish(queue, b"1", properties=properties_of(delivery_mode=2))
+    start("ordered", "-Q", f"{first},{last}")
+    begun = tmp_path / "begun"
+    deadline = time.monotonic() + 20
+    while not begun.exists() or len(begun.read_text().split()) < 60:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert begun.read_text().split() == [first] * 30 + [last] * 30
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["no_such_module"], "there is no module 'no_such_module'"),
         (["work:Nobody"], "work:Nobody is no consumer"),
         (["work", "-Q", "nowhere"], "no consumer has the queue 'nowhere'"),
+        (["work", "-Q", "nowhere,elsewhere"], "no consumer has the queue 'nowhere'"),
         (["work", "--url", "amqp://u:hunter2/@h"], "cannot be taken apart"),
         (["work", "-t", "0"], "threads is 0"),
         (["work", "--prefetch", "0"], "prefetch is 0"),

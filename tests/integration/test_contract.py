@@ -148,6 +148,8 @@ def test_publishing_on_a_running_loop_is_refused_and_its_async_twin_works(
         ({"priority": 256}, "priority"),
         ({"unroutable": "drop"}, "unroutable"),
         ({"id": ""}, "id is empty"),
+        ({"delay": -1}, "delay=-1"),
+        ({"deliver_at": datetime.datetime(2030, 1, 1)}, "time zone"),
     ],
 )
 def test_what_cannot_be_carried_is_refused_in_the_callers_line(
@@ -319,6 +321,44 @@ def test_what_is_given_back_comes_again(place: Place, publisher: Publisher, name
     )
 
 
+def test_delayed_events_of_a_chunk_come_when_their_time_has_come_and_never_before(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    with reading(place, name, ["a.*"]) as reader:
+        [later] = events_for(publisher, ["a.b"], headers=HEADERS, key="k", priority=2, delay=2)
+        [now] = events_for(publisher, ["a.b"])
+        moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=0.5)
+        [sooner] = events_for(publisher, [name], exchange="", deliver_at=moment)
+        assert publisher.publish([later, now, sooner]).published == (later, now, sooner)
+        for expected in (now, sooner, later):
+            [found] = reader.get()
+            at = datetime.datetime.now(datetime.UTC)
+            assert found.message_id == expected.id
+            if expected.deliver_at is not None:
+                late = at - expected.deliver_at
+                # Over RabbitMQ within a second after it was rounded up to whole seconds.
+                assert datetime.timedelta(milliseconds=-2) <= late < datetime.timedelta(seconds=2)
+    assert (found.exchange, found.target, found.priority) == (place.exchange, "a.b", 2)
+    assert {one: (found.headers or {})[one] for one in HEADERS} == HEADERS
+    assert not any(one.startswith("outbox-delay") for one in found.headers or {})
+
+
+def test_a_consumer_sees_nothing_of_the_delay(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    seen: list[ReceivedEvent] = []
+    handler = consumer(made(place, name, "order.#"), topics=["order.#"])(seen.append)
+    with working(publisher, handler):
+        [sent] = events_for(publisher, ["order.placed"], headers=HEADERS, key="k", delay=1)
+        publisher.publish([sent])
+        wait_until(lambda: seen)
+    [event] = seen
+    for field in ("id", "target", "exchange", "body", "content_type", "key", "priority"):
+        assert getattr(event, field) == getattr(sent, field)
+    assert (event.headers, event.occurred_at) == (HEADERS, sent.occurred_at)
+    assert (event.attempt, event.redelivered) == (1, False)
+
+
 def test_no_more_than_the_prefetch_is_out_at_a_time(
     place: Place, publisher: Publisher, name: str
 ) -> None:
@@ -488,6 +528,104 @@ def test_what_was_handed_in_is_published_before_close_returns(
         publisher.submit([event])
     assert publisher.close() == ()
     assert place.count(name) == 500
+
+
+# ------------------------------------------------------------------------------ priorities
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 50), (4, 50), (2, 1)])
+def test_all_messages_of_a_queue_begin_before_any_of_the_next(
+    place: Place, publisher: Publisher, name: str, threads: int, prefetch: int
+) -> None:
+    begun: list[str] = []
+    queues = [made(place, f"{name}-{rank}") for rank in ("high", "medium", "low")]
+    count = 20 if prefetch == 1 else 150
+    for queue in reversed(queues):
+        publisher.publish(events_for(publisher, [queue] * count)).raise_for_failure()
+    consumers = [
+        consumer(queue)(lambda event: begun.append(event.queue)) for queue in sorted(queues)
+    ]
+    ranks = {queue: rank for rank, queue in enumerate(queues)}
+    with working(publisher, *consumers, threads=threads, prefetch=prefetch, ranks=ranks):
+        wait_until(lambda: len(begun) == 3 * count, 30)
+    assert begun == [queue for queue in queues for _ in range(count)]
+
+
+def test_what_comes_later_to_a_queue_before_begins_before_what_already_waits_in_the_worker(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    begun: list[str] = []
+    go_on = threading.Event()
+    high, low = made(place, f"{name}-high"), made(place, f"{name}-low")
+
+    def act(event: ReceivedEvent) -> None:
+        begun.append(event.queue)
+        assert go_on.wait(20)
+
+    consumers = [consumer(high)(act), consumer(low)(act)]
+    with working(publisher, *consumers, threads=1, ranks={high: 0, low: 1}):
+        publisher.publish(events_for(publisher, [low] * 30))
+        wait_until(lambda: begun and not place.count(low))
+        publisher.publish(events_for(publisher, [high] * 30))
+        wait_until(lambda: not place.count(high))
+        go_on.set()
+        wait_until(lambda: len(begun) == 60)
+    assert begun == [low] + [high] * 30 + [low] * 29
+
+
+def test_a_queue_that_trickles_holds_up_none_behind_it(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    begun: list[str] = []
+    never = threading.Event()
+    high, low = made(place, f"{name}-high"), made(place, f"{name}-low")
+
+    @consumer(high)
+    def on_high(event: ReceivedEvent) -> None:
+        publisher.publish(events_for(publisher, [high]), timeout=0.0)
+        begun.append(event.queue)
+        never.wait(0.02)
+
+    @consumer(low)
+    def on_low(event: ReceivedEvent) -> None:
+        begun.append(event.queue)
+
+    publisher.publish(events_for(publisher, [low] * 20))
+    publisher.publish(events_for(publisher, [high]))
+    with working(publisher, on_high, on_low, threads=2, ranks={high: 0, low: 1}):
+        wait_until(lambda: begun.count(low) == 20)
+
+
+def test_the_queue_hands_out_the_higher_priority_first(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    made(place, name, max_priority=10)
+    events = [events_for(publisher, [name], priority=one)[0] for one in (None, 5, 0, 255, 5)]
+    assert publisher.publish(events).ok
+    wait_until(lambda: place.count(name) == 5)
+    with reading(place, name, again=True, prefetch=1, max_priority=10) as reader:
+        order = [reader.get()[0].message_id for _ in events]
+    assert order == [events[n].id for n in (3, 1, 4, 0, 2)]
+
+
+def test_the_higher_priority_begins_before_what_already_waits_in_the_worker(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    begun: list[int | None] = []
+    go_on = threading.Event()
+
+    @consumer(made(place, name, max_priority=10), max_priority=10)
+    def act(event: ReceivedEvent) -> None:
+        begun.append(event.priority)
+        assert go_on.wait(20)
+
+    with working(publisher, act, threads=1):
+        for priority in (4, 1, None, 9, 5, 9):
+            publisher.publish(events_for(publisher, [name], priority=priority))
+            wait_until(lambda: begun and not place.count(name))
+        go_on.set()
+        wait_until(lambda: len(begun) == 6)
+    assert begun == [4, 9, 9, 5, 1, None]
 
 
 # ---------------------------------------------------------------------- what waits for a person

@@ -381,6 +381,7 @@ class SlowTransport:
     """Confirms when it is told to."""
 
     supports_delay = True
+    longest_delay = None
     connected = True
     kept = ()
     kept_size = (0, 0)

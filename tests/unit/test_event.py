@@ -175,10 +175,11 @@ def test_an_option_that_cannot_be_kept_is_refused(
     assert collector.events == ()
 
 
-def test_rabbitmq_events_cannot_be_delayed_in_this_version() -> None:
+def test_a_delay_that_its_transport_cannot_keep_is_refused() -> None:
     collector = EventCollector(publisher=Publisher("amqp://127.0.0.1:1/"))
-    with pytest.raises(InvalidEvent, match="cannot do over RabbitMQ"):
-        collector.enqueue_event({}, "x", delay=1)
+    with pytest.raises(InvalidEvent, match="its transport holds none for longer than 3106 days"):
+        collector.enqueue_event({}, "x", delay=datetime.timedelta(days=3107))
+    assert collector.events == ()
 
 
 def test_headers_are_copied_in_types_that_every_transport_writes_alike(

@@ -19,8 +19,9 @@ from outbox.errors import BrokerError, ConnectionLost
 from outbox.parking import restore_origin
 from outbox.settings import Settings
 from outbox.subscription import Delivery, QueueSpec
-from outbox.transports.rabbitmq import topology, wire
+from outbox.transports.rabbitmq import ladder, topology, wire
 from outbox.transports.rabbitmq.acks import Acks
+from outbox.transports.rabbitmq.delays import restore_delayed
 from outbox.transports.rabbitmq.failures import told
 from outbox.transports.rabbitmq.link import Link
 from outbox.transports.rabbitmq.parameters import connection_parameters
@@ -56,6 +57,7 @@ class RabbitMQSubscription:
         self._channel: pika.channel.Channel | None = None
         self._generation = 0
         self._acks = Acks()
+        self._out = dict.fromkeys((spec.name for spec in queues), 0)
         self._done: deque[Delivery] = deque()
         self._woken = False
         self._cancelled = threading.Event()
@@ -80,6 +82,10 @@ class RabbitMQSubscription:
     def requeue(self, delivery: Delivery, delay: float) -> None:
         """Have ``delivery`` rejected with requeue in ``delay`` seconds."""
         self._link.call(lambda: self._link.later(delay, lambda: self._reject(delivery)))
+
+    def out(self, queue: str) -> int:
+        """How many messages of ``queue`` have come over the channel and were not settled on it."""
+        return self._out[queue]
 
     def is_stale(self, delivery: Delivery) -> bool:
         """Whether the channel of ``delivery`` is gone."""
@@ -116,6 +122,11 @@ class RabbitMQSubscription:
     def _begin(self) -> None:
         self._attempt += 1
         if self._connection is not None and self._connection.is_open and not self._cancelling:
+            for spec in self._queues:
+                obstacle = topology.obstacle(spec, self._connection.version)
+                if obstacle is not None:
+                    self._cannot_consume(obstacle)
+                    return
             declared = functools.partial(self._on_declared, self._attempt)
             topology.declare(self._connection, self._steps(), declared)
 
@@ -126,6 +137,7 @@ class RabbitMQSubscription:
             steps += topology.exchange(exchange, mode)
         for spec in self._queues:
             steps += topology.queue(spec, mode)
+            steps += ladder.way_to_queue(spec.name, mode)
         return steps
 
     def _declare_again(self) -> None:
@@ -170,6 +182,7 @@ class RabbitMQSubscription:
     def _consume(self, channel: pika.channel.Channel) -> None:
         self._generation += 1
         self._acks = Acks()
+        self._out = dict.fromkeys(self._out, 0)
         self._channel = channel
         queues: dict[bytes, str] = {}
         for spec in self._queues:
@@ -220,8 +233,10 @@ class RabbitMQSubscription:
         return receive
 
     def _hand_out(self, delivery: Delivery) -> None:
-        """Deliver a message; what was replayed to this one queue tells where it was published."""
+        """Deliver a message, as one of the exchange that it was published to at first."""
+        restore_delayed(delivery)
         restore_origin(delivery)
+        self._out[delivery.queue] += 1
         self._deliver(delivery)
 
     def _on_cancelled_by_broker(self, channel: pika.channel.Channel) -> None:
@@ -258,6 +273,7 @@ class RabbitMQSubscription:
             delivery = self._done.popleft()
             if not self.is_stale(delivery):
                 tags.append(delivery.tag)
+                self._out[delivery.queue] -= 1
         if tags and self._channel is not None and self._channel.is_open:
             for tag, multiple in self._acks.done(tags):
                 self._channel.basic_ack(tag, multiple)
@@ -267,6 +283,7 @@ class RabbitMQSubscription:
         if channel is None or not channel.is_open or self.is_stale(delivery):
             return
         if self._acks.settle(delivery.tag):
+            self._out[delivery.queue] -= 1
             # Not nack: RabbitMQ 4.3 does not count those against a quorum queue's delivery limit.
             channel.basic_reject(delivery.tag, requeue=True)
 

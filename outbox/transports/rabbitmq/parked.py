@@ -5,13 +5,14 @@ No I/O: bytes in, bytes out. ``docs/wire-format.md`` lists the headers.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import Any
 
 from outbox.event import Event
-from outbox.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET
+from outbox.headers import DELAY_EXCHANGE, ORIGIN_EXCHANGE, ORIGIN_TARGET
 from outbox.parked import Address, ParkedMessage
-from outbox.parking import is_kept_on_replay, origin_of, told_of
+from outbox.parking import PARKING_QUEUE, is_kept_on_replay, origin_of, told_of
 from outbox.transports.rabbitmq.header import ContentHeader
 from outbox.transports.rabbitmq.wire import UNREADABLE
 
@@ -52,7 +53,11 @@ def read(
 ) -> HeldMessage:
     """Return the message that was found in ``queue``."""
     header_or_empty = header or ContentHeader()
-    told = told_of(queue, header_or_empty.header) or _dead_by_broker(header_or_empty)
+    told = (
+        told_of(queue, header_or_empty.header)
+        or _lost_on_the_ladder(queue, header_or_empty)
+        or _dead_by_broker(header_or_empty)
+    )
     returns = header_or_empty.header("x-delivery-count")
     return HeldMessage(
         queue=queue,
@@ -111,6 +116,24 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Replayed | s
     )
 
 
+def _lost_on_the_ladder(queue: str, header: ContentHeader) -> dict[str, Any] | None:
+    """Return what is known of a delayed event that the broker has parked by itself."""
+    exchange, target = header.header(DELAY_EXCHANGE), header.text("type")
+    if queue != PARKING_QUEUE or not isinstance(exchange, str) or target is None:
+        return None
+    at: datetime.datetime | None = None
+    match header.header("x-death"):
+        case [{"time": datetime.datetime() as died_at}, *_]:
+            at = died_at
+    return {
+        "kind": "parked",
+        "origin": Address(exchange, target),
+        "reason": "when its time came there was no such queue",
+        "at": None if at is None else at.isoformat(),
+        "attempts": None,
+    }
+
+
 def _dead_by_broker(header: ContentHeader) -> dict[str, Any] | None:
     """Return what RabbitMQ's own header tells; its newest entry is the first (DLX guide)."""
     match header.header("x-death"):
@@ -122,7 +145,9 @@ def _dead_by_broker(header: ContentHeader) -> dict[str, Any] | None:
     origin = origin_of(header.header)
     match death.get("routing-keys"):
         case [str(target), *_] if origin is None and isinstance(exchange, str):
-            origin = Address(exchange, target)
+            # What was delayed came to its queue by way of the ladder.
+            delayed_to = header.header(DELAY_EXCHANGE)
+            origin = Address(delayed_to if isinstance(delayed_to, str) else exchange, target)
     count = death.get("count")
     return {
         "kind": "dead",

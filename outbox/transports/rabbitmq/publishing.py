@@ -24,6 +24,8 @@ from outbox.spread import Spread, call_hook
 from outbox.stats import Tally
 from outbox.transports.rabbitmq import topology, wire
 from outbox.transports.rabbitmq.confirms import Confirms
+from outbox.transports.rabbitmq.delaying import Delaying
+from outbox.transports.rabbitmq.delays import LONGEST_DELAY
 from outbox.transports.rabbitmq.failures import one_line, told
 from outbox.transports.rabbitmq.framing import PUBLISH_CHANNEL, Encoder
 from outbox.transports.rabbitmq.link import Link
@@ -53,7 +55,8 @@ class RabbitMQTransport:
     as do the methods below the line.
     """
 
-    supports_delay = False
+    supports_delay = True
+    longest_delay = LONGEST_DELAY
 
     def __init__(
         self, url: BrokerURL, settings: Settings, spread: Spread, encoder: Encoder | None = None
@@ -77,6 +80,9 @@ class RabbitMQTransport:
         self._accused: Entry | None = None  # was alone when the channel was closed
         self._homeless: list[Entry] = []
         self._making_parking_queue = False
+        self._delays = Delaying(
+            self._encoder, settings.declare, self._on_way_made, self._on_no_way, self._keep_apart
+        )
 
     @property
     def connected(self) -> bool:
@@ -155,6 +161,7 @@ class RabbitMQTransport:
     def opened(self, connection: wire.Connection) -> None:
         """Declare the exchange, then open the channel."""
         self._connection = connection
+        self._delays.opened(connection)
         connection.add_on_connection_blocked_callback(self._on_blocked)
         connection.add_on_connection_unblocked_callback(self._on_unblocked)
         steps = topology.exchange(self._settings.exchange, self._settings.declare)
@@ -169,7 +176,8 @@ class RabbitMQTransport:
         self._watched_since = None
         self._making_parking_queue = False
         homeless, self._homeless = self._homeless, []
-        self._spread(self._backlog.down([*homeless, *self._confirms.clear()], error))
+        grounded = self._delays.closed()
+        self._spread(self._backlog.down([*homeless, *self._confirms.clear(), *grounded], error))
         if was_connected:
             call_hook(self._settings.on_disconnected, error)
 
@@ -262,11 +270,14 @@ class RabbitMQTransport:
             entries = self._backlog.take(min(room, _WRITE_EVENTS), _WRITE_BYTES)
             if not entries:
                 break
+            entries = self._delays.sendable(entries)
             if unsendable := [entry for entry in entries if not entry.frames]:
                 entries = [entry for entry in entries if entry.frames]
                 limit = self._encoder.frame_max
                 why = f"its headers do not fit into one frame of the broker's {limit} bytes"
                 self._spread(self._backlog.settle(unsendable, Fate.REJECTED, why))
+            if not entries:
+                continue
             self._confirms.sent(entries)
             wire.publish(self._channel, entries, self._encoder.properties)
         if len(self._confirms) and self._watched_since is None:
@@ -349,10 +360,13 @@ class RabbitMQTransport:
     def _settle_unroutable(self, unroutable: Sequence[tuple[Entry, str]]) -> None:
         by_fate: dict[tuple[Fate, str], list[Entry]] = {}
         to_park: list[Entry] = []
+        again: list[Entry] = []
         for entry, reason in unroutable:
             policy = entry.event.unroutable or self._settings.unroutable
             if entry.parked_as is not None:
                 self._homeless.append(entry)
+            elif self._delays.may_be_mended(entry):
+                again.append(entry)
             elif policy == "park":
                 entry.parked_as = parked(entry.event, reason)
                 entry.frames = self._encoder.encode(entry.parked_as)
@@ -363,10 +377,33 @@ class RabbitMQTransport:
         for (fate, reason), entries in by_fate.items():
             self._spread(self._backlog.settle(entries, fate, reason))
         self._backlog.put_behind(to_park)  # group by group they keep their order
+        self._send_again(again)
         if self._homeless and not self._making_parking_queue and self._connection is not None:
             self._making_parking_queue = True
             steps = topology.parking_queue(PARKING_QUEUE, self._settings.declare)
             topology.declare(self._connection, steps, self._on_parking_queue)
+
+    def _send_again(self, entries: Sequence[Entry]) -> None:
+        """Send again what came back from the ladder of delays: at once, but only once at once."""
+        at_once = [entry for entry in entries if not entry.attempts]
+        for entry in at_once:
+            entry.attempts = 1
+        self._backlog.requeue(at_once)
+        if len(at_once) < len(entries):
+            refused = Nacked("delayed events come back: parts of the ladder are missing")
+            self._keep_apart([entry for entry in entries if entry not in set(at_once)], refused)
+
+    def _on_way_made(self, entries: Sequence[Entry]) -> None:
+        """Send delayed events, whose way is there now."""
+        self._backlog.requeue(entries)
+        self._pump()
+
+    def _on_no_way(self, entries: Sequence[Entry], reason: str) -> None:
+        """Deal with delayed events to what the broker does not have."""
+        for entry in entries:
+            entry.delayed_as = None
+        self._settle_unroutable([(entry, reason) for entry in entries])
+        self._pump()
 
     def _on_parking_queue(self, refused: str | None) -> None:
         """Send again what came back even from the parking queue, which should be there now."""

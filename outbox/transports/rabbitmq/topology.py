@@ -17,7 +17,19 @@ from outbox.settings import Declare
 from outbox.subscription import QueueSpec, dead_letter_queue
 from outbox.transports.rabbitmq.failures import one_line
 
-__all__ = ["Step", "declare", "exchange", "parking_queue", "queue"]
+__all__ = [
+    "Step",
+    "declare",
+    "durable_queue",
+    "exchange",
+    "obstacle",
+    "parking_queue",
+    "queue",
+]
+
+_QUORUM_HAS_TWO_PRIORITIES = (4, 0)
+_QUORUM_HAS_PRIORITIES = (4, 3)
+_HIGHEST_OF_QUORUM = 31
 
 Step = Callable[[pika.channel.Channel, Callable[[Any], None]], None]
 """Makes one declaration on a channel and has the callback called with the broker's answer."""
@@ -40,34 +52,63 @@ def exchange(name: str, mode: Declare) -> list[Step]:
 def queue(spec: QueueSpec, mode: Declare) -> list[Step]:
     """Return the steps that declare a consumer's queue, its dead-letter queue and its bindings.
 
-    Both are durable quorum queues (``docs/decisions/0003-queue-arguments.md`` says why, and why
-    their arguments must never change).
+    Both are durable, and quorum queues unless the consumer's is to have priorities
+    (``docs/decisions/0003-queue-arguments.md`` says why, and why their arguments must never change;
+    ``0007-priorities.md`` tells of the others).
     """
     if mode == "never":
         return []
     dead = dead_letter_queue(spec.name)
-    arguments = {
-        "x-queue-type": "quorum",
+    arguments: dict[str, Any] = {
+        "x-queue-type": spec.queue_type,
         "x-dead-letter-exchange": "",
         "x-dead-letter-routing-key": dead,
-        "x-dead-letter-strategy": "at-least-once",
         "x-overflow": "reject-publish",
     }
-
-    def declared(name: str, arguments: dict[str, str]) -> Step:
-        return lambda channel, done: channel.queue_declare(
-            name, passive=mode == "passive", durable=True, arguments=arguments, callback=done
-        )
+    if spec.queue_type == "quorum":
+        arguments["x-dead-letter-strategy"] = "at-least-once"
+    elif spec.max_priority is not None:
+        arguments["x-max-priority"] = spec.max_priority
 
     def bound(topic: str) -> Step:
         return lambda channel, done: channel.queue_bind(
             spec.name, spec.exchange, topic, callback=done
         )
 
-    steps = [declared(dead, {"x-queue-type": "quorum"}), declared(spec.name, arguments)]
+    passive = mode == "passive"
+    steps = [
+        durable_queue(dead, {"x-queue-type": "quorum"}, passive=passive),
+        durable_queue(spec.name, arguments, passive=passive),
+    ]
     if mode == "create" and spec.exchange:
         steps += [bound(topic) for topic in dict.fromkeys((spec.name, *spec.topics))]
     return steps
+
+
+def obstacle(spec: QueueSpec, version: tuple[int, ...]) -> str | None:
+    """Return why a broker cannot give a queue its priorities, or None if it can, or may.
+
+    Asked for where the broker would give the messages in another order and say nothing.
+
+    Args:
+        spec: the queue.
+        version: the broker's major and minor version; empty where it does not tell.
+    """
+    if spec.max_priority is None or spec.queue_type == "classic" or not version:
+        return None
+    told = f"the queue {spec.name!r} is to be a quorum queue with priorities up to "
+    told += f"{spec.max_priority}, and in RabbitMQ {'.'.join(map(str, version))} "
+    advice = "leave queue_type out for a classic queue, which has them"
+    if version < _QUORUM_HAS_TWO_PRIORITIES:
+        return f"{told}these have no priorities; {advice}"
+    if version < _QUORUM_HAS_PRIORITIES:
+        return (
+            f"{told}these have two, up to 4 and above, and deliver them in turns; leave "
+            f"max_priority out if that will do, or {advice}"
+        )
+    if spec.max_priority > _HIGHEST_OF_QUORUM:
+        return f"{told}these have priorities up to {_HIGHEST_OF_QUORUM}; {advice}"
+    return None
 
 
 def parking_queue(name: str, mode: Declare) -> list[Step]:
@@ -77,11 +118,14 @@ def parking_queue(name: str, mode: Declare) -> list[Step]:
     """
     if mode != "create":
         return []
-    return [
-        lambda channel, done: channel.queue_declare(
-            name, durable=True, arguments={"x-queue-type": "quorum"}, callback=done
-        )
-    ]
+    return [durable_queue(name, {"x-queue-type": "quorum"})]
+
+
+def durable_queue(name: str, arguments: dict[str, Any], *, passive: bool = False) -> Step:
+    """Return the step that declares a durable queue."""
+    return lambda channel, done: channel.queue_declare(
+        name, passive=passive, durable=True, arguments=arguments, callback=done
+    )
 
 
 def declare(

@@ -128,6 +128,11 @@ class Connection(pika.SelectConnection):
         self._queues = queues
         self._on_delivery = on_delivery
 
+    @property
+    def version(self) -> tuple[int, ...]:
+        """The broker's major and minor version, or nothing where it does not tell."""
+        return _version_of(self)
+
     def read_all_with_pika(self) -> None:
         """Read nothing here any more."""
         self._swift_channel = 0
@@ -215,9 +220,7 @@ class BlockingConnection(pika.BlockingConnection):
     @property
     def version(self) -> tuple[int, ...]:
         """The broker's major and minor version, or nothing where it does not tell."""
-        found = (self._impl.server_properties or {}).get("version", "")
-        numbers = re.match(r"(\d+)\.(\d+)", found) if isinstance(found, str) else None
-        return tuple(map(int, numbers.groups())) if numbers else ()
+        return _version_of(self._impl)
 
     def abandon(self) -> None:
         """End it at once, whatever an interrupted call has left it in."""
@@ -236,6 +239,12 @@ class _VerbatimConnection(Connection):
             payload = self._frame_buffer[_FRAME_START.size : end - 1]
             setattr(frame.properties, _PAYLOAD, payload)
         return end, frame
+
+
+def _version_of(connection: Any) -> tuple[int, ...]:
+    found = (connection.server_properties or {}).get("version", "")
+    numbers = re.match(r"(\d+)\.(\d+)", found) if isinstance(found, str) else None
+    return tuple(map(int, numbers.groups())) if numbers else ()
 
 
 def content_header(properties: pika.BasicProperties) -> bytes:

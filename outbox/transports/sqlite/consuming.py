@@ -104,6 +104,10 @@ class SQLiteSubscription:
         self._done.append(_Done(delivery.tag, delay))
         self._wake.set()
 
+    def out(self, queue: str) -> int:
+        """How many leases there are on rows of ``queue``."""
+        return self._leases.held(queue)
+
     def is_stale(self, delivery: Delivery) -> bool:
         """Whether the lease of ``delivery`` was lost."""
         return delivery.tag not in self._leases

@@ -60,6 +60,10 @@ class Leases:
             if row is not None:
                 self._of_queue[row.queue] -= 1
 
+    def held(self, queue: str) -> int:
+        """Return how many rows of ``queue`` are held."""
+        return self._of_queue[queue]
+
     def free(self, queue: str) -> int:
         """Return how many rows of ``queue`` may be taken now."""
         return self._prefetch - self._of_queue[queue]

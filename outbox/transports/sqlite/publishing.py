@@ -46,6 +46,7 @@ class SQLiteTransport:
     """
 
     supports_delay = True
+    longest_delay = None
 
     def __init__(self, url: BrokerURL, settings: Settings, spread: Spread) -> None:
         """See that the file can be made; nothing is connected yet.

@@ -1,0 +1,198 @@
+"""The ladder that delayed events descend: what it consists of, and which of it is there. No I/O.
+
+Every part is made when it is first needed, by the link that publishes. ``docs/wire-format.md``
+lists the names and arguments, which are the same for ever: RabbitMQ refuses to declare a queue or
+an exchange again with others (406).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from outbox.headers import DELAY_EXCHANGE
+from outbox.parking import PARKING_QUEUE
+from outbox.settings import Declare
+from outbox.transports.rabbitmq import topology
+from outbox.transports.rabbitmq.delays import bit_header, level, levels_of
+from outbox.transports.rabbitmq.topology import Step
+
+__all__ = ["PREFIX", "Ladder", "Part", "steps_of", "way_of", "way_to_queue"]
+
+PREFIX = "outbox.delay."
+"""Of all names."""
+
+DUE = f"{PREFIX}due"
+"""Below level 0: a headers exchange that looks at the header with the event's own exchange."""
+
+QUEUES = f"{PREFIX}queues"
+"""In the place of the default exchange, to which nothing can be bound."""
+
+LOST = f"{PREFIX}lost"
+"""Where the two above send what they have no binding for: to the parking queue."""
+
+SINK = f"{PREFIX}sink"
+"""Gets a copy of all that goes to an exchange, and drops it. See decision 6."""
+
+_FRESH = 60.0  # seconds
+_DESTINATIONS = 10_000
+
+
+class Part(NamedTuple):
+    """A part of the ladder.
+
+    Attributes:
+        kind: ``base``, ``level``, ``queue`` (of a level), or a destination: ``to exchange``,
+            ``to queue``.
+        name: of the destination.
+        number: of the level.
+    """
+
+    kind: str
+    name: str = ""
+    number: int = 0
+
+    @property
+    def is_destination(self) -> bool:
+        """Whether it leads to what is not outbox's own, and may not exist."""
+        return self.kind in ("to exchange", "to queue")
+
+
+def way_of(exchange: str, target: str, seconds: int) -> list[Part]:
+    """Return the parts that an event needs, those first that others build on."""
+    return [
+        Part("base"),
+        *(Part("level", number=number) for number in range(seconds.bit_length())),
+        *(Part("queue", number=number) for number in levels_of(seconds)),
+        Part("to exchange", exchange) if exchange else Part("to queue", target),
+    ]
+
+
+class Ladder:
+    """What is there of the ladder, as far as one connection knows. For one thread."""
+
+    def __init__(self) -> None:
+        self._there: dict[Part, None] = {}  # in the order in which they were made
+        self._looked_at = 0.0
+
+    def lacks(self, way: Iterable[Part]) -> list[Part]:
+        """Return those of the parts that are not there, in the order given."""
+        return [part for part in way if part not in self._there]
+
+    def made(self, parts: Iterable[Part], now: float) -> None:
+        """Note that ``parts`` are there; the ``now`` of any steady clock."""
+        if not self._there:
+            self._looked_at = now
+        if len(self._there) > _DESTINATIONS:  # targets made of user data
+            self.forget()
+        self._there.update(dict.fromkeys(parts))
+
+    def forget(self) -> None:
+        """Know nothing: another connection, or a part was found missing."""
+        self._there.clear()
+
+    def to_look_after(self, now: float) -> list[Part]:
+        """Return all parts but queues to be reached once a minute, and else nothing.
+
+        What somebody has deleted in the middle is noticed by nobody who enters above or below it;
+        the messages above wait until it is there again.
+        """
+        if not self._there or now - self._looked_at < _FRESH:
+            return []
+        self._looked_at = now
+        return [part for part in self._there if part.kind != "to queue"]
+
+
+def steps_of(part: Part) -> list[Step]:
+    """Return the steps that make a part."""
+    match part.kind:
+        case "base":
+            return _base()
+        case "level":
+            return _level(part.number)
+        case "queue":
+            return _queue(part.number)
+        case "to exchange":
+            matching = {"x-match": "all", DELAY_EXCHANGE: part.name}
+            return [_exchange_bound(DUE, part.name, matching), _bound(DUE, SINK, matching)]
+    return [_bound(QUEUES, part.name, routing_key=part.name)]
+
+
+def way_to_queue(queue: str, mode: Declare) -> list[Step]:
+    """Return the steps by which a consumer's queue gets what is delayed on its way to it.
+
+    A queue that is deleted loses its bindings. With those of its consumer it gets this one again,
+    for what is on the ladder at that time.
+    """
+    return [*_queues(), *steps_of(Part("to queue", queue))] if mode == "create" else []
+
+
+def _base() -> list[Step]:
+    return [
+        *topology.parking_queue(PARKING_QUEUE, "create"),
+        _exchange(LOST, "fanout"),
+        _bound(LOST, PARKING_QUEUE),
+        *_queues(),
+        _exchange(DUE, "headers", {"alternate-exchange": LOST}),
+        _exchange_bound(DUE, QUEUES, {"x-match": "all", DELAY_EXCHANGE: ""}),
+        topology.durable_queue(
+            SINK, {"x-queue-type": "quorum", "x-max-length": 0, "x-overflow": "drop-head"}
+        ),
+    ]
+
+
+def _queues() -> list[Step]:
+    return [_exchange(QUEUES, "direct", {"alternate-exchange": LOST})]
+
+
+def _below(number: int) -> str:
+    return level(number - 1) if number else DUE
+
+
+def _level(number: int) -> list[Step]:
+    bit_is_not_set = {"x-match": "all", bit_header(number): False}
+    return [
+        _exchange(level(number), "headers"),
+        _exchange_bound(level(number), _below(number), bit_is_not_set),
+    ]
+
+
+def _queue(number: int) -> list[Step]:
+    arguments = {
+        "x-queue-type": "quorum",
+        "x-message-ttl": 1000 << number,
+        "x-dead-letter-exchange": _below(number),
+        # What dies is confirmed below before it is gone here. Without this overflow the broker
+        # would take the strategy for at-most-once, and say so nowhere (quorum queues guide).
+        "x-dead-letter-strategy": "at-least-once",
+        "x-overflow": "reject-publish",
+    }
+    bit_is_set = {"x-match": "all", bit_header(number): True}
+    return [
+        topology.durable_queue(level(number), arguments),
+        _bound(level(number), level(number), bit_is_set),
+    ]
+
+
+def _exchange(name: str, kind: str, arguments: dict[str, Any] | None = None) -> Step:
+    return lambda channel, done: channel.exchange_declare(
+        name,
+        kind,
+        durable=True,
+        arguments=arguments,
+        callback=done,
+    )
+
+
+def _exchange_bound(source: str, name: str, matching: dict[str, Any]) -> Step:
+    return lambda channel, done: channel.exchange_bind(
+        name, source, arguments=matching, callback=done
+    )
+
+
+def _bound(
+    source: str, queue: str, matching: dict[str, Any] | None = None, *, routing_key: str = ""
+) -> Step:
+    return lambda channel, done: channel.queue_bind(
+        queue, source, routing_key, arguments=matching, callback=done
+    )

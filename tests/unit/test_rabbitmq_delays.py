@@ -1,0 +1,129 @@
+"""Delays over RabbitMQ as they are written and read, without a broker."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outbox import Event
+from outbox.subscription import as_delivered
+from outbox.transports.rabbitmq.delays import (
+    LEVELS,
+    LONGEST_DELAY,
+    delayed,
+    levels_of,
+    restore_delayed,
+    seconds_left,
+)
+from outbox.transports.rabbitmq.ladder import Ladder, Part, steps_of, way_of, way_to_queue
+
+NOW = datetime.datetime(2026, 11, 21, 12, tzinfo=datetime.UTC)
+LONGEST = (1 << LEVELS) - 1
+EVENT = Event(id="1", target="order.placed", exchange="shop", body=b"1", deliver_at=NOW)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left"),
+    [(-5, 0), (0, 0), (0.000001, 1), (0.5, 1), (1, 1), (1.000001, 2), (86_400.5, 86_401)],
+)
+def test_the_time_that_is_left_is_rounded_up_to_whole_seconds(seconds: float, left: int) -> None:
+    assert seconds_left(NOW + datetime.timedelta(seconds=seconds), NOW) == left
+
+
+@given(st.integers(1, LONGEST))
+def test_the_levels_at_which_an_event_waits_add_up_to_its_delay(seconds: int) -> None:
+    levels = levels_of(seconds)
+    assert sum(1 << number for number in levels) == seconds
+    assert levels == sorted(set(levels), reverse=True)
+    written = delayed(EVENT, seconds)
+    assert written.exchange == f"outbox.delay.{levels[0]:02}"
+    said = {name: value for name, value in written.headers.items() if name[-1].isdigit()}
+    assert said == {
+        f"outbox-delay-{number:02}": number in levels for number in range(levels[0] + 1)
+    }
+
+
+@given(st.integers(1, LONGEST), st.sampled_from(["", "shop", "ß" * 127]))
+def test_a_delayed_event_is_delivered_as_if_it_had_not_been(seconds: int, exchange: str) -> None:
+    event = Event(
+        id="1", target="a", exchange=exchange, body=b"1", headers={"mine": 1, "x-mine": 2}, key="k"
+    )
+    plain = as_delivered(event, "q", 1)
+    found = as_delivered(delayed(event, seconds), "q", 1)
+    found.exchange = "outbox.delay.due"
+    found.headers = {
+        **(found.headers or {}),
+        "x-death": [{"queue": "outbox.delay.00"}],
+        "x-first-death-queue": "outbox.delay.00",
+        "x-last-death-reason": "expired",
+    }
+    restore_delayed(found)
+    assert (found.exchange, found.target, found.headers) == (
+        plain.exchange,
+        plain.target,
+        plain.headers,
+    )
+
+
+def test_what_the_broker_says_of_other_deaths_is_left_where_it_is() -> None:
+    found = as_delivered(EVENT, "q", 1)
+    found.headers = {"x-death": [{"queue": "q"}]}
+    restore_delayed(found)
+    assert found.headers == {"x-death": [{"queue": "q"}]}
+
+
+def test_nine_years_are_too_long_and_eight_are_not() -> None:
+    year = datetime.timedelta(days=365)
+    assert 8 * year < LONGEST_DELAY < 9 * year
+
+
+def test_a_way_is_the_base_the_levels_from_below_the_queues_and_the_destination() -> None:
+    assert way_of("shop", "order.placed", 5) == [
+        Part("base"),
+        Part("level", number=0),
+        Part("level", number=1),
+        Part("level", number=2),
+        Part("queue", number=2),
+        Part("queue", number=0),
+        Part("to exchange", "shop"),
+    ]
+    assert way_of("", "invoices", 1)[-1] == Part("to queue", "invoices")
+
+
+def test_a_part_is_made_once_until_all_is_forgotten() -> None:
+    ladder = Ladder()
+    way = way_of("shop", "a", 1)
+    assert ladder.lacks(way) == way
+    ladder.made(way[:2], 0.0)
+    assert ladder.lacks(way) == way[2:]
+    ladder.forget()
+    assert ladder.lacks(way) == way
+
+
+def test_once_a_minute_everything_is_looked_after_but_the_queues_it_leads_to() -> None:
+    ladder = Ladder()
+    ladder.made([*way_of("shop", "a", 1), *way_of("", "invoices", 1)], 100.0)
+    assert ladder.to_look_after(159.0) == []
+    assert ladder.to_look_after(160.0) == way_of("shop", "a", 1)
+    assert ladder.to_look_after(161.0) == []
+
+
+def test_queues_named_by_user_data_do_not_pile_up() -> None:
+    ladder = Ladder()
+    for number in range(25_000):
+        ladder.made([Part("to queue", str(number))], 0.0)
+    assert len(ladder._there) <= 10_001
+    assert ladder.lacks([Part("to queue", "24999")]) == []
+
+
+def test_every_part_is_made_by_some_steps() -> None:
+    for part in (*way_of("shop", "a", LONGEST), Part("to queue", "a")):
+        assert steps_of(part), part
+
+
+@pytest.mark.parametrize("mode", ["passive", "never"])
+def test_a_consumer_that_declares_nothing_binds_nothing(mode: object) -> None:
+    assert way_to_queue("a", mode) == []  # type: ignore[arg-type]

@@ -114,7 +114,7 @@ def test_what_is_not_confirmed_in_time_is_given_back(
     child.send_signal(signal.SIGTERM)
     code, _, errors = ended(child)
     assert code == exit_codes.INCOMPLETE
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < 8  # the default is 10
     assert store.status().waiting == 20
     assert "lost" not in errors  # they are in the table
 

@@ -89,6 +89,12 @@ def _add_consuming(group: argparse._ArgumentGroup) -> None:
         "100)",
     )
     group.add_argument(
+        "--isolate",
+        choices=("process",),
+        help="run each plain handler in a process of its own, which is killed when its timeout is "
+        "over: one for each thread",
+    )
+    group.add_argument(
         "--prefetch",
         type=int,
         metavar="N",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from outbox import Event, InvalidEvent
-from outbox.consumers.outcome import Again, Dead
+from outbox.consumers.outcome import Again, Dead, RemoteError
 from outbox.consumers.received import occurred_at
 from outbox.event import MAX_HEADER_BYTES, plain_table
 from outbox.headers import (
@@ -46,7 +46,7 @@ def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
         ATTEMPT: outcome.attempts,
     }
     if outcome.error is not None:
-        headers["outbox-dead-error"] = _text(type(outcome.error).__qualname__)
+        headers["outbox-dead-error"] = _text(_kind(outcome.error))
         headers["outbox-dead-traceback"] = _text(traceback_of(outcome.error))
     if delivery.content_encoding:
         headers["outbox-dead-content-encoding"] = delivery.content_encoding
@@ -87,11 +87,17 @@ def retry_copy(delivery: Delivery, outcome: Again) -> Event | None:
     )
 
 
+def _kind(error: BaseException) -> str:
+    return error.kind if isinstance(error, RemoteError) else type(error).__qualname__
+
+
 def traceback_of(error: BaseException) -> str:
     """Return the end of the traceback, 4,000 characters at most, without the engine's own frames.
 
     What the exception was raised from is there, too.
     """
+    if isinstance(error, RemoteError):
+        return error.traceback
     found = traceback.TracebackException.from_exception(error, max_group_width=5, max_group_depth=3)
     one: traceback.TracebackException | None = found
     while one is not None:

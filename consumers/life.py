@@ -44,7 +44,7 @@ from outbox.ids import follow_on_id
 from outbox.spread import ids
 from outbox.subscription import Delivery, Subscription
 
-__all__ = ["Inbox", "InboxEntry", "Message", "Services", "Step", "Steps", "call"]
+__all__ = ["Abandoned", "Inbox", "InboxEntry", "Message", "Services", "Step", "Steps", "call"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -70,6 +70,10 @@ class Step(NamedTuple):
 
 
 Steps = Generator[Step, Any, T]
+
+
+class Abandoned(BaseException):
+    """Raised out of a life that is to go on elsewhere: the message is left, and comes again."""
 
 
 class InboxEntry(Protocol):

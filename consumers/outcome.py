@@ -19,8 +19,10 @@ __all__ = [
     "Failed",
     "Hold",
     "Outcome",
+    "ProcessDied",
     "ProcessTimeout",
     "Reject",
+    "RemoteError",
     "Requeue",
     "Return",
 ]
@@ -143,3 +145,24 @@ class Requeue(Exception):
 
 class ProcessTimeout(TimeoutError):
     """An attempt took longer than the consumer's ``timeout``: a failed one."""
+
+
+class ProcessDied(Exception):
+    """The process in which an attempt ran has ended: a failed one."""
+
+
+class RemoteError(Exception):
+    """What an attempt in another process has raised.
+
+    Attributes:
+        kind: the name of the exception's class.
+        traceback: as text.
+    """
+
+    def __init__(self, kind: str, traceback: str) -> None:
+        super().__init__(kind, traceback)
+        self.kind = kind
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return f"{self.kind}, in another process:\n{self.traceback}"

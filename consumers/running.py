@@ -11,6 +11,7 @@ from collections.abc import Callable
 from outbox import OutboxError, configure
 from outbox.consumers import exit_codes
 from outbox.consumers.arguments import limits_of
+from outbox.consumers.isolation import Isolation, Orders
 from outbox.consumers.loading import load, selected
 from outbox.consumers.recycling import Recycling
 from outbox.consumers.stopping import Stop
@@ -54,6 +55,7 @@ def run(
             prefetch=options.prefetch,
             max_messages=limits.messages,
             ranks=ranks,
+            isolation=_isolation(options),
         )
         recycling = Recycling(limits, time.monotonic())
         stop.begin()
@@ -87,3 +89,11 @@ def run(
     if reason is not None and not stop.asked:
         return exit_codes.RECYCLED
     return exit_codes.SUCCESS if finished else exit_codes.UNFINISHED
+
+
+def _isolation(options: argparse.Namespace) -> Isolation | None:
+    if options.isolate is None:
+        return None
+    return Isolation(
+        Orders(tuple(options.consumers), options.url, options.log_level, options.log_format)
+    )

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 from outbox import Event, EventCollector, PublishReport
-from outbox.consumers.life import Message, Step, Steps
+from outbox.consumers.life import Abandoned, Message, Step, Steps
 from outbox.consumers.outcome import Outcome, ProcessTimeout
 from outbox.consumers.watch import Watch
 from outbox.consumers.work import Work
@@ -145,6 +145,8 @@ class ThreadEngine:
                 if not self._come_back():
                     return
                 continue
+            except Abandoned:
+                pass  # it is given back when the subscription closes
             except BaseException:  # a bug of ours must end neither the thread nor the message
                 logger.exception("could not handle message %r", delivery.message_id)
                 self.subscription.requeue(delivery, _REQUEUE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -13,15 +12,15 @@ from outbox import Publisher, UsageError
 from outbox.configuration import default_publisher
 from outbox.consumers.arrivals import make_arrivals
 from outbox.consumers.consumer import Consumer
+from outbox.consumers.inbox import open_inbox
+from outbox.consumers.isolation import IsolatedMessage, Isolation
 from outbox.consumers.life import Inbox, Message, Services
 from outbox.consumers.quota import Quota
 from outbox.consumers.tasks import TaskEngine
 from outbox.consumers.threads import ThreadEngine
 from outbox.consumers.work import Work
-from outbox.settings import Settings
 from outbox.subscription import Delivery
 from outbox.transports import open_subscription
-from outbox.url import BrokerURL
 
 __all__ = ["Worker"]
 
@@ -62,6 +61,7 @@ class Worker:
         max_messages: int | None = None,
         ranks: Mapping[str, int] | None = None,
         inbox: Inbox | None = None,
+        isolation: Isolation | None = None,
     ) -> None:
         """Make a worker; nothing is connected yet.
 
@@ -81,6 +81,7 @@ class Worker:
                 of a queue with a lower rank waits.
             inbox: remembers what consumers that ``deduplicate`` have done; the default is one in
                 the database ``OUTBOX_DATABASE_URL``, or in the file that is consumed from.
+            isolation: runs plain handlers in processes of their own.
 
         Raises:
             UsageError: there is no consumer, two have the same queue, one deduplicates and there is
@@ -121,11 +122,11 @@ class Worker:
         ]
         specs.sort(key=lambda spec: spec.rank)
         self._subscription = open_subscription(settings, specs, self.prefetch)
+        self._isolation = isolation
         self._stopping = threading.Event()
         self._refused = ""
-        deduplicating = [one for one in self.consumers.values() if one.deduplicate]
-        if deduplicating and inbox is None:
-            inbox = _open_inbox(settings, deduplicating[0])
+        if inbox is None:
+            inbox = open_inbox(settings, self.consumers.values())
         work = Work(
             consumers=self.consumers,
             publisher=self.publisher,
@@ -189,6 +190,8 @@ class Worker:
             engine.ask_to_stop(deadline)
         self._subscription.cancel()
         ends = [engine.stop(deadline) for engine in self._engines()]
+        if self._isolation is not None:
+            self._isolation.end()
         finished = all(ends)
         if not finished:
             logger.warning("some messages did not finish within %.1f s: they come again", timeout)
@@ -196,6 +199,8 @@ class Worker:
         return finished
 
     def _make_message(self, consumer: Consumer, delivery: Delivery, services: Services) -> Message:
+        if self._isolation is not None and not consumer.is_async:
+            return IsolatedMessage(consumer, delivery, services, self._isolation)
         return Message(consumer, delivery, services)
 
     def _engines(self) -> list[ThreadEngine | TaskEngine]:
@@ -214,25 +219,3 @@ class Worker:
     def _on_refused(self, reason: str) -> None:
         self._refused = reason
         self._stopping.set()
-
-
-def _open_inbox(settings: Settings, consumer: Consumer) -> Inbox:
-    url = os.environ.get("OUTBOX_DATABASE_URL")
-    broker = BrokerURL.parse(settings.url or "memory://")
-    if not url and broker.scheme == "sqlite":
-        from outbox.sql import Inbox
-        from outbox.sql.engines import open_sqlite
-
-        inbox = Inbox(open_sqlite(os.path.abspath(broker.path)))
-        inbox.create()
-        return inbox
-    if not url:
-        raise UsageError(
-            f"the consumer of {consumer.queue!r} deduplicates, and nobody says where: set "
-            "OUTBOX_DATABASE_URL, or give Worker(inbox=outbox.sql.Inbox(engine))"
-        )
-    from outbox.sql import Inbox
-
-    inbox = Inbox(url)
-    inbox.check()
-    return inbox

@@ -1,0 +1,108 @@
+"""The process that runs handlers for another one: ``python -m outbox.consumers.isolated``.
+
+Started by ``isolation``. It gets deliveries over a socket, and sends back their outcomes.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from outbox import BrokerError, ConnectionLost, Event, EventCollector, Publisher, configure
+from outbox.consumers import exit_codes, logs
+from outbox.consumers.copies import traceback_of
+from outbox.consumers.inbox import open_inbox
+from outbox.consumers.isolation import Orders
+from outbox.consumers.life import Inbox, Message, call
+from outbox.consumers.loading import load
+from outbox.consumers.outcome import Again, Dead, Hold, Outcome, RemoteError
+from outbox.subscription import Delivery, Subscription
+
+__all__ = ["main"]
+
+
+class _Services:
+    """What an attempt needs here; the message is settled in the other process."""
+
+    is_stopping = True
+
+    def __init__(self, publisher: Publisher, inbox: Inbox | None) -> None:
+        self.publisher = publisher
+        self.inbox = inbox
+
+    @property
+    def subscription(self) -> Subscription:
+        raise RuntimeError("the message is settled elsewhere")
+
+    def publish(self, collector: EventCollector) -> Any:
+        return collector.publish()
+
+    def publish_one(self, event: Event) -> Any:
+        raise RuntimeError("the message is settled elsewhere")
+
+    def apart(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def pause(self, seconds: float) -> None:
+        """Wait for nothing."""
+
+
+def main(connection: Connection, lifeline: int) -> int:
+    """Process what comes over ``connection`` until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, meant for the other process
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(lifeline,), name="outbox-parent", daemon=True).start()
+    orders: Orders = connection.recv()
+    logs.set_up(orders.log_level, orders.log_format)
+    publisher = configure(orders.url)
+    consumers = {one.queue: one for one in load(orders.consumers)}
+    services = _Services(publisher, open_inbox(publisher.settings, consumers.values()))
+    connection.send(None)
+    while True:
+        try:
+            delivery: Delivery = connection.recv()
+        except EOFError:
+            break
+        message = Message(consumers[delivery.queue], delivery, services)
+        context = contextvars.copy_context()
+        connection.send(_portable(context.run(_processed, message)))
+    publisher.close()
+    return exit_codes.SUCCESS
+
+
+def _processed(message: Message) -> Outcome:
+    return call(message.conclude(call(message.attempt())))
+
+
+def _portable(outcome: Outcome) -> Outcome:
+    """Return ``outcome`` without the application's own exceptions, which may not travel."""
+    match outcome:
+        case Again(error=error):
+            return Again(outcome.delay, _told(error), outcome.attempts, outcome.first_failure)
+        case Dead(error=error) if error is not None:
+            return Dead(outcome.reason, _told(error), outcome.attempts, outcome.first_failure)
+        case Hold(error=BrokerError()):
+            return Hold(ConnectionLost(str(outcome.error)))
+        case Hold():
+            return Hold(_told(outcome.error))
+    return outcome
+
+
+def _told(error: BaseException) -> RemoteError:
+    return RemoteError(type(error).__qualname__, traceback_of(error))
+
+
+def _end_with(lifeline: int) -> None:
+    """End at once when the other process is gone: its message comes again, elsewhere."""
+    os.read(lifeline, 1)
+    os._exit(exit_codes.KILLED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Connection(int(sys.argv[1])), int(sys.argv[2])))

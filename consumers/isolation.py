@@ -1,0 +1,221 @@
+"""Handlers in processes of their own, which can be killed when their time is over.
+
+Each thread of the worker has one such process, started at its first message. The process runs an
+attempt as a thread would, its follow-on events included, and sends back what became of it; the
+message is settled here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+from outbox.consumers.consumer import Consumer
+from outbox.consumers.life import Abandoned, Message, Services, Step, Steps
+from outbox.consumers.outcome import Failed, Outcome, ProcessDied, ProcessTimeout
+from outbox.consumers.received import Undecodable, decode
+from outbox.subscription import Delivery
+
+__all__ = ["Isolation", "IsolatedMessage", "Orders"]
+
+_START = 60.0  # seconds that a process has to import the application
+_FINISH = 10.0  # seconds that one which is idle has to publish what its callbacks have left
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What a process is told at its start.
+
+    Attributes:
+        consumers: ``MODULE[:ATTR]`` each.
+        url: of the broker; None for ``OUTBOX_URL``.
+        log_level: of its log.
+        log_format: ``text`` or ``json``.
+    """
+
+    consumers: Sequence[str]
+    url: str | None
+    log_level: str
+    log_format: str
+
+
+class Isolation:
+    """Runs attempts in other processes. Thread-safe."""
+
+    def __init__(self, orders: Orders) -> None:
+        """Start nothing yet."""
+        self._orders = orders
+        self._children: dict[threading.Thread, _Child] = {}
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def attempt(self, delivery: Delivery, limit: float | None) -> Outcome:
+        """Return what became of ``delivery`` in this thread's process.
+
+        Args:
+            delivery: the message.
+            limit: seconds; then the process is killed.
+
+        Raises:
+            ProcessTimeout: it was.
+            ProcessDied: the process has ended by itself.
+            Abandoned: the worker has stopped meanwhile.
+        """
+        child = self._child()
+        try:
+            return child.attempt(delivery, limit)
+        except BaseException:
+            self._forget(child)
+            if self._ended:
+                raise Abandoned from None
+            raise
+
+    def end(self) -> None:
+        """Kill the processes that are in a handler, and have the others end."""
+        with self._lock:
+            self._ended = True
+            children = list(self._children.values())
+        for child in children:
+            if child.busy:
+                child.kill()
+            else:
+                child.finish()
+        for child in children:
+            child.wait(_FINISH)
+
+    def _child(self) -> _Child:
+        thread = threading.current_thread()
+        with self._lock:
+            found = self._children.get(thread)
+            if self._ended:
+                raise Abandoned
+            if found is None:
+                found = self._children[thread] = _Child()
+        if not found.ready:
+            try:
+                found.wait_until_ready(self._orders)
+            except BaseException:
+                self._forget(found)
+                raise
+        return found
+
+    def _forget(self, child: _Child) -> None:
+        with self._lock:
+            self._children.pop(threading.current_thread(), None)
+        child.kill()
+
+
+class _Child:
+    """One process. For one thread, but for ``kill``."""
+
+    def __init__(self) -> None:
+        self.ready = False
+        self.busy = False
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
+        lifeline, self._held = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "outbox.consumers.isolated",
+                    str(theirs.fileno()),
+                    str(lifeline),
+                ],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), lifeline),
+            )
+        finally:
+            theirs.close()
+            os.close(lifeline)
+
+    def wait_until_ready(self, orders: Orders) -> None:
+        self._connection.send(orders)
+        self._receive(_START, "import the application")
+        self.ready = True
+
+    def attempt(self, delivery: Delivery, limit: float | None) -> Outcome:
+        self.busy = True
+        try:
+            self._connection.send(delivery)
+        except OSError:
+            raise self._died() from None
+        found: Outcome = self._receive(limit, "process a message")
+        self.busy = False
+        return found
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.close()
+
+    def wait(self, timeout: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout)
+        self.kill()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        with contextlib.suppress(OSError):
+            self._connection.close()
+        held, self._held = self._held, -1
+        if held >= 0:
+            os.close(held)
+
+    def _receive(self, limit: float | None, what: str) -> Outcome:
+        try:
+            if not self._connection.poll(limit):
+                raise ProcessTimeout(f"it took more than {limit:g} s to {what}")
+            found: Outcome = self._connection.recv()
+        except (EOFError, OSError) as error:
+            if isinstance(error, TimeoutError):
+                raise
+            raise self._died() from None
+        return found
+
+    def _died(self) -> ProcessDied:
+        try:
+            code = self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            return ProcessDied("the process that ran it says nothing any more")
+        told = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return ProcessDied(f"the process that ran it has ended with {told}")
+
+
+class IsolatedMessage(Message):
+    """A message whose attempts run in another process."""
+
+    def __init__(
+        self, consumer: Consumer, delivery: Delivery, services: Services, isolation: Isolation
+    ) -> None:
+        """Nothing is done yet."""
+        super().__init__(consumer, delivery, services)
+        self._isolation = isolation
+        self._is_concluded = False
+
+    def attempt(self) -> Steps[Outcome | Failed]:
+        """Have the message processed once, and concluded, if that comes to an end."""
+        self._is_concluded = False
+        arguments = (self.delivery, self.consumer.time_limit)
+        try:
+            outcome: Outcome = yield Step(self._isolation.attempt, arguments)
+        except (ProcessTimeout, ProcessDied) as error:
+            with contextlib.suppress(Undecodable):
+                self.event = decode(self.delivery)
+            return Failed(error)
+        self._is_concluded = True
+        return outcome
+
+    def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
+        """Conclude what the other process could not."""
+        if self._is_concluded and not isinstance(result, Failed):
+            return result
+        return (yield from super().conclude(result))

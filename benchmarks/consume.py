@@ -3,8 +3,8 @@
 python -m benchmarks.consume [--rounds N] [--only NAME,...] [--check]
 
 Every measurement is a process of its own, in turns, timed from the first message handled to the
-last one; then the queue is counted, which must be empty, and so is the queue of what was published,
-which must have a message for each. How each contender is set up is in ``benchmarks/peers/consuming``.
+last one; then the queue is counted, which must be empty, and that of what was published, which must
+have a message for each. How each contender is set up is in ``benchmarks/peers/consuming``.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ BOUNDS = (
     ("asyncio", "aio-pika", 0.8),
     ("asyncio", "faststream", 1.5),
     ("threads, follow-on", "dramatiq, follow-on", 3),
+    ("asyncio, follow-on", "dramatiq, follow-on", 3),
 )
 """Who is to be at least how many times as fast as whom."""
 

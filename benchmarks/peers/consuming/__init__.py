@@ -13,8 +13,8 @@ from __future__ import annotations
 import importlib
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from benchmarks.peers import BODY
 from outbox import Event, Publisher
@@ -34,6 +34,7 @@ __all__ = [
 
 PREFETCH = 200
 THREADS = 8
+MANY_THREADS = 32
 CONCURRENCY = 100  # tasks
 EXCHANGE = "bench"
 QUEUE = "bench"
@@ -98,6 +99,7 @@ class Contender:
             for the messages that most share.
         queue: that it consumes from.
         sends_to: the queue of what it publishes, a message for each; "" for nothing.
+        options: keyword arguments of the function.
     """
 
     name: str
@@ -106,10 +108,11 @@ class Contender:
     fill: str = ""
     queue: str = QUEUE
     sends_to: str = ""
+    options: Mapping[str, int] = field(default_factory=dict)
 
     def consume(self, url: str, messages: int) -> float:
         """Consume them all; return how many a second."""
-        rate: float = getattr(self._module(), self.function)(url, messages)
+        rate: float = getattr(self._module(), self.function)(url, messages, **self.options)
         return rate
 
     def put(self, url: str, messages: int) -> None:
@@ -158,6 +161,22 @@ CONTENDERS = {
         "fill_middle",
         DRAMATIQ_QUEUE,
         f"{DRAMATIQ_QUEUE}_last",
+    ),
+    "32 threads, follow-on": Contender(
+        f"outbox, {MANY_THREADS} threads",
+        "outbox_",
+        "consume_and_publish",
+        sends_to=FOLLOW_ON,
+        options={"threads": MANY_THREADS},
+    ),
+    "dramatiq 32, follow-on": Contender(
+        f"Dramatiq, {MANY_THREADS} threads, `confirm_delivery`",
+        "dramatiq_",
+        "consume_and_publish",
+        "fill_middle",
+        DRAMATIQ_QUEUE,
+        f"{DRAMATIQ_QUEUE}_last",
+        options={"threads": MANY_THREADS},
     ),
 }
 

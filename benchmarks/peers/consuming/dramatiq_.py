@@ -30,7 +30,7 @@ def consume(url: str, messages: int) -> float:
     return _run(broker, countdown, {DRAMATIQ_QUEUE})
 
 
-def consume_and_publish(url: str, messages: int) -> float:
+def consume_and_publish(url: str, messages: int, *, threads: int = THREADS) -> float:
     """Take what ``fill_middle`` has put there, and send a message for each."""
     countdown = Countdown(messages)
     broker = _broker(url)
@@ -44,15 +44,17 @@ def consume_and_publish(url: str, messages: int) -> float:
         last.send(padding)
         countdown.handle()
 
-    return _run(broker, countdown, {DRAMATIQ_QUEUE})
+    return _run(broker, countdown, {DRAMATIQ_QUEUE}, threads)
 
 
 def _broker(url: str, *, confirm: bool = True) -> RabbitmqBroker:
     return RabbitmqBroker(url=f"{url}?heartbeat=600", confirm_delivery=confirm)
 
 
-def _run(broker: RabbitmqBroker, countdown: Countdown, queues: set[str]) -> float:
-    worker = dramatiq.Worker(broker, queues=queues, worker_threads=THREADS)
+def _run(
+    broker: RabbitmqBroker, countdown: Countdown, queues: set[str], threads: int = THREADS
+) -> float:
+    worker = dramatiq.Worker(broker, queues=queues, worker_threads=threads)
     worker.start()
     countdown.wait()
     worker.stop()

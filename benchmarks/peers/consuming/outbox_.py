@@ -21,11 +21,13 @@ from outbox import Publisher, enqueue_event, publish, publish_async
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, before
 
 
-def make_worker(consumer: type[Consumer], publisher: Publisher) -> Worker:
+def make_worker(
+    consumer: type[Consumer], publisher: Publisher, *, threads: int = THREADS
+) -> Worker:
     return Worker(
         [consumer],
         publisher=publisher,
-        threads=THREADS,
+        threads=threads,
         concurrency=CONCURRENCY,
         prefetch=PREFETCH,
     )
@@ -88,7 +90,7 @@ def consume_async_guarded(url: str, messages: int) -> float:
     return _run(url, Asynchronous, countdown)
 
 
-def consume_and_publish(url: str, messages: int) -> float:
+def consume_and_publish(url: str, messages: int, *, threads: int = THREADS) -> float:
     countdown = Countdown(messages)
 
     class Plain(Consumer):
@@ -99,7 +101,7 @@ def consume_and_publish(url: str, messages: int) -> float:
             publish()
             countdown.handle()
 
-    return _run(url, Plain, countdown)
+    return _run(url, Plain, countdown, threads=threads)
 
 
 def consume_and_publish_async(url: str, messages: int) -> float:
@@ -116,9 +118,9 @@ def consume_and_publish_async(url: str, messages: int) -> float:
     return _run(url, Asynchronous, countdown)
 
 
-def _run(url: str, consumer: Any, countdown: Countdown) -> float:
+def _run(url: str, consumer: Any, countdown: Countdown, *, threads: int = THREADS) -> float:
     with Publisher(url, exchange=EXCHANGE) as publisher:
-        worker = make_worker(consumer, publisher)
+        worker = make_worker(consumer, publisher, threads=threads)
         worker.start()
         countdown.wait()
         worker.stop()

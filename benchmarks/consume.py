@@ -1,11 +1,10 @@
 """Consuming beside peers: a trivial handler, 20,000 messages, equal prefetch.
 
-python -m benchmarks.consume [--rounds N] [--check]
+python -m benchmarks.consume [--rounds N] [--only NAME,...] [--check]
 
-Every measurement is a process of its own, in turns: from the moment it asks for messages until
-the last one is handled; then the queue is counted, which must be empty. outbox and the bare pika
-loop consume the same messages of 200 bytes from the same quorum queue; Dramatiq consumes its own
-from its own classic queue.
+Every measurement is a process of its own, in turns, timed from the first message handled to the
+last one; then the queue is counted, which must be empty, and that of what was published, which must
+have a message for each. How each contender is set up is in ``benchmarks/peers/consuming``.
 """
 
 from __future__ import annotations
@@ -15,147 +14,103 @@ import os
 import resource
 import subprocess
 import sys
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
-import dramatiq
 import pika
+import pika.exceptions
 
-from benchmarks.peers import BODY, EXCHANGE
-from benchmarks.peers.dramatiq_ import QUEUE as DRAMATIQ_QUEUE
-from benchmarks.peers.dramatiq_ import Dramatiq
+from benchmarks.peers.consuming import CONTENDERS, EXCHANGE, FOLLOW_ON, PREFETCH, QUEUE, Contender
 from benchmarks.tables import Bound, machine, median, print_bounds, table
-from outbox import Event, Publisher
-from outbox.consumers import ReceivedEvent, Worker, consumer
+from outbox import Publisher
+from outbox.consumers import Consumer, ReceivedEvent
 from outbox.testing.broker import PrivateBroker
 
 MESSAGES = 20_000
-PREFETCH = 200
-THREADS = 8
-QUEUE = "bench"
+IDLE = "idle"
 _IDLE_SECONDS = 10.0
 
-
-def counted() -> tuple[Callable[[], None], threading.Event]:
-    """Return what to call for each message, and what is set after the last one."""
-    lock = threading.Lock()
-    done = threading.Event()
-    handled = 0
-
-    def handle() -> None:
-        nonlocal handled
-        with lock:
-            handled += 1
-            if handled == MESSAGES:
-                done.set()
-
-    return handle, done
-
-
-def make_worker(url: str, handle: Callable[[], None]) -> tuple[Worker, Publisher]:
-    publisher = Publisher(url, exchange=EXCHANGE)
-
-    @consumer(QUEUE)
-    def handler(event: ReceivedEvent) -> None:
-        handle()
-
-    worker = Worker([handler], publisher=publisher, threads=THREADS, prefetch=PREFETCH)
-    return worker, publisher
-
-
-def with_outbox(url: str) -> float:
-    handle, done = counted()
-    worker, publisher = make_worker(url, handle)
-    begin = time.perf_counter()
-    worker.start()
-    done.wait(120)
-    seconds = time.perf_counter() - begin
-    worker.stop()
-    publisher.close()
-    return seconds
-
-
-def with_pika(url: str) -> float:
-    handle, done = counted()
-    connection = pika.BlockingConnection(pika.URLParameters(url))
-    channel: Any = connection.channel()
-    channel.basic_qos(prefetch_count=PREFETCH)
-
-    def on_message(_channel: Any, method: Any, _properties: Any, _body: bytes) -> None:
-        handle()
-        channel.basic_ack(method.delivery_tag)
-        if done.is_set():
-            channel.stop_consuming()
-
-    begin = time.perf_counter()
-    channel.basic_consume(QUEUE, on_message)
-    channel.start_consuming()
-    seconds = time.perf_counter() - begin
-    connection.close()
-    return seconds
-
-
-def with_dramatiq(url: str) -> float:
-    done = threading.Event()
-    peer = Dramatiq(url, done, MESSAGES)
-    worker = dramatiq.Worker(peer.broker, worker_threads=THREADS)
-    begin = time.perf_counter()
-    worker.start()
-    done.wait(120)
-    seconds = time.perf_counter() - begin
-    worker.stop()
-    peer.close()
-    return seconds
+BOUNDS = (
+    ("threads", "pika", 1.2),
+    ("threads+", "pika", 1.2),
+    ("threads", "dramatiq", 3),
+    ("threads", "celery", 5),
+    ("threads", "faststream", 4),
+    ("asyncio", "aio-pika", 0.8),
+    ("asyncio", "faststream", 1.5),
+    ("threads, follow-on", "dramatiq, follow-on", 3),
+    ("asyncio, follow-on", "dramatiq, follow-on", 3),
+)
+"""Who is to be at least how many times as fast as whom."""
 
 
 def idle(url: str) -> float:
     """Return the seconds of CPU that an idle worker takes in 10 seconds, as a percentage."""
-    worker, publisher = make_worker(url, lambda: None)
-    worker.start()
-    time.sleep(3)
+    from benchmarks.peers.consuming.outbox_ import make_worker
+
+    class Idle(Consumer):
+        queue = QUEUE
+
+        def process(self, event: ReceivedEvent) -> None:
+            raise NotImplementedError("there are no messages")
 
     def cpu() -> float:
         used = resource.getrusage(resource.RUSAGE_SELF)
         return used.ru_utime + used.ru_stime
 
-    before = cpu()
-    time.sleep(_IDLE_SECONDS)
-    percent = (cpu() - before) / _IDLE_SECONDS * 100
-    worker.stop()
-    publisher.close()
+    with Publisher(url, exchange=EXCHANGE) as publisher:
+        worker = make_worker(Idle, publisher)
+        worker.start()
+        time.sleep(3)
+        before = cpu()
+        time.sleep(_IDLE_SECONDS)
+        percent = (cpu() - before) / _IDLE_SECONDS * 100
+        worker.stop()
     return percent
 
 
-CONTENDERS: dict[str, Callable[[str], float]] = {
-    f"outbox, {THREADS} threads": with_outbox,
-    "bare pika loop, single acks": with_pika,
-    f"Dramatiq, {THREADS} threads": with_dramatiq,
-}
+class Queues:
+    """The broker's queues, looked at between measurements."""
 
+    def __init__(self, url: str) -> None:
+        self._connection: Any = pika.BlockingConnection(pika.URLParameters(f"{url}?heartbeat=0"))
+        self.version: str = self._connection._impl.server_properties["version"]
 
-def fill(url: str, name: str) -> None:
-    """Put the messages into the queue that the contender consumes from."""
-    if "Dramatiq" in name:
-        peer = Dramatiq(url)
-        peer.publish(1, MESSAGES)
-        peer.close()
-        return
-    with Publisher(url, exchange=EXCHANGE) as publisher:
-        event = Event(id="1", target=QUEUE, exchange=EXCHANGE, body=BODY)
-        for _ in range(MESSAGES // 1000):
-            publisher.publish([event] * 1000, timeout=60).raise_for_failure()
+    def declare(self) -> None:
+        """Declare the queue of what follows, as the workers declare theirs."""
+        channel = self._connection.channel()
+        arguments = {"x-queue-type": "quorum"}
+        channel.queue_declare(FOLLOW_ON, durable=True, arguments=arguments)
+        channel.queue_bind(FOLLOW_ON, EXCHANGE, FOLLOW_ON)
+        channel.close()
 
+    def check(self, contender: Contender, name: str, messages: int, sent: int) -> None:
+        """Raise unless the contender's queues hold what they must; a quorum queue may lag."""
+        wanted = {contender.queue: messages}
+        if contender.sends_to:
+            wanted[contender.sends_to] = sent
+        deadline = time.monotonic() + 10
+        while (found := {queue: self._count(queue) for queue in wanted}) != wanted:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name}: the queues hold {found}, not {wanted}")
+            time.sleep(0.05)
 
-def left(url: str, name: str) -> int:
-    """Return how many messages the contender has left."""
-    connection = pika.BlockingConnection(pika.URLParameters(url))
-    queue = DRAMATIQ_QUEUE if "Dramatiq" in name else QUEUE
-    found = connection.channel().queue_declare(queue, passive=True).method.message_count
-    connection.close()
-    return int(found)
+    def purge(self, queue: str) -> None:
+        if queue and self._count(queue):
+            channel = self._connection.channel()
+            channel.queue_purge(queue)
+            channel.close()
+
+    def _count(self, queue: str) -> int:
+        channel = self._connection.channel()
+        try:
+            count = int(channel.queue_declare(queue, passive=True).method.message_count)
+        except pika.exceptions.ChannelClosedByBroker:  # nobody has declared it yet
+            return 0
+        channel.close()
+        return count
 
 
 def measured(url: str, name: str) -> float:
@@ -163,46 +118,75 @@ def measured(url: str, name: str) -> float:
     command = [sys.executable, "-m", "benchmarks.consume", "--run", name, "--url", url]
     environment = {**os.environ, "dramatiq_queue_prefetch": str(PREFETCH)}
     done = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, text=True, timeout=180, check=True
+        command, env=environment, stdout=subprocess.PIPE, text=True, timeout=330, check=True
     )
     return float(done.stdout)
+
+
+def turn(url: str, queues: Queues, name: str) -> float:
+    """Measure one contender once; return its messages a second."""
+    contender = CONTENDERS[name]
+    queues.purge(contender.sends_to)
+    contender.put(url, MESSAGES)
+    queues.check(contender, name, MESSAGES, 0)
+    rate = measured(url, name)
+    queues.check(contender, name, 0, MESSAGES)
+    return rate
+
+
+def report(rates: Mapping[str, float]) -> None:
+    """Print what was measured."""
+    for title, is_one in (
+        ("a handler that does nothing", lambda one: not one.sends_to),
+        (
+            "a handler that publishes one message, confirmed before the ack",
+            lambda one: one.sends_to,
+        ),
+    ):
+        rows = [
+            [CONTENDERS[name].name, f"{rate:,.0f}"]
+            for name, rate in rates.items()
+            if is_one(CONTENDERS[name])
+        ]
+        if rows:
+            print(f"\n{MESSAGES:,} messages, prefetch {PREFETCH}, {title}\n")
+            print(table(["", "messages per second"], rows))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="that count (default: 5)")
+    parser.add_argument("--only", help=f"some of: {'; '.join(CONTENDERS)}; separated by ;")
     parser.add_argument("--check", action="store_true", help="fail when a bound is missed")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        print({**CONTENDERS, "idle": idle}[options.run](options.url))
+    if options.run == IDLE:
+        print(idle(options.url))
         return 0
+    if options.run:
+        print(CONTENDERS[options.run].consume(options.url, MESSAGES))
+        return 0
+    names = options.only.split(";") if options.only else list(CONTENDERS)
     found: dict[str, list[float]] = defaultdict(list)
     with PrivateBroker() as broker:
-        connection: Any = pika.BlockingConnection(pika.URLParameters(broker.url))
-        print(machine(connection._impl.server_properties["version"]), flush=True)
-        connection.close()
-        idle_percent = measured(broker.url, "idle")  # which declares the queue, too
+        queues = Queues(broker.url)
+        print(machine(queues.version), flush=True)
+        idle_percent = measured(broker.url, IDLE)  # which declares the queue, too
+        queues.declare()
         for _ in range(options.rounds):
-            for name in CONTENDERS:
-                fill(broker.url, name)
-                found[name].append(MESSAGES / measured(broker.url, name))
-                remaining = left(broker.url, name)
-                if remaining:
-                    raise RuntimeError(f"{name} has left {remaining} messages")
+            for name in names:
+                found[name].append(turn(broker.url, queues, name))
     rates = {name: median(values) for name, values in found.items()}
-    print(f"\n{MESSAGES:,} messages, prefetch {PREFETCH}\n")
-    rows = [[name, f"{rate:,.0f}"] for name, rate in rates.items()]
-    print(table(["", "messages per second"], rows))
-    ours, bare, theirs = rates.values()
+    report(rates)
     print()
+    bounds = [
+        Bound(f"{one}: of {other}", rates[one] / rates[other], bound)
+        for one, other, bound in BOUNDS
+        if one in rates and other in rates
+    ]
     kept = print_bounds(
-        [
-            Bound("of the bare pika loop", ours / bare, 1.2),
-            Bound("of Dramatiq", ours / theirs, 3),
-            Bound("an idle worker, % of a core", idle_percent, 1, at_most=True),
-        ]
+        [*bounds, Bound("an idle worker, % of a core", idle_percent, 1, at_most=True)]
     )
     return 1 if options.check and not kept else 0
 

@@ -120,9 +120,9 @@ class Consumer:
                 if inspect.iscoroutinefunction(member) or getattr(member, "is_async", False):
                     raise UsageError(f"{what}: {name}() is asynchronous, and process() is not")
 
-    @property
+    @functools.cached_property
     def time_limit(self) -> float | None:
-        """The timeout in seconds."""
+        """The timeout in seconds; asked for with every message, so worked out once."""
         return None if self.timeout is None else seconds_of(self.timeout)
 
     def on_success(self, event: ReceivedEvent) -> Any:

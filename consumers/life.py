@@ -13,11 +13,19 @@ import datetime
 import hashlib
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Generator, Sequence
+from contextvars import Token
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from outbox import BrokerError, Event, EventCollector, Publisher, PublishFailed, UnpublishedEvents
+from outbox import (
+    BrokerError,
+    Event,
+    EventCollector,
+    Publisher,
+    PublishFailed,
+    UnpublishedEvents,
+    scope,
+)
 from outbox.buffer import Buffer
 from outbox.consumers import connections, message_log
 from outbox.consumers.away import is_away
@@ -210,17 +218,18 @@ class Message:
             services.publisher, event, auto_publish=self.consumer.auto_publish
         )
         outcome: Outcome | Failed
-        with EventCollector.use(collector):
-            try:
-                outcome = yield from self._process(event, collector)
-            except (Exception, SystemExit) as error:  # a handler's sys.exit() is no worker's end
-                outcome = _of_exception(error)
-                if self._entry is not None:
-                    outcome = yield from self._of_done(self._entry, outcome, error)
-            finally:
-                left = collector.end()
-            if left and not isinstance(outcome, Ack):
-                logger.debug("dropped with %r: %s", event.id, ids(left))
+        token = collector.enter()
+        try:
+            outcome = yield from self._process(event, collector)
+        except (Exception, SystemExit) as error:  # a handler's sys.exit() is no worker's end
+            outcome = _of_exception(error)
+            if self._entry is not None:
+                outcome = yield from self._of_done(self._entry, outcome, error)
+        finally:
+            left = collector.end()
+            scope.leave(token)
+        if left and not isinstance(outcome, Ack):
+            logger.debug("dropped with %r: %s", event.id, ids(left))
         yield from self._refresh(refreshers)
         return outcome
 
@@ -292,7 +301,7 @@ class Message:
                 "and publish follow-on events with publish()"
             )
         if isinstance(outcome, Ack):
-            if collector.events:
+            if len(collector):
                 if not consumer.auto_publish:
                     raise UnpublishedEvents(tuple(one.id for one in collector.events))
                 yield Step(services.publish, (collector,))
@@ -454,6 +463,10 @@ class _MessageCollector(EventCollector):
         super().__init__(publisher=publisher, make_id=_FollowOnIds(event))
         self._root.root.publishes_itself = auto_publish
 
+    def enter(self) -> Token[scope.Scope | None]:
+        """Make it current until ``scope.leave()``: what ``use()`` does, at half its price."""
+        return scope.enter(self, self._root)
+
     def end(self) -> tuple[Event, ...]:
         return self._drop(self._root.close())
 
@@ -477,13 +490,13 @@ class _FollowOnIds:
     def __init__(self, event: ReceivedEvent) -> None:
         self._event = event
         self._lock = threading.Lock()
-        self._seen: Counter[tuple[str, ...]] = Counter()
+        self._seen: dict[tuple[str, ...], int] = {}
 
     def __call__(self, exchange: str, target: str, key: str | None, body: bytes) -> str:
         digest = hashlib.sha256(body).hexdigest()
         keyed = "" if key is None else f"={key}"
         parts = (self._event.id, self._event.queue, exchange, target, keyed, digest)
         with self._lock:
-            number = self._seen[parts]
+            number = self._seen.get(parts, 0)
             self._seen[parts] = number + 1
         return follow_on_id(*parts, str(number))

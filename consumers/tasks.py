@@ -213,7 +213,7 @@ async def drive(steps: Steps[T]) -> T:
         value = error = None
         try:
             value = step.call(*step.arguments)
-            if inspect.isawaitable(value):
+            if value is not None and inspect.isawaitable(value):
                 value = await value if step.timeout is None else await _in_time(value, step)
         except asyncio.CancelledError as raised:
             task = asyncio.current_task()

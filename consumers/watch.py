@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -14,12 +13,11 @@ __all__ = ["Ticket", "Watch"]
 class Ticket:
     """One call that is being watched."""
 
-    __slots__ = ("expired", "left", "on_expired")
+    __slots__ = ("deadline", "on_expired")
 
-    def __init__(self, on_expired: Callable[[], None]) -> None:
+    def __init__(self, deadline: float, on_expired: Callable[[], None]) -> None:
+        self.deadline = deadline
         self.on_expired = on_expired
-        self.expired = False
-        self.left = False
 
 
 class Watch:
@@ -27,13 +25,17 @@ class Watch:
 
     Either a call has left in time or it has expired, never both. The thread is there from the
     first call on until :meth:`close`.
+
+    Nearly all calls leave long before their time. So nothing is kept of those that have left, and
+    the thread sleeps until the earliest of those that ran when it last looked could be late.
     """
 
     def __init__(self) -> None:
         """Nothing is watched yet."""
-        self._changed = threading.Condition()
-        self._heap: list[tuple[float, int, Ticket]] = []
-        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._earlier = threading.Condition(self._lock)
+        self._running: set[Ticket] = set()
+        self._next_look = math.inf  # no later than the deadline of any that runs
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -44,50 +46,54 @@ class Watch:
             seconds: that it has.
             on_expired: called when they are over, on the watch's thread; must be quick.
         """
-        ticket = Ticket(on_expired)
-        with self._changed:
-            heapq.heappush(self._heap, (time.monotonic() + seconds, next(self._numbers), ticket))
-            if self._heap[0][2] is ticket:
-                self._changed.notify()
-            if self._thread is None and not self._closed:
-                self._thread = threading.Thread(
-                    target=self._run, name="outbox-worker-watch", daemon=True
-                )
-                self._thread.start()
+        ticket = Ticket(time.monotonic() + seconds, on_expired)
+        with self._lock:
+            self._running.add(ticket)
+            if ticket.deadline < self._next_look:
+                self._look_at(ticket.deadline)
         return ticket
 
     def leave(self, ticket: Ticket) -> bool:
         """End watching; return whether the call was in time."""
-        with self._changed:
-            ticket.left = True
-            return not ticket.expired
+        with self._lock:
+            in_time = ticket in self._running
+            self._running.discard(ticket)
+        return in_time
 
     def close(self) -> None:
         """End the thread; nothing expires any more."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify()
+            self._earlier.notify()
+
+    def _look_at(self, instant: float) -> None:
+        self._next_look = instant
+        if self._thread is not None:
+            self._earlier.notify()
+        elif not self._closed:
+            self._thread = threading.Thread(
+                target=self._run, name="outbox-worker-watch", daemon=True
+            )
+            self._thread.start()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                late = self._wait_for_late()
-            if late is None:
-                return
-            late.on_expired()
-
-    def _wait_for_late(self) -> Ticket | None:
         while not self._closed:
-            if not self._heap:
-                self._changed.wait()
-                continue
-            deadline, _, ticket = self._heap[0]
-            left = deadline - time.monotonic()
-            if ticket.left or left <= 0:
-                heapq.heappop(self._heap)
-                if not ticket.left:
-                    ticket.expired = True
-                    return ticket
-            else:
-                self._changed.wait(left)
-        return None
+            with self._lock:
+                late = self._wait_for_late()
+            for ticket in late:
+                ticket.on_expired()
+
+    def _wait_for_late(self) -> list[Ticket]:
+        while not self._closed and (left := self._next_look - time.monotonic()) > 0:
+            self._earlier.wait(None if left == math.inf else left)
+        if self._closed:
+            return []
+        now = time.monotonic()
+        late = sorted((one for one in self._running if one.deadline <= now), key=_deadline)
+        self._running.difference_update(late)
+        self._next_look = min(map(_deadline, self._running), default=math.inf)
+        return late
+
+
+def _deadline(ticket: Ticket) -> float:
+    return ticket.deadline

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, Unpack
 
-from outbox import observing, process
+from outbox import observing, process, waking
 from outbox.chunk import Chunk
 from outbox.errors import CollectorFull, InvalidEvent, UsageError
 from outbox.event import Event
@@ -197,9 +197,7 @@ class Publisher:
     ) -> PublishReport:
         """Await what :meth:`wait_for` waits for."""
         if not chunk.future.done():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._timeout(timeout)):
-                    await _resolved(chunk.future)
+            await waking.resolved(chunk.future, self._timeout(timeout))
             if not chunk.future.done():
                 self._transport().release(chunk)
         return chunk.future.result()
@@ -371,24 +369,6 @@ def refuse_running_loop() -> None:
 
 def _all_ids(events: Iterable[Event]) -> str:
     return ", ".join(repr(event.id) for event in events)
-
-
-async def _resolved(future: Future[Any]) -> None:
-    """Await ``future`` without ever cancelling it, and whatever becomes of the loop."""
-    loop = asyncio.get_running_loop()
-    waiter = loop.create_future()
-
-    def wake(_: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
-            loop.call_soon_threadsafe(_set, waiter)
-
-    future.add_done_callback(wake)
-    await waiter
-
-
-def _set(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 def _close_all() -> None:

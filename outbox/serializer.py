@@ -94,6 +94,7 @@ class JSONSerializer:
         self._encode = json.JSONEncoder(
             ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_default
         ).encode
+        self._decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
     def encode(self, payload: Any) -> bytes:
         """Return ``payload`` as JSON in UTF-8.
@@ -117,7 +118,7 @@ class JSONSerializer:
             ValueError: ``body`` is not JSON in UTF-8, or holds ``NaN`` or an infinity.
         """
         try:
-            return json.loads(body.decode(), parse_constant=_refuse_constant)
+            return self._decode(body.decode())
         except RecursionError:
             raise ValueError("the body is nested too deeply") from None
 

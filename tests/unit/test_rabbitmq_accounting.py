@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from outbox import Event
 from outbox.backoff import backoff
 from outbox.chunk import Chunk, Entry
-from outbox.transports.rabbitmq.acks import Acks
+from outbox.subscription import Delivery
+from outbox.transports.rabbitmq.acks import Acks, Done
 from outbox.transports.rabbitmq.confirms import Confirms
 from outbox.transports.rabbitmq.framing import PUBLISH_CHANNEL, Encoder, properties
 
@@ -176,3 +177,43 @@ def test_the_back_off_doubles_from_half_a_second_to_thirty_with_jitter() -> None
         delays = [backoff(attempt) for _ in range(200)]
         assert most / 2 <= min(delays) < max(delays) <= most
     assert backoff(10_000) <= 30
+
+
+def delivery(tag: int) -> Delivery:
+    return Delivery("q", tag, 1, False, "e", "t", b"")
+
+
+def test_the_link_is_woken_for_the_first_ack_and_not_for_those_that_follow_at_once() -> None:
+    done = Done(prefetch=100)
+    assert [done.add(delivery(tag)) for tag in range(1, 6)] == [True, False, False, False, False]
+    assert [one.tag for one in done.take()] == [1, 2, 3, 4, 5]
+    assert not done.add(delivery(6))  # there is a pause
+    assert done.end_pause()
+    assert [one.tag for one in done.take()] == [6]
+
+
+def test_after_a_pause_in_which_nothing_was_done_the_next_ack_wakes_the_link() -> None:
+    done = Done(prefetch=100)
+    done.add(delivery(1))
+    done.take()
+    assert not done.end_pause()
+    assert done.add(delivery(2))
+
+
+def test_a_quarter_of_the_prefetch_does_not_wait_for_the_end_of_the_pause() -> None:
+    done = Done(prefetch=20)
+    assert [done.add(delivery(tag)) for tag in range(1, 8)] == [True] + [False] * 3 + [
+        True,
+        False,
+        False,
+    ]
+    done.take()
+    assert [done.add(delivery(tag)) for tag in range(8, 13)] == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 7])
+def test_with_a_small_prefetch_no_ack_waits(prefetch: int) -> None:
+    done = Done(prefetch)
+    for tag in range(1, 4):
+        assert done.add(delivery(tag))
+        assert [one.tag for one in done.take()] == [tag]

@@ -2,9 +2,50 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
-__all__ = ["Acks"]
+from outbox.subscription import Delivery
+
+__all__ = ["Acks", "Done"]
+
+
+class Done:
+    """Deliveries that are done, until their acks are written. No I/O.
+
+    Any thread adds; the link's thread takes, then pauses, so that the acks of a short time go out
+    together. It is woken for the first delivery after a pause, and in a pause once a quarter of the
+    prefetch is done: the broker must not run out of room for more.
+    """
+
+    def __init__(self, prefetch: int) -> None:
+        self._waiting: deque[Delivery] = deque()
+        self._many = max(1, prefetch // 4)
+        self._woken = False  # or in a pause
+        self._hurried = False
+
+    def add(self, delivery: Delivery) -> bool:
+        """Add one; return whether the link's thread must be woken to take."""
+        self._waiting.append(delivery)
+        if not self._woken:
+            self._woken = True
+            return True
+        if len(self._waiting) >= self._many and not self._hurried:
+            self._hurried = True
+            return True
+        return False
+
+    def take(self) -> list[Delivery]:
+        """Take all out. A pause begins, unless one has already."""
+        self._hurried = False  # before: what is added from now on may be left behind
+        waiting = self._waiting
+        return [waiting.popleft() for _ in range(len(waiting))]
+
+    def end_pause(self) -> bool:
+        """End the pause; return whether to take what has come meanwhile, in a pause again."""
+        self._woken = False  # before looking: who adds after that finds it
+        self._woken = bool(self._waiting)
+        return self._woken
 
 
 class Acks:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from outbox.parking import restore_origin
 from outbox.settings import Settings
 from outbox.subscription import Delivery, QueueSpec
 from outbox.transports.rabbitmq import ladder, topology, wire
-from outbox.transports.rabbitmq.acks import Acks
+from outbox.transports.rabbitmq.acks import Acks, Done
 from outbox.transports.rabbitmq.delays import restore_delayed
 from outbox.transports.rabbitmq.failures import told
 from outbox.transports.rabbitmq.link import Link
@@ -32,6 +31,9 @@ __all__ = ["RabbitMQSubscription"]
 logger = logging.getLogger("outbox.consumer")
 
 _CANCEL_TIMEOUT = 2.0
+_ACK_PAUSE = 0.002
+"""Seconds from one writing of acks to the next: waking the link for each message costs more than
+all else that is done about its ack, and after the pause one ack speaks for many."""
 
 
 class RabbitMQSubscription:
@@ -58,8 +60,8 @@ class RabbitMQSubscription:
         self._generation = 0
         self._acks = Acks()
         self._out = dict.fromkeys((spec.name for spec in queues), 0)
-        self._done: deque[Delivery] = deque()
-        self._woken = False
+        self._done = Done(prefetch)
+        self._pausing = False
         self._cancelled = threading.Event()
         self._cancelling = False
         self._has_consumed = False
@@ -74,9 +76,7 @@ class RabbitMQSubscription:
 
     def ack(self, delivery: Delivery) -> None:
         """Have ``delivery`` acked soon, together with others."""
-        self._done.append(delivery)
-        if not self._woken:
-            self._woken = True
+        if self._done.add(delivery):
             self._link.call(self._on_done)
 
     def requeue(self, delivery: Delivery, delay: float) -> None:
@@ -267,16 +267,23 @@ class RabbitMQSubscription:
             self._connection.read_all_with_pika()
 
     def _on_done(self) -> None:
-        self._woken = False
+        """Write the acks that wait; those that come within the pause wait for its end."""
         tags = []
-        while self._done:
-            delivery = self._done.popleft()
+        for delivery in self._done.take():
             if not self.is_stale(delivery):
                 tags.append(delivery.tag)
                 self._out[delivery.queue] -= 1
+        if not self._pausing:
+            self._pausing = True
+            self._link.later(_ACK_PAUSE, self._on_pause_over)
         if tags and self._channel is not None and self._channel.is_open:
             for tag, multiple in self._acks.done(tags):
                 self._channel.basic_ack(tag, multiple)
+
+    def _on_pause_over(self) -> None:
+        self._pausing = False
+        if self._done.end_pause():
+            self._on_done()
 
     def _reject(self, delivery: Delivery) -> None:
         channel = self._channel

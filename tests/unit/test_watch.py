@@ -1,0 +1,97 @@
+"""What watches over calls that have a time limit."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from outbox.consumers.watch import Watch
+
+
+@pytest.fixture
+def watch() -> Iterator[Watch]:
+    watch = Watch()
+    yield watch
+    watch.close()
+
+
+def test_a_call_that_takes_too_long_is_told_of_and_has_not_left_in_time(watch: Watch) -> None:
+    late = threading.Event()
+    ticket = watch.enter(0.01, late.set)
+    assert late.wait(10)
+    assert not watch.leave(ticket)
+
+
+def test_a_call_that_leaves_in_time_is_never_told_of(watch: Watch) -> None:
+    told: list[str] = []
+    other = threading.Event()
+    left = watch.enter(0.05, lambda: told.append("left"))
+    watch.enter(0.1, other.set)
+    assert watch.leave(left)
+    assert other.wait(10)
+    assert told == []
+
+
+def test_a_shorter_time_than_that_of_calls_before_is_kept(watch: Watch) -> None:
+    late = threading.Event()
+    watch.enter(3600, lambda: None)
+    watch.enter(0.01, late.set)
+    assert late.wait(10)
+
+
+def test_a_call_is_watched_after_a_longer_one_has_left(watch: Watch) -> None:
+    late = threading.Event()
+    assert watch.leave(watch.enter(0.02, lambda: None))
+    watch.enter(0.05, late.set)
+    assert late.wait(10)
+
+
+def test_calls_that_are_late_together_are_told_of_in_the_order_of_their_deadlines(
+    watch: Watch,
+) -> None:
+    told: list[int] = []
+    busy, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        busy.set()
+        go_on.wait(10)
+
+    def second() -> None:
+        told.append(2)
+        done.set()
+
+    watch.enter(0, hold_up)
+    assert busy.wait(10)
+    watch.enter(0.002, second)
+    watch.enter(0.001, lambda: told.append(1))
+    overdue = threading.Timer(0.02, go_on.set)
+    overdue.start()
+    assert done.wait(10)
+    overdue.join()
+    assert told == [1, 2]
+
+
+def test_nothing_is_kept_of_a_call_that_has_left_long_before_its_time(watch: Watch) -> None:
+    class Message:
+        def on_late(self) -> None:
+            raise AssertionError("it left in time")
+
+    message = Message()
+    gone = weakref.ref(message)
+    assert watch.leave(watch.enter(3600, message.on_late))
+    del message
+    gc.collect()
+    assert gone() is None
+
+
+def test_nothing_expires_once_it_is_closed(watch: Watch) -> None:
+    ticket = watch.enter(3600, lambda: None)
+    [thread] = [one for one in threading.enumerate() if one.name == "outbox-worker-watch"]
+    watch.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert watch.leave(ticket)

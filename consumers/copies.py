@@ -92,6 +92,13 @@ def traceback_of(error: BaseException) -> str:
 
     What the exception was raised from is there, too.
     """
+    try:
+        return _traceback_of(error)
+    except Exception as why:  # the application's own exception, which need not be sound
+        return f"(its traceback cannot be told: {type(why).__qualname__})"
+
+
+def _traceback_of(error: BaseException) -> str:
     found = traceback.TracebackException.from_exception(error, max_group_width=5, max_group_depth=3)
     one: traceback.TracebackException | None = found
     while one is not None:

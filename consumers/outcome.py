@@ -17,12 +17,14 @@ __all__ = [
     "Again",
     "Dead",
     "Failed",
+    "HandlerExit",
     "Hold",
     "Outcome",
     "ProcessTimeout",
     "Reject",
     "Requeue",
     "Return",
+    "of_handler",
 ]
 
 REQUEUE_DELAY = 1.0
@@ -143,3 +145,19 @@ class Requeue(Exception):
 
 class ProcessTimeout(TimeoutError):
     """An attempt took longer than the consumer's ``timeout``: a failed one."""
+
+
+class HandlerExit(Exception):
+    """A handler raised what is no ``Exception``, such as KeyboardInterrupt: a failed attempt."""
+
+
+def of_handler(error: BaseException) -> BaseException:
+    """Return what a handler has raised as something that ends its attempt, and nothing else.
+
+    To the engine such an exception means its own end, or its generator's.
+    """
+    if isinstance(error, Exception | SystemExit):
+        return error
+    found = HandlerExit(f"the handler raised {type(error).__qualname__}")
+    found.__cause__ = error
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import threading
 from collections.abc import Callable, Iterator
@@ -204,3 +205,36 @@ def test_what_a_message_leaves_in_a_context_variable_the_next_one_does_not_see(
         send(publisher, name, "first", "second")
         seen.wait(2)
     assert found == ["nothing", "nothing"]
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+def test_an_attempt_that_fails_when_its_delivery_is_lost_leaves_the_message_to_the_next_one(
+    proxy: FaultProxy,
+    through_proxy: Publisher,
+    publisher: Publisher,
+    inspector: Inspector,
+    name: str,
+    is_async: bool,
+) -> None:
+    again, failed = threading.Event(), threading.Event()
+
+    def process(event: ReceivedEvent) -> None:
+        if event.redelivered:
+            again.set()
+            return
+        proxy.cut()
+        assert again.wait(10)
+        wait_until(lambda: through_proxy.connected)
+        failed.set()
+        raise ValueError("too late")
+
+    async def process_as_task(event: ReceivedEvent) -> None:
+        await asyncio.to_thread(process, event)
+
+    found: Any = process_as_task if is_async else process
+    with running(through_proxy, inspector, found, name, threads=2) as worker:
+        send(publisher, name, 1)
+        assert failed.wait(10)
+        assert worker.stop(10)
+    assert inspector.all(name) == []
+    assert inspector.all(f"{name}.dead") == []

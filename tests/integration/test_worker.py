@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import decimal
@@ -62,6 +63,22 @@ def running(
         yield worker
     finally:
         worker.stop(10)
+
+
+def as_task(act: Callable[[ReceivedEvent], Any]) -> Callable[[ReceivedEvent], Any]:
+    """Return a coroutine function that does the same."""
+
+    async def process(event: ReceivedEvent) -> Any:
+        return await asyncio.to_thread(act, event)
+
+    return process
+
+
+def as_is(act: Callable[[ReceivedEvent], Any]) -> Callable[[ReceivedEvent], Any]:
+    return act
+
+
+on_either_engine = pytest.mark.parametrize("engine", [as_is, as_task], ids=["plain", "async"])
 
 
 def send(publisher: Publisher, target: str, *payloads: Any, **options: Any) -> list[str]:
@@ -396,11 +413,12 @@ def test_a_consumer_that_raises_system_exit_has_failed_and_the_worker_goes_on(
     assert inspector.all(name) == []
 
 
+@on_either_engine
 def test_a_queue_that_is_deleted_is_made_anew_and_consumed(
-    publisher: Publisher, inspector: Inspector, name: str
+    publisher: Publisher, inspector: Inspector, name: str, engine: Any
 ) -> None:
     seen = Seen()
-    with running(publisher, inspector, seen, name):
+    with running(publisher, inspector, engine(seen), name):
         inspector.channel.queue_delete(name)
         deadline = time.monotonic() + 10
         inspector.wait_for_queue(name)
@@ -426,8 +444,9 @@ def test_a_queue_with_other_arguments_is_told_by_the_name_of_the_argument(
     assert publisher.publish([Event(id="1", target=name, exchange="", body=b"1")]).ok
 
 
+@on_either_engine
 def test_a_worker_survives_the_restart_of_its_broker_and_loses_nothing(
-    private_broker: PrivateBroker, name: str
+    private_broker: PrivateBroker, name: str, engine: Any
 ) -> None:
     inspector = Inspector(private_broker.url)
     follow_ons = inspector.queue(
@@ -440,7 +459,7 @@ def test_a_worker_survives_the_restart_of_its_broker_and_loses_nothing(
 
     seen = Seen(process)
     with Publisher(private_broker.url, exchange=name, drain_timeout=30) as publisher:
-        with running(publisher, inspector, seen, name, threads=4):
+        with running(publisher, inspector, engine(seen), name, threads=4):
             time.sleep(1.5)  # until the broker has the queues on disk
             sent = send(publisher, name, *range(100))
             seen.wait(20)

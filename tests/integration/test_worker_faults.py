@@ -14,7 +14,7 @@ from outbox import Publisher, enqueue_event, publish
 from outbox.consumers import ReceivedEvent
 from proving.proxy import BLOCKED, UNBLOCKED, FaultProxy, Frame, Way, method_frame
 from tests.amqp import Inspector
-from tests.integration.test_worker import Seen, running, send
+from tests.integration.test_worker import Seen, on_either_engine, running, send
 from tests.waiting import wait_until
 
 
@@ -134,16 +134,18 @@ def test_acks_of_handlers_that_outlived_their_connection_settle_no_new_delivery(
     assert inspector.all(name) == []
 
 
+@on_either_engine
 def test_a_consumer_that_the_broker_cancels_consumes_anew_and_drops_its_late_ack(
     proxy: FaultProxy,
     through_proxy: Publisher,
     publisher: Publisher,
     inspector: Inspector,
     name: str,
+    engine: Any,
 ) -> None:
     go_on = threading.Event()
     seen = Seen(lambda event: None if event.redelivered else go_on.wait(20))
-    with running(through_proxy, inspector, seen, name, threads=2) as worker:
+    with running(through_proxy, inspector, engine(seen), name, threads=2) as worker:
         subscription: Any = worker._subscription
         [tag] = subscription._channel.consumer_tags
         [first] = send(publisher, name, "first")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,11 +34,11 @@ def database(place: Place, request: pytest.FixtureRequest, tmp_path: Path) -> st
 
 
 @pytest.fixture
-def engine(database: str) -> Iterator[Engine]:
+def engine(database: str) -> Engine:
     engine = create_engine(database, poolclass=NullPool)
     Base.metadata.create_all(engine)
     outbox.sql.metadata.create_all(engine)
-    yield engine
+    return engine
 
 
 def let_leases_end(place: Place) -> None:

@@ -19,6 +19,7 @@ from outbox.headers import (
     is_brokers_own,
 )
 from outbox.ids import new_id
+from outbox.serializer import JSONSerializer
 from outbox.subscription import Delivery, dead_letter_queue
 
 __all__ = ["dead_letter", "retry_copy", "traceback_of"]
@@ -131,7 +132,7 @@ def _copy(
         target=queue,
         exchange="",
         body=delivery.body,
-        content_type=_short(delivery.content_type or "application/octet-stream"),
+        content_type=_short(delivery.content_type or JSONSerializer.content_type),  # as decode()
         headers=headers,
         priority=delivery.priority,
         deliver_at=deliver_at,

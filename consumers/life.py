@@ -9,6 +9,7 @@ decode, look into the inbox, filters and ``process``, follow-on events, callback
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import logging
@@ -253,6 +254,10 @@ class Message:
         """Decide what follows from an attempt, and tell the consumer."""
         consumer, event = self.consumer, self.event
         outcome = self._decide(result.error) if isinstance(result, Failed) else result
+        if isinstance(result, Dead) and event is not None:  # at once, but perhaps not at first
+            outcome = dataclasses.replace(
+                result, attempts=event.attempt, first_failure=event.first_failure
+            )
         told = consumer.callbacks
         if event is None or not told:  # undecodable: there is nothing that it could be told
             return outcome

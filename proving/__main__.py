@@ -41,7 +41,7 @@ def prove(
     kinds: Collection[str] = KINDS,
     bug: str = "",
     parking: bool = True,
-    patience: float = 60.0,
+    patience: float = 90.0,
 ) -> tuple[Verdict, Counter[str]]:
     """Run programs under faults; return the verdict, and how often each fault happened."""
     planned = faults.plan(random.Random(seed), seconds, wanted, pause)

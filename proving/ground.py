@@ -51,7 +51,7 @@ class Ground:
         kinds: Collection[str] = KINDS,
         bug: str = "",
         parking: bool = True,
-        patience: float = 60.0,
+        patience: float = 90.0,
     ) -> None:
         """Prepare; nothing runs yet.
 
@@ -127,7 +127,7 @@ class Ground:
             *("uvicorn", "--port", str(ports[1]), "proving.programs.asgi:app"),
             *("--log-level", "warning"),
         ]
-        consume = ["outbox.consumers.cli", "proving.programs.worker", "--prefetch", "50", "-p", "2"]
+        consume = ["outbox.consumers.cli", "proving.programs.worker", "-p", "2", "-t", "16"]
         consume += ["--log-level", "WARNING"]
         relay = ["proving.programs.relay"]
         every: dict[str, Callable[[], Program]] = {
@@ -326,7 +326,7 @@ class Ground:
                 response = connection.getresponse()
                 response.read(10 if self._chance.random() < 0.1 else None)
             connection.close()
-            self._stopping.wait(0.01)
+            self._stopping.wait(0.03)
 
     def _stop_load(self) -> None:
         self._stopping.set()

@@ -17,7 +17,14 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
 import outbox.sql
-from outbox import CollectorClosed, Event, Publisher, UsageError, enqueue_event
+from outbox import (
+    CollectorClosed,
+    Event,
+    Publisher,
+    UsageError,
+    auto_publishing,
+    enqueue_event,
+)
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, consumer
 from outbox.sql import Inbox
 from outbox.subscription import dead_letter_queue
@@ -428,3 +435,25 @@ def test_a_session_that_names_the_database_in_other_words_notes_it_too(
         wait_until(lambda: found)
     assert found == [1]
     own.dispose()
+
+
+def test_an_event_is_never_seen_before_the_data_that_it_tells_of(
+    place: Place, publisher: Publisher, engine: Engine, name: str
+) -> None:
+    found: list[bool] = []
+
+    @consumer(made(place, name))
+    def look(event: ReceivedEvent) -> None:
+        with Session(engine) as session:
+            told = select(Effect.id).where(Effect.of == event.payload["of"])
+            found.append(session.scalar(told) is not None)
+
+    with working(publisher, look):
+        for number in range(50):
+            with auto_publishing(publisher=publisher), Session(engine) as session:
+                enqueue_event({"of": str(number)}, name, exchange="")
+                session.add(Effect(of=str(number)))
+                session.flush()
+                session.commit()
+        wait_until(lambda: len(found) == 50)
+    assert all(found)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from outbox import Publisher, auto_publishing, enqueue_event
-from outbox.consumers import RetryPolicy
+from outbox.consumers import ReceivedEvent, RetryPolicy
 from tests.amqp import Inspector
 from tests.integration.test_worker import Seen, running
 
@@ -121,6 +121,20 @@ def test_what_amqp_publish_sends_is_consumed(
     assert event.payload == {"photo": 1}
     assert event.headers == {"tenant": "7"}
     assert letter.body == b"a;b"
+
+
+def test_what_has_no_content_type_is_json_at_every_attempt_and_when_it_is_replayed(
+    amqp_url: str, publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    def fail(event: ReceivedEvent) -> None:
+        raise ValueError(event.payload)
+
+    with running(publisher, inspector, fail, name, retry=RetryPolicy(max_attempts=2, delay=0)):
+        inspector.publish(name, b"[1]")
+        letter = inspector.get(f"{name}.dead")
+    assert letter.properties.headers["outbox-dead-reason"] == "ValueError: [1]"
+    assert letter.properties.headers["outbox-attempt"] == 2
+    assert letter.properties.content_type == "application/json"
 
 
 def test_what_outbox_publishes_amqp_get_reads(

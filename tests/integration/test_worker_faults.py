@@ -12,7 +12,7 @@ import pytest
 
 from outbox import Publisher, enqueue_event, publish
 from outbox.consumers import ReceivedEvent
-from proving.proxy import BLOCKED, UNBLOCKED, FaultProxy, Frame, Way, method_frame
+from proving.proxy import BLOCKED, UNBLOCKED, FaultProxy, Frame, Way, channel_close, method_frame
 from tests.amqp import Inspector
 from tests.integration.test_worker import Seen, on_either_engine, running, send
 from tests.waiting import wait_until
@@ -239,4 +239,37 @@ def test_an_attempt_that_fails_when_its_delivery_is_lost_leaves_the_message_to_t
         assert failed.wait(10)
         assert worker.stop(10)
     assert inspector.all(name) == []
+    assert inspector.all(f"{name}.dead") == []
+
+
+@on_either_engine
+def test_a_channel_that_the_broker_closes_over_a_late_ack_is_opened_anew(
+    proxy: FaultProxy,
+    through_proxy: Publisher,
+    publisher: Publisher,
+    inspector: Inspector,
+    name: str,
+    engine: Any,
+) -> None:
+    go_on = threading.Event()
+
+    def process(event: ReceivedEvent) -> None:
+        if event.payload == "first" and not event.redelivered:
+            go_on.wait(20)
+
+    seen = Seen(process)
+    with running(through_proxy, inspector, engine(seen), name, threads=2) as worker:
+        subscription: Any = worker._subscription
+        [first] = send(publisher, name, "first")
+        seen.wait(1)
+        told = "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out"
+        close = channel_close(406, told, subscription._channel.channel_number)
+        # The broker has forgotten its own half of the channel: a new one has another number.
+        proxy.inject(close, to="consumer")
+        wait_until(lambda: subscription._channel is not None and inspector.consumers(name) >= 1)
+        go_on.set()
+        [second] = send(publisher, name, "second")
+        wait_until(lambda: second in {event.id for event in seen.events}, 15)
+        assert worker.stop(10)
+    assert {event.id for event in seen.events} == {first, second}
     assert inspector.all(f"{name}.dead") == []

@@ -326,7 +326,7 @@ class Ground:
                 response = connection.getresponse()
                 response.read(10 if self._chance.random() < 0.1 else None)
             connection.close()
-            self._stopping.wait(0.03)
+            self._stopping.wait(0.05)
 
     def _stop_load(self) -> None:
         self._stopping.set()

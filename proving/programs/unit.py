@@ -22,7 +22,7 @@ _TARGETS = {
     "bounded": "bounded.thing",
 }
 _CONSUMED = ("order", "task", "charge")
-_WORK = {"fail": 0.05, "retry": 0.1, "slow": 0.003}  # and all others follow
+_WORK = {"fail": 0.05, "retry": 0.1, "slow": 0.012}  # and all others follow
 
 
 def journal(kind: str) -> Journal:

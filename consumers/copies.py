@@ -19,6 +19,7 @@ from outbox.headers import (
     is_brokers_own,
 )
 from outbox.ids import new_id
+from outbox.serializer import JSONSerializer
 from outbox.subscription import Delivery, dead_letter_queue
 
 __all__ = ["dead_letter", "retry_copy", "traceback_of"]
@@ -88,7 +89,7 @@ def retry_copy(delivery: Delivery, outcome: Again) -> Event | None:
 
 
 def _kind(error: BaseException) -> str:
-    return error.kind if isinstance(error, RemoteError) else type(error).__qualname__
+    return error.kind if type(error) is RemoteError else type(error).__qualname__
 
 
 def traceback_of(error: BaseException) -> str:
@@ -96,8 +97,13 @@ def traceback_of(error: BaseException) -> str:
 
     What the exception was raised from is there, too.
     """
-    if isinstance(error, RemoteError):
-        return error.traceback
+    try:
+        return error.traceback if isinstance(error, RemoteError) else _traceback_of(error)
+    except Exception as why:  # the application's own exception, which need not be sound
+        return f"(its traceback cannot be told: {type(why).__qualname__})"
+
+
+def _traceback_of(error: BaseException) -> str:
     found = traceback.TracebackException.from_exception(error, max_group_width=5, max_group_depth=3)
     one: traceback.TracebackException | None = found
     while one is not None:
@@ -130,7 +136,7 @@ def _copy(
         target=queue,
         exchange="",
         body=delivery.body,
-        content_type=_short(delivery.content_type or "application/octet-stream"),
+        content_type=_short(delivery.content_type or JSONSerializer.content_type),  # as decode()
         headers=headers,
         priority=delivery.priority,
         deliver_at=deliver_at,

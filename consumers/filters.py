@@ -86,7 +86,7 @@ def filters_of(consumer: type, *, what: str) -> Filters:
     for base in reversed(consumer.__mro__):
         for name, member in vars(base).items():
             kind = getattr(member, _KIND, None)
-            if kind is not None:
+            if isinstance(kind, str):  # an object may have any attribute that it is asked for
                 found.setdefault(name, kind)
         skipped = vars(base).get("skip", ())
         if isinstance(skipped, str):

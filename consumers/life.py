@@ -9,6 +9,7 @@ decode, look into the inbox, filters and ``process``, follow-on events, callback
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import logging
@@ -100,8 +101,20 @@ class InboxEntry(Protocol):
         """Have it noted in the handler's own transaction, if it has one. Waits for nothing."""
         ...
 
+    def leave(self) -> None:
+        """End what :meth:`join` began: the attempt is over."""
+        ...
+
     def note(self) -> None:
         """Note that it is done, unless the handler's transaction has. Waits for the database."""
+        ...
+
+    def give_up(self) -> bool:
+        """Have nothing noted any more: a transaction that would do so fails. Thread-safe.
+
+        Returns:
+            Whether it is too late for that: a transaction has noted it, or is just about to.
+        """
         ...
 
 
@@ -160,6 +173,7 @@ class Message:
         consumer: that processes it.
         delivery: as it came.
         event: decoded; None until then.
+        is_given_up: whether somebody else ends it in the place of its attempt.
     """
 
     def __init__(self, consumer: Consumer, delivery: Delivery, services: Services) -> None:
@@ -170,7 +184,7 @@ class Message:
         self._services = services
         self._collector: _MessageCollector | None = None
         self._entry: InboxEntry | None = None
-        self._given_up = False
+        self.is_given_up = False
         self._began = 0.0
 
     def live(self) -> Steps[Outcome | None]:
@@ -183,7 +197,7 @@ class Message:
         pause = _PAUSE
         while True:
             result = yield from self.attempt()
-            if self._given_up:
+            if self.is_given_up or self._is_anothers(result):
                 return None
             outcome = yield from self.conclude(result)
             if not isinstance(outcome, Hold):
@@ -196,13 +210,27 @@ class Message:
     def give_up(self, error: BaseException) -> Steps[Outcome | None]:
         """End the message in the place of an attempt that goes on and cannot be stopped.
 
-        That attempt publishes nothing from now on, and must not settle.
+        That attempt publishes nothing from now on, commits nothing that the inbox would note, and
+        must not settle.
         """
-        self._given_up = True
+        self.abandon()
+        if self.event is not None:
+            set_current_message(self.event)
+        result: Outcome | Failed = Failed(error)
+        if self._entry is not None and self._entry.give_up():
+            result = _done_and_failed(error)
         if self._collector is not None:
             self._collector.end()
-        outcome = yield from self.conclude(Failed(error))
+        if self._is_anothers(result):
+            return None
+        outcome = yield from self.conclude(result)
         return (yield from self.settle(outcome))
+
+    def abandon(self) -> None:
+        """Leave the message to whoever gives it up. Thread-safe."""
+        self.is_given_up = True
+        if self._entry is not None:
+            self._entry.give_up()
 
     def attempt(self) -> Steps[Outcome | Failed]:
         """Process the message once; never raises an ``Exception``."""
@@ -226,6 +254,8 @@ class Message:
             if self._entry is not None:
                 outcome = yield from self._of_done(self._entry, outcome, error)
         finally:
+            if self._entry is not None:
+                self._entry.leave()  # what callbacks commit is not the handler's
             left = collector.end()
             scope.leave(token)
         if left and not isinstance(outcome, Ack):
@@ -237,6 +267,10 @@ class Message:
         """Decide what follows from an attempt, and tell the consumer."""
         consumer, event = self.consumer, self.event
         outcome = self._decide(result.error) if isinstance(result, Failed) else result
+        if isinstance(result, Dead) and event is not None:  # at once, but perhaps not at first
+            outcome = dataclasses.replace(
+                result, attempts=event.attempt, first_failure=event.first_failure
+            )
         told = consumer.callbacks
         if event is None or not told:  # undecodable: there is nothing that it could be told
             return outcome
@@ -274,6 +308,13 @@ class Message:
             case Hold():
                 raise AssertionError("a held message is processed again, not settled")
         return outcome
+
+    def _is_anothers(self, result: Outcome | Failed) -> bool:
+        """Return whether it comes again anyway: then a copy of it would be one too many."""
+        if isinstance(result, Ack) or not self._services.subscription.is_stale(self.delivery):
+            return False
+        logger.info("message %r is no longer ours: it comes again", self.delivery.message_id)
+        return True
 
     def _refresh(self, refreshers: Sequence[Callable[[], Any]]) -> Steps[None]:
         for refresh in refreshers:
@@ -314,9 +355,7 @@ class Message:
     ) -> Steps[Outcome | Failed]:
         """Return what became of a message that failed, but is perhaps done all the same."""
         if entry.committed and not isinstance(outcome, Dead):
-            # Another attempt would be passed over. Somebody has to see to what is missing.
-            told = f"{type(error).__qualname__}: {_text(error)}"
-            return Dead(f"failed after its transaction had been committed: {told}", error)
+            return _done_and_failed(error)
         if isinstance(outcome, Failed):
             try:
                 if (yield Step(self._services.apart, (entry.is_done,))):
@@ -382,7 +421,7 @@ class Message:
                 yield Step(call, arguments)
                 if collector.events:
                     yield Step(self._services.publish, (collector,))
-            except Exception:
+            except (Exception, SystemExit):
                 logger.exception("%s of %r failed", call.__name__, self.consumer)
             finally:
                 collector.end()
@@ -445,6 +484,12 @@ def _of_exception(error: BaseException) -> Outcome | Failed:
             return Hold(error)
         case _:
             return Failed(error)
+
+
+def _done_and_failed(error: BaseException) -> Dead:
+    # Another attempt would be passed over. Somebody has to see to what is missing.
+    told = f"{type(error).__qualname__}: {_text(error)}"
+    return Dead(f"failed after its transaction had been committed: {told}", error)
 
 
 def _text(error: BaseException) -> str:

@@ -17,6 +17,7 @@ __all__ = [
     "Again",
     "Dead",
     "Failed",
+    "HandlerExit",
     "Hold",
     "Outcome",
     "ProcessDied",
@@ -25,6 +26,7 @@ __all__ = [
     "RemoteError",
     "Requeue",
     "Return",
+    "of_handler",
 ]
 
 REQUEUE_DELAY = 1.0
@@ -166,3 +168,19 @@ class RemoteError(Exception):
 
     def __str__(self) -> str:
         return f"{self.kind}, in another process:\n{self.traceback}"
+
+
+class HandlerExit(Exception):
+    """A handler raised what is no ``Exception``, such as KeyboardInterrupt: a failed attempt."""
+
+
+def of_handler(error: BaseException) -> BaseException:
+    """Return what a handler has raised as something that ends its attempt, and nothing else.
+
+    To the engine such an exception means its own end, or its generator's.
+    """
+    if isinstance(error, Exception | SystemExit):
+        return error
+    found = HandlerExit(f"the handler raised {type(error).__qualname__}")
+    found.__cause__ = error
+    return found

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from outbox import Event, EventCollector, PublishReport
 from outbox.consumers.arrivals import OrderedArrivals
 from outbox.consumers.life import Step, Steps
-from outbox.consumers.outcome import ProcessTimeout
+from outbox.consumers.outcome import ProcessTimeout, of_handler
 from outbox.consumers.work import Work
 from outbox.subscription import Delivery
 
@@ -190,7 +190,7 @@ class TaskEngine:
     async def _handle(self, delivery: Delivery) -> None:
         message = self._shared.make_message(self._shared.consumers[delivery.queue], delivery, self)
         try:
-            await drive(message.live())
+            await drive(message.live(), lambda: self.is_stopping)
         except asyncio.CancelledError:
             if not self.is_stopping:  # somebody else has cancelled it: it must come again
                 self.subscription.requeue(delivery, _REQUEUE)
@@ -200,8 +200,19 @@ class TaskEngine:
             self.subscription.requeue(delivery, _REQUEUE)
 
 
-async def drive(steps: Steps[T]) -> T:
-    """Take ``steps``, awaiting what can be awaited, and return their result."""
+async def drive(steps: Steps[T], may_end: Callable[[], bool] = lambda: True) -> T:
+    """Take ``steps``, awaiting what can be awaited, and return their result.
+
+    Args:
+        steps: of a message.
+        may_end: whether a cancellation of the task is to end it. Otherwise it was the handler's own
+            doing, and has failed.
+    """
+    task = asyncio.current_task()
+
+    def ends() -> bool:
+        return task is not None and task.cancelling() > 0 and may_end()
+
     value: Any = None
     error: BaseException | None = None
     while True:
@@ -216,14 +227,18 @@ async def drive(steps: Steps[T]) -> T:
             if value is not None and inspect.isawaitable(value):
                 value = await value if step.timeout is None else await _in_time(value, step)
         except asyncio.CancelledError as raised:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if ends():
                 error = raised
             else:
+                while task is not None and task.uncancel():
+                    pass
                 error = HandlerCancelled("the handler was cancelled, and not by the worker")
                 error.__cause__ = raised
         except BaseException as raised:
-            error = raised
+            error = of_handler(raised)
+            if ends():  # it is what the handler has made of its cancellation
+                error = asyncio.CancelledError()
+                error.__cause__ = raised
 
 
 async def _in_time(value: Any, step: Step) -> Any:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from outbox import Event, EventCollector, PublishReport
 from outbox.consumers.life import Abandoned, Message, Step, Steps
-from outbox.consumers.outcome import Outcome, ProcessTimeout
+from outbox.consumers.outcome import Outcome, ProcessTimeout, of_handler
 from outbox.consumers.watch import Watch
 from outbox.consumers.work import Work
 from outbox.subscription import Delivery
@@ -54,8 +54,8 @@ class ThreadEngine:
         self._size = threads
         self._missing = 0  # places of late threads that nobody has taken
         self._waiting = work.make_arrivals()
-        self._threads: set[threading.Thread] = set()
-        self._lock = threading.Lock()
+        self._working = 0  # places that are not empty; a late thread has left its own to another
+        self._lock = threading.Condition()
         self._stopping = threading.Event()
         self._watch = Watch()
         self._context = contextvars.Context()
@@ -88,6 +88,7 @@ class ThreadEngine:
     def start(self) -> None:
         """Start the threads; messages run in copies of the caller's context."""
         self._context = contextvars.copy_context()
+        self._working = self._size
         for number in range(1, self._size + 1):
             self._start_thread(f"outbox-worker-{number}", self._work)
 
@@ -107,50 +108,53 @@ class ThreadEngine:
         Those that are late have been given up before, and are not waited for.
         """
         self.ask_to_stop(deadline)
-        finished = True
         with self._lock:
-            threads = list(self._threads)
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-            finished = finished and not thread.is_alive()
+            # Threads cannot be waited for: meanwhile others may take the places of late ones.
+            finished = self._lock.wait_for(
+                lambda: not self._working, max(0.0, deadline - time.monotonic())
+            )
         self._watch.close()
         return finished
 
     def _start_thread(self, name: str, run: Callable[[], None]) -> None:
-        def begin() -> None:
-            try:
-                run()
-            finally:
-                with self._lock:
-                    self._threads.discard(thread)
-
-        thread = threading.Thread(target=begin, name=name, daemon=True)
-        with self._lock:
-            self._threads.add(thread)
-        thread.start()
+        threading.Thread(target=run, name=name, daemon=True).start()
 
     def _work(self) -> None:
-        while (delivery := self._waiting.get()) is not None:
-            if self._stopping.is_set() or self.subscription.is_stale(delivery):
-                continue  # it is given back when the subscription closes, or was already
-            if not self._shared.begins():
-                continue
-            self.has_worked = True
-            message = self._shared.make_message(
-                self._shared.consumers[delivery.queue], delivery, self
-            )
-            try:
-                self._context.copy().run(self._drive, message, message.live())
-            except _Late:
-                if not self._come_back():
-                    return
-                continue
-            except Abandoned:
-                pass  # it is given back when the subscription closes
-            except BaseException:  # a bug of ours must end neither the thread nor the message
-                logger.exception("could not handle message %r", delivery.message_id)
+        has_place = True
+        try:
+            while has_place and (delivery := self._waiting.get()) is not None:
+                has_place = self._take(delivery)
+        finally:
+            if has_place:
+                self._leave_place()
+
+    def _leave_place(self) -> None:
+        with self._lock:
+            self._working -= 1
+            self._lock.notify_all()
+
+    def _take(self, delivery: Delivery) -> bool:
+        """Take a message through its life; return whether this thread still has its place."""
+        if self._stopping.is_set() or self.subscription.is_stale(delivery):
+            return True  # it is given back when the subscription closes, or was already
+        if not self._shared.begins():
+            return True
+        self.has_worked = True
+        message = self._shared.make_message(self._shared.consumers[delivery.queue], delivery, self)
+        try:
+            self._context.copy().run(self._drive, message, message.live())
+        except _Late:
+            pass
+        except Abandoned:
+            pass  # it is given back when the subscription closes
+        except BaseException:  # a bug of ours must end neither the thread nor the message
+            logger.exception("could not handle message %r", delivery.message_id)
+            if not message.is_given_up:
                 self.subscription.requeue(delivery, _REQUEUE)
-            self._shared.ends()
+        if message.is_given_up:  # also where a filter has swallowed that it is late
+            return self._come_back()
+        self._shared.ends()
+        return True
 
     def _drive(self, message: Message, steps: Steps[Outcome | None]) -> Outcome | None:
         value: object = None
@@ -167,8 +171,10 @@ class ThreadEngine:
                     value = step.call(*step.arguments)
                 else:
                     value = self._call_watched(message, step, step.timeout)
-            except BaseException as raised:
+            except (_Late, Abandoned) as raised:
                 error = raised
+            except BaseException as raised:
+                error = of_handler(raised)
 
     def _call_watched(self, message: Message, step: Step, seconds: float) -> object:
         late = partial(self._on_late, message, threading.current_thread(), seconds)
@@ -177,16 +183,17 @@ class ThreadEngine:
             found: object = step.call(*step.arguments)
         except BaseException as error:
             if not self._watch.leave(ticket):
+                message.abandon()  # whoever gives it up may not have begun yet
                 raise _Late from error
             raise
         if not self._watch.leave(ticket):
+            message.abandon()
             raise _Late
         return found
 
     def _on_late(self, message: Message, thread: threading.Thread, seconds: float) -> None:
         with self._lock:
             self.late += 1
-            self._threads.discard(thread)
             has_successor = self.late <= self._size
             if not has_successor:
                 self._missing += 1
@@ -201,7 +208,16 @@ class ThreadEngine:
         if not has_successor:
             logger.error("%d handlers are late: the worker has a thread less", self.late)
         error = ProcessTimeout(f"it took more than {seconds:g} s")
-        self._start_thread(thread.name, partial(self._succeed, message, error, has_successor))
+        try:
+            self._start_thread(thread.name, partial(self._succeed, message, error, has_successor))
+        except RuntimeError:  # there can be no more threads: somebody else gets the message
+            message.abandon()
+            self.subscription.requeue(message.delivery, _REQUEUE)
+            self._shared.ends()
+            self._leave_place()
+            with self._lock:
+                self._missing += has_successor  # until this late one comes back
+            raise
 
     def _succeed(self, message: Message, error: ProcessTimeout, goes_on: bool) -> None:
         """End a message whose handler is late, and work in that thread's place."""
@@ -213,6 +229,8 @@ class ThreadEngine:
         self._shared.ends()
         if goes_on:
             self._work()
+        else:
+            self._leave_place()
 
     def _come_back(self) -> bool:
         """Note that a late handler has ended; return whether its thread has a place to work in."""
@@ -221,5 +239,5 @@ class ThreadEngine:
             if not self._missing:
                 return False
             self._missing -= 1
-            self._threads.add(threading.current_thread())
+            self._working += 1
             return True

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable
 
 __all__ = ["Ticket", "Watch"]
+
+logger = logging.getLogger("outbox.consumer")
 
 
 class Ticket:
@@ -81,7 +84,10 @@ class Watch:
             with self._lock:
                 late = self._wait_for_late()
             for ticket in late:
-                ticket.on_expired()
+                try:
+                    ticket.on_expired()
+                except Exception:  # there can be no more threads, for instance
+                    logger.exception("a call that takes too long could not be told")
 
     def _wait_for_late(self) -> list[Ticket]:
         while not self._closed and (left := self._next_look - time.monotonic()) > 0:

@@ -24,8 +24,9 @@ from proving.history import read
 
 _SHOWN = 10
 _YOUNG = 3.0  # seconds until a quorum queue surely survives that its only node is killed
-_BUG_SECONDS = 8.0
-_AT_ONCE = 3
+_BUG_SECONDS = 6.0
+_BUG_PATIENCE = 10.0
+_AT_ONCE = 4
 
 
 def prove(
@@ -40,11 +41,20 @@ def prove(
     kinds: Collection[str] = KINDS,
     bug: str = "",
     parking: bool = True,
+    patience: float = 90.0,
 ) -> tuple[Verdict, Counter[str]]:
     """Run programs under faults; return the verdict, and how often each fault happened."""
     planned = faults.plan(random.Random(seed), seconds, wanted, pause)
-    options = {"seed": seed, "kinds": kinds, "bug": bug, "parking": parking}
-    with Ground(broker, name, folder, **options) as ground:  # type: ignore[arg-type]
+    with Ground(
+        broker,
+        name,
+        folder,
+        seed=seed,
+        kinds=kinds,
+        bug=bug,
+        parking=parking,
+        patience=patience,
+    ) as ground:
         if any("broker" in one.fault.name for one in planned):
             time.sleep(_YOUNG)
         begin = time.monotonic()
@@ -120,6 +130,7 @@ def _caught(broker: PrivateBroker, bug: Bug, seed: int, parking: threading.Lock)
             kinds=bug.kinds,
             bug=bug.name,
             parking="unbind" in bug.faults,
+            patience=_BUG_PATIENCE,
         )
     except RuntimeError as error:
         print(f"{bug.name}: not proved: {error}")

@@ -19,11 +19,13 @@ from outbox.auto_publishing import AutoPublishingEventCollector
 from outbox.backlog import Backlog
 from outbox.chunk import Entry, Fate
 from outbox.configuration import default_publisher
-from outbox.consumers import life
-from outbox.consumers.life import Message
-from outbox.consumers.outcome import ACK, Dead
+from outbox.consumers import life, tasks
+from outbox.consumers.life import Message, Step
+from outbox.consumers.outcome import ACK, Dead, ProcessTimeout
+from outbox.consumers.retrying import RetryPolicy
+from outbox.headers import ATTEMPT
 from outbox.middleware import unit
-from outbox.sql import Store, outcome, rows, store, transaction, waves
+from outbox.sql import Store, inbox, outcome, rows, store, transaction, waves
 from outbox.transports.rabbitmq.publishing import RabbitMQTransport
 
 __all__ = ["BUGS", "Bug", "plant"]
@@ -252,6 +254,77 @@ def _left_is_done() -> None:
     found.sort_out = sort_out
 
 
+def _noted_before_the_effect() -> None:
+    def join(self: Any) -> None:
+        self.note()
+
+    inbox._Entry.join = join  # type: ignore[method-assign]
+
+
+def _noted_after_the_effect() -> None:
+    inbox._Entry.join = lambda self: None  # type: ignore[method-assign]
+
+
+def _copy_not_confirmed() -> None:
+    def send_on(self: Any, copy: Any, outcome: Any) -> Any:
+        self._services.subscription.ack(self.delivery)
+        yield Step(lambda: self._services.publisher.submit([copy], keep=False))
+        return outcome
+
+    Message._send_on = send_on  # type: ignore[method-assign]
+
+
+def _changed_copy(change: Callable[[Any], Any]) -> None:
+    found: Any = life
+    original = found.retry_copy
+    found.retry_copy = lambda *arguments: change(original(*arguments))
+
+
+def _attempt_header_lost() -> None:
+    def lose(copy: Any) -> Any:
+        headers = {name: value for name, value in copy.headers.items() if name != ATTEMPT}
+        return dataclasses.replace(copy, headers=headers)
+
+    _changed_copy(lose)
+
+
+def _delay_lost() -> None:
+    _changed_copy(lambda copy: dataclasses.replace(copy, deliver_at=None))
+
+
+def _one_attempt_too_many() -> None:
+    original = RetryPolicy.delay_after
+
+    def delay_after(self: Any, error: Any, attempts: int) -> Any:
+        return original(self, error, attempts - 1)
+
+    RetryPolicy.delay_after = delay_after  # type: ignore[method-assign]
+
+
+def _late_is_done() -> None:
+    def give_up(self: Any, error: Any) -> Any:
+        self.abandon()
+        self._collector.end()
+        return (yield from self.settle(ACK))
+
+    Message.give_up = give_up  # type: ignore[method-assign]
+
+
+def _cancelled_is_done() -> None:
+    original = tasks._in_time
+
+    async def in_time(value: Any, step: Any) -> Any:
+        try:
+            return await original(value, step)
+        except ProcessTimeout:
+            return None
+
+    found: Any = tasks
+    found._in_time = in_time
+
+
+_WORKING = ("script", "worker")
+
 BUGS: Sequence[Bug] = (
     Bug(
         "ack-before-publish",
@@ -291,5 +364,31 @@ BUGS: Sequence[Bug] = (
     Bug("order-ignored", "out of order", ["kill durable"], _DURABLE, _order_ignored),
     Bug("left-is-done", "lost", ["cut at publish", "refuse"], _DURABLE, _left_is_done),
     Bug("no-dead-letters", "lost", [], ["script", "worker"], _no_dead_letters),
+    Bug("noted-before-the-effect", "lost", [], (*_WORKING, "database"), _noted_before_the_effect),
+    Bug(
+        "noted-after-the-effect",
+        "done twice",
+        ["cut database at commit", "kill worker"],
+        (*_WORKING, "database"),
+        _noted_after_the_effect,
+    ),
+    Bug(
+        "copy-not-confirmed",
+        "lost",
+        ["cut at publish", "kill holding worker"],
+        _WORKING,
+        _copy_not_confirmed,
+    ),
+    Bug(
+        "attempt-header-lost",
+        "wrong number of attempts",
+        [],
+        _WORKING,
+        _attempt_header_lost,
+    ),
+    Bug("delay-lost", "too early", [], _WORKING, _delay_lost),
+    Bug("one-attempt-too-many", "wrong number of attempts", [], _WORKING, _one_attempt_too_many),
+    Bug("late-is-done", "lost", [], _WORKING, _late_is_done),
+    Bug("cancelled-is-done", "lost", [], _WORKING, _cancelled_is_done),
 )
 """All of them."""

@@ -19,7 +19,7 @@ __all__ = ["Database"]
 
 
 class Database:
-    """A PostgreSQL server, a proxy before it, and the table in which units of work leave a row.
+    """A PostgreSQL server, a proxy before it, and the tables in which applications leave rows.
 
     Attributes:
         server: may be killed, paused and started again.
@@ -38,6 +38,7 @@ class Database:
         metadata.create_all(self._engine)
         with self._engine.begin() as connection:
             connection.execute(text("CREATE TABLE units (name text PRIMARY KEY)"))
+            connection.execute(text("CREATE TABLE effects (of text, id text)"))
         self.proxy = FaultProxy(self.server.url).start()
         return self
 
@@ -50,6 +51,11 @@ class Database:
         """Write a ``commit`` for every unit of work that has left its row."""
         for (name,) in self._ask("SELECT name FROM units"):
             history.write("commit", unit=name)
+
+    def write_effects(self, history: Journal) -> None:
+        """Write an ``effect`` for everything that consumers have done."""
+        for key, message_id in self._ask("SELECT of, id FROM effects"):
+            history.write("effect", key=key, id=message_id)
 
     def waiting(self) -> int:
         """Return how many stored events are in the table, whatever their state."""

@@ -28,6 +28,8 @@ _RELAYS = ("relay", "relay2")
 KINDS = (*_WRITERS, *_RELAYS, "worker")
 _PARKED = "outbox.unroutable"
 _BOUND = 20  # messages in the queue that fills up
+_CONSUMED = ("orders", "tasks", "charges")
+_QUIET = 2.5  # seconds in which what is to be tried again is back in its queue
 
 
 class Ground:
@@ -49,6 +51,7 @@ class Ground:
         kinds: Collection[str] = KINDS,
         bug: str = "",
         parking: bool = True,
+        patience: float = 90.0,
     ) -> None:
         """Prepare; nothing runs yet.
 
@@ -57,17 +60,20 @@ class Ground:
             name: of the exchange; the names of the queues begin with it.
             folder: for the history and the programs' logs.
             seed: of what is random.
-            kinds: of programs.
+            kinds: of programs; ``database`` for one without a program that writes into it.
             bug: planted in all of them, see :mod:`proving.bugs`.
             parking: whether some events find no queue at times; the queue for these is the
                 broker's only one, so only one ground at a time can have it.
+            patience: seconds that the worker has in the end, until it is judged.
         """
         self.broker = broker
         self.name = name
         self.history = Journal(folder, "driver")
         self.proxy = FaultProxy(broker.url)
-        self._database = Database() if "durable" in kinds else None
+        self._database = Database() if {"durable", "database"} & set(kinds) else None
+        self._consumed = _CONSUMED if self._database is not None else _CONSUMED[:2]
         self._parking = parking
+        self._patience = patience
         self._folder = folder
         self._chance = random.Random(seed)
         self._kinds = kinds
@@ -75,7 +81,8 @@ class Ground:
         self._stopping = threading.Event()
         self._load: list[threading.Thread] = []
         self.programs: dict[str, Program] = {}
-        queues = {f"{name}.ledger": "ledger", f"{name}.orders.dead": "dead"}
+        queues = {f"{name}.ledger": "ledger"}
+        queues |= {f"{name}.{one}.dead": "dead" for one in _CONSUMED}
         if parking:
             queues[_PARKED] = "parked"
         self.ledger = Witness(broker.url, queues, Journal(folder, "ledger"))
@@ -104,10 +111,10 @@ class Ground:
             "OUTBOX_CONNECT_TIMEOUT": "2",
             "OUTBOX_HEARTBEAT": "4",
             "OUTBOX_DRAIN_TIMEOUT": "40",
-            "PROVE_QUEUE": f"{self.name}.orders",
+            "PROVE_NAME": self.name,
             "PROVE_BUG": self._bug,
             "PROVE_WORK": "yes" if "worker" in self._kinds else "",
-            "PROVE_KINDS": "shaky,bounded" if self._parking else "bounded",
+            "PROVE_KINDS": ",".join(self._event_kinds()),
             "PYTHONUNBUFFERED": "1",
             **database,
         }
@@ -120,27 +127,27 @@ class Ground:
             *("uvicorn", "--port", str(ports[1]), "proving.programs.asgi:app"),
             *("--log-level", "warning"),
         ]
-        consume = ["outbox.consumers.cli", "proving.programs.worker:Orders", "--prefetch", "50"]
+        consume = ["outbox.consumers.cli", "proving.programs.worker", "-p", "2", "-t", "16"]
+        consume += ["--log-level", "WARNING"]
         relay = ["proving.programs.relay"]
         every: dict[str, Callable[[], Program]] = {
             "script": lambda: Program(
                 "script", ["proving.programs.script"], environment, self._folder
             ),
-            "wsgi": lambda: Server("wsgi", gunicorn, environment, self._folder, children=True),
-            "asgi": lambda: Server("asgi", uvicorn, environment, self._folder, children=False),
+            "wsgi": lambda: Server("wsgi", gunicorn, environment, self._folder, children=99),
+            "asgi": lambda: Server("asgi", uvicorn, environment, self._folder, children=0),
             "durable": lambda: Program(
                 "durable", ["proving.programs.durable"], environment, self._folder
             ),
             "relay": lambda: Program("relay", relay, environment, self._folder),
             "relay2": lambda: Program("relay2", relay, environment, self._folder),
-            "worker": lambda: Program("worker", consume, environment, self._folder),
+            "worker": lambda: Server("worker", consume, environment, self._folder, children=1),
         }
         self.programs = {kind: every[kind]() for kind in KINDS if kind in self._kinds}
         if "worker" in self.programs:
             self.programs["worker"].start()
-            self._on_broker(
-                lambda channel: channel.queue_declare(f"{self.name}.orders", passive=True)
-            )
+            for queue in self._consumed:
+                self._waiting(queue)  # until it is there
         for program in self.programs.values():
             program.start()
         self.ledger.start()
@@ -190,18 +197,14 @@ class Ground:
             self._until(lambda: not database.waiting(), deadline)
             database.write_commits(Journal(self._folder, "database"))
             for kind in _RELAYS:
-                self.programs[kind].terminate()
+                if kind in self.programs:
+                    self.programs[kind].terminate()
         worker = self.programs.get("worker")
         if worker is not None:
-            worker.start()
-            # What is left when the worker has ended was not acked: it goes on with that.
-            while True:
-                self._until(lambda: not self._waiting("orders"), deadline)
-                worker.terminate()
-                if not self._waiting("orders"):
-                    break
-                worker.start()
-        queues = ("ledger", "bounded", "orders.dead")
+            self._let_finish(worker)
+            if self._database is not None:
+                self._database.write_effects(Journal(self._folder, "effects"))
+        queues = ("ledger", "bounded", *(f"{one}.dead" for one in _CONSUMED))
         self._until(
             lambda: (
                 time.monotonic() - max(self.ledger.last, self.bounded.last) > 1
@@ -209,6 +212,27 @@ class Ground:
             ),
             deadline,
         )
+
+    def _let_finish(self, worker: Program) -> None:
+        """Let the worker do what there is, and end it."""
+        deadline = time.monotonic() + self._patience
+        while time.monotonic() < deadline:
+            worker.start()
+            empty_since = time.monotonic()
+            while time.monotonic() < min(deadline, empty_since + _QUIET):
+                time.sleep(0.1)
+                if any(map(self._waiting, self._consumed)):
+                    empty_since = time.monotonic()
+            worker.terminate()
+            # What is left now was not acked: it goes on with that.
+            if not any(map(self._waiting, self._consumed)):
+                return
+
+    def _event_kinds(self) -> list[str]:
+        kinds = ["shaky", "bounded"] if self._parking else ["bounded"]
+        if "worker" in self._kinds:
+            kinds += ["task", "charge"] if self._database is not None else ["task"]
+        return kinds
 
     def stop(self, kind: str, way: str) -> None:
         """Kill or terminate the program of that kind, if there is one. Thread-safe."""
@@ -243,9 +267,7 @@ class Ground:
         )
 
     def _declare(self) -> None:
-        ledger, bounded, dead = (
-            f"{self.name}.{one}" for one in ("ledger", "bounded", "orders.dead")
-        )
+        ledger, bounded = f"{self.name}.ledger", f"{self.name}.bounded"
         full = {"x-max-length": _BOUND, "x-overflow": "reject-publish"}
 
         def declare(channel: Any) -> None:
@@ -253,8 +275,10 @@ class Ground:
             # Classic queues: a young quorum queue does not always survive that its node is killed.
             channel.queue_declare(ledger, durable=True)
             channel.queue_declare(bounded, durable=True, arguments=full)
-            channel.queue_declare(dead, durable=True, arguments={"x-queue-type": "quorum"})
-            for topic in ("order.*", "invoice.*", "shaky.*"):
+            for one in _CONSUMED:
+                dead = f"{self.name}.{one}.dead"
+                channel.queue_declare(dead, durable=True, arguments={"x-queue-type": "quorum"})
+            for topic in ("order.*", "task.*", "charge.*", "invoice.*", "shaky.*"):
                 channel.queue_bind(ledger, self.name, topic)
             channel.queue_bind(bounded, self.name, "bounded.*")
             if self._parking:
@@ -302,7 +326,7 @@ class Ground:
                 response = connection.getresponse()
                 response.read(10 if self._chance.random() < 0.1 else None)
             connection.close()
-            self._stopping.wait(0.01)
+            self._stopping.wait(0.05)
 
     def _stop_load(self) -> None:
         self._stopping.set()

@@ -97,7 +97,7 @@ class Program:
 
 
 class Server(Program):
-    """A web server, which may do its work in children of its own."""
+    """A server, or a supervisor, which may do its work in children of its own."""
 
     def __init__(
         self,
@@ -106,9 +106,9 @@ class Server(Program):
         environment: Mapping[str, str],
         folder: Path,
         *,
-        children: bool,
+        children: int,
     ) -> None:
-        """Prepare it; with ``children`` it is those that are killed, and it replaces them."""
+        """Prepare it; up to so many ``children`` are killed in its place, and it replaces them."""
         super().__init__(kind, arguments, environment, folder)
         self._children = children
 
@@ -120,4 +120,4 @@ class Server(Program):
         for pid in own:
             listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
             found += [int(child) for child in listed.split()]
-        return found
+        return found[: self._children]

@@ -75,8 +75,10 @@ class Witness:
     def _note(self, where: str) -> Any:
         def note(channel: Any, method: Any, properties: Any, body: bytes) -> None:
             self.last = time.monotonic()
-            key = json.loads(body)["key"]
-            self._history.write("delivery", where=where, key=key, id=properties.message_id)
+            facts: dict[str, Any] = {"key": json.loads(body)["key"], "id": properties.message_id}
+            if where == "dead":
+                facts["attempts"] = (properties.headers or {}).get("outbox-attempt")
+            self._history.write("delivery", where=where, **facts)
             channel.basic_ack(method.delivery_tag)
 
         return note

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import datetime
+import os
 import threading
 import time
 from typing import Protocol
@@ -30,7 +31,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import IntegrityError, UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction, registry
 
-from outbox.errors import UsageError
+from outbox.errors import CollectorClosed, UsageError
 from outbox.sql.clock import Timestamp, now, seconds_since
 from outbox.sql.engines import engine_beside, open_engine
 from outbox.sql.schema import DIALECTS, metadata
@@ -157,6 +158,8 @@ class _Entry:
         self._window = window
         self.joined: Session | None = None
         self.committed = False
+        self._given_up = False
+        self._lock = threading.Lock()
 
     def is_done(self) -> bool:
         self._inbox.purge_now_and_then(self._values["consumer"], self._window)
@@ -173,8 +176,16 @@ class _Entry:
     def join(self) -> None:
         _present.set(self)
 
+    def leave(self) -> None:
+        _present.set(None)
+
+    def give_up(self) -> bool:
+        with self._lock:
+            self._given_up = True
+            return self.committed or self.joined is not None
+
     def note(self) -> None:
-        if self.committed:
+        if self.committed or self._given_up:
             return
         # At the same time it may have been done somewhere else.
         with contextlib.suppress(IntegrityError), self._inbox.engine.begin() as connection:
@@ -190,13 +201,24 @@ class _Entry:
         return _place(engine.url) == _place(self._inbox.url)
 
     def add_to(self, session: Session) -> None:
-        self.joined = session
+        with self._lock:
+            if self._given_up:
+                raise CollectorClosed(
+                    f"the attempt to process {self._values['message_id']!r} was given up, since it "
+                    "takes too long: what it has done since is not committed"
+                )
+            self.joined = session
         session.add(_Done(**self._values))
 
 
 def _place(url: URL) -> tuple[object, ...]:
     """Return which database it is, whoever connects to it and with whichever driver."""
-    return url.get_backend_name(), url.host, url.port, url.database
+    name, database, port = url.get_backend_name(), url.database, url.port
+    if name == "sqlite":
+        database = os.path.abspath(database or "")
+    elif name == "postgresql":
+        port = port or 5432
+    return name, url.host, port, database
 
 
 @event.listens_for(Session, "before_commit")

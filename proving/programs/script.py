@@ -15,7 +15,7 @@ from proving.programs.unit import Unit, journal
 HISTORY = journal("script")
 THREADS = 2
 TASKS = 2
-PAUSE = 0.03  # seconds at most between two units
+PAUSE = 0.05  # seconds at most between two units
 
 
 class Failed(Exception):

@@ -14,7 +14,15 @@ from proving.history import Journal
 __all__ = ["Unit", "journal"]
 
 _PADDING = "x" * 120
-_TARGETS = {"order": "order.placed", "shaky": "shaky.thing", "bounded": "bounded.thing"}
+_TARGETS = {
+    "order": "order.placed",
+    "task": "task.given",
+    "charge": "charge.made",
+    "shaky": "shaky.thing",
+    "bounded": "bounded.thing",
+}
+_CONSUMED = ("order", "task", "charge")
+_WORK = {"fail": 0.05, "retry": 0.1, "slow": 0.012}  # and all others follow
 
 
 def journal(kind: str) -> Journal:
@@ -46,20 +54,25 @@ class Unit:
             seq: its number in ``lane``; by default its number in this unit.
         """
         kinds = os.environ["PROVE_KINDS"].split(",")
-        kind = "order" if self._chance.random() < 0.7 else self._chance.choice(kinds)
+        kind = "order" if self._chance.random() < 0.6 else self._chance.choice(kinds)
         work = None
-        if kind == "order" and os.environ["PROVE_WORK"]:
-            work = "fail" if self._chance.random() < 0.05 else "follow"
+        if kind in _CONSUMED and os.environ["PROVE_WORK"]:
+            weights = [*_WORK.values(), 1 - sum(_WORK.values())]
+            [work] = self._chance.choices([*_WORK, "follow"], weights)
+            if kind == "charge" and work == "slow":
+                work = "follow"
         number = len(self.keys)
         key = f"{self.name}/{number}"
         payload = {"key": key, "work": work, "padding": _PADDING}
         event = enqueue_event(payload, _TARGETS[kind], **self._options)
-        order: dict[str, Any] = {}
+        facts: dict[str, Any] = {}
         if kind == "order":
-            order = {"lane": lane or self.name, "seq": seq or number}
+            facts = {"lane": lane or self.name, "seq": seq or number}
+        if kind == "charge":
+            facts["effect"] = True
         if "session" in self._options:
-            order["stored"] = True
-        self._history.write("intent", unit=self.name, key=key, id=event.id, work=work, **order)
+            facts["stored"] = True
+        self._history.write("intent", unit=self.name, key=key, id=event.id, work=work, **facts)
         self.keys.append(key)
 
     def enqueue_some(self) -> None:

@@ -1,25 +1,99 @@
-"""A consumer that publishes one follow-on event a message, or fails."""
+"""Consumers that follow up, fail, fail at first, take too long, and do things once."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 
-from outbox import enqueue_event, publish
-from outbox.consumers import Consumer, ReceivedEvent
-from proving.checker import FOLLOW_ON
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from outbox import enqueue_event, publish, publish_async
+from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy
+from proving.checker import FOLLOW_ON, MAX_ATTEMPTS
 from proving.programs.unit import journal
 
 HISTORY = journal("worker")
+NAME = os.environ["PROVE_NAME"]
+DELAY = 0.5  # seconds; RabbitMQ makes one of it
+TIMEOUT = 1.0
+RETRY = RetryPolicy(max_attempts=MAX_ATTEMPTS, delay=DELAY)
+
+
+class Failed(Exception):
+    """The attempt was to fail."""
+
+
+def begin(event: ReceivedEvent) -> None:
+    """Write the attempt down, and enqueue what follows."""
+    key = event.payload["key"]
+    HISTORY.write("handling", key=key, attempt=event.attempt)
+    enqueue_event({"key": key + FOLLOW_ON}, "invoice.made")
+
+
+def is_slow(event: ReceivedEvent) -> bool:
+    return event.payload["work"] == "slow" and event.attempt == 1
+
+
+def fail(event: ReceivedEvent) -> None:
+    """Fail, if this attempt is to."""
+    work = event.payload["work"]
+    if work == "fail" or (work == "retry" and event.attempt == 1):
+        key = event.payload["key"]
+        HISTORY.write(
+            "failed",
+            key=key,
+            attempt=event.attempt,
+            delay=DELAY,
+            redelivered=event.redelivered,
+        )
+        raise Failed
 
 
 class Orders(Consumer):
-    queue = os.environ["PROVE_QUEUE"]
+    queue = f"{NAME}.orders"
     topics = ("order.*",)
+    retry = RETRY
+    timeout = TIMEOUT
 
     def process(self, event: ReceivedEvent) -> None:
-        key = event.payload["key"]
-        HISTORY.write("handling", key=key, redelivered=event.redelivered)
-        enqueue_event({"key": key + FOLLOW_ON}, "invoice.made")
-        if event.payload["work"] == "fail":
-            raise RuntimeError("on purpose")
+        begin(event)
+        if is_slow(event):
+            time.sleep(1.5 * TIMEOUT)
+        fail(event)
         publish()
+
+
+class Tasks(Consumer):
+    queue = f"{NAME}.tasks"
+    topics = ("task.*",)
+    retry = RETRY
+    timeout = TIMEOUT
+
+    async def process(self, event: ReceivedEvent) -> None:
+        begin(event)
+        await asyncio.sleep(1.5 * TIMEOUT if is_slow(event) else 0.005)
+        fail(event)
+        await publish_async()
+
+
+if "OUTBOX_DATABASE_URL" in os.environ:
+    ENGINE = create_engine(os.environ["OUTBOX_DATABASE_URL"], poolclass=NullPool)
+    INSERT = text("INSERT INTO effects (of, id) VALUES (:of, :id)")
+
+    class Charges(Consumer):
+        queue = f"{NAME}.charges"
+        topics = ("charge.*",)
+        retry = RETRY
+        deduplicate = True
+
+        def process(self, event: ReceivedEvent) -> None:
+            begin(event)
+            with Session(ENGINE) as session:
+                session.execute(INSERT, {"of": event.payload["key"], "id": event.id})
+                time.sleep(0.005)
+                fail(event)
+                publish()  # before the commit, behind which nothing is repeated
+                session.commit()

@@ -16,8 +16,8 @@ from outbox.consumers import exit_codes
 from tests.amqp import Inspector, properties_of
 
 MODULE = """
-import pathlib, time
-from outbox import enqueue_event, publish
+import asyncio, pathlib, time
+from outbox import enqueue_event, publish, publish_async
 from outbox.consumers import Consumer, consumer
 
 class Slow(Consumer):
@@ -29,6 +29,16 @@ class Slow(Consumer):
         time.sleep(event.payload)
         enqueue_event({{"slept": event.payload}}, "{name}.done", exchange="{name}")
         publish()
+
+class SlowTask(Consumer):
+    queue = "{name}.task"
+    exchange = "{name}"
+
+    async def process(self, event):
+        pathlib.Path("started").touch()
+        await asyncio.sleep(event.payload)
+        enqueue_event({{"slept": event.payload}}, "{name}.done", exchange="{name}")
+        await publish_async()
 
 class Lingering(Consumer):
     queue = "{name}.lingering"
@@ -71,7 +81,7 @@ def start(tmp_path: Path, amqp_url: str, name: str, inspector: Inspector) -> Ite
         if child.poll() is None:
             child.kill()
         child.communicate(timeout=10)
-    for queue in (name, f"{name}.other", f"{name}.lingering"):
+    for queue in (name, f"{name}.other", f"{name}.lingering", f"{name}.task"):
         inspector.clean_up(queue=queue)
         inspector.clean_up(queue=f"{queue}.dead")
     inspector.clean_up(exchange=name)
@@ -150,25 +160,27 @@ def test_a_killed_worker_loses_nothing_and_the_follow_on_keeps_its_id(
     assert inspector.get(done, 20).id == first.id
 
 
+@pytest.mark.parametrize("consumer", ["Slow", "SlowTask"])
 def test_under_load_sigterm_settles_what_runs_and_gives_back_the_rest_unfailed(
-    start: Start, inspector: Inspector, name: str, tmp_path: Path
+    start: Start, inspector: Inspector, name: str, tmp_path: Path, consumer: str
 ) -> None:
     done = inspector.queue(f"{name}-done", name, (f"{name}.done",))
-    child = start("work:Slow", "-t", "4")
-    wait_for_consumer(inspector, name)
+    child = start(f"work:{consumer}", "-t", "4", "--concurrency", "4")
+    queue = name if consumer == "Slow" else f"{name}.task"
+    wait_for_consumer(inspector, queue)
     for n in range(10):
         properties = properties_of(message_id=f"m-{n}", delivery_mode=2)
-        inspector.publish(name, b"0.5", properties=properties)
+        inspector.publish(queue, b"0.5", properties=properties)
     wait_for_file(tmp_path / "started")
     begin = time.monotonic()
     child.send_signal(signal.SIGTERM)
     assert child.wait(15) == exit_codes.SUCCESS
     assert time.monotonic() - begin < 3
     finished = inspector.all(done)
-    left = inspector.all(name)
+    left = inspector.all(queue)
     assert 1 <= len(finished) <= 4  # those that ran when the signal came
     assert len(finished) + len(left) == 10  # each is one of the two: done and acked, or not begun
-    assert inspector.all(f"{name}.dead") == []
+    assert inspector.all(f"{queue}.dead") == []
 
 
 def test_killed_between_publish_and_ack_a_worker_repeats_the_follow_on_with_its_id(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import datetime
 import itertools
@@ -35,8 +36,11 @@ from outbox.consumers import (
     Retry,
     RetryPolicy,
     Worker,
+    around,
     consumer,
 )
+from outbox.consumers.life import Message
+from outbox.consumers.threads import ThreadEngine
 from outbox.subscription import Delivery, dead_letter_queue
 from tests.places import Place, events_for, made, reading, replay, working
 from tests.waiting import wait_until
@@ -552,3 +556,171 @@ def test_djangos_connections_are_closed_between_messages(tmp_path: Path) -> None
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+# ----------------------------------------------------------------- what must not end a worker
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
+def test_whatever_a_handler_raises_is_a_failed_attempt_and_not_an_endless_one(
+    place: Place, publisher: Publisher, name: str, raised: type[BaseException]
+) -> None:
+    attempts: list[int] = []
+
+    class Odd(Consumer):
+        queue = made(place, name)
+        retry = RetryPolicy(max_attempts=2, delay=0)
+
+        def process(self, event: ReceivedEvent) -> None:
+            attempts.append(event.attempt)
+            raise raised
+
+        def on_dead(self, event: ReceivedEvent, reason: str) -> None:
+            sys.exit(reason)
+
+    with working(publisher, Odd):
+        send(publisher, name)
+        [letter] = dead_letters(place, name)
+    assert attempts == [1, 2]
+    headers = letter.headers or {}
+    assert headers["outbox-dead-reason"] == f"HandlerExit: the handler raised {raised.__name__}"
+    assert raised.__name__ in headers["outbox-dead-traceback"]
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, GeneratorExit])
+def test_whatever_a_coroutine_raises_is_a_failed_attempt_too(
+    place: Place, publisher: Publisher, name: str, raised: type[BaseException]
+) -> None:
+    @consumer(made(place, name))
+    async def odd(event: ReceivedEvent) -> None:
+        await asyncio.sleep(0)
+        raise raised
+
+    with working(publisher, odd):
+        send(publisher, name)
+        [letter] = dead_letters(place, name)
+    assert (letter.headers or {})["outbox-dead-error"] == "HandlerExit"
+
+
+def test_a_coroutine_that_cancels_its_own_task_has_failed_and_is_not_tried_for_ever(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    @consumer(made(place, name))
+    async def odd(event: ReceivedEvent) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(10)
+
+    with working(publisher, odd):
+        send(publisher, name)
+        [letter] = dead_letters(place, name)
+    assert (letter.headers or {})["outbox-dead-error"] == "HandlerCancelled"
+    assert place.count(name) == 0
+
+
+def test_what_a_coroutine_makes_of_being_stopped_is_no_failed_attempt(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    began = threading.Event()
+    told: list[str] = []
+
+    class Stubborn(Consumer):
+        queue = made(place, name)
+        retry = RetryPolicy(delay=0)
+
+        async def process(self, event: ReceivedEvent) -> None:
+            began.set()
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                raise ValueError("interrupted") from None
+
+        def on_failure(self, event: ReceivedEvent, error: BaseException) -> None:
+            told.append("failed")
+
+    worker = Worker([Stubborn], publisher=publisher)
+    worker.start()
+    [sent] = send(publisher, name)
+    assert began.wait(10)
+    assert not worker.stop(0.1)
+    assert told == []
+    with reading(place, name, again=True) as reader:
+        [left] = reader.get()
+        assert left.message_id == sent
+        assert "outbox-attempt" not in (left.headers or {})
+    assert place.count(dead_letter_queue(name)) == 0
+
+
+def test_a_stop_waits_for_who_ends_the_message_of_a_late_handler(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    began, release = threading.Event(), threading.Event()
+
+    class Hangs(Consumer):
+        queue = made(place, name)
+        timeout = 0.5
+
+        def process(self, event: ReceivedEvent) -> None:
+            began.set()
+            release.wait(20)
+
+        def on_timeout(self, event: ReceivedEvent) -> None:
+            time.sleep(0.3)  # the message is in other hands, and not settled yet
+
+    worker = Worker([Hangs], publisher=publisher, threads=1)
+    worker.start()
+    [sent] = send(publisher, name)
+    assert began.wait(10)
+    assert worker.stop(10)
+    assert place.count(name) == 0
+    [letter] = dead_letters(place, name)
+    assert letter.message_id == sent
+    release.set()
+
+
+def test_a_handler_that_ends_just_after_its_time_settles_nothing_whatever_its_filters_swallow(
+    place: Place, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    told: list[str] = []
+
+    class Swallowing(Consumer):
+        queue = made(place, name)
+        timeout = 0.1
+
+        @around
+        def all_is_well(self, event: ReceivedEvent) -> Iterator[None]:
+            with contextlib.suppress(BaseException):
+                yield
+
+        def process(self, event: ReceivedEvent) -> None:
+            time.sleep(0.3)
+
+        def on_success(self, event: ReceivedEvent) -> None:
+            told.append("success")
+
+        def on_dead(self, event: ReceivedEvent, reason: str) -> None:
+            told.append("dead")
+
+    give_up = Message.give_up
+
+    def give_up_late(message: Message, error: BaseException) -> Any:
+        assert ended.wait(10)
+        return give_up(message, error)
+
+    drive = ThreadEngine._drive
+
+    def drive_and_tell(*arguments: Any) -> Any:
+        try:
+            return drive(*arguments)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(Message, "give_up", give_up_late)
+    monkeypatch.setattr(ThreadEngine, "_drive", drive_and_tell)
+    with working(publisher, Swallowing):
+        send(publisher, name)
+        [letter] = dead_letters(place, name)
+    assert told == ["dead"]
+    assert (letter.headers or {})["outbox-dead-error"] == "ProcessTimeout"

@@ -17,7 +17,14 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
 
 import outbox.sql
-from outbox import Event, Publisher, UsageError, enqueue_event
+from outbox import (
+    CollectorClosed,
+    Event,
+    Publisher,
+    UsageError,
+    auto_publishing,
+    enqueue_event,
+)
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, consumer
 from outbox.sql import Inbox
 from outbox.subscription import dead_letter_queue
@@ -320,3 +327,133 @@ def test_on_a_file_it_is_in_that_file(tmp_path: Path, name: str) -> None:
         send(publisher, name, "a", "b")
         wait_until(lambda: "b" in done)
     assert done == ["a", "b"]
+
+
+def test_what_a_callback_commits_is_not_taken_for_the_handlers_work(
+    place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
+) -> None:
+    attempts: list[int] = []
+    told: list[str] = []
+
+    class Act(Consumer):
+        queue = made(place, name)
+        deduplicate = True
+        retry = RetryPolicy(delay=0)
+
+        def process(self, event: ReceivedEvent) -> None:
+            attempts.append(event.attempt)
+            if event.attempt == 1:
+                raise ValueError
+
+        def on_failure(self, event: ReceivedEvent, error: BaseException) -> None:
+            self.audit(f"failure {noted(engine)}")
+
+        def on_success(self, event: ReceivedEvent) -> None:
+            self.audit(f"success {noted(engine)}")
+
+        def audit(self, what: str) -> None:
+            with Session(engine) as session:
+                session.add(Effect(of=what))
+                session.commit()
+            told.append(what)
+
+    with working(publisher, Act, inbox=inbox):
+        send(publisher, name, "a")
+        wait_until(lambda: len(told) == 2)
+    assert attempts == [1, 2]
+    assert told == ["failure 0", "success 1"]
+    assert place.count(dead_letter_queue(name)) == 0
+
+
+def test_a_late_handler_cannot_commit_beside_the_attempt_that_follows(
+    place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
+) -> None:
+    second, refused = threading.Event(), threading.Event()
+
+    @consumer(made(place, name), deduplicate=True, timeout=0.5, retry=RetryPolicy(delay=0))
+    def act(event: ReceivedEvent) -> None:
+        with Session(engine) as session:
+            session.add(Effect(of=str(event.attempt)))
+            if event.attempt == 1:
+                second.wait(10)
+                try:
+                    session.commit()
+                except CollectorClosed:
+                    refused.set()
+            else:
+                second.set()
+                assert refused.wait(5)
+                session.commit()
+
+    with working(publisher, act, inbox=inbox):
+        send(publisher, name, "a")
+        wait_until(lambda: noted(engine) == 1)
+    with Session(engine) as session:
+        assert list(session.scalars(select(Effect.of))) == ["2"]
+    assert place.count(dead_letter_queue(name)) == 0
+
+
+def test_what_takes_too_long_after_its_commit_is_a_dead_letter_that_says_so(
+    place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
+) -> None:
+    release = threading.Event()
+
+    @consumer(made(place, name), deduplicate=True, timeout=0.3, retry=RetryPolicy(delay=0))
+    def act(event: ReceivedEvent) -> None:
+        with Session(engine) as session:
+            session.add(Effect(of=event.id))
+            session.commit()
+        release.wait(10)
+
+    with working(publisher, act, inbox=inbox):
+        send(publisher, name, "a")
+        with reading(place, dead_letter_queue(name), again=True) as reader:
+            [letter] = reader.get()
+        release.set()
+    reason = (letter.headers or {})["outbox-dead-reason"]
+    assert reason.startswith("failed after its transaction had been committed: ProcessTimeout")
+    assert effects(engine) == 1
+
+
+def test_a_session_that_names_the_database_in_other_words_notes_it_too(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = create_engine("sqlite:///shop.db")
+    Base.metadata.create_all(own)
+    found: list[int] = []
+
+    @consumer(name, deduplicate=True)
+    def act(event: ReceivedEvent) -> None:
+        with Session(own) as session:
+            session.add(Effect(of=event.id))
+            session.commit()
+        found.append(noted(own))
+
+    with Publisher("sqlite:///shop.db") as publisher, working(publisher, act):
+        wait_until(lambda: publisher.publish([Event("a", name, "", b"{}")]).published)
+        wait_until(lambda: found)
+    assert found == [1]
+    own.dispose()
+
+
+def test_an_event_is_never_seen_before_the_data_that_it_tells_of(
+    place: Place, publisher: Publisher, engine: Engine, name: str
+) -> None:
+    found: list[bool] = []
+
+    @consumer(made(place, name))
+    def look(event: ReceivedEvent) -> None:
+        with Session(engine) as session:
+            told = select(Effect.id).where(Effect.of == event.payload["of"])
+            found.append(session.scalar(told) is not None)
+
+    with working(publisher, look):
+        for number in range(50):
+            with auto_publishing(publisher=publisher), Session(engine) as session:
+                enqueue_event({"of": str(number)}, name, exchange="")
+                session.add(Effect(of=str(number)))
+                session.flush()
+                session.commit()
+        wait_until(lambda: len(found) == 50)
+    assert all(found)

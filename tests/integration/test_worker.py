@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import decimal
@@ -31,6 +32,8 @@ from outbox.consumers import (
     ReceivedEvent,
     Reject,
     Requeue,
+    Retry,
+    RetryPolicy,
     Worker,
     consumer,
 )
@@ -62,6 +65,22 @@ def running(
         yield worker
     finally:
         worker.stop(10)
+
+
+def as_task(act: Callable[[ReceivedEvent], Any]) -> Callable[[ReceivedEvent], Any]:
+    """Return a coroutine function that does the same."""
+
+    async def process(event: ReceivedEvent) -> Any:
+        return await asyncio.to_thread(act, event)
+
+    return process
+
+
+def as_is(act: Callable[[ReceivedEvent], Any]) -> Callable[[ReceivedEvent], Any]:
+    return act
+
+
+on_either_engine = pytest.mark.parametrize("engine", [as_is, as_task], ids=["plain", "async"])
 
 
 def send(publisher: Publisher, target: str, *payloads: Any, **options: Any) -> list[str]:
@@ -334,12 +353,17 @@ def test_a_block_in_an_explicit_consumer_publishes_at_its_own_end_with_derived_i
     assert first.id == second.id
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 def test_a_handler_that_outlasts_the_heartbeat_runs_once(
-    amqp_url: str, inspector: Inspector, name: str
+    amqp_url: str, inspector: Inspector, name: str, is_async: bool
 ) -> None:
     seen = Seen(lambda event: time.sleep(4))
+
+    async def block_the_loop(event: ReceivedEvent) -> None:
+        seen(event)
+
     with Publisher(amqp_url, exchange=name, heartbeat=1) as publisher:
-        with running(publisher, inspector, seen, name):
+        with running(publisher, inspector, block_the_loop if is_async else seen, name):
             send(publisher, name, 1)
             seen.wait(1)
             time.sleep(4.5)
@@ -396,11 +420,12 @@ def test_a_consumer_that_raises_system_exit_has_failed_and_the_worker_goes_on(
     assert inspector.all(name) == []
 
 
+@on_either_engine
 def test_a_queue_that_is_deleted_is_made_anew_and_consumed(
-    publisher: Publisher, inspector: Inspector, name: str
+    publisher: Publisher, inspector: Inspector, name: str, engine: Any
 ) -> None:
     seen = Seen()
-    with running(publisher, inspector, seen, name):
+    with running(publisher, inspector, engine(seen), name):
         inspector.channel.queue_delete(name)
         deadline = time.monotonic() + 10
         inspector.wait_for_queue(name)
@@ -411,10 +436,11 @@ def test_a_queue_that_is_deleted_is_made_anew_and_consumed(
         seen.wait(1)
 
 
+@pytest.mark.parametrize("kind", ["classic", "stream"])
 def test_a_queue_with_other_arguments_is_told_by_the_name_of_the_argument(
-    publisher: Publisher, inspector: Inspector, name: str
+    publisher: Publisher, inspector: Inspector, name: str, kind: str
 ) -> None:
-    inspector.queue(name, arguments={"x-queue-type": "classic"})
+    inspector.queue(name, arguments={"x-queue-type": kind})
     inspector.clean_up(queue=f"{name}.dead", exchange=name)
     worker = Worker([consumer(name)(lambda event: None)], publisher=publisher)
     worker.start()
@@ -426,8 +452,9 @@ def test_a_queue_with_other_arguments_is_told_by_the_name_of_the_argument(
     assert publisher.publish([Event(id="1", target=name, exchange="", body=b"1")]).ok
 
 
+@on_either_engine
 def test_a_worker_survives_the_restart_of_its_broker_and_loses_nothing(
-    private_broker: PrivateBroker, name: str
+    private_broker: PrivateBroker, name: str, engine: Any
 ) -> None:
     inspector = Inspector(private_broker.url)
     follow_ons = inspector.queue(
@@ -440,7 +467,7 @@ def test_a_worker_survives_the_restart_of_its_broker_and_loses_nothing(
 
     seen = Seen(process)
     with Publisher(private_broker.url, exchange=name, drain_timeout=30) as publisher:
-        with running(publisher, inspector, seen, name, threads=4):
+        with running(publisher, inspector, engine(seen), name, threads=4):
             time.sleep(1.5)  # until the broker has the queues on disk
             sent = send(publisher, name, *range(100))
             seen.wait(20)
@@ -549,3 +576,60 @@ def test_a_message_whose_properties_are_not_text_goes_to_the_dead_letters_like_o
     assert letter.id == "\ufffd\ufffd"
     assert letter.properties.headers["price"] == "1.5"
     assert letter.properties.headers["at"] == "2026-01-02T00:00:00+00:00"
+
+
+def test_what_a_sender_asks_of_the_broker_is_in_nothing_that_follows_from_its_message(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    follow_ons = inspector.queue(f"{name}-next", name, ("next",))
+    other = inspector.queue(f"{name}-other")
+
+    def process(event: ReceivedEvent) -> None:
+        assert "CC" not in event.headers
+        if event.attempt == 1:
+            raise Retry
+        enqueue_event(1, "next")
+        publish()
+        raise Reject("seen")
+
+    with running(publisher, inspector, process, name, retry=RetryPolicy(delay=0)):
+        inspector.publish(
+            name,
+            b"1",
+            properties=properties_of(
+                headers={"CC": [other], "x-death": [{"count": 3}], "tenant": 7},
+                reply_to="amq.rabbitmq.reply-to.x",
+                correlation_id="c" * 255,
+                expiration="60000",
+                priority=5,
+                message_id="m",
+            ),
+        )
+        assert inspector.get(other).id == "m"  # that was the broker, once
+        follow_on = inspector.get(follow_ons)
+        letter = inspector.get(f"{name}.dead")
+    assert inspector.all(other) == []
+    for one in (follow_on, letter):
+        found = one.properties
+        assert {"CC", "BCC", "x-death"} & found.headers.keys() == set()
+        assert (found.reply_to, found.correlation_id, found.expiration) == (None, None, None)
+    assert letter.properties.headers["tenant"] == 7
+    assert letter.properties.headers["outbox-attempt"] == 2
+    assert follow_on.properties.priority is None
+
+
+def test_with_a_prefetch_of_one_two_workers_share_evenly(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    one, other = (Seen(lambda event: time.sleep(0.02)) for _ in range(2))
+    with running(publisher, inspector, one, name, threads=1, prefetch=1):
+        with running(publisher, inspector, other, name, threads=1, prefetch=1):
+            deadline = time.monotonic() + 10
+            while inspector.consumers(name) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            send(publisher, name, *range(40))
+            while len(one.events) + len(other.events) < 40:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+    assert 12 <= len(one.events) <= 28

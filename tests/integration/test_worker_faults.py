@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import threading
 from collections.abc import Callable, Iterator
@@ -11,9 +12,9 @@ import pytest
 
 from outbox import Publisher, enqueue_event, publish
 from outbox.consumers import ReceivedEvent
-from proving.proxy import BLOCKED, UNBLOCKED, FaultProxy, Frame, Way, method_frame
+from proving.proxy import BLOCKED, UNBLOCKED, FaultProxy, Frame, Way, channel_close, method_frame
 from tests.amqp import Inspector
-from tests.integration.test_worker import Seen, running, send
+from tests.integration.test_worker import Seen, on_either_engine, running, send
 from tests.waiting import wait_until
 
 
@@ -133,16 +134,18 @@ def test_acks_of_handlers_that_outlived_their_connection_settle_no_new_delivery(
     assert inspector.all(name) == []
 
 
+@on_either_engine
 def test_a_consumer_that_the_broker_cancels_consumes_anew_and_drops_its_late_ack(
     proxy: FaultProxy,
     through_proxy: Publisher,
     publisher: Publisher,
     inspector: Inspector,
     name: str,
+    engine: Any,
 ) -> None:
     go_on = threading.Event()
     seen = Seen(lambda event: None if event.redelivered else go_on.wait(20))
-    with running(through_proxy, inspector, seen, name, threads=2) as worker:
+    with running(through_proxy, inspector, engine(seen), name, threads=2) as worker:
         subscription: Any = worker._subscription
         [tag] = subscription._channel.consumer_tags
         [first] = send(publisher, name, "first")
@@ -204,3 +207,69 @@ def test_what_a_message_leaves_in_a_context_variable_the_next_one_does_not_see(
         send(publisher, name, "first", "second")
         seen.wait(2)
     assert found == ["nothing", "nothing"]
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+def test_an_attempt_that_fails_when_its_delivery_is_lost_leaves_the_message_to_the_next_one(
+    proxy: FaultProxy,
+    through_proxy: Publisher,
+    publisher: Publisher,
+    inspector: Inspector,
+    name: str,
+    is_async: bool,
+) -> None:
+    again, failed = threading.Event(), threading.Event()
+
+    def process(event: ReceivedEvent) -> None:
+        if event.redelivered:
+            again.set()
+            return
+        proxy.cut()
+        assert again.wait(10)
+        wait_until(lambda: through_proxy.connected)
+        failed.set()
+        raise ValueError("too late")
+
+    async def process_as_task(event: ReceivedEvent) -> None:
+        await asyncio.to_thread(process, event)
+
+    found: Any = process_as_task if is_async else process
+    with running(through_proxy, inspector, found, name, threads=2) as worker:
+        send(publisher, name, 1)
+        assert failed.wait(10)
+        assert worker.stop(10)
+    assert inspector.all(name) == []
+    assert inspector.all(f"{name}.dead") == []
+
+
+@on_either_engine
+def test_a_channel_that_the_broker_closes_over_a_late_ack_is_opened_anew(
+    proxy: FaultProxy,
+    through_proxy: Publisher,
+    publisher: Publisher,
+    inspector: Inspector,
+    name: str,
+    engine: Any,
+) -> None:
+    go_on = threading.Event()
+
+    def process(event: ReceivedEvent) -> None:
+        if event.payload == "first" and not event.redelivered:
+            go_on.wait(20)
+
+    seen = Seen(process)
+    with running(through_proxy, inspector, engine(seen), name, threads=2) as worker:
+        subscription: Any = worker._subscription
+        [first] = send(publisher, name, "first")
+        seen.wait(1)
+        told = "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out"
+        close = channel_close(406, told, subscription._channel.channel_number)
+        # The broker has forgotten its own half of the channel: a new one has another number.
+        proxy.inject(close, to="consumer")
+        wait_until(lambda: subscription._channel is not None and inspector.consumers(name) >= 1)
+        go_on.set()
+        [second] = send(publisher, name, "second")
+        wait_until(lambda: second in {event.id for event in seen.events}, 15)
+        assert worker.stop(10)
+    assert {event.id for event in seen.events} == {first, second}
+    assert inspector.all(f"{name}.dead") == []

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import decimal
+import pickle
+import sys
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import ANY
@@ -16,7 +19,7 @@ from outbox import Event, Publisher, enqueue_event, publish
 from outbox.consumers import consumer
 from outbox.consumers.copies import dead_letter
 from outbox.consumers.outcome import Ack, Dead, Outcome, Reject, Return
-from outbox.consumers.received import ReceivedEvent
+from outbox.consumers.received import ReceivedEvent, Undecodable, decode
 from outbox.subscription import Delivery, as_delivered
 from outbox.testing.delivering import processed
 from outbox.transports.rabbitmq.framing import Encoder
@@ -208,3 +211,37 @@ def test_an_id_that_is_not_utf_8_is_cut_to_what_can_be_written() -> None:
     letter = dead_letter(delivery, Dead("why"))
     assert letter.id == letter.content_type == "\ufffd" * 85
     assert Encoder().encode(letter)
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["application/x-python-serialize", "application/python-pickle", "application/json", None],
+)
+def test_nothing_in_a_message_is_ever_executed_or_imported(content_type: str | None) -> None:
+    executed: list[str] = []
+    _EXECUTED.append(executed)
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return _execute, ("by a pickle",)
+
+    headers = {"handler": "os:system", "task": "antigravity.geohash", "__class__": "os"}
+    poison = Delivery(
+        "q", 1, 1, False, "e", "os.system", pickle.dumps(Trap()), content_type, headers=headers
+    )
+    with pytest.raises(Undecodable):
+        decode(poison)
+    harmless = decode(
+        dataclasses.replace(poison, body=b'{"__reduce__": "os.system"}', content_type=None)
+    )
+    assert harmless.payload == {"__reduce__": "os.system"}
+    assert harmless.headers == headers
+    assert executed == []
+    assert "antigravity" not in sys.modules
+
+
+_EXECUTED: list[list[str]] = []
+
+
+def _execute(what: str) -> None:
+    _EXECUTED[-1].append(what)

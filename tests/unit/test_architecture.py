@@ -190,3 +190,26 @@ def test_a_report_that_is_not_ok_raises_when_asked_to() -> None:
     with pytest.raises(outbox.PublishFailed, match="1 kept: gone") as caught:
         report.raise_for_failure()
     assert caught.value.report is report
+
+
+def test_every_declaration_is_of_what_no_version_of_the_broker_denies() -> None:
+    # Transient queues that are not exclusive, and a prefetch for a whole connection, are denied
+    # from RabbitMQ 4.3 on.
+    calls = [
+        node
+        for path in modules().values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    found: dict[str, list[set[str]]] = {}
+    for call in calls:
+        assert isinstance(call.func, ast.Attribute)
+        options = {f"{one.arg}={ast.unparse(one.value)}" for one in call.keywords}
+        found.setdefault(call.func.attr, []).append(options)
+    declared = found["queue_declare"] + found["exchange_declare"]
+    assert declared
+    assert all({"durable=True", "passive=True"} & options for options in declared)
+    every = {one.partition("=")[0] for options in declared for one in options}
+    assert not every & {"exclusive", "auto_delete"}
+    assert found["basic_qos"]
+    assert not any("global" in one for options in found["basic_qos"] for one in options)

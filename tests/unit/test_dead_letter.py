@@ -78,3 +78,12 @@ def test_a_time_that_cannot_be_is_not_passed_on(microseconds: int) -> None:
     letter = dead_letter(delivery({"outbox-occurred-at-us": microseconds}), Dead("why"))
     assert abs(letter.occurred_at - datetime.datetime.now(datetime.UTC)).total_seconds() < 60
     assert Encoder().encode(letter)
+
+
+def test_an_exception_whose_traceback_cannot_be_told_leaves_a_dead_letter_all_the_same() -> None:
+    class Unsound(Exception):
+        def __getattribute__(self, name: str) -> Any:
+            raise ValueError("none")
+
+    headers = dead_letter(delivery({}), Dead("why", Unsound())).headers
+    assert headers["outbox-dead-traceback"] == "(its traceback cannot be told: ValueError)"

@@ -258,3 +258,17 @@ def test_a_callback_that_fails_changes_nothing(
     assert collected_events.perform(Failing, 1).acked
     collected_events.assert_not_published("t")
     assert "on_success of" in caplog.text
+
+
+def test_an_attribute_that_has_any_attribute_is_no_filter() -> None:
+    class Anything:
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+    class Odd(Consumer):
+        queue = "odd"
+        client = Anything()
+
+        def process(self, event: ReceivedEvent) -> None: ...
+
+    assert not Odd.filters

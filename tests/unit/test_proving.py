@@ -11,7 +11,7 @@ import pytest
 
 from proving import faults
 from proving.bugs import BUGS
-from proving.checker import check
+from proving.checker import MAX_ATTEMPTS, check
 from proving.history import Journal, Record, read
 
 
@@ -91,6 +91,67 @@ def test_a_consumer_that_fails_must_have_published_nothing_and_left_a_dead_lette
     assert check(delivered).lost
     assert check([*delivered, delivery("a", "dead")]).ok
     assert check([*delivered, delivery("a", "dead"), delivery("a>")]).phantom
+
+
+@pytest.mark.parametrize("work", ["retry", "slow"])
+def test_a_consumer_that_fails_at_first_must_have_published_in_the_end(work: str) -> None:
+    delivered = [intent("a", work=work), COMMIT, delivery("a")]
+    assert check(delivered).lost
+    assert check([*delivered, delivery("a>")]).ok
+    assert check([*delivered, delivery("a>"), delivery("a", "dead")]).phantom
+
+
+def effect(key: str) -> Record:
+    return record("effect", "effects", key=key, id=f"id of {key}")
+
+
+def test_what_is_to_have_an_effect_has_it_once() -> None:
+    delivered = [intent("a", effect=True), COMMIT, delivery("a")]
+    assert check(delivered).lost == ["a has no effect"]
+    assert check([*delivered, effect("a")]).ok
+    assert check([*delivered, effect("a"), effect("a")]).twice == ["a was done 2 times"]
+
+
+@pytest.mark.parametrize("end", [[ROLLBACK], [COMMIT, delivery("a"), delivery("a", "dead")]])
+def test_what_was_taken_back_or_failed_has_no_effect(end: list[Record]) -> None:
+    begun = [intent("a", effect=True, work="fail"), *end]
+    assert check(begun).ok
+    assert check([*begun, effect("a")]).phantom
+
+
+def attempt(what: str, at: float, number: int, **facts: Any) -> Record:
+    return Record(at, "worker-1", what, {"key": "a", "attempt": number, **facts})
+
+
+def failed(at: float, number: int, *, redelivered: bool = False) -> Record:
+    return attempt("failed", at, number, delay=1.0, redelivered=redelivered)
+
+
+def test_no_attempt_begins_before_its_delay_is_over() -> None:
+    first = [attempt("handling", 5.0, 1), failed(5.1, 1)]
+    assert not check([*first, attempt("handling", 6.1, 2)]).early
+    assert check([*first, attempt("handling", 6.0, 2)]).early
+    # The first failure of an attempt that was made twice decides.
+    assert not check([*first, failed(5.5, 1), attempt("handling", 6.2, 2)]).early
+
+
+def test_attempts_have_a_last_one_and_are_counted() -> None:
+    assert check([attempt("handling", 5.0, MAX_ATTEMPTS + 1)]).endless
+    again = [failed(5.0, 1), failed(6.0, 1)]
+    assert check(again).endless == ["a failed 2 times as if it were the first"]
+    assert not check([failed(5.0, 1), failed(6.0, 1, redelivered=True)]).endless
+    assert not check([*again, delivery("a"), delivery("a")]).endless  # it was published twice
+    assert not check([*again, record("fault", "driver", name="kill broker")]).endless
+
+
+def test_a_dead_letter_tells_of_all_attempts() -> None:
+    delivered = [intent("a", work="fail"), COMMIT, delivery("a")]
+
+    def dead(attempts: int) -> Record:
+        return record("delivery", key="a", id="id of a", where="dead", attempts=attempts)
+
+    assert check([*delivered, dead(MAX_ATTEMPTS)]).ok
+    assert check([*delivered, dead(1)]).endless == ["a was given up after 1 attempts"]
 
 
 def test_a_history_is_read_as_it_was_written_up_to_a_torn_line(tmp_path: Path) -> None:

@@ -95,3 +95,17 @@ def test_nothing_expires_once_it_is_closed(watch: Watch) -> None:
     thread.join(10)
     assert not thread.is_alive()
     assert watch.leave(ticket)
+
+
+def test_a_call_that_cannot_be_told_of_does_not_end_the_watch(
+    watch: Watch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = threading.Event()
+
+    def fail() -> None:
+        raise RuntimeError("can't start new thread")
+
+    watch.enter(0.01, fail)
+    watch.enter(0.05, told.set)
+    assert told.wait(5)
+    assert "could not be told" in caplog.text

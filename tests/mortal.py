@@ -1,0 +1,206 @@
+"""A worker in a process of its own that kills itself at a chosen point of a message's life."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from typing import Any
+
+from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.pool import NullPool
+
+from outbox import EventCollector, Publisher, enqueue_event, publish, publish_async
+from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, life
+from outbox.consumers.life import Message
+from outbox.consumers.outcome import Ack
+from outbox.consumers.tasks import TaskEngine
+from outbox.consumers.threads import ThreadEngine
+from outbox.sql import Inbox, inbox
+from outbox.transports.rabbitmq.consuming import RabbitMQSubscription
+from outbox.transports.sqlite.consuming import SQLiteSubscription
+
+__all__ = ["POINTS", "Base", "Effect", "Job", "running"]
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Effect(Base):
+    """What a handler does."""
+
+    __tablename__ = "effects"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    of: Mapped[str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is to do.
+
+    Attributes:
+        url, exchange, queue: where its messages are; follow-ons go to ``<queue>-next``.
+        database: of the effects and the inbox.
+        is_async: whether its consumer is a coroutine.
+        deduplicate: whether it uses the inbox.
+        point: where it kills itself; empty for nowhere.
+    """
+
+    url: str
+    exchange: str
+    queue: str
+    database: str
+    is_async: bool
+    deduplicate: bool
+    point: str
+
+
+@contextmanager
+def running(job: Job) -> Iterator[ForkServerProcess]:
+    """Run the worker; at the end it is told to stop, and must have ended in order or be dead."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # else each one imports everything anew
+    stop = context.Event()
+    process = context.Process(target=_work, args=(job, stop))
+    process.start()
+    try:
+        yield process
+    finally:
+        if process.exitcode is None:  # one that was killed may have held the event's lock
+            stop.set()
+        process.join(15)
+        if process.is_alive():
+            process.kill()
+            process.join(5)
+    assert process.exitcode in (0, -signal.SIGKILL)
+
+
+def _work(job: Job, stop: Any) -> None:
+    if job.point:
+        POINTS[job.point]()
+    engine = create_engine(job.database, poolclass=NullPool)
+    chosen = _coroutine(job) if job.is_async else _function(job, engine)
+    with Publisher(job.url, exchange=job.exchange) as publisher:
+        worker = Worker([chosen], publisher=publisher, threads=2, inbox=Inbox(engine))
+        worker.start()
+        stop.wait()
+        assert worker.stop(10)
+
+
+_RETRY = RetryPolicy(max_attempts=3, delay=0)
+
+
+def _function(job: Job, engine: Engine) -> type[Consumer]:
+    class Plain(Consumer):
+        queue = job.queue
+        deduplicate = job.deduplicate
+        retry = _RETRY
+
+        def process(self, event: ReceivedEvent) -> None:
+            with Session(engine) as session:
+                session.add(Effect(of=event.id))
+                enqueue_event({"of": event.id}, f"{job.queue}-next")
+                _fail_at_first(event)
+                publish()
+                session.commit()
+
+    return Plain
+
+
+def _coroutine(job: Job) -> type[Consumer]:
+    url = make_url(job.database)
+    driver = "postgresql+asyncpg" if url.get_backend_name() == "postgresql" else "sqlite+aiosqlite"
+    engine = create_async_engine(url.set(drivername=driver), poolclass=NullPool)
+
+    class Asynchronous(Consumer):
+        queue = job.queue
+        deduplicate = job.deduplicate
+        retry = _RETRY
+
+        async def process(self, event: ReceivedEvent) -> None:
+            async with AsyncSession(engine) as session:
+                session.add(Effect(of=event.id))
+                enqueue_event({"of": event.id}, f"{job.queue}-next")
+                _fail_at_first(event)
+                await publish_async()
+                await session.commit()
+
+    return Asynchronous
+
+
+def _fail_at_first(event: ReceivedEvent) -> None:
+    if event.payload["n"] == 0 and event.attempt == 1:
+        raise ValueError("at first")
+
+
+# ------------------------------------------------------------------------------- where it dies
+
+
+def _die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _before(owner: Any, name: str, when: Callable[..., bool] = lambda *_: True) -> None:
+    original = getattr(owner, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if when(*arguments):
+            _die()
+        return original(*arguments, **options)
+
+    setattr(owner, name, call)
+
+
+def _after(owner: Any, name: str) -> None:
+    original = getattr(owner, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        found = original(*arguments, **options)
+        if asyncio.iscoroutine(found):
+            return _and_die(found)
+        _die()
+        return found
+
+    setattr(owner, name, call)
+
+
+async def _and_die(found: Any) -> Any:
+    await found
+    _die()
+
+
+def _is_done(_: Any, outcome: object) -> bool:
+    return isinstance(outcome, Ack)
+
+
+def _when_acked() -> None:
+    for subscription in (RabbitMQSubscription, SQLiteSubscription):
+        _after(subscription, "ack")  # the transport writes it later
+
+
+def _when_a_copy_is_confirmed() -> None:
+    for engine in (ThreadEngine, TaskEngine):
+        _after(engine, "publish_one")
+
+
+POINTS: dict[str, Callable[[], None]] = {
+    "when it is decoded": lambda: _after(life, "decode"),
+    "when the inbox knows nothing of it": lambda: _after(inbox._Entry, "is_done"),
+    "when its follow-on is collected": lambda: _after(EventCollector, "enqueue_event"),
+    "when what follows from it is on its way": lambda: _after(Publisher, "submit_chunk"),
+    "when its follow-on is confirmed": lambda: _before(inbox._Entry, "add_to"),
+    "when its note is in the transaction": lambda: _after(inbox._Entry, "add_to"),
+    "when its transaction is committed": lambda: _before(Message, "conclude", _is_done),
+    "when it is done": lambda: _before(Message, "settle", _is_done),
+    "when it is acked": _when_acked,
+    "when its copy for a retry is made": lambda: _after(life, "retry_copy"),
+    "when its copy for a retry is confirmed": _when_a_copy_is_confirmed,
+}

@@ -313,6 +313,19 @@ def test_without_a_database_a_consumer_that_deduplicates_is_refused(
             Worker([act], publisher=publisher)
 
 
+def test_a_database_that_is_away_at_the_start_is_waited_for(
+    amqp_url: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OUTBOX_DATABASE_URL", "postgresql://a@127.0.0.1:1/none")
+
+    @consumer(name, deduplicate=True)
+    def act(event: ReceivedEvent) -> None: ...
+
+    with Publisher(amqp_url) as publisher:
+        Worker([act], publisher=publisher)
+    assert "the inbox cannot be looked at for now" in caplog.text
+
+
 def test_on_a_file_it_is_in_that_file(tmp_path: Path, name: str) -> None:
     done: list[str] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import functools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -608,6 +609,12 @@ def test_the_queue_hands_out_the_higher_priority_first(
     assert order == [events[n].id for n in (3, 1, 4, 0, 2)]
 
 
+def has_come(worker: Worker, queue: str, count: int) -> bool:
+    """Return whether so many messages are in the hands of the worker: begun, or waiting there."""
+    found: int = worker._subscription.out(queue)
+    return found == count
+
+
 def test_the_higher_priority_begins_before_what_already_waits_in_the_worker(
     place: Place, publisher: Publisher, name: str
 ) -> None:
@@ -619,10 +626,11 @@ def test_the_higher_priority_begins_before_what_already_waits_in_the_worker(
         begun.append(event.priority)
         assert go_on.wait(20)
 
-    with working(publisher, act, threads=1):
-        for priority in (4, 1, None, 9, 5, 9):
+    with working(publisher, act, threads=1) as worker:
+        for number, priority in enumerate((4, 1, None, 9, 5, 9), 1):
             publisher.publish(events_for(publisher, [name], priority=priority))
-            wait_until(lambda: begun and not place.count(name))
+            wait_until(functools.partial(has_come, worker, name, number))
+            wait_until(lambda: begun)
         go_on.set()
         wait_until(lambda: len(begun) == 6)
     assert begun == [4, 9, 9, 5, 1, None]

@@ -22,7 +22,7 @@ from outbox import (
     enqueue_event,
     publish,
 )
-from outbox.consumers import REQUEUE, ReceivedEvent, Reject, consumer
+from outbox.consumers import REQUEUE, ReceivedEvent, Reject, Worker, consumer
 from outbox.parking import PARKING_QUEUE
 from outbox.subscription import Delivery, dead_letter_queue
 from outbox.topics import matches

@@ -564,11 +564,11 @@ def test_what_comes_later_to_a_queue_before_begins_before_what_already_waits_in_
         assert go_on.wait(20)
 
     consumers = [consumer(high)(act), consumer(low)(act)]
-    with working(publisher, *consumers, threads=1, ranks={high: 0, low: 1}):
+    with working(publisher, *consumers, threads=1, ranks={high: 0, low: 1}) as worker:
         publisher.publish(events_for(publisher, [low] * 30))
-        wait_until(lambda: begun and not place.count(low))
+        wait_until(lambda: begun and has_come(worker, low, 30))
         publisher.publish(events_for(publisher, [high] * 30))
-        wait_until(lambda: not place.count(high))
+        wait_until(lambda: has_come(worker, high, 30))
         go_on.set()
         wait_until(lambda: len(begun) == 60)
     assert begun == [low] + [high] * 30 + [low] * 29

@@ -10,47 +10,20 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
 
-from outbox import BrokerError, ConnectionLost, Event, EventCollector, Publisher, configure
+from outbox import BrokerError, ConnectionLost, configure
 from outbox.consumers import exit_codes, logs
 from outbox.consumers.copies import traceback_of
+from outbox.consumers.elsewhere import SettledElsewhere, concluded
 from outbox.consumers.inbox import open_inbox
 from outbox.consumers.isolation import Orders
-from outbox.consumers.life import Inbox, Message, call
+from outbox.consumers.life import Message
 from outbox.consumers.loading import load
 from outbox.consumers.outcome import Again, Dead, Hold, Outcome, RemoteError
-from outbox.subscription import Delivery, Subscription
+from outbox.subscription import Delivery
 
 __all__ = ["main"]
-
-
-class _Services:
-    """What an attempt needs here; the message is settled in the other process."""
-
-    is_stopping = True
-
-    def __init__(self, publisher: Publisher, inbox: Inbox | None) -> None:
-        self.publisher = publisher
-        self.inbox = inbox
-
-    @property
-    def subscription(self) -> Subscription:
-        raise RuntimeError("the message is settled elsewhere")
-
-    def publish(self, collector: EventCollector) -> Any:
-        return collector.publish()
-
-    def publish_one(self, event: Event) -> Any:
-        raise RuntimeError("the message is settled elsewhere")
-
-    def apart(self, function: Callable[[], Any]) -> Any:
-        return function()
-
-    def pause(self, seconds: float) -> None:
-        """Wait for nothing."""
 
 
 def main(connection: Connection, lifeline: int) -> int:
@@ -62,7 +35,7 @@ def main(connection: Connection, lifeline: int) -> int:
     logs.set_up(orders.log_level, orders.log_format)
     publisher = configure(orders.url)
     consumers = {one.queue: one for one in load(orders.consumers)}
-    services = _Services(publisher, open_inbox(publisher.settings, consumers.values()))
+    services = SettledElsewhere(publisher, open_inbox(publisher.settings, consumers.values()))
     connection.send(None)
     while True:
         try:
@@ -71,13 +44,9 @@ def main(connection: Connection, lifeline: int) -> int:
             break
         message = Message(consumers[delivery.queue], delivery, services)
         context = contextvars.copy_context()
-        connection.send(_portable(context.run(_processed, message)))
+        connection.send(_portable(context.run(concluded, message)))
     publisher.close()
     return exit_codes.SUCCESS
-
-
-def _processed(message: Message) -> Outcome:
-    return call(message.conclude(call(message.attempt())))
 
 
 def _portable(outcome: Outcome) -> Outcome:

@@ -171,14 +171,15 @@ class _Child:
             os.close(held)
 
     def _receive(self, limit: float | None, what: str) -> Outcome:
+        found: Outcome
         try:
-            if not self._connection.poll(limit):
-                raise ProcessTimeout(f"it took more than {limit:g} s to {what}")
-            found: Outcome = self._connection.recv()
-        except (EOFError, OSError) as error:
-            if isinstance(error, TimeoutError):
-                raise
+            in_time = self._connection.poll(limit)
+            if in_time:
+                found = self._connection.recv()
+        except (EOFError, OSError):
             raise self._died() from None
+        if not in_time:
+            raise ProcessTimeout(f"it took more than {limit:g} s to {what}")
         return found
 
     def _died(self) -> ProcessDied:

@@ -203,7 +203,7 @@ class Message:
             if not isinstance(outcome, Hold):
                 return (yield from self.settle(outcome))
             logger.warning("holding message %r: %s", self.delivery.message_id, outcome.error)
-            if not (yield from self._until_ready(outcome, pause)):
+            if not (yield from self._until_ready(_PAUSE if outcome.is_brokers else pause)):
                 return None
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -288,26 +288,23 @@ class Message:
     def settle(self, outcome: Outcome) -> Steps[Outcome | None]:
         """Do with the delivery what ``outcome`` says: the one place that settles messages."""
         subscription, delivery = self._services.subscription, self.delivery
+        copy: Event | None = None
+        if isinstance(outcome, Again):
+            copy = retry_copy(delivery, outcome)
+            if copy is None:
+                reason = "its headers cannot be sent again with a retry's"
+                outcome = Dead(reason, outcome.error, outcome.attempts)
+        if isinstance(outcome, Dead):
+            copy = dead_letter(delivery, outcome)
+        message_log.ended(delivery, outcome, self._began)
         match outcome:
             case Ack():
-                message_log.ended(delivery, outcome, self._began)
                 subscription.ack(delivery)
             case Return(delay=delay):
-                message_log.ended(delivery, outcome, self._began)
                 subscription.requeue(delivery, delay)
-            case Again():
-                copy = retry_copy(delivery, outcome)
-                if copy is None:
-                    reason = "its headers cannot be sent again with a retry's"
-                    return (yield from self.settle(Dead(reason, outcome.error, outcome.attempts)))
-                message_log.ended(delivery, outcome, self._began)
-                return (yield from self._send_on(copy, outcome))
-            case Dead():
-                message_log.ended(delivery, outcome, self._began)
-                return (yield from self._send_on(dead_letter(delivery, outcome), outcome))
             case Hold():
                 raise AssertionError("a held message is processed again, not settled")
-        return outcome
+        return outcome if copy is None else (yield from self._send_on(copy, outcome))
 
     def _is_anothers(self, result: Outcome | Failed) -> bool:
         """Return whether it comes again anyway: then a copy of it would be one too many."""
@@ -437,13 +434,13 @@ class Message:
             logger.error("%r is not published yet: %s", copy, report)
             if report.error is None:
                 services.subscription.declare_again()  # somebody deleted the queue
-            if not (yield from self._until_ready(None, _PAUSE)):
+            if not (yield from self._until_ready(_PAUSE)):
                 return None
 
-    def _until_ready(self, held: Hold | None, seconds: float) -> Steps[bool]:
-        """Wait for what the message needs; return False if it is no longer ours to settle."""
+    def _until_ready(self, seconds: float) -> Steps[bool]:
+        """Wait so long, and for the broker; return False if the message is no longer ours."""
         services = self._services
-        yield Step(services.pause, (seconds if held and not held.is_brokers else _PAUSE,))
+        yield Step(services.pause, (seconds,))
         while not services.is_stopping and not services.subscription.is_stale(self.delivery):
             if services.publisher.connected:
                 return True
@@ -451,8 +448,18 @@ class Message:
         return False
 
 
-def call(steps: Steps[T]) -> T:
-    """Take ``steps`` here and now, without regard to timeouts, and return their result."""
+def _take(step: Step) -> Any:
+    return step.call(*step.arguments)
+
+
+def call(steps: Steps[T], take: Callable[[Step], Any] = _take) -> T:
+    """Take ``steps`` here and now, and return their result.
+
+    Args:
+        steps: of a message.
+        take: calls what a step says; by default without regard to its timeout. What it raises is
+            raised in the steps.
+    """
     value: Any = None
     error: BaseException | None = None
     while True:
@@ -463,7 +470,7 @@ def call(steps: Steps[T]) -> T:
             return found
         value = error = None
         try:
-            value = step.call(*step.arguments)
+            value = take(step)
         except BaseException as raised:
             error = raised
 

@@ -128,9 +128,9 @@ class TaskEngine:
     def stop(self, deadline: float) -> bool:
         """Wait for the messages being processed, until ``deadline``; return whether all finished.
 
-        What is not finished then is cancelled: the message is left to others.
+        After ``ask_to_stop``. What is not finished then is cancelled: the message is left to
+        others.
         """
-        self.ask_to_stop(deadline)
         if not self._ready.is_set():
             return True
         self._thread.join(max(0.0, deadline - time.monotonic()) + _CANCELLED + 1)

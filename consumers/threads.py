@@ -11,7 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 from outbox import Event, EventCollector, PublishReport
-from outbox.consumers.life import Abandoned, Message, Step, Steps
+from outbox.consumers.life import Abandoned, Message, Step, Steps, call
 from outbox.consumers.outcome import Outcome, ProcessTimeout, of_handler
 from outbox.consumers.watch import Watch
 from outbox.consumers.work import Work
@@ -105,9 +105,9 @@ class ThreadEngine:
     def stop(self, deadline: float) -> bool:
         """Wait for the messages being processed, until ``deadline``; return whether all finished.
 
-        Those that are late have been given up before, and are not waited for.
+        After ``ask_to_stop``. Those that are late have been given up before, and are not waited
+        for.
         """
-        self.ask_to_stop(deadline)
         with self._lock:
             # Threads cannot be waited for: meanwhile others may take the places of late ones.
             finished = self._lock.wait_for(
@@ -123,7 +123,7 @@ class ThreadEngine:
         has_place = True
         try:
             while has_place and (delivery := self._waiting.get()) is not None:
-                has_place = self._take(delivery)
+                has_place = self._process(delivery)
         finally:
             if has_place:
                 self._leave_place()
@@ -133,8 +133,8 @@ class ThreadEngine:
             self._working -= 1
             self._lock.notify_all()
 
-    def _take(self, delivery: Delivery) -> bool:
-        """Take a message through its life; return whether this thread still has its place."""
+    def _process(self, delivery: Delivery) -> bool:
+        """Process a message; return whether this thread still has its place."""
         if self._stopping.is_set() or self.subscription.is_stale(delivery):
             return True  # it is given back when the subscription closes, or was already
         if not self._shared.begins():
@@ -142,11 +142,9 @@ class ThreadEngine:
         self.has_worked = True
         message = self._shared.make_message(self._shared.consumers[delivery.queue], delivery, self)
         try:
-            self._context.copy().run(self._drive, message, message.live())
-        except _Late:
-            pass
-        except Abandoned:
-            pass  # it is given back when the subscription closes
+            self._context.copy().run(self._live, message, message.live())
+        except (_Late, Abandoned):
+            pass  # somebody else ends it, or gets it when the subscription closes
         except BaseException:  # a bug of ours must end neither the thread nor the message
             logger.exception("could not handle message %r", delivery.message_id)
             if not message.is_given_up:
@@ -156,25 +154,18 @@ class ThreadEngine:
         self._shared.ends()
         return True
 
-    def _drive(self, message: Message, steps: Steps[Outcome | None]) -> Outcome | None:
-        value: object = None
-        error: BaseException | None = None
-        while True:
-            try:
-                step = steps.send(value) if error is None else steps.throw(error)
-            except StopIteration as end:
-                found: Outcome | None = end.value
-                return found
-            value = error = None
-            try:
-                if step.timeout is None:
-                    value = step.call(*step.arguments)
-                else:
-                    value = self._call_watched(message, step, step.timeout)
-            except (_Late, Abandoned) as raised:
-                error = raised
-            except BaseException as raised:
-                error = of_handler(raised)
+    def _live(self, message: Message, steps: Steps[Outcome | None]) -> None:
+        call(steps, partial(self._take_step, message))
+
+    def _take_step(self, message: Message, step: Step) -> object:
+        try:
+            if step.timeout is None:
+                return step.call(*step.arguments)
+            return self._call_watched(message, step, step.timeout)
+        except (_Late, Abandoned):
+            raise
+        except BaseException as error:
+            raise of_handler(error)  # noqa: B904  it has its cause, or is the error itself
 
     def _call_watched(self, message: Message, step: Step, seconds: float) -> object:
         late = partial(self._on_late, message, threading.current_thread(), seconds)
@@ -222,7 +213,7 @@ class ThreadEngine:
     def _succeed(self, message: Message, error: ProcessTimeout, goes_on: bool) -> None:
         """End a message whose handler is late, and work in that thread's place."""
         try:
-            self._context.copy().run(self._drive, message, message.give_up(error))
+            self._context.copy().run(self._live, message, message.give_up(error))
         except BaseException:
             logger.exception("could not end message %r", message.delivery.message_id)
             self.subscription.requeue(message.delivery, _REQUEUE)

@@ -9,18 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from outbox import Event, EventCollector, Publisher
+from outbox import Event, Publisher
 from outbox.consumers import Consumer
 from outbox.consumers.copies import dead_letter, retry_copy
-from outbox.consumers.life import Message, call
+from outbox.consumers.elsewhere import SettledElsewhere, concluded
+from outbox.consumers.life import Message
 from outbox.consumers.outcome import Ack, Again, Dead, Hold, Outcome, Return
 from outbox.consumers.tasks import drive
 from outbox.event import make_event
 from outbox.parking import restore_origin
-from outbox.subscription import Delivery, Subscription, as_delivered, dead_letter_queue
+from outbox.subscription import Delivery, as_delivered, dead_letter_queue
 from outbox.topics import matches
 
-__all__ = ["Delivered", "Deliverer", "is_bound", "processed"]
+__all__ = ["Delivered", "Deliverer", "event_for", "is_bound", "processed"]
 
 _ROUNDS = 100
 
@@ -110,9 +111,7 @@ class Deliverer:
         __tracebackhide__ = True
         made = consumer() if isinstance(consumer, type) else consumer
         publisher = self._publisher()
-        settings = publisher.settings
-        named = {"target": made.queue, "exchange": settings.exchange, **options}
-        event = make_event(settings.serializer, settings.max_body_bytes, None, payload, **named)
+        event = event_for(made, publisher, payload, options)
         return self._process(made, event, publisher, raise_errors=raise_errors)
 
     def _process(
@@ -143,39 +142,12 @@ class Deliverer:
         return Delivered(event, consumer, outcome, follow_ons)
 
 
-class _Services:
-    """What a message needs that is processed here and now, and settled by the caller."""
-
-    inbox = None
-    is_stopping = True
-
-    def __init__(self, publisher: Publisher, *, is_async: bool) -> None:
-        self.publisher = publisher
-        self._is_async = is_async
-
-    @property
-    def subscription(self) -> Subscription:
-        raise AssertionError("nothing is subscribed to")
-
-    def publish(self, collector: EventCollector) -> Any:
-        return collector.publish_async() if self._is_async else collector.publish()
-
-    def publish_one(self, event: Event) -> Any:
-        raise AssertionError("the message is settled by the caller")
-
-    def apart(self, function: Callable[[], Any]) -> Any:
-        return function()
-
-    def pause(self, seconds: float) -> None:
-        """Wait for nothing."""
-
-
 def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome:
     """Return what is to become of a message, having processed it in a context of its own.
 
     A handler finds what it finds in a worker: no event loop, or one in which it is a task.
     """
-    message = Message(consumer, delivery, _Services(publisher, is_async=consumer.is_async))
+    message = Message(consumer, delivery, SettledElsewhere(publisher, is_async=consumer.is_async))
 
     async def as_task() -> Outcome:
         return await drive(message.conclude(await drive(message.attempt())))
@@ -183,7 +155,7 @@ def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> O
     def process() -> Outcome:
         if consumer.is_async:
             return asyncio.run(as_task())
-        return call(message.conclude(call(message.attempt())))
+        return concluded(message)
 
     context = contextvars.Context()
     try:
@@ -192,6 +164,15 @@ def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> O
         return context.run(process)
     with ThreadPoolExecutor(1) as elsewhere:  # the test itself is a coroutine
         return elsewhere.submit(context.run, process).result()
+
+
+def event_for(
+    consumer: Consumer, publisher: Publisher, payload: Any, options: Mapping[str, Any]
+) -> Event:
+    """Return an event for ``consumer``, to its queue by its name unless ``options`` say else."""
+    settings = publisher.settings
+    named = {"target": consumer.queue, "exchange": settings.exchange, **options}
+    return make_event(settings.serializer, settings.max_body_bytes, None, payload, **named)
 
 
 def is_bound(consumer: Consumer, event: Event, publisher: Publisher) -> bool:

@@ -709,16 +709,16 @@ def test_a_handler_that_ends_just_after_its_time_settles_nothing_whatever_its_fi
         assert ended.wait(10)
         return give_up(message, error)
 
-    drive = ThreadEngine._drive
+    live = ThreadEngine._live
 
-    def drive_and_tell(*arguments: Any) -> Any:
+    def live_and_tell(*arguments: Any) -> Any:
         try:
-            return drive(*arguments)
+            return live(*arguments)
         finally:
             ended.set()
 
     monkeypatch.setattr(Message, "give_up", give_up_late)
-    monkeypatch.setattr(ThreadEngine, "_drive", drive_and_tell)
+    monkeypatch.setattr(ThreadEngine, "_live", live_and_tell)
     with working(publisher, Swallowing):
         send(publisher, name)
         [letter] = dead_letters(place, name)

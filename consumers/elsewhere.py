@@ -35,6 +35,8 @@ class SettledElsewhere:
         """Publish, and wait or return what is to be awaited."""
         return collector.publish_async() if self._is_async else collector.publish()
 
+    publish_last = publish
+
     def publish_one(self, event: Event) -> Any:
         """Refuse."""
         raise RuntimeError("the message is settled elsewhere")

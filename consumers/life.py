@@ -28,6 +28,7 @@ from outbox import (
     scope,
 )
 from outbox.buffer import Buffer
+from outbox.chunk import Chunk
 from outbox.consumers import connections, message_log
 from outbox.consumers.away import is_away
 from outbox.consumers.consumer import Consumer
@@ -53,7 +54,18 @@ from outbox.ids import follow_on_id
 from outbox.spread import ids
 from outbox.subscription import Delivery, Subscription
 
-__all__ = ["Abandoned", "Inbox", "InboxEntry", "Message", "Services", "Step", "Steps", "call"]
+__all__ = [
+    "Abandoned",
+    "Inbox",
+    "InboxEntry",
+    "Later",
+    "Message",
+    "MessageCollector",
+    "Services",
+    "Step",
+    "Steps",
+    "call",
+]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -83,6 +95,18 @@ Steps = Generator[Step, Any, T]
 
 class Abandoned(BaseException):
     """Raised out of a life that is to go on elsewhere: the message is left, and comes again."""
+
+
+class Later(BaseException):
+    """Raised by a call whose result comes later: the steps are left where they are until then.
+
+    Attributes:
+        chunk: that is on its way.
+    """
+
+    def __init__(self, chunk: Chunk) -> None:
+        super().__init__(chunk)
+        self.chunk = chunk
 
 
 class InboxEntry(Protocol):
@@ -153,6 +177,13 @@ class Services(Protocol):
         """Publish what ``collector`` holds; return the report, or something to await."""
         ...
 
+    def publish_last(self, collector: MessageCollector) -> Any:
+        """Publish what ``collector`` holds; when it is confirmed, nothing is left to be called.
+
+        May raise :class:`Later`: then other messages can be processed meanwhile.
+        """
+        ...
+
     def publish_one(self, event: Event) -> Any:
         """Publish ``event``, withdrawn when it is not confirmed; return the report, or so."""
         ...
@@ -182,7 +213,7 @@ class Message:
         self.delivery = delivery
         self.event: ReceivedEvent | None = None
         self._services = services
-        self._collector: _MessageCollector | None = None
+        self._collector: MessageCollector | None = None
         self._entry: InboxEntry | None = None
         self.is_given_up = False
         self._began = 0.0
@@ -239,16 +270,15 @@ class Message:
         except Undecodable as error:
             return Dead(f"undecodable: {error}", error)
         set_current_message(event)
-        refreshers = connections.refreshers(is_async=self.consumer.is_async)
-        yield from self._refresh(refreshers)
-        services = self._services
-        collector = self._collector = _MessageCollector(
-            services.publisher, event, auto_publish=self.consumer.auto_publish
+        collector = self._collector = MessageCollector(
+            self._services.publisher, event, auto_publish=self.consumer.auto_publish
         )
         outcome: Outcome | Failed
         token = collector.enter()
         try:
-            outcome = yield from self._process(event, collector)
+            outcome = yield from self._handle(event)
+            if isinstance(outcome, Ack) and not outcome.duplicate:
+                yield from self._finish(collector)
         except (Exception, SystemExit) as error:  # a handler's sys.exit() is no worker's end
             outcome = _of_exception(error)
             if self._entry is not None:
@@ -260,7 +290,6 @@ class Message:
             scope.leave(token)
         if left and not isinstance(outcome, Ack):
             logger.debug("dropped with %r: %s", event.id, ids(left))
-        yield from self._refresh(refreshers)
         return outcome
 
     def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
@@ -313,6 +342,18 @@ class Message:
         logger.info("message %r is no longer ours: it comes again", self.delivery.message_id)
         return True
 
+    def _handle(self, event: ReceivedEvent) -> Steps[Outcome]:
+        """Process the message, with fresh connections, which are left again where it is done."""
+        refreshers = connections.refreshers(is_async=self.consumer.is_async)
+        yield from self._refresh(refreshers)
+        try:
+            outcome = yield from self._process(event)
+        except (Exception, SystemExit):
+            yield from self._refresh(refreshers)
+            raise
+        yield from self._refresh(refreshers)
+        return outcome
+
     def _refresh(self, refreshers: Sequence[Callable[[], Any]]) -> Steps[None]:
         for refresh in refreshers:
             try:
@@ -320,9 +361,8 @@ class Message:
             except Exception:  # of a connection that is broken already
                 logger.debug("a connection could not be closed", exc_info=True)
 
-    def _process(self, event: ReceivedEvent, collector: _MessageCollector) -> Steps[Outcome]:
+    def _process(self, event: ReceivedEvent) -> Steps[Outcome]:
         consumer, services = self.consumer, self._services
-        entry: InboxEntry | None = None
         if consumer.deduplicate and services.inbox is not None:
             entry = self._entry = services.inbox.entry(consumer, event)
             if (yield Step(services.apart, (entry.is_done,))):
@@ -338,14 +378,19 @@ class Message:
                 f"process() returned {result!r}; return None, ACK, REJECT or REQUEUE, "
                 "and publish follow-on events with publish()"
             )
-        if isinstance(outcome, Ack):
-            if len(collector):
-                if not consumer.auto_publish:
-                    raise UnpublishedEvents(tuple(one.id for one in collector.events))
-                yield Step(services.publish, (collector,))
-            if entry is not None:
-                yield Step(services.apart, (entry.note,))
         return outcome
+
+    def _finish(self, collector: MessageCollector) -> Steps[None]:
+        """Publish what the message has enqueued, and note that it is done."""
+        services, entry = self._services, self._entry
+        if len(collector):
+            if not self.consumer.auto_publish:
+                raise UnpublishedEvents(tuple(one.id for one in collector.events))
+            is_last = entry is None and "on_success" not in self.consumer.callbacks
+            publish = services.publish_last if is_last else services.publish
+            yield Step(publish, (collector,))
+        if entry is not None:
+            yield Step(services.apart, (entry.note,))
 
     def _of_done(
         self, entry: InboxEntry, outcome: Outcome | Failed, error: BaseException
@@ -452,27 +497,36 @@ def _take(step: Step) -> Any:
     return step.call(*step.arguments)
 
 
-def call(steps: Steps[T], take: Callable[[Step], Any] = _take) -> T:
+def call(steps: Steps[T], take: Callable[[Step], Any] = _take, left_at: Step | None = None) -> T:
     """Take ``steps`` here and now, and return their result.
 
     Args:
         steps: of a message.
         take: calls what a step says; by default without regard to its timeout. What it raises is
             raised in the steps.
+        left_at: what is to be called first, where ``steps`` were left before.
+
+    Raises:
+        Later: ``take`` did; the steps are left there.
     """
     value: Any = None
     error: BaseException | None = None
+    step = left_at
     while True:
         try:
-            step = steps.send(value) if error is None else steps.throw(error)
+            if step is None:
+                step = steps.send(value) if error is None else steps.throw(error)
         except StopIteration as end:
             found: T = end.value
             return found
         value = error = None
         try:
             value = take(step)
+        except Later:
+            raise
         except BaseException as raised:
             error = raised
+        step = None
 
 
 def _of_exception(error: BaseException) -> Outcome | Failed:
@@ -506,12 +560,13 @@ def _text(error: BaseException) -> str:
         return f"(its text cannot be told: {type(why).__qualname__})"
 
 
-class _MessageCollector(EventCollector):
+class MessageCollector(EventCollector):
     """The collector of one message: its events' ids follow from the message's."""
 
     __slots__ = ()
 
     def __init__(self, publisher: Publisher, event: ReceivedEvent, *, auto_publish: bool) -> None:
+        """Hold nothing yet; with ``auto_publish``, ``publish()`` is said by somebody else."""
         super().__init__(publisher=publisher, make_id=_FollowOnIds(event))
         self._root.root.publishes_itself = auto_publish
 
@@ -520,10 +575,15 @@ class _MessageCollector(EventCollector):
         return scope.enter(self, self._root)
 
     def end(self) -> tuple[Event, ...]:
+        """Drop what is left, and take nothing more."""
         return self._drop(self._root.close())
 
+    def hand_over(self) -> Chunk:
+        """Hand its events to the publisher, and do not wait."""
+        return self._hand_over(self._innermost(), self.publisher)
 
-class _CallbackCollector(_MessageCollector):
+
+class _CallbackCollector(MessageCollector):
     """The collector of a callback: the message's fate is decided, so its events are kept."""
 
     __slots__ = ()

@@ -79,6 +79,8 @@ class TaskEngine:
         """Publish and await."""
         return collector.publish_async()
 
+    publish_last = publish
+
     def publish_one(self, event: Event) -> Coroutine[Any, Any, PublishReport]:
         """Publish and await."""
         return self.publisher.publish_async([event], keep=False)

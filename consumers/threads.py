@@ -1,4 +1,8 @@
-"""The engine of plain consumers: a pool of threads, each with one message at a time."""
+"""The engine of plain consumers: a pool of threads, each with one message at a time.
+
+A thread that has nothing left to do for a message but to wait for confirms goes on with another
+one; the first is then in ``unconfirmed``.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,9 @@ from functools import partial
 from typing import TypeVar
 
 from outbox import Event, EventCollector, PublishReport
-from outbox.consumers.life import Abandoned, Message, Step, Steps, call
+from outbox.consumers.life import Abandoned, Later, Message, MessageCollector, Step, Steps, call
 from outbox.consumers.outcome import Outcome, ProcessTimeout, of_handler
+from outbox.consumers.unconfirmed import Life, Unconfirmed
 from outbox.consumers.watch import Watch
 from outbox.consumers.work import Work
 from outbox.subscription import Delivery
@@ -58,6 +63,8 @@ class ThreadEngine:
         self._lock = threading.Condition()
         self._stopping = threading.Event()
         self._watch = Watch()
+        self._unconfirmed = Unconfirmed(work.publisher, self._watch, self._go_on, self._take_back)
+        self._taken_back: dict[Delivery, Life] = {}
         self._context = contextvars.Context()
 
     # ------------------------------------------------------------------- services of a message
@@ -70,6 +77,18 @@ class ThreadEngine:
     def publish(self, collector: EventCollector) -> PublishReport:
         """Publish and wait."""
         return collector.publish()
+
+    def publish_last(self, collector: MessageCollector) -> PublishReport:
+        """Publish, and have the thread go on with another message meanwhile.
+
+        A single thread waits: whoever wants no more than one has his messages one after the other.
+        """
+        if self._size == 1:
+            return collector.publish()
+        chunk = collector.hand_over()
+        if chunk.future.done():
+            return chunk.future.result().raise_for_failure()
+        raise Later(chunk)
 
     def publish_one(self, event: Event) -> PublishReport:
         """Publish and wait."""
@@ -89,6 +108,7 @@ class ThreadEngine:
         """Start the threads; messages run in copies of the caller's context."""
         self._context = contextvars.copy_context()
         self._working = self._size
+        self._unconfirmed.start()
         for number in range(1, self._size + 1):
             self._start_thread(f"outbox-worker-{number}", self._work)
 
@@ -113,6 +133,7 @@ class ThreadEngine:
             finished = self._lock.wait_for(
                 lambda: not self._working, max(0.0, deadline - time.monotonic())
             )
+        finished = self._unconfirmed.stop(deadline) and finished and not self._taken_back
         self._watch.close()
         return finished
 
@@ -135,14 +156,26 @@ class ThreadEngine:
 
     def _process(self, delivery: Delivery) -> bool:
         """Process a message; return whether this thread still has its place."""
-        if self._stopping.is_set() or self.subscription.is_stale(delivery):
-            return True  # it is given back when the subscription closes, or was already
-        if not self._shared.begins():
-            return True
-        self.has_worked = True
-        message = self._shared.make_message(self._shared.consumers[delivery.queue], delivery, self)
+        if self._stopping.is_set():
+            return True  # it is given back when the subscription closes
+        life = self._taken_back.pop(delivery, None)
+        if life is None:
+            if self.subscription.is_stale(delivery) or not self._shared.begins():
+                return True  # it was given back already, or is then
+            self.has_worked = True
+            consumer = self._shared.consumers[delivery.queue]
+            message = self._shared.make_message(consumer, delivery, self)
+            life = Life(message, message.live(), self._context.copy())
+        return self._go_on(life)
+
+    def _go_on(self, life: Life) -> bool:
+        """Take the steps of a message; return whether this thread still has its place."""
+        message, delivery = life.message, life.message.delivery
         try:
-            self._context.copy().run(self._live, message, message.live())
+            life.context.run(self._live, message, life.steps, life.left_at)
+        except Later as later:
+            self._unconfirmed.add(life, later.chunk)
+            return True
         except (_Late, Abandoned):
             pass  # somebody else ends it, or gets it when the subscription closes
         except BaseException:  # a bug of ours must end neither the thread nor the message
@@ -154,15 +187,23 @@ class ThreadEngine:
         self._shared.ends()
         return True
 
-    def _live(self, message: Message, steps: Steps[Outcome | None]) -> None:
-        call(steps, partial(self._take_step, message))
+    def _take_back(self, life: Life) -> None:
+        """Have a message that was left gone on with when a thread is free."""
+        delivery = life.message.delivery
+        self._taken_back[delivery] = life
+        self._waiting.put(delivery)
+
+    def _live(
+        self, message: Message, steps: Steps[Outcome | None], left_at: Step | None = None
+    ) -> None:
+        call(steps, partial(self._take_step, message), left_at)
 
     def _take_step(self, message: Message, step: Step) -> object:
         try:
             if step.timeout is None:
                 return step.call(*step.arguments)
             return self._call_watched(message, step, step.timeout)
-        except (_Late, Abandoned):
+        except (_Late, Abandoned, Later):
             raise
         except BaseException as error:
             raise of_handler(error)  # noqa: B904  it has its cause, or is the error itself

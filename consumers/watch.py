@@ -18,7 +18,7 @@ class Ticket:
 
     __slots__ = ("deadline", "on_expired")
 
-    def __init__(self, deadline: float, on_expired: Callable[[], None]) -> None:
+    def __init__(self, deadline: float, on_expired: Callable[[], object]) -> None:
         self.deadline = deadline
         self.on_expired = on_expired
 
@@ -42,7 +42,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def enter(self, seconds: float, on_expired: Callable[[], None]) -> Ticket:
+    def enter(self, seconds: float, on_expired: Callable[[], object]) -> Ticket:
         """Begin to watch a call.
 
         Args:

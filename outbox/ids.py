@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import threading
@@ -14,6 +15,7 @@ __all__ = ["follow_on_id", "new_id"]
 
 # uuid5(NAMESPACE_URL, "outbox:follow-on"); part of the wire format, never changed.
 _FOLLOW_ONS = uuid.UUID("e5774d90-3923-58da-b073-bf72e018463f")
+_FOLLOW_ON = hashlib.sha1(_FOLLOW_ONS.bytes, usedforsecurity=False)
 
 _VARIANT = 1 << 63
 
@@ -69,4 +71,9 @@ def new_id() -> str:
 def follow_on_id(*parts: str) -> str:
     """Return the UUIDv5 string of ``parts``: the same parts give the same id, in any process."""
     # Length-prefixed, so that ("a", "bc") and ("ab", "c") differ.
-    return str(uuid.uuid5(_FOLLOW_ONS, "".join(f"{len(part)}:{part}" for part in parts)))
+    name = "".join([f"{len(part)}:{part}" for part in parts])
+    hashed = _FOLLOW_ON.copy()  # what uuid.uuid5() does, at a third of its price
+    hashed.update(name.encode())
+    digits = hashed.hexdigest()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-5{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}"

@@ -23,6 +23,7 @@ from outbox.consumers import life, tasks
 from outbox.consumers.life import Message, Step
 from outbox.consumers.outcome import ACK, Dead, ProcessTimeout
 from outbox.consumers.retrying import RetryPolicy
+from outbox.consumers.threads import ThreadEngine
 from outbox.headers import ATTEMPT
 from outbox.middleware import unit
 from outbox.sql import Store, inbox, outcome, rows, store, transaction, waves
@@ -265,6 +266,13 @@ def _noted_after_the_effect() -> None:
     inbox._Entry.join = lambda self: None  # type: ignore[method-assign]
 
 
+def _last_not_confirmed() -> None:
+    def publish_last(self: Any, collector: Any) -> None:
+        collector.submit()
+
+    ThreadEngine.publish_last = publish_last  # type: ignore[method-assign, assignment]
+
+
 def _copy_not_confirmed() -> None:
     def send_on(self: Any, copy: Any, outcome: Any) -> Any:
         self._services.subscription.ack(self.delivery)
@@ -378,6 +386,13 @@ BUGS: Sequence[Bug] = (
         ["cut at publish", "kill holding worker"],
         _WORKING,
         _copy_not_confirmed,
+    ),
+    Bug(
+        "last-not-confirmed",
+        "lost",
+        ["cut at publish", "kill holding worker"],
+        _WORKING,
+        _last_not_confirmed,
     ),
     Bug(
         "attempt-header-lost",

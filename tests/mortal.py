@@ -102,6 +102,7 @@ def _function(job: Job, engine: Engine) -> type[Consumer]:
     class Plain(Consumer):
         queue = job.queue
         deduplicate = job.deduplicate
+        auto_publish = not job.deduplicate
         retry = _RETRY
 
         def process(self, event: ReceivedEvent) -> None:
@@ -109,7 +110,8 @@ def _function(job: Job, engine: Engine) -> type[Consumer]:
                 session.add(Effect(of=event.id))
                 enqueue_event({"of": event.id}, f"{job.queue}-next")
                 _fail_at_first(event)
-                publish()
+                if job.deduplicate:
+                    publish()
                 session.commit()
 
     return Plain

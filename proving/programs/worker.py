@@ -57,13 +57,13 @@ class Orders(Consumer):
     topics = ("order.*",)
     retry = RETRY
     timeout = TIMEOUT
+    auto_publish = True
 
     def process(self, event: ReceivedEvent) -> None:
         begin(event)
         if is_slow(event):
             time.sleep(1.5 * TIMEOUT)
         fail(event)
-        publish()
 
 
 class Tasks(Consumer):

@@ -65,6 +65,7 @@ POINTS: dict[str, Callable[[], Callable[[Frame], bool]]] = {
 }
 
 
+@pytest.mark.parametrize("auto_publish", [False, True], ids=["explicit", "auto"])
 @pytest.mark.parametrize("point", POINTS)
 def test_wherever_the_link_is_lost_a_message_is_done_and_its_follow_on_keeps_its_id(
     proxy: FaultProxy,
@@ -73,15 +74,18 @@ def test_wherever_the_link_is_lost_a_message_is_done_and_its_follow_on_keeps_its
     inspector: Inspector,
     name: str,
     point: str,
+    auto_publish: bool,
 ) -> None:
     follow_ons = inspector.queue(f"{name}-next", name, ("next",))
     generations: dict[str, int] = {}
 
     def process(event: ReceivedEvent) -> None:
-        follow(event)
+        enqueue_event({"of": event.payload}, "next")
+        if not auto_publish:
+            publish()
         generations[event.id] = subscription._generation
 
-    with running(through_proxy, inspector, process, name) as worker:
+    with running(through_proxy, inspector, process, name, auto_publish=auto_publish) as worker:
         subscription: Any = worker._subscription
         before = subscription._generation
         assert through_proxy.publish([]).ok
@@ -90,6 +94,7 @@ def test_wherever_the_link_is_lost_a_message_is_done_and_its_follow_on_keeps_its
         assert cut.wait(10)
         # No ack has arrived yet: all of them must be done over the next connection.
         wait_until(lambda: sum(one > before + 1 for one in generations.values()) == 3, 15)
+        wait_until(lambda: subscription.out(name) == 0, 15)
         assert worker.stop(10)
     assert set(generations) == set(sent)
     by_payload: dict[int, set[str]] = {}

@@ -295,4 +295,6 @@ def test_ids_are_uuid7_unique_and_ascending() -> None:
 def test_follow_on_ids_depend_on_every_part_and_on_its_limits() -> None:
     assert follow_on_id("a", "bc") == follow_on_id("a", "bc")
     assert len({follow_on_id("a", "bc"), follow_on_id("ab", "c"), follow_on_id("abc")}) == 3
-    assert uuid.UUID(follow_on_id("a")).version == 5
+    namespace = uuid.uuid5(uuid.NAMESPACE_URL, "outbox:follow-on")
+    for part in map(str, range(100)):  # of every variant
+        assert follow_on_id(part) == str(uuid.uuid5(namespace, f"{len(part)}:{part}"))

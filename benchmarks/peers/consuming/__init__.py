@@ -148,6 +148,12 @@ CONTENDERS = {
     "threads, follow-on": Contender(
         f"**outbox, {THREADS} threads**", "outbox_", "consume_and_publish", sends_to=FOLLOW_ON
     ),
+    "threads, auto": Contender(
+        f"**outbox, {THREADS} threads, `auto_publish`**",
+        "outbox_",
+        "consume_and_auto_publish",
+        sends_to=FOLLOW_ON,
+    ),
     "asyncio, follow-on": Contender(
         f"**outbox, asyncio, {CONCURRENCY} tasks**",
         "outbox_",

@@ -104,6 +104,20 @@ def consume_and_publish(url: str, messages: int, *, threads: int = THREADS) -> f
     return _run(url, Plain, countdown, threads=threads)
 
 
+def consume_and_auto_publish(url: str, messages: int) -> float:
+    countdown = Countdown(messages)
+
+    class Plain(Consumer):
+        queue = QUEUE
+        auto_publish = True
+
+        def process(self, event: ReceivedEvent) -> None:
+            enqueue_event(event.payload, FOLLOW_ON)
+            countdown.handle()
+
+    return _run(url, Plain, countdown)
+
+
 def consume_and_publish_async(url: str, messages: int) -> float:
     countdown = Countdown(messages)
 

@@ -66,8 +66,9 @@ class Consumer:
         topics: patterns of targets that the queue is bound to, beside its own name: ``*`` stands
             for one word between dots, ``#`` for any number of words.
         exchange: the exchange it is bound to; None for the publisher's own.
-        auto_publish: publish the follow-on events when ``process`` has succeeded. By default it
-            publishes them itself, with ``publish()``.
+        auto_publish: publish the follow-on events when ``process`` has succeeded; the next message
+            begins while they are being confirmed, unless the worker has a single thread (or task).
+            By default ``process`` publishes them itself, with ``publish()``.
         retry: what is done about failed attempts; None for no retry.
         timeout: seconds, or a timedelta, that ``process`` has; None for any time. Then the attempt
             has failed. A coroutine is cancelled. A thread cannot be: it goes on, without being able

@@ -24,6 +24,7 @@ from outbox import (
     EventCollector,
     Publisher,
     PublishFailed,
+    PublishReport,
     UnpublishedEvents,
     scope,
 )
@@ -578,9 +579,17 @@ class MessageCollector(EventCollector):
         """Drop what is left, and take nothing more."""
         return self._drop(self._root.close())
 
-    def hand_over(self) -> Chunk:
-        """Hand its events to the publisher, and do not wait."""
-        return self._hand_over(self._innermost(), self.publisher)
+    def publish_later(self) -> PublishReport:
+        """Publish, and wait elsewhere.
+
+        Raises:
+            Later: it is not known yet what has become of them.
+            PublishFailed: see ``publish()``.
+        """
+        chunk = self._hand_over(self._innermost(), self.publisher)
+        if not chunk.future.done():
+            raise Later(chunk)
+        return self._told(chunk, chunk.future.result())
 
 
 class _CallbackCollector(MessageCollector):

@@ -15,8 +15,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from outbox import Event, EventCollector, PublishReport
+from outbox.chunk import Chunk
 from outbox.consumers.arrivals import OrderedArrivals
-from outbox.consumers.life import Step, Steps
+from outbox.consumers.life import Later, MessageCollector, Step, Steps
+from outbox.consumers.lives import Life, Lives
 from outbox.consumers.outcome import ProcessTimeout, of_handler
 from outbox.consumers.work import Work
 from outbox.subscription import Delivery
@@ -27,7 +29,6 @@ logger = logging.getLogger("outbox.consumer")
 
 T = TypeVar("T")
 
-_REQUEUE = 0.5  # seconds
 _CANCELLED = 1.0  # seconds that a cancelled task has
 
 
@@ -43,7 +44,6 @@ class TaskEngine:
 
     Attributes:
         publisher, subscription, inbox: see ``life.Services``.
-        has_worked: whether a message was begun.
     """
 
     def __init__(self, work: Work, concurrency: int) -> None:
@@ -51,7 +51,6 @@ class TaskEngine:
         self.publisher = work.publisher
         self.subscription = work.subscription
         self.inbox = work.inbox
-        self.has_worked = False
         self._shared = work
         self._concurrency = concurrency
         self._waiting: deque[Delivery] = deque()
@@ -59,7 +58,7 @@ class TaskEngine:
         found = work.make_arrivals()
         self._ordered = found if isinstance(found, OrderedArrivals) else None
         self._room = threading.Semaphore(concurrency)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Chunk | None]] = set()
         self._loop: asyncio.AbstractEventLoop  # made when it starts, as is what belongs to it
         self._stopping: asyncio.Event
         self._deadline = 0.0
@@ -67,6 +66,12 @@ class TaskEngine:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="outbox-worker-loop", daemon=True)
         self._context = contextvars.Context()
+        self._lives = Lives(work, self, self.put)
+
+    @property
+    def has_worked(self) -> bool:
+        """Whether a message was begun."""
+        return self._lives.any_begun
 
     # ------------------------------------------------------------------- services of a message
 
@@ -79,7 +84,9 @@ class TaskEngine:
         """Publish and await."""
         return collector.publish_async()
 
-    publish_last = publish
+    def publish_last(self, collector: MessageCollector) -> Any:
+        """Publish, and have another task begin meanwhile; a single one waits, as a thread does."""
+        return self.publish(collector) if self._concurrency == 1 else collector.publish_later()
 
     def publish_one(self, event: Event) -> Coroutine[Any, Any, PublishReport]:
         """Publish and await."""
@@ -100,6 +107,7 @@ class TaskEngine:
     def start(self) -> None:
         """Start the loop; messages run in copies of the caller's context."""
         self._context = contextvars.copy_context()
+        self._lives.start()
         self._thread.start()
         self._ready.wait()
         if self._ordered is not None:
@@ -136,7 +144,8 @@ class TaskEngine:
         if not self._ready.is_set():
             return True
         self._thread.join(max(0.0, deadline - time.monotonic()) + _CANCELLED + 1)
-        return self._finished and not self._thread.is_alive()
+        all_ended = self._lives.stop(deadline)
+        return self._finished and all_ended and not self._thread.is_alive()
 
     def _call(self, function: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -174,41 +183,55 @@ class TaskEngine:
 
     def _begin(self, delivery: Delivery) -> None:
         # What is not begun is given back when the subscription closes, or was already.
-        if self.is_stopping or self.subscription.is_stale(delivery) or not self._shared.begins():
+        life = None if self.is_stopping else self._lives.of(delivery, self._context)
+        if life is None:
             self._room.release()
             return
-        self.has_worked = True
-        task = self._loop.create_task(self._handle(delivery), context=self._context.copy())
+        task = self._loop.create_task(self._handle(life), context=life.context)
         self._tasks.add(task)
-        task.add_done_callback(self._on_done)
+        task.add_done_callback(functools.partial(self._on_done, life))
 
-    def _on_done(self, task: asyncio.Task[None]) -> None:
+    def _on_done(self, life: Life, task: asyncio.Task[Chunk | None]) -> None:
         self._tasks.discard(task)
         self._room.release()
-        self._shared.ends()
+        unconfirmed = None if task.cancelled() else task.result()
+        if unconfirmed is None:
+            self._shared.ends()
+        else:
+            self._lives.leave(life, unconfirmed)
         if self._waiting:
             self._dispatch()
 
-    async def _handle(self, delivery: Delivery) -> None:
-        message = self._shared.make_message(self._shared.consumers[delivery.queue], delivery, self)
+    async def _handle(self, life: Life) -> Chunk | None:
+        """Take the steps of a message; return what they are left with, if they are."""
+        delivery = life.message.delivery
         try:
-            await drive(message.live(), lambda: self.is_stopping)
+            await drive(life.steps, lambda: self.is_stopping, life.left_at)
+        except Later as later:
+            return later.chunk
         except asyncio.CancelledError:
             if not self.is_stopping:  # somebody else has cancelled it: it must come again
-                self.subscription.requeue(delivery, _REQUEUE)
+                self._shared.give_back(delivery)
             raise
         except BaseException:  # a bug of ours must end neither the loop nor the message
             logger.exception("could not handle message %r", delivery.message_id)
-            self.subscription.requeue(delivery, _REQUEUE)
+            self._shared.give_back(delivery)
+        return None
 
 
-async def drive(steps: Steps[T], may_end: Callable[[], bool] = lambda: True) -> T:
+async def drive(
+    steps: Steps[T], may_end: Callable[[], bool] = lambda: True, left_at: Step | None = None
+) -> T:
     """Take ``steps``, awaiting what can be awaited, and return their result.
 
     Args:
         steps: of a message.
         may_end: whether a cancellation of the task is to end it. Otherwise it was the handler's own
             doing, and has failed.
+        left_at: what is to be called first, where ``steps`` were left before.
+
+    Raises:
+        Later: a call did; the steps are left there.
     """
     task = asyncio.current_task()
 
@@ -217,9 +240,11 @@ async def drive(steps: Steps[T], may_end: Callable[[], bool] = lambda: True) -> 
 
     value: Any = None
     error: BaseException | None = None
+    step = left_at
     while True:
         try:
-            step = steps.send(value) if error is None else steps.throw(error)
+            if step is None:
+                step = steps.send(value) if error is None else steps.throw(error)
         except StopIteration as end:
             found: T = end.value
             return found
@@ -228,6 +253,8 @@ async def drive(steps: Steps[T], may_end: Callable[[], bool] = lambda: True) -> 
             value = step.call(*step.arguments)
             if value is not None and inspect.isawaitable(value):
                 value = await value if step.timeout is None else await _in_time(value, step)
+        except Later:
+            raise
         except asyncio.CancelledError as raised:
             if ends():
                 error = raised
@@ -241,6 +268,7 @@ async def drive(steps: Steps[T], may_end: Callable[[], bool] = lambda: True) -> 
             if ends():  # it is what the handler has made of its cancellation
                 error = asyncio.CancelledError()
                 error.__cause__ = raised
+        step = None
 
 
 async def _in_time(value: Any, step: Step) -> Any:

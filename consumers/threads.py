@@ -1,7 +1,7 @@
 """The engine of plain consumers: a pool of threads, each with one message at a time.
 
 A thread that has nothing left to do for a message but to wait for confirms goes on with another
-one; the first is then in ``unconfirmed``.
+one; the first is then in ``lives``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from outbox import Event, EventCollector, PublishReport
 from outbox.consumers.life import Abandoned, Later, Message, MessageCollector, Step, Steps, call
+from outbox.consumers.lives import Life, Lives
 from outbox.consumers.outcome import Outcome, ProcessTimeout, of_handler
-from outbox.consumers.unconfirmed import Life, Unconfirmed
 from outbox.consumers.watch import Watch
 from outbox.consumers.work import Work
 from outbox.subscription import Delivery
@@ -27,8 +27,6 @@ __all__ = ["ThreadEngine"]
 logger = logging.getLogger("outbox.consumer")
 
 T = TypeVar("T")
-
-_REQUEUE = 0.5  # seconds
 
 
 class _Late(BaseException):
@@ -44,7 +42,6 @@ class ThreadEngine:
 
     Attributes:
         publisher, subscription, inbox: see ``life.Services``.
-        has_worked: whether a message was begun.
         late: how many threads are in handlers whose time is over.
     """
 
@@ -53,7 +50,6 @@ class ThreadEngine:
         self.publisher = work.publisher
         self.subscription = work.subscription
         self.inbox = work.inbox
-        self.has_worked = False
         self._shared = work
         self.late = 0
         self._size = threads
@@ -63,9 +59,13 @@ class ThreadEngine:
         self._lock = threading.Condition()
         self._stopping = threading.Event()
         self._watch = Watch()
-        self._unconfirmed = Unconfirmed(work.publisher, self._watch, self._go_on, self._take_back)
-        self._taken_back: dict[Delivery, Life] = {}
+        self._lives = Lives(work, self, self.put)
         self._context = contextvars.Context()
+
+    @property
+    def has_worked(self) -> bool:
+        """Whether a message was begun."""
+        return self._lives.any_begun
 
     # ------------------------------------------------------------------- services of a message
 
@@ -83,12 +83,7 @@ class ThreadEngine:
 
         A single thread waits: whoever wants no more than one has his messages one after the other.
         """
-        if self._size == 1:
-            return collector.publish()
-        chunk = collector.hand_over()
-        if chunk.future.done():
-            return chunk.future.result().raise_for_failure()
-        raise Later(chunk)
+        return collector.publish() if self._size == 1 else collector.publish_later()
 
     def publish_one(self, event: Event) -> PublishReport:
         """Publish and wait."""
@@ -108,7 +103,7 @@ class ThreadEngine:
         """Start the threads; messages run in copies of the caller's context."""
         self._context = contextvars.copy_context()
         self._working = self._size
-        self._unconfirmed.start()
+        self._lives.start()
         for number in range(1, self._size + 1):
             self._start_thread(f"outbox-worker-{number}", self._work)
 
@@ -133,7 +128,7 @@ class ThreadEngine:
             finished = self._lock.wait_for(
                 lambda: not self._working, max(0.0, deadline - time.monotonic())
             )
-        finished = self._unconfirmed.stop(deadline) and finished and not self._taken_back
+        finished = self._lives.stop(deadline) and finished
         self._watch.close()
         return finished
 
@@ -158,15 +153,8 @@ class ThreadEngine:
         """Process a message; return whether this thread still has its place."""
         if self._stopping.is_set():
             return True  # it is given back when the subscription closes
-        life = self._taken_back.pop(delivery, None)
-        if life is None:
-            if self.subscription.is_stale(delivery) or not self._shared.begins():
-                return True  # it was given back already, or is then
-            self.has_worked = True
-            consumer = self._shared.consumers[delivery.queue]
-            message = self._shared.make_message(consumer, delivery, self)
-            life = Life(message, message.live(), self._context.copy())
-        return self._go_on(life)
+        life = self._lives.of(delivery, self._context)
+        return True if life is None else self._go_on(life)
 
     def _go_on(self, life: Life) -> bool:
         """Take the steps of a message; return whether this thread still has its place."""
@@ -174,24 +162,18 @@ class ThreadEngine:
         try:
             life.context.run(self._live, message, life.steps, life.left_at)
         except Later as later:
-            self._unconfirmed.add(life, later.chunk)
+            self._lives.leave(life, later.chunk)
             return True
         except (_Late, Abandoned):
             pass  # somebody else ends it, or gets it when the subscription closes
         except BaseException:  # a bug of ours must end neither the thread nor the message
             logger.exception("could not handle message %r", delivery.message_id)
             if not message.is_given_up:
-                self.subscription.requeue(delivery, _REQUEUE)
+                self._shared.give_back(delivery)
         if message.is_given_up:  # also where a filter has swallowed that it is late
             return self._come_back()
         self._shared.ends()
         return True
-
-    def _take_back(self, life: Life) -> None:
-        """Have a message that was left gone on with when a thread is free."""
-        delivery = life.message.delivery
-        self._taken_back[delivery] = life
-        self._waiting.put(delivery)
 
     def _live(
         self, message: Message, steps: Steps[Outcome | None], left_at: Step | None = None
@@ -244,7 +226,7 @@ class ThreadEngine:
             self._start_thread(thread.name, partial(self._succeed, message, error, has_successor))
         except RuntimeError:  # there can be no more threads: somebody else gets the message
             message.abandon()
-            self.subscription.requeue(message.delivery, _REQUEUE)
+            self._shared.give_back(message.delivery)
             self._shared.ends()
             self._leave_place()
             with self._lock:
@@ -257,7 +239,7 @@ class ThreadEngine:
             self._context.copy().run(self._live, message, message.give_up(error))
         except BaseException:
             logger.exception("could not end message %r", message.delivery.message_id)
-            self.subscription.requeue(message.delivery, _REQUEUE)
+            self._shared.give_back(message.delivery)
         self._shared.ends()
         if goes_on:
             self._work()

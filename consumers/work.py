@@ -10,9 +10,11 @@ from outbox.consumers.arrivals import Arrivals
 from outbox.consumers.consumer import Consumer
 from outbox.consumers.life import Inbox, Message
 from outbox.consumers.quota import Quota
-from outbox.subscription import Subscription
+from outbox.subscription import Delivery, Subscription
 
 __all__ = ["Work"]
+
+_REQUEUE = 0.5  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +49,7 @@ class Work:
         """Note that a message that was begun has ended."""
         if self.quota is not None and self.quota.end():
             self.on_used_up()
+
+    def give_back(self, delivery: Delivery) -> None:
+        """Have a message that could not be handled come again, soon."""
+        self.subscription.requeue(delivery, _REQUEUE)

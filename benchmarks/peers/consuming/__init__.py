@@ -154,6 +154,12 @@ CONTENDERS = {
         "consume_and_auto_publish",
         sends_to=FOLLOW_ON,
     ),
+    "asyncio, auto": Contender(
+        f"**outbox, asyncio, {CONCURRENCY} tasks, `auto_publish`**",
+        "outbox_",
+        "consume_and_auto_publish_async",
+        sends_to=FOLLOW_ON,
+    ),
     "asyncio, follow-on": Contender(
         f"**outbox, asyncio, {CONCURRENCY} tasks**",
         "outbox_",

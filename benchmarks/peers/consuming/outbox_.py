@@ -132,6 +132,20 @@ def consume_and_publish_async(url: str, messages: int) -> float:
     return _run(url, Asynchronous, countdown)
 
 
+def consume_and_auto_publish_async(url: str, messages: int) -> float:
+    countdown = Countdown(messages)
+
+    class Asynchronous(Consumer):
+        queue = QUEUE
+        auto_publish = True
+
+        async def process(self, event: ReceivedEvent) -> None:
+            enqueue_event(event.payload, FOLLOW_ON)
+            countdown.handle()
+
+    return _run(url, Asynchronous, countdown)
+
+
 def _run(url: str, consumer: Any, countdown: Countdown, *, threads: int = THREADS) -> float:
     with Publisher(url, exchange=EXCHANGE) as publisher:
         worker = make_worker(consumer, publisher, threads=threads)

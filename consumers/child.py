@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 
 from outbox.consumers import exit_codes, running
-from outbox.consumers.stopping import Signals, Stop
+from outbox.stopping import Signals, Stop
 
 __all__ = ["MARGIN", "READY", "STOPPING", "Parent", "environment", "run"]
 
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace, parent: Parent) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent's to act on
-    stop = Stop() if options.reload else Signals(second_kills=False)
+    stop = Stop() if options.reload else Signals(second_exits=None)
     parent.outlived(stop, options.shutdown_timeout + MARGIN)
 
     def work() -> int:

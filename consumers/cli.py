@@ -10,8 +10,8 @@ from outbox import MissingExtra
 from outbox.consumers import child, exit_codes, logs, running
 from outbox.consumers.arguments import limits_of, make_parser
 from outbox.consumers.child import Parent
-from outbox.consumers.stopping import Signals
 from outbox.consumers.supervisor import Supervisor
+from outbox.stopping import Signals
 
 __all__ = ["main"]
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.processes or 1,
             shutdown_timeout=options.shutdown_timeout,
         ).run()
-    return running.run(options, Signals(second_kills=True))
+    return running.run(options, Signals(second_exits=exit_codes.KILLED))
 
 
 def _is_supervised(options: argparse.Namespace) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from outbox import MissingExtra
 from outbox.consumers import exit_codes
-from outbox.consumers.stopping import Signals, Stop
+from outbox.stopping import Signals, Stop
 
 __all__ = ["run_reloading"]
 
@@ -67,7 +67,7 @@ def run_reloading(work: Callable[[], int], stop: Stop, timeout: float) -> int:
         run_with_reloader(run)  # ends on SIGTERM, too
     except SystemExit as end:
         changed = end.code == _CHANGED
-    Signals(second_kills=False).begin()
+    Signals(second_exits=None).begin()
     stop.ask()
     ended.wait(timeout)
     if changed:

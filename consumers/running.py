@@ -14,8 +14,8 @@ from outbox.consumers.arguments import limits_of
 from outbox.consumers.isolation import Isolation, Orders
 from outbox.consumers.loading import load, selected
 from outbox.consumers.recycling import Recycling
-from outbox.consumers.stopping import Stop
 from outbox.consumers.worker import Worker
+from outbox.stopping import Stop
 
 __all__ = ["run"]
 

@@ -17,6 +17,7 @@ import pika
 from outbox.testing.broker import PrivateBroker
 from proving.database import Database
 from proving.history import Journal
+from proving.pace import Pace
 from proving.processes import Program, Server
 from proving.proxy import FaultProxy
 from proving.witness import Witness
@@ -29,6 +30,10 @@ KINDS = (*_WRITERS, *_RELAYS, "worker")
 _PARKED = "outbox.unroutable"
 _BOUND = 20  # messages in the queue that fills up
 _CONSUMED = ("orders", "tasks", "charges")
+_PAUSE = 0.05  # seconds between two requests
+_MOST_STORED = 300  # events in the database, and
+_MOST_CONSUMED = 1_500  # messages before the worker, until writers slow down
+_LOOK = 0.5  # seconds between two looks at how many there are
 _QUIET = 2.5  # seconds in which what is to be tried again is back in its queue
 
 
@@ -78,6 +83,7 @@ class Ground:
         self._chance = random.Random(seed)
         self._kinds = kinds
         self._bug = bug
+        self._paces = {kind: Pace(folder, kind) for kind in _WRITERS}
         self._stopping = threading.Event()
         self._load: list[threading.Thread] = []
         self.programs: dict[str, Program] = {}
@@ -152,11 +158,14 @@ class Ground:
             program.start()
         self.ledger.start()
         self.bounded.start()
-        for kind, port in zip(("wsgi", "asgi"), ports, strict=True):
-            if kind in self.programs:
-                load = threading.Thread(target=self._request, args=(port,), name=f"load-{kind}")
-                self._load.append(load)
-                load.start()
+        self._load = [
+            threading.Thread(target=self._request, args=(kind, port), name=f"load-{kind}")
+            for kind, port in zip(("wsgi", "asgi"), ports, strict=True)
+            if kind in self.programs
+        ]
+        self._load.append(threading.Thread(target=self._keep_pace, name="pace"))
+        for load in self._load:
+            load.start()
         begin = time.monotonic()
         self._until(lambda: self.ledger.last > begin, begin + 60)
         return self
@@ -287,17 +296,17 @@ class Ground:
 
         self._on_broker(declare)
 
-    def _waiting(self, queue: str) -> int:
+    def _waiting(self, queue: str, tries: int = 100) -> int:
         found = self._on_broker(
-            lambda channel: channel.queue_declare(f"{self.name}.{queue}", passive=True)
+            lambda channel: channel.queue_declare(f"{self.name}.{queue}", passive=True), tries
         )
         return int(found.method.message_count)
 
-    def _on_broker(self, action: Callable[[Any], Any]) -> Any:
+    def _on_broker(self, action: Callable[[Any], Any], tries: int = 100) -> Any:
         parameters = pika.URLParameters(self.broker.url)
         parameters.socket_timeout = parameters.stack_timeout = 2.0
         last: Exception | None = None
-        for _ in range(100):
+        for _ in range(tries):
             try:
                 connection = pika.BlockingConnection(parameters)
                 try:
@@ -317,7 +326,20 @@ class Ground:
                 raise RuntimeError(f"not everything has arrived:\n{logs}")
             time.sleep(0.1)
 
-    def _request(self, port: int) -> None:
+    def _keep_pace(self) -> None:
+        """Slow writers down while too much waits; while nobody can tell, all stays as it was."""
+        consumed = self._consumed if "worker" in self._kinds else ()
+        while not self._stopping.wait(_LOOK):
+            try:
+                waiting = sum(self._waiting(queue, tries=1) for queue in consumed)
+                stored = self._database.waiting() if self._database is not None else 0
+            except Exception:  # one of them is away; pika raises more than its own tree
+                continue
+            for kind, pace in self._paces.items():
+                is_late = kind == "durable" and stored > _MOST_STORED
+                pace.set(slow=is_late or waiting > _MOST_CONSUMED)
+
+    def _request(self, kind: str, port: int) -> None:
         """Send requests, one in ten of which is broken off in the middle of the response."""
         while not self._stopping.is_set():
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
@@ -326,7 +348,7 @@ class Ground:
                 response = connection.getresponse()
                 response.read(10 if self._chance.random() < 0.1 else None)
             connection.close()
-            self._stopping.wait(0.05)
+            self._stopping.wait(_PAUSE * self._paces[kind].factor)
 
     def _stop_load(self) -> None:
         self._stopping.set()

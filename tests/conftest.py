@@ -14,11 +14,13 @@ from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
 
 from outbox import Publisher, configuration, observing, scope
+from outbox.sql import Store
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.postgresql import PostgreSQLMissing, PrivatePostgreSQL
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
-from tests.places import Place, RabbitMQPlace, SQLitePlace
+from tests.places import Place, place_of
+from tests.relaying import opened
 
 # Properties are tried quickly by default, the same way each time where a change is judged, and
 # at length with HYPOTHESIS_PROFILE=thorough or --hypothesis-profile thorough.
@@ -115,6 +117,31 @@ def postgresql_url(postgresql: PrivatePostgreSQL) -> Iterator[str]:
         connection.exec_driver_sql(f"DROP DATABASE {database} WITH (FORCE)")
 
 
+@pytest.fixture(params=["postgresql", "sqlite"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database: each test that asks for it runs on both."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/events.db"
+    found: str = request.getfixturevalue("postgresql_url")
+    return found
+
+
+@pytest.fixture
+def store(database_url: str) -> Iterator[Store]:
+    """A store with its table, in each database."""
+    found = opened(database_url)
+    yield found
+    found.engine.dispose()
+
+
+@pytest.fixture
+def postgresql_store(postgresql_url: str) -> Iterator[Store]:
+    """A store with its table, in PostgreSQL alone."""
+    found = opened(postgresql_url)
+    yield found
+    found.engine.dispose()
+
+
 @pytest.fixture
 def proxy(amqp_url: str) -> Iterator[FaultProxy]:
     """A proxy of the test's own before the broker: what it does to a link, nobody else sees."""
@@ -165,8 +192,4 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(params=["rabbitmq", "sqlite"])
 def place(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Place:
     """Where events go: each test that asks for it runs with every one that can be consumed from."""
-    if request.param == "sqlite":
-        return SQLitePlace(str(tmp_path / "outbox.db"), name)
-    amqp_url: str = request.getfixturevalue("amqp_url")
-    inspector: Inspector = request.getfixturevalue("inspector")
-    return RabbitMQPlace(amqp_url, name, inspector)
+    return place_of(request.param, request, name, tmp_path)

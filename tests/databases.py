@@ -1,4 +1,4 @@
-"""An application's database with a table of its own, on which tests of stored events work."""
+"""An application's database with tables of its own, for tests of stored events and the inbox."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-__all__ = ["Base", "Line", "Order", "targets"]
+__all__ = ["Base", "Effect", "Line", "Order", "targets"]
 
 
 class Base(DeclarativeBase):
@@ -30,6 +30,14 @@ class Line(Base):
     order_id: Mapped[int] = mapped_column(
         ForeignKey("orders.id", deferrable=True, initially="DEFERRED")
     )
+
+
+class Effect(Base):
+    """What a handler does."""
+
+    __tablename__ = "effects"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    of: Mapped[str]
 
 
 def targets(connection: Any) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from outbox import EventCollector, Publisher, enqueue_event, publish, publish_async
@@ -26,20 +26,9 @@ from outbox.consumers.threads import ThreadEngine
 from outbox.sql import Inbox, inbox
 from outbox.transports.rabbitmq.consuming import RabbitMQSubscription
 from outbox.transports.sqlite.consuming import SQLiteSubscription
+from tests.databases import Effect
 
-__all__ = ["POINTS", "Base", "Effect", "Job", "running"]
-
-
-class Base(DeclarativeBase):
-    pass
-
-
-class Effect(Base):
-    """What a handler does."""
-
-    __tablename__ = "effects"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    of: Mapped[str]
+__all__ = ["POINTS", "Job", "running"]
 
 
 @dataclass(frozen=True)

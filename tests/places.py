@@ -7,7 +7,10 @@ import queue
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol, Unpack
+
+import pytest
 
 from outbox import Event, EventCollector, Publisher
 from outbox.consumers import Consumer, Worker
@@ -27,6 +30,7 @@ __all__ = [
     "events_for",
     "made",
     "parked_in",
+    "place_of",
     "reading",
     "replay",
     "selected",
@@ -107,6 +111,15 @@ class SQLitePlace(_Place):
 
     def will_clean_up(self, queue: str) -> None:
         """Nothing is left: the file is the test's own."""
+
+
+def place_of(kind: str, request: pytest.FixtureRequest, name: str, folder: Path) -> Place:
+    """Return the place of a test: ``sqlite`` for a file in ``folder``, ``rabbitmq``."""
+    if kind == "sqlite":
+        return SQLitePlace(str(folder / "outbox.db"), name)
+    amqp_url: str = request.getfixturevalue("amqp_url")
+    inspector: Inspector = request.getfixturevalue("inspector")
+    return RabbitMQPlace(amqp_url, name, inspector)
 
 
 class Reader:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from outbox.commands import exit_codes
 from outbox.commands.database import open_store, told
 from outbox.commands.options import broker_option, database_option, positive
 from outbox.publisher import Publisher
+from outbox.stopping import Signals
 
 if TYPE_CHECKING:
     from outbox.sql import Relay
@@ -86,7 +84,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     if logging.getLogger().level == logging.CRITICAL:
         logging.getLogger().setLevel(logging.INFO)  # it is a service: its log is what one sees
-    signals = _Signals()
+    signals = Signals(second_exits=exit_codes.INTERRUPTED)
+    signals.begin()
     with open_store(options) as store:
         from outbox.sql import Relay
 
@@ -106,11 +105,11 @@ def _run(options: argparse.Namespace) -> int:
             publisher.close(0)  # what it has not confirmed has been given back
 
 
-def _serve(relay: Relay, signals: _Signals, timeout: float) -> int:
+def _serve(relay: Relay, signals: Signals, timeout: float) -> int:
     progress = _Progress(relay)
     relay.start()
     logger.info("relaying")
-    while not signals.seen:
+    while not signals.asked:
         relay.wait(_POLL)
         progress.tell()
     finished = relay.stop(timeout)
@@ -119,37 +118,20 @@ def _serve(relay: Relay, signals: _Signals, timeout: float) -> int:
     return exit_codes.SUCCESS if finished else exit_codes.INCOMPLETE
 
 
-def _publish_once(relay: Relay, signals: _Signals, timeout: float) -> int:
+def _publish_once(relay: Relay, signals: Signals, timeout: float) -> int:
     progress = _Progress(relay)
     # On another thread, so that this one sees signals while that one waits.
     with ThreadPoolExecutor(1) as executor:
         published = executor.submit(relay.run_once)
-        while not signals.seen and not wait([published], _POLL).done:
+        while not signals.asked and not wait([published], _POLL).done:
             progress.tell()
-        if signals.seen:
+        if signals.asked:
             relay.ask_to_stop(timeout)
         with told():
             count = published.result()
     progress.end()
     print(f"{count:,} event{'' if count == 1 else 's'} published")
-    return exit_codes.INCOMPLETE if signals.seen else exit_codes.SUCCESS
-
-
-class _Signals:
-    """Notes SIGTERM and SIGINT; a second one ends the process.
-
-    A handler may interrupt anything, also a lock that is being taken: it takes none itself.
-    """
-
-    def __init__(self) -> None:
-        self.seen = False
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, self._note)
-
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        if self.seen:
-            os._exit(exit_codes.INTERRUPTED)
-        self.seen = True
+    return exit_codes.INCOMPLETE if signals.asked else exit_codes.SUCCESS
 
 
 class _Progress:

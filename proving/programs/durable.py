@@ -14,9 +14,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from outbox import configure
-from proving.programs.unit import Unit, journal
+from proving.programs.unit import Unit, journal, pace
 
 HISTORY = journal("durable")
+PACE = pace("durable")
 LANES = 3
 PAUSE = 0.03  # seconds at most between two units
 
@@ -69,7 +70,7 @@ class Lane:
 def run(lane: Lane, stopping: threading.Event) -> None:
     while not stopping.is_set():
         lane.work()
-        stopping.wait(lane.chance.random() * PAUSE)
+        stopping.wait(lane.chance.random() * PAUSE * PACE.factor)
 
 
 def main() -> None:

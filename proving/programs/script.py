@@ -10,9 +10,10 @@ import time
 
 from outbox import CollectorFull, EventCollector, auto_publishing, configure
 from outbox.report import PublishReport
-from proving.programs.unit import Unit, journal
+from proving.programs.unit import Unit, journal, pace
 
 HISTORY = journal("script")
+PACE = pace("script")
 THREADS = 2
 TASKS = 2
 PAUSE = 0.05  # seconds at most between two units
@@ -85,7 +86,7 @@ def in_thread(lane: Lane, stopping: threading.Event) -> None:
         except CollectorFull:
             unit.roll_back()
             time.sleep(0.5)
-        stopping.wait(lane.chance.random() * PAUSE)
+        stopping.wait(lane.chance.random() * PAUSE * PACE.factor)
 
 
 async def in_task(lane: Lane, stopping: threading.Event) -> None:
@@ -101,7 +102,7 @@ async def in_task(lane: Lane, stopping: threading.Event) -> None:
         except CollectorFull:
             unit.roll_back()
             await asyncio.sleep(0.5)
-        await asyncio.sleep(lane.chance.random() * PAUSE)
+        await asyncio.sleep(lane.chance.random() * PAUSE * PACE.factor)
 
 
 async def in_tasks(stopping: threading.Event) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from outbox import enqueue_event
 from proving import bugs
 from proving.history import Journal
+from proving.pace import Pace
 
-__all__ = ["Unit", "journal"]
+__all__ = ["Unit", "journal", "pace"]
 
 _PADDING = "x" * 120
 _TARGETS = {
@@ -28,7 +29,16 @@ _WORK = {"fail": 0.05, "retry": 0.1, "slow": 0.012}  # and all others follow
 def journal(kind: str) -> Journal:
     """Begin the journal of this process; every program calls this first."""
     bugs.plant(os.environ.get("PROVE_BUG", ""))
-    return Journal(Path(os.environ["PROVE_HISTORY"]), f"{kind}-{os.getpid()}")
+    return Journal(_folder(), f"{kind}-{os.getpid()}")
+
+
+def pace(kind: str) -> Pace:
+    """Return the pace at which this process is to write."""
+    return Pace(_folder(), kind)
+
+
+def _folder() -> Path:
+    return Path(os.environ["PROVE_HISTORY"])
 
 
 class Unit:

@@ -12,7 +12,7 @@ import pytest
 
 from outbox.consumers import exit_codes
 from outbox.subscription import Delivery, dead_letter_queue
-from tests.acceptance.test_consume_processes import Command
+from tests.consuming import Command
 from tests.places import Place, reading
 from tests.waiting import wait_until
 

@@ -2,179 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from outbox.consumers import exit_codes
 from outbox.subscription import dead_letter_queue
-from tests.amqp import Inspector
-from tests.places import Place, RabbitMQPlace, SQLitePlace, events_for
+from tests.consuming import Command
+from tests.places import Place, RabbitMQPlace, SQLitePlace
 from tests.waiting import wait_until
 
-MODULE = """
-import os, time
-from outbox.consumers import consumer
 
-leaked = []
-
-
-def note(*words):
-    with open("done", "a", buffering=1) as file:
-        file.write(" ".join(map(str, words)) + "\\n")
-
-
-note("imported", "-", os.getpid())
-
-
-@consumer("{name}")
-def work(event):
-    command, _, argument = str(event.payload["do"]).partition(" ")
-    if command == "sleep":
-        note("began", event.id, os.getpid())
-        time.sleep(float(argument))
-    elif command == "leak":
-        leaked.append(b"x" * (int(argument) << 20))
-    note("done", event.id, os.getpid())
-"""
-
-
-class Command:
-    """One ``outbox-consume`` in a folder with a module ``work``."""
-
-    def __init__(self, folder: Path, place: Place, name: str) -> None:
-        self.place, self.folder, self.queue = place, folder, name
-        self.process: subprocess.Popen[bytes]
-        self._publisher = place.publisher(unroutable="fail")
-        self._log = folder / "log"
-        self.write(MODULE.format(name=name))
-        place.will_clean_up(name)
-        place.will_clean_up(dead_letter_queue(name))
-
-    def write(self, module: str) -> None:
-        (self.folder / "work.py").write_text(module)
-
-    def start(self, *arguments: str) -> None:
-        environment = {
-            **os.environ,
-            "OUTBOX_URL": self.place.url,
-            "OUTBOX_EXCHANGE": self.place.exchange,
-            "PYTHONDONTWRITEBYTECODE": "1",  # a module may change twice within its time's unit
-        }
-        command = ["outbox.consumers.cli", "work", "--log-format", "json", *arguments]
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                cwd=self.folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def publish(self, *commands: str) -> list[str]:
-        """Have the consumer do something; return the ids of the messages."""
-        events = events_for(self._publisher, [self.queue] * len(commands), exchange="")
-        made = [
-            type(event)(
-                id=event.id,
-                target=event.target,
-                exchange="",
-                body=json.dumps({"do": do}).encode(),
-                unroutable="fail",
-            )
-            for event, do in zip(events, commands, strict=True)
-        ]
-        # Until the queue is there nothing is published, and then all of it.
-        wait_until(lambda: self._publisher.publish(made[:1], keep=False).ok, 20)
-        if made[1:]:
-            self._publisher.publish(made[1:]).raise_for_failure()
-        return [event.id for event in made]
-
-    def did(self, word: str = "done") -> list[tuple[str, int]]:
-        """Return what messages were done, and by which process."""
-        path = self.folder / "done"
-        rows = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-        return [(row[1], int(row[2])) for row in rows if row[0] == word]
-
-    def wait_done(self, count: int, word: str = "done") -> None:
-        wait_until(lambda: len(self.did(word)) >= count, 20)
-
-    def text(self) -> str:
-        return self._log.read_text(errors="replace")
-
-    def lines(self, logger: str = "outbox.consumer.processes") -> list[str]:
-        found: list[dict[str, Any]] = []
-        for line in self.text().splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return [one["message"] for one in found if one["logger"] == logger]
-
-    def wait_for(self, pattern: str, count: int = 1, timeout: float = 20) -> list[Any]:
-        """Wait until the log has so many matches; return them."""
-        try:
-            wait_until(lambda: len(re.findall(pattern, self.text())) >= count, timeout)
-        except AssertionError:
-            raise AssertionError(self.text()) from None
-        return re.findall(pattern, self.text())
-
-    def workers(self) -> list[int]:
-        """Return the ids of all worker processes that were begun."""
-        found = re.findall(r"\(process (\d+)\) begins", self.text())
-        return [int(one) for one in found]
-
-    def consuming(self, count: int) -> list[int]:
-        """Wait until so many workers have begun to consume, in all."""
-        self.wait_for('"consuming ', count)
-        return self.workers()
-
-    def stop(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(timeout)
-
-    def left(self) -> int:
-        """Return how many messages the queue has."""
-        return self.place.count(self.queue)
-
-    def close(self) -> None:
-        self._publisher.close(0)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: it and its workers
-        self.process.wait(10)
-
-
-def make(request: pytest.FixtureRequest, folder: Path, name: str, kind: str) -> Command:
-    if kind == "sqlite":
-        return Command(folder, SQLitePlace(str(folder / "outbox.db"), name), name)
-    amqp_url: str = request.getfixturevalue("amqp_url")
-    inspector: Inspector = request.getfixturevalue("inspector")
-    return Command(folder, RabbitMQPlace(amqp_url, name, inspector), name)
-
-
-@pytest.fixture(params=["rabbitmq", "sqlite"])
-def anywhere(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> Iterator[Command]:
+@pytest.fixture
+def anywhere(place: Place, tmp_path: Path, name: str) -> Iterator[Command]:
     """The command on either transport."""
-    found = make(request, tmp_path, name, request.param)
+    found = Command(tmp_path, place, name)
     yield found
     found.close()
 
 
 @pytest.fixture
-def command(request: pytest.FixtureRequest, tmp_path: Path, name: str) -> Iterator[Command]:
+def command(tmp_path: Path, name: str) -> Iterator[Command]:
     """The command on a file, for what has nothing to do with the transport."""
-    found = make(request, tmp_path, name, "sqlite")
+    found = Command(tmp_path, SQLitePlace(str(tmp_path / "outbox.db"), name), name)
     yield found
     found.close()
 

@@ -13,6 +13,7 @@ import pytest
 
 from outbox.commands import exit_codes
 from outbox.parking import PARKING_QUEUE
+from tests.commands import Done, run_outbox
 from tests.places import SQLitePlace, events_for, reading
 from tests.waiting import wait_until
 
@@ -33,15 +34,8 @@ def place(tmp_path: Path) -> SQLitePlace:
     return SQLitePlace(str(tmp_path / "outbox.db"), "outbox")
 
 
-def parked(place: SQLitePlace, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "outbox", "parked", *arguments, "--url", place.url],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+def parked(place: SQLitePlace, *arguments: str) -> Done:
+    return run_outbox("parked", *arguments, "--url", place.url)
 
 
 def test_outbox_consume_works_on_the_file_until_it_is_told_to_stop(

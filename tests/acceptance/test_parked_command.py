@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,32 +19,21 @@ from outbox.commands import exit_codes
 from outbox.parking import PARKING_QUEUE
 from outbox.testing.broker import PrivateBroker
 from tests.amqp import Inspector, properties_of
-
-Done = subprocess.CompletedProcess[str]
-Run = Callable[..., Done]
+from tests.commands import Done, Run, outbox_command, run_outbox
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "outbox", "parked", *arguments]
+    return outbox_command("parked", *arguments)
 
 
 def run_at(url: str, *arguments: str, **options: Any) -> Done:
-    return subprocess.run(
-        command(*arguments),
-        env={**os.environ, "OUTBOX_URL": url},
-        stdin=options.pop("stdin", subprocess.DEVNULL),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        **options,
-    )
+    return run_outbox("parked", *arguments, variables={"OUTBOX_URL": url}, **options)
 
 
 @pytest.fixture
 def run(amqp_url: str) -> Run:
-    """Run the command on the tests' broker; nobody sits in front of it."""
-    return lambda *arguments, **options: run_at(amqp_url, *arguments, **options)
+    """Run the command on the tests' broker."""
+    return functools.partial(run_at, amqp_url)
 
 
 @pytest.fixture

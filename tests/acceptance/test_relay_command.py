@@ -26,19 +26,12 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> str:
+def database_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/events.db"
 
 
 @pytest.fixture
-def store(database: str) -> Iterator[Store]:
-    found = opened(database)
-    yield found
-    found.engine.dispose()
-
-
-@pytest.fixture
-def start(database: str, amqp_url: str) -> Iterator[Start]:
+def start(database_url: str, amqp_url: str) -> Iterator[Start]:
     """Start the command; both URLs are in its environment, unless told otherwise."""
     with contextlib.ExitStack() as stack:
 
@@ -47,7 +40,7 @@ def start(database: str, amqp_url: str) -> Iterator[Start]:
                 [sys.executable, "-m", "outbox", "relay", *arguments],
                 env={
                     **os.environ,
-                    "OUTBOX_DATABASE_URL": database,
+                    "OUTBOX_DATABASE_URL": database_url,
                     "OUTBOX_URL": amqp_url,
                     **environment,
                 },
@@ -173,13 +166,13 @@ def test_postgresql_is_relayed_in_order_with_hints(
 
 
 def test_on_a_terminal_one_line_tells_how_many_and_how_fast(
-    database: str, store: Store, amqp_url: str, inspector: Inspector, name: str
+    database_url: str, store: Store, amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
     store.put(many(20, name))
     controller, terminal = pty.openpty()
     child = subprocess.Popen(
-        [sys.executable, "-m", "outbox", "relay", "--database", database, "--url", amqp_url],
+        [sys.executable, "-m", "outbox", "relay", "--database", database_url, "--url", amqp_url],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=terminal,

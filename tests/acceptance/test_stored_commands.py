@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
 import sqlite3
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +15,18 @@ from sqlalchemy import text
 
 from outbox.commands import exit_codes
 from outbox.sql import Store
+from tests.commands import Done, Run, run_outbox
 from tests.relaying import an_event, many, opened
-
-Done = subprocess.CompletedProcess[str]
-Run = Callable[..., Done]
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/events.db"
-    found: str = request.getfixturevalue("postgresql_url")
-    return found
 
 
 def run_at(database: str, *arguments: str, **options: Any) -> Done:
-    return subprocess.run(
-        [sys.executable, "-m", "outbox", *arguments],
-        env={**os.environ, "OUTBOX_DATABASE_URL": database},
-        stdin=options.pop("stdin", subprocess.DEVNULL),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        **options,
-    )
+    return run_outbox(*arguments, variables={"OUTBOX_DATABASE_URL": database}, **options)
 
 
 @pytest.fixture
-def run(database: str) -> Run:
-    """Run the command on the test's database; nobody sits in front of it."""
-    return lambda *arguments, **options: run_at(database, *arguments, **options)
-
-
-@pytest.fixture
-def store(database: str) -> Iterator[Store]:
-    found = opened(database)
-    yield found
-    found.engine.dispose()
+def run(database_url: str) -> Run:
+    """Run the command on the test's database."""
+    return functools.partial(run_at, database_url)
 
 
 @pytest.fixture
@@ -189,14 +161,14 @@ def test_a_command_for_dead_events_wants_to_know_which(
 # ---------------------------------------------------------------------------------------- sql
 
 
-def test_the_table_is_made_once_and_checked(run: Run, database: str) -> None:
+def test_the_table_is_made_once_and_checked(run: Run, database_url: str) -> None:
     missing = run("sql", "check")
     assert missing.returncode == exit_codes.USAGE
     assert "outbox sql create" in missing.stderr
     assert run("sql", "create").stdout == "the table outbox_events was made\n"
     assert run("sql", "create").stdout == "the table outbox_events is there\n"
     assert run("sql", "check").stdout == "the table outbox_events is as it should be\n"
-    store = opened(database)
+    store = opened(database_url)
     with store.engine.begin() as connection:
         connection.execute(text("DROP INDEX outbox_events_due"))
     store.engine.dispose()

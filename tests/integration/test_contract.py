@@ -29,18 +29,16 @@ from outbox.topics import matches
 from tests.places import (
     Place,
     RabbitMQPlace,
-    SQLitePlace,
     events_for,
     made,
     parked_in,
+    place_of,
     reading,
     replay,
     selected,
     working,
 )
 from tests.waiting import wait_until
-
-EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 HEADERS: dict[str, Any] = {
     "text": "Grüße",
@@ -69,13 +67,7 @@ def taker(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Iterator
         with Publisher("memory://", exchange=name) as found:
             yield found
         return
-    made: Place = (
-        SQLitePlace(str(tmp_path / "outbox.db"), name)
-        if request.param == "sqlite"
-        else RabbitMQPlace(
-            request.getfixturevalue("amqp_url"), name, request.getfixturevalue("inspector")
-        )
-    )
+    made = place_of(request.param, request, name, tmp_path)
     made.bind(f"{name}-all", name, "#")
     with made.publisher() as found:
         yield found
@@ -83,6 +75,24 @@ def taker(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Iterator
 
 def ids(found: list[Delivery] | tuple[Event, ...] | list[Event]) -> list[str | None]:
     return [one.message_id if isinstance(one, Delivery) else one.id for one in found]
+
+
+def headers_of(event: Event, key: str = "k") -> dict[str, object]:
+    """Return what its message is to have: ``HEADERS``, and what has no property."""
+    since = event.occurred_at - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return {
+        **HEADERS,
+        "outbox-format": 1,
+        "outbox-key": key,
+        "outbox-occurred-at-us": since // datetime.timedelta(microseconds=1),
+    }
+
+
+def assert_same(received: ReceivedEvent, sent: Event) -> None:
+    """Assert that a consumer got the event that was enqueued."""
+    for field in ("id", "target", "exchange", "body", "content_type", "key", "priority"):
+        assert getattr(received, field) == getattr(sent, field)
+    assert (received.headers, received.occurred_at) == (HEADERS, sent.occurred_at)
 
 
 # ---------------------------------------------------------------------------- publishing
@@ -182,12 +192,7 @@ def test_an_event_is_delivered_with_all_that_the_wire_format_promises(
     assert (found.message_id, found.priority, found.redelivered) == (event.id, 3, False)
     assert found.timestamp == int(event.occurred_at.timestamp())
     assert found.content_encoding is None
-    assert found.headers == {
-        **HEADERS,
-        "outbox-format": 1,
-        "outbox-key": "k-7",
-        "outbox-occurred-at-us": (event.occurred_at - EPOCH) // datetime.timedelta(microseconds=1),
-    }
+    assert found.headers == headers_of(event, "k-7")
 
 
 def test_a_consumer_gets_the_event_that_was_enqueued(
@@ -200,9 +205,7 @@ def test_a_consumer_gets_the_event_that_was_enqueued(
         publisher.publish([sent])
         wait_until(lambda: seen)
     [event] = seen
-    for field in ("id", "target", "exchange", "body", "content_type", "key", "priority"):
-        assert getattr(event, field) == getattr(sent, field)
-    assert (event.headers, event.occurred_at) == (HEADERS, sent.occurred_at)
+    assert_same(event, sent)
     assert (event.queue, event.attempt, event.redelivered) == (name, 1, False)
     assert place.count(name) == place.count(dead_letter_queue(name)) == 0
 
@@ -354,9 +357,7 @@ def test_a_consumer_sees_nothing_of_the_delay(
         publisher.publish([sent])
         wait_until(lambda: seen)
     [event] = seen
-    for field in ("id", "target", "exchange", "body", "content_type", "key", "priority"):
-        assert getattr(event, field) == getattr(sent, field)
-    assert (event.headers, event.occurred_at) == (HEADERS, sent.occurred_at)
+    assert_same(event, sent)
     assert (event.attempt, event.redelivered) == (1, False)
 
 
@@ -426,12 +427,8 @@ def test_a_parked_event_is_as_it_was_with_its_address_and_the_reason(
         [found] = reader.get()
     headers = dict(found.headers or {})
     datetime.datetime.fromisoformat(headers.pop("outbox-parked-at"))
-    occurred = headers.pop("outbox-occurred-at-us")
-    assert occurred == (event.occurred_at - EPOCH) // datetime.timedelta(microseconds=1)
     assert headers == {
-        **HEADERS,
-        "outbox-format": 1,
-        "outbox-key": "k",
+        **headers_of(event),
         "outbox-parked-reason": "312 NO_ROUTE",
         "outbox-parked-exchange": place.exchange,
         "outbox-parked-target": "lost.one",
@@ -467,10 +464,7 @@ def test_a_dead_letter_has_the_reason_and_all_that_the_message_had(
         datetime.datetime.fromisoformat(headers.pop(when))
     assert "Reject: no such customer" in headers.pop("outbox-dead-traceback")
     assert headers == {
-        **HEADERS,
-        "outbox-format": 1,
-        "outbox-key": "k",
-        "outbox-occurred-at-us": (sent.occurred_at - EPOCH) // datetime.timedelta(microseconds=1),
+        **headers_of(sent),
         "outbox-dead-reason": "no such customer",
         "outbox-dead-error": "Reject",
         "outbox-dead-queue": name,
@@ -657,13 +651,7 @@ def test_parked_events_are_listed_and_replayed_as_they_were(
     for event, message in zip(events, again, strict=True):
         assert (message.exchange, message.target) == (place.exchange, event.target)
         assert (message.message_id, message.body, message.priority) == (event.id, event.body, 1)
-        assert message.headers == {
-            **HEADERS,
-            "outbox-format": 1,
-            "outbox-key": "k",
-            "outbox-occurred-at-us": (event.occurred_at - EPOCH)
-            // datetime.timedelta(microseconds=1),
-        }
+        assert message.headers == headers_of(event)
 
 
 def test_a_replayed_dead_letter_comes_to_the_consumer_it_died_in_as_it_was_at_first(

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, func, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 import outbox.sql
@@ -28,33 +28,14 @@ from outbox import (
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, consumer
 from outbox.sql import Inbox
 from outbox.subscription import dead_letter_queue
+from tests.databases import Base, Effect
 from tests.places import Place, made, reading, working
 from tests.waiting import wait_until
 
 
-class Base(DeclarativeBase):
-    pass
-
-
-class Effect(Base):
-    """What a handler does."""
-
-    __tablename__ = "effects"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    of: Mapped[str]
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/shop.db"
-    found: str = request.getfixturevalue("postgresql_url")
-    return found
-
-
 @pytest.fixture
-def engine(url: str) -> Iterator[Engine]:
-    engine = create_engine(url)
+def engine(database_url: str) -> Iterator[Engine]:
+    engine = create_engine(database_url)
     Base.metadata.create_all(engine)
     outbox.sql.metadata.create_all(engine)
     yield engine

@@ -19,11 +19,11 @@ from outbox import (
     auto_publishing,
     configure,
     enqueue_event,
-    publish,
 )
-from outbox.consumers import Consumer, Reject, Requeue, Worker
+from outbox.consumers import Consumer, Requeue, Worker
 from outbox.testing import LiveEvents, live, recorded
 from outbox.testing.broker import PrivateBroker
+from tests.invoicing import Invoices, Mails
 
 
 def place(number: int = 1, target: str = "order.placed", **options: Any) -> None:
@@ -38,28 +38,6 @@ def events(request: pytest.FixtureRequest) -> LiveEvents:
     assert isinstance(found, LiveEvents)
     found.patience = 20.0  # on a busy machine
     return found
-
-
-class Invoices(Consumer):
-    queue = "invoices"
-    topics = ("order.*",)
-
-    def process(self, event: Any) -> None:
-        if event.payload["id"] == 13:
-            raise ValueError("thirteen")
-        if event.payload["id"] == 14:
-            raise Reject("fourteen")
-        enqueue_event({"order": event.payload["id"]}, "invoice.sent")
-        publish()
-
-
-class Mails(Consumer):
-    queue = "mails"
-    topics = ("invoice.sent",)
-    auto_publish = True
-
-    def process(self, event: Any) -> None:
-        enqueue_event(event.payload, "mail.sent")
 
 
 def test_what_arrived_is_asserted_on(events: LiveEvents) -> None:

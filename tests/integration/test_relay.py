@@ -10,8 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,28 +27,6 @@ from tests.relaying import an_event, is_empty, many, opened, running
 from tests.waiting import wait_until
 
 FULL = {"x-max-length": 1, "x-overflow": "reject-publish"}
-
-
-@pytest.fixture(params=["postgresql", "sqlite"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/events.db"
-    found: str = request.getfixturevalue("postgresql_url")
-    return found
-
-
-@pytest.fixture
-def store(database_url: str) -> Iterator[Store]:
-    found = opened(database_url)
-    yield found
-    found.engine.dispose()
-
-
-@pytest.fixture
-def postgresql_store(postgresql_url: str) -> Iterator[Store]:
-    found = opened(postgresql_url)
-    yield found
-    found.engine.dispose()
 
 
 # ---------------------------------------------------------------------------- on a good day

@@ -26,24 +26,6 @@ from tests.waiting import wait_until
 FULL = {"x-max-length": 1, "x-overflow": "reject-publish"}
 
 
-@pytest.fixture(params=["postgresql", "sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path}/events.db"
-    else:
-        url = request.getfixturevalue("postgresql_url")
-    found = opened(url)
-    yield found
-    found.engine.dispose()
-
-
-@pytest.fixture
-def postgresql_store(postgresql_url: str) -> Iterator[Store]:
-    found = opened(postgresql_url)
-    yield found
-    found.engine.dispose()
-
-
 @pytest.fixture
 def slow(proxy: FaultProxy, name: str) -> Iterator[Publisher]:
     """A publisher behind the proxy, which does not wait long at its end."""

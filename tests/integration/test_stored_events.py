@@ -47,14 +47,6 @@ def unbound() -> Iterator[None]:
     outbox.sql.bind(None)
 
 
-@pytest.fixture(params=["postgresql", "sqlite"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/application.db"
-    found: str = request.getfixturevalue("postgresql_url")
-    return found
-
-
 def correct_savepoints(engine: Engine) -> None:
     """Have SQLite's driver leave transactions to SQLAlchemy, as its documentation advises."""
 

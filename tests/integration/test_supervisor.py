@@ -154,7 +154,7 @@ def test_a_worker_that_cannot_stop_ends_all_the_same_when_its_parent_is_gone() -
     program = """
 import os, sys, time
 from outbox.consumers.child import Parent
-from outbox.consumers.stopping import Stop
+from outbox.stopping import Stop
 stop = Stop()
 Parent.inherited().outlived(stop, 0.3)
 time.sleep(60)

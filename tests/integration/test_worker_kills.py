@@ -13,7 +13,8 @@ from sqlalchemy.pool import NullPool
 
 import outbox.sql
 from outbox.subscription import dead_letter_queue
-from tests.mortal import POINTS, Base, Effect, Job, running
+from tests.databases import Base, Effect
+from tests.mortal import POINTS, Job, running
 from tests.places import Place, SQLitePlace, events_for, made, reading
 from tests.waiting import wait_until
 

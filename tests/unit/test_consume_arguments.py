@@ -10,7 +10,7 @@ from outbox import MissingExtra
 from outbox.consumers.arguments import limits_of, make_parser
 from outbox.consumers.recycling import Limits
 from outbox.consumers.reloading import run_reloading
-from outbox.consumers.stopping import Stop
+from outbox.stopping import Stop
 
 
 def limits(*arguments: str) -> Limits:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from proving import faults
+from proving.__main__ import seconds_of_faults
 from proving.bugs import BUGS
 from proving.checker import MAX_ATTEMPTS, check
 from proving.history import Journal, Record, read
+from proving.pace import Pace
 
 
 def record(what: str, by: str = "script-1", **facts: Any) -> Record:
@@ -172,6 +174,27 @@ def test_a_schedule_is_the_same_for_the_same_seed_and_mends_everything_in_time()
         of_track = [one for one in planned(1) if one.fault.track == track]
         for earlier, later in itertools.pairwise(of_track):
             assert earlier.until < later.at
+
+
+def test_two_minutes_leave_time_for_every_fault() -> None:
+    seconds = seconds_of_faults(2)
+    for seed in range(20):
+        planned = faults.plan(random.Random(seed), seconds, faults.FAULTS, (0.5, 3))
+        assert {one.fault for one in planned} == set(faults.FAULTS)
+
+
+def test_a_writer_that_another_process_slows_down_pauses_longer_until_told_otherwise(
+    tmp_path: Path,
+) -> None:
+    writer, driver = Pace(tmp_path, "script"), Pace(tmp_path, "script")
+    assert writer.factor == 1
+    driver.set(slow=True)
+    driver.set(slow=True)
+    assert writer.factor > 1
+    assert Pace(tmp_path, "durable").factor == 1
+    driver.set(slow=False)
+    driver.set(slow=False)
+    assert writer.factor == 1
 
 
 def test_every_planted_bug_names_faults_that_exist() -> None:

@@ -20,11 +20,11 @@ from outbox import (
     auto_publishing,
     configure,
     enqueue_event,
-    publish,
 )
-from outbox.consumers import ACK, Consumer, Reject, Requeue, Worker
+from outbox.consumers import ACK, Consumer, Requeue, Worker
 from outbox.testing import CollectedEvents, CollectedEventsMixin, SimulatedCrash, recorded
 from outbox.testing.matching import Wanted
+from tests.invoicing import Invoices, Mails
 
 
 def place(number: int = 1, target: str = "order.placed", **options: Any) -> Event:
@@ -269,28 +269,6 @@ def test_a_crash_after_the_confirm_leaves_the_event_published(
 
 
 # --------------------------------------------------------------------------------- consumers
-
-
-class Invoices(Consumer):
-    queue = "invoices"
-    topics = ("order.*",)
-
-    def process(self, event: Any) -> None:
-        if event.payload["id"] == 13:
-            raise ValueError("thirteen")
-        if event.payload["id"] == 14:
-            raise Reject("fourteen")
-        enqueue_event({"order": event.payload["id"]}, "invoice.sent")
-        publish()
-
-
-class Mails(Consumer):
-    queue = "mails"
-    topics = ("invoice.sent",)
-    auto_publish = True
-
-    def process(self, event: Any) -> None:
-        enqueue_event(event.payload, "mail.sent")
 
 
 def test_consumers_process_what_was_published_until_quiet(

@@ -13,7 +13,6 @@ import pika.exceptions
 import pika.frame
 import pika.spec
 
-from outbox.backlog import Backlog
 from outbox.backoff import backoff
 from outbox.chunk import Chunk, Entry, Fate
 from outbox.errors import Blocked, BrokerError, ConnectionLost, Nacked
@@ -21,7 +20,7 @@ from outbox.event import Event
 from outbox.parking import PARKING_QUEUE, parked
 from outbox.settings import Settings
 from outbox.spread import Spread, call_hook
-from outbox.stats import Tally
+from outbox.transports.backlogged import BackloggedTransport
 from outbox.transports.rabbitmq import topology, wire
 from outbox.transports.rabbitmq.confirms import Confirms
 from outbox.transports.rabbitmq.delaying import Delaying
@@ -47,7 +46,7 @@ _FAULTS_OF_MESSAGES = frozenset((311, 403, _NO_SUCH_EXCHANGE, 406))
 """Reply codes that may be about the message; others (541, say) are the broker's own trouble."""
 
 
-class RabbitMQTransport:
+class RabbitMQTransport(BackloggedTransport):
     """One connection, one channel in confirm mode, any number of callers.
 
     ``submit`` encodes in the caller's thread and wakes the link's thread, which writes, counts
@@ -61,10 +60,9 @@ class RabbitMQTransport:
     def __init__(
         self, url: BrokerURL, settings: Settings, spread: Spread, encoder: Encoder | None = None
     ) -> None:
+        super().__init__(spread)
         self._settings = settings
-        self._spread = spread
         self._encoder = encoder or Encoder(settings.app_id)
-        self._backlog = Backlog()
         self._confirms = Confirms()
         self._link = Link(
             connection_parameters(url, settings, "publisher"), self, name="outbox-publisher"
@@ -88,21 +86,6 @@ class RabbitMQTransport:
     def connected(self) -> bool:
         """Whether a channel is open and the broker reads from it."""
         return self._channel is not None and not self._blocked
-
-    @property
-    def kept(self) -> tuple[Event, ...]:
-        """The events that are kept, oldest first."""
-        return self._backlog.kept
-
-    @property
-    def kept_size(self) -> tuple[int, int]:
-        """How many events are kept, and the bytes of their bodies."""
-        return self._backlog.kept_size
-
-    @property
-    def tally(self) -> Tally:
-        """What has been counted so far."""
-        return self._backlog.tally
 
     @property
     def on_own_thread(self) -> bool:
@@ -131,10 +114,6 @@ class RabbitMQTransport:
             self._woken = False
             raise
 
-    def release(self, chunk: Chunk) -> None:
-        """Report ``chunk`` as it stands."""
-        self._spread(self._backlog.release(chunk))
-
     def drain(self, timeout: float) -> bool:
         """Wait until every event has its fate, trying the broker at once and again and again.
 
@@ -152,9 +131,7 @@ class RabbitMQTransport:
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
         """Close the connection and return what is left."""
         self._link.stop(graceful=graceful)
-        left, news = self._backlog.hand_over(ConnectionLost("the publisher was closed"))
-        self._spread(news)
-        return left
+        return self._hand_over()
 
     # ------------------------------------------------------------------ on the link's thread
 

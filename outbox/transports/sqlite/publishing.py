@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from sqlalchemy import Connection
 from sqlalchemy.exc import StatementError
 
-from outbox.backlog import Backlog
 from outbox.backoff import backoff
 from outbox.chunk import Chunk, Entry, Fate
 from outbox.errors import BrokerError, ConnectionLost, Nacked
@@ -18,7 +17,7 @@ from outbox.event import Event
 from outbox.parking import PARKING_QUEUE
 from outbox.settings import MIB, Settings
 from outbox.spread import Spread, call_hook
-from outbox.stats import Tally
+from outbox.transports.backlogged import BackloggedTransport
 from outbox.transports.sqlite import bindings
 from outbox.transports.sqlite.database import Database
 from outbox.transports.sqlite.location import Location
@@ -39,7 +38,7 @@ _FAULTS_OF_EVENTS = (StatementError, ValueError, TypeError, AttributeError, Arit
 """What writing raises of an event that no row can hold; ``enqueue_event`` makes none."""
 
 
-class SQLiteTransport:
+class SQLiteTransport(BackloggedTransport):
     """One thread that writes whatever waits, of any number of callers, in one transaction.
 
     Everything whose name begins with ``_on`` or stands below the line runs on that thread.
@@ -54,11 +53,10 @@ class SQLiteTransport:
         Raises:
             UsageError: the URL has an option that is not known, or the file cannot be used.
         """
+        super().__init__(spread)
         location = Location.of(url)
         self._address = str(location)
         self._settings = settings
-        self._spread = spread
-        self._backlog = Backlog()
         self._routes = Routes()
         self._stopping = False
         self._hurry = False
@@ -76,21 +74,6 @@ class SQLiteTransport:
     def connected(self) -> bool:
         """Whether the file could be written when that was last tried."""
         return self._connected
-
-    @property
-    def kept(self) -> tuple[Event, ...]:
-        """The events that are kept, oldest first."""
-        return self._backlog.kept
-
-    @property
-    def kept_size(self) -> tuple[int, int]:
-        """How many events are kept, and the bytes of their bodies."""
-        return self._backlog.kept_size
-
-    @property
-    def tally(self) -> Tally:
-        """What has been counted so far."""
-        return self._backlog.tally
 
     @property
     def on_own_thread(self) -> bool:
@@ -116,10 +99,6 @@ class SQLiteTransport:
         self._wake.set()
         return chunk
 
-    def release(self, chunk: Chunk) -> None:
-        """Report ``chunk`` as it stands."""
-        self._spread(self._backlog.release(chunk))
-
     def drain(self, timeout: float) -> bool:
         """Wait until every event has its fate, trying the file at once."""
         if self._backlog.wait_empty(0):
@@ -136,9 +115,7 @@ class SQLiteTransport:
         if self._thread is not None and not self.on_own_thread:
             # A disk that does not answer is not waited for.
             self._thread.join(_CLOSE_TIMEOUT)
-        left, news = self._backlog.hand_over(ConnectionLost("the publisher was closed"))
-        self._spread(news)
-        return left
+        return self._hand_over()
 
     # ------------------------------------------------------------------ on the thread that writes
 

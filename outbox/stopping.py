@@ -6,13 +6,11 @@ import os
 import signal
 from types import FrameType
 
-from outbox.consumers import exit_codes
-
 __all__ = ["Signals", "Stop"]
 
 
 class Stop:
-    """Whether the worker of this process is to stop.
+    """Whether what runs in this process is to stop.
 
     Attributes:
         asked: whether it is.
@@ -22,7 +20,7 @@ class Stop:
         self.asked = False
 
     def ask(self) -> None:
-        """Have the worker stop in order. May be called from anywhere, as often as one likes."""
+        """Have it stop in order. May be called from anywhere, as often as one likes."""
         self.asked = True
 
     def begin(self) -> None:
@@ -36,10 +34,10 @@ class Signals(Stop):
     ``begin()``, which the main thread has to call, signals do what they did before.
     """
 
-    def __init__(self, *, second_kills: bool) -> None:
-        """Note them; with ``second_kills`` a second one ends the process at once."""
+    def __init__(self, *, second_exits: int | None) -> None:
+        """Note them; a second one ends the process at once with this code, unless it is None."""
         super().__init__()
-        self._second_kills = second_kills
+        self._second_exits = second_exits
 
     def begin(self) -> None:
         """Handle signals."""
@@ -47,6 +45,6 @@ class Signals(Stop):
         signal.signal(signal.SIGINT, self._note)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
-        if self.asked and self._second_kills:
-            os._exit(exit_codes.KILLED)
+        if self.asked and self._second_exits is not None:
+            os._exit(self._second_exits)
         self.ask()

@@ -1,0 +1,48 @@
+"""What transports have in common whose events wait in a backlog until they are confirmed."""
+
+from __future__ import annotations
+
+from outbox.backlog import Backlog
+from outbox.chunk import Chunk
+from outbox.errors import ConnectionLost
+from outbox.event import Event
+from outbox.spread import Spread
+from outbox.stats import Tally
+
+__all__ = ["BackloggedTransport"]
+
+
+class BackloggedTransport:
+    """Answers from the backlog what a publisher asks of a :class:`outbox.transport.Transport`.
+
+    Those that inherit take from the backlog, and move events.
+    """
+
+    def __init__(self, spread: Spread) -> None:
+        self._spread = spread
+        self._backlog = Backlog()
+
+    @property
+    def kept(self) -> tuple[Event, ...]:
+        """The events that are kept, oldest first."""
+        return self._backlog.kept
+
+    @property
+    def kept_size(self) -> tuple[int, int]:
+        """How many events are kept, and the bytes of their bodies."""
+        return self._backlog.kept_size
+
+    @property
+    def tally(self) -> Tally:
+        """What has been counted so far."""
+        return self._backlog.tally
+
+    def release(self, chunk: Chunk) -> None:
+        """Report ``chunk`` as it stands."""
+        self._spread(self._backlog.release(chunk))
+
+    def _hand_over(self) -> tuple[Event, ...]:
+        """Report every chunk, and return what is left: nothing moves any more."""
+        left, news = self._backlog.hand_over(ConnectionLost("the publisher was closed"))
+        self._spread(news)
+        return left

@@ -40,6 +40,8 @@ def _check(found: type[Consumer] | Consumer, what: str) -> None:
         value = getattr(found, name)
         if value is None or (name == "deduplicate" and isinstance(value, bool)):
             continue
+        if name == "deduplicate" and not isinstance(value, datetime.timedelta):
+            raise UsageError(f"{what}: deduplicate is {value!r}, not a bool or a timedelta")
         try:
             if not seconds_of(value):
                 raise UsageError(f"{name} is 0 seconds")

@@ -109,7 +109,7 @@ def _add_consuming(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--shutdown-timeout",
-        type=float,
+        type=_timeout,
         default=30.0,
         metavar="S",
         help="seconds that messages being processed have at the end (default: 30)",
@@ -193,7 +193,18 @@ def _scaled(text: str, units: dict[str, int]) -> float:
     return number
 
 
+_LONGEST_TIMEOUT = 7 * 86400.0  # seconds
+
+
+def _timeout(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds <= _LONGEST_TIMEOUT:
+        raise ValueError(text)
+    return seconds
+
+
 # What argparse calls them in its errors.
 _count.__name__ = "number from 1 on"
 _size.__name__ = "size such as 300M"
 _age.__name__ = "time such as 12h"
+_timeout.__name__ = "number of seconds, a week at most"

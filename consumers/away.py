@@ -18,7 +18,7 @@ _SQLSTATES = ("08", "53300", "57P")
 def is_away(error: BaseException) -> bool:
     """Return whether ``error``, or what it was raised from, is a failure of a database's link.
 
-    SQLAlchemy's, Django's, psycopg's, asyncpg's and SQLite's exceptions are understood.
+    SQLAlchemy's, Django's, psycopg's (2 and 3), asyncpg's and SQLite's exceptions are understood.
     """
     seen: set[int] = set()
     found: BaseException | None = error
@@ -36,13 +36,25 @@ def _is_link_failure(error: BaseException) -> bool:
         return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _SQLITE
     if _is_of("sqlalchemy.exc", "DBAPIError", error):
         return bool(getattr(error, "connection_invalidated", False))
-    state = getattr(error, "sqlstate", None)
-    for module in ("psycopg", "asyncpg"):
+    if isinstance(error, OSError):
+        return _is_from("asyncpg.connect_utils", error)  # which raises what its socket has raised
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    for module in ("psycopg", "psycopg2", "asyncpg"):
         if _is_of(module, "OperationalError", error) or _is_of(module, "PostgresError", error):
             # Without a state it was the client library that said so: no connection, or lost.
             return state is None or str(state).startswith(_SQLSTATES)
         if _is_of(module, "InterfaceError", error) and "closed" in str(error):
             return True
+    return False
+
+
+def _is_from(module: str, error: BaseException) -> bool:
+    """Return whether ``error`` has come out of a function of ``module``."""
+    step = error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_globals.get("__name__") == module:
+            return True
+        step = step.tb_next
     return False
 
 

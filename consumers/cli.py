@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
+import threading
+import time
 from collections.abc import Sequence
 
 from outbox import MissingExtra
 from outbox.consumers import child, exit_codes, logs, running
 from outbox.consumers.arguments import limits_of, make_parser
-from outbox.consumers.child import Parent
+from outbox.consumers.child import MARGIN, Parent
 from outbox.consumers.supervisor import Supervisor
 from outbox.stopping import Signals
 
 __all__ = ["main"]
+
+logger = logging.getLogger("outbox.consumer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +43,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.processes or 1,
             shutdown_timeout=options.shutdown_timeout,
         ).run()
-    return running.run(options, Signals(second_exits=exit_codes.KILLED))
+    return running.run(
+        options,
+        Signals(second_exits=exit_codes.KILLED),
+        on_stopping=lambda: _end_within(options.shutdown_timeout + MARGIN),
+    )
+
+
+def _end_within(seconds: float) -> None:
+    """End this process by force when it takes longer, as a parent would a worker process.
+
+    An interpreter waits at its end for the threads of executors, and so for whatever a cancelled
+    ``asyncio.to_thread`` still does.
+    """
+
+    def end() -> None:
+        time.sleep(seconds)
+        logger.error("it has not ended in time: by force, then")
+        os._exit(exit_codes.UNFINISHED)
+
+    threading.Thread(target=end, name="outbox-end", daemon=True).start()
 
 
 def _is_supervised(options: argparse.Namespace) -> bool:

@@ -40,6 +40,8 @@ def _check(found: type[Consumer] | Consumer, what: str) -> None:
         value = getattr(found, name)
         if value is None or (name == "deduplicate" and isinstance(value, bool)):
             continue
+        if name == "deduplicate" and not isinstance(value, datetime.timedelta):
+            raise UsageError(f"{what}: deduplicate is {value!r}, not a bool or a timedelta")
         try:
             if not seconds_of(value):
                 raise UsageError(f"{name} is 0 seconds")
@@ -51,6 +53,29 @@ def _check(found: type[Consumer] | Consumer, what: str) -> None:
         raise UsageError(f"{what}: max_priority is {highest!r}, not an int from 1 to 255")
     if found.queue_type is not None and found.queue_type not in get_args(QueueType):
         raise UsageError(f"{what}: queue_type is {found.queue_type!r}, not 'quorum' or 'classic'")
+
+
+def check_process(found: Consumer) -> None:
+    """See that ``process`` is there and takes an event.
+
+    Raises:
+        UsageError: names the consumer and what is wrong.
+    """
+    called: Callable[..., Any]
+    if isinstance(found, FunctionConsumer):
+        called, what = found._function, f"the consumer {found._function.__qualname__}()"
+    else:
+        called, what = found.process, f"the consumer {type(found).__qualname__}"
+        if type(found).process is Consumer.process:
+            raise UsageError(f"{what} has no process()")
+    try:
+        signature = inspect.signature(called)
+    except (TypeError, ValueError):  # of a callable that does not tell
+        return
+    try:
+        signature.bind(None)
+    except TypeError:
+        raise UsageError(f"{what} has to take one argument, the event, not {signature}") from None
 
 
 _CALLBACKS = ("on_success", "on_failure", "on_timeout", "on_dead")

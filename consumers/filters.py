@@ -76,25 +76,31 @@ class Filters:
 def filters_of(consumer: type, *, what: str) -> Filters:
     """Return the filters of a class: those of its bases first, without those that it skips.
 
-    A method that overrides one of them is a filter in its place. ``skip`` names those that are
-    left out, from the class that says so on down.
+    A method that overrides one of them is a filter in its place, of the same kind unless it says
+    otherwise. ``skip`` names those that are left out, from the class that says so on down.
 
     Raises:
-        UsageError: ``skip`` names what is no filter; begins with ``what``.
+        UsageError: ``skip`` names what is no filter, or a filter is no method; begins with
+            ``what``.
     """
     found: dict[str, str] = {}
+    known: set[str] = set()
     for base in reversed(consumer.__mro__):
         for name, member in vars(base).items():
             kind = getattr(member, _KIND, None)
             if isinstance(kind, str):  # an object may have any attribute that it is asked for
-                found.setdefault(name, kind)
+                found[name] = kind
+                known.add(name)
         skipped = vars(base).get("skip", ())
         if isinstance(skipped, str):
             raise UsageError(f"{what}: skip is {skipped!r}, not a list of names")
         for name in skipped:
-            if found.pop(name, None) is None:
+            found.pop(name, None)  # a base may have skipped it: [*Base.skip, "one_more"]
+            if name not in known:
                 raise UsageError(f"{what}: skip names {name!r}, which is no filter that it has")
     for name, kind in found.items():
+        if not callable(getattr(consumer, name)):
+            raise UsageError(f"{what}: {name} is a filter, and no method: to leave it out, skip it")
         if kind == "around" and getattr(getattr(consumer, name), _KIND, None) != kind:
             raise UsageError(f"{what}: {name} overrides a filter and needs @around itself")
 

@@ -30,6 +30,8 @@ def main(connection: Connection, lifeline: int) -> int:
     """Process what comes over ``connection`` until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, meant for the other process
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for descriptor in (connection.fileno(), lifeline):  # not for what handlers start
+        os.set_inheritable(descriptor, False)
     threading.Thread(target=_end_with, args=(lifeline,), name="outbox-parent", daemon=True).start()
     orders: Orders = connection.recv()
     logs.set_up(orders.log_level, orders.log_format)
@@ -70,6 +72,8 @@ def _told(error: BaseException) -> RemoteError:
 def _end_with(lifeline: int) -> None:
     """End at once when the other process is gone: its message comes again, elsewhere."""
     os.read(lifeline, 1)
+    if os.getpgrp() == os.getpid():  # what the handlers have started, too
+        os.killpg(0, signal.SIGKILL)
     os._exit(exit_codes.KILLED)
 
 

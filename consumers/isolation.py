@@ -8,25 +8,34 @@ message is settled here.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from outbox.consumers.consumer import Consumer
+from outbox.consumers.current import set_current_message
 from outbox.consumers.life import Abandoned, Message, Services, Step, Steps
-from outbox.consumers.outcome import Failed, Outcome, ProcessDied, ProcessTimeout
+from outbox.consumers.outcome import Failed, Hold, Outcome, ProcessDied, ProcessTimeout
 from outbox.consumers.received import Undecodable, decode
 from outbox.subscription import Delivery
 
 __all__ = ["Isolation", "IsolatedMessage", "Orders"]
 
 _START = 60.0  # seconds that a process has to import the application
-_FINISH = 10.0  # seconds that one which is idle has to publish what its callbacks have left
+_FINISH = 10.0  # seconds that those which are idle have to publish what their callbacks have left
+_LOOK_EVERY = 1.0  # seconds between two looks whether one that says nothing is still there
+
+
+class _NotStarted(Exception):
+    """A process could not be started, or could not import the application."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +75,13 @@ class Isolation:
         Raises:
             ProcessTimeout: it was.
             ProcessDied: the process has ended by itself.
+            _NotStarted: it never came so far as to process anything.
             Abandoned: the worker has stopped meanwhile.
         """
         child = self._child()
         try:
+            if not child.ready:
+                child.wait_until_ready(self._orders)
             return child.attempt(delivery, limit)
         except BaseException:
             self._forget(child)
@@ -87,8 +99,9 @@ class Isolation:
                 child.kill()
             else:
                 child.finish()
+        deadline = time.monotonic() + _FINISH  # of all: they end beside each other
         for child in children:
-            child.wait(_FINISH)
+            child.wait(max(0.0, deadline - time.monotonic()))
 
     def _child(self) -> _Child:
         thread = threading.current_thread()
@@ -97,13 +110,10 @@ class Isolation:
             if self._ended:
                 raise Abandoned
             if found is None:
-                found = self._children[thread] = _Child()
-        if not found.ready:
-            try:
-                found.wait_until_ready(self._orders)
-            except BaseException:
-                self._forget(found)
-                raise
+                try:
+                    found = self._children[thread] = _Child()
+                except OSError as error:
+                    raise _NotStarted(f"no process can be started: {error}") from error
         return found
 
     def _forget(self, child: _Child) -> None:
@@ -113,7 +123,11 @@ class Isolation:
 
 
 class _Child:
-    """One process. For one thread, but for ``kill``."""
+    """One process. For one thread, but for ``kill``.
+
+    It leads a process group, in which is what its handlers start: a program that a handler waits
+    for ends with the handler. What is to outlive it is started in a session of its own.
+    """
 
     def __init__(self) -> None:
         self.ready = False
@@ -132,14 +146,21 @@ class _Child:
                 ],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), lifeline),
+                process_group=0,
             )
+        except BaseException:
+            self._close()
+            raise
         finally:
             theirs.close()
             os.close(lifeline)
 
     def wait_until_ready(self, orders: Orders) -> None:
-        self._connection.send(orders)
-        self._receive(_START, "import the application")
+        try:
+            self._connection.send(orders)
+            self._receive(_START, "import the application")
+        except (ProcessTimeout, ProcessDied, OSError) as error:
+            raise _NotStarted(f"no process can run handlers: {error}") from error
         self.ready = True
 
     def attempt(self, delivery: Delivery, limit: float | None) -> Outcome:
@@ -157,13 +178,21 @@ class _Child:
             self._connection.close()
 
     def wait(self, timeout: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             self._process.wait(timeout)
-        self.kill()
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._close()
 
     def kill(self) -> None:
+        # The group first: as long as its leader was not waited for, its number is nobody else's.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
+        self._close()
+
+    def _close(self) -> None:
         with contextlib.suppress(OSError):
             self._connection.close()
         held, self._held = self._held, -1
@@ -173,7 +202,7 @@ class _Child:
     def _receive(self, limit: float | None, what: str) -> Outcome:
         found: Outcome
         try:
-            in_time = self._connection.poll(limit)
+            in_time = self._wait(limit)
             if in_time:
                 found = self._connection.recv()
         except (EOFError, OSError):
@@ -181,6 +210,21 @@ class _Child:
         if not in_time:
             raise ProcessTimeout(f"it took more than {limit:g} s to {what}")
         return found
+
+    def _wait(self, limit: float | None) -> bool:
+        """Wait for an answer; return whether it has come in time.
+
+        Raises:
+            EOFError: the process has ended. While one that it has forked is there, that does not
+                end the connection.
+        """
+        deadline = math.inf if limit is None else time.monotonic() + limit
+        while not self._connection.poll(min(_LOOK_EVERY, max(0, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline:
+                return False
+            if self._process.poll() is not None and not self._connection.poll():
+                raise EOFError
+        return True
 
     def _died(self) -> ProcessDied:
         try:
@@ -208,9 +252,12 @@ class IsolatedMessage(Message):
         arguments = (self.delivery, self.consumer.time_limit)
         try:
             outcome: Outcome = yield Step(self._isolation.attempt, arguments)
+        except _NotStarted as error:  # nothing that the message could help
+            return Hold(error)
         except (ProcessTimeout, ProcessDied) as error:
             with contextlib.suppress(Undecodable):
                 self.event = decode(self.delivery)
+                set_current_message(self.event)
             return Failed(error)
         self._is_concluded = True
         return outcome

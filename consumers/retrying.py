@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from outbox import UsageError
@@ -93,7 +93,7 @@ class RetryPolicy:
 
     max_attempts: int = 5
     delay: Delay = _DEFAULT_DELAY
-    on: tuple[type[BaseException], ...] = (Exception,)
+    on: tuple[type[BaseException], ...] = (Exception, SystemExit)
     give_up_on: tuple[type[BaseException], ...] = ()
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class RetryPolicy:
             seconds_of(self.delay)
         for name in ("on", "give_up_on"):
             value = getattr(self, name)
-            kinds = (value,) if isinstance(value, type) else tuple(value)
+            kinds = tuple(value) if isinstance(value, Iterable) else (value,)
             for kind in kinds:
                 if not (isinstance(kind, type) and issubclass(kind, BaseException)):
                     raise UsageError(f"{name} has {kind!r}, which is no exception class")

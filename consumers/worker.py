@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from outbox import Publisher, UsageError
 from outbox.configuration import default_publisher
 from outbox.consumers.arrivals import make_arrivals
-from outbox.consumers.consumer import Consumer
+from outbox.consumers.consumer import Consumer, check_process
 from outbox.consumers.inbox import open_inbox
 from outbox.consumers.isolation import IsolatedMessage, Isolation
 from outbox.consumers.life import Inbox, Message, Services
@@ -84,8 +84,9 @@ class Worker:
             isolation: runs plain handlers in processes of their own.
 
         Raises:
-            UsageError: there is no consumer, two have the same queue, one deduplicates and there is
-                no database for that, or a number is out of range.
+            UsageError: there is no consumer, two have the same queue, one has no ``process`` that
+                takes an event, one deduplicates and there is no database for that, or a number is
+                out of range.
         """
         self.consumers: dict[str, Consumer] = {}
         for one in consumers:
@@ -94,6 +95,7 @@ class Worker:
                 raise UsageError(f"the consumer {type(consumer).__qualname__} names no queue")
             if consumer.queue in self.consumers:
                 raise UsageError(f"two consumers want the queue {consumer.queue!r}")
+            check_process(consumer)
             self.consumers[consumer.queue] = consumer
         if not self.consumers:
             raise UsageError("a worker needs at least one consumer")

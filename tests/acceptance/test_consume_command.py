@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,14 @@ class SlowTask(Consumer):
         enqueue_event({{"slept": event.payload}}, "{name}.done", exchange="{name}")
         await publish_async()
 
+class Blocked(Consumer):
+    queue = "{name}.blocked"
+    exchange = "{name}"
+
+    async def process(self, event):
+        pathlib.Path("started").touch()
+        await asyncio.to_thread(time.sleep, event.payload)
+
 class Lingering(Consumer):
     queue = "{name}.lingering"
     exchange = "{name}"
@@ -64,9 +72,11 @@ def start(tmp_path: Path, amqp_url: str, name: str, inspector: Inspector) -> Ite
     (tmp_path / "work.py").write_text(MODULE.format(name=name))
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
+    def start(
+        *arguments: str, program: Sequence[str] = ("-m", "outbox.consumers.cli")
+    ) -> subprocess.Popen[str]:
         child = subprocess.Popen(
-            [sys.executable, "-m", "outbox.consumers.cli", *arguments],
+            [sys.executable, *program, *arguments],
             cwd=tmp_path,
             env={**os.environ, "OUTBOX_URL": amqp_url, "OUTBOX_EXCHANGE": name},
             stdin=subprocess.DEVNULL,
@@ -81,7 +91,7 @@ def start(tmp_path: Path, amqp_url: str, name: str, inspector: Inspector) -> Ite
         if child.poll() is None:
             child.kill()
         child.communicate(timeout=10)
-    for queue in (name, f"{name}.other", f"{name}.lingering", f"{name}.task"):
+    for queue in (name, f"{name}.other", f"{name}.lingering", f"{name}.task", f"{name}.blocked"):
         inspector.clean_up(queue=queue)
         inspector.clean_up(queue=f"{queue}.dead")
     inspector.clean_up(exchange=name)
@@ -100,6 +110,20 @@ def wait_for_file(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_thread_that_cannot_be_stopped_does_not_hold_up_the_end(
+    start: Start, inspector: Inspector, name: str, tmp_path: Path
+) -> None:
+    impatient = "import sys; from outbox.consumers import cli; cli.MARGIN = 1; sys.exit(cli.main())"
+    child = start("work:Blocked", "--shutdown-timeout", "0.2", program=("-c", impatient))
+    queue = f"{name}.blocked"
+    wait_for_consumer(inspector, queue)
+    inspector.publish(queue, b"30")
+    wait_for_file(tmp_path / "started")
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=10) == exit_codes.UNFINISHED
+    assert inspector.count(queue) == 1
 
 
 def test_sigterm_lets_what_runs_finish_and_gives_back_the_rest(

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from outbox.consumers import exit_codes
-from outbox.subscription import Delivery, dead_letter_queue
+from outbox import Event
+from outbox.consumers import ACK, exit_codes, isolation
+from outbox.subscription import Delivery, as_delivered, dead_letter_queue
 from tests.consuming import Command
 from tests.places import Place, reading
 from tests.waiting import wait_until
 
 MODULE = """
-import ctypes, logging, os, time
+import ctypes, logging, os, subprocess, sys, threading, time
 from outbox import enqueue_event, publish
 from outbox.consumers import Consumer, RetryPolicy
 
@@ -25,6 +28,10 @@ from outbox.consumers import Consumer, RetryPolicy
 def note(*words):
     with open("done", "a", buffering=1) as file:
         file.write(" ".join(map(str, words)) + "\\n")
+
+
+if "outbox.consumers.isolated" in sys.orig_argv and os.path.exists("broken"):
+    raise RuntimeError("half deployed")
 
 
 class Unportable(Exception):
@@ -44,6 +51,17 @@ class Work(Consumer):
             ctypes.CDLL(None).sleep(30)
         elif do == "crash":
             os.abort()
+        elif do == "program":
+            program = subprocess.Popen(["sleep", "30"])
+            note("began", event.id, program.pid)
+            program.wait()
+        elif do == "leave a process and crash":
+            if os.fork() == 0:
+                time.sleep(30)
+                os._exit(0)
+            os.abort()
+        elif do == "leave a thread":
+            threading.Thread(target=time.sleep, args=(30,)).start()
         elif do == "raise":
             raise Unportable(1, 2)
         elif do == "follow":
@@ -53,6 +71,9 @@ class Work(Consumer):
             time.sleep(0.8)
         logging.getLogger("mine").info("inside")
         note("done", event.id, os.getpid())
+
+    def on_timeout(self, event):
+        logging.getLogger("mine").info("too slow")
 
     def on_dead(self, event, reason):
         note("dead", event.id, os.getpid())
@@ -87,9 +108,7 @@ def test_a_handler_that_hangs_is_killed_and_retried_and_then_dead(
     wait_until(lambda: [one for one, _ in command.did()] == [follows])
     began = [pid for one, pid in command.did("began") if one == hangs]
     assert len(set(began)) == 2
-    for pid in began:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert not any(map(is_running, began))
     with reading(place, f"{name}-all", again=True) as reader:
         assert sorted(one.target for one in reader.get(2)) == [f"{name}-dead", f"{name}-next"]
 
@@ -133,9 +152,7 @@ def test_a_stop_lets_handlers_finish_and_leaves_no_process(
     assert command.stop() == exit_codes.SUCCESS
     assert {one for one, _ in command.did()} == {first, *naps}
     assert place.count(name) == place.count(dead_letter_queue(name)) == 0
-    for _, pid in command.did("began"):
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert not any(is_running(pid) for _, pid in command.did("began"))
 
 
 def test_a_worker_that_is_killed_takes_its_processes_along(command: Command) -> None:
@@ -145,14 +162,81 @@ def test_a_worker_that_is_killed_takes_its_processes_along(command: Command) -> 
     [(_, pid)] = command.did("began")
     command.process.kill()
     command.process.wait()
-
-    def is_gone() -> bool:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        return False
-
     begin = time.monotonic()
-    wait_until(is_gone)
+    wait_until(lambda: not is_running(pid))
     assert time.monotonic() - begin < 5
+
+
+def test_a_program_that_a_handler_waits_for_ends_with_the_handler(
+    command: Command, place: Place, name: str
+) -> None:
+    command.start("--isolate", "process", "-t", "1")
+    command.publish("program")
+    dead_letter(place, name)
+    pids = [pid for _, pid in command.did("began")]
+    assert len(pids) == 4  # two attempts, and their programs
+    wait_until(lambda: not any(map(is_running, pids)))
+
+
+def test_a_crash_is_noticed_although_a_process_that_the_handler_has_forked_goes_on(
+    command: Command, place: Place, name: str
+) -> None:
+    command.write(MODULE.format(name=name).replace("timeout = 1\n", "timeout = None\n"))
+    command.start("--isolate", "process", "-t", "1")
+    command.publish("leave a process and crash")
+    reason = (dead_letter(place, name).headers or {})["outbox-dead-reason"]
+    assert reason.startswith("ProcessDied: ")
+
+
+def test_messages_wait_while_the_application_cannot_be_imported(
+    command: Command, place: Place, name: str, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.touch()
+    command.start("--isolate", "process", "-t", "1")
+    ids = command.publish("follow", "follow")
+    command.wait_for("half deployed", 2)
+    assert place.count(dead_letter_queue(name)) == 0
+    broken.unlink()
+    wait_until(lambda: sorted(one for one, _ in command.did()) == sorted(ids))
+
+
+def test_what_a_callback_logs_about_a_handler_that_was_killed_carries_the_id(
+    command: Command, place: Place, name: str
+) -> None:
+    command.start("--isolate", "process", "-t", "1")
+    [hangs] = command.publish("hang")
+    dead_letter(place, name)
+    lines = [json.loads(line) for line in command.text().splitlines() if "too slow" in line]
+    assert [line.get("message_id") for line in lines] == [hangs, hangs]
+
+
+def test_processes_that_do_not_end_are_waited_for_beside_each_other(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "leaving.py").write_text(MODULE.format(name=name))
+    monkeypatch.setattr(isolation, "_FINISH", 1.0)
+    orders = isolation.Orders(["leaving"], f"sqlite:///{tmp_path}/outbox.db", "INFO", "text")
+    isolated = isolation.Isolation(orders)
+    event = Event(id="7", target=name, exchange="", body=b'{"do": "leave a thread"}')
+    delivery = as_delivered(event, name, 1, redelivered=False)
+
+    def leave_a_thread() -> None:
+        assert isolated.attempt(delivery, None) == ACK
+
+    with ThreadPoolExecutor(3) as pool:
+        for future in [pool.submit(leave_a_thread) for _ in range(3)]:
+            future.result()
+        begin = time.monotonic()
+        isolated.end()
+    assert time.monotonic() - begin < 2
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        # A zombie that nobody waits for, where there is no init that does, runs no more.
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (ProcessLookupError, FileNotFoundError):
+        return False

@@ -489,6 +489,12 @@ def test_a_worker_survives_the_restart_of_its_broker_and_loses_nothing(
 class Explicit(Consumer):
     queue = "explicit"
 
+    def process(self, event: ReceivedEvent) -> None: ...
+
+
+class Unfinished(Consumer):
+    queue = "unfinished"
+
 
 def test_wrong_consumers_are_refused_where_they_are_written() -> None:
     with pytest.raises(UsageError, match=r"topics are 'a\.\*', not a list"):
@@ -502,6 +508,16 @@ def test_wrong_consumers_are_refused_where_they_are_written() -> None:
         Worker([Explicit, Explicit], publisher=publisher)
     with pytest.raises(UsageError, match="at least one consumer"):
         Worker([], publisher=publisher)
+    with pytest.raises(UsageError, match=r"the consumer Unfinished has no process\(\)"):
+        Worker([Unfinished], publisher=publisher)
+    forgetful: Any = type("Forgetful", (Unfinished,), {"process": lambda self: None})
+    with pytest.raises(
+        UsageError, match=r"Forgetful has to take one argument, the event, not \(\)"
+    ):
+        Worker([forgetful], publisher=publisher)
+    alone: Any = lambda: None  # noqa: E731
+    with pytest.raises(UsageError, match="has to take one argument"):
+        Worker([consumer("alone")(alone)], publisher=publisher)
     with pytest.raises(UsageError, match="threads is 0"):
         Worker([Explicit], publisher=publisher, threads=0)
     with pytest.raises(UsageError, match="cannot be consumed from"):

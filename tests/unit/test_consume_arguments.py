@@ -37,6 +37,9 @@ def test_sizes_and_times_have_units() -> None:
         ("--max-memory", "nan", "invalid size such as 300M value: 'nan'"),
         ("--max-age", "0.5", "invalid time such as 12h value: '0.5'"),
         ("--max-age", "infd", "invalid time such as 12h value: 'infd'"),
+        ("--shutdown-timeout", "-1", "invalid number of seconds, a week at most value: '-1'"),
+        ("--shutdown-timeout", "inf", "invalid number of seconds, a week at most value: 'inf'"),
+        ("--shutdown-timeout", "nan", "invalid number of seconds, a week at most value: 'nan'"),
         ("--log-format", "xml", "invalid choice: 'xml'"),
     ],
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, ClassVar
 
 import pytest
 
@@ -19,6 +19,7 @@ from outbox.consumers import (
     around,
     before,
 )
+from outbox.consumers.filters import Filters
 from outbox.consumers.outcome import Again
 from outbox.testing import CollectedEvents
 
@@ -125,6 +126,32 @@ def test_a_method_that_overrides_a_filter_is_one_in_its_place(
     consumer = Overriding()
     assert collected_events.perform(consumer, "bad").acked
     assert consumer.calls[2:4] == ["checked otherwise", "also"]
+
+
+def test_a_subclass_may_skip_more_than_its_base_does() -> None:
+    class Base(Child):
+        skip: ClassVar[Sequence[str]] = ("check",)
+
+    class Wider(Base):
+        skip = (*Base.skip, "inner")
+
+    assert Wider.filters == Filters(
+        before=("also",), after=("announce", "count"), around=("outermost",)
+    )
+
+
+def test_a_filter_may_be_overridden_by_one_of_another_kind() -> None:
+    class Later(Child):
+        @after
+        def check(self, event: ReceivedEvent) -> None: ...
+
+    assert "check" not in Later.filters.before
+    assert "check" in Later.filters.after
+
+
+def test_a_filter_cannot_be_overridden_by_what_is_no_method() -> None:
+    with pytest.raises(UsageError, match="Wrong: check is a filter, and no method"):
+        type("Wrong", (Child,), {"check": None})
 
 
 def test_what_is_no_filter_cannot_be_skipped_nor_a_generator_be_overridden_by_a_function() -> None:
@@ -272,3 +299,11 @@ def test_an_attribute_that_has_any_attribute_is_no_filter() -> None:
         def process(self, event: ReceivedEvent) -> None: ...
 
     assert not Odd.filters
+
+
+@pytest.mark.parametrize("window", [3600, "1d", 0])
+def test_the_window_of_deduplication_is_a_timedelta_and_nothing_that_looks_like_seconds(
+    window: Any,
+) -> None:
+    with pytest.raises(UsageError, match=f"Wrong: deduplicate is {window!r}, not a bool or a time"):
+        type("Wrong", (Consumer,), {"deduplicate": window})

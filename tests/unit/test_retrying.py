@@ -58,6 +58,7 @@ def test_a_retry_that_is_asked_for_is_done_whatever_the_policy_is_for() -> None:
         (lambda: RetryPolicy(delay="1"), "the delay '1' is neither"),  # type: ignore[arg-type]
         (lambda: RetryPolicy(on=(1,)), "on has 1"),  # type: ignore[arg-type]
         (lambda: RetryPolicy(give_up_on=("x",)), "give_up_on has 'x'"),  # type: ignore[arg-type]
+        (lambda: RetryPolicy(give_up_on=None), "give_up_on has None"),  # type: ignore[arg-type]
         (lambda: Retry(delay=-1), "the delay -1"),
         (lambda: exponential(0), "first is 0"),
         (lambda: exponential(1, factor=0.5), "factor is 0.5"),
@@ -71,3 +72,7 @@ def test_numbers_out_of_their_bounds_are_refused(make: Any, told: str) -> None:
 
 def test_one_exception_needs_no_tuple() -> None:
     assert RetryPolicy(on=OSError).on == (OSError,)  # type: ignore[arg-type]
+
+
+def test_a_handler_that_exits_is_retried_like_one_that_raises() -> None:
+    assert RetryPolicy(delay=2).delay_after(SystemExit(1), 1) == 2

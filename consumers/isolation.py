@@ -25,6 +25,7 @@ from outbox.consumers.current import set_current_message
 from outbox.consumers.life import Abandoned, Message, Services, Step, Steps
 from outbox.consumers.outcome import Failed, Hold, Outcome, ProcessDied, ProcessTimeout
 from outbox.consumers.received import Undecodable, decode
+from outbox.consumers.recycling import resident_bytes
 from outbox.subscription import Delivery
 
 __all__ = ["Isolation", "IsolatedMessage", "Orders"]
@@ -88,6 +89,11 @@ class Isolation:
             if self._ended:
                 raise Abandoned from None
             raise
+
+    def largest(self) -> int:
+        """Return the resident size of the largest of the processes, in bytes."""
+        with self._lock:
+            return max((resident_bytes(child.pid) for child in self._children.values()), default=0)
 
     def end(self) -> None:
         """Kill the processes that are in a handler, and have the others end."""
@@ -154,6 +160,10 @@ class _Child:
         finally:
             theirs.close()
             os.close(lifeline)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def wait_until_ready(self, orders: Orders) -> None:
         try:

@@ -82,12 +82,17 @@ class Recycling:
         return None
 
 
-def resident_bytes() -> int:
-    """Return the resident size of this process; where that is not known, its largest so far."""
+def resident_bytes(pid: int | None = None) -> int:
+    """Return the resident size of a process, by default this one.
+
+    Where that is not known: its largest so far, and 0 for another process.
+    """
     try:
-        with open("/proc/self/statm", "rb") as file:
+        with open(f"/proc/{pid or 'self'}/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
+    except (OSError, IndexError):
+        if pid is not None:
+            return 0
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,7 +13,7 @@ from outbox.consumers import exit_codes
 from outbox.consumers.arguments import limits_of
 from outbox.consumers.isolation import Isolation, Orders
 from outbox.consumers.loading import load, selected
-from outbox.consumers.recycling import Recycling
+from outbox.consumers.recycling import Recycling, resident_bytes
 from outbox.consumers.worker import Worker
 from outbox.stopping import Stop
 
@@ -47,6 +47,7 @@ def run(
     try:
         publisher = configure(options.url)
         consumers, ranks = selected(load(options.consumers), options.queue)
+        isolation = _isolation(options)
         worker = Worker(
             consumers,
             publisher=publisher,
@@ -55,9 +56,9 @@ def run(
             prefetch=options.prefetch,
             max_messages=limits.messages,
             ranks=ranks,
-            isolation=_isolation(options),
+            isolation=isolation,
         )
-        recycling = Recycling(limits, time.monotonic())
+        recycling = Recycling(limits, time.monotonic(), resident=_resident(isolation))
         stop.begin()
         worker.start()
         on_ready()
@@ -97,3 +98,10 @@ def _isolation(options: argparse.Namespace) -> Isolation | None:
     return Isolation(
         Orders(tuple(options.consumers), options.url, options.log_level, options.log_format)
     )
+
+
+def _resident(isolation: Isolation | None) -> Callable[[], int]:
+    """Return what tells the size of the largest process in which handlers may leak."""
+    if isolation is None:
+        return resident_bytes
+    return lambda: max(resident_bytes(), isolation.largest())

@@ -12,7 +12,8 @@ import datetime
 import os
 import threading
 import time
-from typing import Protocol
+import weakref
+from typing import Any, Protocol
 
 from sqlalchemy import (
     Column,
@@ -27,7 +28,7 @@ from sqlalchemy import (
     inspect,
     select,
 )
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, ExecutionContext
 from sqlalchemy.exc import IntegrityError, UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction, registry
 
@@ -221,13 +222,51 @@ def _place(url: URL) -> tuple[object, ...]:
     return name, url.host, port, database
 
 
+# Of messages that are being processed: whose transaction a connection is in.
+_sessions: weakref.WeakKeyDictionary[Connection, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+_WRITTEN = "outbox-written"
+_READING = ("SELECT", "SHOW", "SET ", "PRAGMA", "SAVEPOINT", "RELEASE")
+
+
+@event.listens_for(Session, "after_begin")
+def _after_begin(session: Session, _: SessionTransaction, connection: Connection) -> None:
+    if _present.get() is None:
+        return
+    _sessions[connection] = weakref.ref(session)
+    if not event.contains(connection, "before_cursor_execute", _before_statement):
+        event.listen(connection, "before_cursor_execute", _before_statement)
+
+
+def _before_statement(
+    connection: Connection,
+    _cursor: Any,
+    statement: str,
+    _parameters: Any,
+    _context: ExecutionContext | None,
+    _many: bool,
+) -> None:
+    session = _sessions.get(connection, lambda: None)()
+    if session is not None and not _only_reads(statement):
+        session.info[_WRITTEN] = True
+
+
+def _only_reads(statement: str) -> bool:
+    # Anything else may write: WITH, for instance, or what a comment begins.
+    return statement.lstrip("( \t\r\n")[:10].upper().startswith(_READING)
+
+
+def _has_written(session: Session) -> bool:
+    return bool(session.info.get(_WRITTEN) or session.new or session.dirty or session.deleted)
+
+
 @event.listens_for(Session, "before_commit")
 def _before_commit(session: Session) -> None:
     # Also called when a savepoint is released, which is too early.
     entry = _present.get()
     if entry is None or entry.joined is not None or entry.committed:
         return
-    if not session.in_nested_transaction() and entry.belongs_to(session):
+    # What has only been looked up is no effect: the message is not done yet.
+    if not session.in_nested_transaction() and _has_written(session) and entry.belongs_to(session):
         entry.add_to(session)
 
 
@@ -240,6 +279,8 @@ def _after_commit(session: Session) -> None:
 
 @event.listens_for(Session, "after_transaction_end")
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        session.info.pop(_WRITTEN, None)
     entry = _present.get()
     if entry is not None and entry.joined is session and transaction.parent is None:
         entry.joined = None  # a rollback has taken it back; the next transaction may have it

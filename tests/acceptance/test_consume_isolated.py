@@ -34,6 +34,9 @@ if "outbox.consumers.isolated" in sys.orig_argv and os.path.exists("broken"):
     raise RuntimeError("half deployed")
 
 
+leaked = []
+
+
 class Unportable(Exception):
     def __init__(self, one, two):
         super().__init__(lambda: one)
@@ -60,6 +63,8 @@ class Work(Consumer):
                 time.sleep(30)
                 os._exit(0)
             os.abort()
+        elif do == "leak":
+            leaked.append(b"x" * (400 << 20))
         elif do == "leave a thread":
             threading.Thread(target=time.sleep, args=(30,)).start()
         elif do == "raise":
@@ -209,6 +214,15 @@ def test_what_a_callback_logs_about_a_handler_that_was_killed_carries_the_id(
     dead_letter(place, name)
     lines = [json.loads(line) for line in command.text().splitlines() if "too slow" in line]
     assert [line.get("message_id") for line in lines] == [hangs, hangs]
+
+
+def test_a_process_that_leaks_is_replaced_with_its_worker(command: Command) -> None:
+    command.start("--isolate", "process", "-t", "1", "--max-memory", "300M")
+    [leaks] = command.publish("leak")
+    command.wait_for("it takes [0-9]+ MiB of memory")
+    [follows] = command.publish("follow")
+    wait_until(lambda: [one for one, _ in command.did()] == [leaks, follows])
+    assert len({pid for _, pid in command.did()}) == 2
 
 
 def test_processes_that_do_not_end_are_waited_for_beside_each_other(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, create_engine, func, select, text
+from sqlalchemy import Engine, create_engine, func, insert, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -25,7 +25,7 @@ from outbox import (
     auto_publishing,
     enqueue_event,
 )
-from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, consumer
+from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, before, consumer
 from outbox.sql import Inbox
 from outbox.subscription import dead_letter_queue
 from tests.databases import Base, Effect
@@ -108,6 +108,46 @@ def test_each_consumer_does_it_once(
             wait_until(lambda: len(done) >= 2)
             wait_until(lambda: noted(engine) == 2)
     assert sorted(done) == ["first", "second"]
+
+
+@pytest.mark.parametrize("how", ["orm", "bulk", "text", "connection"])
+def test_a_transaction_that_only_reads_notes_nothing_and_the_one_that_writes_does(
+    place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str, how: str
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Act(Consumer):
+        queue = made(place, name)
+        deduplicate = True
+        retry = RetryPolicy(delay=0)
+
+        @before
+        def look_up(self, event: ReceivedEvent) -> None:
+            with Session(engine) as session, session.begin():
+                session.scalar(select(func.count()).select_from(Effect))
+
+        def process(self, event: ReceivedEvent) -> None:
+            if event.attempt == 1:
+                raise ValueError("to be tried again")
+            earlier = noted(engine)
+            with Session(engine) as session, session.begin():
+                if how == "orm":
+                    session.add(Effect(of=event.id))
+                    session.flush()
+                elif how == "bulk":
+                    session.execute(insert(Effect), [{"of": event.id}])
+                elif how == "text":
+                    session.execute(text("INSERT INTO effects (\"of\") VALUES ('x')"))
+                else:
+                    session.connection().execute(insert(Effect).values(of=event.id))
+            seen.append((earlier, noted(engine)))
+
+    with working(publisher, Act, inbox=inbox):
+        send(publisher, name, "a")
+        wait_until(lambda: seen and place.count(name) == 0)
+    assert seen == [(0, 1)]
+    assert effects(engine) == 1
+    assert place.count(dead_letter_queue(name)) == 0
 
 
 def test_the_note_is_committed_with_what_the_handler_does_or_not_at_all(

@@ -27,6 +27,7 @@ listen_addresses = '127.0.0.1'
 port = {port}
 unix_socket_directories = ''
 max_connections = 100
+max_prepared_transactions = 10
 shared_buffers = 64MB
 log_min_messages = error
 """

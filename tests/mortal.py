@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import Engine, create_engine, insert, make_url
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -41,6 +41,7 @@ class Job:
         is_async: whether its consumer is a coroutine.
         deduplicate: whether it uses the inbox.
         point: where it kills itself; empty for nowhere.
+        on_connection: whether its handler works on a connection, and with no session.
     """
 
     url: str
@@ -50,6 +51,7 @@ class Job:
     is_async: bool
     deduplicate: bool
     point: str
+    on_connection: bool = False
 
 
 @contextmanager
@@ -95,6 +97,13 @@ def _function(job: Job, engine: Engine) -> type[Consumer]:
         retry = _RETRY
 
         def process(self, event: ReceivedEvent) -> None:
+            if job.on_connection:
+                with engine.begin() as connection:
+                    connection.execute(insert(Effect), {"of": event.id})
+                    enqueue_event({"of": event.id}, f"{job.queue}-next")
+                    _fail_at_first(event)
+                    publish()
+                return
             with Session(engine) as session:
                 session.add(Effect(of=event.id))
                 enqueue_event({"of": event.id}, f"{job.queue}-next")
@@ -117,6 +126,13 @@ def _coroutine(job: Job) -> type[Consumer]:
         retry = _RETRY
 
         async def process(self, event: ReceivedEvent) -> None:
+            if job.on_connection:
+                async with engine.begin() as connection:
+                    await connection.execute(insert(Effect), {"of": event.id})
+                    enqueue_event({"of": event.id}, f"{job.queue}-next")
+                    _fail_at_first(event)
+                    await publish_async()
+                return
             async with AsyncSession(engine) as session:
                 session.add(Effect(of=event.id))
                 enqueue_event({"of": event.id}, f"{job.queue}-next")
@@ -189,7 +205,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "when what follows from it is on its way": lambda: _after(Publisher, "submit_chunk"),
     "when its follow-on is confirmed": lambda: _before(inbox._Entry, "add_to"),
     "when its note is in the transaction": lambda: _after(inbox._Entry, "add_to"),
-    "when its transaction is committed": lambda: _before(Message, "conclude", _is_done),
+    "right after its commit": lambda: _before(inbox._Entry, "note"),
     "when it is done": lambda: _before(Message, "settle", _is_done),
     "when it is acked": _when_acked,
     "when its copy for a retry is made": lambda: _after(life, "retry_copy"),

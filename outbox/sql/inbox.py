@@ -1,19 +1,19 @@
 """The inbox: which messages a consumer has done, so that none is done twice.
 
 Its row is written in the handler's own transaction where there is one: whatever that has done and
-the note of it are committed together, or not at all.
+the note of it are committed together, or not at all. It is the first one that is committed with a
+change in it; one that has only read says nothing of what the handler will do.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import datetime
 import os
 import threading
 import time
-import weakref
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Protocol
 
 from sqlalchemy import (
     Column,
@@ -23,16 +23,15 @@ from sqlalchemy import (
     String,
     Table,
     delete,
-    event,
     insert,
     inspect,
     select,
 )
-from sqlalchemy.engine import URL, ExecutionContext
-from sqlalchemy.exc import IntegrityError, UnboundExecutionError
-from sqlalchemy.orm import Session, SessionTransaction, registry
+from sqlalchemy.engine import URL, RootTransaction
+from sqlalchemy.exc import IntegrityError
 
 from outbox.errors import CollectorClosed, UsageError
+from outbox.sql import commits
 from outbox.sql.clock import Timestamp, now, seconds_since
 from outbox.sql.engines import engine_beside, open_engine
 from outbox.sql.schema import DIALECTS, metadata
@@ -52,19 +51,6 @@ done = Table(
     Column("done_at", Timestamp, nullable=False, default=now()),
 )
 Index("outbox_inbox_done", done.c.consumer, done.c.done_at)
-
-
-class _Done:
-    """A row of the table, as a session sees it."""
-
-    def __init__(self, consumer: str, message_id: str) -> None:
-        self.consumer = consumer
-        self.message_id = message_id
-
-
-registry().map_imperatively(_Done, done, eager_defaults=False)
-
-_present: contextvars.ContextVar[_Entry | None] = contextvars.ContextVar("present", default=None)
 
 
 class _Consumer(Protocol):
@@ -90,8 +76,8 @@ class Inbox:
         """Nothing is connected yet.
 
         Args:
-            database: a URL or an engine, of PostgreSQL or SQLite; best the one of the handlers'
-                sessions.
+            database: a URL or an engine, of PostgreSQL or SQLite; best the one in which the
+                handlers work.
 
         Raises:
             UsageError: it is no database of that kind.
@@ -105,6 +91,7 @@ class Inbox:
         self.engine = beside
         self._purged: dict[str, float] = {}
         self._lock = threading.Lock()
+        commits.listen()
 
     def create(self) -> None:
         """Create the table, unless it is there."""
@@ -130,9 +117,15 @@ class Inbox:
             window = WINDOW
         return _Entry(self, consumer.queue, event.id, window.total_seconds())
 
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        # Of its own: nothing is noted in it but what it says itself.
+        with commits.unwatched(), self.engine.begin() as connection:
+            yield connection
+
     def purge(self, consumer: str, seconds: float) -> int:
         """Forget what ``consumer`` has done more than ``seconds`` ago; return how many messages."""
-        with self.engine.begin() as connection:
+        with self._transaction() as connection:
             return connection.execute(
                 delete(done).where(
                     done.c.consumer == consumer, seconds_since(done.c.done_at) > seconds
@@ -157,14 +150,20 @@ class _Entry:
         self._key = (done.c.consumer == consumer) & (done.c.message_id == message_id)
         self._values = {"consumer": consumer, "message_id": message_id}
         self._window = window
-        self.joined: Session | None = None
-        self.committed = False
+        self._joins = False
+        self._joined: RootTransaction | None = None
         self._given_up = False
         self._lock = threading.Lock()
 
+    @property
+    def committed(self) -> bool:
+        joined = self._joined
+        # Otherwise its commit is under way.
+        return joined is not None and joined.connection.get_transaction() is not joined
+
     def is_done(self) -> bool:
         self._inbox.purge_now_and_then(self._values["consumer"], self._window)
-        with self._inbox.engine.begin() as connection:
+        with self._inbox._transaction() as connection:
             found = connection.execute(select(seconds_since(done.c.done_at)).where(self._key))
             age = found.scalar()
             if age is None:
@@ -175,41 +174,52 @@ class _Entry:
             return False
 
     def join(self) -> None:
-        _present.set(self)
+        self._joins = True
+        commits.watch(self)
 
     def leave(self) -> None:
-        _present.set(None)
+        self._joins = False  # also for tasks and threads that go on in a copy of this context
+        commits.watch(None)
 
     def give_up(self) -> bool:
         with self._lock:
             self._given_up = True
-            return self.committed or self.joined is not None
+            return self._joined is not None
 
     def note(self) -> None:
+        self._joins = False
         if self.committed or self._given_up:
             return
         # At the same time it may have been done somewhere else.
-        with contextlib.suppress(IntegrityError), self._inbox.engine.begin() as connection:
+        with contextlib.suppress(IntegrityError), self._inbox._transaction() as connection:
             connection.execute(insert(done), self._values)
 
-    def belongs_to(self, session: Session) -> bool:
-        """Return whether the session's transaction is one of the inbox's database."""
-        try:
-            where = session.get_bind(inspect(_Done))
-        except UnboundExecutionError:
-            return False
-        engine = where.engine if isinstance(where, Connection) else where
-        return _place(engine.url) == _place(self._inbox.url)
+    def before_commit(self, connection: Connection) -> None:
+        if (
+            self._joins
+            and self._joined is None
+            and _place(connection.engine.url) == _place(self._inbox.url)
+            and not commits.is_autocommit(connection)
+            and commits.has_changes(connection)
+        ):
+            self.add_to(connection)
 
-    def add_to(self, session: Session) -> None:
+    def not_committed(self, connection: Connection) -> None:
+        joined = self._joined
+        if joined is not None and connection.get_transaction() is joined:
+            self._joined = None  # the next one may have it
+
+    def add_to(self, connection: Connection) -> None:
         with self._lock:
             if self._given_up:
                 raise CollectorClosed(
                     f"the attempt to process {self._values['message_id']!r} was given up, since it "
                     "takes too long: what it has done since is not committed"
                 )
-            self.joined = session
-        session.add(_Done(**self._values))
+            if self._joined is not None:  # one beside it was faster
+                return
+            self._joined = connection.get_transaction()
+        connection.execute(insert(done), self._values)
 
 
 def _place(url: URL) -> tuple[object, ...]:
@@ -220,67 +230,3 @@ def _place(url: URL) -> tuple[object, ...]:
     elif name == "postgresql":
         port = port or 5432
     return name, url.host, port, database
-
-
-# Of messages that are being processed: whose transaction a connection is in.
-_sessions: weakref.WeakKeyDictionary[Connection, weakref.ref[Session]] = weakref.WeakKeyDictionary()
-_WRITTEN = "outbox-written"
-_READING = ("SELECT", "SHOW", "SET ", "PRAGMA", "SAVEPOINT", "RELEASE")
-
-
-@event.listens_for(Session, "after_begin")
-def _after_begin(session: Session, _: SessionTransaction, connection: Connection) -> None:
-    if _present.get() is None:
-        return
-    _sessions[connection] = weakref.ref(session)
-    if not event.contains(connection, "before_cursor_execute", _before_statement):
-        event.listen(connection, "before_cursor_execute", _before_statement)
-
-
-def _before_statement(
-    connection: Connection,
-    _cursor: Any,
-    statement: str,
-    _parameters: Any,
-    _context: ExecutionContext | None,
-    _many: bool,
-) -> None:
-    session = _sessions.get(connection, lambda: None)()
-    if session is not None and not _only_reads(statement):
-        session.info[_WRITTEN] = True
-
-
-def _only_reads(statement: str) -> bool:
-    # Anything else may write: WITH, for instance, or what a comment begins.
-    return statement.lstrip("( \t\r\n")[:10].upper().startswith(_READING)
-
-
-def _has_written(session: Session) -> bool:
-    return bool(session.info.get(_WRITTEN) or session.new or session.dirty or session.deleted)
-
-
-@event.listens_for(Session, "before_commit")
-def _before_commit(session: Session) -> None:
-    # Also called when a savepoint is released, which is too early.
-    entry = _present.get()
-    if entry is None or entry.joined is not None or entry.committed:
-        return
-    # What has only been looked up is no effect: the message is not done yet.
-    if not session.in_nested_transaction() and _has_written(session) and entry.belongs_to(session):
-        entry.add_to(session)
-
-
-@event.listens_for(Session, "after_commit")
-def _after_commit(session: Session) -> None:
-    entry = _present.get()
-    if entry is not None and entry.joined is session and not session.in_nested_transaction():
-        entry.committed = True
-
-
-@event.listens_for(Session, "after_transaction_end")
-def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    if transaction.parent is None:
-        session.info.pop(_WRITTEN, None)
-    entry = _present.get()
-    if entry is not None and entry.joined is session and transaction.parent is None:
-        entry.joined = None  # a rollback has taken it back; the next transaction may have it

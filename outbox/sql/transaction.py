@@ -19,6 +19,7 @@ from outbox import observing, storing
 from outbox.errors import UsageError
 from outbox.event import Event
 from outbox.publisher import Publisher
+from outbox.sql.commits import is_autocommit
 from outbox.sql.handover import Handover, handover_for
 from outbox.sql.rows import values_of
 from outbox.sql.schema import DIALECTS, events, events_with_grace
@@ -194,9 +195,7 @@ def _check(where: Engine | Connection) -> None:
         raise UsageError(
             f"events cannot be stored in {dialect.name}, only in {' or '.join(DIALECTS)}"
         )
-    options = where.get_execution_options()
-    level = options.get("isolation_level", getattr(dialect, "_on_connect_isolation_level", None))
-    if level == "AUTOCOMMIT":
+    if is_autocommit(where):
         raise UsageError(
             "the connection commits each statement by itself (isolation_level AUTOCOMMIT): "
             "a rollback would not take back the stored event; use one with transactions"

@@ -19,6 +19,7 @@ from tests.places import Place, SQLitePlace, events_for, made, reading
 from tests.waiting import wait_until
 
 MESSAGES = 3
+OF_A_TRANSACTION = ("when its note is in the transaction", "right after its commit")
 WITHOUT_INBOX = (
     "when what follows from it is on its way",
     "when its copy for a retry is confirmed",
@@ -55,14 +56,21 @@ def effects(engine: Engine) -> dict[str, int]:
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 @pytest.mark.parametrize(
-    ("point", "deduplicate"),
-    [*((point, True) for point in POINTS), *((point, False) for point in WITHOUT_INBOX)],
+    ("point", "deduplicate", "on_connection"),
+    [
+        *((point, True, False) for point in POINTS),
+        *((point, True, True) for point in OF_A_TRANSACTION),
+        *((point, False, False) for point in WITHOUT_INBOX),
+    ],
 )
 def test_a_message_whose_worker_is_killed_is_done_and_with_the_inbox_once(
     place: Place, database: str, engine: Engine, name: str, is_async: bool,
-    point: str, deduplicate: bool,
+    point: str, deduplicate: bool, on_connection: bool,
 ) -> None:  # fmt: skip
-    job = Job(place.url, place.exchange, made(place, name), database, is_async, deduplicate, point)
+    job = Job(
+        place.url, place.exchange, made(place, name), database, is_async, deduplicate, point,
+        on_connection,
+    )  # fmt: skip
     next_queue = made(place, f"{name}-all", f"{name}-next")
     with place.publisher() as publisher:
         sent = events_for(publisher, [name] * MESSAGES, exchange="")

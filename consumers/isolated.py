@@ -6,6 +6,7 @@ Started by ``isolation``. It gets deliveries over a socket, and sends back their
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import os
 import signal
 import sys
@@ -55,9 +56,9 @@ def _portable(outcome: Outcome) -> Outcome:
     """Return ``outcome`` without the application's own exceptions, which may not travel."""
     match outcome:
         case Again(error=error):
-            return Again(outcome.delay, _told(error), outcome.attempts, outcome.first_failure)
+            return dataclasses.replace(outcome, error=_told(error))
         case Dead(error=error) if error is not None:
-            return Dead(outcome.reason, _told(error), outcome.attempts, outcome.first_failure)
+            return dataclasses.replace(outcome, error=_told(error))
         case Hold(error=BrokerError()):
             return Hold(ConnectionLost(str(outcome.error)))
         case Hold():

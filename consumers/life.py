@@ -51,7 +51,7 @@ from outbox.consumers.outcome import (
 )
 from outbox.consumers.received import ReceivedEvent, Undecodable, decode
 from outbox.consumers.retrying import Retry, RetryPolicy
-from outbox.ids import follow_on_id
+from outbox.ids import follow_on_id, new_id
 from outbox.spread import ids
 from outbox.subscription import Delivery, Subscription
 
@@ -209,7 +209,8 @@ class Message:
     """
 
     def __init__(self, consumer: Consumer, delivery: Delivery, services: Services) -> None:
-        """Nothing is done yet."""
+        """Nothing is done yet. A message without an id gets one, for as long as it is here."""
+        delivery.message_id = delivery.message_id or new_id()
         self.consumer = consumer
         self.delivery = delivery
         self.event: ReceivedEvent | None = None
@@ -235,7 +236,8 @@ class Message:
             if not isinstance(outcome, Hold):
                 return (yield from self.settle(outcome))
             logger.warning("holding message %r: %s", self.delivery.message_id, outcome.error)
-            if not (yield from self._until_ready(_PAUSE if outcome.is_brokers else pause)):
+            seconds = _PAUSE if outcome.is_brokers else pause
+            if not (yield from self._until_ready(seconds, outcome)):
                 return None
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -248,9 +250,8 @@ class Message:
         self.abandon()
         if self.event is not None:
             set_current_message(self.event)
-        result: Outcome | Failed = Failed(error)
-        if self._entry is not None and self._entry.give_up():
-            result = _done_and_failed(error)
+        is_done = self._entry is not None and self._entry.give_up()
+        result = Failed(error, is_done)
         if self._collector is not None:
             self._collector.end()
         if self._is_anothers(result):
@@ -296,7 +297,7 @@ class Message:
     def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
         """Decide what follows from an attempt, and tell the consumer."""
         consumer, event = self.consumer, self.event
-        outcome = self._decide(result.error) if isinstance(result, Failed) else result
+        outcome = self._decide(result) if isinstance(result, Failed) else result
         if isinstance(result, Dead) and event is not None:  # at once, but perhaps not at first
             outcome = dataclasses.replace(
                 result, attempts=event.attempt, first_failure=event.first_failure
@@ -338,10 +339,16 @@ class Message:
 
     def _is_anothers(self, result: Outcome | Failed) -> bool:
         """Return whether it comes again anyway: then a copy of it would be one too many."""
-        if isinstance(result, Ack) or not self._services.subscription.is_stale(self.delivery):
+        if not self._is_left(result):
             return False
         logger.info("message %r is no longer ours: it comes again", self.delivery.message_id)
         return True
+
+    def _is_left(self, result: Outcome | Failed) -> bool:
+        """Return whether somebody else gets the message, and does with it what is to be done."""
+        if isinstance(result, Ack) or (isinstance(result, Failed | Dead) and result.is_done):
+            return False
+        return self._services.subscription.is_stale(self.delivery)
 
     def _handle(self, event: ReceivedEvent) -> Steps[Outcome]:
         """Process the message, with fresh connections, which are left again where it is done."""
@@ -368,7 +375,8 @@ class Message:
             entry = self._entry = services.inbox.entry(consumer, event)
             if (yield Step(services.apart, (entry.is_done,))):
                 return DUPLICATE
-            entry.join()
+            if not consumer.auto_publish:  # else its events come after the handler's commit
+                entry.join()
         if consumer.filters:
             result = yield from self._around(consumer.filters.around, event)
         else:
@@ -397,8 +405,10 @@ class Message:
         self, entry: InboxEntry, outcome: Outcome | Failed, error: BaseException
     ) -> Steps[Outcome | Failed]:
         """Return what became of a message that failed, but is perhaps done all the same."""
-        if entry.committed and not isinstance(outcome, Dead):
-            return _done_and_failed(error)
+        if entry.committed:
+            if isinstance(outcome, Dead):
+                return dataclasses.replace(outcome, is_done=True)
+            return Failed(error, is_done=True)
         if isinstance(outcome, Failed):
             try:
                 if (yield Step(self._services.apart, (entry.is_done,))):
@@ -437,10 +447,15 @@ class Message:
                 yield Step(getattr(consumer, name), (event,))
         return result
 
-    def _decide(self, error: BaseException) -> Again | Dead:
-        event = self.event
+    def _decide(self, failed: Failed) -> Again | Dead:
+        event, error = self.event, failed.error
         attempts = 1 if event is None else event.attempt
         first = (event and event.first_failure) or datetime.datetime.now(datetime.UTC)
+        reason = f"{type(error).__qualname__}: {_text(error)}"
+        if failed.is_done:
+            # Somebody has to see to what is missing.
+            reason = f"failed after its transaction had been committed: {reason}"
+            return Dead(reason, error, attempts, first, is_done=True)
         policy = self.consumer.retry
         if policy is None and isinstance(error, Retry):
             policy = _FOR_RETRY
@@ -453,7 +468,6 @@ class Message:
                 delay = None
             if delay is not None:
                 return Again(delay, error, attempts, first)
-        reason = f"{type(error).__qualname__}: {_text(error)}"
         return Dead(reason, error, attempts, first)
 
     def _tell(self, event: ReceivedEvent, call: Callable[..., Any], *arguments: Any) -> Steps[None]:
@@ -480,14 +494,16 @@ class Message:
             logger.error("%r is not published yet: %s", copy, report)
             if report.error is None:
                 services.subscription.declare_again()  # somebody deleted the queue
-            if not (yield from self._until_ready(_PAUSE)):
+            if not (yield from self._until_ready(_PAUSE, outcome)):
+                if isinstance(outcome, Dead) and outcome.is_done:
+                    logger.error("%r of a message that is done is lost: %s", copy, outcome.reason)
                 return None
 
-    def _until_ready(self, seconds: float) -> Steps[bool]:
+    def _until_ready(self, seconds: float, outcome: Outcome) -> Steps[bool]:
         """Wait so long, and for the broker; return False if the message is no longer ours."""
         services = self._services
         yield Step(services.pause, (seconds,))
-        while not services.is_stopping and not services.subscription.is_stale(self.delivery):
+        while not services.is_stopping and not self._is_left(outcome):
             if services.publisher.connected:
                 return True
             yield Step(services.pause, (_PAUSE,))
@@ -546,12 +562,6 @@ def _of_exception(error: BaseException) -> Outcome | Failed:
             return Hold(error)
         case _:
             return Failed(error)
-
-
-def _done_and_failed(error: BaseException) -> Dead:
-    # Another attempt would be passed over. Somebody has to see to what is missing.
-    told = f"{type(error).__qualname__}: {_text(error)}"
-    return Dead(f"failed after its transaction had been committed: {told}", error)
 
 
 def _text(error: BaseException) -> str:

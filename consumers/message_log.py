@@ -6,7 +6,6 @@ import logging
 import time
 from typing import Any
 
-from outbox.consumers.current import current_message
 from outbox.consumers.outcome import Ack, Again, Dead, Outcome, Return
 from outbox.subscription import Delivery
 
@@ -23,7 +22,7 @@ def started(delivery: Delivery) -> float:
             "message %r of %r started",
             delivery.message_id,
             delivery.queue,
-            extra=_extra(delivery, delivery.message_id, 0.0),
+            extra=_extra(delivery, 0.0),
         )
     return time.perf_counter()
 
@@ -34,14 +33,11 @@ def ended(delivery: Delivery, outcome: Outcome, began: float) -> None:
     if not logger.isEnabledFor(level):
         return
     duration = time.perf_counter() - began
-    message_id = delivery.message_id
-    if not message_id and (event := current_message()) is not None:
-        message_id = event.id  # that its sender left out: as in the lines of its handler
-    extra = _extra(delivery, message_id, duration)
+    extra = _extra(delivery, duration)
     logger.log(
         level,
         "message %r of %r %s after %.3f s, attempt %d%s",
-        message_id,
+        delivery.message_id,
         delivery.queue,
         _fate(outcome),
         duration,
@@ -79,18 +75,16 @@ def _why(outcome: Outcome) -> str:
     return ""
 
 
-def _extra(
-    delivery: Delivery, message_id: str | None, duration: float
-) -> dict[str, dict[str, Any]]:
+def _extra(delivery: Delivery, duration: float) -> dict[str, dict[str, Any]]:
     """Return what ``MessageFilter`` gives to the lines of a handler: here nobody is inside of one.
 
     Under one name, since logging refuses those that a record has already.
     """
     attempt = (delivery.headers or {}).get("outbox-attempt")
     message = {
-        "message_id": message_id or "",
+        "message_id": delivery.message_id or "",
         "queue": delivery.queue,
-        "attempt": attempt if isinstance(attempt, int) and attempt > 0 else 1,
+        "attempt": attempt if type(attempt) is int and attempt > 0 else 1,
         "duration": duration,
     }
     return {"outbox_message": message}

@@ -50,9 +50,12 @@ class Failed:
 
     Attributes:
         error: what was raised.
+        is_done: the handler's transaction has been committed all the same: another attempt would
+            be passed over.
     """
 
     error: BaseException
+    is_done: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +84,14 @@ class Dead:
         error: the exception behind it, if there is one.
         attempts: that there were, this one included.
         first_failure: when the first of them failed; None for the present.
+        is_done: as of ``Failed``.
     """
 
     reason: str
     error: BaseException | None = None
     attempts: int = 1
     first_failure: datetime.datetime | None = None
+    is_done: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         key=key if isinstance(key, str) else None,
         occurred_at=occurred_at(headers, delivery.timestamp),
         queue=delivery.queue,
-        attempt=attempt if isinstance(attempt, int) and attempt > 0 else 1,
+        attempt=attempt if type(attempt) is int and attempt > 0 else 1,
         redelivered=delivery.redelivered,
         first_failure=_instant(headers.get(FIRST_FAILURE)),
         _payload=payload,

@@ -23,6 +23,8 @@ logger = logging.getLogger("outbox.consumer")
 
 _POLL = 0.2
 """Seconds until a signal is seen, at the most."""
+_FIRST_POLL = 0.05
+"""Likewise, until messages come."""
 
 
 def run(
@@ -37,7 +39,7 @@ def run(
     Args:
         options: what ``arguments`` has parsed.
         stop: is asked several times a second.
-        on_ready: is called when everything is imported and consuming begins.
+        on_ready: is called when messages come, for the first time.
         on_stopping: is called when it ends.
 
     Returns:
@@ -61,18 +63,16 @@ def run(
         recycling = Recycling(limits, time.monotonic(), resident=_resident(isolation))
         stop.begin()
         worker.start()
-        on_ready()
-        logger.info(
-            "consuming %s with %d thread(s), %d task(s), prefetch %d",
-            ", ".join(map(repr, worker.consumers)),
-            worker.threads,
-            worker.concurrency,
-            worker.prefetch,
-        )
         reason = None
+        is_ready = False
         try:
             while not stop.asked:
-                if worker.wait(_POLL):
+                stopped = worker.wait(_POLL if is_ready else _FIRST_POLL)
+                if worker.is_consuming and not is_ready:
+                    is_ready = True
+                    on_ready()
+                    _tell(worker)
+                if stopped:
                     if worker.used_up:
                         reason = f"it has processed {limits.messages} messages"
                     break
@@ -90,6 +90,16 @@ def run(
     if reason is not None and not stop.asked:
         return exit_codes.RECYCLED
     return exit_codes.SUCCESS if finished else exit_codes.UNFINISHED
+
+
+def _tell(worker: Worker) -> None:
+    logger.info(
+        "consuming %s with %d thread(s), %d task(s), prefetch %d",
+        ", ".join(map(repr, worker.consumers)),
+        worker.threads,
+        worker.concurrency,
+        worker.prefetch,
+    )
 
 
 def _isolation(options: argparse.Namespace) -> Isolation | None:

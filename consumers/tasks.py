@@ -6,24 +6,24 @@ import asyncio
 import contextlib
 import contextvars
 import functools
-import inspect
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from outbox import Event, EventCollector, PublishReport
 from outbox.chunk import Chunk
 from outbox.consumers.arrivals import OrderedArrivals
-from outbox.consumers.life import Later, MessageCollector, Step, Steps
+from outbox.consumers.driving import cancelled_in_time, drive
+from outbox.consumers.life import Later, MessageCollector
 from outbox.consumers.lives import Life, Lives
-from outbox.consumers.outcome import ProcessTimeout, of_handler
+from outbox.consumers.outcome import ProcessTimeout
 from outbox.consumers.work import Work
 from outbox.subscription import Delivery
 
-__all__ = ["HandlerCancelled", "TaskEngine", "drive"]
+__all__ = ["TaskEngine"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -32,15 +32,15 @@ T = TypeVar("T")
 _CANCELLED = 1.0  # seconds that a cancelled task has
 
 
-class HandlerCancelled(Exception):
-    """A handler ended by a cancellation that did not come from the worker: a failed attempt."""
-
-
 class TaskEngine:
     """Runs the messages of asynchronous consumers as tasks.
 
     The loop knows nothing of the broker: deliveries come in from the subscription's thread, and
     acks go back to it. A handler that is cancelled at the end leaves its message to others.
+
+    A handler that goes on although it was cancelled when its time was over is late, as on a thread:
+    its message is given up, and another one takes its place, for as many late ones as there are
+    places.
 
     Attributes:
         publisher, subscription, inbox: see ``life.Services``.
@@ -59,14 +59,21 @@ class TaskEngine:
         self._ordered = found if isinstance(found, OrderedArrivals) else None
         self._room = threading.Semaphore(concurrency)
         self._tasks: set[asyncio.Task[Chunk | None]] = set()
+        self._late: set[asyncio.Task[Chunk | None]] = set()
         self._loop: asyncio.AbstractEventLoop  # made when it starts, as is what belongs to it
         self._stopping: asyncio.Event
         self._deadline = 0.0
         self._finished = True
         self._ready = threading.Event()
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="outbox-worker-loop", daemon=True)
         self._context = contextvars.Context()
         self._lives = Lives(work, self, self.put)
+
+    @property
+    def late(self) -> int:
+        """How many handlers go on although they were cancelled when their time was over."""
+        return len(self._late)
 
     @property
     def has_worked(self) -> bool:
@@ -143,9 +150,9 @@ class TaskEngine:
         """
         if not self._ready.is_set():
             return True
-        self._thread.join(max(0.0, deadline - time.monotonic()) + _CANCELLED + 1)
-        all_ended = self._lives.stop(deadline)
-        return self._finished and all_ended and not self._thread.is_alive()
+        is_over = self._over.wait(max(0.0, deadline - time.monotonic()) + _CANCELLED + 1)
+        self._thread.join(_CANCELLED)  # longer only while late handlers do not end
+        return self._lives.stop(deadline) and self._finished and is_over
 
     def _call(self, function: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -166,6 +173,7 @@ class TaskEngine:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CANCELLED)
+        self._over.set()
 
     def _pump(self, arrivals: OrderedArrivals) -> None:
         """Take each message no earlier than there is room for it: a better one may come."""
@@ -187,26 +195,33 @@ class TaskEngine:
         if life is None:
             self._room.release()
             return
+        self._tasks.add(self._start_task(life))
+
+    def _start_task(self, life: Life) -> asyncio.Task[Chunk | None]:
         task = self._loop.create_task(self._handle(life), context=life.context)
-        self._tasks.add(task)
         task.add_done_callback(functools.partial(self._on_done, life))
+        return task
 
     def _on_done(self, life: Life, task: asyncio.Task[Chunk | None]) -> None:
-        self._tasks.discard(task)
-        self._room.release()
+        was_late = task in self._late
+        self._late.discard(task)
         unconfirmed = None if task.cancelled() else task.result()
-        if unconfirmed is None:
-            self._shared.ends()
-        else:
+        if unconfirmed is not None:
             self._lives.leave(life, unconfirmed)
-        if self._waiting:
-            self._dispatch()
+        elif not was_late:  # else somebody else has ended it
+            self._shared.ends()
+        if task in self._tasks:
+            self._tasks.discard(task)
+            self._room.release()
+            if self._waiting:
+                self._dispatch()
 
     async def _handle(self, life: Life) -> Chunk | None:
         """Take the steps of a message; return what they are left with, if they are."""
         delivery = life.message.delivery
         try:
-            await drive(life.steps, lambda: self.is_stopping, life.left_at)
+            in_time = functools.partial(self._in_time, life)
+            await drive(life.steps, lambda: self.is_stopping, life.left_at, in_time)
         except Later as later:
             return later.chunk
         except asyncio.CancelledError:
@@ -218,64 +233,30 @@ class TaskEngine:
             self._shared.give_back(delivery)
         return None
 
-
-async def drive(
-    steps: Steps[T], may_end: Callable[[], bool] = lambda: True, left_at: Step | None = None
-) -> T:
-    """Take ``steps``, awaiting what can be awaited, and return their result.
-
-    Args:
-        steps: of a message.
-        may_end: whether a cancellation of the task is to end it. Otherwise it was the handler's own
-            doing, and has failed.
-        left_at: what is to be called first, where ``steps`` were left before.
-
-    Raises:
-        Later: a call did; the steps are left there.
-    """
-    task = asyncio.current_task()
-
-    def ends() -> bool:
-        return task is not None and task.cancelling() > 0 and may_end()
-
-    value: Any = None
-    error: BaseException | None = None
-    step = left_at
-    while True:
+    async def _in_time(self, life: Life, value: Awaitable[Any], seconds: float) -> Any:
+        task: Any = asyncio.current_task()
+        late = self._loop.call_later(seconds + _CANCELLED, self._on_late, life, task, seconds)
         try:
-            if step is None:
-                step = steps.send(value) if error is None else steps.throw(error)
-        except StopIteration as end:
-            found: T = end.value
-            return found
-        value = error = None
-        try:
-            value = step.call(*step.arguments)
-            if value is not None and inspect.isawaitable(value):
-                value = await value if step.timeout is None else await _in_time(value, step)
-        except Later:
-            raise
-        except asyncio.CancelledError as raised:
-            if ends():
-                error = raised
-            else:
-                while task is not None and task.uncancel():
-                    pass
-                error = HandlerCancelled("the handler was cancelled, and not by the worker")
-                error.__cause__ = raised
-        except BaseException as raised:
-            error = of_handler(raised)
-            if ends():  # it is what the handler has made of its cancellation
-                error = asyncio.CancelledError()
-                error.__cause__ = raised
-        step = None
+            return await cancelled_in_time(value, seconds)
+        finally:
+            late.cancel()
 
-
-async def _in_time(value: Any, step: Step) -> Any:
-    try:
-        async with asyncio.timeout(step.timeout) as scope:
-            return await value
-    except TimeoutError:
-        if scope.expired():
-            raise ProcessTimeout(f"it took more than {step.timeout:g} s") from None
-        raise
+    def _on_late(self, life: Life, task: asyncio.Task[Chunk | None], seconds: float) -> None:
+        """Give a message up whose handler goes on although it was cancelled."""
+        self._late.add(task)
+        message = life.message
+        logger.error(
+            "message %r of %r takes more than %.1f s and is given up; its handler was cancelled, "
+            "and goes on",
+            message.delivery.message_id,
+            message.delivery.queue,
+            seconds,
+        )
+        message.abandon()
+        error = ProcessTimeout(f"it took more than {seconds:g} s")
+        successor = self._start_task(Life(message, message.give_up(error), self._context.copy()))
+        if len(self._late) <= self._concurrency:
+            self._tasks.discard(task)
+            self._tasks.add(successor)
+        else:
+            logger.error("%d handlers are late: the worker has a task less", len(self._late))

@@ -100,8 +100,11 @@ class Worker:
         if not self.consumers:
             raise UsageError("a worker needs at least one consumer")
         for name, number in (("threads", threads), ("concurrency", concurrency)):
-            if number < 1:
-                raise UsageError(f"{name} is {number}, not 1 or more")
+            if not isinstance(number, int) or number < 1:
+                raise UsageError(f"{name} is {number!r}, not 1 or more")
+        for queue in ranks or {}:
+            if queue not in self.consumers:
+                raise UsageError(f"ranks has {queue!r}, which no consumer takes messages of")
         self.threads = threads
         self.concurrency = concurrency
         plain = [one for one in self.consumers.values() if not one.is_async]
@@ -155,7 +158,12 @@ class Worker:
     @property
     def late(self) -> int:
         """How many handlers go on although their time is over."""
-        return self._threads.late if self._threads is not None else 0
+        return sum(engine.late for engine in self._engines())
+
+    @property
+    def is_consuming(self) -> bool:
+        """Whether messages come as soon as there are any."""
+        return self._subscription.is_consuming
 
     def start(self) -> None:
         """Begin to consume, in the background."""

@@ -127,6 +127,11 @@ class Subscription(Protocol):
         """
         ...
 
+    @property
+    def is_consuming(self) -> bool:
+        """Whether messages come as soon as there are any; not while the broker is away."""
+        ...
+
     def ack(self, delivery: Delivery) -> None:
         """Tell the broker that ``delivery`` is done; nothing happens if it is stale."""
         ...

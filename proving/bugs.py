@@ -319,16 +319,16 @@ def _late_is_done() -> None:
 
 
 def _cancelled_is_done() -> None:
-    original = tasks._in_time
+    found: Any = tasks
+    original = found.cancelled_in_time
 
-    async def in_time(value: Any, step: Any) -> Any:
+    async def in_time(value: Any, seconds: float) -> Any:
         try:
-            return await original(value, step)
+            return await original(value, seconds)
         except ProcessTimeout:
             return None
 
-    found: Any = tasks
-    found._in_time = in_time
+    found.cancelled_in_time = in_time
 
 
 _WORKING = ("script", "worker")

@@ -12,10 +12,10 @@ from typing import Any
 from outbox import Event, Publisher
 from outbox.consumers import Consumer
 from outbox.consumers.copies import dead_letter, retry_copy
+from outbox.consumers.driving import drive
 from outbox.consumers.elsewhere import SettledElsewhere, concluded
 from outbox.consumers.life import Message
 from outbox.consumers.outcome import Ack, Again, Dead, Hold, Outcome, Return
-from outbox.consumers.tasks import drive
 from outbox.event import make_event
 from outbox.parking import restore_origin
 from outbox.subscription import Delivery, as_delivered, dead_letter_queue

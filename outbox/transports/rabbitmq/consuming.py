@@ -65,6 +65,7 @@ class RabbitMQSubscription:
         self._cancelled = threading.Event()
         self._cancelling = False
         self._has_consumed = False
+        self._consumers = 0  # that the broker has confirmed on the channel
         self._failures = 0
         self._attempt = 0  # of beginning to consume: what an earlier one has left is ignored
 
@@ -73,6 +74,11 @@ class RabbitMQSubscription:
         self._deliver = deliver
         self._refused = refused
         self._link.start()
+
+    @property
+    def is_consuming(self) -> bool:
+        """Whether the broker has a consumer for each queue."""
+        return self._channel is not None and self._consumers == len(self._queues)
 
     def ack(self, delivery: Delivery) -> None:
         """Have ``delivery`` acked soon, together with others."""
@@ -184,6 +190,7 @@ class RabbitMQSubscription:
         self._acks = Acks()
         self._out = dict.fromkeys(self._out, 0)
         self._channel = channel
+        self._consumers = 0
         queues: dict[bytes, str] = {}
         for spec in self._queues:
             tag = channel.basic_consume(
@@ -197,6 +204,7 @@ class RabbitMQSubscription:
 
     def _on_consuming(self, _frame: object) -> None:
         self._has_consumed = True
+        self._consumers += 1
         self._failures = 0
         self._link.ready()
         if self._cancelling:

@@ -94,6 +94,11 @@ class SQLiteSubscription:
         self._thread = threading.Thread(target=self._run, name="outbox-consumer", daemon=True)
         self._thread.start()
 
+    @property
+    def is_consuming(self) -> bool:
+        """Whether the queues are declared and the last look into the file went well."""
+        return self._has_consumed and not self._failures
+
     def ack(self, delivery: Delivery) -> None:
         """Have ``delivery`` deleted soon, together with others."""
         self._done.append(_Done(delivery.tag, None))

@@ -1,0 +1,99 @@
+"""Takes the steps of a message on an event loop, awaiting what can be awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from outbox.consumers.life import Later, Step, Steps
+from outbox.consumers.outcome import ProcessTimeout, of_handler
+
+__all__ = ["HandlerCancelled", "cancelled_in_time", "drive"]
+
+T = TypeVar("T")
+
+
+class HandlerCancelled(Exception):
+    """A handler ended by a cancellation that did not come from the worker: a failed attempt."""
+
+
+async def drive(
+    steps: Steps[T],
+    may_end: Callable[[], bool] = lambda: True,
+    left_at: Step | None = None,
+    in_time: Callable[[Awaitable[Any], float], Awaitable[Any]] | None = None,
+) -> T:
+    """Take ``steps``, awaiting what can be awaited, and return their result.
+
+    Args:
+        steps: of a message.
+        may_end: whether a cancellation of the task is to end it. Otherwise it was the handler's own
+            doing, and has failed.
+        left_at: what is to be called first, where ``steps`` were left before.
+        in_time: awaits in so many seconds; by default one that cancels.
+
+    Raises:
+        Later: a call did; the steps are left there.
+    """
+    task = asyncio.current_task()
+    limited = in_time or cancelled_in_time
+
+    def ends() -> bool:
+        return task is not None and task.cancelling() > 0 and may_end()
+
+    value: Any = None
+    error: BaseException | None = None
+    step = left_at
+    while True:
+        try:
+            if step is None:
+                step = steps.send(value) if error is None else steps.throw(error)
+        except StopIteration as end:
+            found: T = end.value
+            return found
+        value = error = None
+        try:
+            value = step.call(*step.arguments)
+            if value is not None and inspect.isawaitable(value):
+                value = await (value if step.timeout is None else limited(value, step.timeout))
+        except Later:
+            raise
+        except asyncio.CancelledError as raised:
+            if ends():
+                error = raised
+            else:
+                while task is not None and task.uncancel():
+                    pass
+                error = HandlerCancelled("the handler was cancelled, and not by the worker")
+                error.__cause__ = raised
+        except BaseException as raised:
+            error = of_handler(raised)
+            if ends():  # it is what the handler has made of its cancellation
+                error = asyncio.CancelledError()
+                error.__cause__ = raised
+        step = None
+
+
+async def cancelled_in_time(value: Awaitable[Any], seconds: float) -> Any:
+    """Await ``value``, and cancel it when it takes longer.
+
+    Raises:
+        ProcessTimeout: it was cancelled, whatever it has made of that.
+    """
+    late = ProcessTimeout(f"it took more than {seconds:g} s")
+    try:
+        async with asyncio.timeout(seconds) as scope:
+            found = await value
+    except TimeoutError:
+        if scope.expired():
+            raise late from None
+        raise
+    except Exception as error:
+        if scope.expired():
+            raise late from error
+        raise
+    if scope.expired():
+        raise late
+    return found

@@ -14,11 +14,16 @@ _SQLITE = {5, 6, 10, 13, 14}
 # too many connections, shutdown and recovery.
 _SQLSTATES = ("08", "53300", "57P")
 
+# Errors of MariaDB's and MySQL's servers and client libraries (mariadb.com/kb, "MariaDB Error Code
+# Reference"): too many connections, shutdown, and links that cannot be made or are lost.
+_MYSQL = {1040, 1053, 1077, 1152, 1203, 2002, 2003, 2006, 2013, 2055}
+
 
 def is_away(error: BaseException) -> bool:
     """Return whether ``error``, or what it was raised from, is a failure of a database's link.
 
-    SQLAlchemy's, Django's, psycopg's (2 and 3), asyncpg's and SQLite's exceptions are understood.
+    SQLAlchemy's, Django's, psycopg's (2 and 3), asyncpg's, PyMySQL's, mysqlclient's and SQLite's
+    exceptions are understood.
     """
     seen: set[int] = set()
     found: BaseException | None = error
@@ -36,6 +41,9 @@ def _is_link_failure(error: BaseException) -> bool:
         return (getattr(error, "sqlite_errorcode", 0) & 0xFF) in _SQLITE
     if _is_of("sqlalchemy.exc", "DBAPIError", error):
         return bool(getattr(error, "connection_invalidated", False))
+    for module in ("pymysql", "MySQLdb"):
+        if _is_of(module, "OperationalError", error):
+            return bool(error.args) and error.args[0] in _MYSQL
     if isinstance(error, OSError):
         return _is_from("asyncpg.connect_utils", error)  # which raises what its socket has raised
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)

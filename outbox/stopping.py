@@ -28,7 +28,7 @@ class Stop:
 
 
 class Signals(Stop):
-    """Notes SIGTERM and SIGINT.
+    """Notes SIGTERM, SIGINT, and SIGHUP, unless that is ignored already (as it is under nohup).
 
     A handler may interrupt anything, also a lock that is being taken: it takes none itself. Until
     ``begin()``, which the main thread has to call, signals do what they did before.
@@ -43,6 +43,8 @@ class Signals(Stop):
         """Handle signals."""
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._note)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         if self.asked and self._second_exits is not None:

@@ -126,8 +126,9 @@ def test_a_thread_that_cannot_be_stopped_does_not_hold_up_the_end(
     assert inspector.count(queue) == 1
 
 
-def test_sigterm_lets_what_runs_finish_and_gives_back_the_rest(
-    start: Start, inspector: Inspector, name: str, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_what_runs_finish_and_gives_back_the_rest(
+    start: Start, inspector: Inspector, name: str, tmp_path: Path, number: signal.Signals
 ) -> None:
     done = inspector.queue(f"{name}-done", name, (f"{name}.done",))
     child = start("work:Slow", "-t", "1")
@@ -135,7 +136,7 @@ def test_sigterm_lets_what_runs_finish_and_gives_back_the_rest(
     for seconds in (b"1", b"2", b"3"):
         inspector.publish(name, seconds, properties=properties_of(delivery_mode=2))
     wait_for_file(tmp_path / "started")
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(number)
     assert child.wait(15) == exit_codes.SUCCESS
     assert inspector.get(done).payload == {"slept": 1}
     assert sorted(m.payload for m in inspector.messages(name, 2)) == [2, 3]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import asyncpg  # type: ignore[import-untyped]
 import psycopg
 import psycopg2  # type: ignore[import-untyped]
+import pymysql  # type: ignore[import-untyped]
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -55,6 +56,19 @@ def test_a_database_that_refuses_connections_is_away(connect: Callable[[str], ob
     with pytest.raises(Exception) as raised:
         connect(f"postgresql://somebody@127.0.0.1:{port}/nothing")
     assert is_away(raised.value)
+
+
+@pytest.mark.parametrize("through", ["PyMySQL", "SQLAlchemy"])
+def test_a_mariadb_that_refuses_connections_is_away(through: str) -> None:
+    with free_ports(1) as [port]:
+        pass
+    with pytest.raises(Exception) as raised:
+        if through == "PyMySQL":
+            pymysql.connect(host="127.0.0.1", port=port, user="somebody")
+        else:
+            create_engine(f"mysql+pymysql://somebody@127.0.0.1:{port}/nothing").connect()
+    assert is_away(raised.value)
+    assert not is_away(pymysql.OperationalError(1213, "a deadlock, which is a failed attempt"))
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])

@@ -397,6 +397,98 @@ def test_a_coroutine_that_takes_too_long_is_cancelled_and_retried(
     assert isinstance(error, ProcessTimeout)
 
 
+@pytest.mark.parametrize("how", ["returns", "raises"])
+def test_a_coroutine_whose_time_is_over_has_failed_whatever_it_makes_of_that(
+    place: Place, publisher: Publisher, name: str, how: str
+) -> None:
+    told: list[str] = []
+
+    class Stubborn(Consumer):
+        queue = made(place, name)
+        timeout = 0.1
+
+        async def process(self, event: ReceivedEvent) -> None:
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                if how == "raises":
+                    raise ValueError("in a hurry") from None
+
+        def on_success(self, event: ReceivedEvent) -> None:
+            told.append("success")
+
+        def on_timeout(self, event: ReceivedEvent) -> None:
+            told.append("timeout")
+
+    with working(publisher, Stubborn):
+        send(publisher, name)
+        [letter] = dead_letters(place, name)
+    assert (letter.headers or {})["outbox-dead-error"] == "ProcessTimeout"
+    assert told == ["timeout"]
+
+
+def test_a_coroutine_that_goes_on_when_it_is_cancelled_is_given_up_and_its_place_taken(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    done: list[str] = []
+    refused: list[BaseException] = []
+    release = asyncio.Event()
+
+    class Deaf(Consumer):
+        queue = made(place, name)
+        timeout = 0.1
+
+        async def process(self, event: ReceivedEvent) -> None:
+            if event.payload["n"]:
+                done.append(event.id)
+                return
+            while not release.is_set():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await release.wait()
+            try:
+                enqueue_event({}, f"{name}-next")
+            except CollectorClosed as error:
+                refused.append(error)
+
+    worker = Worker([Deaf], publisher=publisher, concurrency=1)
+    worker.start()
+    deaf, *others = send(publisher, name, 3)
+    [letter] = dead_letters(place, name)
+    assert letter.message_id == deaf
+    assert (letter.headers or {})["outbox-dead-error"] == "ProcessTimeout"
+    wait_until(lambda: done == others)
+    assert worker.late == 1
+    assert worker._tasks is not None
+    worker._tasks._call(release.set)
+    wait_until(lambda: bool(refused))
+    wait_until(lambda: worker.late == 0)
+    assert worker.stop(10)
+    assert place.count(name) == 0
+
+
+def test_a_stop_does_not_wait_for_a_coroutine_that_was_given_up(
+    place: Place, publisher: Publisher, name: str
+) -> None:
+    release = asyncio.Event()
+
+    @consumer(made(place, name), timeout=0.1)
+    async def deaf(event: ReceivedEvent) -> None:
+        while not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
+
+    worker = Worker([deaf], publisher=publisher)
+    worker.start()
+    send(publisher, name)
+    wait_until(lambda: worker.late == 1)
+    wait_until(lambda: place.count(dead_letter_queue(name)) == 1)
+    begin = time.monotonic()
+    assert worker.stop(30)
+    assert time.monotonic() - begin < 10
+    assert worker._tasks is not None
+    worker._tasks._call(release.set)
+
+
 def test_a_coroutine_that_cancels_itself_has_failed(
     place: Place, publisher: Publisher, name: str
 ) -> None:

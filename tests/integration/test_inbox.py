@@ -28,6 +28,8 @@ from outbox import (
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, before, consumer
 from outbox.sql import Inbox
 from outbox.subscription import dead_letter_queue
+from proving.proxy import FaultProxy
+from tests.amqp import Inspector
 from tests.databases import Base, Effect
 from tests.places import Place, made, reading, working
 from tests.waiting import wait_until
@@ -216,6 +218,87 @@ def test_what_fails_after_its_commit_is_a_dead_letter_that_says_so(
     reason = (letter.headers or {})["outbox-dead-reason"]
     assert reason == "failed after its transaction had been committed: ValueError: too late"
     assert effects(engine) == 1
+
+
+@pytest.fixture
+def through_proxy(proxy: FaultProxy, name: str) -> Iterator[Publisher]:
+    with Publisher(proxy.url, exchange=name, unroutable="ignore") as found:
+        yield found
+
+
+def test_what_fails_after_its_commit_is_a_dead_letter_although_its_link_is_lost(
+    proxy: FaultProxy,
+    through_proxy: Publisher,
+    inspector: Inspector,
+    inbox: Inbox,
+    engine: Engine,
+    name: str,
+) -> None:
+    told: list[str] = []
+
+    class Act(Consumer):
+        queue = name
+        deduplicate = True
+        retry = RetryPolicy(delay=0)
+
+        def process(self, event: ReceivedEvent) -> None:
+            with Session(engine) as session:
+                session.add(Effect(of=event.id))
+                session.commit()
+            proxy.cut()
+            wait_until(lambda: not worker.is_consuming)
+            raise ValueError("too late")
+
+        def on_failure(self, event: ReceivedEvent, error: BaseException) -> None:
+            told.append("failure")
+
+        def on_dead(self, event: ReceivedEvent, reason: str) -> None:
+            told.append("dead")
+
+    inspector.clean_up(queue=name, exchange=name)
+    inspector.clean_up(queue=dead_letter_queue(name))
+    with working(through_proxy, Act, inbox=inbox) as worker:
+        wait_until(lambda: worker.is_consuming)
+        send(through_proxy, name, "a")
+        letter = inspector.get(dead_letter_queue(name))
+        wait_until(lambda: worker.is_consuming and worker._subscription.out(name) == 0)
+    assert letter.id == "a"
+    assert effects(engine) == 1
+    assert inspector.all(name) == inspector.all(dead_letter_queue(name)) == []
+    assert told == ["failure", "dead"]
+
+
+def test_events_that_follow_a_commit_by_themselves_are_not_lost_with_the_link(
+    proxy: FaultProxy,
+    through_proxy: Publisher,
+    inspector: Inspector,
+    inbox: Inbox,
+    engine: Engine,
+    name: str,
+) -> None:
+    cut: list[str] = []
+
+    @consumer(name, deduplicate=True, auto_publish=True)
+    def act(event: ReceivedEvent) -> None:
+        enqueue_event({}, f"{name}-next", exchange="")
+        with Session(engine) as session:
+            session.add(Effect(of=event.id))
+            session.commit()
+        if not cut:
+            cut.append(event.id)
+            proxy.cut()
+            wait_until(lambda: not worker.is_consuming)
+
+    follow_ons = inspector.queue(f"{name}-next")
+    inspector.clean_up(queue=name, exchange=name)
+    inspector.clean_up(queue=dead_letter_queue(name))
+    with working(through_proxy, act, inbox=inbox) as worker:
+        wait_until(lambda: worker.is_consuming)
+        send(through_proxy, name, "a")
+        assert inspector.get(follow_ons).target == follow_ons
+        wait_until(lambda: noted(engine) == 1)
+        wait_until(lambda: worker.is_consuming and worker._subscription.out(name) == 0)
+    assert inspector.all(name) == inspector.all(dead_letter_queue(name)) == []
 
 
 def test_after_its_window_a_message_is_a_new_one(

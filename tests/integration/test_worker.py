@@ -40,6 +40,7 @@ from outbox.consumers import (
 from outbox.testing.broker import PrivateBroker
 from outbox.transports.rabbitmq import wire
 from tests.amqp import Inspector, Unwritten, properties_of
+from tests.waiting import wait_until
 
 
 @contextlib.contextmanager
@@ -518,6 +519,10 @@ def test_wrong_consumers_are_refused_where_they_are_written() -> None:
     alone: Any = lambda: None  # noqa: E731
     with pytest.raises(UsageError, match="has to take one argument"):
         Worker([consumer("alone")(alone)], publisher=publisher)
+    with pytest.raises(UsageError, match="no consumer takes messages of"):
+        Worker([Explicit], publisher=publisher, ranks={"typo": 1})
+    with pytest.raises(UsageError, match="threads is '8'"):
+        Worker([Explicit], publisher=publisher, threads="8")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="threads is 0"):
         Worker([Explicit], publisher=publisher, threads=0)
     with pytest.raises(UsageError, match="cannot be consumed from"):
@@ -649,3 +654,41 @@ def test_with_a_prefetch_of_one_two_workers_share_evenly(
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
     assert 12 <= len(one.events) <= 28
+
+
+def test_attempts_at_a_message_without_an_id_have_the_same_one(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    seen: list[tuple[str, str]] = []
+
+    @consumer(name, retry=RetryPolicy(max_attempts=2, delay=0))
+    def fails(event: ReceivedEvent) -> None:
+        seen.append((event.id, enqueue_event({}, "next").id))
+        raise ValueError
+
+    inspector.clean_up(queue=name, exchange=name)
+    inspector.clean_up(queue=f"{name}.dead")
+    worker = Worker([fails], publisher=publisher)
+    worker.start()
+    inspector.wait_for_queue(name)
+    inspector.channel.basic_publish("", name, b"{}")
+    letter = inspector.get(f"{name}.dead")
+    assert worker.stop(10)
+    assert seen == [seen[0]] * 2
+    assert letter.id == seen[0][0]
+
+
+def test_a_worker_tells_whether_it_consumes(private_broker: PrivateBroker, name: str) -> None:
+    private_broker.kill()
+    with Publisher(private_broker.url, exchange=name) as publisher:
+        worker = Worker([consumer(name)(print)], publisher=publisher)
+        worker.start()
+        try:
+            time.sleep(0.3)
+            assert not worker.is_consuming
+            private_broker.start()
+            wait_until(lambda: worker.is_consuming, 30)
+            private_broker.kill()
+            wait_until(lambda: not worker.is_consuming)
+        finally:
+            assert worker.stop(10)

@@ -18,6 +18,8 @@ from tests.mortal import POINTS, Job, running
 from tests.places import Place, SQLitePlace, events_for, made, reading
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.one_python
+
 MESSAGES = 3
 WITHOUT_INBOX = (
     "when what follows from it is on its way",

@@ -20,7 +20,7 @@ from outbox.parking import restore_origin
 from outbox.subscription import Delivery, Subscription, as_delivered, dead_letter_queue
 from outbox.topics import matches
 
-__all__ = ["Delivered", "Deliverer", "is_bound", "processed"]
+__all__ = ["Delivered", "Deliverer", "addressed", "is_bound", "processed"]
 
 _ROUNDS = 100
 
@@ -108,11 +108,8 @@ class Deliverer:
     ) -> Delivered:
         """Process one message; see ``CollectedEvents.perform``."""
         __tracebackhide__ = True
-        made = consumer() if isinstance(consumer, type) else consumer
         publisher = self._publisher()
-        settings = publisher.settings
-        named = {"target": made.queue, "exchange": settings.exchange, **options}
-        event = make_event(settings.serializer, settings.max_body_bytes, None, payload, **named)
+        made, event = addressed(consumer, payload, options, publisher)
         return self._process(made, event, publisher, raise_errors=raise_errors)
 
     def _process(
@@ -141,6 +138,20 @@ class Deliverer:
         if raise_errors and error is not None:
             raise error
         return Delivered(event, consumer, outcome, follow_ons)
+
+
+def addressed(
+    consumer: type[Consumer] | Consumer,
+    payload: Any,
+    options: Mapping[str, Any],
+    publisher: Publisher,
+) -> tuple[Consumer, Event]:
+    """Return the consumer, and an event that is put into its queue alone."""
+    made = consumer() if isinstance(consumer, type) else consumer
+    settings = publisher.settings
+    named = {"target": made.queue, "exchange": settings.exchange, **options}
+    event = make_event(settings.serializer, settings.max_body_bytes, None, payload, **named)
+    return made, event
 
 
 class _Services:

@@ -12,10 +12,9 @@ from outbox.configuration import publisher_if_any
 from outbox.consumers import Consumer, Worker
 from outbox.consumers.life import Message, Services, Steps
 from outbox.consumers.outcome import Again, Dead, Outcome, Return
-from outbox.event import make_event
 from outbox.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET
 from outbox.subscription import Delivery
-from outbox.testing.delivering import Delivered, is_bound
+from outbox.testing.delivering import Delivered, addressed, is_bound
 from outbox.testing.live import LiveBroker, event_of
 
 __all__ = ["LiveDeliverer"]
@@ -63,11 +62,8 @@ class LiveDeliverer:
     ) -> Delivered:
         """Process one message; see ``LiveEvents.perform``."""
         __tracebackhide__ = True
-        made = consumer() if isinstance(consumer, type) else consumer
         publisher = _publisher()
-        settings = publisher.settings
-        named = {"target": made.queue, "exchange": settings.exchange, **options}
-        event = make_event(settings.serializer, settings.max_body_bytes, None, payload, **named)
+        made, event = addressed(consumer, payload, options, publisher)
         self._see_to_queue(made, publisher)
         self._put_into(made.queue, [event])
         found = self._work([made], publisher, raise_errors=raise_errors, timeout=timeout)

@@ -21,7 +21,7 @@ from outbox.parking import restore_origin
 from outbox.subscription import Delivery, as_delivered, dead_letter_queue
 from outbox.topics import matches
 
-__all__ = ["Delivered", "Deliverer", "event_for", "is_bound", "processed"]
+__all__ = ["Delivered", "Deliverer", "addressed", "is_bound", "processed"]
 
 _ROUNDS = 100
 
@@ -109,9 +109,8 @@ class Deliverer:
     ) -> Delivered:
         """Process one message; see ``CollectedEvents.perform``."""
         __tracebackhide__ = True
-        made = consumer() if isinstance(consumer, type) else consumer
         publisher = self._publisher()
-        event = event_for(made, publisher, payload, options)
+        made, event = addressed(consumer, payload, options, publisher)
         return self._process(made, event, publisher, raise_errors=raise_errors)
 
     def _process(
@@ -142,6 +141,20 @@ class Deliverer:
         return Delivered(event, consumer, outcome, follow_ons)
 
 
+def addressed(
+    consumer: type[Consumer] | Consumer,
+    payload: Any,
+    options: Mapping[str, Any],
+    publisher: Publisher,
+) -> tuple[Consumer, Event]:
+    """Return the consumer, and an event that is put into its queue alone."""
+    made = consumer() if isinstance(consumer, type) else consumer
+    settings = publisher.settings
+    named = {"target": made.queue, "exchange": settings.exchange, **options}
+    event = make_event(settings.serializer, settings.max_body_bytes, None, payload, **named)
+    return made, event
+
+
 def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome:
     """Return what is to become of a message, having processed it in a context of its own.
 
@@ -164,15 +177,6 @@ def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> O
         return context.run(process)
     with ThreadPoolExecutor(1) as elsewhere:  # the test itself is a coroutine
         return elsewhere.submit(context.run, process).result()
-
-
-def event_for(
-    consumer: Consumer, publisher: Publisher, payload: Any, options: Mapping[str, Any]
-) -> Event:
-    """Return an event for ``consumer``, to its queue by its name unless ``options`` say else."""
-    settings = publisher.settings
-    named = {"target": consumer.queue, "exchange": settings.exchange, **options}
-    return make_event(settings.serializer, settings.max_body_bytes, None, payload, **named)
 
 
 def is_bound(consumer: Consumer, event: Event, publisher: Publisher) -> bool:

@@ -14,7 +14,7 @@ from outbox.consumers.life import Message, Services, Steps
 from outbox.consumers.outcome import Again, Dead, Outcome, Return
 from outbox.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET
 from outbox.subscription import Delivery
-from outbox.testing.delivering import Delivered, event_for, is_bound
+from outbox.testing.delivering import Delivered, addressed, is_bound
 from outbox.testing.live import LiveBroker, event_of
 
 __all__ = ["LiveDeliverer"]
@@ -62,9 +62,8 @@ class LiveDeliverer:
     ) -> Delivered:
         """Process one message; see ``LiveEvents.perform``."""
         __tracebackhide__ = True
-        made = consumer() if isinstance(consumer, type) else consumer
         publisher = _publisher()
-        event = event_for(made, publisher, payload, options)
+        made, event = addressed(consumer, payload, options, publisher)
         self._see_to_queue(made, publisher)
         self._put_into(made.queue, [event])
         found = self._work([made], publisher, raise_errors=raise_errors, timeout=timeout)

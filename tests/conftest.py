@@ -73,9 +73,9 @@ def amqp_url(request: pytest.FixtureRequest) -> str:
     return broker.url
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mortal_broker() -> Iterator[PrivateBroker]:
-    """A broker that a test may kill, pause and start again; it runs when a test begins."""
+    """A broker that any test may kill, pause and start again; see ``private_broker``."""
     broker = _started()
     yield broker
     broker.stop()
@@ -83,7 +83,7 @@ def mortal_broker() -> Iterator[PrivateBroker]:
 
 @pytest.fixture
 def private_broker(mortal_broker: PrivateBroker) -> PrivateBroker:
-    """The mortal broker, alive."""
+    """The mortal broker, alive, whatever the tests before have done to it."""
     if not mortal_broker.running:
         mortal_broker.start()
     return mortal_broker

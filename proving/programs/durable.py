@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
 import threading
 import time
 
@@ -14,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from outbox import configure
+from outbox.stopping import Signals
 from proving.programs.unit import Unit, journal, pace
 
 HISTORY = journal("durable")
@@ -79,15 +79,15 @@ def main() -> None:
         os.environ["OUTBOX_DATABASE_URL"], pool_pre_ping=True, connect_args={"connect_timeout": 2}
     )
     stopping = threading.Event()
-    seen: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _frame: seen.append(number))
+    signals = Signals(second_exits=None)
+    signals.begin()
     threads = [
         threading.Thread(target=run, args=(Lane(number, engine), stopping), daemon=True)
         for number in range(LANES)
     ]
     for thread in threads:
         thread.start()
-    while not seen:
+    while not signals.asked:
         time.sleep(0.05)
     stopping.set()
     for thread in threads:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-import signal
 import threading
 import time
 
 from outbox import CollectorFull, EventCollector, auto_publishing, configure
 from outbox.report import PublishReport
+from outbox.stopping import Signals
 from proving.programs.unit import Unit, journal, pace
 
 HISTORY = journal("script")
@@ -114,8 +114,8 @@ async def in_tasks(stopping: threading.Event) -> None:
 def main() -> None:
     configure()
     stopping = threading.Event()
-    seen: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _frame: seen.append(number))
+    signals = Signals(second_exits=None)
+    signals.begin()
     threads = [
         threading.Thread(target=in_thread, args=(Lane(f"thread{number}"), stopping))
         for number in range(THREADS)
@@ -123,7 +123,7 @@ def main() -> None:
     threads.append(threading.Thread(target=lambda: asyncio.run(in_tasks(stopping))))
     for thread in threads:
         thread.start()
-    while not seen:
+    while not signals.asked:
         time.sleep(0.05)
     stopping.set()
     for thread in threads:

@@ -19,6 +19,8 @@ from tests.amqp import Inspector
 from tests.places import RabbitMQPlace, Reader, events_for, parked_in, reading
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.one_python
+
 HEADERS: dict[str, Any] = {"tenant": "acme", "n": [1, {"a": None}]}
 
 

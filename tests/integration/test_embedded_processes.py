@@ -19,6 +19,8 @@ from tests.integration.test_processes import WAYS, start
 from tests.places import SQLitePlace, events_for, reading
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.one_python
+
 WORKER = """
 import logging, sys, threading
 from outbox import Publisher
@@ -74,7 +76,8 @@ def running(program: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     ) as child:
         try:
             assert child.stdout is not None
-            assert child.stdout.readline() == "started\n"
+            if child.stdout.readline() != "started\n":
+                raise AssertionError(child.communicate()[1])
             yield child
         finally:
             if child.poll() is None:

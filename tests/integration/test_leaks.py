@@ -17,6 +17,8 @@ from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.one_python
+
 FDS = Path("/proc/self/fd")
 
 

@@ -35,6 +35,7 @@ from tests.waiting import wait_until
 CLASSIC = {"x-queue-type": "classic"}
 
 
+@pytest.mark.one_python
 def test_every_event_arrives_when_the_broker_is_killed_in_the_middle_of_200_flushes(
     private_broker: PrivateBroker, name: str
 ) -> None:
@@ -64,6 +65,7 @@ def test_every_event_arrives_when_the_broker_is_killed_in_the_middle_of_200_flus
     inspector.close()
 
 
+@pytest.mark.one_python
 def test_a_rollback_does_not_touch_what_an_earlier_failed_publish_has_kept(
     private_broker: PrivateBroker, name: str
 ) -> None:
@@ -108,6 +110,7 @@ def test_while_the_broker_is_away_only_the_first_flush_takes_time(
         assert not publisher.connected
 
 
+@pytest.mark.one_python
 def test_a_frozen_broker_costs_one_caller_its_timeout_and_nothing_is_sent_twice(
     private_broker: PrivateBroker, name: str
 ) -> None:
@@ -137,6 +140,7 @@ def test_a_frozen_broker_costs_one_caller_its_timeout_and_nothing_is_sent_twice(
     inspector.close()
 
 
+@pytest.mark.one_python
 def test_a_connection_without_any_confirm_for_the_stall_timeout_is_given_up(
     private_broker: PrivateBroker, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -293,6 +297,7 @@ def test_reconnects_and_what_was_kept_are_counted_and_told(
     assert stats.connected
 
 
+@pytest.mark.one_python
 def test_under_a_real_memory_alarm_publishers_keep_and_workers_go_on_acking(
     private_broker: PrivateBroker, name: str
 ) -> None:

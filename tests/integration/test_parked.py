@@ -33,6 +33,8 @@ from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.url import BrokerURL
 from tests.amqp import Inspector, Unwritten, properties_of
 
+pytestmark = pytest.mark.one_python
+
 TYPES = ["quorum", "classic"]
 
 

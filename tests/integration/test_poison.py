@@ -13,6 +13,8 @@ from outbox.subscription import dead_letter_queue
 from tests.places import Place, RabbitMQPlace, events_for, made, reading, working
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.one_python
+
 POISON, GOOD = 1_000, 10_000
 EVERY = (POISON + GOOD) // POISON
 

@@ -17,6 +17,8 @@ from outbox.testing import servers
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from tests.amqp import Inspector
 
+pytestmark = pytest.mark.one_python
+
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
 needs_setpriv = pytest.mark.skipif(shutil.which("setpriv") is None, reason="there is no setpriv")
 

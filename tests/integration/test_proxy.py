@@ -13,6 +13,8 @@ import pytest
 
 from proving.proxy import BLOCKED, UNBLOCKED, FaultProxy, Frame, Way, connection_close, method_frame
 
+pytestmark = pytest.mark.one_python
+
 HEARTBEAT = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 
 

@@ -393,6 +393,7 @@ def test_a_hook_that_waits_for_its_publisher_is_refused_and_harms_nobody(
     assert "must not wait" in caplog.text
 
 
+@pytest.mark.one_python
 def test_idle_longer_than_its_heartbeat_a_publisher_is_still_connected(
     amqp_url: str, inspector: Inspector, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -464,6 +465,7 @@ def test_a_report_survives_pickling(publisher: Publisher, inspector: Inspector, 
     assert pickle.loads(pickle.dumps(report)) == report
 
 
+@pytest.mark.one_python
 def test_events_to_a_missing_exchange_are_found_by_its_name_in_a_large_chunk(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -491,6 +493,7 @@ def test_a_hook_that_exits_ends_nothing(amqp_url: str, inspector: Inspector, nam
         assert publisher.connected
 
 
+@pytest.mark.one_python
 def test_a_large_chunk_that_is_unroutable_is_parked_in_order(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:

@@ -118,6 +118,7 @@ def test_a_hint_wakes_an_idle_relay(
         assert inspector.get(name).id == "e1"
 
 
+@pytest.mark.one_python
 def test_a_relay_on_a_host_whose_clock_is_wrong_publishes_nothing_early_or_late(
     postgresql_url: str, amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -150,6 +151,7 @@ def test_a_relay_on_a_host_whose_clock_is_wrong_publishes_nothing_early_or_late(
 # --------------------------------------------------------------- the broker or the event
 
 
+@pytest.mark.one_python
 def test_a_broker_that_is_away_costs_no_attempt_and_loses_nothing(
     store: Store, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
@@ -197,6 +199,7 @@ def test_while_a_broker_says_nothing_no_transaction_is_open_and_a_stop_gives_bac
         proxy.heal()
 
 
+@pytest.mark.one_python
 def test_a_full_queue_is_tried_again_and_holds_up_nobody(
     store: Store, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -283,6 +286,7 @@ def test_a_connection_lost_between_confirm_and_delete_repeats_the_same_ids_at_mo
     store.engine.dispose()
 
 
+@pytest.mark.one_python
 def test_a_database_that_is_restarted_ends_no_relay(
     mortal_postgresql: PrivatePostgreSQL, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -351,6 +355,7 @@ POINTS: dict[str, tuple[str, Rule]] = {
 }
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("point", POINTS)
 def test_a_relay_killed_at_any_point_loses_nothing_and_repeats_the_same_ids_at_most(
     point: str, postgresql_url: str, amqp_url: str, inspector: Inspector, name: str
@@ -387,6 +392,7 @@ def test_a_relay_killed_at_any_point_loses_nothing_and_repeats_the_same_ids_at_m
     store.engine.dispose()
 
 
+@pytest.mark.one_python
 def test_three_ordered_relays_with_one_killed_keep_the_order_of_every_key(
     postgresql_url: str, amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -413,6 +419,7 @@ def test_three_ordered_relays_with_one_killed_keep_the_order_of_every_key(
     store.engine.dispose()
 
 
+@pytest.mark.one_python
 def test_a_broker_killed_and_restarted_loses_nothing(
     private_broker: Any, postgresql_url: str, name: str
 ) -> None:

@@ -23,6 +23,8 @@ from tests.amqp import Inspector
 from tests.relaying import an_event, is_empty, many, opened, running
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.one_python
+
 FULL = {"x-max-length": 1, "x-overflow": "reject-publish"}
 
 

@@ -134,7 +134,6 @@ def test_workers_that_stop_gracefully_wait_for_the_events_that_are_on_their_way(
     loop: str,
 ) -> None:
     queue = inspector.queue(name, name)
-    monkeypatch.setenv("OUTBOX_TIMEOUT", "0.1")
     monkeypatch.setenv("OUTBOX_DRAIN_TIMEOUT", "15")
     with two_workers(loop, proxy.url, name, tmp_path) as served:
         assert "import" in inspector.get(queue).payload

@@ -354,6 +354,7 @@ def test_a_block_in_an_explicit_consumer_publishes_at_its_own_end_with_derived_i
     assert first.id == second.id
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 def test_a_handler_that_outlasts_the_heartbeat_runs_once(
     amqp_url: str, inspector: Inspector, name: str, is_async: bool
@@ -453,6 +454,7 @@ def test_a_queue_with_other_arguments_is_told_by_the_name_of_the_argument(
     assert publisher.publish([Event(id="1", target=name, exchange="", body=b"1")]).ok
 
 
+@pytest.mark.one_python
 @on_either_engine
 def test_a_worker_survives_the_restart_of_its_broker_and_loses_nothing(
     private_broker: PrivateBroker, name: str, engine: Any

@@ -18,6 +18,8 @@ from tests.mortal import POINTS, Job, running
 from tests.places import Place, SQLitePlace, events_for, made, reading
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.one_python
+
 MESSAGES = 3
 OF_A_TRANSACTION = ("when its note is in the transaction", "right after its commit")
 WITHOUT_INBOX = (
@@ -90,7 +92,7 @@ def test_a_message_whose_worker_is_killed_is_done_and_with_the_inbox_once(
         with engine.connect() as connection:
             found = connection.scalars(text("SELECT message_id FROM outbox_inbox"))
             assert set(found) == ids
-    count = place.count(next_queue)
+    count = place.count(next_queue)  # what a reader has been given is no longer counted
     with reading(place, next_queue, again=True) as reader:
         follow_ons = reader.get(count)
     assert len(follow_ons) >= MESSAGES

@@ -70,6 +70,7 @@ class Served:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         deadline = time.monotonic() + 20
         while True:
@@ -107,7 +108,7 @@ class Served:
             try:
                 self._child.wait(20)
             except subprocess.TimeoutExpired:
-                self._child.kill()
+                os.killpg(self._child.pid, signal.SIGKILL)  # its own session: it and its workers
         return self._child.wait(10)
 
 

@@ -22,7 +22,7 @@ from outbox import (
     enqueue_event,
     publish,
 )
-from outbox.consumers import REQUEUE, ReceivedEvent, Reject, Worker, consumer
+from outbox.consumers import REQUEUE, ReceivedEvent, Reject, Worker, arrivals, consumer
 from outbox.parking import PARKING_QUEUE
 from outbox.subscription import Delivery, dead_letter_queue
 from outbox.topics import matches
@@ -530,8 +530,14 @@ def test_what_was_handed_in_is_published_before_close_returns(
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 50), (4, 50), (2, 1)])
 def test_all_messages_of_a_queue_begin_before_any_of_the_next(
-    place: Place, publisher: Publisher, name: str, threads: int, prefetch: int
+    place: Place,
+    publisher: Publisher,
+    name: str,
+    threads: int,
+    prefetch: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(arrivals, "_ON_ITS_WAY", 1.0)  # of a broker beside other tests
     begun: list[str] = []
     queues = [made(place, f"{name}-{rank}") for rank in ("high", "medium", "low")]
     count = 20 if prefetch == 1 else 150

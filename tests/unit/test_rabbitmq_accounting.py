@@ -96,18 +96,32 @@ def test_acks_speak_for_every_delivery_once_and_never_for_one_still_worked_on(
     acks = Acks()
     waiting = set(range(1, count + 1))  # what the broker still waits for
     working = set(waiting)
+    finished: set[int] = set()
     while working:
         done = random.sample(sorted(working), random.randint(1, len(working)))
         working -= set(done)
         if random.random() < 0.2:
             assert acks.settle(done[0])
             waiting.remove(done.pop(0))
-        for tag, multiple in acks.done([*done, *done]):
+        finished |= set(done)
+        for tag, multiple in acks.done([*done, *done], hold=random.random() < 0.7):
             assert tag in waiting  # or the broker closes the channel
             spoken_for = {one for one in waiting if one <= tag} if multiple else {tag}
-            assert not spoken_for & working
+            assert spoken_for <= finished
             waiting -= spoken_for
+        assert acks.held == bool(waiting & finished)
+    assert acks.done([], hold=False) == []
     assert not waiting
+
+
+def test_an_ack_beside_one_that_is_worked_on_waits_a_turn_for_being_one_of_many() -> None:
+    acks = Acks()
+    assert acks.done([2, 3, 4]) == []
+    assert acks.held
+    assert acks.done([1]) == [(4, True)]
+    assert acks.done([6, 8]) == []
+    assert acks.done([9]) == [(6, False), (8, False)]
+    assert acks.done([5, 11], hold=False) == [(5, False), (9, False), (11, False)]
 
 
 def decoded(data: bytes) -> list[Any]:

@@ -54,21 +54,40 @@ class Acks:
     A channel numbers its deliveries from 1 on. One ack may speak for all up to a number
     (``multiple``), but only when none below it is still being worked on. A number is settled at
     most once: the broker closes the channel over a second time.
+
+    What is above one that is worked on needs an ack of its own, unless that one is done soon. So
+    such acks are held back, until the next call.
     """
 
     def __init__(self) -> None:
         self._settled: set[int] = set()  # those above the lowest that is not settled
         self._lowest = 1
+        self._held: list[int] = []
 
-    def done(self, tags: Iterable[int]) -> list[tuple[int, bool]]:
-        """Settle ``tags`` and return the acks to write: (number, multiple), ascending."""
+    @property
+    def held(self) -> bool:
+        """Whether acks are held back."""
+        return bool(self._held)
+
+    def done(self, tags: Iterable[int], *, hold: bool = True) -> list[tuple[int, bool]]:
+        """Settle ``tags`` and return the acks to write: (number, multiple), ascending.
+
+        Args:
+            tags: that are done.
+            hold: whether any may be held back, until another call.
+        """
+        held = self._held
         new = sorted(tag for tag in tags if self.settle(tag, advance=False))
         self._advance()
-        # Below the lowest all are settled: the highest new one there speaks for the others. It
-        # must itself be outstanding, or the broker takes it for an unknown number.
-        together = [tag for tag in new if tag < self._lowest]
+        # Below the lowest all are settled: the highest one there speaks for the others. It must
+        # itself be outstanding, or the broker takes it for an unknown number.
+        together = sorted(tag for tag in (*held, *new) if tag < self._lowest)
         acks = [(together[-1], len(together) > 1)] if together else []
-        return acks + [(tag, False) for tag in new if tag > self._lowest]
+        alone = [tag for tag in held if tag > self._lowest]
+        self._held = [tag for tag in new if tag > self._lowest]
+        if not hold:
+            alone, self._held = sorted((*alone, *self._held)), []
+        return acks + [(tag, False) for tag in alone]
 
     def settle(self, tag: int, *, advance: bool = True) -> bool:
         """Settle one by other means than an ack; return False if it had been settled before."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,10 @@ _CANCEL_TIMEOUT = 2.0
 _ACK_PAUSE = 0.002
 """Seconds from one writing of acks to the next: waking the link for each message costs more than
 all else that is done about its ack, and after the pause one ack speaks for many."""
+_MANY_ACKS = 16
+_SETTLING = 0.2
+"""Seconds that a broker has for so many acks before the channel is closed: it passes 32 at a time
+on to a quorum queue, and forgets the others with the channel (rabbit_fifo_client of 3.10)."""
 
 
 class RabbitMQSubscription:
@@ -62,6 +67,7 @@ class RabbitMQSubscription:
         self._out = dict.fromkeys((spec.name for spec in queues), 0)
         self._done = Done(prefetch)
         self._pausing = False
+        self._settled_at = 0.0
         self._cancelled = threading.Event()
         self._cancelling = False
         self._has_consumed = False
@@ -108,7 +114,10 @@ class RabbitMQSubscription:
 
     def close(self) -> None:
         """Write the acks that wait, and close the connection, which gives back all else."""
-        self._link.call(self._on_done)
+        written = threading.Event()
+        self._link.call(lambda: self._finish(written))
+        if self._channel is not None:
+            written.wait(2 * _SETTLING)
         self._link.stop()
 
     # ------------------------------------------------------------------ on the link's thread
@@ -274,23 +283,33 @@ class RabbitMQSubscription:
         if self._connection is not None:
             self._connection.read_all_with_pika()
 
+    def _finish(self, written: threading.Event) -> None:
+        self._write_acks(hold=False)
+        self._link.later(max(0.0, self._settled_at - time.monotonic()), written.set)
+
     def _on_done(self) -> None:
         """Write the acks that wait; those that come within the pause wait for its end."""
+        if not self._pausing:
+            self._pausing = True
+            self._link.later(_ACK_PAUSE, self._on_pause_over)
+        self._write_acks()
+
+    def _write_acks(self, *, hold: bool = True) -> None:
         tags = []
         for delivery in self._done.take():
             if not self.is_stale(delivery):
                 tags.append(delivery.tag)
                 self._out[delivery.queue] -= 1
-        if not self._pausing:
-            self._pausing = True
-            self._link.later(_ACK_PAUSE, self._on_pause_over)
-        if tags and self._channel is not None and self._channel.is_open:
-            for tag, multiple in self._acks.done(tags):
+        if self._channel is not None and self._channel.is_open:
+            acks = self._acks.done(tags, hold=hold)
+            for tag, multiple in acks:
                 self._channel.basic_ack(tag, multiple)
+            if len(acks) > _MANY_ACKS:
+                self._settled_at = time.monotonic() + _SETTLING
 
     def _on_pause_over(self) -> None:
         self._pausing = False
-        if self._done.end_pause():
+        if self._done.end_pause() or self._acks.held:
             self._on_done()
 
     def _reject(self, delivery: Delivery) -> None:

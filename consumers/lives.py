@@ -11,13 +11,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextvars import Context
 from functools import partial
 
+from outbox import PublishReport
 from outbox.chunk import Chunk
 from outbox.consumers.life import Message, Services, Step, Steps, call
 from outbox.consumers.outcome import Outcome
-from outbox.consumers.watch import Watch
+from outbox.consumers.watch import Ticket, Watch
 from outbox.consumers.work import Work
 from outbox.subscription import Delivery
 
@@ -72,7 +74,7 @@ class Lives:
         self._watch = Watch()
         self._left: set[Life] = set()
         self._changed = threading.Condition()
-        self._reported: queue.SimpleQueue[tuple[Life, Chunk] | None] = queue.SimpleQueue()
+        self._reported: queue.SimpleQueue[tuple[Life, PublishReport] | None] = queue.SimpleQueue()
         self._put_again: dict[Delivery, Life] = {}
 
     def start(self) -> None:
@@ -107,15 +109,14 @@ class Lives:
         with self._changed:
             self._left.add(life)
         publisher = self._work.publisher
-        ticket = self._watch.enter(
-            publisher.settings.timeout, partial(publisher.wait_for, chunk, 0)
-        )
+        give_up = partial(publisher.wait_for, chunk, 0)
+        ticket = self._watch.enter(publisher.settings.timeout, give_up)
+        # Nothing of this may lead back to the chunk: collecting cycles costs more than all else.
+        chunk.future.add_done_callback(partial(self._on_reported, life, ticket))
 
-        def reported(_: object) -> None:
-            self._watch.leave(ticket)
-            self._reported.put((life, chunk))
-
-        chunk.future.add_done_callback(reported)
+    def _on_reported(self, life: Life, ticket: Ticket, future: Future[PublishReport]) -> None:
+        self._watch.leave(ticket)
+        self._reported.put((life, future.result()))
 
     def stop(self, deadline: float) -> bool:
         """Wait for the lives that were left, until ``deadline``; return whether all have ended.
@@ -133,8 +134,7 @@ class Lives:
 
     def _run(self) -> None:
         while (one := self._reported.get()) is not None:
-            life, chunk = one
-            report = chunk.future.result()
+            life, report = one
             life.left_at = Step(report.raise_for_failure)
             if report.ok:
                 self._end(life)

@@ -13,6 +13,10 @@ __all__ = ["Ticket", "Watch"]
 logger = logging.getLogger("outbox.consumer")
 
 
+def _nothing() -> None:
+    pass
+
+
 class Ticket:
     """One call that is being watched."""
 
@@ -61,6 +65,8 @@ class Watch:
         with self._lock:
             in_time = ticket in self._running
             self._running.discard(ticket)
+        if in_time:
+            ticket.on_expired = _nothing  # whoever has the ticket need not hold what it would call
         return in_time
 
     def close(self) -> None:

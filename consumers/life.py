@@ -597,9 +597,9 @@ class MessageCollector(EventCollector):
             PublishFailed: see ``publish()``.
         """
         chunk = self._hand_over(self._innermost(), self.publisher)
-        if not chunk.future.done():
+        if chunk.reported is None:
             raise Later(chunk)
-        return self._told(chunk, chunk.future.result())
+        return self._told(chunk, chunk.reported)
 
 
 class _CallbackCollector(MessageCollector):

@@ -11,7 +11,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextvars import Context
 from functools import partial
 
@@ -111,12 +110,11 @@ class Lives:
         publisher = self._work.publisher
         give_up = partial(publisher.wait_for, chunk, 0)
         ticket = self._watch.enter(publisher.settings.timeout, give_up)
-        # Nothing of this may lead back to the chunk: collecting cycles costs more than all else.
-        chunk.future.add_done_callback(partial(self._on_reported, life, ticket))
+        chunk.on_reported(partial(self._on_reported, life, ticket))
 
-    def _on_reported(self, life: Life, ticket: Ticket, future: Future[PublishReport]) -> None:
+    def _on_reported(self, life: Life, ticket: Ticket, report: PublishReport) -> None:
         self._watch.leave(ticket)
-        self._reported.put((life, future.result()))
+        self._reported.put((life, report))
 
     def stop(self, deadline: float) -> bool:
         """Wait for the lives that were left, until ``deadline``; return whether all have ended.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 from outbox.errors import BrokerError
 from outbox.event import Event
@@ -75,14 +76,25 @@ class Chunk:
     Attributes:
         entries: one an event, in the order given.
         keep: True when what is not confirmed stays in the publisher, False when it is withdrawn.
-        future: resolved once, with the report; never with an exception.
+        reported: the report, once there is one. From then on thread-safe, as are ``on_reported``
+            and ``future`` always.
         waiting: entries that are neither kept nor have a fate; at 0 the chunk is reported.
         error: why entries are kept or withdrawn.
         submitted_at: on the backlog's clock.
         took: seconds until all entries had their fate, if it was reported then and not earlier.
     """
 
-    __slots__ = ("entries", "error", "future", "keep", "submitted_at", "took", "waiting")
+    __slots__ = (
+        "_future",
+        "_listeners",
+        "entries",
+        "error",
+        "keep",
+        "reported",
+        "submitted_at",
+        "took",
+        "waiting",
+    )
 
     def __init__(
         self, events: Sequence[Event], *, keep: bool = True, frames: Sequence[bytes] | None = None
@@ -92,11 +104,48 @@ class Chunk:
             Entry(event, self, data) for event, data in zip(events, encoded, strict=True)
         ]
         self.keep = keep
-        self.future: Future[PublishReport] = Future()
+        self.reported: PublishReport | None = None
+        self._listeners: list[Callable[[PublishReport], object]] = []
+        self._future: Future[PublishReport] | None = None
         self.waiting = len(self.entries)
         self.error: BrokerError | None = None
         self.submitted_at = 0.0
         self.took: float | None = None
+
+    @property
+    def future(self) -> Future[PublishReport]:
+        """Resolved once, with the report; never with an exception.
+
+        Made when it is first asked for: whoever only wants to be told need not pay for it.
+        """
+        future = self._future
+        if future is None:
+            future = self._future = Future()
+            self.on_reported(partial(_resolve, future))
+        return future
+
+    def on_reported(self, listener: Callable[[PublishReport], object]) -> None:
+        """Have ``listener`` called once with the report, at once if there is one.
+
+        It is called on whichever thread that happens, and must neither wait nor raise.
+        """
+        self._listeners.append(listener)
+        if self.reported is not None:
+            self._tell(self.reported)
+
+    def resolve(self, report: PublishReport) -> None:
+        """Tell whoever waits for ``report``."""
+        self.reported = report
+        self._tell(report)
+
+    def _tell(self, report: PublishReport) -> None:
+        # Two threads may be here; each listener is taken out by one of them.
+        while self._listeners:
+            try:
+                listener = self._listeners.pop(0)
+            except IndexError:
+                break
+            listener(report)
 
     def report(self) -> PublishReport:
         """Return the fate of every event as of now; what has none counts as kept."""
@@ -122,3 +171,8 @@ class Chunk:
             ),
             error=self.error,
         )
+
+
+def _resolve(future: Future[PublishReport], report: PublishReport) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_result(report)

@@ -196,11 +196,11 @@ class Publisher:
         timeout: float | None = None,  # noqa: ASYNC109  of the caller, not of the publishing
     ) -> PublishReport:
         """Await what :meth:`wait_for` waits for."""
-        if not chunk.future.done():
-            await waking.resolved(chunk.future, self._timeout(timeout))
-            if not chunk.future.done():
+        if chunk.reported is None:
+            await waking.reported(chunk, self._timeout(timeout))
+            if chunk.reported is None:
                 self._transport().release(chunk)
-        return chunk.future.result()
+        return chunk.reported or chunk.future.result()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until nothing is kept or on its way, trying the broker at once; return whether so.

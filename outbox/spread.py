@@ -32,8 +32,7 @@ class Spread:
     def __call__(self, news: News) -> None:
         """Spread ``news``; a hook that raises is logged and stops nobody."""
         for chunk, report in news.reports:
-            if chunk.future.set_running_or_notify_cancel():
-                chunk.future.set_result(report)
+            chunk.resolve(report)
         if self._settings.on_confirmed is not None:
             for chunk, report in news.reports:
                 if chunk.took is not None and report.published:

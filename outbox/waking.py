@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from concurrent.futures import Future
-from typing import Any
 
-__all__ = ["Waker", "resolved"]
+from outbox.chunk import Chunk
+
+__all__ = ["Waker", "reported"]
 
 
 class Waker:
@@ -43,8 +43,8 @@ class Waker:
             _set(self._due.popleft())
 
 
-async def resolved(future: Future[Any], timeout: float) -> None:  # noqa: ASYNC109  cancels nothing
-    """Wait for ``future``, at most ``timeout`` seconds. Nothing cancels it, nor is it asked."""
+async def reported(chunk: Chunk, timeout: float) -> None:  # noqa: ASYNC109  cancels nothing
+    """Wait until ``chunk`` is reported, at most ``timeout`` seconds."""
     loop = asyncio.get_running_loop()
     waker: Waker | None = getattr(_here, "waker", None)
     if waker is None or waker.loop is not loop:
@@ -52,7 +52,7 @@ async def resolved(future: Future[Any], timeout: float) -> None:  # noqa: ASYNC1
     waiter: asyncio.Future[None] = loop.create_future()
     # No asyncio.timeout(): it cancels the task to end the waiting, where setting a future will do.
     late = loop.call_later(timeout, _set, waiter)
-    future.add_done_callback(lambda _: waker.wake(waiter))
+    chunk.on_reported(lambda _: waker.wake(waiter))
     try:
         await waiter
     finally:

@@ -383,7 +383,7 @@ def _withdrawn(events: Sequence[Event], *, keep: bool) -> Chunk:
     chunk = Chunk(events, keep=keep)
     for entry in chunk.entries:
         entry.fate, entry.reason = Fate.WITHDRAWN, "withdrawn: the test is over"
-    chunk.future.set_result(chunk.report())
+    chunk.resolve(chunk.report())
     return chunk
 
 

@@ -200,7 +200,7 @@ class Recorder:
             for entry in chunk.entries:
                 self._enqueued.pop(id(entry.event), None)
                 self._decide(entry, chunk)
-        chunk.future.set_result(self._told(chunk))
+        chunk.resolve(self._told(chunk))
         if self._crashes and events:
             raise SimulatedCrash
         return chunk

@@ -401,7 +401,7 @@ class SlowTransport:
         return chunk
 
     def release(self, chunk: Chunk) -> None:
-        chunk.future.set_result(chunk.report())
+        chunk.resolve(chunk.report())
 
     def drain(self, timeout: float) -> bool:
         return True

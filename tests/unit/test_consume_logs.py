@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from outbox.consumers import MessageFilter, ReceivedEvent, consumer, current_message
-from outbox.consumers.current import set_current_message
+from outbox.consumers.elsewhere import SettledElsewhere, concluded
+from outbox.consumers.life import Message
 from outbox.consumers.logs import JSONFormatter, TextFormatter
 from outbox.consumers.message_log import ended, started
 from outbox.consumers.outcome import ACK, REQUEUE, Dead, Outcome
-from outbox.consumers.received import decode
 from outbox.publisher import Publisher
 from outbox.subscription import Delivery
 from outbox.testing.delivering import processed
@@ -169,16 +169,16 @@ def test_a_message_of_another_client_has_no_id_and_is_logged_all_the_same(output
 def test_the_end_of_a_message_without_an_id_tells_the_one_that_its_handler_saw(
     output: Any,
 ) -> None:
+    seen: list[str] = []
     strange = delivery(message_id=None)
-    seen = []
-
-    def live() -> None:
-        event = decode(strange)
-        set_current_message(event)
-        seen.append(event.id)
-        ended(strange, ACK, 0.0)
-
-    contextvars.copy_context().run(live)
+    publisher = Publisher("memory://")
+    message = Message(
+        consumer("orders")(lambda event: seen.append(event.id)),
+        strange,
+        SettledElsewhere(publisher),
+    )
+    contextvars.copy_context().run(concluded, message)
+    ended(strange, ACK, 0.0)
     [line] = output()
     assert [line["message_id"]] == seen
     assert line["message"].startswith(f"message {seen[0]!r} of 'orders' finished")

@@ -4,44 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from concurrent.futures import Future
 
 import pytest
 
-from outbox.waking import Waker, resolved
+from outbox import PublishReport
+from outbox.chunk import Chunk
+from outbox.waking import Waker, reported
+
+REPORT = PublishReport()
 
 
 def test_many_tasks_wait_for_what_another_thread_resolves() -> None:
-    futures: list[Future[int]] = [Future() for _ in range(200)]
+    chunks = [Chunk([]) for _ in range(200)]
 
     def resolve() -> None:
-        for number, future in enumerate(futures):
-            future.set_result(number)
+        for chunk in chunks:
+            chunk.resolve(REPORT)
 
     async def main() -> None:
         thread = threading.Thread(target=resolve)
-        waiting = asyncio.gather(*(resolved(one, 30) for one in futures))
+        waiting = asyncio.gather(*(reported(one, 30) for one in chunks))
         await asyncio.sleep(0)
         thread.start()
         await waiting
         thread.join()
 
     asyncio.run(main())
-    assert all(one.done() for one in futures)
+    assert all(one.reported is REPORT for one in chunks)
 
 
 def test_what_is_not_resolved_in_time_is_left_as_it_was() -> None:
-    future: Future[None] = Future()
-    asyncio.run(resolved(future, 0.01))
-    assert not future.done()
-    assert not future.cancelled()
+    chunk = Chunk([])
+    asyncio.run(reported(chunk, 0.01))
+    assert chunk.reported is None
 
 
 def test_each_has_its_own_time() -> None:
     order: list[str] = []
 
     async def wait(name: str, seconds: float) -> None:
-        await resolved(Future(), seconds)
+        await reported(Chunk([]), seconds)
         order.append(name)
 
     async def main() -> None:
@@ -55,27 +57,27 @@ def test_each_has_its_own_time() -> None:
 
 def test_a_time_without_end_is_one() -> None:
     async def main() -> None:
-        future: Future[None] = Future()
-        task = asyncio.create_task(resolved(future, float("inf")))
+        chunk = Chunk([])
+        task = asyncio.create_task(reported(chunk, float("inf")))
         await asyncio.sleep(0.01)
         assert not task.done()
-        future.set_result(None)
+        chunk.resolve(REPORT)
         await task
 
     asyncio.run(asyncio.wait_for(main(), 10))
 
 
-def test_a_cancelled_task_leaves_the_future_alone_and_the_others_waiting() -> None:
+def test_a_cancelled_task_leaves_the_chunk_alone_and_the_others_waiting() -> None:
     async def main() -> None:
-        futures: list[Future[None]] = [Future(), Future()]
-        tasks = [asyncio.create_task(resolved(one, 30)) for one in futures]
+        chunks = [Chunk([]), Chunk([])]
+        tasks = [asyncio.create_task(reported(one, 30)) for one in chunks]
         await asyncio.sleep(0)
         tasks[0].cancel()
         with pytest.raises(asyncio.CancelledError):
             await tasks[0]
-        assert not futures[0].done()
-        for future in futures:
-            future.set_result(None)
+        assert chunks[0].reported is None
+        for chunk in chunks:
+            chunk.resolve(REPORT)
         await tasks[1]
 
     asyncio.run(asyncio.wait_for(main(), 10))
@@ -104,14 +106,14 @@ def test_what_is_due_at_the_same_time_is_one_call_of_the_loop() -> None:
 
 
 def test_resolving_after_the_loop_was_closed_is_harmless() -> None:
-    future: Future[None] = Future()
-    asyncio.run(resolved(future, 0))
-    future.set_result(None)
+    chunk = Chunk([])
+    asyncio.run(reported(chunk, 0))
+    chunk.resolve(REPORT)
 
 
 def test_one_thread_has_one_loop_after_the_other() -> None:
     for _ in range(3):
-        future: Future[None] = Future()
-        threading.Timer(0.01, future.set_result, [None]).start()
-        asyncio.run(asyncio.wait_for(resolved(future, 30), 10))
-        assert future.done()
+        chunk = Chunk([])
+        threading.Timer(0.01, chunk.resolve, [REPORT]).start()
+        asyncio.run(asyncio.wait_for(reported(chunk, 30), 10))
+        assert chunk.reported is REPORT

@@ -109,7 +109,7 @@ class Browser:
             return
         tags = [one.tag for one in messages if isinstance(one, HeldMessage)]
         with self._broker_errors():
-            for tag, multiple in self._acks.done(tags):
+            for tag, multiple in self._acks.done(tags, hold=False):
                 self._channel.basic_ack(tag, multiple)
             self._channel.tx_commit()
         self._held -= len(tags)

@@ -40,8 +40,8 @@ BOUNDS = (
     ("threads", "faststream", 4),
     ("asyncio", "aio-pika", 0.8),
     ("asyncio", "faststream", 1.5),
-    ("threads, follow-on", "dramatiq, follow-on", 3),
-    ("asyncio, follow-on", "dramatiq, follow-on", 3),
+    ("threads, auto", "dramatiq, follow-on", 3),
+    ("asyncio, auto", "dramatiq, follow-on", 3),
 )
 """Who is to be at least how many times as fast as whom."""
 
@@ -87,12 +87,20 @@ class Queues:
         channel.close()
 
     def check(self, contender: Contender, name: str, messages: int, sent: int) -> None:
-        """Raise unless the contender's queues hold what they must; a quorum queue may lag."""
+        """Raise unless the contender's queues hold what they must; a quorum queue may lag.
+
+        It forgets acks that are written right before a channel is closed: a peer that ends so may
+        leave a prefetch behind.
+        """
         wanted = {contender.queue: messages}
         if contender.sends_to:
             wanted[contender.sends_to] = sent
+        may_be_more = 0 if contender.is_ours or messages else PREFETCH
         deadline = time.monotonic() + 10
-        while (found := {queue: self._count(queue) for queue in wanted}) != wanted:
+        while True:
+            found = {queue: self._count(queue) for queue in wanted}
+            if all(0 <= found[queue] - count <= may_be_more for queue, count in wanted.items()):
+                return
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{name}: the queues hold {found}, not {wanted}")
             time.sleep(0.05)
@@ -127,6 +135,7 @@ def turn(url: str, queues: Queues, name: str) -> float:
     """Measure one contender once; return its messages a second."""
     contender = CONTENDERS[name]
     queues.purge(contender.sends_to)
+    queues.purge(contender.queue)
     contender.put(url, MESSAGES)
     queues.check(contender, name, MESSAGES, 0)
     rate = measured(url, name)

@@ -1,4 +1,4 @@
-"""Outcomes: what is to become of a message; ``settling.Settler`` is the place that acts on them."""
+"""Outcomes: what is to become of a message; ``life.Message.settle`` acts on them."""
 
 from __future__ import annotations
 

@@ -110,6 +110,11 @@ class Contender:
     sends_to: str = ""
     options: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is outbox."""
+        return self.module == "outbox_"
+
     def consume(self, url: str, messages: int) -> float:
         """Consume them all; return how many a second."""
         rate: float = getattr(self._module(), self.function)(url, messages, **self.options)
@@ -146,7 +151,10 @@ CONTENDERS = {
     "aio-pika": Contender("bare aio-pika loop", "aio_pika_"),
     "faststream": Contender("FastStream", "faststream_"),
     "threads, follow-on": Contender(
-        f"**outbox, {THREADS} threads**", "outbox_", "consume_and_publish", sends_to=FOLLOW_ON
+        f"**outbox, {THREADS} threads, `publish()`**",
+        "outbox_",
+        "consume_and_publish",
+        sends_to=FOLLOW_ON,
     ),
     "threads, auto": Contender(
         f"**outbox, {THREADS} threads, `auto_publish`**",
@@ -161,7 +169,7 @@ CONTENDERS = {
         sends_to=FOLLOW_ON,
     ),
     "asyncio, follow-on": Contender(
-        f"**outbox, asyncio, {CONCURRENCY} tasks**",
+        f"**outbox, asyncio, {CONCURRENCY} tasks, `publish_async()`**",
         "outbox_",
         "consume_and_publish_async",
         sends_to=FOLLOW_ON,
@@ -175,7 +183,7 @@ CONTENDERS = {
         f"{DRAMATIQ_QUEUE}_last",
     ),
     "32 threads, follow-on": Contender(
-        f"outbox, {MANY_THREADS} threads",
+        f"outbox, {MANY_THREADS} threads, `publish()`",
         "outbox_",
         "consume_and_publish",
         sends_to=FOLLOW_ON,

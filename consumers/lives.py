@@ -6,6 +6,7 @@ goes on with another one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -18,7 +19,6 @@ from outbox import PublishReport
 from outbox.chunk import Chunk
 from outbox.consumers.life import Message, Services, Step, Steps, call
 from outbox.consumers.outcome import Outcome
-from outbox.consumers.watch import Ticket, Watch
 from outbox.consumers.work import Work
 from outbox.subscription import Delivery
 
@@ -70,9 +70,10 @@ class Lives:
         self._work = work
         self._services = services
         self._put = put
-        self._watch = Watch()
-        self._left: set[Life] = set()
-        self._changed = threading.Condition()
+        self._timeout = work.publisher.settings.timeout
+        self._left: dict[Life, tuple[float, Chunk]] = {}  # until when, in that order
+        self._stopping = False
+        self._none_left = threading.Event()
         self._reported: queue.SimpleQueue[tuple[Life, PublishReport] | None] = queue.SimpleQueue()
         self._put_again: dict[Delivery, Life] = {}
 
@@ -105,45 +106,56 @@ class Lives:
 
         Its context must have been left.
         """
-        with self._changed:
-            self._left.add(life)
-        publisher = self._work.publisher
-        give_up = partial(publisher.wait_for, chunk, 0)
-        ticket = self._watch.enter(publisher.settings.timeout, give_up)
-        chunk.on_reported(partial(self._on_reported, life, ticket))
-
-    def _on_reported(self, life: Life, ticket: Ticket, report: PublishReport) -> None:
-        self._watch.leave(ticket)
-        self._reported.put((life, report))
+        self._left[life] = (time.monotonic() + self._timeout, chunk)
+        chunk.on_reported(partial(self._on_reported, life))
 
     def stop(self, deadline: float) -> bool:
         """Wait for the lives that were left, until ``deadline``; return whether all have ended.
 
         The others stay where they are: their messages come again.
         """
-        with self._changed:
-            finished = self._changed.wait_for(
-                lambda: not self._left, max(0.0, deadline - time.monotonic())
-            )
-            self._left.clear()
+        self._stopping = True
+        finished = not self._left or self._none_left.wait(max(0.0, deadline - time.monotonic()))
         self._reported.put(None)
-        self._watch.close()
+        self._left.clear()
         return finished and not self._put_again
 
+    def _on_reported(self, life: Life, report: PublishReport) -> None:
+        self._reported.put((life, report))
+
     def _run(self) -> None:
-        while (one := self._reported.get()) is not None:
-            life, report = one
-            life.left_at = Step(report.raise_for_failure)
-            if report.ok:
-                self._end(life)
-            else:
-                delivery = life.message.delivery
-                self._put_again[delivery] = life
-                self._put(delivery)
-            with self._changed:
-                self._left.discard(life)
-                if not self._left:
-                    self._changed.notify_all()
+        pause = max(0.01, self._timeout / 4)
+        look_at = time.monotonic() + pause
+        while True:
+            with contextlib.suppress(queue.Empty):
+                one = self._reported.get(timeout=pause)
+                if one is None:
+                    return
+                self._go_on(*one)
+            if time.monotonic() >= look_at:
+                self._report_late()
+                look_at = time.monotonic() + pause
+
+    def _report_late(self) -> None:
+        """Have the chunks reported whose time is over, as waiting for them would have."""
+        now = time.monotonic()
+        for until, chunk in list(self._left.values()):
+            if until > now:
+                break
+            self._work.publisher.wait_for(chunk, 0)
+
+    def _go_on(self, life: Life, report: PublishReport) -> None:
+        life.left_at = Step(report.raise_for_failure)
+        if report.ok:
+            self._end(life)
+            self._left.pop(life, None)
+        else:
+            delivery = life.message.delivery
+            self._put_again[delivery] = life
+            self._left.pop(life, None)  # before: it may soon be left again
+            self._put(delivery)
+        if self._stopping and not self._left:
+            self._none_left.set()
 
     def _end(self, life: Life) -> None:
         try:

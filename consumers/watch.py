@@ -13,16 +13,12 @@ __all__ = ["Ticket", "Watch"]
 logger = logging.getLogger("outbox.consumer")
 
 
-def _nothing() -> None:
-    pass
-
-
 class Ticket:
     """One call that is being watched."""
 
     __slots__ = ("deadline", "on_expired")
 
-    def __init__(self, deadline: float, on_expired: Callable[[], object]) -> None:
+    def __init__(self, deadline: float, on_expired: Callable[[], None]) -> None:
         self.deadline = deadline
         self.on_expired = on_expired
 
@@ -46,7 +42,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def enter(self, seconds: float, on_expired: Callable[[], object]) -> Ticket:
+    def enter(self, seconds: float, on_expired: Callable[[], None]) -> Ticket:
         """Begin to watch a call.
 
         Args:
@@ -65,8 +61,6 @@ class Watch:
         with self._lock:
             in_time = ticket in self._running
             self._running.discard(ticket)
-        if in_time:
-            ticket.on_expired = _nothing  # whoever has the ticket need not hold what it would call
         return in_time
 
     def close(self) -> None:

@@ -46,7 +46,7 @@ def test_what_kombu_publishes_is_consumed(
     amqp_url: str, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     seen = Seen()
-    with running(publisher, inspector, seen, name, topics=["photo.*"]):
+    with running(publisher, inspector, seen, name, threads=1, topics=["photo.*"]):
         with kombu.Connection(amqp_url) as connection:
             producer = connection.Producer()
             exchange = kombu.Exchange(name, "topic", durable=True)

@@ -64,7 +64,7 @@ class Work(Consumer):
                 os._exit(0)
             os.abort()
         elif do == "leak":
-            leaked.append(b"x" * (400 << 20))
+            leaked.append(b"x" * (250 << 20))
         elif do == "leave a thread":
             threading.Thread(target=time.sleep, args=(30,)).start()
         elif do == "raise":
@@ -216,8 +216,9 @@ def test_what_a_callback_logs_about_a_handler_that_was_killed_carries_the_id(
     assert [line.get("message_id") for line in lines] == [hangs, hangs]
 
 
-def test_a_process_that_leaks_is_replaced_with_its_worker(command: Command) -> None:
-    command.start("--isolate", "process", "-t", "1", "--max-memory", "300M")
+def test_a_process_that_leaks_is_replaced_with_its_worker(command: Command, name: str) -> None:
+    command.write(MODULE.format(name=name).replace("timeout = 1\n", "timeout = None\n"))
+    command.start("--isolate", "process", "-t", "1", "--max-memory", "200M")
     [leaks] = command.publish("leak")
     command.wait_for("it takes [0-9]+ MiB of memory")
     [follows] = command.publish("follow")

@@ -663,19 +663,13 @@ def test_attempts_at_a_message_without_an_id_have_the_same_one(
 ) -> None:
     seen: list[tuple[str, str]] = []
 
-    @consumer(name, retry=RetryPolicy(max_attempts=2, delay=0))
-    def fails(event: ReceivedEvent) -> None:
+    def fail(event: ReceivedEvent) -> None:
         seen.append((event.id, enqueue_event({}, "next").id))
         raise ValueError
 
-    inspector.clean_up(queue=name, exchange=name)
-    inspector.clean_up(queue=f"{name}.dead")
-    worker = Worker([fails], publisher=publisher)
-    worker.start()
-    inspector.wait_for_queue(name)
-    inspector.channel.basic_publish("", name, b"{}")
-    letter = inspector.get(f"{name}.dead")
-    assert worker.stop(10)
+    with running(publisher, inspector, fail, name, retry=RetryPolicy(max_attempts=2, delay=0)):
+        inspector.channel.basic_publish("", name, b"{}")
+        letter = inspector.get(f"{name}.dead")
     assert seen == [seen[0]] * 2
     assert letter.id == seen[0][0]
 

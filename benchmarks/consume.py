@@ -41,7 +41,6 @@ BOUNDS = (
     ("asyncio", "aio-pika", 0.8),
     ("asyncio", "faststream", 1.5),
     ("threads, auto", "dramatiq, follow-on", 3),
-    ("asyncio, auto", "dramatiq, follow-on", 3),
 )
 """Who is to be at least how many times as fast as whom."""
 

@@ -221,9 +221,28 @@ def test_what_fails_after_its_commit_is_a_dead_letter_that_says_so(
 
 
 @pytest.fixture
-def through_proxy(proxy: FaultProxy, name: str) -> Iterator[Publisher]:
+def through_proxy(proxy: FaultProxy, inspector: Inspector, name: str) -> Iterator[Publisher]:
+    inspector.clean_up(queue=name, exchange=name)
+    inspector.clean_up(queue=dead_letter_queue(name))
     with Publisher(proxy.url, exchange=name, unroutable="ignore") as found:
         yield found
+
+
+def cut(proxy: FaultProxy, worker: Worker) -> None:
+    """Cut the links of a worker, and wait until it knows."""
+    proxy.cut()
+    wait_until(lambda: not worker.is_consuming)
+
+
+@contextlib.contextmanager
+def consuming(
+    publisher: Publisher, act: Consumer | type[Consumer], inbox: Inbox, queue: str
+) -> Iterator[Worker]:
+    """Run a worker from the moment it consumes, until all that has come is settled."""
+    with working(publisher, act, inbox=inbox) as worker:
+        wait_until(lambda: worker.is_consuming)
+        yield worker
+        wait_until(lambda: worker.is_consuming and worker._subscription.out(queue) == 0)
 
 
 def test_what_fails_after_its_commit_is_a_dead_letter_although_its_link_is_lost(
@@ -245,8 +264,7 @@ def test_what_fails_after_its_commit_is_a_dead_letter_although_its_link_is_lost(
             with Session(engine) as session:
                 session.add(Effect(of=event.id))
                 session.commit()
-            proxy.cut()
-            wait_until(lambda: not worker.is_consuming)
+            cut(proxy, worker)
             raise ValueError("too late")
 
         def on_failure(self, event: ReceivedEvent, error: BaseException) -> None:
@@ -255,13 +273,9 @@ def test_what_fails_after_its_commit_is_a_dead_letter_although_its_link_is_lost(
         def on_dead(self, event: ReceivedEvent, reason: str) -> None:
             told.append("dead")
 
-    inspector.clean_up(queue=name, exchange=name)
-    inspector.clean_up(queue=dead_letter_queue(name))
-    with working(through_proxy, Act, inbox=inbox) as worker:
-        wait_until(lambda: worker.is_consuming)
+    with consuming(through_proxy, Act, inbox, name) as worker:
         send(through_proxy, name, "a")
         letter = inspector.get(dead_letter_queue(name))
-        wait_until(lambda: worker.is_consuming and worker._subscription.out(name) == 0)
     assert letter.id == "a"
     assert effects(engine) == 1
     assert inspector.all(name) == inspector.all(dead_letter_queue(name)) == []
@@ -276,7 +290,7 @@ def test_events_that_follow_a_commit_by_themselves_are_not_lost_with_the_link(
     engine: Engine,
     name: str,
 ) -> None:
-    cut: list[str] = []
+    seen: list[str] = []
 
     @consumer(name, deduplicate=True, auto_publish=True)
     def act(event: ReceivedEvent) -> None:
@@ -284,20 +298,15 @@ def test_events_that_follow_a_commit_by_themselves_are_not_lost_with_the_link(
         with Session(engine) as session:
             session.add(Effect(of=event.id))
             session.commit()
-        if not cut:
-            cut.append(event.id)
-            proxy.cut()
-            wait_until(lambda: not worker.is_consuming)
+        seen.append(event.id)
+        if len(seen) == 1:
+            cut(proxy, worker)
 
     follow_ons = inspector.queue(f"{name}-next")
-    inspector.clean_up(queue=name, exchange=name)
-    inspector.clean_up(queue=dead_letter_queue(name))
-    with working(through_proxy, act, inbox=inbox) as worker:
-        wait_until(lambda: worker.is_consuming)
+    with consuming(through_proxy, act, inbox, name) as worker:
         send(through_proxy, name, "a")
         assert inspector.get(follow_ons).target == follow_ons
         wait_until(lambda: noted(engine) == 1)
-        wait_until(lambda: worker.is_consuming and worker._subscription.out(name) == 0)
     assert inspector.all(name) == inspector.all(dead_letter_queue(name)) == []
 
 

@@ -36,18 +36,10 @@ class Failure(Exception):
     """Raised by a handler, which has its transaction rolled back."""
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/shop.db"
-    found: str = request.getfixturevalue("postgresql_url")
-    return found
-
-
 @pytest.fixture
-def engine(url: str) -> Iterator[Engine]:
+def engine(database_url: str) -> Iterator[Engine]:
     """The handlers' engine, all of whose transactions are on one connection."""
-    engine = create_engine(url, pool_size=1, max_overflow=0)
+    engine = create_engine(database_url, pool_size=1, max_overflow=0)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA foreign_keys=ON"))
     Base.metadata.create_all(engine)
@@ -57,8 +49,8 @@ def engine(url: str) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def inbox(url: str) -> Iterator[Inbox]:
-    inbox = Inbox(url)
+def inbox(database_url: str) -> Iterator[Inbox]:
+    inbox = Inbox(database_url)
     yield inbox
     inbox.engine.dispose()
 

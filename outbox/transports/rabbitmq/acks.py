@@ -76,18 +76,15 @@ class Acks:
             tags: that are done.
             hold: whether any may be held back, until another call.
         """
-        held = self._held
         new = sorted(tag for tag in tags if self.settle(tag, advance=False))
+        due, may_wait = (self._held, new) if hold else ([*self._held, *new], [])
         self._advance()
         # Below the lowest all are settled: the highest one there speaks for the others. It must
         # itself be outstanding, or the broker takes it for an unknown number.
-        together = sorted(tag for tag in (*held, *new) if tag < self._lowest)
+        together = sorted(tag for tag in (*due, *may_wait) if tag < self._lowest)
         acks = [(together[-1], len(together) > 1)] if together else []
-        alone = [tag for tag in held if tag > self._lowest]
-        self._held = [tag for tag in new if tag > self._lowest]
-        if not hold:
-            alone, self._held = sorted((*alone, *self._held)), []
-        return acks + [(tag, False) for tag in alone]
+        self._held = [tag for tag in may_wait if tag > self._lowest]
+        return acks + [(tag, False) for tag in sorted(due) if tag > self._lowest]
 
     def settle(self, tag: int, *, advance: bool = True) -> bool:
         """Settle one by other means than an ack; return False if it had been settled before."""

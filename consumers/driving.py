@@ -82,18 +82,14 @@ async def cancelled_in_time(value: Awaitable[Any], seconds: float) -> Any:
     Raises:
         ProcessTimeout: it was cancelled, whatever it has made of that.
     """
-    late = ProcessTimeout(f"it took more than {seconds:g} s")
     try:
         async with asyncio.timeout(seconds) as scope:
             found = await value
-    except TimeoutError:
-        if scope.expired():
-            raise late from None
-        raise
     except Exception as error:
-        if scope.expired():
-            raise late from error
-        raise
+        if not scope.expired():
+            raise
+        cause = None if isinstance(error, TimeoutError) else error
+        raise ProcessTimeout.after(seconds) from cause
     if scope.expired():
-        raise late
+        raise ProcessTimeout.after(seconds)
     return found

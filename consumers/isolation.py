@@ -179,7 +179,7 @@ class _Child:
             self._connection.send(delivery)
         except OSError:
             raise self._died() from None
-        found: Outcome = self._receive(limit, "process a message")
+        found: Outcome = self._receive(math.inf if limit is None else limit, "process a message")
         self.busy = False
         return found
 
@@ -209,7 +209,7 @@ class _Child:
         if held >= 0:
             os.close(held)
 
-    def _receive(self, limit: float | None, what: str) -> Outcome:
+    def _receive(self, limit: float, what: str) -> Outcome:
         found: Outcome
         try:
             in_time = self._wait(limit)
@@ -218,17 +218,17 @@ class _Child:
         except (EOFError, OSError):
             raise self._died() from None
         if not in_time:
-            raise ProcessTimeout(f"it took more than {limit:g} s to {what}")
+            raise ProcessTimeout.after(limit, what)
         return found
 
-    def _wait(self, limit: float | None) -> bool:
+    def _wait(self, limit: float) -> bool:
         """Wait for an answer; return whether it has come in time.
 
         Raises:
             EOFError: the process has ended. While one that it has forked is there, that does not
                 end the connection.
         """
-        deadline = math.inf if limit is None else time.monotonic() + limit
+        deadline = time.monotonic() + limit
         while not self._connection.poll(min(_LOOK_EVERY, max(0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
                 return False

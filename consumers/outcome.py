@@ -153,6 +153,11 @@ class Requeue(Exception):
 class ProcessTimeout(TimeoutError):
     """An attempt took longer than the consumer's ``timeout``: a failed one."""
 
+    @classmethod
+    def after(cls, seconds: float, doing: str = "") -> ProcessTimeout:
+        """Return one that tells how long it was given, and ``doing`` what."""
+        return cls(f"it took more than {seconds:g} s{doing and f' to {doing}'}")
+
 
 class ProcessDied(Exception):
     """The process in which an attempt ran has ended: a failed one."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from outbox import Event, EventCollector, PublishReport
 from outbox.chunk import Chunk
@@ -26,8 +26,6 @@ from outbox.subscription import Delivery
 __all__ = ["TaskEngine"]
 
 logger = logging.getLogger("outbox.consumer")
-
-T = TypeVar("T")
 
 _CANCELLED = 1.0  # seconds that a cancelled task has
 
@@ -44,6 +42,7 @@ class TaskEngine:
 
     Attributes:
         publisher, subscription, inbox: see ``life.Services``.
+        lives: of the messages that were begun.
     """
 
     def __init__(self, work: Work, concurrency: int) -> None:
@@ -68,17 +67,12 @@ class TaskEngine:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="outbox-worker-loop", daemon=True)
         self._context = contextvars.Context()
-        self._lives = Lives(work, self, self.put)
+        self.lives = Lives(work, self, self.put)
 
     @property
     def late(self) -> int:
         """How many handlers go on although they were cancelled when their time was over."""
         return len(self._late)
-
-    @property
-    def has_worked(self) -> bool:
-        """Whether a message was begun."""
-        return self._lives.any_begun
 
     # ------------------------------------------------------------------- services of a message
 
@@ -114,7 +108,7 @@ class TaskEngine:
     def start(self) -> None:
         """Start the loop; messages run in copies of the caller's context."""
         self._context = contextvars.copy_context()
-        self._lives.start()
+        self.lives.start()
         self._thread.start()
         self._ready.wait()
         if self._ordered is not None:
@@ -152,7 +146,7 @@ class TaskEngine:
             return True
         is_over = self._over.wait(max(0.0, deadline - time.monotonic()) + _CANCELLED + 1)
         self._thread.join(_CANCELLED)  # longer only while late handlers do not end
-        return self._lives.stop(deadline) and self._finished and is_over
+        return self.lives.stop(deadline) and self._finished and is_over
 
     def _call(self, function: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -191,7 +185,7 @@ class TaskEngine:
 
     def _begin(self, delivery: Delivery) -> None:
         # What is not begun is given back when the subscription closes, or was already.
-        life = None if self.is_stopping else self._lives.of(delivery, self._context)
+        life = None if self.is_stopping else self.lives.of(delivery, self._context)
         if life is None:
             self._room.release()
             return
@@ -207,7 +201,7 @@ class TaskEngine:
         self._late.discard(task)
         unconfirmed = None if task.cancelled() else task.result()
         if unconfirmed is not None:
-            self._lives.leave(life, unconfirmed)
+            self.lives.leave(life, unconfirmed)
         elif not was_late:  # else somebody else has ended it
             self._shared.ends()
         if task in self._tasks:
@@ -253,7 +247,7 @@ class TaskEngine:
             seconds,
         )
         message.abandon()
-        error = ProcessTimeout(f"it took more than {seconds:g} s")
+        error = ProcessTimeout.after(seconds)
         successor = self._start_task(Life(message, message.give_up(error), self._context.copy()))
         if len(self._late) <= self._concurrency:
             self._tasks.discard(task)

@@ -42,6 +42,7 @@ class ThreadEngine:
 
     Attributes:
         publisher, subscription, inbox: see ``life.Services``.
+        lives: of the messages that were begun.
         late: how many threads are in handlers whose time is over.
     """
 
@@ -59,13 +60,8 @@ class ThreadEngine:
         self._lock = threading.Condition()
         self._stopping = threading.Event()
         self._watch = Watch()
-        self._lives = Lives(work, self, self.put)
+        self.lives = Lives(work, self, self.put)
         self._context = contextvars.Context()
-
-    @property
-    def has_worked(self) -> bool:
-        """Whether a message was begun."""
-        return self._lives.any_begun
 
     # ------------------------------------------------------------------- services of a message
 
@@ -103,7 +99,7 @@ class ThreadEngine:
         """Start the threads; messages run in copies of the caller's context."""
         self._context = contextvars.copy_context()
         self._working = self._size
-        self._lives.start()
+        self.lives.start()
         for number in range(1, self._size + 1):
             self._start_thread(f"outbox-worker-{number}", self._work)
 
@@ -128,7 +124,7 @@ class ThreadEngine:
             finished = self._lock.wait_for(
                 lambda: not self._working, max(0.0, deadline - time.monotonic())
             )
-        finished = self._lives.stop(deadline) and finished
+        finished = self.lives.stop(deadline) and finished
         self._watch.close()
         return finished
 
@@ -153,7 +149,7 @@ class ThreadEngine:
         """Process a message; return whether this thread still has its place."""
         if self._stopping.is_set():
             return True  # it is given back when the subscription closes
-        life = self._lives.of(delivery, self._context)
+        life = self.lives.of(delivery, self._context)
         return True if life is None else self._go_on(life)
 
     def _go_on(self, life: Life) -> bool:
@@ -162,7 +158,7 @@ class ThreadEngine:
         try:
             life.context.run(self._live, message, life.steps, life.left_at)
         except Later as later:
-            self._lives.leave(life, later.chunk)
+            self.lives.leave(life, later.chunk)
             return True
         except (_Late, Abandoned):
             pass  # somebody else ends it, or gets it when the subscription closes
@@ -221,7 +217,7 @@ class ThreadEngine:
         )
         if not has_successor:
             logger.error("%d handlers are late: the worker has a thread less", self.late)
-        error = ProcessTimeout(f"it took more than {seconds:g} s")
+        error = ProcessTimeout.after(seconds)
         try:
             self._start_thread(thread.name, partial(self._succeed, message, error, has_successor))
         except RuntimeError:  # there can be no more threads: somebody else gets the message

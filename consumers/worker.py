@@ -148,7 +148,7 @@ class Worker:
     @property
     def has_worked(self) -> bool:
         """Whether a message was begun."""
-        return any(engine.has_worked for engine in self._engines())
+        return any(engine.lives.any_begun for engine in self._engines())
 
     @property
     def used_up(self) -> bool:

@@ -31,10 +31,10 @@ from benchmarks.tables import Bound, machine, median, print_bounds, table
 from outbox import Publisher, configure, enqueue_event
 from outbox.event import Event
 from outbox.sql import Relay, Store
-from outbox.sql.rows import values_of
+from outbox.storage.rows import values_of
 from outbox.testing.broker import PrivateBroker
 from outbox.testing.postgresql import PrivatePostgreSQL
-from outbox.transports.rabbitmq.framing import Encoder
+from outbox.transports.rabbitmq.amqp.encoder import Encoder
 
 _BATCH = 1000
 _ONE_BY_ONE = 3000  # rows for the loop that takes a round trip for each

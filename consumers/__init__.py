@@ -1,7 +1,7 @@
 """Consumers of queues, and the worker that runs them."""
 
-from outbox.consumers.consumer import Consumer, FunctionConsumer, consumer
 from outbox.consumers.current import current_message
+from outbox.consumers.definition import Consumer, FunctionConsumer, consumer
 from outbox.consumers.filters import after, around, before
 from outbox.consumers.logs import MessageFilter
 from outbox.consumers.outcome import (
@@ -13,9 +13,9 @@ from outbox.consumers.outcome import (
     Reject,
     Requeue,
 )
-from outbox.consumers.received import ReceivedEvent
-from outbox.consumers.retrying import Retry, RetryPolicy, exponential
-from outbox.consumers.worker import Worker
+from outbox.consumers.received_event import ReceivedEvent
+from outbox.consumers.retry import Retry, RetryPolicy, exponential
+from outbox.consumers.worker.worker import Worker
 
 __all__ = [
     # Writing consumers

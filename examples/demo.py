@@ -32,10 +32,10 @@ from typing import Any
 import pika
 import pika.exceptions
 
+from outbox.messages.delivery import Delivery, QueueSpec
 from outbox.settings import Settings
-from outbox.subscription import Delivery, QueueSpec
 from outbox.testing.broker import BrokerMissing, PrivateBroker
-from outbox.transports import open_subscription
+from outbox.transports.registry import open_subscription
 
 ROOT = Path(__file__).parents[1]
 WITNESS = "demo.witness"
@@ -123,7 +123,7 @@ class Demo:
 
     def _start_worker(self, name: str) -> Process:
         step(f"a worker starts: outbox-consume {self._consumers}")
-        worker = self._process(name, "-m", "outbox.consumers.cli", self._consumers)
+        worker = self._process(name, "-m", "outbox.consumers", self._consumers)
         worker.until(
             lambda: (
                 self._witness.consumes("shop.invoices") and self._witness.consumes("shop.ledger")

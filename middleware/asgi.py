@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from outbox import Publisher, scope
+from outbox import Publisher
 from outbox.configuration import configured_publisher
-from outbox.middleware.unit import IsSuccess, RequestCollector, below_400
+from outbox.middleware.request_collector import IsSuccess, RequestCollector, below_400
+from outbox.unit_of_work import scope
 
 __all__ = ["OutboxMiddleware"]
 

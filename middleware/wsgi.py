@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from outbox import Publisher
-from outbox.middleware.unit import IsSuccess, RequestCollector, below_400
-from outbox.scope import Scope, leave, present, resume
+from outbox.middleware.request_collector import IsSuccess, RequestCollector, below_400
+from outbox.unit_of_work.scope import Scope, leave, present, resume
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

@@ -1,7 +1,6 @@
 """Events that are published when their unit of work has succeeded, and only then."""
 
-from outbox.auto_publishing import AutoPublishingEventCollector, auto_publishing
-from outbox.collector import EventCollector, clear_events, enqueue_event, publish, publish_async
+from outbox.backlog.stats import Latency, Stats
 from outbox.configuration import configure
 from outbox.errors import (
     Blocked,
@@ -15,15 +14,21 @@ from outbox.errors import (
     Nacked,
     NotConfigured,
     OutboxError,
-    PublishFailed,
     PublishTimeout,
     UnpublishedEvents,
     UsageError,
 )
 from outbox.event import Event
 from outbox.publisher import Publisher
-from outbox.report import PublishReport, Rejection
-from outbox.stats import Latency, Stats
+from outbox.report import PublishFailed, PublishReport, Rejection
+from outbox.unit_of_work.auto_publishing import AutoPublishingEventCollector, auto_publishing
+from outbox.unit_of_work.collector import (
+    EventCollector,
+    clear_events,
+    enqueue_event,
+    publish,
+    publish_async,
+)
 
 __all__ = [
     # Collecting

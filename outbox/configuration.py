@@ -6,15 +6,17 @@ import os
 import threading
 from typing import Unpack
 
-from outbox import observing, process, serializer
+from outbox import serializer
 from outbox.errors import NotConfigured, UsageError
+from outbox.observer import Observer, installed_observer
 from outbox.publisher import Publisher
 from outbox.settings import SettingOverrides
+from outbox.system import process
 
 __all__ = ["configure", "configured_publisher", "default_publisher", "publisher_if_any"]
 
 _publisher: Publisher | None = None
-_stand_in: tuple[observing.Observer | None, Publisher] | None = None
+_stand_in: tuple[Observer | None, Publisher] | None = None
 _lock = threading.RLock()
 
 
@@ -58,7 +60,7 @@ def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> P
         return publisher
 
 
-def default_publisher(observer: observing.Observer | None = None) -> Publisher:
+def default_publisher(observer: Observer | None = None) -> Publisher:
     """Return the process's default publisher, made from the environment if need be.
 
     Args:
@@ -73,14 +75,14 @@ def default_publisher(observer: observing.Observer | None = None) -> Publisher:
     with _lock:
         if (
             _publisher is None
-            and (observer or observing.installed()) is not None
+            and (observer or installed_observer()) is not None
             and not os.environ.get("OUTBOX_URL")
         ):
-            return _stand_in_for(observer or observing.installed())
+            return _stand_in_for(observer or installed_observer())
         return _publisher or configure()
 
 
-def _stand_in_for(observer: observing.Observer | None) -> Publisher:
+def _stand_in_for(observer: Observer | None) -> Publisher:
     """Return the publisher of a test whose code has configured none."""
     global _stand_in
     if _stand_in is None or _stand_in[0] is not observer:

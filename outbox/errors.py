@@ -25,11 +25,6 @@ survive pickling.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from outbox.report import PublishReport
-
 __all__ = [
     "Blocked",
     "BrokerError",
@@ -42,7 +37,6 @@ __all__ = [
     "Nacked",
     "NotConfigured",
     "OutboxError",
-    "PublishFailed",
     "PublishTimeout",
     "UnpublishedEvents",
     "UsageError",
@@ -132,18 +126,3 @@ class Nacked(BrokerError):
 
 class PublishTimeout(BrokerError):
     """The broker did not confirm within the time that the caller had."""
-
-
-class PublishFailed(BrokerError):
-    """Some events of a chunk were not published.
-
-    Attributes:
-        report: the :class:`outbox.PublishReport` with every event's fate.
-    """
-
-    def __init__(self, report: PublishReport) -> None:
-        super().__init__(report)
-        self.report = report
-
-    def __str__(self) -> str:
-        return str(self.report)

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 
-from outbox import process
+from outbox.system import process
 
 __all__ = ["follow_on_id", "new_id"]
 

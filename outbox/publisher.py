@@ -13,17 +13,18 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, Unpack
 
-from outbox import observing, process, waking
-from outbox.chunk import Chunk
+from outbox.backlog import waker
+from outbox.backlog.chunk import Chunk
+from outbox.backlog.notifier import call_hook, ids
+from outbox.backlog.stats import Stats
 from outbox.errors import CollectorFull, InvalidEvent, UsageError
 from outbox.event import Event
-from outbox.observing import Observer
+from outbox.observer import Observer, installed_observer
 from outbox.report import PublishReport
 from outbox.settings import SettingOverrides, Settings
-from outbox.spread import call_hook, ids
-from outbox.stats import Stats
-from outbox.transport import Transport
-from outbox.transports import open_transport
+from outbox.system import process
+from outbox.transports.registry import open_transport
+from outbox.transports.transport import Transport
 
 __all__ = ["Publisher", "refuse_running_loop"]
 
@@ -197,7 +198,7 @@ class Publisher:
     ) -> PublishReport:
         """Await what :meth:`wait_for` waits for."""
         if chunk.reported is None:
-            await waking.reported(chunk, self._timeout(timeout))
+            await waker.reported(chunk, self._timeout(timeout))
             if chunk.reported is None:
                 self._transport().release(chunk)
         return chunk.reported or chunk.future.result()
@@ -330,7 +331,7 @@ class Publisher:
         self.close()
 
     def _transport(self, observer: Observer | None = None) -> Transport:
-        observer = observer or observing.installed()
+        observer = observer or installed_observer()
         return self._own_transport() if observer is None else observer.transport_of(self.settings)
 
     def _own_transport(self) -> Transport:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
-from outbox.errors import BrokerError, PublishFailed
+from outbox.errors import BrokerError
 from outbox.event import Event
 
-__all__ = ["PublishReport", "Rejection", "Withdrawn"]
+__all__ = ["PublishFailed", "PublishReport", "Rejection", "Withdrawn"]
 
 
 class Rejection(NamedTuple):
@@ -76,3 +76,18 @@ class PublishReport:
             + (f" ({reasons})" if reasons else "")
             + (f": {self.error}" if self.error is not None else "")
         )
+
+
+class PublishFailed(BrokerError):
+    """Some events of a chunk were not published.
+
+    Attributes:
+        report: the :class:`outbox.PublishReport` with every event's fate.
+    """
+
+    def __init__(self, report: PublishReport) -> None:
+        super().__init__(report)
+        self.report = report
+
+    def __str__(self) -> str:
+        return str(self.report)

@@ -15,19 +15,22 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from outbox import EventCollector, Publisher, ids
-from outbox.auto_publishing import AutoPublishingEventCollector
-from outbox.backlog import Backlog
-from outbox.chunk import Entry, Fate
+from outbox.backlog.backlog import Backlog
+from outbox.backlog.chunk import Entry, Fate
 from outbox.configuration import default_publisher
-from outbox.consumers import life, tasks
-from outbox.consumers.life import Message, Step
+from outbox.consumers.message import follow_ons, message
+from outbox.consumers.message.message import Message
+from outbox.consumers.message.steps import Step
 from outbox.consumers.outcome import ACK, Dead, ProcessTimeout
-from outbox.consumers.retrying import RetryPolicy
-from outbox.consumers.threads import ThreadEngine
-from outbox.headers import ATTEMPT
-from outbox.middleware import unit
-from outbox.sql import Store, inbox, outcome, rows, store, transaction, waves
-from outbox.transports.rabbitmq.publishing import RabbitMQTransport
+from outbox.consumers.retry import RetryPolicy
+from outbox.consumers.worker import task_engine
+from outbox.consumers.worker.thread_engine import ThreadEngine
+from outbox.messages.headers import ATTEMPT
+from outbox.middleware import request_collector
+from outbox.sql import Store, inbox, row_fates, transaction, waves
+from outbox.storage import rows, store
+from outbox.transports.rabbitmq.transport import RabbitMQTransport
+from outbox.unit_of_work.auto_publishing import AutoPublishingEventCollector
 
 __all__ = ["BUGS", "Bug", "plant"]
 
@@ -156,7 +159,7 @@ def _no_drain_at_exit() -> None:
 
 
 def _random_follow_on_ids() -> None:
-    found: Any = life
+    found: Any = follow_ons
     found.follow_on_id = lambda *parts: ids.new_id()
 
 
@@ -178,7 +181,7 @@ def _error_responses_publish() -> None:
     def discard(self: Any, why: Any) -> None:
         self.submit_quietly()
 
-    unit.RequestCollector.discard = discard  # type: ignore[method-assign]
+    request_collector.RequestCollector.discard = discard  # type: ignore[method-assign]
 
 
 def _no_dead_letters() -> None:
@@ -243,7 +246,7 @@ def _order_ignored() -> None:
 
 
 def _left_is_done() -> None:
-    original = outcome.sort_out
+    original = row_fates.sort_out
 
     def sort_out(claimed: Any, report: Any) -> Any:
         fates = original(claimed, report)
@@ -283,7 +286,7 @@ def _copy_not_confirmed() -> None:
 
 
 def _changed_copy(change: Callable[[Any], Any]) -> None:
-    found: Any = life
+    found: Any = message
     original = found.retry_copy
     found.retry_copy = lambda *arguments: change(original(*arguments))
 
@@ -319,7 +322,7 @@ def _late_is_done() -> None:
 
 
 def _cancelled_is_done() -> None:
-    found: Any = tasks
+    found: Any = task_engine
     original = found.cancelled_in_time
 
     async def in_time(value: Any, seconds: float) -> Any:

@@ -133,7 +133,7 @@ class Ground:
             *("uvicorn", "--port", str(ports[1]), "proving.programs.asgi:app"),
             *("--log-level", "warning"),
         ]
-        consume = ["outbox.consumers.cli", "proving.programs.worker", "-p", "2", "-t", "16"]
+        consume = ["outbox.consumers", "proving.programs.worker", "-p", "2", "-t", "16"]
         consume += ["--log-level", "WARNING"]
         relay = ["proving.programs.relay"]
         every: dict[str, Callable[[], Program]] = {

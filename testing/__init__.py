@@ -1,11 +1,11 @@
 """Tools for the tests of code that uses outbox; the pytest plugin offers them as fixtures."""
 
 from outbox.testing.assertions import EventAssertions, Matches
-from outbox.testing.collected import CollectedEvents
-from outbox.testing.delivering import Delivered
+from outbox.testing.collected_events import CollectedEvents
+from outbox.testing.installation import live, recorded
 from outbox.testing.live_events import LiveEvents
+from outbox.testing.recorded_delivery import Delivered
 from outbox.testing.recorder import SimulatedCrash
-from outbox.testing.recording import live, recorded
 from outbox.testing.unittest import CollectedEventsMixin
 
 __all__ = [

@@ -9,9 +9,9 @@ from typing import Any
 
 from outbox.consumers import Consumer
 from outbox.testing.assertions import EventAssertions
-from outbox.testing.delivering import Delivered
-from outbox.testing.live import LiveBroker
-from outbox.testing.working import LiveDeliverer
+from outbox.testing.live_broker import LiveBroker
+from outbox.testing.live_delivery import LiveDeliverer
+from outbox.testing.recorded_delivery import Delivered
 
 __all__ = ["LiveEvents"]
 

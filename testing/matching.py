@@ -12,7 +12,7 @@ from types import EllipsisType
 from typing import Any
 
 from outbox import Event, UsageError
-from outbox.topics import matches
+from outbox.messages.topics import matches
 
 __all__ = ["Undecoded", "Wanted", "contains", "describe", "payload_of"]
 

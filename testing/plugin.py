@@ -12,9 +12,9 @@ import pytest
 from outbox import MissingExtra
 from outbox.testing.assertions import EventAssertions
 from outbox.testing.broker import BrokerMissing, PrivateBroker
-from outbox.testing.collected import CollectedEvents
+from outbox.testing.collected_events import CollectedEvents
+from outbox.testing.installation import live, recorded
 from outbox.testing.live_events import LiveEvents
-from outbox.testing.recording import live, recorded
 
 __all__ = ["collected_events", "embedded_events", "live_events", "outbox_broker"]
 

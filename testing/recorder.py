@@ -8,11 +8,11 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from outbox import BrokerError, ConnectionLost, Event, PublishReport, UsageError
-from outbox.chunk import Chunk, Entry, Fate
+from outbox.backlog.chunk import Chunk, Entry, Fate
+from outbox.backlog.stats import Tally
 from outbox.configuration import configured_publisher
+from outbox.messages.topics import matches
 from outbox.settings import Settings
-from outbox.stats import Tally
-from outbox.topics import matches
 
 __all__ = ["Recorder", "SimulatedCrash"]
 
@@ -28,7 +28,7 @@ class SimulatedCrash(BaseException):
 
 
 class Recorder:
-    """An observer (``outbox.observing``) that is also everybody's transport. Thread-safe.
+    """An observer (``outbox.observer``) that is also everybody's transport. Thread-safe.
 
     Nothing of it depends on context variables: events of bare threads, of tasks and of explicit
     publishers are recorded alike.

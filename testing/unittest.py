@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import unittest
 
-from outbox.testing.collected import CollectedEvents
-from outbox.testing.recording import recorded
+from outbox.testing.collected_events import CollectedEvents
+from outbox.testing.installation import recorded
 
 __all__ = ["CollectedEventsMixin"]
 

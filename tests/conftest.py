@@ -13,10 +13,12 @@ import pytest
 from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
 
-from outbox import Publisher, configuration, observing, scope
+from outbox import Publisher, configuration
+from outbox.observer import installed_observer
 from outbox.sql import Store
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.postgresql import PostgreSQLMissing, PrivatePostgreSQL
+from outbox.unit_of_work import scope
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.places import Place, place_of
@@ -182,7 +184,7 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     default = configuration.configured_publisher()
     if default is not None:
         default.close(0)
-    assert observing.installed() is None
+    assert installed_observer() is None
     for thread in threading.enumerate():
         if thread.name.startswith("outbox-"):
             thread.join(5)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from outbox.subscription import dead_letter_queue
+from outbox.messages.delivery import dead_letter_queue
 from tests.places import Place, events_for
 from tests.waiting import wait_until
 
@@ -67,7 +67,7 @@ class Command:
             "OUTBOX_EXCHANGE": self.place.exchange,
             "PYTHONDONTWRITEBYTECODE": "1",  # a module may change twice within its time's unit
         }
-        command = ["outbox.consumers.cli", "work", "--log-format", "json", *arguments]
+        command = ["outbox.consumers", "work", "--log-format", "json", *arguments]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", *command],

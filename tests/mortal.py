@@ -18,14 +18,15 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from outbox import EventCollector, Publisher, enqueue_event, publish, publish_async
-from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, life
-from outbox.consumers.life import Message
+from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker
+from outbox.consumers.message import message
+from outbox.consumers.message.message import Message
 from outbox.consumers.outcome import Ack
-from outbox.consumers.tasks import TaskEngine
-from outbox.consumers.threads import ThreadEngine
+from outbox.consumers.worker.task_engine import TaskEngine
+from outbox.consumers.worker.thread_engine import ThreadEngine
 from outbox.sql import Inbox, inbox
-from outbox.transports.rabbitmq.consuming import RabbitMQSubscription
-from outbox.transports.sqlite.consuming import SQLiteSubscription
+from outbox.transports.rabbitmq.subscription import RabbitMQSubscription
+from outbox.transports.sqlite.subscription import SQLiteSubscription
 from tests.databases import Effect
 
 __all__ = ["POINTS", "Job", "running"]
@@ -199,7 +200,7 @@ def _when_a_copy_is_confirmed() -> None:
 
 
 POINTS: dict[str, Callable[[], None]] = {
-    "when it is decoded": lambda: _after(life, "decode"),
+    "when it is decoded": lambda: _after(message, "decode"),
     "when the inbox knows nothing of it": lambda: _after(inbox._Entry, "is_done"),
     "when its follow-on is collected": lambda: _after(EventCollector, "enqueue_event"),
     "when what follows from it is on its way": lambda: _after(Publisher, "submit_chunk"),
@@ -208,6 +209,6 @@ POINTS: dict[str, Callable[[], None]] = {
     "right after its commit": lambda: _before(inbox._Entry, "note"),
     "when it is done": lambda: _before(Message, "settle", _is_done),
     "when it is acked": _when_acked,
-    "when its copy for a retry is made": lambda: _after(life, "retry_copy"),
+    "when its copy for a retry is made": lambda: _after(message, "retry_copy"),
     "when its copy for a retry is confirmed": _when_a_copy_is_confirmed,
 }

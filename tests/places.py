@@ -14,11 +14,13 @@ import pytest
 
 from outbox import Event, EventCollector, Publisher
 from outbox.consumers import Consumer, Worker
-from outbox.parked import ParkedMessage, ParkedQueues
-from outbox.parking import PARKING_QUEUE
+from outbox.messages.dead_letters import PARKING_QUEUE
+from outbox.messages.delivery import Delivery, QueueSpec, QueueType, dead_letter_queue
+from outbox.messages.parked_message import ParkedMessage
 from outbox.settings import SettingOverrides, Settings
-from outbox.subscription import Delivery, QueueSpec, QueueType, Subscription, dead_letter_queue
-from outbox.transports import open_parked_queues, open_subscription
+from outbox.transports.parked_queues import ParkedQueues
+from outbox.transports.registry import open_parked_queues, open_subscription
+from outbox.transports.subscription import Subscription
 from tests.amqp import Inspector
 from tests.waiting import wait_until
 

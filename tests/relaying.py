@@ -8,7 +8,7 @@ from typing import Any
 
 from outbox import Event
 from outbox.sql import Relay, Store
-from outbox.sql.engines import open_engine
+from outbox.storage.engines import open_engine
 
 __all__ = ["an_event", "is_empty", "many", "opened", "running"]
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from benchmarks.peers import BODY, EXCHANGE, TARGET
 from outbox import Event
-from outbox.transports.rabbitmq.framing import Encoder
+from outbox.transports.rabbitmq.amqp.encoder import Encoder
 
 _METHOD = 1
 _ACK = (60, 80)

@@ -8,17 +8,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from outbox.commands import exit_codes, parked, relay, sql, stored
+from outbox import exit_codes
+from outbox.commands import parked_command, relay_command, sql_command, stored_command
 from outbox.commands.printing import printable
 from outbox.errors import BrokerError, OutboxError
 
 __all__ = ["main"]
 
-_SUB_COMMANDS = (relay, stored, sql, parked)
+_SUB_COMMANDS = (relay_command, stored_command, sql_command, parked_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code, one of ``outbox.commands.exit_codes``."""
+    """Run the command and return its exit code, one of ``outbox.exit_codes``."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(
         level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_codes.SUCCESS
     except OutboxError as error:
         print(f"outbox: {printable(str(error))}", file=sys.stderr)
-        return exit_codes.BROKER if isinstance(error, BrokerError) else exit_codes.USAGE
+        return exit_codes.UNAVAILABLE if isinstance(error, BrokerError) else exit_codes.USAGE
     except KeyboardInterrupt:
         print("outbox: interrupted", file=sys.stderr)
         return exit_codes.INTERRUPTED

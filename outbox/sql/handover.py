@@ -15,14 +15,14 @@ from collections.abc import Sequence
 
 from sqlalchemy import Engine
 
-from outbox import process
 from outbox.errors import OutboxError
 from outbox.publisher import Publisher
-from outbox.sql.engines import engine_beside
-from outbox.sql.failures import DatabaseError, reason_of
-from outbox.sql.outcome import settle
-from outbox.sql.store import Claimed, Store
+from outbox.sql.row_fates import settle
 from outbox.sql.waves import publish_in_waves
+from outbox.storage.engines import engine_beside
+from outbox.storage.failures import DatabaseError, reason_of
+from outbox.storage.store import Claimed, Store
+from outbox.system import process
 
 __all__ = ["CHANNEL", "Handover", "drain", "handover_for"]
 

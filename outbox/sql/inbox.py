@@ -32,9 +32,9 @@ from sqlalchemy.exc import IntegrityError
 
 from outbox.errors import CollectorClosed, UsageError
 from outbox.sql import commits
-from outbox.sql.clock import Timestamp, now, seconds_since
-from outbox.sql.engines import engine_beside, open_engine
-from outbox.sql.schema import DIALECTS, metadata
+from outbox.storage.clock import Timestamp, now, seconds_since
+from outbox.storage.engines import engine_beside, open_engine
+from outbox.storage.schema import DIALECTS, metadata
 
 __all__ = ["WINDOW", "Inbox"]
 
@@ -143,7 +143,7 @@ class Inbox:
 
 
 class _Entry:
-    """One message and one consumer; see ``outbox.consumers.life.InboxEntry``."""
+    """One message and one consumer; see ``outbox.consumers.message.deduplication.InboxEntry``."""
 
     def __init__(self, inbox: Inbox, consumer: str, message_id: str, window: float) -> None:
         self._inbox = inbox

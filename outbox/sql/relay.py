@@ -21,12 +21,12 @@ from sqlalchemy.engine import URL
 from outbox.configuration import default_publisher
 from outbox.errors import UsageError
 from outbox.publisher import Publisher
-from outbox.sql.engines import open_engine
-from outbox.sql.failures import DatabaseError, reason_of
 from outbox.sql.listening import can_listen, listen
-from outbox.sql.outcome import Outcome, settle
-from outbox.sql.store import Store
+from outbox.sql.row_fates import Outcome, settle
 from outbox.sql.waves import Batch
+from outbox.storage.engines import open_engine
+from outbox.storage.failures import DatabaseError, reason_of
+from outbox.storage.store import Store
 
 __all__ = ["Relay", "RelayStats"]
 

@@ -15,14 +15,15 @@ from sqlalchemy import inspect as state_of
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction, registry
 
-from outbox import observing, storing
+from outbox import sinks
 from outbox.errors import UsageError
 from outbox.event import Event
+from outbox.observer import installed_observer
 from outbox.publisher import Publisher
 from outbox.sql.commits import is_autocommit
 from outbox.sql.handover import Handover, handover_for
-from outbox.sql.rows import values_of
-from outbox.sql.schema import DIALECTS, events, events_with_grace
+from outbox.storage.rows import values_of
+from outbox.storage.schema import DIALECTS, events, events_with_grace
 
 __all__ = ["bind", "sink_of_connection", "sink_of_session"]
 
@@ -63,7 +64,7 @@ def bind(provider: Callable[[], Any] | Any | None) -> None:
         UsageError: it is none of these.
     """
     if provider is None:
-        storing.bind(None)
+        sinks.bind(None)
         return
     found = getattr(provider, "registry", None)
     present = provider if found is None else lambda: found() if found.has() else None
@@ -73,16 +74,16 @@ def bind(provider: Callable[[], Any] | Any | None) -> None:
             "the present session"
         )
 
-    def sink() -> storing.Sink | None:
+    def sink() -> sinks.Sink | None:
         session = _synchronous(present())
         if session is None or not session.in_transaction():
             return None
         return sink_of_session(session)
 
-    storing.bind(sink, None if found is None else getattr(provider, "remove", None))
+    sinks.bind(sink, None if found is None else getattr(provider, "remove", None))
 
 
-def sink_of_session(session: Any) -> storing.Sink:
+def sink_of_session(session: Any) -> sinks.Sink:
     """Return what stores events in the transaction of ``session``, which begins one if need be.
 
     Raises:
@@ -98,7 +99,7 @@ def sink_of_session(session: Any) -> storing.Sink:
     return store
 
 
-def sink_of_connection(connection: Any) -> storing.Sink:
+def sink_of_connection(connection: Any) -> sinks.Sink:
     """Return what stores events in the transaction of ``connection``, at once.
 
     Raises:
@@ -140,7 +141,7 @@ def _store_in_session(session: Session, stored: Event, publisher: Publisher | No
             "(sessionmaker(bind=engine), or binds={outbox.sql.events: engine})"
         ) from error
     _check(where)
-    observer = observing.installed()
+    observer = installed_observer()
     handover = None
     # Where the connection is the caller's, his transaction may outlast the session's.
     if isinstance(where, Engine) and (observer is None or observer.hands_over):

@@ -11,8 +11,8 @@ from concurrent.futures import Future
 from outbox.errors import UsageError
 from outbox.publisher import Publisher
 from outbox.report import PublishReport
-from outbox.sql.outcome import Outcome, sort_out
-from outbox.sql.store import Claimed
+from outbox.sql.row_fates import Outcome, sort_out
+from outbox.storage.store import Claimed
 
 __all__ = ["Batch", "publish_in_waves", "waves"]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from outbox.backlog import Backlog
-from outbox.chunk import Chunk
+from outbox.backlog.backlog import Backlog
+from outbox.backlog.chunk import Chunk
+from outbox.backlog.notifier import Spread
+from outbox.backlog.stats import Tally
 from outbox.errors import ConnectionLost
 from outbox.event import Event
-from outbox.spread import Spread
-from outbox.stats import Tally
 
 __all__ = ["BackloggedTransport"]
 

@@ -6,13 +6,15 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from outbox.backlog import Backlog
-from outbox.chunk import Chunk, Fate
+from outbox.backlog.backlog import Backlog
+from outbox.backlog.chunk import Chunk, Fate
+from outbox.backlog.notifier import Spread
+from outbox.backlog.stats import Tally
 from outbox.event import Event
-from outbox.spread import Spread
-from outbox.stats import Tally
+from outbox.settings import Settings
+from outbox.url import BrokerURL
 
-__all__ = ["MemoryTransport"]
+__all__ = ["MemoryTransport", "Transport"]
 
 
 class MemoryTransport:
@@ -25,7 +27,7 @@ class MemoryTransport:
     kept_size = (0, 0)
     on_own_thread = False
 
-    def __init__(self, spread: Spread) -> None:
+    def __init__(self, url: BrokerURL, settings: Settings, spread: Spread) -> None:
         self._backlog = Backlog()
         self._spread = spread
         self._lock = threading.Lock()
@@ -62,3 +64,6 @@ class MemoryTransport:
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
         """Return nothing: nothing is ever left."""
         return ()
+
+
+Transport = MemoryTransport

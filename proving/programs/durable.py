@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from outbox import configure
-from outbox.stopping import Signals
+from outbox.system.signals import Signals
 from proving.programs.unit import Unit, journal, pace
 
 HISTORY = journal("durable")

@@ -9,7 +9,7 @@ import time
 
 from outbox import CollectorFull, EventCollector, auto_publishing, configure
 from outbox.report import PublishReport
-from outbox.stopping import Signals
+from outbox.system.signals import Signals
 from proving.programs.unit import Unit, journal, pace
 
 HISTORY = journal("script")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox.consumers import exit_codes
+from outbox import exit_codes
 from tests.amqp import Inspector, properties_of
 
 MODULE = """
@@ -73,7 +73,7 @@ def start(tmp_path: Path, amqp_url: str, name: str, inspector: Inspector) -> Ite
     started: list[subprocess.Popen[str]] = []
 
     def start(
-        *arguments: str, program: Sequence[str] = ("-m", "outbox.consumers.cli")
+        *arguments: str, program: Sequence[str] = ("-m", "outbox.consumers")
     ) -> subprocess.Popen[str]:
         child = subprocess.Popen(
             [sys.executable, *program, *arguments],
@@ -115,7 +115,10 @@ def wait_for_file(path: Path) -> None:
 def test_a_thread_that_cannot_be_stopped_does_not_hold_up_the_end(
     start: Start, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:
-    impatient = "import sys; from outbox.consumers import cli; cli.MARGIN = 1; sys.exit(cli.main())"
+    impatient = (
+        "import sys; from outbox.consumers.command import consume; "
+        "consume.MARGIN = 1; sys.exit(consume.main())"
+    )
     child = start("work:Blocked", "--shutdown-timeout", "0.2", program=("-c", impatient))
     queue = f"{name}.blocked"
     wait_for_consumer(inspector, queue)
@@ -295,7 +298,7 @@ def test_wrong_usage_is_told_in_a_line(start: Start, arguments: list[str], told:
 
 def test_the_help_shows_real_commands(start: Start) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "outbox.consumers.cli", "--help"],
+        [sys.executable, "-m", "outbox.consumers", "--help"],
         capture_output=True,
         text=True,
         timeout=20,

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from outbox import Event
-from outbox.consumers import ACK, exit_codes, isolation
-from outbox.subscription import Delivery, as_delivered, dead_letter_queue
+from outbox import Event, exit_codes
+from outbox.consumers import ACK
+from outbox.consumers.isolation import process_pool
+from outbox.messages.delivery import Delivery, as_delivered, dead_letter_queue
 from tests.consuming import Command
 from tests.places import Place, reading
 from tests.waiting import wait_until
@@ -30,7 +31,7 @@ def note(*words):
         file.write(" ".join(map(str, words)) + "\\n")
 
 
-if "outbox.consumers.isolated" in sys.orig_argv and os.path.exists("broken"):
+if "outbox.consumers.isolation.process_main" in sys.orig_argv and os.path.exists("broken"):
     raise RuntimeError("half deployed")
 
 
@@ -231,9 +232,9 @@ def test_processes_that_do_not_end_are_waited_for_beside_each_other(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "leaving.py").write_text(MODULE.format(name=name))
-    monkeypatch.setattr(isolation, "_FINISH", 1.0)
-    orders = isolation.Orders(["leaving"], f"sqlite:///{tmp_path}/outbox.db", "INFO", "text")
-    isolated = isolation.Isolation(orders)
+    monkeypatch.setattr(process_pool, "_FINISH", 1.0)
+    orders = process_pool.Orders(["leaving"], f"sqlite:///{tmp_path}/outbox.db", "INFO", "text")
+    isolated = process_pool.Isolation(orders)
     event = Event(id="7", target=name, exchange="", body=b'{"do": "leave a thread"}')
     delivery = as_delivered(event, name, 1, redelivered=False)
 

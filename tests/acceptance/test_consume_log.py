@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from outbox import Event
-from outbox.consumers import exit_codes
+from outbox import Event, exit_codes
 from tests.places import SQLitePlace
 from tests.waiting import wait_until
 
@@ -39,7 +38,7 @@ FORGED = "b\nERROR root: forged"
 def consume(place: SQLitePlace, folder: Path, *arguments: str) -> str:
     """Consume a message that succeeds and one that fails; return the log."""
     (folder / "work.py").write_text(MODULE)
-    command = [sys.executable, "-m", "outbox.consumers.cli", "work", *arguments]
+    command = [sys.executable, "-m", "outbox.consumers", "work", *arguments]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -118,7 +117,7 @@ def test_above_info_messages_are_not_logged_one_by_one(place: SQLitePlace, tmp_p
 def test_in_json_what_ends_the_process_is_a_line_too(tmp_path: Path) -> None:
     (tmp_path / "work.py").write_text("raise RuntimeError('broken')")
     done = subprocess.run(
-        [sys.executable, "-m", "outbox.consumers.cli", "work", "--log-format", "json"],
+        [sys.executable, "-m", "outbox.consumers", "work", "--log-format", "json"],
         cwd=tmp_path,
         env={**os.environ, "OUTBOX_URL": "memory://"},
         stderr=subprocess.PIPE,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from outbox.consumers import exit_codes
-from outbox.subscription import dead_letter_queue
+from outbox import exit_codes
+from outbox.messages.delivery import dead_letter_queue
 from tests.consuming import Command
 from tests.places import Place, RabbitMQPlace, SQLitePlace
 from tests.waiting import wait_until

@@ -159,7 +159,7 @@ def test_every_use_of_the_command_outbox_that_is_shown_works(
 def test_the_documented_options_of_the_commands_are_there() -> None:
     known = "--all-pythons --help --apply-to --hypothesis-profile "
     for command in (
-        ["outbox.consumers.cli"],
+        ["outbox.consumers"],
         ["outbox", "parked", "list"],
         ["outbox", "parked", "replay"],
         ["outbox", "parked", "purge"],

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from outbox.commands import exit_codes
-from outbox.parking import PARKING_QUEUE
+from outbox import exit_codes
+from outbox.messages.dead_letters import PARKING_QUEUE
 from tests.commands import Done, run_outbox
 from tests.places import SQLitePlace, events_for, reading
 from tests.waiting import wait_until
@@ -44,7 +44,7 @@ def test_outbox_consume_works_on_the_file_until_it_is_told_to_stop(
     (tmp_path / "work.py").write_text(MODULE)
     with reading(place, "seen", ["invoice.*"]) as reader, place.publisher() as publisher:
         child = subprocess.Popen(
-            [sys.executable, "-m", "outbox.consumers.cli", "work", "--url", "sqlite:///outbox.db"],
+            [sys.executable, "-m", "outbox.consumers", "work", "--url", "sqlite:///outbox.db"],
             cwd=tmp_path,
             env={name: value for name, value in os.environ.items() if name != "OUTBOX_URL"},
             stderr=subprocess.PIPE,
@@ -83,7 +83,7 @@ def test_outbox_parked_lists_replays_and_deletes(place: SQLitePlace) -> None:
         assert "3 messages, 1 replayed, 0 cannot be" in replayed.stdout, replayed.stderr
         assert [one.message_id for one in reader.get()] == [events[0].id]
     left = parked(place, "replay")
-    assert left.returncode == exit_codes.INCOMPLETE
+    assert left.returncode == exit_codes.UNFINISHED
     assert "2 messages, 1 replayed, 1 cannot be" in left.stdout
     assert "312 NO_ROUTE" in left.stderr
 

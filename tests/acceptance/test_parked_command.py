@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from outbox import Event, Publisher
-from outbox.commands import exit_codes
-from outbox.parking import PARKING_QUEUE
+from outbox import Event, Publisher, exit_codes
+from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.testing.broker import PrivateBroker
 from tests.amqp import Inspector, properties_of
 from tests.commands import Done, Run, outbox_command, run_outbox
@@ -83,7 +82,7 @@ def test_an_event_that_no_queue_wanted_is_seen_and_replayed_once_there_is_one(
         assert part in seen.stdout
 
     too_early = run("replay")
-    assert too_early.returncode == exit_codes.INCOMPLETE
+    assert too_early.returncode == exit_codes.UNFINISHED
     assert "not replayed: 7: unroutable: 312 NO_ROUTE" in too_early.stderr
     assert "0 replayed, 1 cannot be" in too_early.stdout
 
@@ -208,8 +207,8 @@ def test_without_a_terminal_nothing_is_deleted_unless_yes_is_said(
     ("answer", "code", "left"),
     [
         ("y\n", exit_codes.SUCCESS, 0),
-        ("\n", exit_codes.INCOMPLETE, 2),
-        ("\x04", exit_codes.INCOMPLETE, 2),
+        ("\n", exit_codes.UNFINISHED, 2),
+        ("\x04", exit_codes.UNFINISHED, 2),
     ],
     ids=["yes", "nothing", "ctrl-d"],
 )
@@ -347,7 +346,7 @@ def test_without_a_url_the_forms_are_told() -> None:
 def test_a_broker_that_is_away_is_told_in_a_line(private_broker: PrivateBroker) -> None:
     private_broker.kill()
     seen = run_at(private_broker.url, "list")
-    assert seen.returncode == exit_codes.BROKER
+    assert seen.returncode == exit_codes.UNAVAILABLE
     [line] = seen.stderr.splitlines()
     assert line.startswith(f"outbox: cannot connect to 127.0.0.1:{private_broker.port}: ")
 

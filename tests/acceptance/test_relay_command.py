@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox.commands import exit_codes
+from outbox import exit_codes
 from outbox.sql import Store
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
@@ -106,7 +106,7 @@ def test_what_is_not_confirmed_in_time_is_given_back(
     begin = time.monotonic()
     child.send_signal(signal.SIGTERM)
     code, _, errors = ended(child)
-    assert code == exit_codes.INCOMPLETE
+    assert code == exit_codes.UNFINISHED
     assert time.monotonic() - begin < 8  # the default is 10
     assert store.status().waiting == 20
     assert "lost" not in errors  # they are in the table
@@ -148,7 +148,7 @@ def test_once_stops_early_at_a_signal_and_gives_back(
     child = start("--once", "--url", proxy.url, "--shutdown-timeout", "0.2")
     wait_until(lambda: store.status().leased == 30)
     child.send_signal(signal.SIGTERM)
-    assert ended(child)[:2] == (exit_codes.INCOMPLETE, "0 events published\n")
+    assert ended(child)[:2] == (exit_codes.UNFINISHED, "0 events published\n")
     assert store.status().waiting == 30
 
 
@@ -203,10 +203,10 @@ def test_on_a_terminal_one_line_tells_how_many_and_how_fast(
         (["--database", "mysql://u:hunter2@h/d"], exit_codes.USAGE, "mysql"),
         (
             ["--database", "postgresql://u:hunter2@127.0.0.1:1/d"],
-            exit_codes.BROKER,
+            exit_codes.UNAVAILABLE,
             "the database failed",
         ),
-        (["--url", "amqp://u:hunter2@127.0.0.1:1/", "--once"], exit_codes.BROKER, "127.0.0.1"),
+        (["--url", "amqp://u:hunter2@127.0.0.1:1/", "--once"], exit_codes.UNAVAILABLE, "127.0.0.1"),
         (["--url", "http://u:hunter2@h"], exit_codes.USAGE, "none of the forms amqp://"),
         (["--lease", "0"], exit_codes.USAGE, "lease is 0.0"),
         (["--batch", "0"], exit_codes.USAGE, "--batch"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from outbox.commands import exit_codes
+from outbox import exit_codes
 from outbox.sql import Store
 from tests.commands import Done, Run, run_outbox
 from tests.relaying import an_event, many, opened
@@ -133,7 +133,7 @@ def test_purge_deletes_what_is_selected_and_nothing_without_being_told(
 
 @pytest.mark.parametrize(
     ("answer", "code", "left"),
-    [(b"y\n", exit_codes.SUCCESS, 0), (b"\n", exit_codes.INCOMPLETE, 5)],
+    [(b"y\n", exit_codes.SUCCESS, 0), (b"\n", exit_codes.UNFINISHED, 5)],
 )
 def test_on_a_terminal_purge_asks(
     run: Run, graves: Store, answer: bytes, code: int, left: int
@@ -193,6 +193,6 @@ def test_the_ddl_that_is_printed_makes_the_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [["status"], ["retry", "--all"], ["sql", "create"]])
 def test_a_database_that_cannot_be_reached_is_told_in_a_line(command: list[str]) -> None:
     done = run_at("postgresql://u:hunter2@127.0.0.1:1/d", *command)
-    assert done.returncode == exit_codes.BROKER
+    assert done.returncode == exit_codes.UNAVAILABLE
     assert len(done.stderr.splitlines()) == 1
     assert "hunter2" not in done.stderr

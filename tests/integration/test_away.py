@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from outbox.consumers.away import is_away
+from outbox.consumers.message.databases import is_away
 from outbox.testing.postgresql import PrivatePostgreSQL
 from outbox.testing.servers import free_ports
 

@@ -39,9 +39,9 @@ from outbox.consumers import (
     around,
     consumer,
 )
-from outbox.consumers.life import Message
-from outbox.consumers.threads import ThreadEngine
-from outbox.subscription import Delivery, dead_letter_queue
+from outbox.consumers.message.message import Message
+from outbox.consumers.worker.thread_engine import ThreadEngine
+from outbox.messages.delivery import Delivery, dead_letter_queue
 from tests.places import Place, events_for, made, reading, replay, working
 from tests.waiting import wait_until
 

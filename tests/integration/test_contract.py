@@ -22,10 +22,11 @@ from outbox import (
     enqueue_event,
     publish,
 )
-from outbox.consumers import REQUEUE, ReceivedEvent, Reject, Worker, arrivals, consumer
-from outbox.parking import PARKING_QUEUE
-from outbox.subscription import Delivery, dead_letter_queue
-from outbox.topics import matches
+from outbox.consumers import REQUEUE, ReceivedEvent, Reject, Worker, consumer
+from outbox.consumers.worker import dispatch_queue
+from outbox.messages.dead_letters import PARKING_QUEUE
+from outbox.messages.delivery import Delivery, dead_letter_queue
+from outbox.messages.topics import matches
 from tests.places import (
     Place,
     RabbitMQPlace,
@@ -537,7 +538,7 @@ def test_all_messages_of_a_queue_begin_before_any_of_the_next(
     prefetch: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(arrivals, "_ON_ITS_WAY", 1.0)  # of a broker beside other tests
+    monkeypatch.setattr(dispatch_queue, "_ON_ITS_WAY", 1.0)  # of a broker beside other tests
     begun: list[str] = []
     queues = [made(place, f"{name}-{rank}") for rank in ("high", "medium", "low")]
     count = 20 if prefetch == 1 else 150

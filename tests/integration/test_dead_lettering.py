@@ -6,7 +6,7 @@ import threading
 
 from outbox import Publisher
 from outbox.consumers import ReceivedEvent, Reject, consumer
-from outbox.consumers.worker import Worker
+from outbox.consumers.worker.worker import Worker
 from tests.amqp import Inspector
 from tests.places import events_for
 from tests.waiting import wait_until

@@ -12,8 +12,8 @@ import pytest
 
 from outbox import Event, InvalidEvent, Publisher
 from outbox.consumers import ReceivedEvent, Worker, consumer
-from outbox.parking import PARKING_QUEUE
-from outbox.subscription import Delivery
+from outbox.messages.dead_letters import PARKING_QUEUE
+from outbox.messages.delivery import Delivery
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.places import RabbitMQPlace, Reader, events_for, parked_in, reading

@@ -21,9 +21,9 @@ import pytest
 
 from outbox import Blocked, BrokerError, Event, Publisher, PublishTimeout, UsageError
 from outbox.consumers import ReceivedEvent, Worker, consumer
-from outbox.parking import PARKING_QUEUE
-from outbox.subscription import dead_letter_queue
-from outbox.transports.sqlite import consuming, database, leases
+from outbox.messages.dead_letters import PARKING_QUEUE
+from outbox.messages.delivery import dead_letter_queue
+from outbox.transports.sqlite import database, leases, subscription
 from tests.places import SQLitePlace, events_for, reading
 from tests.waiting import wait_until
 
@@ -334,7 +334,7 @@ def test_what_the_same_process_publishes_is_there_at_once(
     place: SQLitePlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for setting in ("_FIRST_POLL", "_LONGEST_POLL", "_LOOK_AGAIN"):
-        monkeypatch.setattr(consuming, setting, 30.0)
+        monkeypatch.setattr(subscription, setting, 30.0)
     with reading(place, name) as reader:
         for _ in range(5):
             publisher.publish(events_for(publisher, [name]))
@@ -344,12 +344,12 @@ def test_what_the_same_process_publishes_is_there_at_once(
 def test_what_another_process_publishes_is_noticed_while_idle(
     place: SQLitePlace, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(consuming, "_LOOK_AGAIN", 30.0)
+    monkeypatch.setattr(subscription, "_LOOK_AGAIN", 30.0)
     place.bind("elsewhere", place.exchange, "later")
     with place.publisher() as publisher:
         publisher.publish(events_for(publisher, ["later"]))
     with reading(place, name) as reader:
-        reader._subscription._poll = consuming._LONGEST_POLL  # type: ignore[attr-defined]
+        reader._subscription._poll = subscription._LONGEST_POLL  # type: ignore[attr-defined]
         place.execute("UPDATE outbox_events SET queue = ?", name)  # on a connection of its own
         begin = time.monotonic()
         assert reader.get()[0].target == "later"
@@ -402,7 +402,7 @@ def test_what_is_given_back_with_a_delay_comes_after_it(
 def test_a_message_that_takes_long_stays_with_its_worker(
     place: SQLitePlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(consuming, "LEASE", 0.6)
+    monkeypatch.setattr(subscription, "LEASE", 0.6)
     monkeypatch.setattr(leases, "_EXTEND_AFTER", 0.1)
     with reading(place, name) as one, reading(place, name, again=True) as other:
         publisher.publish(events_for(publisher, [name]))
@@ -437,12 +437,12 @@ def test_a_lease_that_was_lost_is_noticed_and_the_message_is_settled_by_the_othe
     with reading(place, name) as reader:
         publisher.publish(events_for(publisher, [name]))
         [found] = reader.take(1)
-        subscription = reader._subscription
-        assert not subscription.is_stale(found)
+        of_reader = reader._subscription
+        assert not of_reader.is_stale(found)
         place.execute("UPDATE outbox_events SET lease_token = 'of another'")
-        wait_until(lambda: subscription.is_stale(found))
-        subscription.ack(found)
-        subscription.requeue(found, 0)
+        wait_until(lambda: of_reader.is_stale(found))
+        of_reader.ack(found)
+        of_reader.requeue(found, 0)
         wait_until(lambda: "were not held in time" in caplog.text)
     assert place.execute("SELECT lease_token FROM outbox_events") == [("of another",)]
 

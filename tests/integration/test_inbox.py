@@ -26,8 +26,8 @@ from outbox import (
     enqueue_event,
 )
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, before, consumer
+from outbox.messages.delivery import dead_letter_queue
 from outbox.sql import Inbox
-from outbox.subscription import dead_letter_queue
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.databases import Base, Effect

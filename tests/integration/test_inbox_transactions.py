@@ -19,12 +19,12 @@ from sqlalchemy.orm import Session
 import outbox.sql
 from outbox import CollectorClosed, Event, Publisher
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, consumer
-from outbox.consumers.driving import drive
-from outbox.consumers.elsewhere import SettledElsewhere, concluded
-from outbox.consumers.life import Message
+from outbox.consumers.message.inline_engine import SettledElsewhere, concluded
+from outbox.consumers.message.message import Message
+from outbox.consumers.message.steps import drive
 from outbox.consumers.outcome import ACK, DUPLICATE, Again, Dead, Outcome
+from outbox.messages.delivery import as_delivered
 from outbox.sql import Inbox, commits
-from outbox.subscription import as_delivered
 from tests.databases import Base, Order
 
 ORDERS = Base.metadata.tables["orders"]

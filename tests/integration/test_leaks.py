@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from outbox import Event, Publisher
-from outbox.transports.rabbitmq import wire
+from outbox.transports.rabbitmq import pika_connection
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.waiting import wait_until
@@ -39,7 +39,7 @@ def test_200_reconnects_leave_no_descriptor_no_thread_and_no_memory(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("outbox.backoff._FIRST_DELAY", 0.002)
+    monkeypatch.setattr("outbox.system.backoff._FIRST_DELAY", 0.002)
     caplog.set_level(logging.CRITICAL, "outbox")  # else what is captured grows
     event = Event(id="1", target="x", exchange=name, body=b"{}", unroutable="ignore")
     with Publisher(proxy.url, exchange=name) as publisher:
@@ -52,7 +52,9 @@ def test_200_reconnects_leave_no_descriptor_no_thread_and_no_memory(
         gc.collect()
         grown, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        connections = [one for one in gc.get_objects() if isinstance(one, wire.Connection)]
+        connections = [
+            one for one in gc.get_objects() if isinstance(one, pika_connection.Connection)
+        ]
         assert len(connections) == 1
         # pika forgets cancelled timers by the thousand: some 250 kB of them, however many cuts.
         assert grown < 600_000

@@ -17,7 +17,7 @@ import pika.heartbeat
 import pytest
 
 from outbox import ConnectFailed, ConnectionLost, Event, Publisher, PublishReport, PublishTimeout
-from outbox.transports.rabbitmq import wire
+from outbox.transports.rabbitmq import pika_connection
 from proving.proxy import (
     BLOCKED,
     UNBLOCKED,
@@ -348,7 +348,7 @@ def test_whatever_is_raised_while_writing_keeps_the_events_and_replaces_the_conn
     caplog: pytest.LogCaptureFixture,
     error: type[Exception],
 ) -> None:
-    write = wire.publish
+    write = pika_connection.publish
     failures = iter([error("as if")])
 
     def fails_once(*arguments: Any) -> None:
@@ -359,7 +359,7 @@ def test_whatever_is_raised_while_writing_keeps_the_events_and_replaces_the_conn
     events = events_for(name, 3)
     with Publisher(proxy.url, exchange=name) as publisher:
         assert publisher.publish(events[:1]).ok
-        monkeypatch.setattr(wire, "publish", fails_once)
+        monkeypatch.setattr(pika_connection, "publish", fails_once)
         report = publisher.publish(events[1:])
         assert report.kept == tuple(events[1:])
         assert isinstance(report.error, ConnectionLost)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from outbox import EventCollector, Publisher, UsageError
-from outbox.transports.rabbitmq import wire
+from outbox.transports.rabbitmq import pika_connection
 from proving.proxy import FaultProxy, channel_close, connection_close
 from tests.amqp import Inspector
 from tests.waiting import wait_until
@@ -77,7 +77,7 @@ def connection_closed(proxy: FaultProxy, publisher: Publisher) -> None:
 def bug(proxy: FaultProxy, publisher: Publisher) -> None:
     publish(publisher)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wire, "publish", None)
+        patch.setattr(pika_connection, "publish", None)
         publish(publisher)
 
 

@@ -23,13 +23,14 @@ from outbox import (
     enqueue_event,
 )
 from outbox.consumers import ReceivedEvent, Reject, Worker, consumer
-from outbox.parked import Outcome, ParkedMessage, ParkedQueues
-from outbox.parking import parked
+from outbox.messages.dead_letters import parked
+from outbox.messages.parked_message import Outcome, ParkedMessage
 from outbox.settings import Settings
 from outbox.testing.broker import PrivateBroker
-from outbox.transports import open_parked_queues
-from outbox.transports.rabbitmq import wire
+from outbox.transports.parked_queues import ParkedQueues
+from outbox.transports.rabbitmq import pika_connection
 from outbox.transports.rabbitmq.parameters import connection_parameters
+from outbox.transports.registry import open_parked_queues
 from outbox.url import BrokerURL
 from tests.amqp import Inspector, Unwritten, properties_of
 
@@ -135,7 +136,7 @@ def test_what_goes_back_by_nack_to_a_newer_broker_is_all_there(
     name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wire.BlockingConnection, "version", (4, 3))
+    monkeypatch.setattr(pika_connection.BlockingConnection, "version", (4, 3))
     queue = inspector.queue(f"{name}.dead", arguments={"x-queue-type": "classic"})
     park(amqp_url, queue, made(300, name))
     with queues.browse(queue, 250) as browsing:
@@ -147,7 +148,7 @@ def test_what_goes_back_by_nack_to_a_newer_broker_is_all_there(
 
 def test_the_broker_tells_its_version(amqp_url: str) -> None:
     parameters = connection_parameters(BrokerURL.parse(amqp_url), Settings(), "test")
-    connection = wire.BlockingConnection(parameters[0])
+    connection = pika_connection.BlockingConnection(parameters[0])
     assert (3, 10) <= connection.version < (100, 0)
     connection.close()
 
@@ -239,7 +240,7 @@ def test_properties_and_headers_of_any_kind_are_the_same_after_a_replay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Without pika's private write, what pika reads wrongly is written wrongly.
-    monkeypatch.setattr(wire, "writes_frames", lambda connection: writes_frames)
+    monkeypatch.setattr(pika_connection, "writes_frames", lambda connection: writes_frames)
     target = inspector.queue(name, name, arguments={"x-queue-type": "classic"})
     mine = {"tenant": "acme", "outbox-key": "k", "list": [1, {"a": None}]}
     headers = {**mine, "outbox-parked-exchange": name, "outbox-parked-target": "x"}

@@ -9,7 +9,7 @@ import pytest
 
 from outbox import Publisher
 from outbox.consumers import ReceivedEvent, RetryPolicy, consumer
-from outbox.subscription import dead_letter_queue
+from outbox.messages.delivery import dead_letter_queue
 from tests.places import Place, RabbitMQPlace, events_for, made, reading, working
 from tests.waiting import wait_until
 

@@ -25,8 +25,8 @@ from outbox import (
     publish,
     publish_async,
 )
-from outbox.parking import PARKING_QUEUE
-from outbox.transports.rabbitmq import wire
+from outbox.messages.dead_letters import PARKING_QUEUE
+from outbox.transports.rabbitmq import pika_connection
 from tests.amqp import Inspector
 
 
@@ -95,8 +95,8 @@ def test_without_pikas_private_methods_the_same_messages_arrive(
         event = make_events(publisher, ["a.b"], headers={"x": [1, 2.5]}, key="k", priority=1)[0]
         assert publisher.publish([event]).ok
         messages.append(inspector.get(queue))
-        monkeypatch.setattr(wire, "writes_frames", lambda connection: False)
-        monkeypatch.delattr(wire.Connection, "_on_data_available")
+        monkeypatch.setattr(pika_connection, "writes_frames", lambda connection: False)
+        monkeypatch.delattr(pika_connection.Connection, "_on_data_available")
         assert publisher.publish([event]).ok
         messages.append(inspector.get(queue))
     framed, public = messages

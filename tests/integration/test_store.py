@@ -21,10 +21,10 @@ from outbox import UsageError
 from outbox.event import Event, make_event
 from outbox.serializer import JSONSerializer
 from outbox.sql import Store, metadata
-from outbox.sql.engines import open_engine, open_sqlite
-from outbox.sql.rows import headers_of, values_of
-from outbox.sql.schema import ddl, events
-from outbox.sql.store import Claimed
+from outbox.storage.engines import open_engine, open_sqlite
+from outbox.storage.rows import headers_of, values_of
+from outbox.storage.schema import ddl, events
+from outbox.storage.store import Claimed
 
 
 def an_event(payload: Any = None, target: str = "order.placed", **options: Any) -> Event:

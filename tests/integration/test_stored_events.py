@@ -34,7 +34,7 @@ from outbox import (
     enqueue_event,
 )
 from outbox.sql import Store
-from outbox.sql.engines import open_engine
+from outbox.storage.engines import open_engine
 from tests.amqp import Inspector
 from tests.databases import Base, Line, Order, targets
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from outbox.consumers import child, exit_codes
-from outbox.consumers.child import Parent
+from outbox import exit_codes
+from outbox.consumers.command import child_process
+from outbox.consumers.command.child_process import Parent
 from tests.waiting import wait_until
 
 DRIVER = """
@@ -140,7 +141,7 @@ def test_what_a_worker_starts_is_no_worker_and_holds_no_pipe_of_the_parents(
     told, status = os.pipe()
     for descriptor in (lifeline, status):
         os.set_inheritable(descriptor, True)
-    for name, value in child.environment(lifeline, status).items():
+    for name, value in child_process.environment(lifeline, status).items():
         monkeypatch.setenv(name, value)
     assert Parent.inherited() is not None
     assert Parent.inherited() is None
@@ -163,7 +164,7 @@ time.sleep(60)
     told, status = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-c", program],
-        env={**os.environ, **child.environment(lifeline, status)},
+        env={**os.environ, **child_process.environment(lifeline, status)},
         pass_fds=(lifeline, status),
     )
     for descriptor in (lifeline, status, held, told):

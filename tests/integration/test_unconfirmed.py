@@ -13,7 +13,7 @@ import pytest
 
 from outbox import Publisher, enqueue_event
 from outbox.consumers import Consumer, ReceivedEvent, Worker, consumer
-from outbox.subscription import dead_letter_queue
+from outbox.messages.delivery import dead_letter_queue
 from outbox.testing.broker import PrivateBroker
 from tests.amqp import Inspector
 from tests.places import Place, events_for, made, reading, working

@@ -38,7 +38,7 @@ from outbox.consumers import (
     consumer,
 )
 from outbox.testing.broker import PrivateBroker
-from outbox.transports.rabbitmq import wire
+from outbox.transports.rabbitmq import pika_connection
 from tests.amqp import Inspector, Unwritten, properties_of
 from tests.waiting import wait_until
 
@@ -382,7 +382,7 @@ def test_a_thousand_messages_are_handled_once_each_by_eight_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if with_pika_alone:
-        monkeypatch.delattr(wire.Connection, "_on_data_available")
+        monkeypatch.delattr(pika_connection.Connection, "_on_data_available")
     seen = Seen(lambda event: time.sleep(0.0005))
     with running(publisher, inspector, seen, name, threads=8):
         sent = send(publisher, name, *range(1000))

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 import outbox.sql
-from outbox.subscription import dead_letter_queue
+from outbox.messages.delivery import dead_letter_queue
 from tests.databases import Base, Effect
 from tests.mortal import POINTS, Job, running
 from tests.places import Place, SQLitePlace, events_for, made, reading

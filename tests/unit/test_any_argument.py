@@ -19,15 +19,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from outbox import Event, EventCollector, InvalidEvent, Publisher, UsageError
-from outbox.event import MAX_HEADER_BYTES, make_event, plain_table
+from outbox.event import make_event
+from outbox.header_values import MAX_HEADER_BYTES, plain_table
+from outbox.messages.topics import matches
 from outbox.serializer import JSONSerializer
 from outbox.settings import Settings
 from outbox.sql import Store
-from outbox.sql.engines import open_engine
-from outbox.sql.rows import event_of, values_of
-from outbox.topics import matches
+from outbox.storage.engines import open_engine
+from outbox.storage.rows import event_of, values_of
 from outbox.transports.memory import MemoryTransport
-from outbox.transports.rabbitmq.framing import Encoder
+from outbox.transports.rabbitmq.amqp.encoder import Encoder
 from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.url import SCHEMES, BrokerURL
 

@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 
 from outbox import Publisher
 from outbox.consumers import consumer
-from outbox.consumers.copies import dead_letter
+from outbox.consumers.message.copies import dead_letter
 from outbox.consumers.outcome import Ack, Dead
-from outbox.consumers.received import ReceivedEvent
+from outbox.consumers.received_event import ReceivedEvent
+from outbox.messages.delivery import Delivery, QueueSpec
 from outbox.settings import Settings
-from outbox.subscription import Delivery, QueueSpec
-from outbox.testing.delivering import processed
-from outbox.transports.rabbitmq import RabbitMQSubscription, wire
-from outbox.transports.rabbitmq.framing import Encoder
+from outbox.testing.recorded_delivery import processed
+from outbox.transports.rabbitmq import pika_connection
+from outbox.transports.rabbitmq.amqp.encoder import Encoder
+from outbox.transports.rabbitmq.subscription import RabbitMQSubscription
 from outbox.url import BrokerURL
 
 QUEUES = {b"ctag1": "orders"}
@@ -116,7 +117,7 @@ def messages(draw: st.DrawFn) -> bytes:
     return frame(1, method) + frame(2, header) + (frame(3, body) if body else b"")
 
 
-class Stream(wire.Connection):
+class Stream(pika_connection.Connection):
     """A connection without a socket, and what a subscription makes of its messages."""
 
     def __init__(self, *, swift: bool = True) -> None:

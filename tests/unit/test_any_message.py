@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 
 from outbox import Event, Publisher, enqueue_event, publish
 from outbox.consumers import consumer
-from outbox.consumers.copies import dead_letter
+from outbox.consumers.message.copies import dead_letter
 from outbox.consumers.outcome import Ack, Dead, Outcome, Reject, Return
-from outbox.consumers.received import ReceivedEvent, Undecodable, decode
-from outbox.subscription import Delivery, as_delivered
-from outbox.testing.delivering import processed
-from outbox.transports.rabbitmq.framing import Encoder
+from outbox.consumers.received_event import ReceivedEvent, Undecodable, decode
+from outbox.messages.delivery import Delivery, as_delivered
+from outbox.testing.recorded_delivery import processed
+from outbox.transports.rabbitmq.amqp.encoder import Encoder
 
 # What a subscription hands out: 255 bytes, and what they become where they are not UTF-8.
 short = st.text(max_size=20) | (

@@ -8,9 +8,9 @@ from collections import Counter
 
 import pytest
 
-from outbox.consumers import arrivals
-from outbox.consumers.arrivals import OrderedArrivals, make_arrivals
-from outbox.subscription import Delivery, QueueSpec
+from outbox.consumers.worker import dispatch_queue
+from outbox.consumers.worker.dispatch_queue import OrderedArrivals, make_arrivals
+from outbox.messages.delivery import Delivery, QueueSpec
 from tests.waiting import wait_until
 
 HIGH = QueueSpec("high", (), "")
@@ -93,7 +93,7 @@ def test_while_the_window_of_a_queue_before_is_well_filled_and_a_moment_after_no
     assert not begins(found)
     out["high"] = 4
     assert not begins(found)
-    clock.now += arrivals._ON_ITS_WAY + 0.001
+    clock.now += dispatch_queue._ON_ITS_WAY + 0.001
     assert begins(found)
     out["high"] = 4
     assert begins(found)
@@ -109,7 +109,7 @@ def test_a_window_that_was_filled_when_a_message_came_is_remembered(
     assert found.get() is not None
     found.put(message("low"))
     assert not begins(found)
-    clock.now += arrivals._ON_ITS_WAY + 0.001
+    clock.now += dispatch_queue._ON_ITS_WAY + 0.001
     assert begins(found)
 
 
@@ -130,7 +130,7 @@ def test_over_a_new_connection_the_queues_before_get_a_moment_to_deliver(
     found = ordered(clock, out, HIGH, LOW)
     found.put(message("low", generation=2))
     assert not begins(found)
-    clock.now += arrivals._ON_ITS_WAY + 0.001
+    clock.now += dispatch_queue._ON_ITS_WAY + 0.001
     found.put(message("low", generation=2))
     assert begins(found)
 

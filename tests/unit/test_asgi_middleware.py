@@ -30,9 +30,9 @@ from outbox import (
     auto_publishing,
     enqueue_event,
 )
-from outbox.chunk import Chunk
+from outbox.backlog.chunk import Chunk
+from outbox.backlog.stats import Tally
 from outbox.middleware.asgi import OutboxMiddleware
-from outbox.stats import Tally
 from outbox.testing import CollectedEvents
 
 HTTP = {"type": "http", "method": "GET", "path": "/", "headers": []}

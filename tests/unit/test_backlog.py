@@ -17,8 +17,8 @@ from outbox import (
     PublishTimeout,
     UsageError,
 )
-from outbox.backlog import Backlog, News
-from outbox.chunk import Chunk, Entry, Fate
+from outbox.backlog.backlog import Backlog, News
+from outbox.backlog.chunk import Chunk, Entry, Fate
 
 LOST = ConnectionLost("lost")
 

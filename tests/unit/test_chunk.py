@@ -6,7 +6,7 @@ import threading
 from functools import partial
 
 from outbox import PublishReport
-from outbox.chunk import Chunk
+from outbox.backlog.chunk import Chunk
 
 REPORT = PublishReport()
 

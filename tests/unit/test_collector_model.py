@@ -31,9 +31,9 @@ from outbox import (
     enqueue_event,
     publish,
     publish_async,
-    scope,
 )
 from outbox.testing import CollectedEvents, recorded
+from outbox.unit_of_work import scope
 
 MAX_EVENTS = 8
 

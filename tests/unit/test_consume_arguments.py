@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from outbox import MissingExtra
-from outbox.consumers.arguments import limits_of, make_parser
-from outbox.consumers.recycling import Limits
-from outbox.consumers.reloading import run_reloading
-from outbox.stopping import Stop
+from outbox.consumers.command.arguments import limits_of, make_parser
+from outbox.consumers.command.autoreload import run_reloading
+from outbox.consumers.command.limits import Limits
+from outbox.system.signals import Stop
 
 
 def limits(*arguments: str) -> Limits:

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from outbox.consumers import MessageFilter, ReceivedEvent, consumer, current_message
-from outbox.consumers.elsewhere import SettledElsewhere, concluded
-from outbox.consumers.life import Message
 from outbox.consumers.logs import JSONFormatter, TextFormatter
-from outbox.consumers.message_log import ended, started
+from outbox.consumers.message.inline_engine import SettledElsewhere, concluded
+from outbox.consumers.message.message import Message
+from outbox.consumers.message.message_log import ended, started
 from outbox.consumers.outcome import ACK, REQUEUE, Dead, Outcome
+from outbox.messages.delivery import Delivery
 from outbox.publisher import Publisher
-from outbox.subscription import Delivery
-from outbox.testing.delivering import processed
+from outbox.testing.recorded_delivery import processed
 
 log = logging.getLogger("shop.handlers")
 

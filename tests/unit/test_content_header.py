@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outbox.transports.rabbitmq.header import ContentHeader, MalformedHeader
+from outbox.transports.rabbitmq.amqp.content_header import ContentHeader, MalformedHeader
 from tests.amqp import properties_of
 
 NAMES = (

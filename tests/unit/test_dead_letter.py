@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from outbox.consumers.copies import dead_letter
+from outbox.consumers.message.copies import dead_letter
 from outbox.consumers.outcome import Dead
-from outbox.event import MAX_HEADER_BYTES, plain_table
-from outbox.subscription import Delivery
-from outbox.transports.rabbitmq.framing import Encoder
+from outbox.header_values import MAX_HEADER_BYTES, plain_table
+from outbox.messages.delivery import Delivery
+from outbox.transports.rabbitmq.amqp.encoder import Encoder
 
 
 def delivery(headers: dict[Any, Any], **options: Any) -> Delivery:

@@ -8,21 +8,20 @@ from pathlib import Path
 import pytest
 
 from outbox import Blocked, ConnectionLost, Event, UsageError
-from outbox.chunk import Chunk, Fate
+from outbox.backlog.chunk import Chunk, Fate
 from outbox.event import Unroutable
-from outbox.sql.store import Claimed
-from outbox.transports.sqlite.bindings import Binding, of_queue
-from outbox.transports.sqlite.delivering import (
+from outbox.storage.store import Claimed
+from outbox.transports.sqlite.claimed_rows import (
     DELIVERY_LIMIT,
     delivery_of,
     is_deadly,
     letter_of_deadly,
 )
-from outbox.transports.sqlite.failures import is_busy, is_failure, of_database
 from outbox.transports.sqlite.leases import LEASE, Leases
 from outbox.transports.sqlite.location import Location
 from outbox.transports.sqlite.plan import Plan
-from outbox.transports.sqlite.routes import Routes
+from outbox.transports.sqlite.routing import Binding, Routes, of_queue
+from outbox.transports.sqlite.sqlite_errors import is_busy, is_failure, of_database
 from outbox.url import BrokerURL
 
 EVENT = Event(id="1", target="a.b", exchange="x", body=b"{}", key="k", priority=3)

@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox import Event
-from outbox.consumers.copies import dead_letter
+from outbox.consumers.message.copies import dead_letter
 from outbox.consumers.outcome import Dead
-from outbox.parked import Address, ParkedMessage, Selection
-from outbox.parking import PARKING_QUEUE, parked
-from outbox.subscription import Delivery
-from outbox.transports.rabbitmq.browsing import next_window
-from outbox.transports.rabbitmq.framing import Encoder
-from outbox.transports.rabbitmq.header import ContentHeader
-from outbox.transports.rabbitmq.parked import HeldMessage, Replayed, read, replayed
-from outbox.transports.rabbitmq.replaying import VerbatimEncoder
+from outbox.messages.dead_letters import PARKING_QUEUE, parked
+from outbox.messages.delivery import Delivery
+from outbox.messages.parked_message import Address, ParkedMessage, Selection
+from outbox.transports.rabbitmq.amqp.content_header import ContentHeader
+from outbox.transports.rabbitmq.amqp.encoder import Encoder
+from outbox.transports.rabbitmq.browser import next_window
+from outbox.transports.rabbitmq.parked_queues import VerbatimEncoder
+from outbox.transports.rabbitmq.replayed import HeldMessage, Replayed, read, replayed
 from tests.amqp import properties_of
 from tests.unit.test_content_header import by_pika, content_headers
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox import EventCollector, Publisher, auto_publishing, enqueue_event, publish
+from outbox.messages.topics import matches
 from outbox.testing import CollectedEvents, Matches
-from outbox.topics import matches
 
 
 def enqueue_all(*payloads: object, target: str = "order.placed") -> None:

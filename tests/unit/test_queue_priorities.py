@@ -8,8 +8,8 @@ import pytest
 
 from outbox import UsageError
 from outbox.consumers import Consumer, ReceivedEvent, consumer
-from outbox.consumers.loading import selected
-from outbox.subscription import QueueSpec
+from outbox.consumers.discovery import selected
+from outbox.messages.delivery import QueueSpec
 from outbox.transports.rabbitmq.topology import obstacle
 
 

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox import Event
-from outbox.backoff import backoff
-from outbox.chunk import Chunk, Entry
-from outbox.subscription import Delivery
+from outbox.backlog.chunk import Chunk, Entry
+from outbox.messages.delivery import Delivery
+from outbox.system.backoff import backoff
 from outbox.transports.rabbitmq.acks import Acks, Done
+from outbox.transports.rabbitmq.amqp.encoder import PUBLISH_CHANNEL, Encoder, properties
 from outbox.transports.rabbitmq.confirms import Confirms
-from outbox.transports.rabbitmq.framing import PUBLISH_CHANNEL, Encoder, properties
 
 
 def entries_of(*ids: str, target: str = "x") -> list[Entry]:

@@ -9,16 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox import Event
-from outbox.subscription import as_delivered
-from outbox.transports.rabbitmq.delays import (
+from outbox.messages.delivery import as_delivered
+from outbox.transports.rabbitmq.delay_ladder import (
     LEVELS,
     LONGEST_DELAY,
+    Ladder,
+    Part,
     delayed,
     levels_of,
     restore_delayed,
     seconds_left,
+    steps_of,
+    way_of,
+    way_to_queue,
 )
-from outbox.transports.rabbitmq.ladder import Ladder, Part, steps_of, way_of, way_to_queue
 
 NOW = datetime.datetime(2026, 11, 21, 12, tzinfo=datetime.UTC)
 LONGEST = (1 << LEVELS) - 1

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outbox.subscription import Delivery
-from outbox.transports.rabbitmq import wire
-from outbox.transports.rabbitmq.reading import LEAVE, WAIT, delivery_at
+from outbox.messages.delivery import Delivery
+from outbox.transports.rabbitmq import pika_connection
+from outbox.transports.rabbitmq.amqp.decoder import LEAVE, WAIT, delivery_at
 
 QUEUES = {b"ctag1": "orders"}
 
@@ -139,7 +139,7 @@ def test_a_frame_of_another_channel_in_between_is_left_to_pika() -> None:
     assert delivery_at(between, 0, 3, QUEUES) == (LEAVE, None)
 
 
-class Stream(wire.Connection):
+class Stream(pika_connection.Connection):
     """A connection without a socket: what is left to pika is written down."""
 
     def __init__(self) -> None:

@@ -6,9 +6,10 @@ import threading
 
 import pytest
 
-from outbox.consumers.quota import Quota
-from outbox.consumers.recycling import Limits, Recycling, resident_bytes
-from outbox.consumers.restarts import Restarts
+from outbox.consumers.command.limits import Limits, Recycling
+from outbox.consumers.command.restarts import Restarts
+from outbox.consumers.worker.worker_context import Quota
+from outbox.system.resident_memory import resident_bytes
 
 MIB = 2**20
 

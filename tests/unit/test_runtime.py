@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from outbox import Publisher, UsageError, configuration, configure
-from outbox.runtime import greenlets_of, why_not, why_not_yet
+from outbox.system.threads import greenlets_of, why_not, why_not_yet
 
 URL = "amqp://localhost/"  # nothing connects to it
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from outbox import Event, EventCollector, Publisher, Stats, auto_publishing, configure
-from outbox.backlog import Backlog
-from outbox.chunk import Chunk, Fate
+from outbox.backlog.backlog import Backlog
+from outbox.backlog.chunk import Chunk, Fate
+from outbox.backlog.stats import LATENCY_BOUNDS, Tally
 from outbox.errors import ConnectionLost
-from outbox.stats import LATENCY_BOUNDS, Tally
 
 LOST = ConnectionLost("away")
 

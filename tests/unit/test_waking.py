@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from outbox import PublishReport
-from outbox.chunk import Chunk
-from outbox.waking import Waker, reported
+from outbox.backlog.chunk import Chunk
+from outbox.backlog.waker import Waker, reported
 
 REPORT = PublishReport()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from outbox.consumers.watch import Watch
+from outbox.consumers.worker.deadlines import Watch
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from hypothesis import strategies as some
 from outbox import Event, Publisher, UsageError
 from outbox.errors import ConnectionLost, Nacked
 from outbox.report import PublishReport, Rejection, Withdrawn
-from outbox.sql.outcome import sort_out
-from outbox.sql.store import Claimed
+from outbox.sql.row_fates import sort_out
 from outbox.sql.waves import Batch, waves
+from outbox.storage.store import Claimed
 
 
 def row(number: int, key: str | None = None) -> Claimed:

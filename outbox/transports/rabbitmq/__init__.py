@@ -1,7 +1,7 @@
 """RabbitMQ over AMQP 0-9-1, with pika."""
 
-from outbox.transports.rabbitmq.consuming import RabbitMQSubscription
-from outbox.transports.rabbitmq.publishing import RabbitMQTransport
-from outbox.transports.rabbitmq.replaying import RabbitMQParkedQueues
+from outbox.transports.rabbitmq.parked_queues import RabbitMQParkedQueues as ParkedQueues
+from outbox.transports.rabbitmq.subscription import RabbitMQSubscription as Subscription
+from outbox.transports.rabbitmq.transport import RabbitMQTransport as Transport
 
-__all__ = ["RabbitMQParkedQueues", "RabbitMQSubscription", "RabbitMQTransport"]
+__all__ = ["ParkedQueues", "Subscription", "Transport"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from outbox.subscription import Delivery
+from outbox.messages.delivery import Delivery
 
 __all__ = ["Acks", "Done"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from outbox.chunk import Entry
+from outbox.backlog.chunk import Entry
 
 __all__ = ["Confirms"]
 

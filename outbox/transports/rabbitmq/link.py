@@ -9,10 +9,10 @@ from typing import Protocol
 
 import pika
 
-from outbox import runtime
-from outbox.backoff import backoff
 from outbox.errors import BrokerError, ConnectionLost
-from outbox.transports.rabbitmq import failures, wire
+from outbox.system import threads
+from outbox.system.backoff import backoff
+from outbox.transports.rabbitmq import pika_connection, pika_errors
 
 __all__ = ["Link", "Session", "quiet_pika"]
 
@@ -25,7 +25,7 @@ _CLOSING_TURNS = 50
 class Session(Protocol):
     """What a link serves. All methods are called on the link's thread."""
 
-    def opened(self, connection: wire.Connection) -> None:
+    def opened(self, connection: pika_connection.Connection) -> None:
         """Begin to use a new connection; call ``link.ready()`` once it serves its purpose."""
         ...
 
@@ -47,11 +47,11 @@ class Link:
         self._hosts = hosts
         self._session = session
         self._name = name
-        self._loop: wire.Loop  # made at the start: it holds sockets
-        self._services: wire.IOServices
+        self._loop: pika_connection.Loop  # made at the start: it holds sockets
+        self._services: pika_connection.IOServices
         self._thread: threading.Thread | None = None  # likewise: threads may yet be patched
         self._start_lock = threading.Lock()
-        self._connection: wire.Connection | None = None
+        self._connection: pika_connection.Connection | None = None
         self._host = 0
         self._failures = 0
         self._reconnect: object | None = None
@@ -77,10 +77,10 @@ class Link:
         if self._thread is None:
             with self._start_lock:
                 if self._thread is None and not self._stopping:
-                    runtime.check_start()
+                    threads.check_start()
                     quiet_pika()
-                    self._loop = wire.Loop()
-                    self._services = wire.IOServices(self._loop)
+                    self._loop = pika_connection.Loop()
+                    self._services = pika_connection.IOServices(self._loop)
                     self._loop.add_callback_threadsafe(self._connect)
                     self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                     try:
@@ -107,7 +107,7 @@ class Link:
         """Give the connection up and open another one after the back-off."""
         connection, self._connection = self._connection, None
         if connection is not None and not connection.is_closed:
-            wire.abort(connection, error)
+            pika_connection.abort(connection, error)
         self._lost(error)
 
     def hurry(self) -> None:
@@ -130,13 +130,13 @@ class Link:
         while True:
             try:
                 self._loop.start()
-            except wire.Forked:
+            except pika_connection.Forked:
                 # All that is open is the parent's. Nor can it end: threading, which has forgotten
                 # it at the fork, would complain.
                 threading.Event().wait()
             except BaseException as error:  # a bug, ours or pika's, must not end publishing
                 logger.exception("the connection to %s is given up", self.address)
-                self.fail(failures.connection_lost(error, self.address))
+                self.fail(pika_errors.connection_lost(error, self.address))
             else:
                 break
         self._loop.close()
@@ -146,7 +146,7 @@ class Link:
         if self._stopping or self._connection is not None:
             return
         logger.debug("connecting to %s", self.address)
-        self._connection = wire.Connection(
+        self._connection = pika_connection.Connection(
             self._hosts[self._host % len(self._hosts)],
             on_open_callback=self._on_open,
             on_open_error_callback=self._on_open_error,
@@ -154,7 +154,7 @@ class Link:
             custom_ioloop=self._services,
         )
 
-    def _on_open(self, connection: wire.Connection) -> None:
+    def _on_open(self, connection: pika_connection.Connection) -> None:
         if connection is self._connection:
             logger.info("connected to %s", self.address)
             self._session.opened(connection)
@@ -162,7 +162,7 @@ class Link:
     def _on_open_error(self, connection: pika.SelectConnection, error: BaseException) -> None:
         if connection is self._connection:
             self._connection = None
-            self._lost(failures.connect_failed(error, self.address))
+            self._lost(pika_errors.connect_failed(error, self.address))
 
     def _on_close(self, connection: pika.SelectConnection, error: BaseException) -> None:
         if connection is self._connection:
@@ -170,7 +170,7 @@ class Link:
             if self._stopping:
                 self._end()
             else:
-                self._lost(failures.connection_lost(error, self.address))
+                self._lost(pika_errors.connection_lost(error, self.address))
 
     def _lost(self, error: BrokerError) -> None:
         if self._stopping:
@@ -197,7 +197,7 @@ class Link:
     def _end(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None and not connection.is_closed:
-            wire.abort(connection, ConnectionLost("the link was stopped"))
+            pika_connection.abort(connection, ConnectionLost("the link was stopped"))
         self._finish(connection, _CLOSING_TURNS)
 
     def _finish(self, connection: pika.SelectConnection | None, turns: int) -> None:

@@ -13,9 +13,9 @@ import pika
 import pika.channel
 import pika.exceptions
 
+from outbox.messages.delivery import QueueSpec, dead_letter_queue
 from outbox.settings import Declare
-from outbox.subscription import QueueSpec, dead_letter_queue
-from outbox.transports.rabbitmq.failures import one_line
+from outbox.transports.rabbitmq.pika_errors import one_line
 
 __all__ = [
     "Step",

@@ -1,13 +1,10 @@
-"""The embedded transport: a file of SQLite, which publishers and workers of one machine share.
+"""The embedded transport: a SQLite file that publishers and workers of one machine share.
 
 Needs the extra ``outbox-events[sql]``.
 """
 
-import outbox.sql as _sql  # first of all: it says which extra is missing
-from outbox.transports.sqlite.consuming import SQLiteSubscription
-from outbox.transports.sqlite.parked import SQLiteParkedQueues
-from outbox.transports.sqlite.publishing import SQLiteTransport
+from outbox.transports.sqlite.parked_queues import SQLiteParkedQueues as ParkedQueues
+from outbox.transports.sqlite.subscription import SQLiteSubscription as Subscription
+from outbox.transports.sqlite.transport import SQLiteTransport as Transport
 
-__all__ = ["SQLiteParkedQueues", "SQLiteSubscription", "SQLiteTransport"]
-
-del _sql
+__all__ = ["ParkedQueues", "Subscription", "Transport"]

@@ -13,14 +13,14 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
 
-from outbox import process
 from outbox.errors import Blocked, BrokerError, ConnectFailed, UsageError
-from outbox.sql.engines import open_sqlite
-from outbox.sql.store import Store
-from outbox.transports.sqlite import bindings
-from outbox.transports.sqlite.failures import DATABASE_ERRORS, is_busy, is_failure, of_database
+from outbox.storage.engines import open_sqlite
+from outbox.storage.store import Store
+from outbox.system import process
+from outbox.transports.sqlite import routing
 from outbox.transports.sqlite.location import Location
-from outbox.transports.sqlite.neighbours import neighbours_at
+from outbox.transports.sqlite.shared_file import neighbours_at
+from outbox.transports.sqlite.sqlite_errors import DATABASE_ERRORS, is_busy, is_failure, of_database
 
 __all__ = ["Database"]
 
@@ -153,7 +153,7 @@ class Database:
             with self._patiently(connection.begin):
                 self._store.create(connection=connection)
                 self._store.check(connection=connection)
-                bindings.create(connection)
+                routing.create(connection)
         except BaseException:
             connection.close()
             raise

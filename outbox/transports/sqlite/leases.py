@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from outbox.sql.store import Claimed
+from outbox.storage.store import Claimed
 
 __all__ = ["LEASE", "Leases"]
 

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from outbox.chunk import Entry, Fate
+from outbox.backlog.chunk import Entry, Fate
 from outbox.event import Event, Unroutable
-from outbox.parking import PARKING_QUEUE, parked
-from outbox.sql.rows import values_of
-from outbox.transports.sqlite.routes import Routes
+from outbox.messages.dead_letters import PARKING_QUEUE, parked
+from outbox.storage.rows import values_of
+from outbox.transports.sqlite.routing import Routes
 
 __all__ = ["NO_ROUTE", "Plan", "rows_of"]
 

@@ -1,0 +1,1 @@
+"""The command ``outbox-consume``: arguments, worker processes, limits and reloading."""

@@ -1,0 +1,117 @@
+"""One worker process, from its consumers' import to its end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+from outbox import OutboxError, configure, exit_codes
+from outbox.consumers.command.arguments import limits_of
+from outbox.consumers.command.limits import Recycling
+from outbox.consumers.discovery import load, selected
+from outbox.consumers.isolation.process_pool import Isolation, Orders
+from outbox.consumers.worker.worker import Worker
+from outbox.system.resident_memory import resident_bytes
+from outbox.system.signals import Stop
+
+__all__ = ["run"]
+
+logger = logging.getLogger("outbox.consumer")
+
+_POLL = 0.2
+"""Seconds until a signal is seen, at the most."""
+_FIRST_POLL = 0.05
+"""Likewise, until messages come."""
+
+
+def run(
+    options: argparse.Namespace,
+    stop: Stop,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+    on_stopping: Callable[[], None] = lambda: None,
+) -> int:
+    """Consume until ``stop`` is asked for, or a limit is reached.
+
+    Args:
+        options: what ``arguments`` has parsed.
+        stop: is asked several times a second.
+        on_ready: is called when messages come, for the first time.
+        on_stopping: is called when it ends.
+
+    Returns:
+        One of ``outbox.exit_codes``.
+    """
+    limits = limits_of(options)
+    try:
+        publisher = configure(options.url)
+        consumers, ranks = selected(load(options.consumers), options.queue)
+        isolation = _isolation(options)
+        worker = Worker(
+            consumers,
+            publisher=publisher,
+            threads=options.threads,
+            concurrency=options.concurrency,
+            prefetch=options.prefetch,
+            max_messages=limits.messages,
+            ranks=ranks,
+            isolation=isolation,
+        )
+        recycling = Recycling(limits, time.monotonic(), resident=_resident(isolation))
+        stop.begin()
+        worker.start()
+        reason = None
+        is_ready = False
+        try:
+            while not stop.asked:
+                stopped = worker.wait(_POLL if is_ready else _FIRST_POLL)
+                if worker.is_consuming and not is_ready:
+                    is_ready = True
+                    on_ready()
+                    _tell(worker)
+                if stopped:
+                    if worker.used_up:
+                        reason = f"it has processed {limits.messages} messages"
+                    break
+                reason = recycling.reason(time.monotonic(), has_worked=worker.has_worked)
+                if reason is not None:
+                    break
+            on_stopping()
+            logger.info("stopping: %s", reason or "as asked")
+        finally:
+            finished = worker.stop(options.shutdown_timeout)
+            publisher.close()
+    except OutboxError as error:
+        print(f"outbox-consume: {error}", file=sys.stderr)
+        return exit_codes.USAGE
+    if reason is not None and not stop.asked:
+        return exit_codes.RECYCLED
+    return exit_codes.SUCCESS if finished else exit_codes.UNFINISHED
+
+
+def _tell(worker: Worker) -> None:
+    logger.info(
+        "consuming %s with %d thread(s), %d task(s), prefetch %d",
+        ", ".join(map(repr, worker.consumers)),
+        worker.threads,
+        worker.concurrency,
+        worker.prefetch,
+    )
+
+
+def _isolation(options: argparse.Namespace) -> Isolation | None:
+    if options.isolate is None:
+        return None
+    return Isolation(
+        Orders(tuple(options.consumers), options.url, options.log_level, options.log_format)
+    )
+
+
+def _resident(isolation: Isolation | None) -> Callable[[], int]:
+    """Return what tells the size of the largest process in which handlers may leak."""
+    if isolation is None:
+        return resident_bytes
+    return lambda: max(resident_bytes(), isolation.largest())

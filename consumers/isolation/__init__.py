@@ -1,0 +1,1 @@
+"""Handlers in subprocesses, which can be killed on timeout (``--isolate process``)."""

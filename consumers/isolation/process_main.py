@@ -1,0 +1,82 @@
+"""The subprocess that runs handlers for a worker (``--isolate process``).
+
+Started by ``process_pool``. It gets deliveries over a socket, and sends back their outcomes.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import os
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+
+from outbox import BrokerError, ConnectionLost, configure, exit_codes
+from outbox.consumers import logs
+from outbox.consumers.discovery import load
+from outbox.consumers.isolation.process_pool import Orders
+from outbox.consumers.message.copies import traceback_of
+from outbox.consumers.message.deduplication import open_inbox
+from outbox.consumers.message.inline_engine import SettledElsewhere, concluded
+from outbox.consumers.message.message import Message
+from outbox.consumers.outcome import Again, Dead, Hold, Outcome, RemoteError
+from outbox.messages.delivery import Delivery
+
+__all__ = ["main"]
+
+
+def main(connection: Connection, lifeline: int) -> int:
+    """Process what comes over ``connection`` until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, meant for the other process
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for descriptor in (connection.fileno(), lifeline):  # not for what handlers start
+        os.set_inheritable(descriptor, False)
+    threading.Thread(target=_end_with, args=(lifeline,), name="outbox-parent", daemon=True).start()
+    orders: Orders = connection.recv()
+    logs.set_up(orders.log_level, orders.log_format)
+    publisher = configure(orders.url)
+    consumers = {one.queue: one for one in load(orders.consumers)}
+    services = SettledElsewhere(publisher, open_inbox(publisher.settings, consumers.values()))
+    connection.send(None)
+    while True:
+        try:
+            delivery: Delivery = connection.recv()
+        except EOFError:
+            break
+        message = Message(consumers[delivery.queue], delivery, services)
+        context = contextvars.copy_context()
+        connection.send(_portable(context.run(concluded, message)))
+    publisher.close()
+    return exit_codes.SUCCESS
+
+
+def _portable(outcome: Outcome) -> Outcome:
+    """Return ``outcome`` without the application's own exceptions, which may not travel."""
+    match outcome:
+        case Again(error=error):
+            return dataclasses.replace(outcome, error=_told(error))
+        case Dead(error=error) if error is not None:
+            return dataclasses.replace(outcome, error=_told(error))
+        case Hold(error=BrokerError()):
+            return Hold(ConnectionLost(str(outcome.error)))
+        case Hold():
+            return Hold(_told(outcome.error))
+    return outcome
+
+
+def _told(error: BaseException) -> RemoteError:
+    return RemoteError(type(error).__qualname__, traceback_of(error))
+
+
+def _end_with(lifeline: int) -> None:
+    """End at once when the other process is gone: its message comes again, elsewhere."""
+    os.read(lifeline, 1)
+    if os.getpgrp() == os.getpid():  # what the handlers have started, too
+        os.killpg(0, signal.SIGKILL)
+    os._exit(exit_codes.KILLED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Connection(int(sys.argv[1])), int(sys.argv[2])))

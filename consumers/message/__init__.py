@@ -1,0 +1,1 @@
+"""The life of one message, from its delivery to its settlement."""

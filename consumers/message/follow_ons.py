@@ -1,0 +1,83 @@
+"""The collector of a message: follow-on events with deterministic ids."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from contextvars import Token
+
+from outbox import (
+    Event,
+    EventCollector,
+    Publisher,
+    PublishReport,
+)
+from outbox.consumers.message.steps import Later
+from outbox.consumers.received_event import ReceivedEvent
+from outbox.ids import follow_on_id
+from outbox.unit_of_work import scope
+from outbox.unit_of_work.buffer import Buffer
+
+__all__ = ["MessageCollector"]
+
+
+class MessageCollector(EventCollector):
+    """The collector of one message: its events' ids follow from the message's."""
+
+    __slots__ = ()
+
+    def __init__(self, publisher: Publisher, event: ReceivedEvent, *, auto_publish: bool) -> None:
+        """Hold nothing yet; with ``auto_publish``, ``publish()`` is said by somebody else."""
+        super().__init__(publisher=publisher, make_id=_FollowOnIds(event))
+        self._root.root.publishes_itself = auto_publish
+
+    def enter(self) -> Token[scope.Scope | None]:
+        """Make it current until ``scope.leave()``: what ``use()`` does, at half its price."""
+        return scope.enter(self, self._root)
+
+    def end(self) -> tuple[Event, ...]:
+        """Drop what is left, and take nothing more."""
+        return self._drop(self._root.close())
+
+    def publish_later(self) -> PublishReport:
+        """Publish, and wait elsewhere.
+
+        Raises:
+            Later: it is not known yet what has become of them.
+            PublishFailed: see ``publish()``.
+        """
+        chunk = self._hand_over(self._innermost(), self.publisher)
+        if chunk.reported is None:
+            raise Later(chunk)
+        return self._told(chunk, chunk.reported)
+
+
+class _CallbackCollector(MessageCollector):
+    """The collector of a callback: the message's fate is decided, so its events are kept."""
+
+    __slots__ = ()
+
+    def _keeps(self, buffer: Buffer) -> bool:
+        return True
+
+
+class _FollowOnIds:
+    """Ids that a second run of the same message makes again. Thread-safe.
+
+    An id follows from the message, the queue, and all that makes the event what it is: a different
+    event never gets it. Of identical events in one run each has a number.
+    """
+
+    def __init__(self, event: ReceivedEvent) -> None:
+        self._event = event
+        self._lock = threading.Lock()
+        self._seen: dict[tuple[str, ...], int] = {}
+
+    def __call__(self, exchange: str, target: str, key: str | None, body: bytes) -> str:
+        digest = hashlib.sha256(body).hexdigest()
+        keyed = "" if key is None else f"={key}"
+        parts = (self._event.id, self._event.queue, exchange, target, keyed, digest)
+        with self._lock:
+            number = self._seen.get(parts, 0)
+            self._seen[parts] = number + 1
+        return follow_on_id(*parts, str(number))

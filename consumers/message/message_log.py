@@ -1,0 +1,90 @@
+"""One line in the log for every message: what became of it, and how long that took."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from outbox.consumers.outcome import Ack, Again, Dead, Outcome, Return
+from outbox.messages.delivery import Delivery
+
+__all__ = ["ended", "started"]
+
+logger = logging.getLogger("outbox.consumer.messages")
+"""Apart from ``outbox.consumer``, so that its many lines can be switched off alone."""
+
+
+def started(delivery: Delivery) -> float:
+    """Note that ``delivery`` is about to be processed; return the time, for :func:`ended`."""
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug(
+            "message %r of %r started",
+            delivery.message_id,
+            delivery.queue,
+            extra=_extra(delivery, 0.0),
+        )
+    return time.perf_counter()
+
+
+def ended(delivery: Delivery, outcome: Outcome, began: float) -> None:
+    """Log what becomes of ``delivery``: INFO, WARNING if it failed, ERROR if it is dead."""
+    level = _LEVELS.get(type(outcome), logging.INFO)
+    if not logger.isEnabledFor(level):
+        return
+    duration = time.perf_counter() - began
+    extra = _extra(delivery, duration)
+    logger.log(
+        level,
+        "message %r of %r %s after %.3f s, attempt %d%s",
+        delivery.message_id,
+        delivery.queue,
+        _fate(outcome),
+        duration,
+        extra["outbox_message"]["attempt"],
+        _why(outcome),
+        exc_info=outcome.error if isinstance(outcome, Again | Dead) else None,
+        extra=extra,
+    )
+
+
+_LEVELS: dict[type, int] = {Again: logging.WARNING, Dead: logging.ERROR}
+
+
+def _fate(outcome: Outcome) -> str:
+    match outcome:
+        case Ack(duplicate=True):
+            return "had been done before"
+        case Ack():
+            return "finished"
+        case Again():
+            return "failed"
+        case Dead():
+            return "goes to the dead letters"
+        case Return():
+            return "is given back"
+    return type(outcome).__name__.lower()
+
+
+def _why(outcome: Outcome) -> str:
+    match outcome:
+        case Again():
+            return f"; again in {outcome.delay:.1f} s"
+        case Dead():
+            return f": {outcome.reason!r}"
+    return ""
+
+
+def _extra(delivery: Delivery, duration: float) -> dict[str, dict[str, Any]]:
+    """Return what ``MessageFilter`` gives to the lines of a handler: here nobody is inside of one.
+
+    Under one name, since logging refuses those that a record has already.
+    """
+    attempt = (delivery.headers or {}).get("outbox-attempt")
+    message = {
+        "message_id": delivery.message_id or "",
+        "queue": delivery.queue,
+        "attempt": attempt if type(attempt) is int and attempt > 0 else 1,
+        "duration": duration,
+    }
+    return {"outbox_message": message}

@@ -1,0 +1,255 @@
+"""The engine of plain consumers: a pool of threads, each with one message at a time.
+
+A thread that has nothing left to do for a message but to wait for confirms goes on with another
+one; the first is then in ``lives``.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+from outbox import Event, EventCollector, PublishReport
+from outbox.consumers.message.follow_ons import MessageCollector
+from outbox.consumers.message.message import Message
+from outbox.consumers.message.steps import Abandoned, Later, Step, Steps, call
+from outbox.consumers.outcome import Outcome, ProcessTimeout, of_handler
+from outbox.consumers.worker.deadlines import Watch
+from outbox.consumers.worker.in_flight import Life, Lives
+from outbox.consumers.worker.worker_context import Work
+from outbox.messages.delivery import Delivery
+
+__all__ = ["ThreadEngine"]
+
+logger = logging.getLogger("outbox.consumer")
+
+T = TypeVar("T")
+
+
+class _Late(BaseException):
+    """Raised in the life of a message when its step has ended after its time."""
+
+
+class ThreadEngine:
+    """Runs the messages of plain consumers on threads.
+
+    A handler that takes longer than its time cannot be stopped. Its message is given up, and its
+    thread's place is taken by another one: for as many late threads as there are places. Beyond
+    that places are lost until one of them comes back.
+
+    Attributes:
+        publisher, subscription, inbox: see ``life.Services``.
+        lives: of the messages that were begun.
+        late: how many threads are in handlers whose time is over.
+    """
+
+    def __init__(self, work: Work, threads: int) -> None:
+        """Nothing runs yet."""
+        self.publisher = work.publisher
+        self.subscription = work.subscription
+        self.inbox = work.inbox
+        self._shared = work
+        self.late = 0
+        self._size = threads
+        self._missing = 0  # places of late threads that nobody has taken
+        self._waiting = work.make_arrivals()
+        self._working = 0  # places that are not empty; a late thread has left its own to another
+        self._lock = threading.Condition()
+        self._stopping = threading.Event()
+        self._watch = Watch()
+        self.lives = Lives(work, self, self.put)
+        self._context = contextvars.Context()
+
+    # ------------------------------------------------------------------- services of a message
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the engine is."""
+        return self._stopping.is_set()
+
+    def publish(self, collector: EventCollector) -> PublishReport:
+        """Publish and wait."""
+        return collector.publish()
+
+    def publish_last(self, collector: MessageCollector) -> PublishReport:
+        """Publish, and have the thread go on with another message meanwhile.
+
+        A single thread waits: whoever wants no more than one has his messages one after the other.
+        """
+        return collector.publish() if self._size == 1 else collector.publish_later()
+
+    def publish_one(self, event: Event) -> PublishReport:
+        """Publish and wait."""
+        return self.publisher.publish([event], keep=False)
+
+    def apart(self, function: Callable[[], T]) -> T:
+        """Call ``function``."""
+        return function()
+
+    def pause(self, seconds: float) -> None:
+        """Wait, or until the engine stops."""
+        self._stopping.wait(seconds)
+
+    # ------------------------------------------------------------------------------- running
+
+    def start(self) -> None:
+        """Start the threads; messages run in copies of the caller's context."""
+        self._context = contextvars.copy_context()
+        self._working = self._size
+        self.lives.start()
+        for number in range(1, self._size + 1):
+            self._start_thread(f"outbox-worker-{number}", self._work)
+
+    def put(self, delivery: Delivery) -> None:
+        """Have a message processed when a thread is free."""
+        self._waiting.put(delivery)
+
+    def ask_to_stop(self, _deadline: float) -> None:
+        """Begin no further message."""
+        self._stopping.set()
+        for _ in range(2 * self._size):  # of late threads' successors, too
+            self._waiting.put(None)
+
+    def stop(self, deadline: float) -> bool:
+        """Wait for the messages being processed, until ``deadline``; return whether all finished.
+
+        After ``ask_to_stop``. Those that are late have been given up before, and are not waited
+        for.
+        """
+        with self._lock:
+            # Threads cannot be waited for: meanwhile others may take the places of late ones.
+            finished = self._lock.wait_for(
+                lambda: not self._working, max(0.0, deadline - time.monotonic())
+            )
+        finished = self.lives.stop(deadline) and finished
+        self._watch.close()
+        return finished
+
+    def _start_thread(self, name: str, run: Callable[[], None]) -> None:
+        threading.Thread(target=run, name=name, daemon=True).start()
+
+    def _work(self) -> None:
+        has_place = True
+        try:
+            while has_place and (delivery := self._waiting.get()) is not None:
+                has_place = self._process(delivery)
+        finally:
+            if has_place:
+                self._leave_place()
+
+    def _leave_place(self) -> None:
+        with self._lock:
+            self._working -= 1
+            self._lock.notify_all()
+
+    def _process(self, delivery: Delivery) -> bool:
+        """Process a message; return whether this thread still has its place."""
+        if self._stopping.is_set():
+            return True  # it is given back when the subscription closes
+        life = self.lives.of(delivery, self._context)
+        return True if life is None else self._go_on(life)
+
+    def _go_on(self, life: Life) -> bool:
+        """Take the steps of a message; return whether this thread still has its place."""
+        message, delivery = life.message, life.message.delivery
+        try:
+            life.context.run(self._live, message, life.steps, life.left_at)
+        except Later as later:
+            self.lives.leave(life, later.chunk)
+            return True
+        except (_Late, Abandoned):
+            pass  # somebody else ends it, or gets it when the subscription closes
+        except BaseException:  # a bug of ours must end neither the thread nor the message
+            logger.exception("could not handle message %r", delivery.message_id)
+            if not message.is_given_up:
+                self._shared.give_back(delivery)
+        if message.is_given_up:  # also where a filter has swallowed that it is late
+            return self._come_back()
+        self._shared.ends()
+        return True
+
+    def _live(
+        self, message: Message, steps: Steps[Outcome | None], left_at: Step | None = None
+    ) -> None:
+        call(steps, partial(self._take_step, message), left_at)
+
+    def _take_step(self, message: Message, step: Step) -> object:
+        try:
+            if step.timeout is None:
+                return step.call(*step.arguments)
+            return self._call_watched(message, step, step.timeout)
+        except (_Late, Abandoned, Later):
+            raise
+        except BaseException as error:
+            raise of_handler(error)  # noqa: B904  it has its cause, or is the error itself
+
+    def _call_watched(self, message: Message, step: Step, seconds: float) -> object:
+        late = partial(self._on_late, message, threading.current_thread(), seconds)
+        ticket = self._watch.enter(seconds, late)
+        try:
+            found: object = step.call(*step.arguments)
+        except BaseException as error:
+            if not self._watch.leave(ticket):
+                message.abandon()  # whoever gives it up may not have begun yet
+                raise _Late from error
+            raise
+        if not self._watch.leave(ticket):
+            message.abandon()
+            raise _Late
+        return found
+
+    def _on_late(self, message: Message, thread: threading.Thread, seconds: float) -> None:
+        with self._lock:
+            self.late += 1
+            has_successor = self.late <= self._size
+            if not has_successor:
+                self._missing += 1
+        logger.error(
+            "message %r of %r takes more than %.1f s and is given up; its handler cannot be "
+            "stopped, and goes on in the thread %s",
+            message.delivery.message_id,
+            message.delivery.queue,
+            seconds,
+            thread.name,
+        )
+        if not has_successor:
+            logger.error("%d handlers are late: the worker has a thread less", self.late)
+        error = ProcessTimeout.after(seconds)
+        try:
+            self._start_thread(thread.name, partial(self._succeed, message, error, has_successor))
+        except RuntimeError:  # there can be no more threads: somebody else gets the message
+            message.abandon()
+            self._shared.give_back(message.delivery)
+            self._shared.ends()
+            self._leave_place()
+            with self._lock:
+                self._missing += has_successor  # until this late one comes back
+            raise
+
+    def _succeed(self, message: Message, error: ProcessTimeout, goes_on: bool) -> None:
+        """End a message whose handler is late, and work in that thread's place."""
+        try:
+            self._context.copy().run(self._live, message, message.give_up(error))
+        except BaseException:
+            logger.exception("could not end message %r", message.delivery.message_id)
+            self._shared.give_back(message.delivery)
+        self._shared.ends()
+        if goes_on:
+            self._work()
+        else:
+            self._leave_place()
+
+    def _come_back(self) -> bool:
+        """Note that a late handler has ended; return whether its thread has a place to work in."""
+        with self._lock:
+            self.late -= 1
+            if not self._missing:
+                return False
+            self._missing -= 1
+            self._working += 1
+            return True

@@ -1,0 +1,234 @@
+"""The worker: takes messages from a subscription and has every one processed and settled."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from outbox import Publisher, UsageError
+from outbox.configuration import default_publisher
+from outbox.consumers.definition import Consumer, check_process
+from outbox.consumers.isolation.process_pool import IsolatedMessage, Isolation
+from outbox.consumers.message.deduplication import Inbox, open_inbox
+from outbox.consumers.message.message import Message
+from outbox.consumers.message.services import Services
+from outbox.consumers.worker.dispatch_queue import make_arrivals
+from outbox.consumers.worker.task_engine import TaskEngine
+from outbox.consumers.worker.thread_engine import ThreadEngine
+from outbox.consumers.worker.worker_context import Quota, Work
+from outbox.messages.delivery import Delivery
+from outbox.observer import installed_observer
+from outbox.transports.registry import open_subscription
+
+__all__ = ["Worker"]
+
+logger = logging.getLogger("outbox.consumer")
+
+
+class Worker:
+    """Runs consumers until it is stopped: plain ones on threads, asynchronous ones as tasks.
+
+    A message is acked when it has been processed and its follow-on events are confirmed, on
+    another connection. While the broker takes no events, or a database is away, messages are held,
+    not failed. The link to the broker is reopened for as long as the worker runs.
+
+    A plain handler that takes longer than its consumer's ``timeout`` cannot be stopped. Its message
+    is given up, another thread takes its place, and what it publishes from then on is refused: so
+    it may still be running beside the next attempt. As many late handlers as there are threads are
+    replaced; beyond that the worker has a thread less until one of them ends. Coroutines are
+    cancelled.
+
+    ``start``, ``stop`` and ``wait`` may be called from any thread, but not from a signal handler.
+
+    Attributes:
+        consumers: by the name of their queue.
+        publisher: of the follow-on events and dead letters.
+        threads: how many messages of plain consumers are processed at a time.
+        concurrency: how many messages of asynchronous consumers are.
+        prefetch: how many messages of each queue the broker sends ahead.
+    """
+
+    def __init__(
+        self,
+        consumers: Iterable[Consumer | type[Consumer]],
+        *,
+        publisher: Publisher | None = None,
+        threads: int = 8,
+        concurrency: int = 100,
+        prefetch: int | None = None,
+        max_messages: int | None = None,
+        ranks: Mapping[str, int] | None = None,
+        inbox: Inbox | None = None,
+        isolation: Isolation | None = None,
+    ) -> None:
+        """Make a worker; nothing is connected yet.
+
+        Args:
+            consumers: classes or instances, one a queue.
+            publisher: of the follow-on events and dead letters; its URL is consumed from. The
+                default is the process's own.
+            threads: how many messages of plain consumers are processed at a time, 1 or more.
+            concurrency: how many messages of asynchronous consumers are, 1 or more.
+            prefetch: how many messages of each queue the broker sends ahead, 1 to 65535. The
+                default keeps the worker busy while acks travel: four a thread, at least 50, and
+                twice the concurrency where there are asynchronous consumers. Lower it when messages
+                take long, so that other workers get their share.
+            max_messages: how many messages are processed, 1 or more; then ``wait`` returns True,
+                and the worker is to be stopped. None for no limit.
+            ranks: of queues, from 0 on, which is that of all others: no message is begun while one
+                of a queue with a lower rank waits.
+            inbox: remembers what consumers that ``deduplicate`` have done; the default is one in
+                the database ``OUTBOX_DATABASE_URL``, or in the file that is consumed from.
+            isolation: runs plain handlers in processes of their own.
+
+        Raises:
+            UsageError: there is no consumer, two have the same queue, one has no ``process`` that
+                takes an event, one deduplicates and there is no database for that, or a number is
+                out of range.
+        """
+        self.consumers: dict[str, Consumer] = {}
+        for one in consumers:
+            consumer = one() if isinstance(one, type) else one
+            if not consumer.queue:
+                raise UsageError(f"the consumer {type(consumer).__qualname__} names no queue")
+            if consumer.queue in self.consumers:
+                raise UsageError(f"two consumers want the queue {consumer.queue!r}")
+            check_process(consumer)
+            self.consumers[consumer.queue] = consumer
+        if not self.consumers:
+            raise UsageError("a worker needs at least one consumer")
+        for name, number in (("threads", threads), ("concurrency", concurrency)):
+            if not isinstance(number, int) or number < 1:
+                raise UsageError(f"{name} is {number!r}, not 1 or more")
+        for queue in ranks or {}:
+            if queue not in self.consumers:
+                raise UsageError(f"ranks has {queue!r}, which no consumer takes messages of")
+        self.threads = threads
+        self.concurrency = concurrency
+        plain = [one for one in self.consumers.values() if not one.is_async]
+        asynchronous = [one for one in self.consumers.values() if one.is_async]
+        if prefetch is None:
+            busy = max(4 * threads if plain else 0, 2 * concurrency if asynchronous else 0)
+            prefetch = min(max(50, busy), 65535)
+        if not 1 <= prefetch <= 65535:
+            raise UsageError(f"prefetch is {prefetch}, not 1 to 65535")
+        if max_messages is not None and max_messages < 1:
+            raise UsageError(f"max_messages is {max_messages}, not 1 or more")
+        self._quota = None if max_messages is None else Quota(max_messages)
+        # More than are to be processed would only be given back.
+        self.prefetch = prefetch if max_messages is None else min(prefetch, max_messages)
+        self.publisher = publisher or default_publisher()
+        settings = self.publisher.settings
+        specs = [
+            dataclasses.replace(one.spec(settings.exchange), rank=(ranks or {}).get(one.queue, 0))
+            for one in self.consumers.values()
+        ]
+        specs.sort(key=lambda spec: spec.rank)
+        observer = installed_observer()
+        consumed = settings if observer is None else observer.consumed_with(settings)
+        self._subscription = open_subscription(consumed, specs, self.prefetch)
+        self._isolation = isolation
+        self._stopping = threading.Event()
+        self._refused = ""
+        if inbox is None:
+            inbox = open_inbox(settings, self.consumers.values())
+        work = Work(
+            consumers=self.consumers,
+            publisher=self.publisher,
+            subscription=self._subscription,
+            inbox=inbox,
+            quota=self._quota,
+            on_used_up=self._stopping.set,
+            make_message=self._make_message,
+            make_arrivals=lambda: make_arrivals(specs, self._subscription.out, self.prefetch),
+        )
+        self._threads = ThreadEngine(work, threads) if plain else None
+        self._tasks = TaskEngine(work, concurrency) if asynchronous else None
+
+    @property
+    def has_worked(self) -> bool:
+        """Whether a message was begun."""
+        return any(engine.lives.any_begun for engine in self._engines())
+
+    @property
+    def used_up(self) -> bool:
+        """Whether all the messages that it may process have been."""
+        return self._quota is not None and self._quota.used_up
+
+    @property
+    def late(self) -> int:
+        """How many handlers go on although their time is over."""
+        return sum(engine.late for engine in self._engines())
+
+    @property
+    def is_consuming(self) -> bool:
+        """Whether messages come as soon as there are any."""
+        return self._subscription.is_consuming
+
+    def start(self) -> None:
+        """Begin to consume, in the background."""
+        for engine in self._engines():
+            engine.start()
+        self.publisher.make_ready()
+        self._subscription.start(self._receiver(), self._on_refused)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the worker is asked to stop, at most ``timeout`` seconds; return whether so.
+
+        Raises:
+            UsageError: the broker has a queue or exchange with other arguments; its message
+                names the argument.
+        """
+        stopped = self._stopping.wait(timeout)
+        if self._refused:
+            raise UsageError(f"the broker refused what the consumers declare: {self._refused}")
+        return stopped
+
+    def stop(self, timeout: float = 30.0) -> bool:
+        """Take no more messages, finish those being processed, give back the rest, disconnect.
+
+        Args:
+            timeout: seconds that the messages being processed have. What is not finished then is
+                delivered again, later; coroutines are cancelled.
+
+        Returns:
+            Whether all of them finished.
+        """
+        deadline = time.monotonic() + timeout
+        self._stopping.set()
+        for engine in self._engines():
+            engine.ask_to_stop(deadline)
+        self._subscription.cancel()
+        ends = [engine.stop(deadline) for engine in self._engines()]
+        if self._isolation is not None:
+            self._isolation.end()
+        finished = all(ends)
+        if not finished:
+            logger.warning("some messages did not finish within %.1f s: they come again", timeout)
+        self._subscription.close()
+        return finished
+
+    def _make_message(self, consumer: Consumer, delivery: Delivery, services: Services) -> Message:
+        if self._isolation is not None and not consumer.is_async:
+            return IsolatedMessage(consumer, delivery, services, self._isolation)
+        return Message(consumer, delivery, services)
+
+    def _engines(self) -> list[ThreadEngine | TaskEngine]:
+        return [one for one in (self._threads, self._tasks) if one is not None]
+
+    def _receiver(self) -> Callable[[Delivery], None]:
+        if self._tasks is None or self._threads is None:
+            [engine] = self._engines()
+            return engine.put
+        of_queue = {
+            queue: self._tasks.put if consumer.is_async else self._threads.put
+            for queue, consumer in self.consumers.items()
+        }
+        return lambda delivery: of_queue[delivery.queue](delivery)
+
+    def _on_refused(self, reason: str) -> None:
+        self._refused = reason
+        self._stopping.set()

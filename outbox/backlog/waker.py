@@ -1,0 +1,68 @@
+"""Awaiting, on an event loop, what other threads resolve."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+
+from outbox.backlog.chunk import Chunk
+
+__all__ = ["Waker", "reported"]
+
+
+class Waker:
+    """Wakes what waits on one event loop. Thread-safe.
+
+    What is due at the same time costs one call: a loop is woken by a byte through a socket, and
+    with a hundred tasks that publish side by side a byte for each is dear.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._due: deque[asyncio.Future[None]] = deque()
+        self._called = False
+
+    def wake(self, waiter: asyncio.Future[None]) -> None:
+        """Resolve ``waiter``, soon; nothing happens once the loop is closed."""
+        self._due.append(waiter)
+        if self._called:
+            return
+        self._called = True
+        try:
+            self.loop.call_soon_threadsafe(self._wake_due)
+        except RuntimeError:  # the loop was closed: nobody waits
+            self._called = False
+        except BaseException:  # a signal's handler raised: the next one must call
+            self._called = False
+            raise
+
+    def _wake_due(self) -> None:
+        self._called = False  # before looking: who comes later calls again
+        while self._due:
+            _set(self._due.popleft())
+
+
+async def reported(chunk: Chunk, timeout: float) -> None:  # noqa: ASYNC109  cancels nothing
+    """Wait until ``chunk`` is reported, at most ``timeout`` seconds."""
+    loop = asyncio.get_running_loop()
+    waker: Waker | None = getattr(_here, "waker", None)
+    if waker is None or waker.loop is not loop:
+        waker = _here.waker = Waker(loop)
+    waiter: asyncio.Future[None] = loop.create_future()
+    # No asyncio.timeout(): it cancels the task to end the waiting, where setting a future will do.
+    late = loop.call_later(timeout, _set, waiter)
+    chunk.on_reported(lambda _: waker.wake(waiter))
+    try:
+        await waiter
+    finally:
+        late.cancel()
+
+
+def _set(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+_here = threading.local()
+"""The waker of the loop that runs, or last ran, on this thread."""

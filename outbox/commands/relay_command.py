@@ -1,0 +1,168 @@
+"""``outbox relay``: publishes stored events until it is stopped."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any
+
+from outbox import exit_codes
+from outbox.commands.database_access import open_store, told
+from outbox.commands.options import broker_option, database_option, positive
+from outbox.publisher import Publisher
+from outbox.system.signals import Signals
+
+if TYPE_CHECKING:
+    from outbox.sql import Relay
+
+__all__ = ["add_parser"]
+
+logger = logging.getLogger("outbox.relay")
+
+_EXAMPLES = """\
+examples:
+  outbox relay --database postgresql://app@db/shop --url amqp://user:password@host:5672/vhost
+  OUTBOX_DATABASE_URL=... OUTBOX_URL=... outbox relay --ordered
+      events of one key strictly in their order, beside any number of relays that do so
+  outbox relay --once
+      publish what is due, and end
+
+SIGTERM and SIGINT let what is on its way be confirmed; a second one ends at once. Nothing is lost
+either way: what is not confirmed is published again, with the same id.
+
+exit codes: 0 stopped in order, 1 some events were not confirmed in time or --once was stopped, 2
+wrong usage or no such table, 7 the database or the broker cannot be reached, 130 ended by a second
+signal
+"""
+
+_POLL = 0.1  # seconds within which a signal is noticed
+_TOLD = 1.0  # seconds between two lines on a terminal
+_LOGGED = 60.0  # seconds between two lines in a log
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add ``relay`` to the sub-commands of ``outbox``; see ``parked.add_parser``."""
+    relay = commands.add_parser(
+        "relay",
+        parents=[common, broker_option(), database_option()],
+        help="publish stored events",
+        description="Publish what transactions have stored. Any number of relays may run.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    relay.add_argument(
+        "--batch", type=positive, default=1000, metavar="N", help="rows in a claim (default: 1000)"
+    )
+    relay.add_argument(
+        "--lease",
+        type=float,
+        metavar="SECONDS",
+        help="for which a claimed row is left to this relay (default: 60)",
+    )
+    relay.add_argument(
+        "--ordered", action="store_true", help="keep the order of events of one key strictly"
+    )
+    relay.add_argument(
+        "--listen",
+        action="store_true",
+        help="look as soon as PostgreSQL tells (NOTIFY outbox_events), rather than within 2 s",
+    )
+    relay.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="that events on their way have to be confirmed at the end (default: 10)",
+    )
+    relay.add_argument("--once", action="store_true", help="publish what is due, and end")
+    relay.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if logging.getLogger().level == logging.CRITICAL:
+        logging.getLogger().setLevel(logging.INFO)  # it is a service: its log is what one sees
+    signals = Signals(second_exits=exit_codes.INTERRUPTED)
+    signals.begin()
+    with open_store(options) as store:
+        from outbox.sql import Relay
+
+        publisher = Publisher(options.url)
+        try:
+            relay = Relay(
+                store,
+                publisher,
+                batch=options.batch,
+                lease=options.lease,
+                ordered=options.ordered,
+                listen=options.listen,
+            )
+            run = _publish_once if options.once else _serve
+            return run(relay, signals, options.shutdown_timeout)
+        finally:
+            publisher.close(0)  # what it has not confirmed has been given back
+
+
+def _serve(relay: Relay, signals: Signals, timeout: float) -> int:
+    progress = _Progress(relay)
+    relay.start()
+    logger.info("relaying")
+    while not signals.asked:
+        relay.wait(_POLL)
+        progress.tell()
+    finished = relay.stop(timeout)
+    progress.end()
+    logger.info("stopped; %s events published", f"{_confirmed(relay):,}")
+    return exit_codes.SUCCESS if finished else exit_codes.UNFINISHED
+
+
+def _publish_once(relay: Relay, signals: Signals, timeout: float) -> int:
+    progress = _Progress(relay)
+    # On another thread, so that this one sees signals while that one waits.
+    with ThreadPoolExecutor(1) as executor:
+        published = executor.submit(relay.run_once)
+        while not signals.asked and not wait([published], _POLL).done:
+            progress.tell()
+        if signals.asked:
+            relay.ask_to_stop(timeout)
+        with told():
+            count = published.result()
+    progress.end()
+    print(f"{count:,} event{'' if count == 1 else 's'} published")
+    return exit_codes.UNFINISHED if signals.asked else exit_codes.SUCCESS
+
+
+class _Progress:
+    """How it goes: on a terminal in one line that is rewritten, otherwise in the log."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._on_terminal = sys.stderr.isatty()
+        self._every = _TOLD if self._on_terminal else _LOGGED
+        self._then, self._before = time.monotonic(), 0
+
+    def tell(self) -> None:
+        """Tell, if the time has come."""
+        now = time.monotonic()
+        if now - self._then < self._every:
+            return
+        published = _confirmed(self._relay)
+        rate = (published - self._before) / (now - self._then)
+        if self._on_terminal:
+            sys.stderr.write(f"\r\x1b[K{published:,} events published, {rate:,.0f} a second ")
+            sys.stderr.flush()
+        elif published != self._before:
+            logger.info("%s events published, %s a second", f"{published:,}", f"{rate:,.0f}")
+        self._then, self._before = now, published
+
+    def end(self) -> None:
+        """Leave the line as it is."""
+        if self._on_terminal:
+            sys.stderr.write("\n")
+
+
+def _confirmed(relay: Relay) -> int:
+    stats = relay.stats()
+    return stats.published + stats.parked

@@ -1,0 +1,70 @@
+"""``outbox sql``: makes the table of stored events, shows how, and checks it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from outbox import exit_codes
+from outbox.commands.database_access import open_store
+from outbox.commands.options import database_option
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add ``sql`` to the sub-commands of ``outbox``; see ``parked.add_parser``."""
+    sql = commands.add_parser(
+        "sql",
+        help="make or check the table of stored events",
+        description="Make or check the table of stored events.",
+    )
+    actions = sql.add_subparsers(title="actions", metavar="ACTION", required=True)
+    database = database_option()
+
+    create = actions.add_parser(
+        "create",
+        parents=[common, database],
+        help="make the table, unless it is there",
+        description="Make the table and its indexes, unless it is there. Where migrations do that, "
+        "give them outbox.sql.metadata, or what `outbox sql ddl` prints.",
+    )
+    create.set_defaults(run=_create)
+
+    show = actions.add_parser(
+        "ddl",
+        parents=[common],
+        help="print the statements that make the table",
+        description="Print the statements that make the table and its indexes.",
+    )
+    show.add_argument("--dialect", required=True, metavar="NAME", help="postgresql or sqlite")
+    show.set_defaults(run=_ddl)
+
+    check = actions.add_parser(
+        "check",
+        parents=[common, database],
+        help="tell what the table lacks",
+        description="Tell what the table lacks; exit with 2 if it lacks something.",
+    )
+    check.set_defaults(run=_check)
+
+
+def _create(options: argparse.Namespace) -> int:
+    with open_store(options, check=False) as store:
+        made = store.create()
+        store.check()
+    print("the table outbox_events was made" if made else "the table outbox_events is there")
+    return exit_codes.SUCCESS
+
+
+def _ddl(options: argparse.Namespace) -> int:
+    from outbox.storage.schema import ddl
+
+    print(ddl(options.dialect), end="")
+    return exit_codes.SUCCESS
+
+
+def _check(options: argparse.Namespace) -> int:
+    with open_store(options):
+        print("the table outbox_events is as it should be")
+    return exit_codes.SUCCESS

@@ -1,0 +1,171 @@
+"""``outbox status``, ``retry`` and ``purge``: what is in the table of stored events."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from outbox import exit_codes
+from outbox.commands.database_access import open_store
+from outbox.commands.options import database_option, positive
+from outbox.commands.printing import json_line, printable
+from outbox.errors import UsageError
+
+__all__ = ["add_parser"]
+
+_EXAMPLES = """\
+examples:
+  outbox retry --reason NOT_FOUND --dry-run
+      which dead events would be published again, those with that in their reason
+  outbox retry --all
+      make all of them due again
+  outbox purge --id 0199f3a2-... --yes
+      delete one dead event
+
+Only dead events are looked at: those that could never be published. A relay publishes what is
+made due again; it keeps its id.
+
+exit codes: 0 done, 1 the question was answered with no, 2 wrong usage or no such table, 7 the
+database cannot be reached, 130 interrupted
+"""
+
+
+def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the three to the sub-commands of ``outbox``; see ``parked.add_parser``."""
+    database = database_option()
+    status = commands.add_parser(
+        "status",
+        parents=[common, database],
+        help="show the backlog of stored events",
+        description="Show how many stored events wait, for how long, and how many are dead, and "
+        "why.",
+    )
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+    status.set_defaults(run=_status)
+
+    filters = argparse.ArgumentParser(add_help=False)
+    filters.add_argument(
+        "--id", action="append", default=[], metavar="ID", help="of an event; may be repeated"
+    )
+    filters.add_argument("--reason", metavar="TEXT", help="a part of the reason")
+    filters.add_argument("--target", metavar="TARGET", help="where it was to go")
+    filters.add_argument("--all", action="store_true", help="all dead events")
+    filters.add_argument("--limit", type=positive, metavar="N", help="so many at the most")
+    filters.add_argument("--dry-run", action="store_true", help="tell what would be done")
+
+    retry = commands.add_parser(
+        "retry",
+        parents=[common, database, filters],
+        help="make dead stored events due again",
+        description="Make dead stored events due again.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    retry.set_defaults(run=_retry)
+
+    purge = commands.add_parser(
+        "purge",
+        parents=[common, database, filters],
+        help="delete dead stored events",
+        description="Delete dead stored events for good.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    purge.add_argument("--yes", action="store_true", help="do not ask")
+    purge.set_defaults(run=_purge)
+
+
+def _status(options: argparse.Namespace) -> int:
+    with open_store(options) as store:
+        found = store.status()
+    if options.json:
+        print(
+            json_line(
+                {
+                    "waiting": found.waiting,
+                    "scheduled": found.scheduled,
+                    "leased": found.leased,
+                    "oldest": found.oldest,
+                    "dead": sum(found.dead.values()),
+                    "dead_by_reason": found.dead,
+                    "queues": found.queues,
+                }
+            )
+        )
+        return exit_codes.SUCCESS
+    age = "" if found.oldest is None else f", the oldest for {_duration(found.oldest)}"
+    print(f"{_events(found.waiting)} waiting{age}")
+    print(f"{_events(found.scheduled)} scheduled for later")
+    print(f"{_events(found.leased)} on the way")
+    print(f"{_events(sum(found.dead.values()))} dead")
+    for reason, count in found.dead.items():
+        print(f"    {count}: {printable(reason)}")
+    for queue, count in found.queues.items():
+        if queue:
+            print(f"queue {printable(queue)}: {_events(count)}")
+    return exit_codes.SUCCESS
+
+
+def _retry(options: argparse.Namespace) -> int:
+    _check_selection(options)
+    with open_store(options) as store:
+        chosen = _chosen(options, store)
+        if options.dry_run:
+            return _tell("would be due again", chosen)
+        return _done("due again", store.retry([one[0] for one in chosen]))
+
+
+def _purge(options: argparse.Namespace) -> int:
+    _check_selection(options)
+    with open_store(options) as store:
+        chosen = _chosen(options, store)
+        if options.dry_run:
+            return _tell("would be deleted", chosen)
+        if chosen and not options.yes and not _confirmed(len(chosen)):
+            print("nothing was deleted", file=sys.stderr)
+            return exit_codes.UNFINISHED
+        return _done("deleted", store.purge([one[0] for one in chosen]))
+
+
+def _check_selection(options: argparse.Namespace) -> None:
+    if not (options.all or options.id or options.reason is not None or options.target is not None):
+        raise UsageError("say which: --id, --reason, --target, or --all")
+
+
+def _chosen(options: argparse.Namespace, store: Any) -> list[tuple[int, str, str, str]]:
+    found: list[tuple[int, str, str, str]] = store.dead(
+        ids=options.id, reason=options.reason, target=options.target, limit=options.limit
+    )
+    return found
+
+
+def _tell(what: str, chosen: list[tuple[int, str, str, str]]) -> int:
+    for _, id, target, reason in chosen:
+        print(f"{printable(id)}  {printable(target)}  {printable(reason)}")
+    return _done(what, len(chosen))
+
+
+def _done(what: str, count: int) -> int:
+    print(f"{_events(count)} {what}")
+    return exit_codes.SUCCESS
+
+
+def _confirmed(count: int) -> bool:
+    if not sys.stdin.isatty():
+        raise UsageError("purge deletes events for good: say --yes, or see with --dry-run which")
+    try:
+        answer = input(f"Delete {_events(count)} for good? [y/N] ")
+    except EOFError:  # Ctrl-D
+        return False
+    return answer.strip().lower() in ("y", "yes")
+
+
+def _events(count: int) -> str:
+    return f"{count:,} event{'' if count == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

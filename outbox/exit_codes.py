@@ -1,0 +1,25 @@
+"""The exit codes of ``outbox`` and ``outbox-consume``: one set, each number with one meaning."""
+
+SUCCESS = 0
+"""Done, or stopped as requested with every message settled."""
+
+UNFINISHED = 1
+"""Done in part: the output names what is left. Unfinished messages are delivered again."""
+
+USAGE = 2
+"""The command line, a URL, a module, a consumer, a queue or a table is not usable."""
+
+KILLED = 3
+"""``outbox-consume`` was stopped at once by a second signal."""
+
+RECYCLED = 4
+"""Internal, from a worker process to its parent: replace this process.
+
+The command as a whole never exits with it.
+"""
+
+UNAVAILABLE = 7
+"""The broker or the database cannot be reached, or the connection was lost."""
+
+INTERRUPTED = 130
+"""``outbox`` was ended by Ctrl-C: 128 and the number of the signal, as shells have it."""

@@ -1,0 +1,123 @@
+"""Header tables: which names and values an event may carry, and how they are normalized."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from outbox.errors import InvalidEvent
+
+__all__ = ["check_name", "MAX_HEADER_BYTES", "MAX_HEADER_DEPTH", "plain_table"]
+
+MAX_HEADER_BYTES = 120_000
+"""What the headers of one event may take, encoded: a content header is one frame (AMQP 0-9-1,
+section 4.2.6.1), and RabbitMQ's frames have 131,072 bytes by default."""
+MAX_HEADER_DEPTH = 32
+"""How deep lists and dicts in headers may be nested; readers of AMQP recurse, and give up."""
+# What RabbitMQ acts on when a publisher sends it: sender-selected distribution reroutes a copy of
+# the message, the others steer dead-lettering, delays and stream filters.
+_INTERPRETED = frozenset(
+    (
+        "CC",
+        "BCC",
+        "x-death",
+        "x-delay",
+        "x-match",
+        "x-delivery-count",
+        "x-acquired-count",
+        "x-received-from",
+        "x-deduplication-header",
+    )
+)
+_INTERPRETED_PREFIXES = ("outbox-", "x-first-death-", "x-last-death-", "x-opt-", "x-stream-")
+
+
+def check_name(what: str, value: Any) -> None:
+    """Refuse what is not an AMQP short string: text of at most 255 bytes in UTF-8.
+
+    Raises:
+        InvalidEvent: names ``what``.
+    """
+    if not isinstance(value, str):
+        raise InvalidEvent(f"the {what} is a {type(value).__name__}, not a string: {value!r}")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidEvent(f"the {what} {value!r} cannot be written in UTF-8") from error
+    if size > 255:
+        raise InvalidEvent(f"the {what} has {size} bytes in UTF-8, more than 255: {value!r:.60}")
+
+
+def _checked_headers(headers: Any) -> dict[str, Any]:
+    if not isinstance(headers, Mapping):
+        raise InvalidEvent(f"headers are a {type(headers).__name__}, not a mapping")
+    for name in headers:
+        check_name("header name", name)
+        if name in _INTERPRETED or name.lower().startswith(_INTERPRETED_PREFIXES):
+            raise InvalidEvent(
+                f"the header {name!r} is not the application's: "
+                "the broker or outbox acts on it; choose another name"
+            )
+    plain, size = plain_table(headers, "headers")
+    if size > MAX_HEADER_BYTES:
+        raise InvalidEvent(
+            f"the headers take {size} bytes, more than {MAX_HEADER_BYTES}; put it in the payload"
+        )
+    return plain
+
+
+def plain_table(table: Mapping[Any, Any], where: str, depth: int = 0) -> tuple[dict[str, Any], int]:
+    """Return ``table`` in types that every transport writes alike, and its size as AMQP.
+
+    Raises:
+        InvalidEvent: something in it cannot be carried; ``where`` begins the name of the place.
+    """
+    plain: dict[str, Any] = {}
+    size = 4
+    for name, value in table.items():
+        check_name(f"name in {where}", name)
+        plain[name], value_size = _plain(value, f"{where}[{name!r}]", depth)
+        size += 1 + len(name.encode()) + value_size
+    return plain, size
+
+
+def _plain(value: Any, where: str, depth: int) -> tuple[Any, int]:
+    if depth > MAX_HEADER_DEPTH:
+        raise InvalidEvent(f"{where:.60}... is nested too deeply, or contains itself")
+    match value:
+        case None | bool():
+            return value, 2
+        case enum.Enum():
+            return _plain(value.value, where, depth)
+        case int():
+            if not -(1 << 63) <= value < 1 << 63:
+                raise InvalidEvent(f"{where} does not fit into 64 bits: {value!r}")
+            return int(value), 9
+        case float():
+            # As text: pika, for one, reads an AMQP double as a whole number (pika.data, 1.4.4).
+            return _plain(repr(float(value)), where, depth)
+        case str():
+            try:
+                return str(value), 5 + len(value.encode())
+            except UnicodeEncodeError as error:
+                raise InvalidEvent(f"{where} cannot be written in UTF-8") from error
+        case bytes() | bytearray() | memoryview():
+            return bytes(value), 5 + len(bytes(value))
+        case uuid.UUID() | decimal.Decimal():
+            return _plain(str(value), where, depth)
+        case datetime.datetime() | datetime.date() | datetime.time():
+            return _plain(value.isoformat(), where, depth)
+        case list() | tuple():
+            items = [_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
+            return [item for item, _ in items], 5 + sum(size for _, size in items)
+        case Mapping():
+            table, size = plain_table(value, where, depth + 1)
+            return table, 1 + size
+    raise InvalidEvent(
+        f"{where} is a {type(value).__qualname__}; headers carry str, bytes, bool, int, float, "
+        "None, and lists and dicts of these"
+    )

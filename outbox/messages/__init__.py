@@ -1,0 +1,1 @@
+"""What travels between publishers and workers, whatever the transport."""

@@ -1,0 +1,113 @@
+"""What a worker needs of a transport."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from outbox.event import Event
+from outbox.messages.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
+
+__all__ = [
+    "as_delivered",
+    "dead_letter_queue",
+    "Delivery",
+    "headers_on_the_wire",
+    "QueueSpec",
+    "QueueType",
+]
+
+
+QueueType = Literal["quorum", "classic"]
+
+
+def dead_letter_queue(queue: str) -> str:
+    """Return the name of the queue for what ``queue``'s consumer could not handle."""
+    return f"{queue}.dead"
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSpec:
+    """A queue to consume from.
+
+    Attributes:
+        name: at most 250 bytes in UTF-8; its dead letters go to ``<name>.dead``.
+        topics: patterns of targets it is bound to, beside its own name (``*`` stands for one
+            word, ``#`` for any number of them).
+        exchange: the exchange it is bound to.
+        max_priority: the highest priority that counts, 1 to 255; None where priorities are left to
+            the broker.
+        queue_type: ``quorum`` or ``classic``, where the broker has both.
+        rank: from 0 on; a message begins only when none of a queue of a lower rank waits.
+    """
+
+    name: str
+    topics: tuple[str, ...]
+    exchange: str
+    max_priority: int | None = None
+    queue_type: QueueType = "quorum"
+    rank: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Delivery:
+    """A message as the transport handed it over, not decoded.
+
+    Attributes:
+        queue: where it was consumed from.
+        tag: the transport's number for it, unique within ``generation``.
+        generation: of the channel; a message of an earlier one can no longer be settled, and the
+            broker delivers it again.
+        redelivered: whether it may have been delivered before.
+        exchange: it was published to.
+        target: the routing key it was published with.
+        body: the bytes.
+        content_type: the MIME type, if the sender gave one.
+        content_encoding: the compression, if the sender gave one.
+        headers: all headers; names and values are the sender's, of any type AMQP has.
+        message_id: if the sender gave one.
+        priority: if the sender gave one.
+        timestamp: seconds since the epoch, if the sender gave one.
+    """
+
+    queue: str
+    tag: int
+    generation: int
+    redelivered: bool
+    exchange: str
+    target: str
+    body: bytes
+    content_type: str | None = None
+    content_encoding: str | None = None
+    headers: Mapping[str, Any] | None = None
+    message_id: str | None = None
+    priority: int | None = None
+    timestamp: int | None = None
+
+
+def as_delivered(event: Event, queue: str, tag: int, *, redelivered: bool = False) -> Delivery:
+    """Return ``event`` as a message of ``queue``, as RabbitMQ would deliver it."""
+    return Delivery(
+        queue=queue,
+        tag=tag,
+        generation=0,
+        redelivered=redelivered,
+        exchange=event.exchange,
+        target=event.target,
+        body=event.body,
+        content_type=event.content_type,
+        headers=headers_on_the_wire(event),
+        message_id=event.id,
+        priority=event.priority,
+        timestamp=int(event.occurred_at.timestamp()),
+    )
+
+
+def headers_on_the_wire(event: Event) -> dict[str, Any]:
+    """Return all headers of ``event``, outbox's own included (``docs/wire-format.md``)."""
+    headers = {**event.headers, HEADER_FORMAT: FORMAT_VERSION}
+    if event.key is not None:
+        headers[HEADER_KEY] = event.key
+    headers[HEADER_OCCURRED_AT] = round(event.occurred_at.timestamp() * 1e6)
+    return headers

@@ -1,0 +1,1 @@
+"""What concerns the process and the operating system: forks, threads, signals, memory."""

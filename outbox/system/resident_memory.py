@@ -1,0 +1,25 @@
+"""Resident memory of a process."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+__all__ = ["resident_bytes"]
+
+
+def resident_bytes(pid: int | None = None) -> int:
+    """Return the resident size of a process, by default this one.
+
+    Where that is not known: its largest so far, and 0 for another process.
+    """
+    try:
+        with open(f"/proc/{pid or 'self'}/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        if pid is not None:
+            return 0
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,47 @@
+"""The protocol of parking and dead-letter queues: how commands list and replay them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, Self
+
+from outbox.messages.parked_message import Outcome, ParkedMessage
+
+__all__ = ["Browsing", "ParkedQueues"]
+
+
+class Browsing(Protocol):
+    """Messages of one queue that are held, in order, until they are removed or given back."""
+
+    def windows(self) -> Iterator[Sequence[ParkedMessage]]:
+        """Take the messages window by window, each message once."""
+        ...
+
+    def remove(self, messages: Sequence[ParkedMessage]) -> None:
+        """Delete messages of the window that was taken last."""
+        ...
+
+
+class ParkedQueues(Protocol):
+    """A broker's parking and dead-letter queues. For one thread."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
+
+    def count(self, queue: str) -> int:
+        """Return how many messages wait in ``queue``."""
+        ...
+
+    def browse(self, queue: str, bound: int) -> AbstractContextManager[Browsing]:
+        """Hold up to ``bound`` messages of ``queue`` for a block; what is left then goes back."""
+        ...
+
+    def obstacle(self, message: ParkedMessage, *, to_origin: bool) -> str | None:
+        """Return why a replay of ``message`` would fail, as far as that can be told beforehand."""
+        ...
+
+    def replay(self, messages: Sequence[ParkedMessage], *, to_origin: bool) -> Outcome:
+        """Publish ``messages``, confirmed; they stay where they are until they are removed."""
+        ...

@@ -1,0 +1,1 @@
+"""AMQP 0-9-1 as bytes: encoding and decoding frames, properties and tables."""

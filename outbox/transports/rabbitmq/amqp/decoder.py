@@ -1,0 +1,179 @@
+"""Reads messages and confirms straight from the bytes: what comes by the ten thousand a second.
+
+pika makes three frame objects and a properties object of every delivery, and looks up callbacks for
+each of them; here a delivery is read in one pass (AMQP 0-9-1, sections 2.3.5, 4.2 and 1.8). What is
+out of the ordinary is left to pika: a body of several frames, frames of others in between,
+anything that cannot be read.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from pika import data
+
+from outbox.messages.delivery import Delivery
+
+__all__ = ["BASIC_ACK", "BASIC_DELIVER", "LEAVE", "WAIT", "delivery_at"]
+
+BASIC_ACK = 60 << 16 | 80
+BASIC_DELIVER = 60 << 16 | 60
+"""Class and method as one number, as they begin a method frame's payload."""
+
+WAIT = 0
+"""Not all of it is there yet."""
+LEAVE = -1
+"""It is left to pika."""
+
+_WORTH_WAITING = 64 * 1024  # bytes of a body; a larger one pika puts together piece by piece
+
+_HEADER, _BODY, _END = 2, 3, 0xCE
+_settled = struct.Struct(">QBB").unpack_from  # tag, redelivered, size of the exchange's name
+_header = struct.Struct(">BHIHHQH").unpack_from
+_HEADER_SIZE = 21
+_start = struct.Struct(">BHI").unpack_from
+_unsigned = struct.Struct(">I").unpack_from
+_signed = struct.Struct(">i").unpack_from
+_long = struct.Struct(">q").unpack_from
+_timestamp = struct.Struct(">Q").unpack_from
+
+
+def delivery_at(
+    buffer: bytes, offset: int, generation: int, queues: Mapping[bytes, str]
+) -> tuple[int, Delivery | None]:
+    """Return the delivery whose Basic.Deliver frame begins at ``offset``, and where it ends.
+
+    Args:
+        buffer: begins wherever; the Basic.Deliver frame is whole.
+        offset: of that frame.
+        generation: of the channel.
+        queues: by consumer tag.
+
+    Returns:
+        The offset behind the delivery and the delivery; or WAIT or LEAVE, and None.
+    """
+    try:
+        return _delivery_at(buffer, offset, generation, queues)
+    except Exception:  # of whatever kind: pika says what is wrong with it
+        return LEAVE, None
+
+
+def _delivery_at(
+    buffer: bytes, offset: int, generation: int, queues: Mapping[bytes, str]
+) -> tuple[int, Delivery | None]:
+    at = offset + 11
+    end = at + 1 + buffer[at]
+    queue = queues.get(buffer[at + 1 : end])
+    if queue is None:
+        return LEAVE, None
+    tag, redelivered, size = _settled(buffer, end)
+    at = end + 10
+    end = at + size
+    exchange = buffer[at:end].decode()
+    at = end + 1
+    end = at + buffer[end]
+    target = buffer[at:end].decode()
+    if buffer[end] != _END:
+        return LEAVE, None
+
+    at = end + 1
+    available = len(buffer) - at
+    if available < _HEADER_SIZE:
+        return WAIT, None
+    kind, channel, size, _class, _weight, body_size, flags = _header(buffer, at)
+    if kind != _HEADER or buffer[offset + 1 : offset + 3] != buffer[at + 1 : at + 3]:
+        return LEAVE, None
+    header_end = at + size + 8
+    body_end = header_end + (body_size + 8 if body_size else 0)
+    if body_end > len(buffer):
+        return (WAIT if body_size <= _WORTH_WAITING else LEAVE), None
+    if buffer[header_end - 1] != _END:
+        return LEAVE, None
+    body = b""
+    if body_size:
+        if _start(buffer, header_end) != (_BODY, channel, body_size):
+            return LEAVE, None
+        body = buffer[header_end + 7 : body_end - 1]
+        if buffer[body_end - 1] != _END:
+            return LEAVE, None
+
+    at += _HEADER_SIZE
+    content_type = content_encoding = message_id = headers = priority = timestamp = None
+    if flags & 1:  # more flags follow, which no property of this class has
+        return LEAVE, None
+    if flags & 0x8000:
+        end = at + 1 + buffer[at]
+        content_type = buffer[at + 1 : end].decode()
+        at = end
+    if flags & 0x4000:
+        end = at + 1 + buffer[at]
+        content_encoding = buffer[at + 1 : end].decode()
+        at = end
+    if flags & 0x2000:
+        headers, at = _table_at(buffer, at)
+    if flags & 0x1000:  # delivery mode
+        at += 1
+    if flags & 0x0800:
+        priority = buffer[at]
+        at += 1
+    if flags & 0x0700:  # correlation id, reply to, expiration
+        for flag in (0x0400, 0x0200, 0x0100):
+            if flags & flag:
+                at += 1 + buffer[at]
+    if flags & 0x0080:
+        end = at + 1 + buffer[at]
+        message_id = buffer[at + 1 : end].decode()
+        at = end
+    if flags & 0x0040:
+        [timestamp] = _timestamp(buffer, at)
+        at += 8
+    for flag in (0x0020, 0x0010, 0x0008, 0x0004):  # type, user, application, cluster
+        if flags & flag:
+            at += 1 + buffer[at]
+    if at != header_end - 1:
+        return LEAVE, None
+    return body_end, Delivery(
+        queue,
+        tag,
+        generation,
+        bool(redelivered & 1),
+        exchange,
+        target,
+        body,
+        content_type,
+        content_encoding,
+        headers,
+        message_id,
+        priority,
+        timestamp,
+    )
+
+
+def _table_at(buffer: bytes, at: int) -> tuple[dict[str, Any], int]:
+    """Read a field table; its values are what pika makes of them."""
+    [size] = _unsigned(buffer, at)
+    at += 4
+    limit = at + size
+    table: dict[str, Any] = {}
+    while at < limit:
+        end = at + 1 + buffer[at]
+        name = buffer[at + 1 : end].decode()
+        kind = buffer[end]
+        at = end + 1
+        if kind == 0x49:  # I
+            [table[name]] = _signed(buffer, at)
+            at += 4
+        elif kind == 0x6C:  # l
+            [table[name]] = _long(buffer, at)
+            at += 8
+        elif kind == 0x53:  # S
+            [size] = _unsigned(buffer, at)
+            at += 4 + size
+            table[name] = buffer[at - size : at].decode()
+        else:
+            table[name], at = data.decode_value(buffer, end)
+    if at != limit:
+        raise ValueError("a table that ends elsewhere than it says")
+    return table, at

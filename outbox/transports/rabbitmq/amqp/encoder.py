@@ -1,0 +1,229 @@
+"""Encodes events as AMQP 0-9-1 frames, once, in the caller's thread.
+
+``docs/wire-format.md`` says what is written, AMQP 0-9-1 sections 2.3.5 and 4.2 how. A message is
+three frames: Basic.Publish, its content header, its body; a body over one frame takes several.
+Everything up to the body is constant for one address but for a few numbers and the id, so it is
+one ``struct.pack`` into a template.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pika
+
+from outbox.event import Event
+from outbox.messages.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
+
+__all__ = [
+    "PUBLISH_CHANNEL",
+    "Encoder",
+    "properties",
+]
+
+PUBLISH_CHANNEL = 1
+"""Frames carry their channel's number; events are always published on this one."""
+
+_FRAME_END = b"\xce"
+_FRAME_OVERHEAD = 8  # type, channel and size before the payload, the end mark behind it
+_METHOD, _HEADER, _BODY = 1, 2, 3
+
+_CONTENT_TYPE, _HEADERS, _DELIVERY_MODE, _PRIORITY = 1 << 15, 1 << 13, 1 << 12, 1 << 11
+_MESSAGE_ID, _TIMESTAMP, _TYPE, _APP_ID = 1 << 7, 1 << 6, 1 << 5, 1 << 3
+
+_MANDATORY = 1
+_PERSISTENT = b"\x02"
+_TEMPLATES = 1024
+
+_frame_start = struct.Struct(">BHI").pack
+_unsigned = struct.Struct(">I").pack
+
+_Template = Callable[[int, int, bytes, int, int], bytes]
+
+
+class Encoder:
+    """Encodes events for one publisher. Thread-safe.
+
+    Attributes:
+        frame_max: bytes of the largest frame, its overhead included; what the broker has
+            negotiated (Connection.Tune), once that is known.
+    """
+
+    def __init__(self, app_id: str = "", frame_max: int = 131_072) -> None:
+        self.frame_max = frame_max
+        self._app_id = app_id
+        self._templates: dict[tuple[str, str, str, int | None, int], _Template] = {}
+
+    def encode(self, event: Event) -> bytes:
+        """Return the frames of ``event``, joined; empty when its properties do not fit into one.
+
+        Over a larger one the broker closes the connection, whatever else is on its way there.
+        """
+        event_id = event.id.encode()
+        if event.headers or event.key is not None:
+            template, size_of_header = self._template(event, len(event_id))
+            if size_of_header > self.frame_max:
+                return b""
+        else:
+            layout = (
+                event.exchange,
+                event.target,
+                event.content_type,
+                event.priority,
+                len(event_id),
+            )
+            found = self._templates.get(layout)
+            if found is None:
+                if len(self._templates) >= _TEMPLATES:  # targets made of user data
+                    self._templates.clear()
+                found = self._templates[layout] = self._template(event, len(event_id))[0]
+            template = found
+        seconds = event.occurred_at.timestamp()
+        body = event.body
+        size = len(body)
+        head = template(size, round(seconds * 1e6), event_id, int(seconds), size)
+        if 0 < size <= self.frame_max - _FRAME_OVERHEAD:
+            return head + body + _FRAME_END
+        return head[: -_FRAME_OVERHEAD + 1] + self._body_frames(body)
+
+    def properties(self, event: Event) -> pika.BasicProperties:
+        """Return what the frames of ``event`` say, for pika's own encoder."""
+        return properties(event, self._app_id)
+
+    def frames(self, exchange: str, target: str, header: bytes, body: bytes) -> bytes:
+        """Return the frames of a message whose header frame has the payload ``header``, joined."""
+        method = (
+            struct.pack(">HHH", 60, 40, 0) + _short(exchange) + _short(target) + bytes([_MANDATORY])
+        )
+        return b"".join(
+            (
+                _frame_start(_METHOD, PUBLISH_CHANNEL, len(method)),
+                method,
+                _FRAME_END,
+                _frame_start(_HEADER, PUBLISH_CHANNEL, len(header)),
+                header,
+                _FRAME_END,
+                self._body_frames(body),
+            )
+        )
+
+    def _body_frames(self, body: bytes) -> bytes:
+        limit = self.frame_max - _FRAME_OVERHEAD
+        pieces: list[bytes] = []
+        for start in range(0, len(body), limit):
+            piece = body[start : start + limit]
+            pieces += (_frame_start(_BODY, PUBLISH_CHANNEL, len(piece)), piece, _FRAME_END)
+        return b"".join(pieces)
+
+    def _template(self, event: Event, id_size: int) -> tuple[_Template, int]:
+        """Return what packs (body size, occurred at in µs, id, timestamp in s, body size).
+
+        And the bytes of the content header's frame.
+        """
+        target = _short(event.target)
+        method = (
+            struct.pack(">HHH", 60, 40, 0) + _short(event.exchange) + target + bytes([_MANDATORY])
+        )
+        table = _table_entry(HEADER_FORMAT, FORMAT_VERSION)
+        if event.headers:
+            table += b"".join(_table_entry(*item) for item in event.headers.items())
+        if event.key is not None:
+            table += _table_entry(HEADER_KEY, event.key)
+        table += _short(HEADER_OCCURRED_AT) + b"l"
+
+        flags = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE | _MESSAGE_ID | _TIMESTAMP | _TYPE
+        flags |= _PRIORITY if event.priority is not None else 0
+        flags |= _APP_ID if self._app_id else 0
+        before_table = struct.pack(">H", flags) + _short(event.content_type)
+        before_table += _unsigned(len(table) + 8) + table
+        before_id = _PERSISTENT
+        if event.priority is not None:
+            before_id += bytes([event.priority])
+        before_id += bytes([id_size])
+        after = target + (_short(self._app_id) if self._app_id else b"")
+
+        header_size = 12 + len(before_table) + 8 + len(before_id) + id_size + 8 + len(after)
+        start = (
+            _frame_start(_METHOD, PUBLISH_CHANNEL, len(method))
+            + method
+            + _FRAME_END
+            + _frame_start(_HEADER, PUBLISH_CHANNEL, header_size)
+            + struct.pack(">HH", 60, 0)
+        )
+        end = after + _FRAME_END + struct.pack(">BH", _BODY, PUBLISH_CHANNEL)
+        pack = struct.Struct(
+            f">{len(start)}sQ{len(before_table)}sq{len(before_id)}s{id_size}sQ{len(end)}sI"
+        ).pack
+
+        def template(
+            size: int, occurred_at: int, event_id: bytes, timestamp: int, body_size: int
+        ) -> bytes:
+            return pack(
+                start,
+                size,
+                before_table,
+                occurred_at,
+                before_id,
+                event_id,
+                timestamp,
+                end,
+                body_size,
+            )
+
+        return template, header_size + _FRAME_OVERHEAD
+
+
+def properties(event: Event, app_id: str = "") -> pika.BasicProperties:
+    """Return the same properties for pika's own encoder."""
+    headers: dict[str, Any] = {HEADER_FORMAT: FORMAT_VERSION, **event.headers}
+    if event.key is not None:
+        headers[HEADER_KEY] = event.key
+    seconds = event.occurred_at.timestamp()
+    headers[HEADER_OCCURRED_AT] = round(seconds * 1e6)
+    return pika.BasicProperties(  # type: ignore[no-untyped-call]
+        content_type=event.content_type,
+        headers=headers,
+        delivery_mode=2,
+        priority=event.priority,
+        message_id=event.id,
+        timestamp=int(seconds),
+        type=event.target,
+        app_id=app_id or None,
+    )
+
+
+def _short(text: str) -> bytes:
+    data = text.encode()
+    return bytes([len(data)]) + data
+
+
+def _table_entry(name: str, value: Any) -> bytes:
+    return _short(name) + _table_value(value)
+
+
+def _table_value(value: Any) -> bytes:
+    """Encode one field value as RabbitMQ reads it (its AMQP 0-9-1 errata, field types)."""
+    match value:
+        case None:
+            return b"V"
+        case bool():
+            return b"t\x01" if value else b"t\x00"
+        case int():
+            fits = -(1 << 31) <= value < 1 << 31
+            return struct.pack(">ci" if fits else ">cq", b"I" if fits else b"l", value)
+        case float():
+            return struct.pack(">cd", b"d", value)
+        case str():
+            data = value.encode()
+            return b"S" + _unsigned(len(data)) + data
+        case bytes():
+            return b"x" + _unsigned(len(value)) + value
+        case list():
+            data = b"".join(map(_table_value, value))
+            return b"A" + _unsigned(len(data)) + data
+        case Mapping():
+            data = b"".join(_table_entry(*item) for item in value.items())
+            return b"F" + _unsigned(len(data)) + data
+    raise TypeError(f"{value!r} cannot be written into an AMQP table")

@@ -1,0 +1,289 @@
+"""Delays over RabbitMQ: how an event is written that is to be delivered later. No I/O.
+
+The delay, in whole seconds, is written in binary, a header a bit. Level n has an exchange and a
+queue whose messages die after 2ⁿ seconds. The exchange of level n looks at bit n: where it is set
+the message waits in the level's queue and dies into the level below, otherwise it goes there at
+once. Below level 0 is the exchange that hands out what is due::
+
+    5 s, 101   level 2 ──► queue, 4 s ──► level 1 ──► level 0 ──► queue, 1 s ──► due ──► exchange
+
+All messages of a queue wait equally long: none ever waits behind one of a longer delay. These are
+NServiceBus' delay queues, but for one thing: there the bits are the first words of the routing key,
+which the broker cannot take off again. Here the exchanges match headers, and the routing key is the
+event's own from the first exchange to the last (``docs/decisions/0006-delays-over-rabbitmq.md``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from outbox.event import Event
+from outbox.messages.dead_letters import PARKING_QUEUE
+from outbox.messages.delivery import Delivery
+from outbox.messages.headers import DELAY_EXCHANGE, DELAY_HEADERS
+from outbox.settings import Declare
+from outbox.transports.rabbitmq import topology
+from outbox.transports.rabbitmq.topology import Step
+
+__all__ = [
+    "bit_header",
+    "delayed",
+    "Ladder",
+    "level",
+    "LEVELS",
+    "levels_of",
+    "LONGEST_DELAY",
+    "Part",
+    "PREFIX",
+    "restore_delayed",
+    "seconds_left",
+    "steps_of",
+    "way_of",
+    "way_to_queue",
+]
+
+LEVELS = 28
+LONGEST_DELAY = datetime.timedelta(seconds=(1 << LEVELS) - 1)
+"""Eight and a half years."""
+
+_SECOND = datetime.timedelta(seconds=1)
+_RECORD = ("x-death", "x-first-death-", "x-last-death-")
+
+
+def level(number: int) -> str:
+    """Return the name of a level's exchange, and of its queue."""
+    return f"outbox.delay.{number:02}"
+
+
+def bit_header(number: int) -> str:
+    """Return the name of the header that says whether a message waits at level ``number``."""
+    return f"{DELAY_HEADERS}{number:02}"
+
+
+def seconds_left(deliver_at: datetime.datetime, now: datetime.datetime) -> int:
+    """Return the whole seconds until ``deliver_at``, rounded up; 0 when the time has come."""
+    return max(0, math.ceil((deliver_at - now) / _SECOND))
+
+
+def levels_of(seconds: int) -> list[int]:
+    """Return the levels at which an event waits that is delayed for so long, from the top."""
+    return [number for number in reversed(range(seconds.bit_length())) if seconds >> number & 1]
+
+
+def delayed(event: Event, seconds: int) -> Event:
+    """Return what is published in the place of ``event``, for it to come in so many seconds.
+
+    Args:
+        event: as it is to be delivered.
+        seconds: 1 to 2²⁸-1.
+    """
+    bits = range(seconds.bit_length())
+    return dataclasses.replace(
+        event,
+        exchange=level(bits[-1]),
+        deliver_at=None,
+        headers={
+            **event.headers,
+            **{bit_header(number): bool(seconds >> number & 1) for number in bits},
+            DELAY_EXCHANGE: event.exchange,
+        },
+    )
+
+
+def restore_delayed(delivery: Delivery) -> None:
+    """Give a message that was delayed its exchange, and take off what the delay has added.
+
+    That is our headers and the broker's record of the queues it has died in on its way: nobody
+    has given it up, and sent back some brokers believe it (RabbitMQ 4.0 release notes, x-death).
+    """
+    headers: Mapping[str, Any] | None = delivery.headers
+    if headers and isinstance(exchange := headers.get(DELAY_EXCHANGE), str):
+        delivery.exchange = exchange
+        delivery.headers = {
+            name: value
+            for name, value in headers.items()
+            if not name.startswith((DELAY_HEADERS, *_RECORD))
+        }
+
+
+PREFIX = "outbox.delay."
+"""Of all names."""
+
+DUE = f"{PREFIX}due"
+"""Below level 0: a headers exchange that looks at the header with the event's own exchange."""
+
+QUEUES = f"{PREFIX}queues"
+"""In the place of the default exchange, to which nothing can be bound."""
+
+LOST = f"{PREFIX}lost"
+"""Where the two above send what they have no binding for: to the parking queue."""
+
+SINK = f"{PREFIX}sink"
+"""Gets a copy of all that goes to an exchange, and drops it. See decision 6."""
+
+_FRESH = 60.0  # seconds
+_DESTINATIONS = 10_000
+
+
+class Part(NamedTuple):
+    """A part of the ladder.
+
+    Attributes:
+        kind: ``base``, ``level``, ``queue`` (of a level), or a destination: ``to exchange``,
+            ``to queue``.
+        name: of the destination.
+        number: of the level.
+    """
+
+    kind: str
+    name: str = ""
+    number: int = 0
+
+    @property
+    def is_destination(self) -> bool:
+        """Whether it leads to what is not outbox's own, and may not exist."""
+        return self.kind in ("to exchange", "to queue")
+
+
+def way_of(exchange: str, target: str, seconds: int) -> list[Part]:
+    """Return the parts that an event needs, those first that others build on."""
+    return [
+        Part("base"),
+        *(Part("level", number=number) for number in range(seconds.bit_length())),
+        *(Part("queue", number=number) for number in levels_of(seconds)),
+        Part("to exchange", exchange) if exchange else Part("to queue", target),
+    ]
+
+
+class Ladder:
+    """What is there of the ladder, as far as one connection knows. For one thread."""
+
+    def __init__(self) -> None:
+        self._there: dict[Part, None] = {}  # in the order in which they were made
+        self._looked_at = 0.0
+
+    def lacks(self, way: Iterable[Part]) -> list[Part]:
+        """Return those of the parts that are not there, in the order given."""
+        return [part for part in way if part not in self._there]
+
+    def made(self, parts: Iterable[Part], now: float) -> None:
+        """Note that ``parts`` are there; the ``now`` of any steady clock."""
+        if not self._there:
+            self._looked_at = now
+        if len(self._there) > _DESTINATIONS:  # targets made of user data
+            self.forget()
+        self._there.update(dict.fromkeys(parts))
+
+    def forget(self) -> None:
+        """Know nothing: another connection, or a part was found missing."""
+        self._there.clear()
+
+    def to_look_after(self, now: float) -> list[Part]:
+        """Return all parts but queues to be reached once a minute, and else nothing.
+
+        What somebody has deleted in the middle is noticed by nobody who enters above or below it;
+        the messages above wait until it is there again.
+        """
+        if not self._there or now - self._looked_at < _FRESH:
+            return []
+        self._looked_at = now
+        return [part for part in self._there if part.kind != "to queue"]
+
+
+def steps_of(part: Part) -> list[Step]:
+    """Return the steps that make a part."""
+    match part.kind:
+        case "base":
+            return _base()
+        case "level":
+            return _level(part.number)
+        case "queue":
+            return _queue(part.number)
+        case "to exchange":
+            matching = {"x-match": "all", DELAY_EXCHANGE: part.name}
+            return [_exchange_bound(DUE, part.name, matching), _bound(DUE, SINK, matching)]
+    return [_bound(QUEUES, part.name, routing_key=part.name)]
+
+
+def way_to_queue(queue: str, mode: Declare) -> list[Step]:
+    """Return the steps by which a consumer's queue gets what is delayed on its way to it.
+
+    A queue that is deleted loses its bindings. With those of its consumer it gets this one again,
+    for what is on the ladder at that time.
+    """
+    return [*_queues(), *steps_of(Part("to queue", queue))] if mode == "create" else []
+
+
+def _base() -> list[Step]:
+    return [
+        *topology.parking_queue(PARKING_QUEUE, "create"),
+        _exchange(LOST, "fanout"),
+        _bound(LOST, PARKING_QUEUE),
+        *_queues(),
+        _exchange(DUE, "headers", {"alternate-exchange": LOST}),
+        _exchange_bound(DUE, QUEUES, {"x-match": "all", DELAY_EXCHANGE: ""}),
+        topology.durable_queue(
+            SINK, {"x-queue-type": "quorum", "x-max-length": 0, "x-overflow": "drop-head"}
+        ),
+    ]
+
+
+def _queues() -> list[Step]:
+    return [_exchange(QUEUES, "direct", {"alternate-exchange": LOST})]
+
+
+def _below(number: int) -> str:
+    return level(number - 1) if number else DUE
+
+
+def _level(number: int) -> list[Step]:
+    bit_is_not_set = {"x-match": "all", bit_header(number): False}
+    return [
+        _exchange(level(number), "headers"),
+        _exchange_bound(level(number), _below(number), bit_is_not_set),
+    ]
+
+
+def _queue(number: int) -> list[Step]:
+    arguments = {
+        "x-queue-type": "quorum",
+        "x-message-ttl": 1000 << number,
+        "x-dead-letter-exchange": _below(number),
+        # What dies is confirmed below before it is gone here. Without this overflow the broker
+        # would take the strategy for at-most-once, and say so nowhere (quorum queues guide).
+        "x-dead-letter-strategy": "at-least-once",
+        "x-overflow": "reject-publish",
+    }
+    bit_is_set = {"x-match": "all", bit_header(number): True}
+    return [
+        topology.durable_queue(level(number), arguments),
+        _bound(level(number), level(number), bit_is_set),
+    ]
+
+
+def _exchange(name: str, kind: str, arguments: dict[str, Any] | None = None) -> Step:
+    return lambda channel, done: channel.exchange_declare(
+        name,
+        kind,
+        durable=True,
+        arguments=arguments,
+        callback=done,
+    )
+
+
+def _exchange_bound(source: str, name: str, matching: dict[str, Any]) -> Step:
+    return lambda channel, done: channel.exchange_bind(
+        name, source, arguments=matching, callback=done
+    )
+
+
+def _bound(
+    source: str, queue: str, matching: dict[str, Any] | None = None, *, routing_key: str = ""
+) -> Step:
+    return lambda channel, done: channel.queue_bind(
+        queue, source, routing_key, arguments=matching, callback=done
+    )

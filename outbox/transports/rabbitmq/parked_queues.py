@@ -1,0 +1,212 @@
+"""Lists, replays and deletes parked messages over RabbitMQ."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+import pika
+import pika.exceptions
+
+from outbox.backlog.notifier import Spread
+from outbox.errors import ConnectFailed, Nacked, OutboxError
+from outbox.event import Event
+from outbox.messages.parked_message import Outcome, ParkedMessage
+from outbox.settings import Settings
+from outbox.transports.rabbitmq import pika_connection, pika_errors
+from outbox.transports.rabbitmq.amqp.encoder import Encoder
+from outbox.transports.rabbitmq.browser import Browser, broker_errors
+from outbox.transports.rabbitmq.link import quiet_pika
+from outbox.transports.rabbitmq.parameters import connection_parameters
+from outbox.transports.rabbitmq.replayed import Replayed, replayed
+from outbox.transports.rabbitmq.transport import RabbitMQTransport
+from outbox.url import BrokerURL
+
+__all__ = ["RabbitMQParkedQueues", "VerbatimEncoder"]
+
+_NOT_FOUND = 404
+
+
+class VerbatimEncoder(Encoder):
+    """Encodes replayed messages with the properties that they have. Thread-safe."""
+
+    def encode(self, event: Event) -> bytes:
+        """Return the frames of ``event``, joined."""
+        if not isinstance(event, Replayed):
+            return super().encode(event)
+        header = event.header.encode(len(event.body))
+        return self.frames(event.exchange, event.target, header, event.body)
+
+    def properties(self, event: Event) -> pika.BasicProperties:
+        """Return what the frames say, as far as pika can tell it."""
+        if not isinstance(event, Replayed):
+            return super().properties(event)
+        found = pika.BasicProperties()  # type: ignore[no-untyped-call]
+        # Behind the class, the weight and the size of the body.
+        found.decode(event.header.encode(len(event.body))[12:])  # type: ignore[no-untyped-call]
+        return found
+
+
+class RabbitMQParkedQueues:
+    """One connection to hold messages with, and at the first replay another to publish with.
+
+    For one thread. A context manager: connects at its beginning.
+    """
+
+    def __init__(self, url: BrokerURL, settings: Settings) -> None:
+        self._url = url
+        # The exchanges are those of the messages: none is made here.
+        self._settings = dataclasses.replace(settings, declare="never", unroutable="fail")
+        self._hosts = connection_parameters(url, self._settings, "parked")
+        self._connection: pika_connection.BlockingConnection | None = None
+        self._host = 0
+        self._transport: RabbitMQTransport | None = None
+        self._exchanges: dict[str, str | None] = {"": None}
+
+    def __enter__(self) -> Self:
+        """Connect to the first host that answers.
+
+        Raises:
+            ConnectFailed: none does; the message is about the last one.
+        """
+        quiet_pika()
+        for number, host in enumerate(self._hosts):
+            self._host = number
+            try:
+                self._connection = pika_connection.BlockingConnection(host)
+            except Exception as error:
+                failure = pika_errors.connect_failed(error, self._address)
+            else:
+                return self
+        raise failure
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Ctrl-C may have come in the middle of a call of pika's, which is then in no state to say
+        # goodbye; the broker takes the end of the connection for one.
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.close(graceful=not interrupted)
+        if self._connection is None or not self._connection.is_open:
+            return
+        if interrupted:
+            self._connection.abandon()
+            return
+        with contextlib.suppress(pika.exceptions.AMQPError, OSError):
+            self._connection.close()
+
+    def count(self, queue: str) -> int:
+        """Return how many messages wait in ``queue``.
+
+        Raises:
+            UsageError: there is no such queue, or it may not be looked at.
+            BrokerError: the connection is lost.
+        """
+        with self._channel(queue) as channel:
+            return int(channel.queue_declare(queue, passive=True).method.message_count)
+
+    @contextlib.contextmanager
+    def browse(self, queue: str, bound: int) -> Iterator[Browser]:
+        """Hold up to ``bound`` messages of ``queue`` for a block; what is left then goes back.
+
+        Raises:
+            UsageError: the broker refuses to deliver from the queue.
+            BrokerError: the connection is lost: what was held goes back by itself.
+        """
+        browser = Browser(self._opened, self._address, queue, bound)
+        try:
+            yield browser
+        except Exception:
+            with contextlib.suppress(OutboxError):
+                browser.give_back()
+            raise
+        # Whatever else ends the process, Ctrl-C for one, ends the connection: that gives back, too.
+        browser.give_back()
+
+    def obstacle(self, message: ParkedMessage, *, to_origin: bool) -> str | None:
+        """Return why a replay of ``message`` would fail, as far as that can be told beforehand.
+
+        A missing exchange is found out here: published to, it would close the channel and leave
+        in doubt what else was on its way (AMQP 0-9-1, basic.publish).
+        """
+        found = replayed(message, to_origin=to_origin)
+        return found if isinstance(found, str) else self._missing(found.exchange)
+
+    def replay(self, messages: Sequence[ParkedMessage], *, to_origin: bool) -> Outcome:
+        """Publish ``messages`` as one chunk and wait for the confirms, answering heartbeats.
+
+        When the connection for publishing is lost, the outcome has the ``error``; what was not
+        confirmed until then is neither done nor left.
+
+        Raises:
+            BrokerError: the connection that holds the messages is lost.
+        """
+        left: list[tuple[ParkedMessage, str]] = []
+        events = []
+        for message in messages:
+            found = replayed(message, to_origin=to_origin)
+            reason = found if isinstance(found, str) else self._missing(found.exchange)
+            if isinstance(found, Replayed) and reason is None:
+                events.append(found)
+            else:
+                left.append((message, str(reason)))
+        if not events:
+            return Outcome((), tuple(left))
+        future = self._publisher().submit(events, keep=False).future
+        # A callback that does nothing ends the waiting.
+        future.add_done_callback(lambda _: self._opened.add_callback_threadsafe(lambda: None))
+        with broker_errors(self._address):
+            while not future.done():
+                self._opened.process_data_events(1.0)
+        report = future.result()
+        lost = report.error if not isinstance(report.error, Nacked) else None
+        for event, why in report.rejected:
+            if isinstance(event, Replayed) and (lost is None or why != f"withdrawn: {lost}"):
+                left.append((event.message, why.removeprefix("withdrawn: ")))
+        done = tuple(one.message for one in report.published if isinstance(one, Replayed))
+        return Outcome(done, tuple(left), lost)
+
+    def _publisher(self) -> RabbitMQTransport:
+        if self._transport is None:
+            # The host that has answered is the first to be tried.
+            hosts = (*self._url.hosts[self._host :], *self._url.hosts[: self._host])
+            url = dataclasses.replace(self._url, hosts=hosts)
+            self._transport = RabbitMQTransport(
+                url, self._settings, Spread(self._settings), VerbatimEncoder()
+            )
+        return self._transport
+
+    def _missing(self, exchange: str) -> str | None:
+        """Return what the broker says of an exchange that it does not have, or None."""
+        if exchange not in self._exchanges:
+            self._exchanges[exchange] = None
+            with broker_errors(self._address):
+                channel = self._opened.channel()
+                try:
+                    channel.exchange_declare(exchange, passive=True)
+                except pika.exceptions.ChannelClosedByBroker as error:
+                    if error.reply_code == _NOT_FOUND:
+                        self._exchanges[exchange] = f"{error.reply_code} {error.reply_text}"
+                else:
+                    channel.close()
+        return self._exchanges[exchange]
+
+    @contextlib.contextmanager
+    def _channel(self, queue: str) -> Iterator[pika.adapters.blocking_connection.BlockingChannel]:
+        with broker_errors(self._address, queue):
+            channel = self._opened.channel()
+            yield channel
+            channel.close()
+
+    @property
+    def _opened(self) -> pika_connection.BlockingConnection:
+        if self._connection is None:
+            raise ConnectFailed("not connected")
+        return self._connection
+
+    @property
+    def _address(self) -> str:
+        host = self._hosts[self._host]
+        return f"{host.host}:{host.port}"

@@ -1,0 +1,98 @@
+"""Which queues an event goes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sqlalchemy import Column, Connection, MetaData, String, Table, select
+from sqlalchemy.dialects.sqlite import insert
+
+from outbox.messages.topics import matches
+
+__all__ = ["add", "Binding", "bindings", "create", "load", "of_queue", "Routes"]
+
+_CACHED = 10_000  # addresses; targets may be made of user data
+
+
+class Routes:
+    """Routes as a topic exchange does, and the exchange ``""`` to queues by their names.
+
+    For one thread; no I/O.
+    """
+
+    def __init__(self) -> None:
+        self._bindings: frozenset[Binding] = frozenset()
+        self._by_exchange: dict[str, list[Binding]] = {}
+        self._cache: dict[tuple[str, str], tuple[str, ...]] = {}
+
+    def update(self, bindings: Sequence[Binding]) -> None:
+        """Route by these from now on."""
+        found = frozenset(bindings)
+        if found == self._bindings:
+            return
+        self._bindings = found
+        self._by_exchange = {}
+        for one in found:
+            self._by_exchange.setdefault(one.exchange, []).append(one)
+        self._cache.clear()
+
+    def has_queue(self, name: str) -> bool:
+        """Return whether there is a queue of this name."""
+        return of_queue(name) in self._bindings
+
+    def queues(self, exchange: str, target: str) -> tuple[str, ...]:
+        """Return the queues that get an event, each once, by name; empty if none does."""
+        if not exchange:
+            return (target,) if self.has_queue(target) else ()
+        address = (exchange, target)
+        found = self._cache.get(address)
+        if found is None:
+            if len(self._cache) >= _CACHED:
+                self._cache.clear()
+            bound = self._by_exchange.get(exchange, ())
+            found = tuple(sorted({one.queue for one in bound if matches(one.pattern, target)}))
+            self._cache[address] = found
+        return found
+
+
+_metadata = MetaData()
+
+# Every queue is bound to the exchange "" by its name, which is what makes it a queue.
+bindings = Table(
+    "outbox_bindings",
+    _metadata,
+    Column("queue", String(255), primary_key=True),
+    Column("exchange", String(255), primary_key=True),
+    Column("pattern", String(255), primary_key=True),
+    sqlite_with_rowid=False,
+)
+
+
+class Binding(NamedTuple):
+    """That a queue gets what is published to an exchange with targets of a pattern."""
+
+    queue: str
+    exchange: str
+    pattern: str
+
+
+def of_queue(name: str) -> Binding:
+    """Return the binding that makes ``name`` a queue."""
+    return Binding(name, "", name)
+
+
+def create(connection: Connection) -> None:
+    """Create the table unless it is there."""
+    _metadata.create_all(connection)
+
+
+def load(connection: Connection) -> list[Binding]:
+    """Return all bindings."""
+    return [Binding(*row) for row in connection.execute(select(bindings))]
+
+
+def add(connection: Connection, found: Sequence[Binding]) -> None:
+    """Add bindings; those that are there stay."""
+    values = [one._asdict() for one in found]
+    connection.execute(insert(bindings).on_conflict_do_nothing(), values)

@@ -1,0 +1,229 @@
+"""Publishes into the file: the shell around backlog, plan and database."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import StatementError
+
+from outbox.backlog.chunk import Chunk, Entry, Fate
+from outbox.backlog.notifier import Spread, call_hook
+from outbox.errors import BrokerError, ConnectionLost, Nacked
+from outbox.event import Event
+from outbox.messages.dead_letters import PARKING_QUEUE
+from outbox.settings import MIB, Settings
+from outbox.system.backoff import backoff
+from outbox.transports.backlogged import BackloggedTransport
+from outbox.transports.sqlite import routing
+from outbox.transports.sqlite.database import Database
+from outbox.transports.sqlite.location import Location
+from outbox.transports.sqlite.plan import Plan
+from outbox.transports.sqlite.routing import Routes
+from outbox.transports.sqlite.shared_file import neighbours_at
+from outbox.url import BrokerURL
+
+__all__ = ["SQLiteTransport"]
+
+logger = logging.getLogger("outbox.publisher")
+
+_WRITE_EVENTS = 10_000
+_WRITE_BYTES = 16 * MIB
+_CLOSE_TIMEOUT = 2.0
+
+_FAULTS_OF_EVENTS = (StatementError, ValueError, TypeError, AttributeError, ArithmeticError)
+"""What writing raises of an event that no row can hold; ``enqueue_event`` makes none."""
+
+
+class SQLiteTransport(BackloggedTransport):
+    """One thread that writes whatever waits, of any number of callers, in one transaction.
+
+    Everything whose name begins with ``_on`` or stands below the line runs on that thread.
+    """
+
+    supports_delay = True
+    longest_delay = None
+
+    def __init__(self, url: BrokerURL, settings: Settings, spread: Spread) -> None:
+        """See that the file can be made; nothing is connected yet.
+
+        Raises:
+            UsageError: the URL has an option that is not known, or the file cannot be used.
+        """
+        super().__init__(spread)
+        location = Location.of(url)
+        self._address = str(location)
+        self._settings = settings
+        self._routes = Routes()
+        self._stopping = False
+        self._hurry = False
+        self._database = Database(location, lambda: self._stopping)
+        self._neighbours = neighbours_at(location.path)
+        self._wake = threading.Event()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._connected = False
+        self._failures = 0
+        self._try_again_at = 0.0
+        self._apart: list[tuple[float, Entry]] = []
+
+    @property
+    def connected(self) -> bool:
+        """Whether the file could be written when that was last tried."""
+        return self._connected
+
+    @property
+    def on_own_thread(self) -> bool:
+        """Whether the caller is a hook, called on the thread that writes."""
+        return threading.current_thread() is self._thread
+
+    def start(self) -> None:
+        """Begin to open the file in the background, unless that has begun."""
+        if self._thread is not None:
+            return
+        with self._starting:
+            if self._thread is None and not self._stopping:
+                thread = threading.Thread(target=self._run, name="outbox-publisher", daemon=True)
+                thread.start()
+                self._thread = thread
+
+    def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
+        """Take ``events`` over."""
+        # The bodies stand for what is written, as far as its size goes.
+        chunk = Chunk(events, keep=keep, frames=[event.body for event in events])
+        self.start()
+        self._spread(self._backlog.add(chunk))
+        self._wake.set()
+        return chunk
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until every event has its fate, trying the file at once."""
+        if self._backlog.wait_empty(0):
+            return True
+        self._hurry = True
+        self._wake.set()
+        return self._backlog.wait_empty(timeout)
+
+    def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
+        """Close the file and return what is left."""
+        with self._starting:
+            self._stopping = True
+        self._wake.set()
+        if self._thread is not None and not self.on_own_thread:
+            # A disk that does not answer is not waited for.
+            self._thread.join(_CLOSE_TIMEOUT)
+        return self._hand_over()
+
+    # ------------------------------------------------------------------ on the thread that writes
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._turn()
+            self._wake.wait(self._pause())
+            self._wake.clear()
+        self._database.close()
+
+    def _pause(self) -> float | None:
+        """Return the seconds until something is to be tried again; None for no such thing."""
+        moments = [moment for moment, _ in self._apart]
+        if self._failures:
+            moments.append(self._try_again_at)
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
+
+    def _turn(self) -> None:
+        """Write what waits, unless the last failure is too recent."""
+        if self._failures and not self._hurry and time.monotonic() < self._try_again_at:
+            return
+        self._hurry = False
+        try:
+            self._database.open()
+            self._on_success()
+            self._retry_apart()
+            while self._backlog.queued and not self._stopping:
+                self._write_next()
+        except BrokerError as error:
+            self._on_failure(error)
+        except Exception as error:  # a bug of ours must end neither the thread nor the events
+            logger.exception("could not write to %s", self._address)
+            self._on_failure(ConnectionLost(f"{self._address}: {error}"))
+
+    def _write_next(self) -> None:
+        entries = self._backlog.take(_WRITE_EVENTS, _WRITE_BYTES)
+        if not entries:
+            return
+        try:
+            self._write(entries)
+        except BaseException:
+            self._backlog.requeue(entries)  # those of them that have no fate
+            raise
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        """Write ``entries``, in one transaction unless one of them cannot be written at all."""
+        try:
+            with self._database.transaction() as connection:
+                self._routes.update(routing.load(connection))
+                plan = Plan(entries, self._routes, self._settings.unroutable)
+                if plan.parks and not self._make_parking_queue(connection):
+                    plan.leave_homeless()
+                self._database.store.put_rows(plan.rows, connection=connection)
+        except _FAULTS_OF_EVENTS as error:
+            if len(entries) > 1:
+                half = len(entries) // 2
+                self._write(entries[:half])
+                self._write(entries[half:])
+            else:
+                why = f"it cannot be stored: {getattr(error, 'orig', None) or error}"
+                self._spread(self._backlog.settle(entries, Fate.REJECTED, why))
+            return
+        self._neighbours.wake()
+        self._backlog.confirmed()
+        for (fate, reason), settled in plan.fates.items():
+            self._spread(self._backlog.settle(settled, fate, reason))
+        if plan.homeless:
+            self._keep_apart(plan.homeless)
+
+    def _make_parking_queue(self, connection: Connection) -> bool:
+        """See to a queue for what is parked; return whether there is one."""
+        if self._routes.has_queue(PARKING_QUEUE):
+            return True
+        if self._settings.declare != "create":
+            return False
+        routing.add(connection, [routing.of_queue(PARKING_QUEUE)])
+        return True
+
+    def _keep_apart(self, entries: Sequence[Entry]) -> None:
+        logger.error("there is no queue %r to park events in", PARKING_QUEUE)
+        refused = Nacked(f"there is no queue {PARKING_QUEUE!r} to park {len(entries)} event(s) in")
+        self._spread(self._backlog.refused(entries, refused))
+        now = time.monotonic()
+        self._apart += [
+            (now + backoff(one.attempts - 1), one) for one in entries if one.fate is None
+        ]
+
+    def _retry_apart(self) -> None:
+        now = time.monotonic()
+        due = [entry for moment, entry in self._apart if moment <= now]
+        if due:
+            self._apart = [one for one in self._apart if one[0] > now]
+            self._backlog.requeue(due)
+
+    def _on_success(self) -> None:
+        self._failures = 0
+        if not self._connected:
+            self._connected = True
+            self._backlog.up()
+            self._backlog.tally.connects += 1
+            call_hook(self._settings.on_connected, self._address)
+
+    def _on_failure(self, error: BrokerError) -> None:
+        was_connected, self._connected = self._connected, False
+        self._try_again_at = time.monotonic() + backoff(self._failures)
+        self._failures += 1
+        self._spread(self._backlog.down((), error))
+        if was_connected or self._failures == 1:
+            logger.warning("%s; trying again", error)
+        if was_connected:
+            call_hook(self._settings.on_disconnected, error)

@@ -1,0 +1,259 @@
+"""A block of code as the unit of work: ``auto_publishing()``.
+
+A block *joins* the unit of work around it if that publishes by itself: then the block's success
+hands its events to the unit, and its failure drops only its own. Otherwise the block is
+*outermost*: a unit of its own, which publishes at its end.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from contextvars import Token
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar, cast, overload
+
+from outbox.backlog.notifier import ids
+from outbox.errors import UsageError
+from outbox.observer import installed_observer
+from outbox.publisher import Publisher, refuse_running_loop
+from outbox.report import PublishReport
+from outbox.system import process
+from outbox.unit_of_work import scope
+from outbox.unit_of_work.buffer import Buffer, ChildBuffer
+from outbox.unit_of_work.collector import EventCollector, set_console
+from outbox.unit_of_work.scope import Scope
+
+__all__ = ["AutoPublishingEventCollector", "auto_publishing"]
+
+logger = logging.getLogger("outbox.collector")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class AutoPublishingEventCollector(EventCollector):
+    """The collector of an ``auto_publishing()`` block.
+
+    Usable once as ``with`` or ``async with``; as a decorator each call has a block of its own.
+
+    Attributes:
+        report: what became of the events, once the block has published; None for a block that
+            joined, or that has not ended.
+    """
+
+    __slots__ = ("_independent", "_options", "_token", "report")
+
+    def __init__(self, *, independent: bool = False, **options: Any) -> None:
+        """Make a block that is not yet entered; see :func:`auto_publishing`."""
+        super().__init__(**options)
+        self._independent = independent
+        self._options = options
+        self._token: Token[Scope | None] | None = None
+        self.report: PublishReport | None = None
+
+    @property
+    def joined(self) -> bool:
+        """Whether the block is a part of the unit of work around it."""
+        return isinstance(self._root, ChildBuffer)
+
+    def __enter__(self) -> Self:
+        outer = self._unit_to_join()
+        if outer is None and not self.autoflush:
+            refuse_running_loop()
+        return self._enter(outer)
+
+    def open(self) -> Self:
+        """Enter the block for good, at a console: until ``close()``, or the end of the process.
+
+        It is current also where the console runs each line in a context of its own
+        (``python -m asyncio``, Jupyter). Meant for ``auto_publishing(autoflush=True)``.
+        """
+        self.__enter__()
+        if not self.joined:
+            set_console(self)
+        return self
+
+    def close(self) -> None:
+        """Leave a block that was entered with ``open()``, as at the end of a ``with``."""
+        set_console(None)
+        self.__exit__(None, None, None)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave()
+        if kind is not None:
+            self._fail(error)
+        elif self._succeed():
+            try:
+                if self.autoflush:
+                    self._flush()
+                else:
+                    self.report = self.publish()
+            finally:
+                self._end()
+
+    async def __aenter__(self) -> Self:
+        return self._enter(self._unit_to_join())
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave()
+        if kind is not None:
+            self._fail(error)
+        elif self._succeed():
+            try:
+                self.report = await self.publish_async()
+            finally:
+                self._end()
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Give each call of ``function`` a block of its own.
+
+        Raises:
+            UsageError: ``function`` is a generator function, whose body runs in its callers'
+                units of work, or is no function.
+        """
+        if not callable(function):
+            raise UsageError(f"auto_publishing decorates functions, not {function!r}")
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise UsageError(
+                f"{function.__qualname__} is a generator function, whose body runs bit by bit in "
+                "its callers' units of work; use a with block inside of it"
+            )
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def call_async(*args: P.args, **kwargs: P.kwargs) -> Any:
+                async with self._another():
+                    return await function(*args, **kwargs)
+
+            return cast("Callable[P, R]", call_async)
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self._another():
+                return function(*args, **kwargs)
+
+        return call
+
+    def _another(self) -> AutoPublishingEventCollector:
+        return type(self)(independent=self._independent, **self._options)
+
+    def _unit_to_join(self) -> Buffer | None:
+        """Return the innermost buffer of the unit that this block joins, or None."""
+        if self._token is not None or self._root.closed:
+            raise UsageError("an auto_publishing block is entered once; make another one")
+        found = scope.present()
+        if found is None:
+            return None
+        buffer, root = found.buffer, found.buffer.root
+        if root.closed or root.pid != process.pid:
+            return None
+        if self._independent or not root.publishes_itself:
+            # What follows from a message does so in a block of its own, too; and where the unit
+            # around has a publisher of its own, so has this one.
+            self._root.root.make_id = root.make_id
+            self._publisher = self._publisher or found.collector._publisher
+            return None
+        if self._options:
+            raise UsageError(
+                f"this auto_publishing block is a part of the unit of work around it, whose "
+                f"options apply; leave out {', '.join(sorted(self._options))}, "
+                "or say independent=True"
+            )
+        while buffer.closed and buffer.parent is not None:
+            buffer = buffer.parent
+        return buffer
+
+    def _enter(self, outer: Buffer | None) -> Self:
+        if outer is None:
+            root = self._root.root
+            root.publishes_itself = True
+            root.observer = installed_observer()
+        else:
+            collector = cast("Scope", scope.present()).collector
+            self._publisher = collector._publisher
+            self.autoflush = collector.autoflush
+            self._root = ChildBuffer(outer)
+        self._token = scope.enter(self, self._root)
+        return self
+
+    def _leave(self) -> None:
+        if self._token is not None:
+            scope.leave(self._token)
+
+    def _succeed(self) -> bool:
+        """Hand the events to the unit around; return whether they are to be published here."""
+        root = self._root
+        if root.root.pid != process.pid:
+            root.close()  # a forked child came out of its parent's block: not its events
+            return False
+        return not (isinstance(root, ChildBuffer) and root.merge())
+
+    def _fail(self, error: BaseException | None) -> None:
+        events = self._root.close()
+        if self._root.root.pid != process.pid:
+            return
+        dropped = self._drop(events)
+        if dropped:
+            level = logging.WARNING if isinstance(error, SystemExit) else logging.DEBUG
+            logger.log(level, "dropped, since the block ended with %r: %s", error, ids(dropped))
+
+    def _end(self) -> None:
+        left = self._drop(self._root.close())
+        if left:  # publishing raised: the exception is on its way to the caller
+            logger.error("%d event(s) lost at the end of a block: %s", len(left), ids(left))
+
+
+@overload
+def auto_publishing(function: Callable[P, R], /) -> Callable[P, R]: ...
+
+
+@overload
+def auto_publishing(
+    *,
+    independent: bool = ...,
+    publisher: Publisher | None = ...,
+    autoflush: bool = ...,
+    max_events: int | None = ...,
+    max_bytes: int | None = ...,
+) -> AutoPublishingEventCollector: ...
+
+
+def auto_publishing(
+    function: Callable[..., Any] | None = None, /, *, independent: bool = False, **options: Any
+) -> Any:
+    """Return a block that publishes its events when it ends well, and drops them otherwise.
+
+    As ``with auto_publishing():``, ``async with auto_publishing():``, or a decorator of a function
+    or coroutine function (with or without parentheses). In a unit of work that publishes by itself
+    (middleware, an outer block, a consumer with ``auto_publish``) the block joins it; elsewhere,
+    and with ``independent=True``, it is a unit of its own.
+
+    Args:
+        function: to be decorated.
+        independent: never join.
+        **options: ``publisher``, ``autoflush``, ``max_events``, ``max_bytes``, as in
+            :class:`EventCollector`; not for a block that joins.
+
+    Raises:
+        UsageError: on entering: a ``with`` block that would have to wait on a running event loop
+            (use ``async with``); options on a block that joins; a block that was entered before.
+    """
+    known = {"publisher", "autoflush", "max_events", "max_bytes"}
+    if unknown := options.keys() - known:
+        raise UsageError(f"auto_publishing has no option {', '.join(sorted(unknown))}")
+    options = {name: value for name, value in options.items() if value is not None}
+    block = AutoPublishingEventCollector(independent=independent, **options)
+    return block if function is None else block(function)

@@ -1,0 +1,501 @@
+"""The collector: where events wait until their unit of work has succeeded."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import sys
+import uuid
+import warnings
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypedDict, Unpack
+
+from outbox import configuration, sinks
+from outbox.backlog.chunk import Chunk
+from outbox.backlog.notifier import ids
+from outbox.errors import CollectorClosed, UsageError
+from outbox.event import Event, Headers, MakeId, Unroutable, make_event
+from outbox.header_values import check_name
+from outbox.observer import installed_observer
+from outbox.publisher import Publisher
+from outbox.report import PublishReport
+from outbox.settings import Settings
+from outbox.sinks import Sink
+from outbox.system import process
+from outbox.unit_of_work import scope
+from outbox.unit_of_work.buffer import Buffer, RootBuffer, SavepointBuffer
+
+__all__ = [
+    "clear_events",
+    "enqueue_event",
+    "EventCollector",
+    "EventOptions",
+    "publish",
+    "publish_async",
+    "sink_of",
+]
+
+
+logger = logging.getLogger("outbox.collector")
+
+_NOTHING = PublishReport()
+
+_console: EventCollector | None = None
+"""Current where no unit of work is open: a console's, which has no context that would last."""
+
+
+def set_console(collector: EventCollector | None) -> None:
+    """Make ``collector`` current wherever no unit of work is open; None ends that."""
+    global _console
+    _console = collector
+
+
+class EventOptions(TypedDict, total=False):
+    """The keyword arguments of :meth:`EventCollector.enqueue_event`."""
+
+    headers: Headers | None
+    key: str | None
+    priority: int | None
+    delay: float | datetime.timedelta | None
+    deliver_at: datetime.datetime | None
+    id: str | uuid.UUID | None
+    exchange: str | None
+    unroutable: Unroutable | None
+    session: Any
+    connection: Any
+
+
+class EventCollector:
+    """Holds the events of one unit of work: a request, a block, a message.
+
+    Thread-safe; tasks and threads that inherit the context share it. It belongs to the process
+    that made it: in a forked child ``current()`` is a new one.
+
+    Attributes:
+        autoflush: publish each event as it is enqueued, for interactive use. On a running event
+            loop it is submitted without waiting.
+    """
+
+    __slots__ = ("__weakref__", "_publisher", "_root", "autoflush")
+
+    def __init__(
+        self,
+        *,
+        publisher: Publisher | None = None,
+        autoflush: bool = False,
+        max_events: int | None = None,
+        max_bytes: int | None = None,
+        make_id: MakeId | None = None,
+    ) -> None:
+        """Make an empty collector; it is current only inside ``EventCollector.use(it)``.
+
+        Args:
+            publisher: where ``publish()`` publishes; the default is the process's own.
+            autoflush: see the attribute.
+            max_events: the bound in events; the default is the publisher's setting (100,000).
+            max_bytes: the bound in bytes of all bodies; the default is the publisher's (64 MiB).
+            make_id: makes the ids of events that follow from a message; such events are never
+                kept: ``publish()`` raises when the broker does not confirm them.
+        """
+        self._publisher = publisher
+        self._root: Buffer = RootBuffer(max_events, max_bytes, make_id)
+        self.autoflush = autoflush
+
+    @classmethod
+    def current(cls) -> EventCollector:
+        """Return the collector of the unit of work that is open here.
+
+        Where none is, one is made for this thread or context; somebody must then call
+        ``publish()`` on it.
+        """
+        found = scope.present()
+        if found is not None:
+            collector = found.collector
+            if collector._root.root.pid == process.pid and collector._is_current():
+                return collector
+        elif (
+            _console is not None and _console._root.root.pid == process.pid and not _console.closed
+        ):
+            return _console
+        return _LazyCollector.enter()
+
+    @classmethod
+    @contextmanager
+    def use(cls, collector: EventCollector) -> Iterator[EventCollector]:
+        """Make ``collector`` current for a ``with`` block; its events are left to the caller."""
+        collector._root.root.observer = installed_observer()
+        token = scope.enter(collector, collector._root)
+        try:
+            yield collector
+        finally:
+            scope.leave(token)
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """The events of the innermost buffer, in the order in which they were enqueued."""
+        buffer = self._innermost()
+        with buffer.root.lock:
+            return tuple(buffer.events)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the unit of work has ended."""
+        return self._root.closed
+
+    @property
+    def publisher(self) -> Publisher:
+        """Where the events go.
+
+        Raises:
+            NotConfigured: the process has no publisher.
+        """
+        return self._publisher or configuration.default_publisher(self._root.root.observer)
+
+    def __len__(self) -> int:
+        return len(self._innermost().events)
+
+    def __bool__(self) -> bool:
+        return True  # a collector without events is still one
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{len(self)} event(s)"
+        return f"<{type(self).__name__} {state}>"
+
+    def enqueue_event(
+        self,
+        payload: Any,
+        target: str,
+        *,
+        headers: Headers | None = None,
+        key: str | None = None,
+        priority: int | None = None,
+        delay: float | datetime.timedelta | None = None,
+        deliver_at: datetime.datetime | None = None,
+        id: str | uuid.UUID | None = None,
+        exchange: str | None = None,
+        unroutable: Unroutable | None = None,
+        session: Any = None,
+        connection: Any = None,
+    ) -> Event:
+        """Serialise ``payload`` now and hold the event until the unit of work has succeeded.
+
+        With ``session`` or ``connection``, or in a transaction of what ``outbox.sql.bind()`` was
+        given, the event is not collected but stored: it is a row of that transaction, and the
+        database drops it or keeps it.
+
+        Args:
+            payload: what the serializer can carry; by default see
+                :class:`outbox.serializer.JSONSerializer`. Later changes of it change nothing.
+            target: the routing key, 1 to 255 bytes in UTF-8.
+            headers: names of at most 255 bytes to str, bytes, bool, int of 64 bits, None, and
+                lists and dicts of these, at most 32 deep; float, UUID, Decimal and dates become
+                strings. Names that RabbitMQ or outbox acts on are refused.
+            key: events of one key belong together; at most 255 bytes.
+            priority: 0 to 255.
+            delay: seconds, or a timedelta, from now until it may be delivered.
+            deliver_at: the instant from which it may be delivered; aware.
+            id: at most 255 bytes; the default is a new UUIDv7.
+            exchange: the default is the publisher's ``exchange``.
+            unroutable: the default is the publisher's ``unroutable``.
+            session: a ``Session``, ``scoped_session`` or ``AsyncSession`` of SQLAlchemy.
+            connection: a ``Connection`` of SQLAlchemy.
+
+        Returns:
+            The event, with its id.
+
+        Raises:
+            InvalidEvent: it cannot be carried. Nothing was collected.
+            CollectorFull: a bound is reached; or it is the first event here, and the publisher
+                keeps ``max_kept`` events.
+            CollectorClosed: the unit of work has ended, or belongs to another process.
+            NotConfigured: the process has no publisher, and the event is not stored.
+            UsageError: it cannot be stored with ``session`` or ``connection``.
+            MissingExtra: it is to be stored, and SQLAlchemy is not installed.
+        """
+        sink: sinks.Sink | None = None
+        if session is not None or connection is not None:
+            sink = sink_of(session, connection)
+        elif sinks.bound is not None:
+            sink = sinks.bound()
+        publisher: Publisher | None
+        if sink is None:
+            publisher = self._publisher or configuration.default_publisher(self._root.root.observer)
+            settings = publisher.settings
+        else:
+            publisher = self._publisher or configuration.publisher_if_any()
+            settings = Settings.load(None, {}) if publisher is None else publisher.settings
+        buffer = self._innermost()
+        root = buffer.root
+        if root.pid != process.pid and sink is None:
+            raise CollectorClosed(
+                f"this collector belongs to the process {root.pid}; "
+                "in a forked child use enqueue_event() or EventCollector.current()"
+            )
+        if exchange is None:
+            exchange = settings.exchange
+        elif exchange != "":
+            check_name("exchange", exchange)
+        event = make_event(  # by position: this is the hot path, and keywords have a price
+            settings.serializer,
+            settings.max_body_bytes,
+            root.make_id,
+            payload,
+            target,
+            exchange,
+            headers,
+            key,
+            priority,
+            delay,
+            deliver_at,
+            id,
+            unroutable,
+        )
+        if sink is not None:
+            sink(event, publisher)
+            observer = root.observer or installed_observer()
+            if observer is not None:
+                observer.stored_in_transaction(event)
+        elif publisher is not None:
+            self._collect(event, buffer, publisher)
+        return event
+
+    def _collect(self, event: Event, buffer: Buffer, publisher: Publisher) -> None:
+        observer = buffer.root.observer or installed_observer()
+        if event.deliver_at is not None:
+            publisher.check_carries(event, observer)
+        if not buffer.events:
+            publisher.make_ready(observer)
+        buffer.append(event, publisher.settings.max_events, publisher.settings.max_bytes)
+        if observer is not None:
+            observer.enqueued(event)
+        if self.autoflush:
+            self._flush()
+
+    def publish(self) -> PublishReport:
+        """Publish the events of the innermost buffer as one chunk, and wait for the confirms.
+
+        Returns:
+            Every event's fate. When the broker is away the events are kept by the publisher, out
+            of reach of any rollback, and retried; that is reported and logged, not raised.
+
+        Raises:
+            UsageError: on a running event loop (use ``publish_async()``). Nothing has changed.
+            PublishFailed: in a consumer, where nothing is kept: what the broker did not confirm
+                is withdrawn.
+        """
+        buffer = self._innermost()
+        if not buffer.events:
+            return _NOTHING
+        publisher = self.publisher
+        publisher.check_may_wait()
+        chunk = self._hand_over(buffer, publisher)
+        return self._told(chunk, publisher.wait_for(chunk))
+
+    async def publish_async(self) -> PublishReport:
+        """Publish the events of the innermost buffer, and await the confirms; see ``publish()``.
+
+        Cancelling the task ends the waiting only: the events have left the collector.
+        """
+        buffer = self._innermost()
+        if not buffer.events:
+            return _NOTHING
+        publisher = self.publisher
+        chunk = self._hand_over(buffer, publisher)
+        return self._told(chunk, await publisher.wait_for_async(chunk))
+
+    def submit(self) -> Future[PublishReport]:
+        """Hand the events of the innermost buffer to the publisher, and do not wait.
+
+        Returns:
+            The future of the report; see :meth:`outbox.Publisher.submit`.
+
+        Raises:
+            UsageError: the publisher is closed. Nothing has changed.
+        """
+        return self._hand_over(self._innermost(), self.publisher).future
+
+    def clear_events(self) -> tuple[Event, ...]:
+        """Drop the events of the innermost buffer, and return them."""
+        return self._drop(self._innermost().take())
+
+    def savepoint(self) -> AbstractContextManager[EventCollector]:
+        """Return a ``with`` block whose events are dropped when it raises, and kept otherwise.
+
+        Savepoints nest; those in tasks side by side do not see each other's events.
+        """
+        return self._savepoint()
+
+    @contextmanager
+    def _savepoint(self) -> Iterator[EventCollector]:
+        buffer = SavepointBuffer(self._innermost())
+        token = scope.enter(self, buffer)
+        try:
+            yield self
+        except BaseException:
+            self._drop(buffer.close())
+            raise
+        else:
+            if not buffer.merge():
+                dropped = self._drop(buffer.close())
+                if dropped:
+                    logger.error("a savepoint outlived its unit of work; dropped: %s", ids(dropped))
+        finally:
+            scope.leave(token)
+
+    def _innermost(self) -> Buffer:
+        """Return the innermost buffer in this context that is this collector's or below it."""
+        root = self._root
+        found = scope.present()
+        while found is not None:
+            buffer: Buffer | None = found.buffer
+            while buffer is not None:
+                if buffer is root:
+                    return found.buffer
+                buffer = buffer.parent
+            found = found.outer
+        return root
+
+    def _hand_over(self, buffer: Buffer, publisher: Publisher) -> Chunk:
+        """Submit what is in ``buffer``; when that fails, it is there as before."""
+        events = buffer.take()
+        try:
+            return publisher.submit_chunk(
+                events, keep=self._keeps(buffer), observer=buffer.root.observer
+            )
+        except BaseException:
+            buffer.put_back(events)
+            raise
+
+    def _keeps(self, buffer: Buffer) -> bool:
+        """Return whether what is not confirmed is kept; what follows from a message is not."""
+        return buffer.root.make_id is None
+
+    @staticmethod
+    def _told(chunk: Chunk, report: PublishReport) -> PublishReport:
+        return report if chunk.keep else report.raise_for_failure()
+
+    def _drop(self, events: list[Event]) -> tuple[Event, ...]:
+        if events:
+            observer = self._root.root.observer or installed_observer()
+            if observer is not None:
+                observer.cleared(events)
+            publisher = self._publisher or configuration.configured_publisher()
+            if publisher is not None:
+                publisher.note_cleared(events)
+        return tuple(events)
+
+    def _flush(self) -> None:
+        """Publish now; where waiting is not possible, submit."""
+        try:
+            self.publisher.check_may_wait()
+        except UsageError:
+            self.submit()
+        else:
+            self.publish()
+
+    def _is_current(self) -> bool:
+        return True
+
+
+class _LazyCollector(EventCollector):
+    """Made because code asked for a collector where no unit of work was open.
+
+    It is nobody's to publish: its first event warns of that, and it is watched that none is lost
+    unsaid. What a test's recorder was there for is not carried over to the next test.
+    """
+
+    __slots__ = ("_observer", "_watched")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._observer = self._root.root.observer = installed_observer()
+        self._watched = False
+
+    @classmethod
+    def enter(cls) -> _LazyCollector:
+        """Make one, current in this context from now on."""
+        collector = cls()
+        scope.begin(collector, collector._root)
+        return collector
+
+    def _collect(self, event: Event, buffer: Buffer, publisher: Publisher) -> None:
+        if not self._watched:
+            if not self.autoflush:
+                # Before anything is collected: the application may have made it an exception.
+                warnings.warn(
+                    "an event was enqueued outside of any unit of work: nothing publishes it "
+                    "until publish() is called; or use auto_publishing() or the middleware",
+                    RuntimeWarning,
+                    stacklevel=_stacklevel_of_caller(),
+                )
+            weakref.finalize(self, _died_unpublished, self._root, process.pid, self._observer)
+            self._watched = True
+        super()._collect(event, buffer, publisher)
+
+    def _is_current(self) -> bool:
+        return self._observer is installed_observer()
+
+
+def _died_unpublished(root: Buffer, pid: int, observer: object) -> None:
+    # Events of a test's recorder, or of a forked child's parent, are not ours to report.
+    if root.events and pid == process.pid and observer is None:
+        with contextlib.suppress(Exception):  # the interpreter may be going down
+            logger.error(
+                "%d event(s) lost: enqueued outside of any unit of work and never published: %s",
+                len(root.events),
+                ", ".join(repr(event.id) for event in root.events),
+            )
+
+
+def _stacklevel_of_caller() -> int:
+    """Return the ``stacklevel`` that makes a warning point at the first line outside of outbox."""
+    level = 2  # as seen from _LazyCollector._collect
+    frame = sys._getframe(2)
+    package = __name__.partition(".")[0]
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
+        package + "."
+    ):
+        frame = frame.f_back
+        level += 1
+    return level
+
+
+def enqueue_event(payload: Any, target: str, **options: Unpack[EventOptions]) -> Event:
+    """Enqueue an event in the current collector; see :meth:`EventCollector.enqueue_event`.
+
+    Outside of any unit of work the first call warns that somebody must call ``publish()``.
+    """
+    return EventCollector.current().enqueue_event(payload, target, **options)
+
+
+def publish() -> PublishReport:
+    """Publish what the current collector holds; see :meth:`EventCollector.publish`."""
+    return EventCollector.current().publish()
+
+
+async def publish_async() -> PublishReport:
+    """Publish what the current collector holds; see :meth:`EventCollector.publish_async`."""
+    return await EventCollector.current().publish_async()
+
+
+def clear_events() -> tuple[Event, ...]:
+    """Drop what the current collector holds; see :meth:`EventCollector.clear_events`."""
+    return EventCollector.current().clear_events()
+
+
+def sink_of(session: Any, connection: Any) -> Sink:
+    """Return what stores events in the transaction of ``session`` or of ``connection``.
+
+    Raises:
+        UsageError: both are given, or one of them is none that events can be stored with.
+        MissingExtra: SQLAlchemy is not installed.
+    """
+    if session is not None and connection is not None:
+        raise UsageError("give session or connection, not both")
+    from outbox.sql.transaction import sink_of_connection, sink_of_session
+
+    return sink_of_session(session) if connection is None else sink_of_connection(connection)

@@ -1,0 +1,58 @@
+"""Which collector is current: one context variable, and what puts a collector into it."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING
+
+from outbox.unit_of_work.buffer import Buffer
+
+if TYPE_CHECKING:
+    from outbox.unit_of_work.collector import EventCollector
+
+__all__ = ["Scope", "begin", "enter", "leave", "present", "resume"]
+
+
+class Scope:
+    """A collector's place in a context: which buffer is innermost, and what was there before."""
+
+    __slots__ = ("buffer", "collector", "outer")
+
+    def __init__(self, collector: EventCollector, buffer: Buffer, outer: Scope | None) -> None:
+        self.collector = collector
+        self.buffer = buffer
+        self.outer = outer
+
+
+_scope: ContextVar[Scope | None] = ContextVar("outbox_scope", default=None)
+present = _scope.get
+"""Returns the innermost scope of this context, or None."""
+resume = _scope.set
+"""Makes a scope that was the innermost before so again, for a generator's next step."""
+
+
+def enter(collector: EventCollector, buffer: Buffer) -> Token[Scope | None]:
+    """Make ``buffer`` of ``collector`` the innermost of this context."""
+    return _scope.set(Scope(collector, buffer, _scope.get()))
+
+
+def begin(collector: EventCollector, buffer: Buffer) -> None:
+    """Make ``buffer`` of ``collector`` the only one of this context, for as long as it lasts."""
+    _scope.set(Scope(collector, buffer, None))
+
+
+def leave(token: Token[Scope | None]) -> None:
+    """Restore what was there before ``enter``.
+
+    Where the context is another one by now (a generator that one context entered and another one
+    closes, a synchronous dependency between two threads), the variable is left alone: whoever
+    looks finds a closed buffer at the most, never another unit's.
+    """
+    try:
+        _scope.reset(token)
+    except ValueError:
+        scope, before = _scope.get(), token.old_value
+        if scope is not None and (
+            scope.buffer.closed or (isinstance(before, Scope) and scope.outer is before)
+        ):
+            _scope.set(scope.outer)

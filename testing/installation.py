@@ -1,0 +1,82 @@
+"""Puts the observer of one test in force, one at a time: a recorder, or a broker of the test's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from outbox import UsageError
+from outbox.configuration import publisher_if_any
+from outbox.observer import Observer, install_observer, installed_observer
+from outbox.settings import Settings
+from outbox.testing.collected_events import CollectedEvents
+from outbox.testing.live_broker import LiveBroker
+from outbox.testing.live_events import LiveEvents
+from outbox.testing.recorder import Recorder
+from outbox.unit_of_work import scope
+
+__all__ = ["live", "recorded"]
+
+_where = ""
+"""Who has installed the observer that is in force."""
+
+
+@contextmanager
+def recorded(where: str, *, strict: bool = False) -> Iterator[CollectedEvents]:
+    """Record every event of the process in the block, in place of publishing it.
+
+    Args:
+        where: this is asked for, for people.
+        strict: see :class:`outbox.testing.CollectedEvents`; the caller checks it in the end.
+
+    Raises:
+        UsageError: events are recorded, or published live, already; the message names both places.
+    """
+    recorder = Recorder(where)
+    with _in_force(recorder, where):
+        try:
+            yield CollectedEvents(recorder, strict=strict)
+        finally:
+            recorder.end()
+
+
+@contextmanager
+def live(url: str, where: str, *, strict: bool = False) -> Iterator[LiveEvents]:
+    """Have every publisher and worker of the process use the broker at ``url`` in the block.
+
+    Args:
+        url: of a broker, or virtual host, that nobody else uses: ``amqp://`` or ``sqlite://``.
+        where: this is asked for, for people.
+        strict: see :class:`outbox.testing.LiveEvents`; the caller checks it in the end.
+
+    Raises:
+        UsageError: events are recorded, or published live, already; the message names both places.
+        AssertionError: the broker does not answer.
+    """
+    broker = LiveBroker(url, where)
+    with _in_force(broker, where):
+        try:
+            publisher = publisher_if_any()
+            broker.watch([(publisher.settings if publisher else Settings()).exchange])
+            yield LiveEvents(broker, strict=strict)
+        finally:
+            broker.end()
+
+
+@contextmanager
+def _in_force(observer: Observer, where: str) -> Iterator[None]:
+    global _where
+    if installed_observer() is not None:
+        raise UsageError(
+            f"the events of this test are taken care of already, by {_where or 'something else'}: "
+            f"{where} cannot do it too; use one of the two"
+        )
+    outer = scope.present()
+    install_observer(observer)
+    _where = where
+    try:
+        yield
+    finally:
+        scope.resume(outer)  # a block that the test has left open is not the next one's
+        install_observer(None)
+        _where = ""

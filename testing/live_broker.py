@@ -1,0 +1,393 @@
+"""A live test's broker: where every event of the process really goes, and what arrived there."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from outbox import Event, PublishReport
+from outbox.backlog.chunk import Chunk, Fate
+from outbox.backlog.stats import Tally
+from outbox.consumers.received_event import Undecodable, decode
+from outbox.messages.delivery import Delivery, QueueSpec
+from outbox.observer import installed_observer
+from outbox.settings import Settings
+from outbox.system import process
+from outbox.testing.queue_reader import Watcher
+from outbox.transports.registry import open_transport
+from outbox.transports.transport import Transport
+
+__all__ = ["LiveBroker", "event_of"]
+
+logger = logging.getLogger("outbox.testing")
+
+_WATCHING = "outbox.test"
+_ARRIVAL_TIMEOUT = 30.0
+
+Address = tuple[str, str, str]
+"""An event's id, exchange and target."""
+
+
+class LiveBroker:
+    """An observer that has every publisher and worker of the process use one broker of the test's.
+
+    Whatever was published to an exchange is read back from a queue that is bound to all of it; of
+    what goes straight to a queue, and of what is to be delivered later, the broker's confirm is
+    taken for its arrival. Thread-safe.
+
+    Attributes:
+        url: of the broker.
+        changed: notified whenever an event arrives, or a message is settled.
+    """
+
+    hands_over = True
+
+    def __init__(self, url: str, where: str) -> None:
+        """Connect nothing yet.
+
+        Args:
+            url: of a broker that nobody else uses.
+            where: this is asked for, for people.
+        """
+        self.url = url
+        self.changed = threading.Condition()
+        self._where = where
+        self._ended = False
+        self._opening = threading.Lock()
+        self._transports: list[tuple[Settings, _LiveTransport]] = []
+        self._watchers: dict[str, Watcher] = {}
+        self._settings = self.consumed_with(Settings(declare="create"))
+        self._control = open_transport(self._settings)
+        self._thread = threading.local()
+        # Guarded by `changed`:
+        self._pending: dict[int, Event] = {}
+        self._stored: dict[str, Event] = {}
+        self._cleared: list[Event] = []
+        self._unreported: list[Future[PublishReport]] = []
+        self._ever_kept: list[Event] = []
+        self._parked: list[Event] = []
+        self._published: list[Event] = []
+        self._present: list[Event] = []
+        self._confirmed: set[str] = set()
+        self._expected: Counter[Address] = Counter()
+        self._arrived: Counter[Address] = Counter()
+        self._scheduled: Counter[Address] = Counter()
+
+    # ------------------------------------------------------------------------ an observer
+
+    def transport_of(self, settings: Settings) -> _LiveTransport:
+        """Return the transport to the test's broker for a publisher with these settings."""
+        with self._opening:
+            for known, transport in self._transports:
+                if known == settings:
+                    return transport
+            found = _LiveTransport(self, open_transport(self.consumed_with(settings)))
+            self._transports.append((settings, found))
+            return found
+
+    def consumed_with(self, settings: Settings) -> Settings:
+        """Return ``settings`` with the test's broker in them, where nothing is declared yet."""
+        return replace(settings, url=self.url, declare="create")
+
+    def enqueued(self, event: Event) -> None:
+        """Note an event that was collected."""
+        if self.has_ended([event]):
+            return
+        with self.changed:
+            self._pending[id(event)] = event
+
+    def stored_in_transaction(self, event: Event) -> None:
+        """Note an event that was stored."""
+        with self.changed:
+            self._stored[event.id] = event
+
+    def cleared(self, events: Sequence[Event]) -> None:
+        """Note events that were dropped."""
+        with self.changed:
+            for event in events:
+                self._pending.pop(id(event), None)
+                self._stored.pop(event.id, None)
+                self._cleared.append(event)
+
+    # ------------------------------------------------------------------------- the states
+
+    @property
+    def published(self) -> tuple[Event, ...]:
+        """What was published: as it arrived, in the order of arrival.
+
+        Raises:
+            AssertionError: something was confirmed, and has not arrived after 30 seconds.
+        """
+        return self._copy(self._published)
+
+    @property
+    def present(self) -> tuple[Event, ...]:
+        """What has reached every queue that is bound for it: what is delayed, when it is due."""
+        return self._copy(self._present)
+
+    @property
+    def dropped(self) -> tuple[Event, ...]:
+        """What was dropped, by a rollback or by ``clear_events()``."""
+        with self.changed:
+            return tuple(self._cleared)
+
+    @property
+    def pending(self) -> tuple[Event, ...]:
+        """What was enqueued and neither published nor dropped."""
+        with self.changed:
+            return tuple(self._pending.values())
+
+    @property
+    def stored(self) -> tuple[Event, ...]:
+        """What was stored in a transaction, and is not published yet."""
+        with self.changed:
+            self._take_stock()
+            return tuple(one for one in self._stored.values() if one.id not in self._confirmed)
+
+    @property
+    def parked(self) -> tuple[Event, ...]:
+        """What no queue was there for, and was parked."""
+        with self.changed:
+            self._take_stock()
+            return tuple(self._parked)
+
+    @property
+    def kept(self) -> tuple[Event, ...]:
+        """What the publishers keep."""
+        return tuple(event for _, one in list(self._transports) for event in one.kept)
+
+    # --------------------------------------------------------------- what the test kit does
+
+    def watch(self, exchanges: Iterable[str]) -> None:
+        """See to it that all that is published to ``exchanges`` is read back."""
+        for exchange in exchanges:
+            if exchange and exchange not in self._watchers:
+                with self._opening:
+                    if exchange not in self._watchers:
+                        spec = QueueSpec(f"{_WATCHING}.{len(self._watchers)}", ("#",), exchange)
+                        watcher = Watcher(self._settings, spec, self._on_arrival)
+                        watcher.open(self._control)
+                        self._watchers[exchange] = watcher
+
+    def declare(self, spec: QueueSpec) -> bool:
+        """Make a consumer's queue, with its bindings; return whether it was there already."""
+        watcher = Watcher(self._settings, spec, None)
+        try:
+            return watcher.open(self._control)
+        finally:
+            watcher.close()
+
+    def put(self, events: Sequence[Event]) -> None:
+        """Publish ``events`` behind the test's back, straight to queues.
+
+        Raises:
+            PublishFailed: the broker did not take them.
+        """
+        self._control.submit(events, keep=False).future.result(_ARRIVAL_TIMEOUT).raise_for_failure()
+
+    def submitting(self, events: Sequence[Event]) -> None:
+        """Note what is about to be submitted."""
+        self.watch({event.exchange for event in events})
+        with self.changed:
+            for event in events:
+                self._pending.pop(id(event), None)
+                if event.deliver_at is not None:
+                    self._scheduled[_address(event)] += 1
+
+    def submitted(self, chunk: Chunk) -> None:
+        """Note what was submitted, and by which thread."""
+        with self.changed:
+            self._unreported.append(chunk.future)
+        self._reports_of_thread().append(chunk.future)
+
+    def take_published_here(self) -> tuple[Event, ...]:
+        """Return what this thread has published since it was last asked."""
+        reports = self._reports_of_thread()
+        found = tuple(event for one in reports if one.done() for event in one.result().published)
+        reports.clear()
+        return found
+
+    def has_ended(self, events: Sequence[Event]) -> bool:
+        """Return whether the test is over; then say that ``events`` come too late."""
+        if self._ended:
+            logger.warning(
+                "%d event(s) came when the test was over that their unit of work began in, %s",
+                len(events),
+                self._where,
+            )
+        return self._ended
+
+    def end(self) -> None:
+        """Disconnect; what comes later goes nowhere."""
+        handover: Any = sys.modules.get("outbox.sql.handover")
+        if handover is not None:
+            handover.drain()
+        self._ended = True
+        with self._opening:
+            for _, transport in self._transports:
+                transport.close()
+            for watcher in self._watchers.values():
+                watcher.close()
+            self._control.close()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: publish on connections of its own; the parent reads what arrives."""
+        _inherited.append((self._transports, list(self._watchers.values()), self._control))
+        self.changed = threading.Condition()
+        self._opening = threading.Lock()
+        self._transports = []
+        self._control = open_transport(self._settings)
+        self._unreported, self._ever_kept = [], []
+
+    def _reports_of_thread(self) -> list[Future[PublishReport]]:
+        found: list[Future[PublishReport]] | None = getattr(self._thread, "reports", None)
+        if found is None:
+            found = self._thread.reports = []
+        return found
+
+    def _on_arrival(self, delivery: Delivery) -> None:
+        event = event_of(delivery)
+        address = _address(event)
+        with self.changed:
+            self._confirmed.add(event.id)
+            self._present.append(event)
+            if self._scheduled[address]:
+                self._scheduled[address] -= 1
+            else:
+                self._arrived[address] += 1
+                self._published.append(event)
+            self.changed.notify_all()
+
+    def _copy(self, events: list[Event]) -> tuple[Event, ...]:
+        deadline = time.monotonic() + _ARRIVAL_TIMEOUT
+        with self.changed:
+            while missing := self._take_stock():
+                if not self.changed.wait(max(0.0, deadline - time.monotonic())):
+                    raise AssertionError(
+                        f"the broker has confirmed what never arrived: {sorted(missing)}"
+                    )
+            return tuple(events)
+
+    def _confirm(self, event: Event) -> None:
+        self._confirmed.add(event.id)
+        if event.deliver_at is not None:
+            self._published.append(event)
+        elif not event.exchange:
+            self._published.append(event)
+            self._present.append(event)
+
+    def _take_stock(self) -> Counter[Address]:
+        """See which fates are known by now; return what is confirmed and has not arrived."""
+        waiting, self._unreported = self._unreported, []
+        for future in waiting:
+            if not future.done():
+                self._unreported.append(future)
+                continue
+            report = future.result()
+            self._parked += report.parked
+            self._ever_kept += report.kept
+            for event in report.published:
+                self._confirm(event)
+                if event.exchange and event.deliver_at is None:
+                    self._expected[_address(event)] += 1
+        kept = set(map(id, self.kept)) if self._ever_kept else ()
+        for event in [one for one in self._ever_kept if id(one) not in kept]:
+            self._ever_kept.remove(event)
+            self._confirm(event)
+        return self._expected - self._arrived
+
+
+class _LiveTransport:
+    """A transport to the test's broker that tells what goes through it."""
+
+    def __init__(self, broker: LiveBroker, inner: Transport) -> None:
+        self._broker = broker
+        self._inner = inner
+        self.supports_delay = inner.supports_delay
+        self.longest_delay = inner.longest_delay
+
+    @property
+    def connected(self) -> bool:
+        return self._inner.connected
+
+    @property
+    def kept(self) -> tuple[Event, ...]:
+        return self._inner.kept
+
+    @property
+    def kept_size(self) -> tuple[int, int]:
+        return self._inner.kept_size
+
+    @property
+    def tally(self) -> Tally:
+        return self._inner.tally
+
+    @property
+    def on_own_thread(self) -> bool:
+        return self._inner.on_own_thread
+
+    def start(self) -> None:
+        self._inner.start()
+
+    def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
+        if self._broker.has_ended(events):
+            return _withdrawn(events, keep=keep)
+        self._broker.submitting(events)
+        chunk = self._inner.submit(events, keep=keep)
+        self._broker.submitted(chunk)
+        return chunk
+
+    def release(self, chunk: Chunk) -> None:
+        self._inner.release(chunk)
+
+    def drain(self, timeout: float) -> bool:
+        return self._inner.drain(timeout)
+
+    def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
+        return self._inner.close(graceful=graceful)
+
+
+_inherited: list[object] = []
+"""What a parent had opened: never collected, so that its sockets are never closed."""
+
+
+def _leave_to_parent() -> None:
+    observer = installed_observer()
+    if isinstance(observer, LiveBroker):
+        observer.leave_to_parent()
+
+
+process.after_fork(_leave_to_parent)
+
+
+def event_of(delivery: Delivery) -> Event:
+    """Return ``delivery`` as an event, also where no consumer could be given it."""
+    try:
+        return decode(delivery)
+    except Undecodable:
+        return Event(
+            id=delivery.message_id or "",
+            target=delivery.target,
+            exchange=delivery.exchange,
+            body=delivery.body,
+            content_type=delivery.content_type or "",
+        )
+
+
+def _withdrawn(events: Sequence[Event], *, keep: bool) -> Chunk:
+    chunk = Chunk(events, keep=keep)
+    for entry in chunk.entries:
+        entry.fate, entry.reason = Fate.WITHDRAWN, "withdrawn: the test is over"
+    chunk.resolve(chunk.report())
+    return chunk
+
+
+def _address(event: Event) -> Address:
+    return event.id, event.exchange, event.target

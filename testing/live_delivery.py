@@ -1,0 +1,226 @@
+"""Has a real worker process what a live test published, until nothing is left to process."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from outbox import Event, Publisher
+from outbox.configuration import publisher_if_any
+from outbox.consumers import Consumer, Worker
+from outbox.consumers.message.message import Message
+from outbox.consumers.message.services import Services
+from outbox.consumers.message.steps import Steps
+from outbox.consumers.outcome import Again, Dead, Outcome, Return
+from outbox.messages.delivery import Delivery
+from outbox.messages.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET
+from outbox.testing.live_broker import LiveBroker, event_of
+from outbox.testing.recorded_delivery import Delivered, addressed, is_bound
+
+__all__ = ["LiveDeliverer"]
+
+_STOP_TIMEOUT = 5.0
+
+
+class LiveDeliverer:
+    """Knows which queues there are, and how much of what is in them was settled. Not thread-safe.
+
+    What was published before a consumer's queue was there is put into it as if it had been.
+    """
+
+    def __init__(self, broker: LiveBroker) -> None:
+        """Deliver what ``broker`` has."""
+        self._broker = broker
+        self._queues: set[str] = set()
+        self._put: Counter[str] = Counter()
+        self._settled: Counter[str] = Counter()
+        self._told: list[Delivered] = []
+
+    def deliver_all(
+        self,
+        consumers: Sequence[type[Consumer] | Consumer],
+        *,
+        raise_errors: bool,
+        timeout: float,
+    ) -> list[Delivered]:
+        """Deliver until nothing is left; see ``LiveEvents.deliver_all``."""
+        __tracebackhide__ = True
+        made = [one() if isinstance(one, type) else one for one in consumers]
+        publisher = _publisher()
+        for consumer in made:
+            self._see_to_queue(consumer, publisher)
+        return self._work(made, publisher, raise_errors=raise_errors, timeout=timeout)
+
+    def perform(
+        self,
+        consumer: type[Consumer] | Consumer,
+        payload: Any,
+        options: Mapping[str, Any],
+        *,
+        raise_errors: bool,
+        timeout: float,
+    ) -> Delivered:
+        """Process one message; see ``LiveEvents.perform``."""
+        __tracebackhide__ = True
+        publisher = _publisher()
+        made, event = addressed(consumer, payload, options, publisher)
+        self._see_to_queue(made, publisher)
+        self._put_into(made.queue, [event])
+        found = self._work([made], publisher, raise_errors=raise_errors, timeout=timeout)
+        return next(one for one in reversed(found) if one.event.id == event.id)
+
+    def _see_to_queue(self, consumer: Consumer, publisher: Publisher) -> None:
+        if consumer.queue in self._queues:
+            return
+        spec = consumer.spec(publisher.settings.exchange)
+        self._broker.watch([spec.exchange])
+        before = self._broker.present
+        if not self._broker.declare(spec):
+            self._put_into(
+                consumer.queue,
+                [one for one in before if one.exchange and is_bound(consumer, one, publisher)],
+                missed=True,
+            )
+        self._queues.add(consumer.queue)
+
+    def _put_into(self, queue: str, events: Iterable[Event], *, missed: bool = False) -> None:
+        copies = [_copy(event, queue) for event in events]
+        self._broker.put(copies)
+        if not missed:  # what was missed is counted where it was published
+            self._put[queue] += len(copies)
+
+    def _work(
+        self,
+        consumers: Sequence[Consumer],
+        publisher: Publisher,
+        *,
+        raise_errors: bool,
+        timeout: float,
+    ) -> list[Delivered]:
+        __tracebackhide__ = True
+        begin = len(self._told)
+        if not self._left(consumers, publisher):
+            return []
+        deadline = time.monotonic() + timeout
+        worker = _Worker(consumers, publisher, self._broker, self._note)
+        worker.start()
+        try:
+            while left := self._left(consumers, publisher):
+                error = _first_error(self._told[begin:])
+                if raise_errors and error is not None:
+                    raise error
+                if worker.wait(0) or time.monotonic() > deadline:
+                    raise AssertionError(
+                        f"after {timeout:g} s it is not quiet: {', '.join(left)}"
+                        + _last(self._told[begin:])
+                    )
+                with self._broker.changed:
+                    self._broker.changed.wait(0.05)
+        finally:
+            worker.stop(_STOP_TIMEOUT)
+        error = _first_error(self._told[begin:])
+        if raise_errors and error is not None:
+            raise error
+        return self._told[begin:]
+
+    def _left(self, consumers: Sequence[Consumer], publisher: Publisher) -> list[str]:
+        """Tell of the queues in which something is left to do."""
+        # In this order: what follows from a message is there before the message is settled.
+        settled = Counter(self._settled)
+        present = self._broker.present
+        found = []
+        for consumer in consumers:
+            queue = consumer.queue
+            expected = self._put[queue] + sum(
+                is_bound(consumer, event, publisher) for event in present
+            )
+            if settled[queue] < expected:
+                found.append(f"{queue!r} has settled {settled[queue]} of {expected}")
+        return found
+
+    def _note(self, done: Delivered, queue: str) -> None:
+        with self._broker.changed:
+            self._told.append(done)
+            if not isinstance(done.outcome, Return | Again):
+                self._settled[queue] += 1
+            self._broker.changed.notify_all()
+
+
+class _Worker(Worker):
+    """A worker that tells what became of each message; one thread, so that their order is told."""
+
+    def __init__(
+        self,
+        consumers: Sequence[Consumer],
+        publisher: Publisher,
+        broker: LiveBroker,
+        note: Callable[[Delivered, str], None],
+    ) -> None:
+        super().__init__(consumers, publisher=publisher, threads=1, concurrency=1)
+        self._broker = broker
+        self._note = note
+
+    def _make_message(self, consumer: Consumer, delivery: Delivery, services: Services) -> Message:
+        return _Message(consumer, delivery, services, self._broker, self._note)
+
+
+class _Message(Message):
+    """A message that tells what became of it."""
+
+    def __init__(
+        self,
+        consumer: Consumer,
+        delivery: Delivery,
+        services: Services,
+        broker: LiveBroker,
+        note: Callable[[Delivered, str], None],
+    ) -> None:
+        super().__init__(consumer, delivery, services)
+        self._broker = broker
+        self._note = note
+
+    def settle(self, outcome: Outcome) -> Steps[Outcome | None]:
+        follow_ons = self._broker.take_published_here()
+        settled = yield from super().settle(outcome)
+        self._broker.take_published_here()  # a dead letter follows from nothing
+        done = Delivered(event_of(self.delivery), self.consumer, outcome, follow_ons)
+        self._note(done, self.delivery.queue)
+        return settled
+
+
+def _publisher() -> Publisher:
+    return publisher_if_any() or Publisher("memory://")
+
+
+def _first_error(found: Sequence[Delivered]) -> BaseException | None:
+    errors = [one.outcome.error for one in found if isinstance(one.outcome, Again | Dead)]
+    return next((error for error in errors if error is not None), None)
+
+
+def _last(found: Sequence[Delivered]) -> str:
+    if not found:
+        return ""
+    last = found[-1]
+    return f"; {last.event!r} led to {[one.target for one in last.follow_ons]}"
+
+
+def _copy(event: Event, queue: str) -> Event:
+    """Return what is put straight into ``queue`` in the place of ``event``."""
+    return Event(
+        id=event.id,
+        target=queue,
+        exchange="",
+        body=event.body,
+        content_type=event.content_type,
+        headers={
+            **event.headers,
+            ORIGIN_EXCHANGE: event.exchange,
+            ORIGIN_TARGET: event.target,
+        },
+        priority=event.priority,
+        key=event.key,
+        occurred_at=event.occurred_at,
+        unroutable="fail",
+    )

@@ -1,0 +1,100 @@
+"""Reads a queue of a live test's own, from the moment at which it is known to be bound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from threading import Event as Signal
+
+from outbox import Event
+from outbox.ids import new_id
+from outbox.messages.delivery import Delivery, QueueSpec
+from outbox.settings import Settings
+from outbox.transports.registry import open_subscription
+from outbox.transports.transport import Transport
+
+__all__ = ["Watcher"]
+
+_PREFETCH = 1000
+_TIMEOUT = 20.0
+
+
+class Watcher:
+    """Hands out what arrives in a queue. Thread-safe.
+
+    A greeting is sent to the queue by its name: when it comes back, the queue is consumed from,
+    and so it has all its bindings.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        spec: QueueSpec,
+        arrived: Callable[[Delivery], None] | None,
+    ) -> None:
+        """Connect nothing yet.
+
+        Args:
+            settings: of the broker.
+            spec: the queue; it is declared as a worker would.
+            arrived: called with each message, on the transport's thread; None to take none.
+        """
+        self._spec = spec
+        self._arrived = arrived
+        self._subscription = open_subscription(settings, [spec], _PREFETCH)
+        self._greeting = Event(
+            id=new_id(), target=spec.name, exchange="", body=b"null", unroutable="ignore"
+        )
+        self._bound = Signal()
+        self._refused = ""
+
+    def open(self, transport: Transport) -> bool:
+        """Declare the queue and consume from it; greet it by way of ``transport``.
+
+        Returns:
+            Whether the queue was there before.
+
+        Raises:
+            AssertionError: the broker does not answer, or refuses the queue.
+        """
+        deadline = time.monotonic() + _TIMEOUT
+        was_there = self._greet(transport, deadline)
+        self._subscription.start(self._on_delivery, self._on_refused)
+        greeted = was_there
+        while not greeted and not self._refused:
+            self._bound.wait(0.01)
+            greeted = self._greet(transport, deadline)
+        while not self._refused and not self._bound.wait(0.1):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"the queue {self._spec.name!r} was not bound in time")
+        if self._refused:
+            raise AssertionError(f"the broker refused {self._spec.name!r}: {self._refused}")
+        return was_there
+
+    def close(self) -> None:
+        """Consume no more; what was not taken is given back."""
+        self._subscription.cancel()
+        self._subscription.close()
+
+    def _greet(self, transport: Transport, deadline: float) -> bool:
+        chunk = transport.submit([self._greeting], keep=False)
+        try:
+            report = chunk.future.result(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            transport.release(chunk)
+            raise AssertionError("the broker of this test does not answer") from None
+        if report.error is not None and time.monotonic() > deadline:
+            raise AssertionError(f"the broker of this test fails: {report.error}")
+        return bool(report.published)
+
+    def _on_delivery(self, delivery: Delivery) -> None:
+        if delivery.message_id == self._greeting.id:
+            self._subscription.ack(delivery)
+            self._bound.set()
+        elif self._arrived is not None:
+            self._arrived(delivery)
+            self._subscription.ack(delivery)
+
+    def _on_refused(self, reason: str) -> None:
+        self._refused = reason
+        self._bound.set()

@@ -1,0 +1,191 @@
+"""Runs real consumers on recorded events, each message through its real life."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from outbox import Event, Publisher
+from outbox.consumers import Consumer
+from outbox.consumers.message.copies import dead_letter, retry_copy
+from outbox.consumers.message.inline_engine import SettledElsewhere, concluded
+from outbox.consumers.message.message import Message
+from outbox.consumers.message.steps import drive
+from outbox.consumers.outcome import Ack, Again, Dead, Hold, Outcome, Return
+from outbox.event import make_event
+from outbox.messages.dead_letters import restore_origin
+from outbox.messages.delivery import Delivery, as_delivered, dead_letter_queue
+from outbox.messages.topics import matches
+
+__all__ = ["Delivered", "Deliverer", "addressed", "is_bound", "processed"]
+
+_ROUNDS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What became of one message.
+
+    Attributes:
+        event: as it was published.
+        consumer: that processed it.
+        outcome: ``Ack``, ``Dead`` with its reason, ``Return`` or ``Hold``.
+        follow_ons: the events that it published, in that order.
+    """
+
+    event: Event
+    consumer: Consumer
+    outcome: Outcome
+    follow_ons: tuple[Event, ...]
+
+    @property
+    def acked(self) -> bool:
+        """Whether it was done."""
+        return isinstance(self.outcome, Ack)
+
+    @property
+    def dead(self) -> bool:
+        """Whether it went to the dead letters."""
+        return isinstance(self.outcome, Dead)
+
+
+class Deliverer:
+    """Remembers what was delivered to whom. Not thread-safe."""
+
+    def __init__(
+        self, published: Callable[[], tuple[Event, ...]], publisher: Callable[[], Publisher]
+    ) -> None:
+        """Deliver from what ``published`` returns, with follow-ons through ``publisher``'s."""
+        self._published = published
+        self._publisher = publisher
+        self._done: set[tuple[int, str]] = set()
+        self._tag = 0
+
+    def deliver(
+        self, consumers: Sequence[type[Consumer] | Consumer], *, raise_errors: bool
+    ) -> list[Delivered]:
+        """Deliver what is published now; see ``CollectedEvents.deliver``."""
+        __tracebackhide__ = True
+        made = [one() if isinstance(one, type) else one for one in consumers]
+        publisher = self._publisher()
+        found = []
+        for event in self._published():
+            for consumer in made:
+                place = (id(event), consumer.queue)
+                if place not in self._done and is_bound(consumer, event, publisher):
+                    self._done.add(place)
+                    found.append(
+                        self._process(consumer, event, publisher, raise_errors=raise_errors)
+                    )
+        return found
+
+    def deliver_all(
+        self, consumers: Sequence[type[Consumer] | Consumer], *, raise_errors: bool
+    ) -> list[Delivered]:
+        """Deliver until nothing is left; see ``CollectedEvents.deliver_all``."""
+        __tracebackhide__ = True
+        found: list[Delivered] = []
+        for _ in range(_ROUNDS):
+            more = self.deliver(consumers, raise_errors=raise_errors)
+            if not more:
+                return found
+            found += more
+        raise AssertionError(
+            f"after {_ROUNDS} rounds events still follow from events: {found[-1].event!r} led to "
+            f"{[one.target for one in found[-1].follow_ons]}"
+        )
+
+    def perform(
+        self,
+        consumer: type[Consumer] | Consumer,
+        payload: Any,
+        options: Mapping[str, Any],
+        *,
+        raise_errors: bool,
+    ) -> Delivered:
+        """Process one message; see ``CollectedEvents.perform``."""
+        __tracebackhide__ = True
+        publisher = self._publisher()
+        made, event = addressed(consumer, payload, options, publisher)
+        return self._process(made, event, publisher, raise_errors=raise_errors)
+
+    def _process(
+        self, consumer: Consumer, event: Event, publisher: Publisher, *, raise_errors: bool
+    ) -> Delivered:
+        __tracebackhide__ = True
+        self._tag += 1
+        before = len(self._published())
+        delivery = as_delivered(event, consumer.queue, self._tag)
+        restore_origin(delivery)
+        outcome = processed(consumer, delivery, publisher)
+        follow_ons = self._published()[before:]
+        error: BaseException | None = None
+        match outcome:
+            case Dead():
+                publisher.submit([dead_letter(delivery, outcome)])
+                error = outcome.error
+            case Again():
+                again = retry_copy(delivery, outcome)
+                publisher.submit([] if again is None else [again])
+                error = outcome.error
+            case Hold():
+                error = outcome.error
+            case Return():
+                self._done.discard((id(event), consumer.queue))
+        if raise_errors and error is not None:
+            raise error
+        return Delivered(event, consumer, outcome, follow_ons)
+
+
+def addressed(
+    consumer: type[Consumer] | Consumer,
+    payload: Any,
+    options: Mapping[str, Any],
+    publisher: Publisher,
+) -> tuple[Consumer, Event]:
+    """Return the consumer, and an event that is put into its queue alone."""
+    made = consumer() if isinstance(consumer, type) else consumer
+    settings = publisher.settings
+    named = {"target": made.queue, "exchange": settings.exchange, **options}
+    event = make_event(settings.serializer, settings.max_body_bytes, None, payload, **named)
+    return made, event
+
+
+def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome:
+    """Return what is to become of a message, having processed it in a context of its own.
+
+    A handler finds what it finds in a worker: no event loop, or one in which it is a task.
+    """
+    message = Message(consumer, delivery, SettledElsewhere(publisher, is_async=consumer.is_async))
+
+    async def as_task() -> Outcome:
+        return await drive(message.conclude(await drive(message.attempt())))
+
+    def process() -> Outcome:
+        if consumer.is_async:
+            return asyncio.run(as_task())
+        return concluded(message)
+
+    context = contextvars.Context()
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return context.run(process)
+    with ThreadPoolExecutor(1) as elsewhere:  # the test itself is a coroutine
+        return elsewhere.submit(context.run, process).result()
+
+
+def is_bound(consumer: Consumer, event: Event, publisher: Publisher) -> bool:
+    """Return whether the broker would have put ``event`` into the consumer's queue."""
+    if event.target == dead_letter_queue(consumer.queue):
+        return False
+    if not event.exchange:
+        return event.target == consumer.queue
+    spec = consumer.spec(publisher.settings.exchange)
+    return event.exchange == spec.exchange and any(
+        matches(pattern, event.target) for pattern in (spec.name, *spec.topics)
+    )

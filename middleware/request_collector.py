@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 from outbox import EventCollector, Publisher, UsageError
 from outbox.backlog.notifier import ids
 from outbox.observer import installed_observer
-from outbox.unit_of_work.buffer import RootBuffer
+from outbox.unit_of_work.buffer import Buffer
+from outbox.unit_of_work.unit_of_work import UnitOfWork
 
 __all__ = ["IsSuccess", "RequestCollector", "below_400"]
 
@@ -30,20 +31,19 @@ class RequestCollector(EventCollector):
 
     What its methods do, they do to the whole unit of work, whatever block is open where they are
     called: one that the application never ended must not keep the rest of the request back.
-
-    Attributes:
-        buffer: of the whole request.
     """
 
-    __slots__ = ("buffer",)
+    __slots__ = ()
 
     def __init__(self, publisher: Publisher | None, publishes_itself: bool) -> None:
         # Every request makes one: what EventCollector's own __init__ does, without calling it.
-        self._publisher = publisher
-        self.autoflush = False
-        self.buffer = self._root = RootBuffer()
-        self.buffer.publishes_itself = publishes_itself
-        self.buffer.observer = installed_observer()
+        self._unit = UnitOfWork(publisher, installed_observer(), publishes_itself)
+        self._buffer = Buffer(self._unit)
+
+    @property
+    def buffer(self) -> Buffer:
+        """The buffer of the whole request."""
+        return self._buffer
 
     def publish_quietly(self) -> None:
         """Publish; whatever fails is logged, and never fails the response.
@@ -86,12 +86,8 @@ class RequestCollector(EventCollector):
 
     def close(self) -> None:
         """End the unit of work: a late ``enqueue_event`` raises ``CollectorClosed``."""
-        root = self.buffer
-        with root.lock:
-            root.closed = True
-        if root.events:
-            left = root.take()
-            self._drop(left)
+        left = self._drop(self.buffer.close())
+        if left:
             logger.error("%d event(s) lost at the end of a request: %s", len(left), ids(left))
 
     def _held(self) -> str:

@@ -16,7 +16,6 @@ from outbox.consumers.message.steps import Later
 from outbox.consumers.received_event import ReceivedEvent
 from outbox.ids import follow_on_id
 from outbox.unit_of_work import scope
-from outbox.unit_of_work.buffer import Buffer
 
 __all__ = ["MessageCollector"]
 
@@ -29,15 +28,15 @@ class MessageCollector(EventCollector):
     def __init__(self, publisher: Publisher, event: ReceivedEvent, *, auto_publish: bool) -> None:
         """Hold nothing yet; with ``auto_publish``, ``publish()`` is said by somebody else."""
         super().__init__(publisher=publisher, make_id=_FollowOnIds(event))
-        self._root.root.publishes_itself = auto_publish
+        self._unit.publishes_itself = auto_publish
 
     def enter(self) -> Token[scope.Scope | None]:
         """Make it current until ``scope.leave()``: what ``use()`` does, at half its price."""
-        return scope.enter(self, self._root)
+        return scope.enter(self, self._buffer)
 
     def end(self) -> tuple[Event, ...]:
         """Drop what is left, and take nothing more."""
-        return self._drop(self._root.close())
+        return self._drop(self._buffer.close())
 
     def publish_later(self) -> PublishReport:
         """Publish, and wait elsewhere.
@@ -57,8 +56,9 @@ class _CallbackCollector(MessageCollector):
 
     __slots__ = ()
 
-    def _keeps(self, buffer: Buffer) -> bool:
-        return True
+    def __init__(self, publisher: Publisher, event: ReceivedEvent, *, auto_publish: bool) -> None:
+        super().__init__(publisher, event, auto_publish=auto_publish)
+        self._unit.keeps = True
 
 
 class _FollowOnIds:

@@ -22,7 +22,7 @@ from outbox.publisher import Publisher, refuse_running_loop
 from outbox.report import PublishReport
 from outbox.system import process
 from outbox.unit_of_work import scope
-from outbox.unit_of_work.buffer import Buffer, ChildBuffer
+from outbox.unit_of_work.buffer import Buffer
 from outbox.unit_of_work.collector import EventCollector, set_console
 from outbox.unit_of_work.scope import Scope
 
@@ -57,7 +57,7 @@ class AutoPublishingEventCollector(EventCollector):
     @property
     def joined(self) -> bool:
         """Whether the block is a part of the unit of work around it."""
-        return isinstance(self._root, ChildBuffer)
+        return self._buffer.parent is not None
 
     def __enter__(self) -> Self:
         outer = self._unit_to_join()
@@ -152,19 +152,16 @@ class AutoPublishingEventCollector(EventCollector):
 
     def _unit_to_join(self) -> Buffer | None:
         """Return the innermost buffer of the unit that this block joins, or None."""
-        if self._token is not None or self._root.closed:
+        if self._token is not None or self._buffer.closed:
             raise UsageError("an auto_publishing block is entered once; make another one")
-        found = scope.present()
-        if found is None:
+        present = scope.present()
+        if present is None:
             return None
-        buffer, root = found.buffer, found.buffer.root
-        if root.closed or root.pid != process.pid:
+        buffer, unit = present.buffer, present.buffer.unit
+        if buffer.outermost.closed or unit.pid != process.pid:
             return None
-        if self._independent or not root.publishes_itself:
-            # What follows from a message does so in a block of its own, too; and where the unit
-            # around has a publisher of its own, so has this one.
-            self._root.root.make_id = root.make_id
-            self._publisher = self._publisher or found.collector._publisher
+        if self._independent or not unit.publishes_itself:
+            self._unit.follow(unit)
             return None
         if self._options:
             raise UsageError(
@@ -178,15 +175,12 @@ class AutoPublishingEventCollector(EventCollector):
 
     def _enter(self, outer: Buffer | None) -> Self:
         if outer is None:
-            root = self._root.root
-            root.publishes_itself = True
-            root.observer = installed_observer()
+            self._unit.publishes_itself = True
+            self._unit.observer = installed_observer()
         else:
-            collector = cast("Scope", scope.present()).collector
-            self._publisher = collector._publisher
-            self.autoflush = collector.autoflush
-            self._root = ChildBuffer(outer)
-        self._token = scope.enter(self, self._root)
+            self._unit = outer.unit
+            self._buffer = Buffer(outer.unit, outer)
+        self._token = scope.enter(self, self._buffer)
         return self
 
     def _leave(self) -> None:
@@ -195,15 +189,14 @@ class AutoPublishingEventCollector(EventCollector):
 
     def _succeed(self) -> bool:
         """Hand the events to the unit around; return whether they are to be published here."""
-        root = self._root
-        if root.root.pid != process.pid:
-            root.close()  # a forked child came out of its parent's block: not its events
+        if self._unit.pid != process.pid:
+            self._buffer.close()  # a forked child came out of its parent's block: not its events
             return False
-        return not (isinstance(root, ChildBuffer) and root.merge())
+        return not (self.joined and self._buffer.merge())
 
     def _fail(self, error: BaseException | None) -> None:
-        events = self._root.close()
-        if self._root.root.pid != process.pid:
+        events = self._buffer.close()
+        if self._unit.pid != process.pid:
             return
         dropped = self._drop(events)
         if dropped:
@@ -211,7 +204,7 @@ class AutoPublishingEventCollector(EventCollector):
             logger.log(level, "dropped, since the block ended with %r: %s", error, ids(dropped))
 
     def _end(self) -> None:
-        left = self._drop(self._root.close())
+        left = self._drop(self._buffer.close())
         if left:  # publishing raised: the exception is on its way to the caller
             logger.error("%d event(s) lost at the end of a block: %s", len(left), ids(left))
 

@@ -27,7 +27,8 @@ from outbox.settings import Settings
 from outbox.sinks import Sink
 from outbox.system import process
 from outbox.unit_of_work import scope
-from outbox.unit_of_work.buffer import Buffer, RootBuffer, SavepointBuffer
+from outbox.unit_of_work.buffer import Buffer, SavepointBuffer
+from outbox.unit_of_work.unit_of_work import UnitOfWork
 
 __all__ = [
     "clear_events",
@@ -74,13 +75,9 @@ class EventCollector:
 
     Thread-safe; tasks and threads that inherit the context share it. It belongs to the process
     that made it: in a forked child ``current()`` is a new one.
-
-    Attributes:
-        autoflush: publish each event as it is enqueued, for interactive use. On a running event
-            loop it is submitted without waiting.
     """
 
-    __slots__ = ("__weakref__", "_publisher", "_root", "autoflush")
+    __slots__ = ("__weakref__", "_buffer", "_unit")
 
     def __init__(
         self,
@@ -95,15 +92,15 @@ class EventCollector:
 
         Args:
             publisher: where ``publish()`` publishes; the default is the process's own.
-            autoflush: see the attribute.
+            autoflush: publish each event as it is enqueued, for interactive use. On a running
+                event loop it is submitted without waiting.
             max_events: the bound in events; the default is the publisher's setting (100,000).
             max_bytes: the bound in bytes of all bodies; the default is the publisher's (64 MiB).
             make_id: makes the ids of events that follow from a message; such events are never
                 kept: ``publish()`` raises when the broker does not confirm them.
         """
-        self._publisher = publisher
-        self._root: Buffer = RootBuffer(max_events, max_bytes, make_id)
-        self.autoflush = autoflush
+        self._unit = UnitOfWork(publisher, None, False, autoflush, max_events, max_bytes, make_id)
+        self._buffer = Buffer(self._unit)
 
     @classmethod
     def current(cls) -> EventCollector:
@@ -114,12 +111,10 @@ class EventCollector:
         """
         found = scope.present()
         if found is not None:
-            collector = found.collector
-            if collector._root.root.pid == process.pid and collector._is_current():
+            collector: EventCollector = found.collector
+            if collector._unit.pid == process.pid and collector._is_current():
                 return collector
-        elif (
-            _console is not None and _console._root.root.pid == process.pid and not _console.closed
-        ):
+        elif _console is not None and _console._unit.pid == process.pid and not _console.closed:
             return _console
         return _LazyCollector.enter()
 
@@ -127,8 +122,8 @@ class EventCollector:
     @contextmanager
     def use(cls, collector: EventCollector) -> Iterator[EventCollector]:
         """Make ``collector`` current for a ``with`` block; its events are left to the caller."""
-        collector._root.root.observer = installed_observer()
-        token = scope.enter(collector, collector._root)
+        collector._unit.observer = installed_observer()
+        token = scope.enter(collector, collector._buffer)
         try:
             yield collector
         finally:
@@ -138,13 +133,22 @@ class EventCollector:
     def events(self) -> tuple[Event, ...]:
         """The events of the innermost buffer, in the order in which they were enqueued."""
         buffer = self._innermost()
-        with buffer.root.lock:
+        with buffer.unit.lock:
             return tuple(buffer.events)
+
+    @property
+    def autoflush(self) -> bool:
+        """Whether each event of the unit of work is published as it is enqueued."""
+        return self._unit.autoflush
+
+    @autoflush.setter
+    def autoflush(self, value: bool) -> None:
+        self._unit.autoflush = value
 
     @property
     def closed(self) -> bool:
         """Whether the unit of work has ended."""
-        return self._root.closed
+        return self._buffer.closed
 
     @property
     def publisher(self) -> Publisher:
@@ -153,7 +157,8 @@ class EventCollector:
         Raises:
             NotConfigured: the process has no publisher.
         """
-        return self._publisher or configuration.default_publisher(self._root.root.observer)
+        unit = self._unit
+        return unit.publisher or configuration.default_publisher(unit.observer)
 
     def __len__(self) -> int:
         return len(self._innermost().events)
@@ -221,18 +226,17 @@ class EventCollector:
             sink = sink_of(session, connection)
         elif sinks.bound is not None:
             sink = sinks.bound()
+        unit = self._unit
         publisher: Publisher | None
         if sink is None:
-            publisher = self._publisher or configuration.default_publisher(self._root.root.observer)
+            publisher = unit.publisher or configuration.default_publisher(unit.observer)
             settings = publisher.settings
         else:
-            publisher = self._publisher or configuration.publisher_if_any()
+            publisher = unit.publisher or configuration.publisher_if_any()
             settings = Settings.load(None, {}) if publisher is None else publisher.settings
-        buffer = self._innermost()
-        root = buffer.root
-        if root.pid != process.pid and sink is None:
+        if unit.pid != process.pid and sink is None:
             raise CollectorClosed(
-                f"this collector belongs to the process {root.pid}; "
+                f"this collector belongs to the process {unit.pid}; "
                 "in a forked child use enqueue_event() or EventCollector.current()"
             )
         if exchange is None:
@@ -242,7 +246,7 @@ class EventCollector:
         event = make_event(  # by position: this is the hot path, and keywords have a price
             settings.serializer,
             settings.max_body_bytes,
-            root.make_id,
+            unit.make_id,
             payload,
             target,
             exchange,
@@ -256,15 +260,16 @@ class EventCollector:
         )
         if sink is not None:
             sink(event, publisher)
-            observer = root.observer or installed_observer()
+            observer = unit.observer or installed_observer()
             if observer is not None:
                 observer.stored_in_transaction(event)
         elif publisher is not None:
-            self._collect(event, buffer, publisher)
+            self._collect(event, publisher)
         return event
 
-    def _collect(self, event: Event, buffer: Buffer, publisher: Publisher) -> None:
-        observer = buffer.root.observer or installed_observer()
+    def _collect(self, event: Event, publisher: Publisher) -> None:
+        buffer = self._innermost()
+        observer = self._unit.observer or installed_observer()
         if event.deliver_at is not None:
             publisher.check_carries(event, observer)
         if not buffer.events:
@@ -272,7 +277,7 @@ class EventCollector:
         buffer.append(event, publisher.settings.max_events, publisher.settings.max_bytes)
         if observer is not None:
             observer.enqueued(event)
-        if self.autoflush:
+        if self._unit.autoflush:
             self._flush()
 
     def publish(self) -> PublishReport:
@@ -331,7 +336,7 @@ class EventCollector:
 
     @contextmanager
     def _savepoint(self) -> Iterator[EventCollector]:
-        buffer = SavepointBuffer(self._innermost())
+        buffer = SavepointBuffer(self._unit, self._innermost())
         token = scope.enter(self, buffer)
         try:
             yield self
@@ -348,31 +353,27 @@ class EventCollector:
 
     def _innermost(self) -> Buffer:
         """Return the innermost buffer in this context that is this collector's or below it."""
-        root = self._root
-        found = scope.present()
-        while found is not None:
-            buffer: Buffer | None = found.buffer
+        own = self._buffer
+        present = scope.present()
+        while present is not None:
+            buffer: Buffer | None = present.buffer
             while buffer is not None:
-                if buffer is root:
-                    return found.buffer
+                if buffer is own:
+                    return present.buffer
                 buffer = buffer.parent
-            found = found.outer
-        return root
+            present = present.outer
+        return own
 
     def _hand_over(self, buffer: Buffer, publisher: Publisher) -> Chunk:
         """Submit what is in ``buffer``; when that fails, it is there as before."""
         events = buffer.take()
         try:
             return publisher.submit_chunk(
-                events, keep=self._keeps(buffer), observer=buffer.root.observer
+                events, keep=self._unit.keeps, observer=self._unit.observer
             )
         except BaseException:
             buffer.put_back(events)
             raise
-
-    def _keeps(self, buffer: Buffer) -> bool:
-        """Return whether what is not confirmed is kept; what follows from a message is not."""
-        return buffer.root.make_id is None
 
     @staticmethod
     def _told(chunk: Chunk, report: PublishReport) -> PublishReport:
@@ -380,10 +381,10 @@ class EventCollector:
 
     def _drop(self, events: list[Event]) -> tuple[Event, ...]:
         if events:
-            observer = self._root.root.observer or installed_observer()
+            observer = self._unit.observer or installed_observer()
             if observer is not None:
                 observer.cleared(events)
-            publisher = self._publisher or configuration.configured_publisher()
+            publisher = self._unit.publisher or configuration.configured_publisher()
             if publisher is not None:
                 publisher.note_cleared(events)
         return tuple(events)
@@ -408,23 +409,23 @@ class _LazyCollector(EventCollector):
     unsaid. What a test's recorder was there for is not carried over to the next test.
     """
 
-    __slots__ = ("_observer", "_watched")
+    __slots__ = ("_watched",)
 
     def __init__(self) -> None:
         super().__init__()
-        self._observer = self._root.root.observer = installed_observer()
+        self._unit.observer = installed_observer()
         self._watched = False
 
     @classmethod
     def enter(cls) -> _LazyCollector:
         """Make one, current in this context from now on."""
         collector = cls()
-        scope.begin(collector, collector._root)
+        scope.begin(collector, collector._buffer)
         return collector
 
-    def _collect(self, event: Event, buffer: Buffer, publisher: Publisher) -> None:
+    def _collect(self, event: Event, publisher: Publisher) -> None:
         if not self._watched:
-            if not self.autoflush:
+            if not self._unit.autoflush:
                 # Before anything is collected: the application may have made it an exception.
                 warnings.warn(
                     "an event was enqueued outside of any unit of work: nothing publishes it "
@@ -432,22 +433,22 @@ class _LazyCollector(EventCollector):
                     RuntimeWarning,
                     stacklevel=_stacklevel_of_caller(),
                 )
-            weakref.finalize(self, _died_unpublished, self._root, process.pid, self._observer)
+            weakref.finalize(self, _died_unpublished, self._buffer)
             self._watched = True
-        super()._collect(event, buffer, publisher)
+        super()._collect(event, publisher)
 
     def _is_current(self) -> bool:
-        return self._observer is installed_observer()
+        return self._unit.observer is installed_observer()
 
 
-def _died_unpublished(root: Buffer, pid: int, observer: object) -> None:
+def _died_unpublished(buffer: Buffer) -> None:
     # Events of a test's recorder, or of a forked child's parent, are not ours to report.
-    if root.events and pid == process.pid and observer is None:
+    if buffer.events and buffer.unit.pid == process.pid and buffer.unit.observer is None:
         with contextlib.suppress(Exception):  # the interpreter may be going down
             logger.error(
                 "%d event(s) lost: enqueued outside of any unit of work and never published: %s",
-                len(root.events),
-                ", ".join(repr(event.id) for event in root.events),
+                len(buffer.events),
+                ", ".join(repr(event.id) for event in buffer.events),
             )
 
 

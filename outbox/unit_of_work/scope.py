@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING
+from typing import Any
 
 from outbox.unit_of_work.buffer import Buffer
-
-if TYPE_CHECKING:
-    from outbox.unit_of_work.collector import EventCollector
 
 __all__ = ["Scope", "begin", "enter", "leave", "present", "resume"]
 
 
 class Scope:
-    """A collector's place in a context: which buffer is innermost, and what was there before."""
+    """A collector's place in a context.
+
+    Attributes:
+        collector: the ``EventCollector``, whose module is built on this one.
+        buffer: the innermost buffer of its unit of work.
+        outer: the scope before it, or None.
+    """
 
     __slots__ = ("buffer", "collector", "outer")
 
-    def __init__(self, collector: EventCollector, buffer: Buffer, outer: Scope | None) -> None:
+    def __init__(self, collector: Any, buffer: Buffer, outer: Scope | None) -> None:
         self.collector = collector
         self.buffer = buffer
         self.outer = outer
@@ -31,12 +34,12 @@ resume = _scope.set
 """Makes a scope that was the innermost before so again, for a generator's next step."""
 
 
-def enter(collector: EventCollector, buffer: Buffer) -> Token[Scope | None]:
+def enter(collector: Any, buffer: Buffer) -> Token[Scope | None]:
     """Make ``buffer`` of ``collector`` the innermost of this context."""
     return _scope.set(Scope(collector, buffer, _scope.get()))
 
 
-def begin(collector: EventCollector, buffer: Buffer) -> None:
+def begin(collector: Any, buffer: Buffer) -> None:
     """Make ``buffer`` of ``collector`` the only one of this context, for as long as it lasts."""
     _scope.set(Scope(collector, buffer, None))
 

@@ -167,7 +167,6 @@ def test_nothing_relies_on_assert(module: str) -> None:
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
 
 
-@pytest.mark.xfail(strict=True, reason="a scope and its collector know each other")
 def test_there_is_no_import_circle() -> None:
     graph = {
         module: {name for name in imports(path) if name in MODULES} - {module}

@@ -98,7 +98,7 @@ class Store:
         """Make a store of the table in the database of ``engine``, which stays the caller's.
 
         Args:
-            engine: for SQLite one of :func:`outbox.sql.engines.open_engine`: its transactions
+            engine: for SQLite one of :func:`outbox.storage.engines.open_engine`: its transactions
                 begin by taking the lock, without which two claims could get the same row.
 
         Raises:

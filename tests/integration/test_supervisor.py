@@ -19,7 +19,7 @@ from tests.waiting import wait_until
 
 DRIVER = """
 import logging, sys
-from outbox.consumers.supervisor import Supervisor
+from outbox.consumers.command.supervisor import Supervisor
 logging.basicConfig(level="INFO", format="%(message)s")
 command = [sys.executable, "worker.py"] if {command!r} is None else {command!r}
 sys.exit(Supervisor(command, {processes}, shutdown_timeout=0.2, margin=0.2).run())
@@ -27,7 +27,7 @@ sys.exit(Supervisor(command, {processes}, shutdown_timeout=0.2, margin=0.2).run(
 
 WORKER = """
 import os, signal, subprocess, sys, time
-from outbox.consumers.child import READY, STOPPING, Parent
+from outbox.consumers.command.child_process import READY, STOPPING, Parent
 parent = Parent.inherited()
 """
 
@@ -154,8 +154,8 @@ def test_what_a_worker_starts_is_no_worker_and_holds_no_pipe_of_the_parents(
 def test_a_worker_that_cannot_stop_ends_all_the_same_when_its_parent_is_gone() -> None:
     program = """
 import os, sys, time
-from outbox.consumers.child import Parent
-from outbox.stopping import Stop
+from outbox.consumers.command.child_process import Parent
+from outbox.system.signals import Stop
 stop = Stop()
 Parent.inherited().outlived(stop, 0.3)
 time.sleep(60)

@@ -3,8 +3,11 @@
 Needs the extra ``outbox-events[sql]``.
 """
 
+import outbox.storage as _storage  # first: it names the missing extra
 from outbox.transports.sqlite.parked_queues import SQLiteParkedQueues as ParkedQueues
 from outbox.transports.sqlite.subscription import SQLiteSubscription as Subscription
 from outbox.transports.sqlite.transport import SQLiteTransport as Transport
 
 __all__ = ["ParkedQueues", "Subscription", "Transport"]
+
+del _storage

@@ -1,21 +1,34 @@
-"""What private servers have in common: where they are installed, their ports, their processes.
+"""Private servers: where they are installed, free ports, and their life from start to stop.
 
-Imports nothing of outbox: the scripts ask it before anything is installed.
+Imports nothing of outbox: the scripts use it before anything is installed.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
-__all__ = ["Spawner", "find_postgresql", "find_rabbitmq", "free_ports"]
+__all__ = [
+    "PrivateServer",
+    "ServerMissing",
+    "find_postgresql",
+    "find_rabbitmq",
+    "first_byte",
+    "free_ports",
+]
 
 _RABBITMQ = ("/usr/lib/rabbitmq/lib", "/usr/local/lib/rabbitmq", "/opt/homebrew/opt/rabbitmq")
 _POSTGRESQL = ("/usr/lib/postgresql", "/usr/local/pgsql", "/opt/homebrew/opt")
@@ -23,6 +36,10 @@ _POSTGRESQL = ("/usr/lib/postgresql", "/usr/local/pgsql", "/opt/homebrew/opt")
 # Below what systems give to outgoing connections (Linux from 32768, others from 49152): while a
 # server is dead, none of those can take its port, nor a client connect to itself there.
 _PORTS = range(20000, 32768)
+
+_OUTPUT = "server.log"
+_STOP_TIMEOUT = 20.0  # seconds
+_TELLS_STOPPED = hasattr(os, "waitid")  # not on macOS before Python 3.13
 
 
 def find_rabbitmq() -> Path | None:
@@ -53,42 +70,6 @@ def _number(name: str) -> float:
     return float(digits or 0)
 
 
-class Spawner:
-    """Starts processes that end with this one, however it dies, where there is ``setpriv`` (Linux).
-
-    The kernel ends them when the *thread* that started them ends, so one is kept for that.
-    """
-
-    def __init__(self) -> None:
-        """Start nothing yet."""
-        self._thread = ThreadPoolExecutor(1, "private-server")
-
-    def spawn(
-        self,
-        command: Sequence[str],
-        folder: str,
-        output: IO[bytes] | int,
-        *,
-        env: Mapping[str, str],
-        user: str | None = None,
-        death_signal: str = "KILL",
-    ) -> subprocess.Popen[bytes]:
-        """Start ``command`` in ``folder``, in a session of its own, with ``output`` for both."""
-        setpriv = shutil.which("setpriv")
-        prefix = [setpriv, "--pdeathsig", death_signal] if setpriv else []
-        return self._thread.submit(
-            subprocess.Popen,
-            [*prefix, *command],
-            env=dict(env),
-            cwd=folder,
-            user=user,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        ).result()
-
-
 @contextlib.contextmanager
 def free_ports(count: int) -> Iterator[list[int]]:
     """Yield free loopback ports, taken until the end of the block so that they differ."""
@@ -102,3 +83,213 @@ def free_ports(count: int) -> Iterator[list[int]]:
                 candidate.bind(("127.0.0.1", port))
                 ports.append(port)
         yield ports
+
+
+def first_byte(port: int, request: bytes) -> bytes:
+    """Send ``request`` to a server on this machine; return how its answer begins, b"" if none."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as link:
+        link.sendall(request)
+        return link.recv(1)
+    return b""
+
+
+class ServerMissing(RuntimeError):
+    """A server is not installed; the message says how to install it."""
+
+
+class PrivateServer(ABC):
+    """A server on free ports of 127.0.0.1, with its data in a temporary folder.
+
+    It ends with this process: at its exit, and where there is ``setpriv`` (Linux) also when it is
+    killed, which leaves only the folder behind. Not thread-safe.
+
+    A subclass names the server and its command, writes its configuration (``_prepare``), and knows
+    how to ask whether it is up (``_answers``).
+
+    Attributes:
+        port: where it listens; 0 before the first start.
+    """
+
+    _name: str
+    """For people, and in small letters for the name of the folder."""
+    _kill_with = signal.SIGKILL
+    """Ends the server at once, and with it every process that it has started."""
+
+    def __init__(self, *, directory: Path | None = None, user: str | None = None) -> None:
+        """Start nothing yet.
+
+        Args:
+            directory: where the temporary folder is made; by default the system's place for such.
+            user: whom the server runs as, where that is not the caller; only root can choose.
+        """
+        self._directory = directory
+        self._user = user
+        # The kernel ends the server when the *thread* that started it ends, so one is kept.
+        self._starter = ThreadPoolExecutor(1, "private-server")
+        self._folder: Path | None = None
+        self._owner = 0
+        self._environment: dict[str, str] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+
+    @property
+    def pid(self) -> int:
+        """The server's process id; 0 while it does not run."""
+        return self._process.pid if self._process is not None and self.running else 0
+
+    @property
+    def running(self) -> bool:
+        """Whether the server's process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, timeout: float = 60.0) -> Self:
+        """Start the server and wait until it answers, at most ``timeout`` seconds.
+
+        A server that runs already is left as it is. One that fails to start leaves nothing behind.
+
+        Raises:
+            TimeoutError: it does not answer, or has ended; the message ends with its log.
+        """
+        if not self.running:
+            self._process = None
+            try:
+                self._launch(self._folder or self._make_folder(), time.monotonic() + timeout)
+            except BaseException:
+                self.stop()
+                raise
+        return self
+
+    def kill(self) -> None:
+        """Stop the server as a power cut would; its data stay."""
+        if self._process is not None:
+            self._signal(self._kill_with)
+            self._process.wait(_STOP_TIMEOUT)
+
+    def restart(self, timeout: float = 60.0) -> None:
+        """Kill the server if it runs, and start it again with the same data and ports."""
+        self.kill()
+        self.start(timeout)
+
+    def pause(self) -> None:
+        """Freeze the server: connections stay, nothing answers. It is frozen when this returns."""
+        self._signal(signal.SIGSTOP)
+        deadline = time.monotonic() + _STOP_TIMEOUT
+        while _TELLS_STOPPED and self.running and time.monotonic() < deadline:
+            if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG) is not None:
+                return
+            time.sleep(0.001)
+
+    def resume(self) -> None:
+        """Let a frozen server continue."""
+        self._signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """Stop the server and remove its folder."""
+        self.resume()
+        self.kill()
+        self._process = None
+        atexit.unregister(self._stop_at_exit)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def log_tail(self, size: int = 4000) -> str:
+        """Return the last ``size`` characters of what the server has printed and logged."""
+        if self._folder is None:
+            return ""
+        logs = [self._folder / _OUTPUT, *sorted((self._folder / "log").glob("*.log"))]
+        return "".join(log.read_text(errors="replace") for log in logs if log.exists())[-size:]
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # ------------------------------------------------------------- what differs between servers
+
+    @abstractmethod
+    def _prepare(self, folder: Path) -> None:
+        """Choose the ports, and write configuration and empty data into a new ``folder``."""
+
+    @abstractmethod
+    def _command(self, folder: Path) -> list[str]:
+        """Return the program of the server, and its arguments."""
+
+    @abstractmethod
+    def _answers(self) -> bool:
+        """Return whether the server accepts clients."""
+
+    def _launch(self, folder: Path, deadline: float) -> None:
+        """Start the server and wait until it answers."""
+        with (folder / _OUTPUT).open("ab") as output:
+            self._process = self._spawn(self._command(folder), output)
+        self._wait_for(self._answers, deadline)
+
+    def _signal(self, number: int) -> None:
+        """Signal the server's session: its process, and those that it started."""
+        if self._process is not None and self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)  # self.pid may be 0 by now: this process
+
+    # ---------------------------------------------------------------------- for the subclasses
+
+    def _spawn(self, command: Sequence[str], output: IO[bytes] | int) -> subprocess.Popen[bytes]:
+        """Start a process in a new session, which ends when this process does."""
+        setpriv = shutil.which("setpriv")
+        death_signal = self._kill_with.name.removeprefix("SIG")
+        prefix = [setpriv, "--pdeathsig", death_signal] if setpriv else []
+        return self._starter.submit(
+            subprocess.Popen,
+            [*prefix, *command],
+            env=self._environment,
+            cwd=self._folder,
+            user=self._user,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ).result()
+
+    def _run(self, command: Sequence[str], timeout: float = 60.0) -> str:
+        """Run a program of the server's to its end, and return what it prints.
+
+        Raises:
+            subprocess.CalledProcessError: it failed.
+        """
+        return subprocess.run(
+            command,
+            env=self._environment,
+            cwd=self._folder,
+            user=self._user,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout,
+            check=True,
+        ).stdout.decode()
+
+    def _wait_for(self, answers: Callable[[], bool], deadline: float) -> None:
+        while not answers():
+            status = None if self._process is None else self._process.poll()
+            if status is not None or time.monotonic() > deadline:
+                how = "does not answer" if status is None else f"ended with status {status}"
+                raise TimeoutError(f"{self._name} on port {self.port} {how}:\n{self.log_tail()}")
+            time.sleep(0.02)
+
+    # -------------------------------------------------------------------------------- internal
+
+    def _make_folder(self) -> Path:
+        prefix = f"outbox-{self._name.lower()}-"
+        folder = self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=self._directory))
+        self._owner = os.getpid()
+        atexit.register(self._stop_at_exit)
+        if self._user is not None:
+            shutil.chown(folder, self._user)
+        known = {name: os.environ[name] for name in ("PATH", "TMPDIR") if name in os.environ}
+        self._environment = {**known, "LC_ALL": "C.UTF-8", "HOME": str(folder)}
+        self._prepare(folder)
+        return folder
+
+    def _stop_at_exit(self) -> None:
+        if os.getpid() == self._owner:  # and not a fork of it
+            self.stop()

@@ -24,7 +24,7 @@ needs_setpriv = pytest.mark.skipif(shutil.which("setpriv") is None, reason="ther
 
 
 def _folder(directory: Path) -> Path:
-    [found] = directory.glob("outbox-broker-*")
+    [found] = directory.glob("outbox-rabbitmq-*")
     return found
 
 

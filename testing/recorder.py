@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 
-from outbox import BrokerError, ConnectionLost, Event, PublishReport, UsageError
-from outbox.backlog.chunk import Chunk, Entry, Fate
+from outbox import BrokerError, ConnectionLost, Event, UsageError
+from outbox.backlog.backlog import Backlog, News
+from outbox.backlog.chunk import Chunk, Fate
 from outbox.backlog.stats import Tally
 from outbox.configuration import configured_publisher
 from outbox.messages.topics import matches
@@ -49,13 +51,11 @@ class Recorder:
         self._cleared: list[Event] = []
         self._pretended: dict[int, Fate] = {}
         self._parked: list[Event] = []
-        self._rejected: list[Event] = []
-        self._kept: list[Event] = []
+        self._backlog = Backlog()
         self._left: int | None = None  # how many events are still confirmed; None for all
         self._error: BrokerError = ConnectionLost("the test has the broker away")
         self._unroutable: list[str] = []
         self._crashes = False
-        self.tally = Tally()
 
     def transport_of(self, settings: Settings) -> Recorder:
         """Return itself, in place of every publisher's transport."""
@@ -98,11 +98,6 @@ class Recorder:
         return self._copy(self._parked)
 
     @property
-    def rejected(self) -> tuple[Event, ...]:
-        """What was given up."""
-        return self._copy(self._rejected)
-
-    @property
     def dropped(self) -> tuple[Event, ...]:
         """What was dropped, by a rollback or by ``clear_events()``, in that order."""
         return self._copy(self._cleared)
@@ -110,13 +105,17 @@ class Recorder:
     @property
     def kept(self) -> tuple[Event, ...]:
         """What is kept while the broker is away, in that order."""
-        return self._copy(self._kept)
+        return self._backlog.kept
 
     @property
     def kept_size(self) -> tuple[int, int]:
         """How many events are kept, and the bytes of their bodies."""
-        kept = self.kept
-        return len(kept), sum(len(event.body) for event in kept)
+        return self._backlog.kept_size
+
+    @property
+    def tally(self) -> Tally:
+        """What has been counted so far."""
+        return self._backlog.tally
 
     def enqueued(self, event: Event) -> None:
         """Record an event that was collected."""
@@ -196,11 +195,20 @@ class Recorder:
     def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
         """Record what becomes of ``events``, at once."""
         chunk = Chunk(events, keep=keep)
+        entries = chunk.entries
         with self._lock:
-            for entry in chunk.entries:
+            self._backlog.up()  # each chunk tries the broker again
+            news = [self._backlog.add(chunk)]
+            waiting = self._backlog.take(sys.maxsize, 0)
+            for entry in entries:
                 self._enqueued.pop(id(entry.event), None)
-                self._decide(entry, chunk)
-        chunk.resolve(self._told(chunk))
+                fate = self._fate_of(entry.event)
+                if fate is not None:
+                    news.append(self._backlog.settle([entry], *fate))
+            self._backlog.requeue(waiting)
+            if any(entry.fate is None for entry in entries):
+                news.append(self._backlog.down((), self._error))
+        _resolve(*news)
         if self._crashes and events:
             raise SimulatedCrash
         return chunk
@@ -210,59 +218,52 @@ class Recorder:
 
     def drain(self, timeout: float) -> bool:
         """Return whether nothing is kept."""
-        return not self._kept
+        return not self.kept
 
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
         """Return nothing: what is kept is the test's."""
         return ()
 
-    def _decide(self, entry: Entry, chunk: Chunk) -> None:
-        event = entry.event
+    def _fate_of(self, event: Event) -> tuple[Fate, str] | None:
+        """Return what the broker makes of ``event``, and why; None while it is away."""
         if id(event) in self._pretended:
-            self._end(entry, self._pretended[id(event)])
-            return
+            return self._pretended[id(event)], ""
         if self._left is not None:
             if self._left == 0:
-                chunk.error = self._error
-                if chunk.keep:
-                    self._kept.append(event)
-                else:
-                    self._end(entry, Fate.WITHDRAWN, f"withdrawn: {self._error}")
-                return
+                return None
             self._left -= 1
-        if any(matches(one, event.target) for one in self._unroutable):
-            self._find_no_queue(entry)
-        else:
-            self._published.append(event)
-            self._end(entry, Fate.PUBLISHED)
+        if any(matches(pattern, event.target) for pattern in self._unroutable):
+            return self._fate_without_queue(event)
+        self._published.append(event)
+        return Fate.PUBLISHED, ""
 
-    def _find_no_queue(self, entry: Entry) -> None:
+    def _fate_without_queue(self, event: Event) -> tuple[Fate, str]:
         publisher = configured_publisher()
         default = "park" if publisher is None else publisher.settings.unroutable
-        match entry.event.unroutable or default:
+        match event.unroutable or default:
             case "park":
-                self._parked.append(entry.event)
-                self._end(entry, Fate.PARKED)
+                self._parked.append(event)
+                return Fate.PARKED, ""
             case "fail":
-                self._rejected.append(entry.event)
-                self._end(entry, Fate.REJECTED, "unroutable: 312 NO_ROUTE")
+                return Fate.REJECTED, "unroutable: 312 NO_ROUTE"
             case _:
-                self._end(entry, Fate.IGNORED)
-
-    def _end(self, entry: Entry, fate: Fate, reason: str = "") -> None:
-        entry.fate = fate
-        entry.reason = reason
-        self.tally.add(fate.value)
-
-    def _told(self, chunk: Chunk) -> PublishReport:
-        return chunk.report()
+                return Fate.IGNORED, ""
 
     def _publish_kept(self) -> None:
         with self._lock:
-            self._published += self._kept
-            self.tally.add(Fate.PUBLISHED.value, len(self._kept))
-            self._kept = []
+            self._backlog.up()
+            entries = self._backlog.take(sys.maxsize, 0)
+            self._published += [entry.event for entry in entries]
+            news = self._backlog.settle(entries, Fate.PUBLISHED)
+        _resolve(news)
 
     def _copy(self, events: object) -> tuple[Event, ...]:
         with self._lock:
             return tuple(events)  # type: ignore[arg-type]
+
+
+def _resolve(*changes: News) -> None:
+    """Resolve what is reported; without the recorder's lock, since callbacks may publish more."""
+    for news in changes:
+        for chunk, report in news.reports:
+            chunk.resolve(report)

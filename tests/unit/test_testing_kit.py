@@ -244,6 +244,23 @@ def test_publishing_fails_after_so_many_events(collected_events: CollectedEvents
     assert [event.payload for event in collected_events.published] == [0, 1, 2, 3]
 
 
+def test_events_kept_one_after_the_other_are_published_in_that_order(
+    collected_events: CollectedEvents,
+) -> None:
+    publisher = configure("memory://")
+    with collected_events.broker_down():
+        for number in (1, 2, 3):
+            place(number)
+        with collected_events.fail_publish(after=1):
+            place(4)
+        assert [event.payload["id"] for event in publisher.kept] == [1, 2, 3]
+        place(5)
+        assert [event.payload["id"] for event in publisher.kept] == [1, 2, 3, 5]
+    assert [event.payload["id"] for event in collected_events.published] == [4, 1, 2, 3, 5]
+    stats = publisher.stats()
+    assert (stats.published, stats.kept, stats.ever_kept) == (5, 0, 4)
+
+
 def test_what_has_no_queue_is_parked_failed_or_ignored(collected_events: CollectedEvents) -> None:
     with collected_events.unroutable("lost.*"), auto_publishing() as block:
         enqueue_event(1, "lost.one")

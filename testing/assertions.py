@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import EllipsisType
-from typing import Any, Literal, Protocol, TypedDict, Unpack, overload
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, cast, overload
 
 from outbox import Event
 from outbox.testing.matching import Wanted, describe, payload_of
@@ -63,6 +63,29 @@ class States(Protocol):
 
     @property
     def parked(self) -> tuple[Event, ...]: ...  # noqa: D102
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _also(published: _Method, state: str, what: str) -> _Method:
+    """Return the method that asserts of another state what ``assert_published`` asserts."""
+
+    def method(
+        self: EventAssertions,
+        target: str,
+        payload: Any = ...,
+        *,
+        times: int | None = None,
+        **criteria: Unpack[Criteria],
+    ) -> Event | Matches:
+        __tracebackhide__ = True
+        return self._assert(state, _wanted(target, payload, criteria), times)
+
+    method.__name__ = f"assert_{state}"
+    method.__qualname__ = f"EventAssertions.{method.__name__}"
+    method.__doc__ = f"Assert that a matching event {what}; see ``{published.__name__}``."
+    return cast(_Method, method)
 
 
 class EventAssertions:
@@ -161,53 +184,10 @@ class EventAssertions:
         __tracebackhide__ = True
         return self._assert("published", _wanted(target, payload, criteria), times)
 
-    def assert_pending(
-        self,
-        target: str,
-        payload: Any = ...,
-        *,
-        times: int | None = None,
-        **criteria: Unpack[Criteria],
-    ) -> Event | Matches:
-        """Assert that a matching event waits for its unit of work; see ``assert_published``."""
-        __tracebackhide__ = True
-        return self._assert("pending", _wanted(target, payload, criteria), times)
-
-    def assert_cleared(
-        self,
-        target: str,
-        payload: Any = ...,
-        *,
-        times: int | None = None,
-        **criteria: Unpack[Criteria],
-    ) -> Event | Matches:
-        """Assert that a matching event was dropped; see ``assert_published``."""
-        __tracebackhide__ = True
-        return self._assert("cleared", _wanted(target, payload, criteria), times)
-
-    def assert_kept(
-        self,
-        target: str,
-        payload: Any = ...,
-        *,
-        times: int | None = None,
-        **criteria: Unpack[Criteria],
-    ) -> Event | Matches:
-        """Assert that a matching event is kept by a publisher; see ``assert_published``."""
-        __tracebackhide__ = True
-        return self._assert("kept", _wanted(target, payload, criteria), times)
-
-    def assert_stored(
-        self,
-        target: str,
-        payload: Any = ...,
-        *,
-        times: int | None = None,
-        **criteria: Unpack[Criteria],
-    ) -> Event | Matches:
-        """Assert that a matching event was stored in a transaction; see ``assert_published``."""
-        __tracebackhide__ = True
-        return self._assert("stored", _wanted(target, payload, criteria), times)
+    assert_pending = _also(assert_published, "pending", "waits for its unit of work")
+    assert_cleared = _also(assert_published, "cleared", "was dropped")
+    assert_kept = _also(assert_published, "kept", "is kept by a publisher")
+    assert_stored = _also(assert_published, "stored", "was stored in a transaction")
 
     def assert_not_published(
         self, target: str, payload: Any = ..., **criteria: Unpack[Criteria]

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 from outbox import MissingExtra, exit_codes
 from outbox.consumers import logs
-from outbox.consumers.command import child_process, worker_main
+from outbox.consumers.command import supervised_worker, worker_main
 from outbox.consumers.command.arguments import limits_of, make_parser
-from outbox.consumers.command.child_process import MARGIN, Parent
+from outbox.consumers.command.supervised_worker import MARGIN
 from outbox.consumers.command.supervisor import Supervisor
+from outbox.system.child_process import Parent
 from outbox.system.signals import Signals
 
 __all__ = ["main"]
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.set_up(options.log_level, options.log_format)
     if parent is not None:
         try:
-            return child_process.run(options, parent)
+            return supervised_worker.run(options, parent)
         except MissingExtra as error:
             print(f"outbox-consume: {error}", file=sys.stderr)
             return exit_codes.USAGE

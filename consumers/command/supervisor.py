@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from outbox import exit_codes
-from outbox.consumers.command.child_process import MARGIN
 from outbox.consumers.command.restarts import Restarts
+from outbox.consumers.command.supervised_worker import MARGIN
 from outbox.consumers.command.worker_process import WorkerProcess
 
 __all__ = ["Supervisor"]
@@ -27,6 +27,8 @@ logger = logging.getLogger("outbox.consumer.processes")
 
 _LOOK_EVERY = 5.0
 """Seconds after which it looks around though nothing has told it to."""
+_END_TIMEOUT = 5.0
+"""Seconds to wait for the end of a process that was killed."""
 
 
 class _Place:
@@ -72,14 +74,13 @@ class Supervisor:
         self._grace = shutdown_timeout + margin
         self._places = [_Place(number) for number in range(1, processes + 1)]
         self._workers: list[WorkerProcess] = []
-        self._lifeline, self._held = os.pipe()
         self._proven = False
         self._stopping = False
         self._code = exit_codes.SUCCESS
         self._to_replace: deque[_Place] = deque()
         self._successor: WorkerProcess | None = None
         self._signals: deque[int] = deque()
-        self._woken = self._lifeline
+        self._woken = -1
 
     def run(self) -> int:
         """Look after the workers; return one of ``outbox.exit_codes``.
@@ -93,12 +94,11 @@ class Supervisor:
                 for worker in self._workers:  # after a second signal
                     worker.kill()
                 for worker in self._workers:
-                    worker.wait()
-                    worker.close()
+                    worker.wait(_END_TIMEOUT)
             finally:
-                # Workers that are there still, after a bug in here, stop in order.
-                os.close(self._held)
-                os.close(self._lifeline)
+                # Workers that still run, after a bug in here, stop in order.
+                for worker in self._workers:
+                    worker.close()
         return self._code
 
     # ------------------------------------------------------------------------ what happens
@@ -196,9 +196,7 @@ class Supervisor:
 
     def _start(self, place: _Place) -> WorkerProcess | None:
         try:
-            worker = WorkerProcess(
-                place.number, self._command, self._lifeline, with_input=len(self._places) == 1
-            )
+            worker = WorkerProcess(place.number, self._command, with_input=len(self._places) == 1)
         except OSError as error:
             self._back_off(place, f"worker {place.number} cannot be started: {error}", 0.0)
             return None

@@ -1,41 +1,29 @@
-"""A worker process, as its parent knows it."""
+"""A worker process, as its supervisor knows it."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 
-from outbox.consumers.command import child_process
+from outbox.consumers.command.supervised_worker import READY, STOPPING
+from outbox.system.child_process import ChildProcess
 
 __all__ = ["WorkerProcess"]
 
 
-class WorkerProcess:
+class WorkerProcess(ChildProcess):
     """One process, from its start to its end. Used by one thread.
 
     Attributes:
         place: the number of its place, from 1; those that follow it have the same.
-        ready: whether it has told that it consumes.
+        ready: whether it has reported that it consumes.
         kill_at: on the monotonic clock, when it is ended by force; None unless it stops.
     """
 
-    def __init__(
-        self, place: int, command: Sequence[str], lifeline: int, *, with_input: bool
-    ) -> None:
-        """Start ``command`` in an interpreter of its own.
-
-        A fresh one: a fork would take over what the parent's threads hold and what its libraries
-        have open, and on macOS ends in a crash.
-
-        Args:
-            place: the number of its place.
-            command: the program and its arguments, the same for all.
-            lifeline: the descriptor that ends when the parent does.
-            with_input: whether it gets the parent's standard input, for a debugger.
+    def __init__(self, place: int, command: Sequence[str], *, with_input: bool) -> None:
+        """Start ``command``, the same for all, in the place of this number.
 
         Raises:
             OSError: it cannot be started.
@@ -43,26 +31,10 @@ class WorkerProcess:
         self.place = place
         self.ready = False
         self.kill_at: float | None = None
+        self._began = time.monotonic()
         self._status, status = os.pipe()
         os.set_blocking(self._status, False)
-        self._began = time.monotonic()
-        try:
-            self._process = subprocess.Popen(
-                command,
-                env={**os.environ, **child_process.environment(lifeline, status)},
-                pass_fds=(lifeline, status),
-                stdin=None if with_input else subprocess.DEVNULL,
-            )
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            os.close(status)
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
+        super().__init__(command, status, with_input=with_input)
 
     @property
     def age(self) -> float:
@@ -71,21 +43,21 @@ class WorkerProcess:
 
     @property
     def status(self) -> int | None:
-        """The descriptor that is readable when it tells something; None when it never will."""
+        """The descriptor that is readable when it reports something; None when it never will."""
         return self._status if self._status >= 0 else None
 
     def listen(self, grace: float) -> None:
-        """Take note of what it tells; when it stops by itself it has ``grace`` seconds."""
+        """Take note of what it reports; when it stops by itself it has ``grace`` seconds."""
         if self._status < 0:
             return
         try:
-            told = os.read(self._status, 64)
+            reported = os.read(self._status, 64)
         except BlockingIOError:
             return
-        if not told:
-            self.close()
-        self.ready |= child_process.READY in told
-        if child_process.STOPPING in told:
+        if not reported:
+            self._stop_listening()
+        self.ready |= READY in reported
+        if STOPPING in reported:
             self._leave(grace)
 
     def terminate(self, grace: float) -> None:
@@ -94,21 +66,12 @@ class WorkerProcess:
             self._leave(grace)
             self._process.send_signal(signal.SIGTERM)
 
-    def kill(self) -> None:
-        """End it at once."""
-        self._process.kill()
-
-    def code(self) -> int | None:
-        """Return what it has exited with, a signal's number as a negative one, or None."""
-        return self._process.poll()
-
-    def wait(self) -> None:
-        """Wait for the end of a process that was killed."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
-
     def close(self) -> None:
-        """Listen no more."""
+        """Let go of it, and listen no more."""
+        self._stop_listening()
+        super().close()
+
+    def _stop_listening(self) -> None:
         if self._status >= 0:
             os.close(self._status)
             self._status = -1

@@ -10,7 +10,6 @@ import dataclasses
 import os
 import signal
 import sys
-import threading
 from multiprocessing.connection import Connection
 
 from outbox import BrokerError, ConnectionLost, configure, exit_codes
@@ -23,17 +22,17 @@ from outbox.consumers.message.inline_engine import SettledElsewhere, concluded
 from outbox.consumers.message.message import Message
 from outbox.consumers.outcome import Again, Dead, Hold, Outcome, RemoteError
 from outbox.messages.delivery import Delivery
+from outbox.system.child_process import Parent
 
 __all__ = ["main"]
 
 
-def main(connection: Connection, lifeline: int) -> int:
-    """Process what comes over ``connection`` until it ends."""
+def main(parent: Parent) -> int:
+    """Process what comes over the parent's channel until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, meant for the other process
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for descriptor in (connection.fileno(), lifeline):  # not for what handlers start
-        os.set_inheritable(descriptor, False)
-    threading.Thread(target=_end_with, args=(lifeline,), name="outbox-parent", daemon=True).start()
+    parent.when_gone(_kill_group)
+    connection = Connection(parent.channel)
     orders: Orders = connection.recv()
     logs.set_up(orders.log_level, orders.log_format)
     publisher = configure(orders.url)
@@ -70,13 +69,12 @@ def _told(error: BaseException) -> RemoteError:
     return RemoteError(type(error).__qualname__, traceback_of(error))
 
 
-def _end_with(lifeline: int) -> None:
-    """End at once when the other process is gone: its message comes again, elsewhere."""
-    os.read(lifeline, 1)
-    if os.getpgrp() == os.getpid():  # what the handlers have started, too
+def _kill_group() -> None:
+    """Kill this process and what its handlers have started: its message is redelivered."""
+    if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
-    os._exit(exit_codes.KILLED)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Connection(int(sys.argv[1])), int(sys.argv[2])))
+    inherited = Parent.inherited()
+    sys.exit(exit_codes.USAGE if inherited is None else main(inherited))

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -28,10 +25,12 @@ from outbox.consumers.message.steps import Abandoned, Step, Steps
 from outbox.consumers.outcome import Failed, Hold, Outcome, ProcessDied, ProcessTimeout
 from outbox.consumers.received_event import Undecodable, decode
 from outbox.messages.delivery import Delivery
+from outbox.system.child_process import ChildProcess
 from outbox.system.resident_memory import resident_bytes
 
 __all__ = ["Isolation", "IsolatedMessage", "Orders"]
 
+_COMMAND = [sys.executable, "-m", "outbox.consumers.isolation.process_main"]
 _START = 60.0  # seconds that a process has to import the application
 _FINISH = 10.0  # seconds that those which are idle have to publish what their callbacks have left
 _LOOK_EVERY = 1.0  # seconds between two looks whether one that says nothing is still there
@@ -109,7 +108,9 @@ class Isolation:
                 child.finish()
         deadline = time.monotonic() + _FINISH  # of all: they end beside each other
         for child in children:
-            child.wait(max(0.0, deadline - time.monotonic()))
+            if child.wait(max(0.0, deadline - time.monotonic())) is None:
+                child.kill()
+            child.close()
 
     def _child(self) -> _Child:
         thread = threading.current_thread()
@@ -130,11 +131,11 @@ class Isolation:
         child.kill()
 
 
-class _Child:
+class _Child(ChildProcess):
     """One process. For one thread, but for ``kill``.
 
     It leads a process group, in which is what its handlers start: a program that a handler waits
-    for ends with the handler. What is to outlive it is started in a session of its own.
+    for ends with the handler. What is to outlive it is started in another session.
     """
 
     def __init__(self) -> None:
@@ -142,30 +143,7 @@ class _Child:
         self.busy = False
         ours, theirs = socket.socketpair()
         self._connection = Connection(ours.detach())
-        lifeline, self._held = os.pipe()
-        try:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "outbox.consumers.isolation.process_main",
-                    str(theirs.fileno()),
-                    str(lifeline),
-                ],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), lifeline),
-                process_group=0,
-            )
-        except BaseException:
-            self._close()
-            raise
-        finally:
-            theirs.close()
-            os.close(lifeline)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        super().__init__(_COMMAND, theirs.detach(), leads_group=True)
 
     def wait_until_ready(self, orders: Orders) -> None:
         try:
@@ -189,27 +167,14 @@ class _Child:
         with contextlib.suppress(OSError):
             self._connection.close()
 
-    def wait(self, timeout: float) -> None:
-        try:
-            self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        self._close()
-
     def kill(self) -> None:
-        # The group first: as long as its leader was not waited for, its number is nobody else's.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.wait()
-        self._close()
+        super().kill()
+        self.wait()
+        self.close()
 
-    def _close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._connection.close()
-        held, self._held = self._held, -1
-        if held >= 0:
-            os.close(held)
+    def close(self) -> None:
+        self.finish()
+        super().close()
 
     def _receive(self, limit: float, what: str) -> Outcome:
         found: Outcome
@@ -234,14 +199,13 @@ class _Child:
         while not self._connection.poll(min(_LOOK_EVERY, max(0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
                 return False
-            if self._process.poll() is not None and not self._connection.poll():
+            if self.code() is not None and not self._connection.poll():
                 raise EOFError
         return True
 
     def _died(self) -> ProcessDied:
-        try:
-            code = self._process.wait(5)
-        except subprocess.TimeoutExpired:
+        code = self.wait(5)
+        if code is None:
             return ProcessDied("the process that ran it says nothing any more")
         told = f"signal {-code}" if code < 0 else f"exit code {code}"
         return ProcessDied(f"the process that ran it has ended with {told}")

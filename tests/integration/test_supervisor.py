@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from outbox import exit_codes
-from outbox.consumers.command import child_process
-from outbox.consumers.command.child_process import Parent
+from outbox.system.child_process import ChildProcess, Parent
 from tests.waiting import wait_until
 
 DRIVER = """
@@ -27,7 +26,8 @@ sys.exit(Supervisor(command, {processes}, shutdown_timeout=0.2, margin=0.2).run(
 
 WORKER = """
 import os, signal, subprocess, sys, time
-from outbox.consumers.command.child_process import READY, STOPPING, Parent
+from outbox.consumers.command.supervised_worker import READY, STOPPING
+from outbox.system.child_process import Parent
 parent = Parent.inherited()
 """
 
@@ -141,8 +141,7 @@ def test_what_a_worker_starts_is_no_worker_and_holds_no_pipe_of_the_parents(
     told, status = os.pipe()
     for descriptor in (lifeline, status):
         os.set_inheritable(descriptor, True)
-    for name, value in child_process.environment(lifeline, status).items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("_OUTBOX_PARENT", f"{lifeline}:{status}")
     assert Parent.inherited() is not None
     assert Parent.inherited() is None
     assert not os.get_inheritable(lifeline)
@@ -154,19 +153,15 @@ def test_what_a_worker_starts_is_no_worker_and_holds_no_pipe_of_the_parents(
 def test_a_worker_that_cannot_stop_ends_all_the_same_when_its_parent_is_gone() -> None:
     program = """
 import os, sys, time
-from outbox.consumers.command.child_process import Parent
+from outbox.consumers.command.supervised_worker import stop_with
+from outbox.system.child_process import Parent
 from outbox.system.signals import Stop
 stop = Stop()
-Parent.inherited().outlived(stop, 0.3)
+stop_with(Parent.inherited(), stop, 0.3)
 time.sleep(60)
 """
-    lifeline, held = os.pipe()
     told, status = os.pipe()
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        env={**os.environ, **child_process.environment(lifeline, status)},
-        pass_fds=(lifeline, status),
-    )
-    for descriptor in (lifeline, status, held, told):
-        os.close(descriptor)
-    assert process.wait(15) == exit_codes.KILLED
+    child = ChildProcess([sys.executable, "-c", program], status)
+    os.close(told)
+    child.close()
+    assert child.wait(15) == exit_codes.KILLED

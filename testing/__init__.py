@@ -1,4 +1,4 @@
-"""Tools for the tests of code that uses outbox; the pytest plugin offers them as fixtures."""
+"""Tools to test code that uses outbox; the pytest plugin offers them as fixtures."""
 
 from outbox.testing.assertions import EventAssertions, Matches
 from outbox.testing.collected_events import CollectedEvents

@@ -1,4 +1,4 @@
-"""What a test asks of the events that its code enqueued."""
+"""Assertions about the events that the code under test enqueued."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = 10
 
 
 class Criteria(TypedDict, total=False):
-    """What else can be asked of an event; see :class:`outbox.testing.matching.Wanted`."""
+    """Further properties of an event; see :class:`outbox.testing.matching.Wanted`."""
 
     headers: Mapping[str, Any] | None
     key: str | EllipsisType | None
@@ -29,7 +29,7 @@ class Criteria(TypedDict, total=False):
 
 
 class Matches(tuple[Event, ...]):
-    """Several events that match, in their order."""
+    """Several events that match, in order."""
 
     __slots__ = ()
 
@@ -44,7 +44,7 @@ class Matches(tuple[Event, ...]):
 
 
 class States(Protocol):
-    """Where events are, and what became of them; each in order."""
+    """Events by what became of them, each tuple in order."""
 
     @property
     def published(self) -> tuple[Event, ...]: ...  # noqa: D102
@@ -93,50 +93,50 @@ class EventAssertions:
 
     Attributes:
         strict: whether the test fails in the end if an event was published that no assertion has
-            spoken of.
+            matched.
     """
 
     def __init__(self, states: States, *, strict: bool = False) -> None:
         """Answer from ``states``."""
         self._states = states
-        self._spoken_of: set[int] = set()
+        self._matched: set[int] = set()
         self.strict = strict
 
     # ---------------------------------------------------------------------------- the states
 
     @property
     def published(self) -> tuple[Event, ...]:
-        """What was published, in that order."""
+        """The published events, in that order."""
         return self._states.published
 
     @property
     def cleared(self) -> tuple[Event, ...]:
-        """What was dropped by a failure or by ``clear_events()``, in that order."""
+        """The events dropped by a failure or by ``clear_events()``, in that order."""
         return self._states.dropped
 
     @property
     def pending(self) -> tuple[Event, ...]:
-        """What was enqueued and neither published nor dropped yet, in that order."""
+        """The events that are neither published nor dropped yet, in order of enqueueing."""
         return self._states.pending
 
     @property
     def kept(self) -> tuple[Event, ...]:
-        """What a publisher keeps, since the broker is away, in that order."""
+        """The events that a publisher keeps because the broker is away, in order."""
         return self._states.kept
 
     @property
     def stored(self) -> tuple[Event, ...]:
-        """What was stored in a transaction of the application's database, in that order."""
+        """The events stored in a transaction of the application's database, in that order."""
         return self._states.stored
 
     @property
     def parked(self) -> tuple[Event, ...]:
-        """What was parked, since there is no queue for it, in that order."""
+        """The events parked because no queue is bound for them, in that order."""
         return self._states.parked
 
     def __repr__(self) -> str:
-        told = [f"{len(events)} {state}" for state, events in self._all().items() if events]
-        return f"<{type(self).__name__} {', '.join(told) or 'none'}>"
+        counts = [f"{len(events)} {state}" for state, events in self._all().items() if events]
+        return f"<{type(self).__name__} {', '.join(counts) or 'none'}>"
 
     # ------------------------------------------------------------------------- assertions
 
@@ -167,19 +167,18 @@ class EventAssertions:
 
         Args:
             target: the routing key or a topic pattern (``*`` one word, ``#`` any number).
-            payload: what the decoded payload must be. Of objects only the members given are looked
-                at, at every depth; a compiled regular expression stands for any text that it is
-                found in, a function for what it is true of, and anything with ``==`` for what it
-                equals.
+            payload: what the decoded payload must be. Of objects only the members given are
+                compared, at every depth; a compiled regular expression matches any text that it is
+                found in, a function what it is true of, and anything with ``==`` what it equals.
             times: how many events must match; by default at least one.
-            **criteria: ``headers`` that must be there, compared likewise; ``key``, ``priority``,
+            **criteria: ``headers`` that must be present, compared likewise; ``key``, ``priority``,
                 ``exchange``; ``delay`` in seconds or ``deliver_at``, to the ``tolerance`` (1 s).
 
         Returns:
             The event; or all that match, in order, if there are several or ``times`` is not 1.
 
         Raises:
-            AssertionError: tells what was there instead, nearest first.
+            AssertionError: the message shows the events there are, nearest first.
         """
         __tracebackhide__ = True
         return self._assert("published", _wanted(target, payload, criteria), times)
@@ -195,22 +194,22 @@ class EventAssertions:
         """Assert that no matching event was published; the arguments as in ``assert_published``.
 
         Raises:
-            AssertionError: tells which ones were.
+            AssertionError: the message shows them.
         """
         __tracebackhide__ = True
         wanted = _wanted(target, payload, criteria)
-        found = [event for event in self.published if wanted.accepts(event)]
-        if found:
+        matching = [event for event in self.published if wanted.accepts(event)]
+        if matching:
             raise AssertionError(
                 f"expected no published event to {wanted}, "
-                f"found {len(found)}\n{_lines('published', found)}"
+                f"found {len(matching)}\n{_lines('published', matching)}"
             )
 
     def assert_nothing_published(self) -> None:
         """Assert that no event was published.
 
         Raises:
-            AssertionError: tells which ones were.
+            AssertionError: the message shows them.
         """
         __tracebackhide__ = True
         if self.published:
@@ -220,52 +219,52 @@ class EventAssertions:
             )
 
     def assert_nothing_else_published(self) -> None:
-        """Assert that every published event was spoken of by an assertion before.
+        """Assert that every published event was matched by an earlier assertion.
 
         Raises:
-            AssertionError: tells which ones were not.
+            AssertionError: the message shows those that were not.
         """
         __tracebackhide__ = True
-        others = [event for event in self.published if id(event) not in self._spoken_of]
+        others = [event for event in self.published if id(event) not in self._matched]
         if others:
             raise AssertionError(
                 f"expected nothing else, found {len(others)} more published event(s)\n"
-                + _lines("published, and no assertion has spoken of", others)
+                + _lines("published, and matched by no assertion", others)
             )
 
     def assert_published_in_order(self, *targets: str) -> Matches:
         """Assert that events to these targets or patterns were published one after the other.
 
-        Others may come in between.
+        Others may be in between.
 
         Returns:
             The events, one for each target.
 
         Raises:
-            AssertionError: tells the order in which they were published.
+            AssertionError: the message shows the order in which they were published.
         """
         __tracebackhide__ = True
         for _ in self._looks():
             published = self.published
-            found = _in_order(published, targets)
-            if len(found) == len(targets):
+            matching = _in_order(published, targets)
+            if len(matching) == len(targets):
                 break
         else:
-            after = f" after {found[-1].target!r}" if found else ""
-            order = ", ".join(repr(one.target) for one in published) or "nothing"
-            missing = targets[len(found)]
+            after = f" after {matching[-1].target!r}" if matching else ""
+            order = ", ".join(repr(event.target) for event in published) or "nothing"
+            missing = targets[len(matching)]
             raise AssertionError(f"no event to {missing!r}{after}; published were {order}")
-        self._spoken_of.update(map(id, found))
-        return Matches(found)
+        self._matched.update(map(id, matching))
+        return Matches(matching)
 
     def check_strict(self) -> None:
-        """At the end of the test: see that every published event was spoken of, if strict."""
+        """At the end of a strict test, assert that every published event was matched."""
         __tracebackhide__ = True
         if self.strict:
             self.assert_nothing_else_published()
 
     def _looks(self) -> Iterator[None]:
-        """Yield as often as an assertion may look for what it wants, at least once."""
+        """Yield as often as an assertion may look for its event, at least once."""
         yield
 
     def _all(self) -> dict[str, tuple[Event, ...]]:
@@ -282,20 +281,20 @@ class EventAssertions:
         __tracebackhide__ = True
         for _ in self._looks():
             states = self._all()
-            found = Matches(event for event in states[state] if wanted.accepts(event))
-            if found if times is None else len(found) == times:
+            matching = Matches(event for event in states[state] if wanted.accepts(event))
+            if matching if times is None else len(matching) == times:
                 break
         else:
             number = "at least 1" if times is None else str(times)
             raise AssertionError(
-                f"expected {number} {state} event(s) to {wanted}, found {len(found)}\n"
-                + _there(states, state, wanted, found)
+                f"expected {number} {state} event(s) to {wanted}, found {len(matching)}\n"
+                + _overview(states, state, wanted, matching)
             )
-        self._spoken_of.update(map(id, found))
-        return found[0] if len(found) == 1 else found
+        self._matched.update(map(id, matching))
+        return matching[0] if len(matching) == 1 else matching
 
 
-_TOLD: dict[str, str] = {
+_TITLES: dict[str, str] = {
     "pending": "pending (not published yet)",
     "cleared": "cleared (dropped)",
     "kept": "kept (the broker was away)",
@@ -310,39 +309,39 @@ def _wanted(target: str, payload: Any, criteria: Criteria) -> Wanted:
         if name not in Criteria.__annotations__:
             close = difflib.get_close_matches(name, [*Criteria.__annotations__, "times"], 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"{name!r} is nothing that an event can be asked for{hint}")
+            raise TypeError(f"an event has no {name!r} to compare{hint}")
     return Wanted(target, payload, **criteria)
 
 
 def _in_order(events: Sequence[Event], targets: Sequence[str]) -> list[Event]:
-    """Return an event for each target, one after the other, as far as there are such."""
-    found: list[Event] = []
+    """Return an event for each target, in order, up to the first target without one."""
+    matching: list[Event] = []
     following = iter(events)
     for target in targets:
         wanted = Wanted(target)
-        event = next((one for one in following if wanted.accepts(one)), None)
+        event = next(filter(wanted.accepts, following), None)
         if event is None:
             break
-        found.append(event)
-    return found
+        matching.append(event)
+    return matching
 
 
-def _there(
-    states: Mapping[str, Sequence[Event]], asked: str, wanted: Wanted, found: Sequence[Event]
+def _overview(
+    states: Mapping[str, Sequence[Event]], asked: str, wanted: Wanted, matching: Sequence[Event]
 ) -> str:
-    """Tell what there is, the nearest to what was wanted first, and how it differs."""
+    """Show the events there are, the nearest to the wanted one first, and how it differs."""
     order = [asked, *(state for state in states if state != asked)]
-    told = []
+    parts = []
     for state in order:
         nearest = sorted(states[state], key=wanted.distance)
         if nearest:
-            told.append(_lines(_TOLD.get(state, state), nearest))
-    others = [event for event in states[asked] if event not in found]
-    if others and not found:
+            parts.append(_lines(_TITLES.get(state, state), nearest))
+    others = [event for event in states[asked] if event not in matching]
+    if others and not matching:
         difference = wanted.difference(min(others, key=wanted.distance))
         if difference:
-            told.append(f"wanted (-) and nearest (+):\n{difference}")
-    return "\n".join(told) or "nothing was enqueued at all"
+            parts.append(f"wanted (-) and nearest (+):\n{difference}")
+    return "\n".join(parts) or "nothing was enqueued at all"
 
 
 def _lines(state: str, events: Sequence[Event]) -> str:

@@ -132,7 +132,7 @@ class PrivateBroker(PrivateServer):
     def empty_url(self) -> str:
         """Return the URL of a virtual host with nothing in it, never returned before.
 
-        They are made sixteen at a time, which takes a second, and the rest nothing.
+        They are made sixteen at a time, which takes a second; the other fifteen calls take none.
 
         Raises:
             subprocess.CalledProcessError: the node could not make them.
@@ -145,7 +145,7 @@ class PrivateBroker(PrivateServer):
         return self._empty.pop()
 
     def give_back(self, url: str) -> None:
-        """Have a virtual host that ``empty_url`` has returned deleted, when others are made."""
+        """Take back a URL of ``empty_url``: its virtual host is deleted when others are made."""
         self._used.append(url)
 
     def _prepare(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The events that a test records: what happens to them is what the test says."""
+"""The events of a recorded test; the test decides what happens to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from outbox import BrokerError, Event, Publisher
 from outbox.configuration import publisher_if_any
 from outbox.consumers import Consumer
 from outbox.testing.assertions import EventAssertions
-from outbox.testing.recorded_delivery import Delivered, Deliverer
+from outbox.testing.recorded_delivery import Delivered, RecordedDelivery
 from outbox.testing.recorder import Recorder
 
 __all__ = ["CollectedEvents"]
@@ -19,39 +19,39 @@ __all__ = ["CollectedEvents"]
 class CollectedEvents(EventAssertions):
     """Everything the code under test enqueued, and what became of it.
 
-    It has taken the place of every publisher for one test: nothing reaches a broker. Payloads have
-    been through the real serializer. Thread-safe.
+    For one test it replaces every publisher: nothing reaches a broker. Payloads have been through
+    the real serializer. Thread-safe.
 
     Attributes:
         strict: whether the test fails in the end if an event was published that no assertion has
-            spoken of.
+            matched.
     """
 
     def __init__(self, recorder: Recorder, *, strict: bool = False) -> None:
         """Answer from what ``recorder`` has recorded; the fixture does this."""
         super().__init__(recorder, strict=strict)
         self._recorder = recorder
-        self._deliverer = Deliverer(lambda: recorder.published, self._publisher)
+        self._delivery = RecordedDelivery(lambda: recorder.published, self._publisher)
 
     # --------------------------------------------------------------- transactions pretended
 
     def commit(self) -> tuple[Event, ...]:
-        """Have everything that is pending or stored published, as if its work had succeeded.
+        """Publish everything that is pending or stored, as if its unit of work had succeeded.
 
         For code whose transaction a test never commits.
 
         Returns:
-            What was published by it.
+            The events that this published.
         """
         events = (*self.pending, *self.stored)
         self._recorder.pretend(events, success=True)
         return events
 
     def rollback(self) -> tuple[Event, ...]:
-        """Have everything that is pending or stored dropped, as if its work had failed.
+        """Drop everything that is pending or stored, as if its unit of work had failed.
 
         Returns:
-            What was dropped by it.
+            The events that this dropped.
         """
         events = (*self.pending, *self.stored)
         self._recorder.pretend(events, success=False)
@@ -59,13 +59,13 @@ class CollectedEvents(EventAssertions):
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
-        """Drop what is enqueued in the block and still pending or stored, if the block raises."""
+        """Drop what was enqueued in the block and is pending or stored, if the block raises."""
         before = {id(event) for event in (*self.pending, *self.stored)}
         try:
             yield
         except BaseException:
             events = (*self.pending, *self.stored)
-            dropped = [one for one in events if id(one) not in before]
+            dropped = [event for event in events if id(event) not in before]
             self._recorder.pretend(dropped, success=False)
             raise
 
@@ -74,7 +74,7 @@ class CollectedEvents(EventAssertions):
     def fail_publish(
         self, after: int = 0, error: BrokerError | None = None
     ) -> AbstractContextManager[None]:
-        """Return a block in which ``after`` events are confirmed and no more: the rest is kept.
+        """Return a block in which only ``after`` events are confirmed; the rest is kept.
 
         When the block ends, the broker is back, and what was kept is published. In a consumer,
         where nothing is kept, ``publish()`` raises.
@@ -107,29 +107,29 @@ class CollectedEvents(EventAssertions):
     ) -> list[Delivered]:
         """Have ``consumers`` process what was published for them and not delivered to them yet.
 
-        Each message goes through its real life: decoded from its bytes, in a context of its own,
-        its follow-on events published, a failure among the dead letters.
+        Each message is handled as in a worker: decoded from its bytes, in a new context, its
+        follow-on events published, a failure among the dead letters.
 
         Args:
             *consumers: classes or instances; an event goes to each whose queue or topics match.
             raise_errors: raise what a handler raises, once its outcome is settled.
 
         Returns:
-            What was delivered, in order, each with its outcome and follow-on events.
+            The messages delivered, in order, each with its outcome and follow-on events.
         """
         __tracebackhide__ = True
-        return self._deliverer.deliver(consumers, raise_errors=raise_errors)
+        return self._delivery.deliver(consumers, raise_errors=raise_errors)
 
     def deliver_all(
         self, *consumers: type[Consumer] | Consumer, raise_errors: bool = True
     ) -> list[Delivered]:
-        """Deliver again and again, follow-on events too, until nothing is left to deliver.
+        """Deliver until nothing is left to deliver, follow-on events too.
 
         Raises:
-            AssertionError: there is no end to it.
+            AssertionError: after 100 rounds there is still something to deliver.
         """
         __tracebackhide__ = True
-        return self._deliverer.deliver_all(consumers, raise_errors=raise_errors)
+        return self._delivery.deliver_all(consumers, raise_errors=raise_errors)
 
     def perform(
         self,
@@ -139,7 +139,7 @@ class CollectedEvents(EventAssertions):
         raise_errors: bool = True,
         **options: Any,
     ) -> Delivered:
-        """Have one consumer process one message, and return what became of it.
+        """Have one consumer process one message, and return the result.
 
         Args:
             consumer: a class or an instance.
@@ -149,7 +149,7 @@ class CollectedEvents(EventAssertions):
                 ``enqueue_event()``.
         """
         __tracebackhide__ = True
-        return self._deliverer.perform(consumer, payload, options, raise_errors=raise_errors)
+        return self._delivery.perform(consumer, payload, options, raise_errors=raise_errors)
 
     def _publisher(self) -> Publisher:
         return publisher_if_any() or Publisher("memory://")

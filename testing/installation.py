@@ -1,4 +1,4 @@
-"""Puts the observer of one test in force, one at a time: a recorder, or a broker of the test's."""
+"""Installs the observer of a test, a recorder or a live broker; one at a time."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from outbox.unit_of_work import scope
 __all__ = ["live", "recorded"]
 
 _where = ""
-"""Who has installed the observer that is in force."""
+"""Where the installed observer comes from, for people."""
 
 
 @contextmanager
 def recorded(where: str, *, strict: bool = False) -> Iterator[CollectedEvents]:
-    """Record every event of the process in the block, in place of publishing it.
+    """Record every event of the process in the block, instead of publishing it.
 
     Args:
-        where: this is asked for, for people.
+        where: the name of the test or place that asks for this, for people.
         strict: see :class:`outbox.testing.CollectedEvents`; the caller checks it in the end.
 
     Raises:
-        UsageError: events are recorded, or published live, already; the message names both places.
+        UsageError: another block is active already; the message names both places.
     """
     recorder = Recorder(where)
-    with _in_force(recorder, where):
+    with _installed(recorder, where):
         try:
             yield CollectedEvents(recorder, strict=strict)
         finally:
@@ -45,31 +45,31 @@ def live(url: str, where: str, *, strict: bool = False) -> Iterator[LiveEvents]:
     """Have every publisher and worker of the process use the broker at ``url`` in the block.
 
     Args:
-        url: of a broker, or virtual host, that nobody else uses: ``amqp://`` or ``sqlite://``.
-        where: this is asked for, for people.
+        url: of a broker, or virtual host, that nothing else uses: ``amqp://`` or ``sqlite://``.
+        where: the name of the test or place that asks for this, for people.
         strict: see :class:`outbox.testing.LiveEvents`; the caller checks it in the end.
 
     Raises:
-        UsageError: events are recorded, or published live, already; the message names both places.
+        UsageError: another block is active already; the message names both places.
         AssertionError: the broker does not answer.
     """
     broker = LiveBroker(url, where)
-    with _in_force(broker, where):
+    with _installed(broker, where):
         try:
             publisher = publisher_if_any()
-            broker.watch([(publisher.settings if publisher else Settings()).exchange])
+            broker.read_back([(publisher.settings if publisher else Settings()).exchange])
             yield LiveEvents(broker, strict=strict)
         finally:
             broker.end()
 
 
 @contextmanager
-def _in_force(observer: Observer, where: str) -> Iterator[None]:
+def _installed(observer: Observer, where: str) -> Iterator[None]:
     global _where
     if installed_observer() is not None:
         raise UsageError(
-            f"the events of this test are taken care of already, by {_where or 'something else'}: "
-            f"{where} cannot do it too; use one of the two"
+            f"this test's events are recorded or published live already, by "
+            f"{_where or 'something else'}: {where} cannot do it too; use one of the two"
         )
     outer = scope.present()
     install_observer(observer)
@@ -77,6 +77,6 @@ def _in_force(observer: Observer, where: str) -> Iterator[None]:
     try:
         yield
     finally:
-        scope.resume(outer)  # a block that the test has left open is not the next one's
+        scope.resume(outer)  # a block that the test has left open must not reach the next test
         install_observer(None)
         _where = ""

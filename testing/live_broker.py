@@ -1,4 +1,4 @@
-"""A live test's broker: where every event of the process really goes, and what arrived there."""
+"""The broker of a live test: every event of the process goes there, and is read back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from outbox.messages.delivery import Delivery, QueueSpec
 from outbox.observer import installed_observer
 from outbox.settings import Settings
 from outbox.system import process
-from outbox.testing.queue_reader import Watcher
+from outbox.testing.queue_reader import QueueReader
 from outbox.transports.registry import open_transport
 from outbox.transports.transport import Transport
 
@@ -28,7 +28,7 @@ __all__ = ["LiveBroker", "event_of"]
 
 logger = logging.getLogger("outbox.testing")
 
-_WATCHING = "outbox.test"
+_QUEUE_PREFIX = "outbox.test"
 _ARRIVAL_TIMEOUT = 30.0
 
 Address = tuple[str, str, str]
@@ -36,11 +36,11 @@ Address = tuple[str, str, str]
 
 
 class LiveBroker:
-    """An observer that has every publisher and worker of the process use one broker of the test's.
+    """An observer that makes every publisher and worker of the process use the test's broker.
 
-    Whatever was published to an exchange is read back from a queue that is bound to all of it; of
-    what goes straight to a queue, and of what is to be delivered later, the broker's confirm is
-    taken for its arrival. Thread-safe.
+    Events published to an exchange are read back from a queue that is bound to all of it. Events
+    sent straight to a queue, and delayed ones, count as arrived when the broker confirms them.
+    Thread-safe.
 
     Attributes:
         url: of the broker.
@@ -53,8 +53,8 @@ class LiveBroker:
         """Connect nothing yet.
 
         Args:
-            url: of a broker that nobody else uses.
-            where: this is asked for, for people.
+            url: of a broker that nothing else uses.
+            where: the name of the test or place that asks for this, for people.
         """
         self.url = url
         self.changed = threading.Condition()
@@ -62,7 +62,7 @@ class LiveBroker:
         self._ended = False
         self._opening = threading.Lock()
         self._transports: list[tuple[Settings, _LiveTransport]] = []
-        self._watchers: dict[str, Watcher] = {}
+        self._readers: dict[str, QueueReader] = {}
         self._settings = self.consumed_with(Settings(declare="create"))
         self._control = open_transport(self._settings)
         self._thread = threading.local()
@@ -88,12 +88,12 @@ class LiveBroker:
             for known, transport in self._transports:
                 if known == settings:
                     return transport
-            found = _LiveTransport(self, open_transport(self.consumed_with(settings)))
-            self._transports.append((settings, found))
-            return found
+            transport = _LiveTransport(self, open_transport(self.consumed_with(settings)))
+            self._transports.append((settings, transport))
+            return transport
 
     def consumed_with(self, settings: Settings) -> Settings:
-        """Return ``settings`` with the test's broker in them, where nothing is declared yet."""
+        """Return ``settings`` for the test's broker, where nothing is declared yet."""
         return replace(settings, url=self.url, declare="create")
 
     def enqueued(self, event: Event) -> None:
@@ -120,7 +120,7 @@ class LiveBroker:
 
     @property
     def published(self) -> tuple[Event, ...]:
-        """What was published: as it arrived, in the order of arrival.
+        """The published events, as they arrived and in that order.
 
         Raises:
             AssertionError: something was confirmed, and has not arrived after 30 seconds.
@@ -129,63 +129,66 @@ class LiveBroker:
 
     @property
     def present(self) -> tuple[Event, ...]:
-        """What has reached every queue that is bound for it: what is delayed, when it is due."""
+        """The events that have reached their queues; delayed ones only once they are due."""
         return self._copy(self._present)
 
     @property
     def dropped(self) -> tuple[Event, ...]:
-        """What was dropped, by a rollback or by ``clear_events()``."""
+        """The events dropped by a rollback or by ``clear_events()``."""
         with self.changed:
             return tuple(self._cleared)
 
     @property
     def pending(self) -> tuple[Event, ...]:
-        """What was enqueued and neither published nor dropped."""
+        """The events that were neither published nor dropped yet."""
         with self.changed:
             return tuple(self._pending.values())
 
     @property
     def stored(self) -> tuple[Event, ...]:
-        """What was stored in a transaction, and is not published yet."""
+        """The events stored in a transaction and not published yet."""
         with self.changed:
             self._take_stock()
-            return tuple(one for one in self._stored.values() if one.id not in self._confirmed)
+            stored = self._stored.values()
+            return tuple(event for event in stored if event.id not in self._confirmed)
 
     @property
     def parked(self) -> tuple[Event, ...]:
-        """What no queue was there for, and was parked."""
+        """The events parked because no queue was bound for them."""
         with self.changed:
             self._take_stock()
             return tuple(self._parked)
 
     @property
     def kept(self) -> tuple[Event, ...]:
-        """What the publishers keep."""
-        return tuple(event for _, one in list(self._transports) for event in one.kept)
+        """The events that the publishers keep."""
+        transports = list(self._transports)
+        return tuple(event for _, transport in transports for event in transport.kept)
 
-    # --------------------------------------------------------------- what the test kit does
+    # ------------------------------------------------------------------- for the testing kit
 
-    def watch(self, exchanges: Iterable[str]) -> None:
-        """See to it that all that is published to ``exchanges`` is read back."""
+    def read_back(self, exchanges: Iterable[str]) -> None:
+        """Read back all that is published to ``exchanges`` from now on."""
         for exchange in exchanges:
-            if exchange and exchange not in self._watchers:
+            if exchange and exchange not in self._readers:
                 with self._opening:
-                    if exchange not in self._watchers:
-                        spec = QueueSpec(f"{_WATCHING}.{len(self._watchers)}", ("#",), exchange)
-                        watcher = Watcher(self._settings, spec, self._on_arrival)
-                        watcher.open(self._control)
-                        self._watchers[exchange] = watcher
+                    if exchange not in self._readers:
+                        queue = f"{_QUEUE_PREFIX}.{len(self._readers)}"
+                        spec = QueueSpec(queue, ("#",), exchange)
+                        reader = QueueReader(self._settings, spec, self._on_arrival)
+                        reader.open(self._control)
+                        self._readers[exchange] = reader
 
     def declare(self, spec: QueueSpec) -> bool:
-        """Make a consumer's queue, with its bindings; return whether it was there already."""
-        watcher = Watcher(self._settings, spec, None)
+        """Declare a consumer's queue, with its bindings; return whether it existed already."""
+        reader = QueueReader(self._settings, spec, None)
         try:
-            return watcher.open(self._control)
+            return reader.open(self._control)
         finally:
-            watcher.close()
+            reader.close()
 
     def put(self, events: Sequence[Event]) -> None:
-        """Publish ``events`` behind the test's back, straight to queues.
+        """Publish ``events`` straight to queues, without counting them as the test's.
 
         Raises:
             PublishFailed: the broker did not take them.
@@ -193,8 +196,8 @@ class LiveBroker:
         self._control.submit(events, keep=False).future.result(_ARRIVAL_TIMEOUT).raise_for_failure()
 
     def submitting(self, events: Sequence[Event]) -> None:
-        """Note what is about to be submitted."""
-        self.watch({event.exchange for event in events})
+        """Note that ``events`` are about to be submitted."""
+        self.read_back({event.exchange for event in events})
         with self.changed:
             for event in events:
                 self._pending.pop(id(event), None)
@@ -202,20 +205,20 @@ class LiveBroker:
                     self._scheduled[_address(event)] += 1
 
     def submitted(self, chunk: Chunk) -> None:
-        """Note what was submitted, and by which thread."""
+        """Note that ``chunk`` was submitted by this thread."""
         with self.changed:
             self._unreported.append(chunk.future)
         self._reports_of_thread().append(chunk.future)
 
     def take_published_here(self) -> tuple[Event, ...]:
-        """Return what this thread has published since it was last asked."""
-        reports = self._reports_of_thread()
-        found = tuple(event for one in reports if one.done() for event in one.result().published)
-        reports.clear()
-        return found
+        """Return the events that this thread has published since the last call."""
+        futures = self._reports_of_thread()
+        reports = [future.result() for future in futures if future.done()]
+        futures.clear()
+        return tuple(event for report in reports for event in report.published)
 
     def has_ended(self, events: Sequence[Event]) -> bool:
-        """Return whether the test is over; then say that ``events`` come too late."""
+        """Return whether the test is over, and if so log that ``events`` are too late."""
         if self._ended:
             logger.warning(
                 "%d event(s) came when the test was over that their unit of work began in, %s",
@@ -225,7 +228,7 @@ class LiveBroker:
         return self._ended
 
     def end(self) -> None:
-        """Disconnect; what comes later goes nowhere."""
+        """Disconnect; later events go nowhere."""
         handover: Any = sys.modules.get("outbox.sql.handover")
         if handover is not None:
             handover.drain()
@@ -233,13 +236,13 @@ class LiveBroker:
         with self._opening:
             for _, transport in self._transports:
                 transport.close()
-            for watcher in self._watchers.values():
-                watcher.close()
+            for reader in self._readers.values():
+                reader.close()
             self._control.close()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: publish on connections of its own; the parent reads what arrives."""
-        _inherited.append((self._transports, list(self._watchers.values()), self._control))
+        """In a forked child: open new connections to publish; the parent reads what arrives."""
+        _inherited.append((self._transports, list(self._readers.values()), self._control))
         self.changed = threading.Condition()
         self._opening = threading.Lock()
         self._transports = []
@@ -247,10 +250,10 @@ class LiveBroker:
         self._unreported, self._ever_kept = [], []
 
     def _reports_of_thread(self) -> list[Future[PublishReport]]:
-        found: list[Future[PublishReport]] | None = getattr(self._thread, "reports", None)
-        if found is None:
-            found = self._thread.reports = []
-        return found
+        reports: list[Future[PublishReport]] | None = getattr(self._thread, "reports", None)
+        if reports is None:
+            reports = self._thread.reports = []
+        return reports
 
     def _on_arrival(self, delivery: Delivery) -> None:
         event = event_of(delivery)
@@ -271,7 +274,7 @@ class LiveBroker:
             while missing := self._take_stock():
                 if not self.changed.wait(max(0.0, deadline - time.monotonic())):
                     raise AssertionError(
-                        f"the broker has confirmed what never arrived: {sorted(missing)}"
+                        f"the broker has confirmed events that never arrived: {sorted(missing)}"
                     )
             return tuple(events)
 
@@ -284,7 +287,7 @@ class LiveBroker:
             self._present.append(event)
 
     def _take_stock(self) -> Counter[Address]:
-        """See which fates are known by now; return what is confirmed and has not arrived."""
+        """Note the fates that are known by now; return what is confirmed and has not arrived."""
         waiting, self._unreported = self._unreported, []
         for future in waiting:
             if not future.done():
@@ -298,14 +301,14 @@ class LiveBroker:
                 if event.exchange and event.deliver_at is None:
                     self._expected[_address(event)] += 1
         kept = set(map(id, self.kept)) if self._ever_kept else ()
-        for event in [one for one in self._ever_kept if id(one) not in kept]:
+        for event in [event for event in self._ever_kept if id(event) not in kept]:
             self._ever_kept.remove(event)
             self._confirm(event)
         return self._expected - self._arrived
 
 
 class _LiveTransport:
-    """A transport to the test's broker that tells what goes through it."""
+    """A transport to the test's broker that notes what goes through it."""
 
     def __init__(self, broker: LiveBroker, inner: Transport) -> None:
         self._broker = broker
@@ -355,7 +358,7 @@ class _LiveTransport:
 
 
 _inherited: list[object] = []
-"""What a parent had opened: never collected, so that its sockets are never closed."""
+"""The parent's connections: never collected, so that their sockets are never closed."""
 
 
 def _leave_to_parent() -> None:
@@ -368,7 +371,7 @@ process.after_fork(_leave_to_parent)
 
 
 def event_of(delivery: Delivery) -> Event:
-    """Return ``delivery`` as an event, also where no consumer could be given it."""
+    """Return ``delivery`` as an event, also where it cannot be decoded."""
     try:
         return decode(delivery)
     except Undecodable:

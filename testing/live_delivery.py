@@ -1,4 +1,4 @@
-"""Has a real worker process what a live test published, until nothing is left to process."""
+"""Runs a real worker on what a live test published, until nothing is left to process."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from outbox.consumers.outcome import Again, Dead, Outcome, Return
 from outbox.messages.delivery import Delivery
 from outbox.messages.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET
 from outbox.testing.live_broker import LiveBroker, event_of
-from outbox.testing.recorded_delivery import Delivered, addressed, is_bound
+from outbox.testing.recorded_delivery import Delivered, event_for, instances_of, is_bound
 
-__all__ = ["LiveDeliverer"]
+__all__ = ["LiveDelivery"]
 
 _STOP_TIMEOUT = 5.0
 
 
-class LiveDeliverer:
-    """Knows which queues there are, and how much of what is in them was settled. Not thread-safe.
+class LiveDelivery:
+    """Counts for each queue what is to be processed and what was settled. Not thread-safe.
 
-    What was published before a consumer's queue was there is put into it as if it had been.
+    Events published before a consumer's queue existed are put into that queue first.
     """
 
     def __init__(self, broker: LiveBroker) -> None:
-        """Deliver what ``broker`` has."""
+        """Deliver the events on ``broker``."""
         self._broker = broker
         self._queues: set[str] = set()
         self._put: Counter[str] = Counter()
         self._settled: Counter[str] = Counter()
-        self._told: list[Delivered] = []
+        self._delivered: list[Delivered] = []
 
     def deliver_all(
         self,
@@ -47,11 +47,11 @@ class LiveDeliverer:
     ) -> list[Delivered]:
         """Deliver until nothing is left; see ``LiveEvents.deliver_all``."""
         __tracebackhide__ = True
-        made = [one() if isinstance(one, type) else one for one in consumers]
+        instances = instances_of(consumers)
         publisher = _publisher()
-        for consumer in made:
-            self._see_to_queue(consumer, publisher)
-        return self._work(made, publisher, raise_errors=raise_errors, timeout=timeout)
+        for consumer in instances:
+            self._prepare_queue(consumer, publisher)
+        return self._work(instances, publisher, raise_errors=raise_errors, timeout=timeout)
 
     def perform(
         self,
@@ -65,24 +65,24 @@ class LiveDeliverer:
         """Process one message; see ``LiveEvents.perform``."""
         __tracebackhide__ = True
         publisher = _publisher()
-        made, event = addressed(consumer, payload, options, publisher)
-        self._see_to_queue(made, publisher)
-        self._put_into(made.queue, [event])
-        found = self._work([made], publisher, raise_errors=raise_errors, timeout=timeout)
-        return next(one for one in reversed(found) if one.event.id == event.id)
+        [instance] = instances_of([consumer])
+        event = event_for(instance, payload, options, publisher)
+        self._prepare_queue(instance, publisher)
+        self._put_into(instance.queue, [event])
+        results = self._work([instance], publisher, raise_errors=raise_errors, timeout=timeout)
+        return next(result for result in reversed(results) if result.event.id == event.id)
 
-    def _see_to_queue(self, consumer: Consumer, publisher: Publisher) -> None:
+    def _prepare_queue(self, consumer: Consumer, publisher: Publisher) -> None:
         if consumer.queue in self._queues:
             return
         spec = consumer.spec(publisher.settings.exchange)
-        self._broker.watch([spec.exchange])
+        self._broker.read_back([spec.exchange])
         before = self._broker.present
         if not self._broker.declare(spec):
-            self._put_into(
-                consumer.queue,
-                [one for one in before if one.exchange and is_bound(consumer, one, publisher)],
-                missed=True,
-            )
+            missed = [
+                event for event in before if event.exchange and is_bound(consumer, event, publisher)
+            ]
+            self._put_into(consumer.queue, missed, missed=True)
         self._queues.add(consumer.queue)
 
     def _put_into(self, queue: str, events: Iterable[Event], *, missed: bool = False) -> None:
@@ -100,56 +100,56 @@ class LiveDeliverer:
         timeout: float,
     ) -> list[Delivered]:
         __tracebackhide__ = True
-        begin = len(self._told)
-        if not self._left(consumers, publisher):
+        begin = len(self._delivered)
+        if not self._unfinished(consumers, publisher):
             return []
         deadline = time.monotonic() + timeout
         worker = _Worker(consumers, publisher, self._broker, self._note)
         worker.start()
         try:
-            while left := self._left(consumers, publisher):
-                error = _first_error(self._told[begin:])
+            while unfinished := self._unfinished(consumers, publisher):
+                error = _first_error(self._delivered[begin:])
                 if raise_errors and error is not None:
                     raise error
                 if worker.wait(0) or time.monotonic() > deadline:
                     raise AssertionError(
-                        f"after {timeout:g} s it is not quiet: {', '.join(left)}"
-                        + _last(self._told[begin:])
+                        f"after {timeout:g} s it is not quiet: {', '.join(unfinished)}"
+                        + _last(self._delivered[begin:])
                     )
                 with self._broker.changed:
                     self._broker.changed.wait(0.05)
         finally:
             worker.stop(_STOP_TIMEOUT)
-        error = _first_error(self._told[begin:])
+        error = _first_error(self._delivered[begin:])
         if raise_errors and error is not None:
             raise error
-        return self._told[begin:]
+        return self._delivered[begin:]
 
-    def _left(self, consumers: Sequence[Consumer], publisher: Publisher) -> list[str]:
-        """Tell of the queues in which something is left to do."""
-        # In this order: what follows from a message is there before the message is settled.
+    def _unfinished(self, consumers: Sequence[Consumer], publisher: Publisher) -> list[str]:
+        """Describe the queues in which something is left to process."""
+        # In this order: the follow-ons of a message are present before it is settled.
         settled = Counter(self._settled)
         present = self._broker.present
-        found = []
+        unfinished = []
         for consumer in consumers:
             queue = consumer.queue
             expected = self._put[queue] + sum(
                 is_bound(consumer, event, publisher) for event in present
             )
             if settled[queue] < expected:
-                found.append(f"{queue!r} has settled {settled[queue]} of {expected}")
-        return found
+                unfinished.append(f"{queue!r} has settled {settled[queue]} of {expected}")
+        return unfinished
 
     def _note(self, done: Delivered, queue: str) -> None:
         with self._broker.changed:
-            self._told.append(done)
+            self._delivered.append(done)
             if not isinstance(done.outcome, Return | Again):
                 self._settled[queue] += 1
             self._broker.changed.notify_all()
 
 
 class _Worker(Worker):
-    """A worker that tells what became of each message; one thread, so that their order is told."""
+    """A worker that notes what became of each message; one thread, so that they have an order."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Worker(Worker):
 
 
 class _Message(Message):
-    """A message that tells what became of it."""
+    """A message that notes what became of it."""
 
     def __init__(
         self,
@@ -194,20 +194,21 @@ def _publisher() -> Publisher:
     return publisher_if_any() or Publisher("memory://")
 
 
-def _first_error(found: Sequence[Delivered]) -> BaseException | None:
-    errors = [one.outcome.error for one in found if isinstance(one.outcome, Again | Dead)]
+def _first_error(delivered: Sequence[Delivered]) -> BaseException | None:
+    outcomes = [result.outcome for result in delivered]
+    errors = [outcome.error for outcome in outcomes if isinstance(outcome, Again | Dead)]
     return next((error for error in errors if error is not None), None)
 
 
-def _last(found: Sequence[Delivered]) -> str:
-    if not found:
+def _last(delivered: Sequence[Delivered]) -> str:
+    if not delivered:
         return ""
-    last = found[-1]
-    return f"; {last.event!r} led to {[one.target for one in last.follow_ons]}"
+    last = delivered[-1]
+    return f"; {last.event!r} led to {[event.target for event in last.follow_ons]}"
 
 
 def _copy(event: Event, queue: str) -> Event:
-    """Return what is put straight into ``queue`` in the place of ``event``."""
+    """Return a copy of ``event`` that goes straight to ``queue``."""
     return Event(
         id=event.id,
         target=queue,

@@ -1,4 +1,4 @@
-"""The events that a live test publishes: on a real broker of its own, processed by real workers."""
+"""The events of a live test: published to a real broker, processed by real workers."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from typing import Any
 from outbox.consumers import Consumer
 from outbox.testing.assertions import EventAssertions
 from outbox.testing.live_broker import LiveBroker
-from outbox.testing.live_delivery import LiveDeliverer
+from outbox.testing.live_delivery import LiveDelivery
 from outbox.testing.recorded_delivery import Delivered
 
 __all__ = ["LiveEvents"]
 
 
 class LiveEvents(EventAssertions):
-    """What the code under test published on a broker, and what arrived there.
+    """The events that the code under test published to a broker, as they arrived there.
 
     For one test, every publisher and every worker of the process uses that broker, whatever its
-    URL says. Assertions speak of events as they arrived; those that want an event wait for it, for
-    ``patience`` seconds, since threads and other processes may publish it. Thread-safe, but for
-    ``deliver_all`` and ``perform``.
+    URL says. Assertions that want an event wait for it, for ``patience`` seconds, since threads and
+    other processes may publish it. Thread-safe, but for ``deliver_all`` and ``perform``.
 
     Attributes:
         strict: whether the test fails in the end if an event was published that no assertion has
-            spoken of.
+            matched.
         patience: seconds.
     """
 
@@ -36,7 +35,7 @@ class LiveEvents(EventAssertions):
         """Answer from what ``broker`` has; the fixture does this."""
         super().__init__(broker, strict=strict)
         self._broker = broker
-        self._deliverer = LiveDeliverer(broker)
+        self._delivery = LiveDelivery(broker)
 
     @property
     def url(self) -> str:
@@ -56,8 +55,8 @@ class LiveEvents(EventAssertions):
     ) -> list[Delivered]:
         """Run a worker of ``consumers`` until all that was published is processed, follow-ons too.
 
-        It is a ``Worker`` of one thread, stopped at the end. What was published before a consumer's
-        queue was there is put into it as if it had been.
+        It is a ``Worker`` of one thread, stopped at the end. Events published before a consumer's
+        queue existed are put into that queue first.
 
         Args:
             *consumers: classes or instances; an event goes to each whose queue or topics match.
@@ -65,13 +64,13 @@ class LiveEvents(EventAssertions):
             timeout: seconds.
 
         Returns:
-            What was delivered, in order, each with its outcome and follow-on events.
+            The messages delivered, in order, each with its outcome and follow-on events.
 
         Raises:
-            AssertionError: it is not quiet after ``timeout`` seconds.
+            AssertionError: something is left after ``timeout`` seconds.
         """
         __tracebackhide__ = True
-        return self._deliverer.deliver_all(consumers, raise_errors=raise_errors, timeout=timeout)
+        return self._delivery.deliver_all(consumers, raise_errors=raise_errors, timeout=timeout)
 
     def deliver(
         self,
@@ -79,9 +78,9 @@ class LiveEvents(EventAssertions):
         raise_errors: bool = True,
         timeout: float = 30.0,
     ) -> list[Delivered]:
-        """Do what ``deliver_all`` does: a worker does not stop before what follows."""
+        """Do the same as ``deliver_all``: a worker processes follow-on events too."""
         __tracebackhide__ = True
-        return self._deliverer.deliver_all(consumers, raise_errors=raise_errors, timeout=timeout)
+        return self._delivery.deliver_all(consumers, raise_errors=raise_errors, timeout=timeout)
 
     def perform(
         self,
@@ -92,7 +91,7 @@ class LiveEvents(EventAssertions):
         timeout: float = 30.0,
         **options: Any,
     ) -> Delivered:
-        """Have a worker process a message of one consumer's queue; return what became of it.
+        """Have a worker process one message of a consumer's queue, and return the result.
 
         Args:
             consumer: a class or an instance.
@@ -103,14 +102,14 @@ class LiveEvents(EventAssertions):
                 ``enqueue_event()``.
         """
         __tracebackhide__ = True
-        return self._deliverer.perform(
+        return self._delivery.perform(
             consumer, payload, options, raise_errors=raise_errors, timeout=timeout
         )
 
     def _looks(self) -> Iterator[None]:
         deadline = time.monotonic() + self.patience
         yield
-        while (left := deadline - time.monotonic()) > 0:
+        while (remaining := deadline - time.monotonic()) > 0:
             with self._broker.changed:
-                self._broker.changed.wait(min(left, 0.05))
+                self._broker.changed.wait(min(remaining, 0.05))
             yield

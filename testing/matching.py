@@ -1,4 +1,4 @@
-"""What a test wants of an event, and how far another one is from it. No state, no I/O."""
+"""Matches events against what a test wants, and shows how they differ. No state, no I/O."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _DIFF_LINES = 40
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What an event must be; ``...`` asks nothing.
+    """The properties that an event must have; ``...`` allows any.
 
     Attributes:
         target: the routing key or a topic pattern.
-        payload: see :func:`contains`; or a function that is asked about the payload.
-        headers: that must be there, compared likewise.
+        payload: see :func:`contains`; or a function of the payload.
+        headers: that must be present, compared likewise.
         key: the event's key.
         priority: the event's priority.
-        exchange: it goes to.
+        exchange: the exchange that it goes to.
         delay: seconds, or a timedelta, between enqueueing and delivery; None for none.
         deliver_at: the instant from which it may be delivered; None for none.
         tolerance: seconds by which the last two may be off.
@@ -47,7 +47,7 @@ class Wanted:
     tolerance: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse what was meant the other way round: ``enqueue_event`` takes the payload first."""
+        """Refuse swapped arguments: ``enqueue_event`` takes the payload first."""
         if not isinstance(self.target, str):
             raise TypeError(
                 f"the target is {self.target!r:.80}, not a str: assertions take the target first, "
@@ -55,7 +55,7 @@ class Wanted:
             )
 
     def accepts(self, event: Event) -> bool:
-        """Return whether ``event`` is what is wanted."""
+        """Return whether ``event`` has these properties."""
         return (
             matches(self.target, event.target)
             and (self.payload is ... or contains(payload_of(event), self.payload))
@@ -68,14 +68,14 @@ class Wanted:
         )
 
     def distance(self, event: Event) -> tuple[float, ...]:
-        """Return a number for how far ``event`` is from it, the nearer the smaller."""
+        """Return how far ``event`` is from a match, the nearer the smaller."""
         alike = 1.0 if matches(self.target, event.target) else _alike(self.target, event.target)
         if self.payload is ... or callable(self.payload):
             return -alike, 0.0
         return -alike, -_alike(describe(self.payload), describe(payload_of(event)))
 
     def difference(self, event: Event) -> str:
-        """Return the lines in which ``event`` differs from it; empty where none can be told."""
+        """Return the lines in which ``event`` differs; empty where no difference can be shown."""
         wanted: dict[str, Any] = {"target": self.target}
         actual: dict[str, Any] = {"target": event.target}
         if matches(self.target, event.target):
@@ -92,28 +92,28 @@ class Wanted:
         for name in ("delay", "deliver_at"):
             if getattr(self, name) is not ...:
                 wanted[name] = str(getattr(self, name))
-                found = event.deliver_at
-                if name == "delay" and found is not None:
-                    actual[name] = str((found - event.occurred_at).total_seconds())
+                due = event.deliver_at
+                if name == "delay" and due is not None:
+                    actual[name] = str((due - event.occurred_at).total_seconds())
                 else:
-                    actual[name] = str(found)
-        lines = difflib.ndiff(_lines(wanted), _lines(actual))
-        told = [line for line in lines if not line.startswith("?")]
-        if all(line.startswith("  ") for line in told):
+                    actual[name] = str(due)
+        diff = difflib.ndiff(_lines(wanted), _lines(actual))
+        lines = [line for line in diff if not line.startswith("?")]
+        if all(line.startswith("  ") for line in lines):
             return ""
-        return "\n".join(told[:_DIFF_LINES])
+        return "\n".join(lines[:_DIFF_LINES])
 
     def __str__(self) -> str:
-        told = [repr(self.target)]
+        parts = [repr(self.target)]
         if self.payload is not ...:
-            told.append(f"with {describe(self.payload)}")
+            parts.append(f"with {describe(self.payload)}")
         if self.headers is not None:
-            told.append(f"headers {describe(dict(self.headers))}")
+            parts.append(f"headers {describe(dict(self.headers))}")
         for name in ("key", "priority", "exchange", "delay", "deliver_at"):
             value = getattr(self, name)
             if value is not ...:
-                told.append(f"{name} {value!r}")
-        first, *rest = told
+                parts.append(f"{name} {value!r}")
+        first, *rest = parts
         return first + (" " + " and ".join(rest) if rest else "")
 
     def _after(self, event: Event) -> datetime.datetime | None:
@@ -131,12 +131,11 @@ class Wanted:
 
 
 def contains(actual: Any, wanted: Any) -> bool:
-    """Return whether ``actual`` is what ``wanted`` says.
+    """Return whether ``actual`` matches ``wanted``.
 
-    Of objects only the members that ``wanted`` names are looked at, at every depth. A compiled
-    regular expression stands for any text in which it is found, a function for any value that it is
-    true of (a LookupError or TypeError counts as false), and anything with ``==`` for what it says
-    that it equals.
+    Of objects only the members that ``wanted`` names are compared, at every depth. A compiled
+    regular expression matches any text in which it is found, a function any value that it is true
+    of (a LookupError or TypeError counts as false), and anything with ``==`` what it equals.
     """
     if isinstance(wanted, Mapping):
         return isinstance(actual, Mapping) and all(
@@ -160,7 +159,7 @@ def contains(actual: Any, wanted: Any) -> bool:
 
 
 def payload_of(event: Event) -> Any:
-    """Return the payload of ``event``, or what stands for one that cannot be decoded."""
+    """Return the payload of ``event``, or a placeholder if it cannot be decoded."""
     try:
         return event.payload
     except (UsageError, ValueError):
@@ -168,13 +167,13 @@ def payload_of(event: Event) -> Any:
 
 
 class Undecoded:
-    """A payload that nothing here decodes; equal to nothing."""
+    """The placeholder for a payload that cannot be decoded; equal to nothing."""
 
     def __init__(self, event: Event) -> None:
-        self._told = f"<{len(event.body)} bytes of {event.content_type or 'no content type'}>"
+        self._text = f"<{len(event.body)} bytes of {event.content_type or 'no content type'}>"
 
     def __repr__(self) -> str:
-        return self._told
+        return self._text
 
 
 def describe(value: Any) -> str:
@@ -187,23 +186,23 @@ def describe(value: Any) -> str:
 
 
 def _is_predicate(wanted: Any) -> bool:
-    # What has an == of its own, such as unittest.mock's, stands for a value.
+    # A callable that defines ==, such as those of unittest.mock, stands for a value.
     equals: Any = type(wanted).__eq__
     return callable(wanted) and equals is object.__eq__
 
 
-def _alike(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
+def _alike(text: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, text, other, autojunk=False).ratio()
 
 
 def _like(actual: Any, wanted: Any) -> Any:
-    """Return of ``actual`` what ``wanted`` asks about, and ``wanted`` where the two agree."""
+    """Return the members of ``actual`` that ``wanted`` has, and ``wanted`` where they agree."""
     if isinstance(wanted, Mapping) and isinstance(actual, Mapping):
         return {
             name: _like(actual[name], value) for name, value in wanted.items() if name in actual
         }
     if isinstance(wanted, list | tuple) and isinstance(actual, list) and len(wanted) == len(actual):
-        return [_like(one, other) for one, other in zip(actual, wanted, strict=True)]
+        return [_like(*pair) for pair in zip(actual, wanted, strict=True)]
     return wanted if contains(actual, wanted) else actual
 
 

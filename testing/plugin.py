@@ -20,18 +20,18 @@ __all__ = ["collected_events", "embedded_events", "live_events", "outbox_broker"
 
 _MARKER = (
     "collected_events(strict=False): with strict=True the test fails if an event was published "
-    "that no assertion has spoken of; also of live_events and embedded_events"
+    "that no assertion has matched; also for live_events and embedded_events"
 )
 _FIXTURES = ("collected_events", "live_events", "embedded_events")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tell pytest of the marker."""
+    """Register the marker."""
     config.addinivalue_line("markers", _MARKER)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Tell pytest of the setting."""
+    """Register the setting."""
     parser.addini(
         "outbox_strict", "collected_events are strict in every test", type="bool", default=False
     )
@@ -39,14 +39,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def collected_events(request: pytest.FixtureRequest) -> Iterator[CollectedEvents]:
-    """Collect the test's events in place of every publisher, and answer assertions about them.
+    """Collect the test's events instead of publishing them, for assertions about them.
 
-    For the whole process, so that threads, tasks and publishers of the code's own are included;
-    pytest runs one test at a time in a process, also under pytest-xdist. No broker is needed, and
-    nothing is left to the next test.
+    For the whole process, so that threads, tasks and publishers that the code makes are included;
+    pytest runs one test at a time in a process, also under pytest-xdist. It needs no broker, and
+    leaves nothing to the next test.
     """
-    with recorded(_where(request), strict=_is_strict(request)) as found:
-        yield found
+    with recorded(_where(request), strict=_is_strict(request)) as collected:
+        yield collected
 
 
 @pytest.fixture(scope="session")
@@ -59,13 +59,13 @@ def outbox_broker() -> Iterator[PrivateBroker]:
     try:
         broker = PrivateBroker()
     except BrokerMissing as error:
-        told = (
+        message = (
             f"the fixture outbox_broker starts a RabbitMQ, and {error}; the fixture "
             "embedded_events needs no server"
         )
         if os.environ.get("CI"):
-            pytest.fail(told, pytrace=False)
-        pytest.skip(told)
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
     with broker:
         yield broker
 
@@ -74,40 +74,40 @@ def outbox_broker() -> Iterator[PrivateBroker]:
 def live_events(
     request: pytest.FixtureRequest, outbox_broker: PrivateBroker
 ) -> Iterator[LiveEvents]:
-    """Publish the test's events to a private RabbitMQ, and answer assertions about what arrived.
+    """Publish the test's events to a private RabbitMQ, for assertions about what arrived.
 
-    Every publisher and worker of the process uses a virtual host that is the test's own.
+    Every publisher and worker of the process uses a virtual host made for the test.
     """
     url = outbox_broker.start().empty_url()
-    with live(url, _where(request), strict=_is_strict(request)) as found:
-        yield found
+    with live(url, _where(request), strict=_is_strict(request)) as published:
+        yield published
     outbox_broker.give_back(url)
 
 
 @pytest.fixture
 def embedded_events(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LiveEvents]:
-    """Publish the test's events to a file of SQLite, and answer assertions about what arrived.
+    """Publish the test's events to a SQLite file, for assertions about what arrived.
 
-    Every publisher and worker of the process uses a file that is the test's own. No server is
-    needed; it takes the extra ``[sql]``.
+    Every publisher and worker of the process uses a file made for the test. It needs no server,
+    but the extra ``[sql]``.
     """
     try:
         import outbox.sql  # noqa: F401  # says which extra is missing
     except MissingExtra as error:
         pytest.fail(f"the fixture embedded_events: {error}", pytrace=False)
     url = f"sqlite:///{quote(str(tmp_path / 'outbox-events.db'))}"
-    with live(url, _where(request), strict=_is_strict(request)) as found:
-        yield found
+    with live(url, _where(request), strict=_is_strict(request)) as published:
+        yield published
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Fail a strict test in which events were published that nobody has spoken of."""
+    """Fail a strict test in which events were published that no assertion has matched."""
     result = yield
     for name in _FIXTURES:
-        found = getattr(item, "funcargs", {}).get(name)
-        if isinstance(found, EventAssertions):
-            found.check_strict()
+        events = getattr(item, "funcargs", {}).get(name)
+        if isinstance(events, EventAssertions):
+            events.check_strict()
     return result
 
 

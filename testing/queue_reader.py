@@ -1,4 +1,4 @@
-"""Reads a queue of a live test's own, from the moment at which it is known to be bound."""
+"""Reads a queue of a live test, once all its bindings are known to exist."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from outbox.settings import Settings
 from outbox.transports.registry import open_subscription
 from outbox.transports.transport import Transport
 
-__all__ = ["Watcher"]
+__all__ = ["QueueReader"]
 
 _PREFETCH = 1000
 _TIMEOUT = 20.0
 
 
-class Watcher:
-    """Hands out what arrives in a queue. Thread-safe.
+class QueueReader:
+    """Passes on the messages that arrive in a queue. Thread-safe.
 
-    A greeting is sent to the queue by its name: when it comes back, the queue is consumed from,
-    and so it has all its bindings.
+    A greeting is sent to the queue by name. When it returns, the queue is being consumed from, and
+    so has all its bindings.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Watcher:
         Args:
             settings: of the broker.
             spec: the queue; it is declared as a worker would.
-            arrived: called with each message, on the transport's thread; None to take none.
+            arrived: called with each message, on the transport's thread; None to acknowledge none.
         """
         self._spec = spec
         self._arrived = arrived
@@ -49,18 +49,18 @@ class Watcher:
         self._refused = ""
 
     def open(self, transport: Transport) -> bool:
-        """Declare the queue and consume from it; greet it by way of ``transport``.
+        """Declare the queue and consume from it, greeting it over ``transport``.
 
         Returns:
-            Whether the queue was there before.
+            Whether the queue existed before.
 
         Raises:
             AssertionError: the broker does not answer, or refuses the queue.
         """
         deadline = time.monotonic() + _TIMEOUT
-        was_there = self._greet(transport, deadline)
+        existed = self._greet(transport, deadline)
         self._subscription.start(self._on_delivery, self._on_refused)
-        greeted = was_there
+        greeted = existed
         while not greeted and not self._refused:
             self._bound.wait(0.01)
             greeted = self._greet(transport, deadline)
@@ -69,10 +69,10 @@ class Watcher:
                 raise AssertionError(f"the queue {self._spec.name!r} was not bound in time")
         if self._refused:
             raise AssertionError(f"the broker refused {self._spec.name!r}: {self._refused}")
-        return was_there
+        return existed
 
     def close(self) -> None:
-        """Consume no more; what was not taken is given back."""
+        """Stop consuming; what was not acknowledged goes back to the queue."""
         self._subscription.cancel()
         self._subscription.close()
 

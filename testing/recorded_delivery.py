@@ -1,4 +1,4 @@
-"""Runs real consumers on recorded events, each message through its real life."""
+"""Runs real consumers on recorded events, each message handled as in a worker."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from outbox.messages.dead_letters import restore_origin
 from outbox.messages.delivery import Delivery, as_delivered, dead_letter_queue
 from outbox.messages.topics import matches
 
-__all__ = ["Delivered", "Deliverer", "addressed", "is_bound", "processed"]
+__all__ = ["Delivered", "RecordedDelivery", "event_for", "instances_of", "is_bound", "processed"]
 
 _ROUNDS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """What became of one message.
+    """The result of processing one message.
 
     Attributes:
-        event: as it was published.
-        consumer: that processed it.
+        event: the event, as it was published.
+        consumer: the consumer that processed it.
         outcome: ``Ack``, ``Dead`` with its reason, ``Return`` or ``Hold``.
         follow_ons: the events that it published, in that order.
     """
@@ -44,7 +44,7 @@ class Delivered:
 
     @property
     def acked(self) -> bool:
-        """Whether it was done."""
+        """Whether it was processed successfully."""
         return isinstance(self.outcome, Ack)
 
     @property
@@ -53,13 +53,13 @@ class Delivered:
         return isinstance(self.outcome, Dead)
 
 
-class Deliverer:
-    """Remembers what was delivered to whom. Not thread-safe."""
+class RecordedDelivery:
+    """Delivers recorded events, each to a consumer's queue once. Not thread-safe."""
 
     def __init__(
         self, published: Callable[[], tuple[Event, ...]], publisher: Callable[[], Publisher]
     ) -> None:
-        """Deliver from what ``published`` returns, with follow-ons through ``publisher``'s."""
+        """Deliver what ``published`` returns; follow-ons go through what ``publisher`` returns."""
         self._published = published
         self._publisher = publisher
         self._done: set[tuple[int, str]] = set()
@@ -70,33 +70,33 @@ class Deliverer:
     ) -> list[Delivered]:
         """Deliver what is published now; see ``CollectedEvents.deliver``."""
         __tracebackhide__ = True
-        made = [one() if isinstance(one, type) else one for one in consumers]
+        instances = instances_of(consumers)
         publisher = self._publisher()
-        found = []
+        results = []
         for event in self._published():
-            for consumer in made:
+            for consumer in instances:
                 place = (id(event), consumer.queue)
                 if place not in self._done and is_bound(consumer, event, publisher):
                     self._done.add(place)
-                    found.append(
+                    results.append(
                         self._process(consumer, event, publisher, raise_errors=raise_errors)
                     )
-        return found
+        return results
 
     def deliver_all(
         self, consumers: Sequence[type[Consumer] | Consumer], *, raise_errors: bool
     ) -> list[Delivered]:
         """Deliver until nothing is left; see ``CollectedEvents.deliver_all``."""
         __tracebackhide__ = True
-        found: list[Delivered] = []
+        results: list[Delivered] = []
         for _ in range(_ROUNDS):
             more = self.deliver(consumers, raise_errors=raise_errors)
             if not more:
-                return found
-            found += more
+                return results
+            results += more
         raise AssertionError(
-            f"after {_ROUNDS} rounds events still follow from events: {found[-1].event!r} led to "
-            f"{[one.target for one in found[-1].follow_ons]}"
+            f"after {_ROUNDS} rounds events still follow from events: {results[-1].event!r} led "
+            f"to {[event.target for event in results[-1].follow_ons]}"
         )
 
     def perform(
@@ -110,8 +110,9 @@ class Deliverer:
         """Process one message; see ``CollectedEvents.perform``."""
         __tracebackhide__ = True
         publisher = self._publisher()
-        made, event = addressed(consumer, payload, options, publisher)
-        return self._process(made, event, publisher, raise_errors=raise_errors)
+        [instance] = instances_of([consumer])
+        event = event_for(instance, payload, options, publisher)
+        return self._process(instance, event, publisher, raise_errors=raise_errors)
 
     def _process(
         self, consumer: Consumer, event: Event, publisher: Publisher, *, raise_errors: bool
@@ -141,24 +142,24 @@ class Deliverer:
         return Delivered(event, consumer, outcome, follow_ons)
 
 
-def addressed(
-    consumer: type[Consumer] | Consumer,
-    payload: Any,
-    options: Mapping[str, Any],
-    publisher: Publisher,
-) -> tuple[Consumer, Event]:
-    """Return the consumer, and an event that is put into its queue alone."""
-    made = consumer() if isinstance(consumer, type) else consumer
+def instances_of(consumers: Sequence[type[Consumer] | Consumer]) -> list[Consumer]:
+    """Return ``consumers`` with an instance for each class."""
+    return [consumer() if isinstance(consumer, type) else consumer for consumer in consumers]
+
+
+def event_for(
+    consumer: Consumer, payload: Any, options: Mapping[str, Any], publisher: Publisher
+) -> Event:
+    """Return an event to the queue of ``consumer``, unless ``options`` say otherwise."""
     settings = publisher.settings
-    named = {"target": made.queue, "exchange": settings.exchange, **options}
-    event = make_event(settings.serializer, settings.max_body_bytes, None, payload, **named)
-    return made, event
+    named = {"target": consumer.queue, "exchange": settings.exchange, **options}
+    return make_event(settings.serializer, settings.max_body_bytes, None, payload, **named)
 
 
 def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome:
-    """Return what is to become of a message, having processed it in a context of its own.
+    """Process a message in a new context, and return its outcome.
 
-    A handler finds what it finds in a worker: no event loop, or one in which it is a task.
+    A handler runs as in a worker: without an event loop, or as a task in one.
     """
     message = Message(consumer, delivery, SettledElsewhere(publisher, is_async=consumer.is_async))
 

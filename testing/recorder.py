@@ -1,4 +1,4 @@
-"""Records every event of the process in place of every publisher; fails where a test says so."""
+"""Records every event of the process instead of publishing it; fails where a test says so."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ logger = logging.getLogger("outbox.testing")
 
 
 class SimulatedCrash(BaseException):
-    """Stands for the death of the process right after the broker has confirmed.
+    """The simulated death of the process right after the broker has confirmed.
 
-    No ``except Exception`` catches it, as none would catch the real thing.
+    ``except Exception`` does not catch it, as it would not catch the real thing.
     """
 
 
 class Recorder:
-    """An observer (``outbox.observer``) that is also everybody's transport. Thread-safe.
+    """An observer (``outbox.observer``) that is also the transport of every publisher. Thread-safe.
 
-    Nothing of it depends on context variables: events of bare threads, of tasks and of explicit
+    It does not depend on context variables: events of bare threads, of tasks and of explicit
     publishers are recorded alike.
     """
 
@@ -58,7 +58,7 @@ class Recorder:
         self._crashes = False
 
     def transport_of(self, settings: Settings) -> Recorder:
-        """Return itself, in place of every publisher's transport."""
+        """Return itself, instead of the publisher's transport."""
         return self
 
     def consumed_with(self, settings: Settings) -> Settings:
@@ -74,37 +74,37 @@ class Recorder:
 
     @property
     def connected(self) -> bool:
-        """Whether the test lets the broker be there."""
+        """Whether the simulated broker is reachable."""
         return self._left != 0
 
     @property
     def pending(self) -> tuple[Event, ...]:
-        """What was enqueued and neither published nor dropped, in the order of enqueueing."""
+        """The events neither published nor dropped yet, in order of enqueueing."""
         return self._copy(self._enqueued.values())
 
     @property
     def stored(self) -> tuple[Event, ...]:
-        """What was stored in a transaction of the application's database."""
+        """The events stored in a transaction of the application's database."""
         return self._copy(self._stored.values())
 
     @property
     def published(self) -> tuple[Event, ...]:
-        """What was published, in that order."""
+        """The published events, in that order."""
         return self._copy(self._published)
 
     @property
     def parked(self) -> tuple[Event, ...]:
-        """What no queue was bound for, and was parked."""
+        """The events parked because no queue was bound for them."""
         return self._copy(self._parked)
 
     @property
     def dropped(self) -> tuple[Event, ...]:
-        """What was dropped, by a rollback or by ``clear_events()``, in that order."""
+        """The events dropped by a rollback or by ``clear_events()``, in that order."""
         return self._copy(self._cleared)
 
     @property
     def kept(self) -> tuple[Event, ...]:
-        """What is kept while the broker is away, in that order."""
+        """The events kept while the broker is away, in order."""
         return self._backlog.kept
 
     @property
@@ -114,7 +114,7 @@ class Recorder:
 
     @property
     def tally(self) -> Tally:
-        """What has been counted so far."""
+        """The counters so far."""
         return self._backlog.tally
 
     def enqueued(self, event: Event) -> None:
@@ -152,10 +152,10 @@ class Recorder:
                 (self._published if success else self._cleared).append(event)
 
     def end(self) -> None:
-        """Note that the test is over: what comes later is of no interest to anybody."""
+        """Note that the test is over; later events are recorded, but logged as late."""
         self._ended = True
 
-    # ---------------------------------------------------------------- what a test may break
+    # ------------------------------------------------------------------ simulated failures
 
     @contextlib.contextmanager
     def failing(self, after: int, error: BrokerError | None) -> Iterator[None]:
@@ -171,7 +171,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def unroutable(self, target: str) -> Iterator[None]:
-        """Have no queue for events to ``target``, until the end of the block."""
+        """Have no queue bound for events to ``target``, until the end of the block."""
         self._unroutable.append(target)
         try:
             yield
@@ -225,7 +225,7 @@ class Recorder:
         return ()
 
     def _fate_of(self, event: Event) -> tuple[Fate, str] | None:
-        """Return what the broker makes of ``event``, and why; None while it is away."""
+        """Return the fate of ``event``, and its reason; None while the broker is away."""
         if id(event) in self._pretended:
             return self._pretended[id(event)], ""
         if self._left is not None:
@@ -263,7 +263,7 @@ class Recorder:
 
 
 def _resolve(*changes: News) -> None:
-    """Resolve what is reported; without the recorder's lock, since callbacks may publish more."""
+    """Resolve the reported chunks; call it unlocked, since their callbacks may publish."""
     for news in changes:
         for chunk, report in news.reports:
             chunk.resolve(report)

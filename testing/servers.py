@@ -49,24 +49,24 @@ def find_rabbitmq() -> Path | None:
     RabbitMQ's library folder runs as the caller.
     """
     for library in map(Path, _RABBITMQ):
-        found = [*library.glob("rabbitmq_server-*/sbin/rabbitmq-server")]
-        found += library.glob("sbin/rabbitmq-server")
-        if found:
-            return max(found)
+        scripts = [*library.glob("rabbitmq_server-*/sbin/rabbitmq-server")]
+        scripts += library.glob("sbin/rabbitmq-server")
+        if scripts:
+            return max(scripts)
     return None
 
 
 def find_postgresql() -> Path | None:
     """Return the folder of PostgreSQL's programs, of the newest version there is, or None."""
     for library in map(Path, _POSTGRESQL):
-        found = [*library.glob("bin/initdb"), *library.glob("*/bin/initdb")]
-        if found:
-            return max(found, key=lambda path: _number(path.parent.parent.name)).parent
+        programs = [*library.glob("bin/initdb"), *library.glob("*/bin/initdb")]
+        if programs:
+            return max(programs, key=lambda path: _number(path.parent.parent.name)).parent
     return None
 
 
 def _number(name: str) -> float:
-    digits = "".join(one for one in name.rpartition("@")[2] if one.isdigit() or one == ".")
+    digits = "".join(char for char in name.rpartition("@")[2] if char.isdigit() or char == ".")
     return float(digits or 0)
 
 

@@ -1,4 +1,4 @@
-"""For test cases of ``unittest``, and so of Django: what the pytest fixture offers."""
+"""The pytest fixture ``collected_events``, for test cases of ``unittest`` and Django."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["CollectedEventsMixin"]
 
 
 class CollectedEventsMixin(unittest.TestCase):
-    """A mixin: ``self.collected_events`` collects each test's events, in place of every publisher.
+    """A mixin: ``self.collected_events`` collects each test's events instead of publishing them.
 
     Example:
         class OrderTest(CollectedEventsMixin, TestCase):
@@ -21,15 +21,15 @@ class CollectedEventsMixin(unittest.TestCase):
 
     Attributes:
         collected_events: see :class:`outbox.testing.CollectedEvents`.
-        strict_events: whether a test fails if an event was published that no assertion has spoken
-            of.
+        strict_events: whether a test fails if an event was published that no assertion has
+            matched.
     """
 
     collected_events: CollectedEvents
     strict_events = False
 
     def setUp(self) -> None:
-        """Begin to collect."""
+        """Start to collect."""
         super().setUp()
         block = recorded(self.id(), strict=self.strict_events)
         self.collected_events = block.__enter__()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from outbox import BrokerError
+from outbox.backlog.chunk import Chunk
 
 __all__ = [
     "ACK",
@@ -26,6 +27,7 @@ __all__ = [
     "RemoteError",
     "Requeue",
     "Return",
+    "Unconfirmed",
     "of_handler",
 ]
 
@@ -56,6 +58,19 @@ class Failed:
 
     error: BaseException
     is_done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unconfirmed:
+    """An attempt has succeeded if the broker confirms its follow-on events.
+
+    Nothing of the application is left to call then: another message may begin meanwhile.
+
+    Attributes:
+        chunk: the follow-on events, on their way.
+    """
+
+    chunk: Chunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,22 +9,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from outbox import EventCollector, Publisher, ids
+from outbox import EventCollector, Publisher, PublishReport, ids
 from outbox.backlog.backlog import Backlog
 from outbox.backlog.chunk import Entry, Fate
 from outbox.configuration import default_publisher
 from outbox.consumers.message import follow_ons, message
+from outbox.consumers.message.follow_ons import MessageCollector
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.steps import Step
 from outbox.consumers.outcome import ACK, Dead, ProcessTimeout
 from outbox.consumers.retry import RetryPolicy
 from outbox.consumers.worker import task_engine
-from outbox.consumers.worker.thread_engine import ThreadEngine
 from outbox.messages.headers import ATTEMPT
 from outbox.middleware import request_collector
 from outbox.sql import Store, inbox, row_fates, transaction, waves
@@ -270,10 +271,11 @@ def _noted_after_the_effect() -> None:
 
 
 def _last_not_confirmed() -> None:
-    def publish_last(self: Any, collector: Any) -> None:
-        collector.submit()
+    def hand_over(self: Any) -> Any:
+        self.submit()
+        return SimpleNamespace(reported=PublishReport())
 
-    ThreadEngine.publish_last = publish_last  # type: ignore[method-assign, assignment]
+    MessageCollector.hand_over = hand_over  # type: ignore[method-assign]
 
 
 def _copy_not_confirmed() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from outbox import Event, Publisher
 from outbox.consumers import Consumer
 from outbox.consumers.message.copies import dead_letter, retry_copy
-from outbox.consumers.message.inline_engine import SettledElsewhere, concluded
+from outbox.consumers.message.inline_engine import SettledElsewhere, concluded, conclusion
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.steps import drive
 from outbox.consumers.outcome import Ack, Again, Dead, Hold, Outcome, Return
@@ -164,7 +164,7 @@ def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> O
     message = Message(consumer, delivery, SettledElsewhere(publisher, is_async=consumer.is_async))
 
     async def as_task() -> Outcome:
-        return await drive(message.conclude(await drive(message.attempt())))
+        return await drive(conclusion(message))
 
     def process() -> Outcome:
         if consumer.is_async:

@@ -10,9 +10,8 @@ from outbox import (
     Event,
     EventCollector,
     Publisher,
-    PublishReport,
 )
-from outbox.consumers.message.steps import Later
+from outbox.backlog.chunk import Chunk
 from outbox.consumers.received_event import ReceivedEvent
 from outbox.ids import follow_on_id
 from outbox.unit_of_work import scope
@@ -38,17 +37,9 @@ class MessageCollector(EventCollector):
         """Drop what is left, and take nothing more."""
         return self._drop(self._buffer.close())
 
-    def publish_later(self) -> PublishReport:
-        """Publish, and wait elsewhere.
-
-        Raises:
-            Later: it is not known yet what has become of them.
-            PublishFailed: see ``publish()``.
-        """
-        chunk = self._hand_over(self._innermost(), self.publisher)
-        if chunk.reported is None:
-            raise Later(chunk)
-        return self._told(chunk, chunk.reported)
+    def hand_over(self) -> Chunk:
+        """Hand the events to the publisher without waiting for the confirms."""
+        return self._hand_over(self._innermost(), self.publisher)
 
 
 class _CallbackCollector(MessageCollector):

@@ -8,17 +8,18 @@ from typing import Any
 from outbox import Event, EventCollector, Publisher
 from outbox.consumers.message.deduplication import Inbox
 from outbox.consumers.message.message import Message
-from outbox.consumers.message.steps import call
-from outbox.consumers.outcome import Outcome
+from outbox.consumers.message.steps import Steps, call
+from outbox.consumers.outcome import Outcome, Unconfirmed
 from outbox.transports.subscription import Subscription
 
-__all__ = ["SettledElsewhere", "concluded"]
+__all__ = ["SettledElsewhere", "concluded", "conclusion"]
 
 
 class SettledElsewhere:
     """What an attempt needs, here and now; see ``life.Services``."""
 
     is_stopping = True
+    overlaps = False
 
     def __init__(
         self, publisher: Publisher, inbox: Inbox | None = None, *, is_async: bool = False
@@ -37,8 +38,6 @@ class SettledElsewhere:
         """Publish, and wait or return what is to be awaited."""
         return collector.publish_async() if self._is_async else collector.publish()
 
-    publish_last = publish
-
     def publish_one(self, event: Event) -> Any:
         """Refuse."""
         raise RuntimeError("the message is settled elsewhere")
@@ -53,4 +52,12 @@ class SettledElsewhere:
 
 def concluded(message: Message) -> Outcome:
     """Process ``message`` once, and return what is to become of it."""
-    return call(message.conclude(call(message.attempt())))
+    return call(conclusion(message))
+
+
+def conclusion(message: Message) -> Steps[Outcome]:
+    """Return the steps of :func:`concluded`."""
+    result = yield from message.attempt()
+    if isinstance(result, Unconfirmed):
+        raise RuntimeError("nothing here waits for the confirms of a message")
+    return (yield from message.conclude(result))

@@ -20,6 +20,7 @@ from outbox import (
     Event,
     EventCollector,
     PublishFailed,
+    PublishReport,
     UnpublishedEvents,
 )
 from outbox.backlog.notifier import ids
@@ -45,6 +46,7 @@ from outbox.consumers.outcome import (
     Reject,
     Requeue,
     Return,
+    Unconfirmed,
 )
 from outbox.consumers.received_event import ReceivedEvent, Undecodable, decode
 from outbox.consumers.retry import Retry, RetryPolicy
@@ -83,27 +85,30 @@ class Message:
         self._entry: InboxEntry | None = None
         self.is_given_up = False
         self._began = 0.0
+        self._pause = _PAUSE
 
-    def live(self) -> Steps[Outcome | None]:
+    def live(self) -> Steps[Outcome | Unconfirmed | None]:
         """Process the message and settle it.
 
         Returns:
-            What became of it; None if it is left: somebody else gets it.
+            What became of it; ``Unconfirmed`` if ``confirmed()`` is to go on with it; None if it is
+            left: another worker gets it.
         """
         self._began = message_log.started(self.delivery)
-        pause = _PAUSE
-        while True:
-            result = yield from self.attempt()
-            if self.is_given_up or self._is_anothers(result):
-                return None
-            outcome = yield from self.conclude(result)
-            if not isinstance(outcome, Hold):
-                return (yield from self.settle(outcome))
-            logger.warning("holding message %r: %s", self.delivery.message_id, outcome.error)
-            seconds = _PAUSE if outcome.is_brokers else pause
-            if not (yield from self._until_ready(seconds, outcome)):
-                return None
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        result = yield from self.attempt()
+        return (yield from self._follow(result))
+
+    def confirmed(self, report: PublishReport) -> Steps[Outcome | Unconfirmed | None]:
+        """Go on with a message that was ``Unconfirmed``, now that its chunk is reported.
+
+        Returns:
+            See :meth:`live`.
+        """
+        try:
+            report.raise_for_failure()
+        except PublishFailed as error:
+            return (yield from self._follow(_of_exception(error)))
+        return (yield from self._follow(ACK))
 
     def give_up(self, error: BaseException) -> Steps[Outcome | None]:
         """End the message in the place of an attempt that goes on and cannot be stopped.
@@ -129,7 +134,7 @@ class Message:
         if self._entry is not None:
             self._entry.give_up()
 
-    def attempt(self) -> Steps[Outcome | Failed]:
+    def attempt(self) -> Steps[Outcome | Failed | Unconfirmed]:
         """Process the message once; never raises an ``Exception``."""
         try:
             event = self.event = self.event or decode(self.delivery)
@@ -139,16 +144,16 @@ class Message:
         collector = self._collector = MessageCollector(
             self._services.publisher, event, auto_publish=self.consumer.auto_publish
         )
-        outcome: Outcome | Failed
+        outcome: Outcome | Failed | Unconfirmed
         token = collector.enter()
         try:
             outcome = yield from self._handle(event)
             if isinstance(outcome, Ack) and not outcome.duplicate:
-                yield from self._finish(collector)
+                outcome = (yield from self._finish(collector)) or outcome
         except (Exception, SystemExit) as error:  # a handler's sys.exit() is no worker's end
-            outcome = _of_exception(error)
+            outcome = failed = _of_exception(error)
             if self._entry is not None:
-                outcome = yield from self._of_done(self._entry, outcome, error)
+                outcome = yield from self._of_done(self._entry, failed, error)
         finally:
             if self._entry is not None:
                 self._entry.leave()  # what callbacks commit is not the handler's
@@ -200,6 +205,24 @@ class Message:
             case Hold():
                 raise AssertionError("a held message is processed again, not settled")
         return outcome if copy is None else (yield from self._send_on(copy, outcome))
+
+    def _follow(
+        self, result: Outcome | Failed | Unconfirmed
+    ) -> Steps[Outcome | Unconfirmed | None]:
+        """Do what follows from an attempt; where that is another attempt, from that one, too."""
+        while not isinstance(result, Unconfirmed):
+            if self.is_given_up or self._is_anothers(result):
+                return None
+            outcome = yield from self.conclude(result)
+            if not isinstance(outcome, Hold):
+                return (yield from self.settle(outcome))
+            logger.warning("holding message %r: %s", self.delivery.message_id, outcome.error)
+            seconds = _PAUSE if outcome.is_brokers else self._pause
+            if not (yield from self._until_ready(seconds, outcome)):
+                return None
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            result = yield from self.attempt()
+        return result
 
     def _is_anothers(self, result: Outcome | Failed) -> bool:
         """Return whether it comes again anyway: then a copy of it would be one too many."""
@@ -253,17 +276,27 @@ class Message:
             )
         return outcome
 
-    def _finish(self, collector: MessageCollector) -> Steps[None]:
-        """Publish what the message has enqueued, and note that it is done."""
+    def _finish(self, collector: MessageCollector) -> Steps[Unconfirmed | None]:
+        """Publish what the message has enqueued, and note that it is done.
+
+        Returns:
+            ``Unconfirmed`` if nothing but the confirms is missing.
+        """
         services, entry = self._services, self._entry
         if len(collector):
             if not self.consumer.auto_publish:
                 raise UnpublishedEvents(tuple(one.id for one in collector.events))
             is_last = entry is None and "on_success" not in self.consumer.callbacks
-            publish = services.publish_last if is_last else services.publish
-            yield Step(publish, (collector,))
+            if is_last and services.overlaps:
+                chunk = collector.hand_over()
+                if chunk.reported is None:
+                    return Unconfirmed(chunk)
+                chunk.reported.raise_for_failure()
+            else:
+                yield Step(services.publish, (collector,))
         if entry is not None:
             yield Step(services.apart, (entry.note,))
+        return None
 
     def _of_done(
         self, entry: InboxEntry, outcome: Outcome | Failed, error: BaseException

@@ -11,7 +11,6 @@ from outbox import (
     Publisher,
 )
 from outbox.consumers.message.deduplication import Inbox
-from outbox.consumers.message.follow_ons import MessageCollector
 from outbox.transports.subscription import Subscription
 
 __all__ = ["Services"]
@@ -40,15 +39,13 @@ class Services(Protocol):
         """Whether nothing that can wait is to be done any more."""
         ...
 
-    def publish(self, collector: EventCollector) -> Any:
-        """Publish what ``collector`` holds; return the report, or something to await."""
+    @property
+    def overlaps(self) -> bool:
+        """Whether another message may begin while the last events of one are being confirmed."""
         ...
 
-    def publish_last(self, collector: MessageCollector) -> Any:
-        """Publish what ``collector`` holds; when it is confirmed, nothing is left to be called.
-
-        May raise :class:`Later`: then other messages can be processed meanwhile.
-        """
+    def publish(self, collector: EventCollector) -> Any:
+        """Publish what ``collector`` holds; return the report, or something to await."""
         ...
 
     def publish_one(self, event: Event) -> Any:

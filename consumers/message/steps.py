@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, NamedTuple, TypeVar
 
-from outbox.backlog.chunk import Chunk
 from outbox.consumers.outcome import (
     ProcessTimeout,
     of_handler,
@@ -19,7 +18,6 @@ __all__ = [
     "cancelled_in_time",
     "drive",
     "HandlerCancelled",
-    "Later",
     "Step",
     "Steps",
 ]
@@ -48,52 +46,31 @@ class Abandoned(BaseException):
     """Raised out of a life that is to go on elsewhere: the message is left, and comes again."""
 
 
-class Later(BaseException):
-    """Raised by a call whose result comes later: the steps are left where they are until then.
-
-    Attributes:
-        chunk: that is on its way.
-    """
-
-    def __init__(self, chunk: Chunk) -> None:
-        super().__init__(chunk)
-        self.chunk = chunk
-
-
 def _take(step: Step) -> Any:
     return step.call(*step.arguments)
 
 
-def call(steps: Steps[T], take: Callable[[Step], Any] = _take, left_at: Step | None = None) -> T:
+def call(steps: Steps[T], take: Callable[[Step], Any] = _take) -> T:
     """Take ``steps`` here and now, and return their result.
 
     Args:
         steps: of a message.
         take: calls what a step says; by default without regard to its timeout. What it raises is
             raised in the steps.
-        left_at: what is to be called first, where ``steps`` were left before.
-
-    Raises:
-        Later: ``take`` did; the steps are left there.
     """
     value: Any = None
     error: BaseException | None = None
-    step = left_at
     while True:
         try:
-            if step is None:
-                step = steps.send(value) if error is None else steps.throw(error)
+            step = steps.send(value) if error is None else steps.throw(error)
         except StopIteration as end:
             found: T = end.value
             return found
         value = error = None
         try:
             value = take(step)
-        except Later:
-            raise
         except BaseException as raised:
             error = raised
-        step = None
 
 
 class HandlerCancelled(Exception):
@@ -103,7 +80,6 @@ class HandlerCancelled(Exception):
 async def drive(
     steps: Steps[T],
     may_end: Callable[[], bool] = lambda: True,
-    left_at: Step | None = None,
     in_time: Callable[[Awaitable[Any], float], Awaitable[Any]] | None = None,
 ) -> T:
     """Take ``steps``, awaiting what can be awaited, and return their result.
@@ -112,11 +88,7 @@ async def drive(
         steps: of a message.
         may_end: whether a cancellation of the task is to end it. Otherwise it was the handler's own
             doing, and has failed.
-        left_at: what is to be called first, where ``steps`` were left before.
         in_time: awaits in so many seconds; by default one that cancels.
-
-    Raises:
-        Later: a call did; the steps are left there.
     """
     task = asyncio.current_task()
     limited = in_time or cancelled_in_time
@@ -126,11 +98,9 @@ async def drive(
 
     value: Any = None
     error: BaseException | None = None
-    step = left_at
     while True:
         try:
-            if step is None:
-                step = steps.send(value) if error is None else steps.throw(error)
+            step = steps.send(value) if error is None else steps.throw(error)
         except StopIteration as end:
             found: T = end.value
             return found
@@ -139,8 +109,6 @@ async def drive(
             value = step.call(*step.arguments)
             if value is not None and inspect.isawaitable(value):
                 value = await (value if step.timeout is None else limited(value, step.timeout))
-        except Later:
-            raise
         except asyncio.CancelledError as raised:
             if ends():
                 error = raised
@@ -154,7 +122,6 @@ async def drive(
             if ends():  # it is what the handler has made of its cancellation
                 error = asyncio.CancelledError()
                 error.__cause__ = raised
-        step = None
 
 
 async def cancelled_in_time(value: Awaitable[Any], seconds: float) -> Any:

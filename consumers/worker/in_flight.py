@@ -19,8 +19,8 @@ from outbox import PublishReport
 from outbox.backlog.chunk import Chunk
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
-from outbox.consumers.message.steps import Step, Steps, call
-from outbox.consumers.outcome import Outcome
+from outbox.consumers.message.steps import Steps, call
+from outbox.consumers.outcome import Outcome, Unconfirmed
 from outbox.consumers.worker.worker_context import Work
 from outbox.messages.delivery import Delivery
 
@@ -34,19 +34,19 @@ class Life:
 
     Attributes:
         message: whose life it is.
-        steps: of it.
+        steps: of it, to be taken next.
         context: in which they are taken.
-        left_at: the step that it was left at, now that its result is there.
     """
 
-    __slots__ = ("context", "left_at", "message", "steps")
+    __slots__ = ("context", "message", "steps")
 
-    def __init__(self, message: Message, steps: Steps[Outcome | None], context: Context) -> None:
+    def __init__(
+        self, message: Message, steps: Steps[Outcome | Unconfirmed | None], context: Context
+    ) -> None:
         """Nothing is done yet."""
         self.message = message
         self.steps = steps
         self.context = context
-        self.left_at: Step | None = None
 
 
 class Lives:
@@ -147,7 +147,7 @@ class Lives:
             self._work.publisher.wait_for(chunk, 0)
 
     def _go_on(self, life: Life, report: PublishReport) -> None:
-        life.left_at = Step(report.raise_for_failure)
+        life.steps = life.message.confirmed(report)
         if report.ok:
             self._end(life)
             self._left.pop(life, None)
@@ -161,7 +161,7 @@ class Lives:
 
     def _end(self, life: Life) -> None:
         try:
-            life.context.run(call, life.steps, left_at=life.left_at)
+            life.context.run(call, life.steps)
         except BaseException:  # a bug of ours must end neither the thread nor the message
             logger.exception("could not handle message %r", life.message.delivery.message_id)
             self._work.give_back(life.message.delivery)

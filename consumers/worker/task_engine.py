@@ -11,13 +11,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeAlias
 
 from outbox import Event, EventCollector, PublishReport
-from outbox.backlog.chunk import Chunk
-from outbox.consumers.message.follow_ons import MessageCollector
-from outbox.consumers.message.steps import Later, cancelled_in_time, drive
-from outbox.consumers.outcome import ProcessTimeout
+from outbox.consumers.message.steps import cancelled_in_time, drive
+from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed
 from outbox.consumers.worker.dispatch_queue import OrderedArrivals
 from outbox.consumers.worker.in_flight import Life, Lives
 from outbox.consumers.worker.worker_context import Work
@@ -27,6 +25,7 @@ __all__ = ["TaskEngine"]
 
 logger = logging.getLogger("outbox.consumer")
 
+_Task: TypeAlias = "asyncio.Task[Outcome | Unconfirmed | None]"
 _CANCELLED = 1.0  # seconds that a cancelled task has
 
 
@@ -42,6 +41,7 @@ class TaskEngine:
 
     Attributes:
         publisher, subscription, inbox: see ``life.Services``.
+        overlaps: not with a concurrency of 1, which has its messages one after the other.
         lives: of the messages that were begun.
     """
 
@@ -51,14 +51,15 @@ class TaskEngine:
         self.subscription = work.subscription
         self.inbox = work.inbox
         self._shared = work
+        self.overlaps = concurrency > 1
         self._concurrency = concurrency
         self._waiting: deque[Delivery] = deque()
         self._woken = False
         found = work.make_arrivals()
         self._ordered = found if isinstance(found, OrderedArrivals) else None
         self._room = threading.Semaphore(concurrency)
-        self._tasks: set[asyncio.Task[Chunk | None]] = set()
-        self._late: set[asyncio.Task[Chunk | None]] = set()
+        self._tasks: set[_Task] = set()
+        self._late: set[_Task] = set()
         self._loop: asyncio.AbstractEventLoop  # made when it starts, as is what belongs to it
         self._stopping: asyncio.Event
         self._deadline = 0.0
@@ -84,10 +85,6 @@ class TaskEngine:
     def publish(self, collector: EventCollector) -> Coroutine[Any, Any, PublishReport]:
         """Publish and await."""
         return collector.publish_async()
-
-    def publish_last(self, collector: MessageCollector) -> Any:
-        """Publish, and have another task begin meanwhile; a single one waits, as a thread does."""
-        return self.publish(collector) if self._concurrency == 1 else collector.publish_later()
 
     def publish_one(self, event: Event) -> Coroutine[Any, Any, PublishReport]:
         """Publish and await."""
@@ -191,18 +188,20 @@ class TaskEngine:
             return
         self._tasks.add(self._start_task(life))
 
-    def _start_task(self, life: Life) -> asyncio.Task[Chunk | None]:
+    def _start_task(self, life: Life) -> _Task:
         task = self._loop.create_task(self._handle(life), context=life.context)
         task.add_done_callback(functools.partial(self._on_done, life))
         return task
 
-    def _on_done(self, life: Life, task: asyncio.Task[Chunk | None]) -> None:
+    def _on_done(self, life: Life, task: _Task) -> None:
         was_late = task in self._late
         self._late.discard(task)
-        unconfirmed = None if task.cancelled() else task.result()
-        if unconfirmed is not None:
-            self.lives.leave(life, unconfirmed)
-        elif not was_late:  # else somebody else has ended it
+        result = None if task.cancelled() else task.result()
+        if was_late:
+            pass  # its successor ends the message
+        elif isinstance(result, Unconfirmed):
+            self.lives.leave(life, result.chunk)
+        else:
             self._shared.ends()
         if task in self._tasks:
             self._tasks.discard(task)
@@ -210,14 +209,12 @@ class TaskEngine:
             if self._waiting:
                 self._dispatch()
 
-    async def _handle(self, life: Life) -> Chunk | None:
-        """Take the steps of a message; return what they are left with, if they are."""
+    async def _handle(self, life: Life) -> Outcome | Unconfirmed | None:
+        """Take the steps of a message; return what they return."""
         delivery = life.message.delivery
         try:
             in_time = functools.partial(self._in_time, life)
-            await drive(life.steps, lambda: self.is_stopping, life.left_at, in_time)
-        except Later as later:
-            return later.chunk
+            return await drive(life.steps, lambda: self.is_stopping, in_time)
         except asyncio.CancelledError:
             if not self.is_stopping:  # somebody else has cancelled it: it must come again
                 self._shared.give_back(delivery)
@@ -235,7 +232,7 @@ class TaskEngine:
         finally:
             late.cancel()
 
-    def _on_late(self, life: Life, task: asyncio.Task[Chunk | None], seconds: float) -> None:
+    def _on_late(self, life: Life, task: _Task, seconds: float) -> None:
         """Give a message up whose handler goes on although it was cancelled."""
         self._late.add(task)
         message = life.message

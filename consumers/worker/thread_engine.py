@@ -15,10 +15,9 @@ from functools import partial
 from typing import TypeVar
 
 from outbox import Event, EventCollector, PublishReport
-from outbox.consumers.message.follow_ons import MessageCollector
 from outbox.consumers.message.message import Message
-from outbox.consumers.message.steps import Abandoned, Later, Step, Steps, call
-from outbox.consumers.outcome import Outcome, ProcessTimeout, of_handler
+from outbox.consumers.message.steps import Abandoned, Step, Steps, call
+from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed, of_handler
 from outbox.consumers.worker.deadlines import Watch
 from outbox.consumers.worker.in_flight import Life, Lives
 from outbox.consumers.worker.worker_context import Work
@@ -44,6 +43,7 @@ class ThreadEngine:
 
     Attributes:
         publisher, subscription, inbox: see ``life.Services``.
+        overlaps: not with a single thread, which has its messages one after the other.
         lives: of the messages that were begun.
         late: how many threads are in handlers whose time is over.
     """
@@ -55,6 +55,7 @@ class ThreadEngine:
         self.inbox = work.inbox
         self._shared = work
         self.late = 0
+        self.overlaps = threads > 1
         self._size = threads
         self._missing = 0  # places of late threads that nobody has taken
         self._waiting = work.make_arrivals()
@@ -75,13 +76,6 @@ class ThreadEngine:
     def publish(self, collector: EventCollector) -> PublishReport:
         """Publish and wait."""
         return collector.publish()
-
-    def publish_last(self, collector: MessageCollector) -> PublishReport:
-        """Publish, and have the thread go on with another message meanwhile.
-
-        A single thread waits: whoever wants no more than one has his messages one after the other.
-        """
-        return collector.publish() if self._size == 1 else collector.publish_later()
 
     def publish_one(self, event: Event) -> PublishReport:
         """Publish and wait."""
@@ -157,11 +151,9 @@ class ThreadEngine:
     def _go_on(self, life: Life) -> bool:
         """Take the steps of a message; return whether this thread still has its place."""
         message, delivery = life.message, life.message.delivery
+        result: Outcome | Unconfirmed | None = None
         try:
-            life.context.run(self._live, message, life.steps, life.left_at)
-        except Later as later:
-            self.lives.leave(life, later.chunk)
-            return True
+            result = life.context.run(self._live, message, life.steps)
         except (_Late, Abandoned):
             pass  # somebody else ends it, or gets it when the subscription closes
         except BaseException:  # a bug of ours must end neither the thread nor the message
@@ -170,20 +162,21 @@ class ThreadEngine:
                 self._shared.give_back(delivery)
         if message.is_given_up:  # also where a filter has swallowed that it is late
             return self._come_back()
-        self._shared.ends()
+        if isinstance(result, Unconfirmed):
+            self.lives.leave(life, result.chunk)
+        else:
+            self._shared.ends()
         return True
 
-    def _live(
-        self, message: Message, steps: Steps[Outcome | None], left_at: Step | None = None
-    ) -> None:
-        call(steps, partial(self._take_step, message), left_at)
+    def _live(self, message: Message, steps: Steps[T]) -> T:
+        return call(steps, partial(self._take_step, message))
 
     def _take_step(self, message: Message, step: Step) -> object:
         try:
             if step.timeout is None:
                 return step.call(*step.arguments)
             return self._call_watched(message, step, step.timeout)
-        except (_Late, Abandoned, Later):
+        except (_Late, Abandoned):
             raise
         except BaseException as error:
             raise of_handler(error)  # noqa: B904  it has its cause, or is the error itself

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 import outbox.sql
 from outbox import CollectorClosed, Event, Publisher
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, consumer
-from outbox.consumers.message.inline_engine import SettledElsewhere, concluded
+from outbox.consumers.message.inline_engine import SettledElsewhere, concluded, conclusion
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.steps import drive
 from outbox.consumers.outcome import ACK, DUPLICATE, Again, Dead, Outcome
@@ -73,7 +73,7 @@ def outcome(work: Consumer, inbox: Inbox) -> Outcome:
             return contextvars.copy_context().run(concluded, made)
 
         async def live() -> Outcome:
-            return await drive(made.conclude(await drive(made.attempt())))
+            return await drive(conclusion(made))
 
         return asyncio.run(live())
 

@@ -22,7 +22,7 @@ from outbox.configuration import default_publisher
 from outbox.consumers.message import follow_ons, message
 from outbox.consumers.message.follow_ons import MessageCollector
 from outbox.consumers.message.message import Message
-from outbox.consumers.message.steps import Step
+from outbox.consumers.message.steps import Pause
 from outbox.consumers.outcome import ACK, Dead, ProcessTimeout
 from outbox.consumers.retry import RetryPolicy
 from outbox.consumers.worker import task_engine
@@ -281,7 +281,8 @@ def _last_not_confirmed() -> None:
 def _copy_not_confirmed() -> None:
     def send_on(self: Any, copy: Any, outcome: Any) -> Any:
         self._services.subscription.ack(self.delivery)
-        yield Step(lambda: self._services.publisher.submit([copy], keep=False))
+        self._services.publisher.submit([copy], keep=False)
+        yield Pause(0)
         return outcome
 
     Message._send_on = send_on  # type: ignore[method-assign]

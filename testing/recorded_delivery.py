@@ -12,9 +12,8 @@ from typing import Any
 from outbox import Event, Publisher
 from outbox.consumers import Consumer
 from outbox.consumers.message.copies import dead_letter, retry_copy
-from outbox.consumers.message.inline_engine import SettledElsewhere, concluded, conclusion
+from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message
-from outbox.consumers.message.steps import drive
 from outbox.consumers.outcome import Ack, Again, Dead, Hold, Outcome, Return
 from outbox.event import make_event
 from outbox.messages.dead_letters import restore_origin
@@ -161,15 +160,13 @@ def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> O
 
     A handler runs as in a worker: without an event loop, or as a task in one.
     """
-    message = Message(consumer, delivery, SettledElsewhere(publisher, is_async=consumer.is_async))
-
-    async def as_task() -> Outcome:
-        return await drive(conclusion(message))
+    engine = InlineEngine(publisher)
+    message = Message(consumer, delivery, engine)
 
     def process() -> Outcome:
         if consumer.is_async:
-            return asyncio.run(as_task())
-        return concluded(message)
+            return asyncio.run(engine.conclude_async(message))
+        return engine.conclude(message)
 
     context = contextvars.Context()
     try:

@@ -22,8 +22,6 @@ from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker
 from outbox.consumers.message import message
 from outbox.consumers.message.message import Message
 from outbox.consumers.outcome import Ack
-from outbox.consumers.worker.task_engine import TaskEngine
-from outbox.consumers.worker.thread_engine import ThreadEngine
 from outbox.sql import Inbox, inbox
 from outbox.transports.rabbitmq.subscription import RabbitMQSubscription
 from outbox.transports.sqlite.subscription import SQLiteSubscription
@@ -195,8 +193,13 @@ def _when_acked() -> None:
 
 
 def _when_a_copy_is_confirmed() -> None:
-    for engine in (ThreadEngine, TaskEngine):
-        _after(engine, "publish_one")
+    original: Any = Message._send_on
+
+    def send_on(*arguments: Any) -> Any:
+        yield next(original(*arguments))  # the step that waits for the confirm
+        _die()
+
+    Message._send_on = send_on  # type: ignore[method-assign, assignment]
 
 
 POINTS: dict[str, Callable[[], None]] = {

@@ -18,7 +18,7 @@ from outbox.consumers.discovery import load
 from outbox.consumers.isolation.process_pool import Orders
 from outbox.consumers.message.copies import traceback_of
 from outbox.consumers.message.deduplication import open_inbox
-from outbox.consumers.message.inline_engine import SettledElsewhere, concluded
+from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message
 from outbox.consumers.outcome import Again, Dead, Hold, Outcome, RemoteError
 from outbox.messages.delivery import Delivery
@@ -37,16 +37,16 @@ def main(parent: Parent) -> int:
     logs.set_up(orders.log_level, orders.log_format)
     publisher = configure(orders.url)
     consumers = {one.queue: one for one in load(orders.consumers)}
-    services = SettledElsewhere(publisher, open_inbox(publisher.settings, consumers.values()))
+    engine = InlineEngine(publisher, open_inbox(publisher.settings, consumers.values()))
     connection.send(None)
     while True:
         try:
             delivery: Delivery = connection.recv()
         except EOFError:
             break
-        message = Message(consumers[delivery.queue], delivery, services)
+        message = Message(consumers[delivery.queue], delivery, engine)
         context = contextvars.copy_context()
-        connection.send(_portable(context.run(concluded, message)))
+        connection.send(_portable(context.run(engine.conclude, message)))
     publisher.close()
     return exit_codes.SUCCESS
 

@@ -21,7 +21,7 @@ from outbox.consumers.current import set_current_message
 from outbox.consumers.definition import Consumer
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
-from outbox.consumers.message.steps import Abandoned, Step, Steps
+from outbox.consumers.message.steps import Abandoned, Call, Steps
 from outbox.consumers.outcome import Failed, Hold, Outcome, ProcessDied, ProcessTimeout
 from outbox.consumers.received_event import Undecodable, decode
 from outbox.messages.delivery import Delivery
@@ -227,7 +227,7 @@ class IsolatedMessage(Message):
         self._is_concluded = False
         arguments = (self.delivery, self.consumer.time_limit)
         try:
-            outcome: Outcome = yield Step(self._isolation.attempt, arguments)
+            outcome: Outcome = yield Call(self._isolation.attempt, arguments)
         except _NotStarted as error:  # nothing that the message could help
             return Hold(error)
         except (ProcessTimeout, ProcessDied) as error:

@@ -1,8 +1,8 @@
 """The life of a message, from its delivery to its end. No I/O of its own; shared by every engine.
 
-It is written as generators of *steps*: what is to be called next, with which arguments, and in
-which time. An engine calls it and sends the result back; where that can be awaited, an engine of
-asyncio awaits it first. So there is one life, and it knows nothing of threads, tasks or processes.
+It is written as generators of *steps*: what is to be done next. An engine does it, waiting or
+awaiting, and sends the result back. So there is one life, and it knows nothing of threads, tasks or
+processes.
 
 decode, look into the inbox, filters and ``process``, follow-on events, callbacks, settle.
 """
@@ -32,7 +32,7 @@ from outbox.consumers.message.databases import is_away
 from outbox.consumers.message.deduplication import InboxEntry
 from outbox.consumers.message.follow_ons import MessageCollector, _CallbackCollector
 from outbox.consumers.message.services import Services
-from outbox.consumers.message.steps import Step, Steps
+from outbox.consumers.message.steps import Blocking, Call, Confirm, Pause, Steps
 from outbox.consumers.outcome import (
     ACK,
     DUPLICATE,
@@ -252,7 +252,7 @@ class Message:
     def _refresh(self, refreshers: Sequence[Callable[[], Any]]) -> Steps[None]:
         for refresh in refreshers:
             try:
-                yield Step(refresh)
+                yield Call(refresh)
             except Exception:  # of a connection that is broken already
                 logger.debug("a connection could not be closed", exc_info=True)
 
@@ -260,14 +260,14 @@ class Message:
         consumer, services = self.consumer, self._services
         if consumer.deduplicate and services.inbox is not None:
             entry = self._entry = services.inbox.entry(consumer, event)
-            if (yield Step(services.apart, (entry.is_done,))):
+            if (yield Blocking(entry.is_done)):
                 return DUPLICATE
             if not consumer.auto_publish:  # else its events come after the handler's commit
                 entry.join()
         if consumer.filters:
             result = yield from self._around(consumer.filters.around, event)
         else:
-            result = yield Step(consumer.process, (event,), consumer.time_limit)
+            result = yield Call(consumer.process, (event,), consumer.time_limit)
         outcome = ACK if result is None else result
         if not isinstance(outcome, Ack | Dead | Return):
             raise TypeError(
@@ -282,20 +282,18 @@ class Message:
         Returns:
             ``Unconfirmed`` if nothing but the confirms is missing.
         """
-        services, entry = self._services, self._entry
+        entry = self._entry
         if len(collector):
             if not self.consumer.auto_publish:
                 raise UnpublishedEvents(tuple(one.id for one in collector.events))
             is_last = entry is None and "on_success" not in self.consumer.callbacks
-            if is_last and services.overlaps:
-                chunk = collector.hand_over()
-                if chunk.reported is None:
-                    return Unconfirmed(chunk)
-                chunk.reported.raise_for_failure()
-            else:
-                yield Step(services.publish, (collector,))
+            chunk = collector.hand_over()
+            if is_last and chunk.reported is None and self._services.overlaps:
+                return Unconfirmed(chunk)
+            report: PublishReport = yield Confirm(chunk)
+            report.raise_for_failure()
         if entry is not None:
-            yield Step(services.apart, (entry.note,))
+            yield Blocking(entry.note)
         return None
 
     def _of_done(
@@ -308,7 +306,7 @@ class Message:
             return Failed(error, is_done=True)
         if isinstance(outcome, Failed):
             try:
-                if (yield Step(self._services.apart, (entry.is_done,))):
+                if (yield Blocking(entry.is_done)):
                     return DUPLICATE  # another one was faster, and what this one did was taken back
             except Exception:  # it has failed, then
                 logger.debug("the inbox could not be asked", exc_info=True)
@@ -320,28 +318,28 @@ class Message:
         manager = getattr(self.consumer, names[0])(event)
         is_async = hasattr(manager, "__aenter__")
         end = manager.__aexit__ if is_async else manager.__exit__
-        yield Step(manager.__aenter__ if is_async else manager.__enter__)
+        yield Call(manager.__aenter__ if is_async else manager.__enter__)
         try:
             result = yield from self._around(names[1:], event)
         except GeneratorExit:
             raise
         except BaseException as error:
-            if not (yield Step(end, (type(error), error, error.__traceback__))):
+            if not (yield Call(end, (type(error), error, error.__traceback__))):
                 raise
             return None
-        yield Step(end, (None, None, None))
+        yield Call(end, (None, None, None))
         return result
 
     def _before_and_after(self, event: ReceivedEvent) -> Steps[Any]:
         consumer, filters = self.consumer, self.consumer.filters
         for name in filters.before:
-            result = yield Step(getattr(consumer, name), (event,))
+            result = yield Call(getattr(consumer, name), (event,))
             if result is not None:
                 return result
-        result = yield Step(consumer.process, (event,), consumer.time_limit)
+        result = yield Call(consumer.process, (event,), consumer.time_limit)
         if result is None or isinstance(result, Ack):
             for name in filters.after:
-                yield Step(getattr(consumer, name), (event,))
+                yield Call(getattr(consumer, name), (event,))
         return result
 
     def _decide(self, failed: Failed) -> Again | Dead:
@@ -372,9 +370,9 @@ class Message:
         collector = _CallbackCollector(self._services.publisher, event, auto_publish=True)
         with EventCollector.use(collector):
             try:
-                yield Step(call, arguments)
+                yield Call(call, arguments)
                 if collector.events:
-                    yield Step(self._services.publish, (collector,))
+                    yield Confirm(collector.hand_over())
             except (Exception, SystemExit):
                 logger.exception("%s of %r failed", call.__name__, self.consumer)
             finally:
@@ -384,7 +382,8 @@ class Message:
         """Publish what takes the message's place, and ack it when that is confirmed."""
         services = self._services
         while True:
-            report = yield Step(services.publish_one, (copy,))
+            chunk = services.publisher.submit_chunk([copy], keep=False)
+            report: PublishReport = yield Confirm(chunk)
             if report.ok:
                 services.subscription.ack(self.delivery)
                 return outcome
@@ -399,11 +398,11 @@ class Message:
     def _until_ready(self, seconds: float, outcome: Outcome) -> Steps[bool]:
         """Wait so long, and for the broker; return False if the message is no longer ours."""
         services = self._services
-        yield Step(services.pause, (seconds,))
+        yield Pause(seconds)
         while not services.is_stopping and not self._is_left(outcome):
             if services.publisher.connected:
                 return True
-            yield Step(services.pause, (_PAUSE,))
+            yield Pause(_PAUSE)
         return False
 
 

@@ -1,15 +1,10 @@
-"""What the life of a message needs of the engine that runs it."""
+"""What a message needs of the engine that runs it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
-from outbox import (
-    Event,
-    EventCollector,
-    Publisher,
-)
+from outbox import Publisher
 from outbox.consumers.message.deduplication import Inbox
 from outbox.transports.subscription import Subscription
 
@@ -17,11 +12,11 @@ __all__ = ["Services"]
 
 
 class Services(Protocol):
-    """What the life of a message needs of the engine that runs it."""
+    """What a message needs of the engine that runs it, beside having its steps taken."""
 
     @property
     def publisher(self) -> Publisher:
-        """Of follow-on events, retries and dead letters."""
+        """The publisher of follow-on events, retries and dead letters."""
         ...
 
     @property
@@ -31,7 +26,7 @@ class Services(Protocol):
 
     @property
     def inbox(self) -> Inbox | None:
-        """What has been done, or None, where nobody has named a database for that."""
+        """What has been done, or None without a database for that."""
         ...
 
     @property
@@ -42,20 +37,4 @@ class Services(Protocol):
     @property
     def overlaps(self) -> bool:
         """Whether another message may begin while the last events of one are being confirmed."""
-        ...
-
-    def publish(self, collector: EventCollector) -> Any:
-        """Publish what ``collector`` holds; return the report, or something to await."""
-        ...
-
-    def publish_one(self, event: Event) -> Any:
-        """Publish ``event``, withdrawn when it is not confirmed; return the report, or so."""
-        ...
-
-    def apart(self, function: Callable[[], Any]) -> Any:
-        """Call what waits for a database; return its result, or something to await."""
-        ...
-
-    def pause(self, seconds: float) -> Any:
-        """Wait, but not when the worker is stopping; return None, or something to await."""
         ...

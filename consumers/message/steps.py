@@ -1,62 +1,81 @@
-"""Steps: what a message asks its engine to call next, and the loops that call it."""
+"""Steps: what a message asks its engine to do next, and the loops that have it done."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Awaitable, Callable, Generator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from outbox.consumers.outcome import (
-    ProcessTimeout,
-    of_handler,
-)
+from outbox.backlog.chunk import Chunk
+from outbox.consumers.outcome import ProcessTimeout, of_handler
 
 __all__ = [
     "Abandoned",
+    "Blocking",
+    "Call",
+    "Confirm",
+    "HandlerCancelled",
+    "Pause",
+    "Step",
+    "Steps",
     "call",
     "cancelled_in_time",
     "drive",
-    "HandlerCancelled",
-    "Step",
-    "Steps",
 ]
 
 T = TypeVar("T")
 
 
-class Step(NamedTuple):
-    """What an engine is to do next.
+class Call(NamedTuple):
+    """Call the application.
 
     Attributes:
-        call: the function; what it returns may have to be awaited.
+        function: what it returns may have to be awaited.
         arguments: of the call.
         timeout: seconds, or None.
     """
 
-    call: Callable[..., Any]
+    function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     timeout: float | None = None
 
 
-Steps = Generator[Step, Any, T]
+class Confirm(NamedTuple):
+    """Wait for the report of ``chunk``, which is the result."""
+
+    chunk: Chunk
+
+
+class Blocking(NamedTuple):
+    """Call ``function``, which waits for a database."""
+
+    function: Callable[[], Any]
+
+
+class Pause(NamedTuple):
+    """Wait for ``seconds``, or until the worker stops."""
+
+    seconds: float
+
+
+Step: TypeAlias = Call | Confirm | Blocking | Pause
+Steps: TypeAlias = Generator[Step, Any, T]
 
 
 class Abandoned(BaseException):
-    """Raised out of a life that is to go on elsewhere: the message is left, and comes again."""
+    """Raised by a step when the worker has stopped: the message is left, and delivered again."""
 
 
-def _take(step: Step) -> Any:
-    return step.call(*step.arguments)
+class HandlerCancelled(Exception):
+    """A handler ended by a cancellation that did not come from the worker: a failed attempt."""
 
 
-def call(steps: Steps[T], take: Callable[[Step], Any] = _take) -> T:
+def call(steps: Steps[T], take: Callable[[Step], Any]) -> T:
     """Take ``steps`` here and now, and return their result.
 
     Args:
         steps: of a message.
-        take: calls what a step says; by default without regard to its timeout. What it raises is
-            raised in the steps.
+        take: does what a step says. What it raises is raised in the steps.
     """
     value: Any = None
     error: BaseException | None = None
@@ -64,8 +83,8 @@ def call(steps: Steps[T], take: Callable[[Step], Any] = _take) -> T:
         try:
             step = steps.send(value) if error is None else steps.throw(error)
         except StopIteration as end:
-            found: T = end.value
-            return found
+            result: T = end.value
+            return result
         value = error = None
         try:
             value = take(step)
@@ -73,25 +92,20 @@ def call(steps: Steps[T], take: Callable[[Step], Any] = _take) -> T:
             error = raised
 
 
-class HandlerCancelled(Exception):
-    """A handler ended by a cancellation that did not come from the worker: a failed attempt."""
-
-
 async def drive(
     steps: Steps[T],
+    take: Callable[[Step], Awaitable[Any]],
     may_end: Callable[[], bool] = lambda: True,
-    in_time: Callable[[Awaitable[Any], float], Awaitable[Any]] | None = None,
 ) -> T:
-    """Take ``steps``, awaiting what can be awaited, and return their result.
+    """Take ``steps`` in this task, and return their result.
 
     Args:
         steps: of a message.
+        take: does what a step says. What it raises is raised in the steps.
         may_end: whether a cancellation of the task is to end it. Otherwise it was the handler's own
             doing, and has failed.
-        in_time: awaits in so many seconds; by default one that cancels.
     """
     task = asyncio.current_task()
-    limited = in_time or cancelled_in_time
 
     def ends() -> bool:
         return task is not None and task.cancelling() > 0 and may_end()
@@ -102,13 +116,11 @@ async def drive(
         try:
             step = steps.send(value) if error is None else steps.throw(error)
         except StopIteration as end:
-            found: T = end.value
-            return found
+            result: T = end.value
+            return result
         value = error = None
         try:
-            value = step.call(*step.arguments)
-            if value is not None and inspect.isawaitable(value):
-                value = await (value if step.timeout is None else limited(value, step.timeout))
+            value = await take(step)
         except asyncio.CancelledError as raised:
             if ends():
                 error = raised
@@ -131,13 +143,13 @@ async def cancelled_in_time(value: Awaitable[Any], seconds: float) -> Any:
         ProcessTimeout: it was cancelled, whatever it has made of that.
     """
     try:
-        async with asyncio.timeout(seconds) as scope:
-            found = await value
+        async with asyncio.timeout(seconds) as limit:
+            result = await value
     except Exception as error:
-        if not scope.expired():
+        if not limit.expired():
             raise
         cause = None if isinstance(error, TimeoutError) else error
         raise ProcessTimeout.after(seconds) from cause
-    if scope.expired():
+    if limit.expired():
         raise ProcessTimeout.after(seconds)
-    return found
+    return result

@@ -19,7 +19,7 @@ from outbox import PublishReport
 from outbox.backlog.chunk import Chunk
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
-from outbox.consumers.message.steps import Steps, call
+from outbox.consumers.message.steps import Step, Steps, call
 from outbox.consumers.outcome import Outcome, Unconfirmed
 from outbox.consumers.worker.worker_context import Work
 from outbox.messages.delivery import Delivery
@@ -161,8 +161,12 @@ class Lives:
 
     def _end(self, life: Life) -> None:
         try:
-            life.context.run(call, life.steps)
+            life.context.run(call, life.steps, _refuse)
         except BaseException:  # a bug of ours must end neither the thread nor the message
             logger.exception("could not handle message %r", life.message.delivery.message_id)
             self._work.give_back(life.message.delivery)
         self._work.ends()
+
+
+def _refuse(step: Step) -> None:
+    raise RuntimeError(f"nothing is left to do for a confirmed message, but it asks for {step!r}")

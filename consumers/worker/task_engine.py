@@ -6,15 +6,23 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import inspect
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable
 from typing import Any, TypeAlias
 
-from outbox import Event, EventCollector, PublishReport
-from outbox.consumers.message.steps import cancelled_in_time, drive
+from outbox.consumers.message.steps import (
+    Blocking,
+    Call,
+    Confirm,
+    Pause,
+    Step,
+    cancelled_in_time,
+    drive,
+)
 from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed
 from outbox.consumers.worker.dispatch_queue import OrderedArrivals
 from outbox.consumers.worker.in_flight import Life, Lives
@@ -81,24 +89,6 @@ class TaskEngine:
     def is_stopping(self) -> bool:
         """Whether the engine is."""
         return self._stopping.is_set()
-
-    def publish(self, collector: EventCollector) -> Coroutine[Any, Any, PublishReport]:
-        """Publish and await."""
-        return collector.publish_async()
-
-    def publish_one(self, event: Event) -> Coroutine[Any, Any, PublishReport]:
-        """Publish and await."""
-        return self.publisher.publish_async([event], keep=False)
-
-    def apart(self, function: Callable[[], Any]) -> Coroutine[Any, Any, Any]:
-        """Call ``function`` on another thread: it waits for a database."""
-        return asyncio.to_thread(function)
-
-    async def pause(self, seconds: float) -> None:
-        """Wait, or until the engine stops."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._stopping.wait()
 
     # ------------------------------------------------------------------------------- running
 
@@ -213,8 +203,8 @@ class TaskEngine:
         """Take the steps of a message; return what they return."""
         delivery = life.message.delivery
         try:
-            in_time = functools.partial(self._in_time, life)
-            return await drive(life.steps, lambda: self.is_stopping, in_time)
+            take_step = functools.partial(self._take_step, life)
+            return await drive(life.steps, take_step, lambda: self.is_stopping)
         except asyncio.CancelledError:
             if not self.is_stopping:  # somebody else has cancelled it: it must come again
                 self._shared.give_back(delivery)
@@ -223,6 +213,23 @@ class TaskEngine:
             logger.exception("could not handle message %r", delivery.message_id)
             self._shared.give_back(delivery)
         return None
+
+    async def _take_step(self, life: Life, step: Step) -> Any:
+        match step:
+            case Call(function, arguments, timeout):
+                value = function(*arguments)
+                if value is None or not inspect.isawaitable(value):
+                    return value
+                return await (value if timeout is None else self._in_time(life, value, timeout))
+            case Confirm(chunk):
+                return await self.publisher.wait_for_async(chunk)
+            case Blocking(function):
+                return await asyncio.to_thread(function)
+            case Pause(seconds):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await self._stopping.wait()
+                return None
 
     async def _in_time(self, life: Life, value: Awaitable[Any], seconds: float) -> Any:
         task: Any = asyncio.current_task()

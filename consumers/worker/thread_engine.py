@@ -14,9 +14,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from outbox import Event, EventCollector, PublishReport
 from outbox.consumers.message.message import Message
-from outbox.consumers.message.steps import Abandoned, Step, Steps, call
+from outbox.consumers.message.steps import (
+    Abandoned,
+    Blocking,
+    Call,
+    Confirm,
+    Pause,
+    Step,
+    Steps,
+    call,
+)
 from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed, of_handler
 from outbox.consumers.worker.deadlines import Watch
 from outbox.consumers.worker.in_flight import Life, Lives
@@ -72,22 +80,6 @@ class ThreadEngine:
     def is_stopping(self) -> bool:
         """Whether the engine is."""
         return self._stopping.is_set()
-
-    def publish(self, collector: EventCollector) -> PublishReport:
-        """Publish and wait."""
-        return collector.publish()
-
-    def publish_one(self, event: Event) -> PublishReport:
-        """Publish and wait."""
-        return self.publisher.publish([event], keep=False)
-
-    def apart(self, function: Callable[[], T]) -> T:
-        """Call ``function``."""
-        return function()
-
-    def pause(self, seconds: float) -> None:
-        """Wait, or until the engine stops."""
-        self._stopping.wait(seconds)
 
     # ------------------------------------------------------------------------------- running
 
@@ -173,19 +165,27 @@ class ThreadEngine:
 
     def _take_step(self, message: Message, step: Step) -> object:
         try:
-            if step.timeout is None:
-                return step.call(*step.arguments)
-            return self._call_watched(message, step, step.timeout)
+            match step:
+                case Call(function, arguments, timeout):
+                    if timeout is not None:
+                        return self._call_watched(message, step, timeout)
+                    return function(*arguments)
+                case Confirm(chunk):
+                    return self.publisher.wait_for(chunk)
+                case Blocking(function):
+                    return function()
+                case Pause(seconds):
+                    return self._stopping.wait(seconds)
         except (_Late, Abandoned):
             raise
         except BaseException as error:
             raise of_handler(error)  # noqa: B904  it has its cause, or is the error itself
 
-    def _call_watched(self, message: Message, step: Step, seconds: float) -> object:
+    def _call_watched(self, message: Message, step: Call, seconds: float) -> object:
         late = partial(self._on_late, message, threading.current_thread(), seconds)
         ticket = self._watch.enter(seconds, late)
         try:
-            found: object = step.call(*step.arguments)
+            result: object = step.function(*step.arguments)
         except BaseException as error:
             if not self._watch.leave(ticket):
                 message.abandon()  # whoever gives it up may not have begun yet
@@ -194,7 +194,7 @@ class ThreadEngine:
         if not self._watch.leave(ticket):
             message.abandon()
             raise _Late
-        return found
+        return result
 
     def _on_late(self, message: Message, thread: threading.Thread, seconds: float) -> None:
         with self._lock:

@@ -19,9 +19,8 @@ from sqlalchemy.orm import Session
 import outbox.sql
 from outbox import CollectorClosed, Event, Publisher
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, consumer
-from outbox.consumers.message.inline_engine import SettledElsewhere, concluded, conclusion
+from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message
-from outbox.consumers.message.steps import drive
 from outbox.consumers.outcome import ACK, DUPLICATE, Again, Dead, Outcome
 from outbox.messages.delivery import as_delivered
 from outbox.sql import Inbox, commits
@@ -61,21 +60,16 @@ def handler(process: Callable[[ReceivedEvent], Any]) -> Consumer:
 
 def message(work: Consumer, inbox: Inbox, publisher: Publisher) -> Message:
     event = Event("a", "work", "", b"{}")
-    services = SettledElsewhere(publisher, inbox, is_async=work.is_async)
-    return Message(work, as_delivered(event, "work", 1), services)
+    return Message(work, as_delivered(event, "work", 1), InlineEngine(publisher, inbox))
 
 
 def outcome(work: Consumer, inbox: Inbox) -> Outcome:
     """Process the message once, as a worker would."""
     with Publisher("memory://") as publisher:
-        made = message(work, inbox, publisher)
+        made, engine = message(work, inbox, publisher), InlineEngine(publisher)
         if not work.is_async:
-            return contextvars.copy_context().run(concluded, made)
-
-        async def live() -> Outcome:
-            return await drive(conclusion(made))
-
-        return asyncio.run(live())
+            return contextvars.copy_context().run(engine.conclude, made)
+        return asyncio.run(engine.conclude_async(made))
 
 
 def names(inbox: Inbox) -> list[str]:
@@ -351,7 +345,7 @@ def test_a_note_counts_when_its_commit_is_over(engine: Engine, inbox: Inbox) -> 
 
     with Publisher("memory://") as publisher:
         made.append(message(handler(process), inbox, publisher))
-        contextvars.copy_context().run(concluded, made[0])
+        contextvars.copy_context().run(InlineEngine(publisher).conclude, made[0])
     assert found == [False, True]
 
 
@@ -427,7 +421,7 @@ def test_what_is_committed_after_the_time_is_over_leaves_nothing_behind(
 
     with Publisher("memory://") as publisher:
         made.append(message(handler(process), inbox, publisher))
-        contextvars.copy_context().run(concluded, made[0])
+        contextvars.copy_context().run(InlineEngine(publisher).conclude, made[0])
     assert refused
     _begin(engine, "the next")
     assert (names(inbox), noted(inbox)) == (["the next"], 0)

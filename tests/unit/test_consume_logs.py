@@ -16,7 +16,7 @@ import pytest
 
 from outbox.consumers import MessageFilter, ReceivedEvent, consumer, current_message
 from outbox.consumers.logs import JSONFormatter, TextFormatter
-from outbox.consumers.message.inline_engine import SettledElsewhere, concluded
+from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.message_log import ended, started
 from outbox.consumers.outcome import ACK, REQUEUE, Dead, Outcome
@@ -175,9 +175,9 @@ def test_the_end_of_a_message_without_an_id_tells_the_one_that_its_handler_saw(
     message = Message(
         consumer("orders")(lambda event: seen.append(event.id)),
         strange,
-        SettledElsewhere(publisher),
+        InlineEngine(publisher),
     )
-    contextvars.copy_context().run(concluded, message)
+    contextvars.copy_context().run(InlineEngine(publisher).conclude, message)
     ended(strange, ACK, 0.0)
     [line] = output()
     assert [line["message_id"]] == seen

@@ -318,7 +318,7 @@ def _one_attempt_too_many() -> None:
 def _late_is_done() -> None:
     def give_up(self: Any, error: Any) -> Any:
         self.abandon()
-        self._collector.end()
+        self._attempt.close()
         return (yield from self.settle(ACK))
 
     Message.give_up = give_up  # type: ignore[method-assign]

@@ -16,7 +16,7 @@ from outbox.consumers.received_event import ReceivedEvent
 from outbox.ids import follow_on_id
 from outbox.unit_of_work import scope
 
-__all__ = ["MessageCollector"]
+__all__ = ["CallbackCollector", "MessageCollector"]
 
 
 class MessageCollector(EventCollector):
@@ -42,7 +42,7 @@ class MessageCollector(EventCollector):
         return self._hand_over(self._innermost(), self.publisher)
 
 
-class _CallbackCollector(MessageCollector):
+class CallbackCollector(MessageCollector):
     """The collector of a callback: the message's fate is decided, so its events are kept."""
 
     __slots__ = ()

@@ -334,7 +334,9 @@ def test_a_note_counts_when_its_commit_is_over(engine: Engine, inbox: Inbox) -> 
     made: list[Message] = []
 
     def look(_: object) -> None:
-        entry = made[0]._entry
+        attempt = made[0]._attempt
+        assert attempt is not None
+        entry = attempt._entry
         assert entry is not None
         found.append(entry.committed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
@@ -10,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 from outbox import Publisher, UsageError
 from outbox.configuration import default_publisher
-from outbox.consumers.definition import Consumer, check_process
+from outbox.consumers.definition import Consumer
 from outbox.consumers.isolation.process_pool import IsolatedMessage, Isolation
 from outbox.consumers.message.deduplication import Inbox, open_inbox
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
+from outbox.consumers.worker.assignment import Assignment
 from outbox.consumers.worker.dispatch_queue import make_arrivals
 from outbox.consumers.worker.task_engine import TaskEngine
 from outbox.consumers.worker.thread_engine import ThreadEngine
@@ -89,64 +89,40 @@ class Worker:
                 takes an event, one deduplicates and there is no database for that, or a number is
                 out of range.
         """
-        self.consumers: dict[str, Consumer] = {}
-        for one in consumers:
-            consumer = one() if isinstance(one, type) else one
-            if not consumer.queue:
-                raise UsageError(f"the consumer {type(consumer).__qualname__} names no queue")
-            if consumer.queue in self.consumers:
-                raise UsageError(f"two consumers want the queue {consumer.queue!r}")
-            check_process(consumer)
-            self.consumers[consumer.queue] = consumer
-        if not self.consumers:
-            raise UsageError("a worker needs at least one consumer")
-        for name, number in (("threads", threads), ("concurrency", concurrency)):
-            if not isinstance(number, int) or number < 1:
-                raise UsageError(f"{name} is {number!r}, not 1 or more")
-        for queue in ranks or {}:
-            if queue not in self.consumers:
-                raise UsageError(f"ranks has {queue!r}, which no consumer takes messages of")
+        assignment = Assignment(
+            consumers,
+            threads=threads,
+            concurrency=concurrency,
+            prefetch=prefetch,
+            max_messages=max_messages,
+            ranks=ranks,
+        )
+        self.consumers = assignment.consumers
         self.threads = threads
         self.concurrency = concurrency
-        plain = [one for one in self.consumers.values() if not one.is_async]
-        asynchronous = [one for one in self.consumers.values() if one.is_async]
-        if prefetch is None:
-            busy = max(4 * threads if plain else 0, 2 * concurrency if asynchronous else 0)
-            prefetch = min(max(50, busy), 65535)
-        if not 1 <= prefetch <= 65535:
-            raise UsageError(f"prefetch is {prefetch}, not 1 to 65535")
-        if max_messages is not None and max_messages < 1:
-            raise UsageError(f"max_messages is {max_messages}, not 1 or more")
-        self._quota = None if max_messages is None else Quota(max_messages)
-        # More than are to be processed would only be given back.
-        self.prefetch = prefetch if max_messages is None else min(prefetch, max_messages)
+        self.prefetch = assignment.prefetch
         self.publisher = publisher or default_publisher()
         settings = self.publisher.settings
-        specs = [
-            dataclasses.replace(one.spec(settings.exchange), rank=(ranks or {}).get(one.queue, 0))
-            for one in self.consumers.values()
-        ]
-        specs.sort(key=lambda spec: spec.rank)
+        specs = assignment.specs(settings.exchange)
         observer = installed_observer()
         consumed = settings if observer is None else observer.consumed_with(settings)
         self._subscription = open_subscription(consumed, specs, self.prefetch)
+        self._quota = None if max_messages is None else Quota(max_messages)
         self._isolation = isolation
         self._stopping = threading.Event()
         self._refused = ""
-        if inbox is None:
-            inbox = open_inbox(settings, self.consumers.values())
         work = Work(
             consumers=self.consumers,
             publisher=self.publisher,
             subscription=self._subscription,
-            inbox=inbox,
+            inbox=open_inbox(settings, self.consumers.values()) if inbox is None else inbox,
             quota=self._quota,
             on_used_up=self._stopping.set,
             make_message=self._make_message,
             make_arrivals=lambda: make_arrivals(specs, self._subscription.out, self.prefetch),
         )
-        self._threads = ThreadEngine(work, threads) if plain else None
-        self._tasks = TaskEngine(work, concurrency) if asynchronous else None
+        self._threads = ThreadEngine(work, threads) if assignment.plain else None
+        self._tasks = TaskEngine(work, concurrency) if assignment.asynchronous else None
 
     @property
     def has_worked(self) -> bool:

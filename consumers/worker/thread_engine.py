@@ -28,6 +28,7 @@ from outbox.consumers.message.steps import (
 from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed, of_handler
 from outbox.consumers.worker.deadlines import Watch
 from outbox.consumers.worker.in_flight import Life, Lives
+from outbox.consumers.worker.places import Places
 from outbox.consumers.worker.worker_context import Work
 from outbox.messages.delivery import Delivery
 
@@ -53,7 +54,6 @@ class ThreadEngine:
         publisher, subscription, inbox: see ``life.Services``.
         overlaps: not with a single thread, which has its messages one after the other.
         lives: of the messages that were begun.
-        late: how many threads are in handlers whose time is over.
     """
 
     def __init__(self, work: Work, threads: int) -> None:
@@ -62,31 +62,29 @@ class ThreadEngine:
         self.subscription = work.subscription
         self.inbox = work.inbox
         self._shared = work
-        self.late = 0
         self.overlaps = threads > 1
         self._size = threads
-        self._missing = 0  # places of late threads that nobody has taken
+        self._places = Places(threads)
         self._waiting = work.make_arrivals()
-        self._working = 0  # places that are not empty; a late thread has left its own to another
-        self._lock = threading.Condition()
         self._stopping = threading.Event()
         self._watch = Watch()
         self.lives = Lives(work, self, self.put)
         self._context = contextvars.Context()
 
-    # ------------------------------------------------------------------- services of a message
+    @property
+    def late(self) -> int:
+        """How many threads are in handlers whose time is over."""
+        return self._places.late
 
     @property
     def is_stopping(self) -> bool:
         """Whether the engine is."""
         return self._stopping.is_set()
 
-    # ------------------------------------------------------------------------------- running
-
     def start(self) -> None:
         """Start the threads; messages run in copies of the caller's context."""
         self._context = contextvars.copy_context()
-        self._working = self._size
+        self._places.take_all()
         self.lives.start()
         for number in range(1, self._size + 1):
             self._start_thread(f"outbox-worker-{number}", self._work)
@@ -107,11 +105,7 @@ class ThreadEngine:
         After ``ask_to_stop``. Those that are late have been given up before, and are not waited
         for.
         """
-        with self._lock:
-            # Threads cannot be waited for: meanwhile others may take the places of late ones.
-            finished = self._lock.wait_for(
-                lambda: not self._working, max(0.0, deadline - time.monotonic())
-            )
+        finished = self._places.wait_until_empty(max(0.0, deadline - time.monotonic()))
         finished = self.lives.stop(deadline) and finished
         self._watch.close()
         return finished
@@ -126,12 +120,7 @@ class ThreadEngine:
                 has_place = self._process(delivery)
         finally:
             if has_place:
-                self._leave_place()
-
-    def _leave_place(self) -> None:
-        with self._lock:
-            self._working -= 1
-            self._lock.notify_all()
+                self._places.leave()
 
     def _process(self, delivery: Delivery) -> bool:
         """Process a message; return whether this thread still has its place."""
@@ -153,7 +142,7 @@ class ThreadEngine:
             if not message.is_given_up:
                 self._shared.give_back(delivery)
         if message.is_given_up:  # also where a filter has swallowed that it is late
-            return self._come_back()
+            return self._places.come_back()
         if isinstance(result, Unconfirmed):
             self.lives.leave(life, result.chunk)
         else:
@@ -197,11 +186,7 @@ class ThreadEngine:
         return result
 
     def _on_late(self, message: Message, thread: threading.Thread, seconds: float) -> None:
-        with self._lock:
-            self.late += 1
-            has_successor = self.late <= self._size
-            if not has_successor:
-                self._missing += 1
+        goes_on = self._places.lose()
         logger.error(
             "message %r of %r takes more than %.1f s and is given up; its handler cannot be "
             "stopped, and goes on in the thread %s",
@@ -210,18 +195,16 @@ class ThreadEngine:
             seconds,
             thread.name,
         )
-        if not has_successor:
+        if not goes_on:
             logger.error("%d handlers are late: the worker has a thread less", self.late)
         error = ProcessTimeout.after(seconds)
         try:
-            self._start_thread(thread.name, partial(self._succeed, message, error, has_successor))
+            self._start_thread(thread.name, partial(self._succeed, message, error, goes_on))
         except RuntimeError:  # there can be no more threads: somebody else gets the message
             message.abandon()
             self._shared.give_back(message.delivery)
             self._shared.ends()
-            self._leave_place()
-            with self._lock:
-                self._missing += has_successor  # until this late one comes back
+            self._places.leave(to_late=goes_on)
             raise
 
     def _succeed(self, message: Message, error: ProcessTimeout, goes_on: bool) -> None:
@@ -235,14 +218,4 @@ class ThreadEngine:
         if goes_on:
             self._work()
         else:
-            self._leave_place()
-
-    def _come_back(self) -> bool:
-        """Note that a late handler has ended; return whether its thread has a place to work in."""
-        with self._lock:
-            self.late -= 1
-            if not self._missing:
-                return False
-            self._missing -= 1
-            self._working += 1
-            return True
+            self._places.leave()

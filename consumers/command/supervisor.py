@@ -6,18 +6,17 @@ worker can happen to it.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import select
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from types import FrameType
+from collections.abc import Sequence
 
 from outbox import exit_codes
 from outbox.consumers.command.restarts import Restarts
+from outbox.consumers.command.signal_queue import SignalQueue
 from outbox.consumers.command.supervised_worker import MARGIN
 from outbox.consumers.command.worker_process import WorkerProcess
 
@@ -79,15 +78,14 @@ class Supervisor:
         self._code = exit_codes.SUCCESS
         self._to_replace: deque[_Place] = deque()
         self._successor: WorkerProcess | None = None
-        self._signals: deque[int] = deque()
-        self._woken = -1
+        self._signals = SignalQueue()
 
     def run(self) -> int:
         """Look after the workers; return one of ``outbox.exit_codes``.
 
         To be called by the main thread, once.
         """
-        with self._woken_by_signals():
+        with self._signals.open():
             try:
                 while self._turn():
                     self._wait()
@@ -105,8 +103,8 @@ class Supervisor:
 
     def _turn(self) -> bool:
         """Do what there is to do; return whether there will be more."""
-        while self._signals:
-            self._on_signal(self._signals.popleft())
+        for number in self._signals.take():
+            self._on_signal(number)
         for worker in list(self._workers):
             worker.listen(self._grace)
             self._proven |= worker.ready
@@ -229,35 +227,8 @@ class Supervisor:
             times += [place.due for place in places if place.worker is None]
         pause = min([_LOOK_EVERY, *(moment - now for moment in times)])
         told = [worker.status for worker in self._workers if worker.status is not None]
-        select.select([self._woken, *told], [], [], max(0.0, pause))
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._woken, 4096)
-
-    @contextlib.contextmanager
-    def _woken_by_signals(self) -> Iterator[None]:
-        """Have signals end a wait: a handler alone does not (PEP 475)."""
-        handled = [signal.SIGTERM, signal.SIGINT, signal.SIGCHLD]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
-            handled.append(signal.SIGHUP)
-        self._woken, wake = os.pipe()
-        for one in (self._woken, wake):
-            os.set_blocking(one, False)
-        descriptor = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        before = {number: signal.signal(number, self._note) for number in handled}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(descriptor)
-            os.close(self._woken)
-            os.close(wake)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGHUP and os.isatty(0):
-            number = signal.SIGTERM
-        if number != signal.SIGCHLD:
-            self._signals.append(number)
+        select.select([self._signals.fileno(), *told], [], [], max(0.0, pause))
+        self._signals.clear_wake_up()
 
 
 def _told(code: int) -> str:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outbox import BrokerError, PublishFailed, PublishReport, UnpublishedEvents
+from outbox import BrokerError, PublishFailed, UnpublishedEvents
 from outbox.backlog.notifier import ids
 from outbox.consumers.definition import Consumer
 from outbox.consumers.message.databases import is_away, refreshers
@@ -123,9 +123,11 @@ class Attempt:
                 raise UnpublishedEvents(tuple(event.id for event in collector.events))
             is_last = entry is None and "on_success" not in self._consumer.callbacks
             chunk = collector.hand_over()
-            if is_last and chunk.reported is None and self._services.overlaps:
-                return Unconfirmed(chunk)
-            report: PublishReport = yield Confirm(chunk)
+            report = chunk.reported
+            if report is None:
+                if is_last and self._services.overlaps:
+                    return Unconfirmed(chunk)
+                report = yield Confirm(chunk)
             report.raise_for_failure()
         if entry is not None:
             yield Blocking(entry.note)

@@ -1,4 +1,4 @@
-"""Outcomes: what is to become of a message; ``life.Message.settle`` acts on them."""
+"""Outcomes: what is to become of a message; ``Message.settle`` acts on them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What connects handlers to databases, made fresh for every message.
+"""The databases of handlers: fresh connections for every message, and which errors are theirs.
 
 A worker runs for months. A session that was left in a transaction, or a connection that a database
-or a firewall has closed meanwhile, must not become the next message's failure.
+or a firewall has closed meanwhile, must not become the next message's failure. A database that is
+away is not the message's fault, which is held until the database is back.
 """
 
 from __future__ import annotations
@@ -14,6 +15,16 @@ from typing import Any
 from outbox import sinks
 
 __all__ = ["is_away", "refreshers"]
+
+# Result codes of SQLite (https://www.sqlite.org/rescode.html): busy, locked, I/O error, full,
+# cannot open.
+_SQLITE = {5, 6, 10, 13, 14}
+# Classes and codes of SQLSTATE (PostgreSQL's documentation, appendix A): connection exceptions,
+# too many connections, shutdown and recovery.
+_SQLSTATES = ("08", "53300", "57P")
+# Errors of MariaDB's and MySQL's servers and client libraries (mariadb.com/kb, "MariaDB Error Code
+# Reference"): too many connections, shutdown, and links that cannot be made or are lost.
+_MYSQL = {1040, 1053, 1077, 1152, 1203, 2002, 2003, 2006, 2013, 2055}
 
 
 def refreshers(*, is_async: bool) -> list[Callable[[], Any]]:
@@ -38,18 +49,6 @@ def refreshers(*, is_async: bool) -> list[Callable[[], Any]]:
     if remove is not None and (is_async or not inspect.iscoroutinefunction(remove)):
         found.append(remove)
     return found
-
-
-# Result codes of SQLite (https://www.sqlite.org/rescode.html): busy, locked, I/O error, full,
-# cannot open.
-_SQLITE = {5, 6, 10, 13, 14}
-# Classes and codes of SQLSTATE (PostgreSQL's documentation, appendix A): connection exceptions,
-# too many connections, shutdown and recovery.
-_SQLSTATES = ("08", "53300", "57P")
-
-# Errors of MariaDB's and MySQL's servers and client libraries (mariadb.com/kb, "MariaDB Error Code
-# Reference"): too many connections, shutdown, and links that cannot be made or are lost.
-_MYSQL = {1040, 1053, 1077, 1152, 1203, 2002, 2003, 2006, 2013, 2055}
 
 
 def is_away(error: BaseException) -> bool:

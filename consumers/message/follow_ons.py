@@ -6,11 +6,7 @@ import hashlib
 import threading
 from contextvars import Token
 
-from outbox import (
-    Event,
-    EventCollector,
-    Publisher,
-)
+from outbox import Event, EventCollector, Publisher
 from outbox.backlog.chunk import Chunk
 from outbox.consumers.received_event import ReceivedEvent
 from outbox.ids import follow_on_id

@@ -15,12 +15,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from outbox import (
-    Event,
-    EventCollector,
-    PublishFailed,
-    PublishReport,
-)
+from outbox import Event, EventCollector, PublishFailed, PublishReport
 from outbox.consumers.current import set_current_message
 from outbox.consumers.definition import Consumer
 from outbox.consumers.message import message_log
@@ -50,7 +45,6 @@ from outbox.messages.delivery import Delivery
 __all__ = ["Message"]
 
 logger = logging.getLogger("outbox.consumer")
-
 
 _PAUSE = 0.5  # seconds between two looks whether the broker takes events again
 _LONGEST_PAUSE = 30.0  # seconds, while a database is away

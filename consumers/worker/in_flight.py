@@ -1,7 +1,6 @@
-"""The lives of messages that an engine has begun, also of those that nobody waits with.
+"""The messages that an engine has begun, also those that no thread or task works on.
 
-Where only the confirms of a message's last events are missing, its life is left: the thread or task
-goes on with another one.
+A message that is ``Unconfirmed`` is held here while its thread or task goes on with another one.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ logger = logging.getLogger("outbox.consumer")
 
 
 class Life:
-    """The life of one message, which may be left and gone on with, by one at a time.
+    """A message that was begun; one thread or task at a time works on it.
 
     Attributes:
-        message: whose life it is.
-        steps: of it, to be taken next.
+        message: itself.
+        steps: to be taken next.
         context: in which they are taken.
     """
 

@@ -48,7 +48,7 @@ class TaskEngine:
     places.
 
     Attributes:
-        publisher, subscription, inbox: see ``life.Services``.
+        publisher, subscription, inbox: see ``Services``.
         overlaps: not with a concurrency of 1, which has its messages one after the other.
         lives: of the messages that were begun.
     """
@@ -83,14 +83,10 @@ class TaskEngine:
         """How many handlers go on although they were cancelled when their time was over."""
         return len(self._late)
 
-    # ------------------------------------------------------------------- services of a message
-
     @property
     def is_stopping(self) -> bool:
         """Whether the engine is."""
         return self._stopping.is_set()
-
-    # ------------------------------------------------------------------------------- running
 
     def start(self) -> None:
         """Start the loop; messages run in copies of the caller's context."""

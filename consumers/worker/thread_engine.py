@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.steps import (
@@ -36,8 +35,6 @@ __all__ = ["ThreadEngine"]
 
 logger = logging.getLogger("outbox.consumer")
 
-T = TypeVar("T")
-
 
 class _Late(BaseException):
     """Raised in the life of a message when its step has ended after its time."""
@@ -51,7 +48,7 @@ class ThreadEngine:
     that places are lost until one of them comes back.
 
     Attributes:
-        publisher, subscription, inbox: see ``life.Services``.
+        publisher, subscription, inbox: see ``Services``.
         overlaps: not with a single thread, which has its messages one after the other.
         lives: of the messages that were begun.
     """
@@ -149,7 +146,9 @@ class ThreadEngine:
             self._shared.ends()
         return True
 
-    def _live(self, message: Message, steps: Steps[T]) -> T:
+    def _live(
+        self, message: Message, steps: Steps[Outcome | Unconfirmed | None]
+    ) -> Outcome | Unconfirmed | None:
         return call(steps, partial(self._take_step, message))
 
     def _take_step(self, message: Message, step: Step) -> object:

@@ -1,4 +1,4 @@
-"""What the engines of a worker share."""
+"""What the engines of a worker share: consumers, publisher, subscription, inbox and quota."""
 
 from __future__ import annotations
 
@@ -17,6 +17,36 @@ from outbox.transports.subscription import Subscription
 __all__ = ["Quota", "Work"]
 
 _REQUEUE = 0.5  # seconds
+
+
+class Quota:
+    """Counts messages up to a bound. Thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        """Allow ``limit`` messages, 1 or more."""
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._begun = 0
+        self._ended = 0
+
+    @property
+    def used_up(self) -> bool:
+        """Whether all messages that are allowed have ended."""
+        return self._ended >= self._limit
+
+    def begin(self) -> bool:
+        """Return whether one more message may be begun."""
+        with self._lock:
+            if self._begun >= self._limit:
+                return False
+            self._begun += 1
+            return True
+
+    def end(self) -> bool:
+        """Note that a message has ended; return whether it was the last one that is allowed."""
+        with self._lock:
+            self._ended += 1
+            return self._ended == self._limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,33 +85,3 @@ class Work:
     def give_back(self, delivery: Delivery) -> None:
         """Have a message that could not be handled come again, soon."""
         self.subscription.requeue(delivery, _REQUEUE)
-
-
-class Quota:
-    """Counts messages up to a bound. Thread-safe."""
-
-    def __init__(self, limit: int) -> None:
-        """Allow ``limit`` messages, 1 or more."""
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._begun = 0
-        self._ended = 0
-
-    @property
-    def used_up(self) -> bool:
-        """Whether all messages that are allowed have ended."""
-        return self._ended >= self._limit
-
-    def begin(self) -> bool:
-        """Return whether one more message may be begun."""
-        with self._lock:
-            if self._begun >= self._limit:
-                return False
-            self._begun += 1
-            return True
-
-    def end(self) -> bool:
-        """Note that a message has ended; return whether it was the last one that is allowed."""
-        with self._lock:
-            self._ended += 1
-            return self._ended == self._limit

@@ -14,6 +14,9 @@ import pika.data
 import pika.exceptions
 import pytest
 
+from outbox import Event
+from outbox.messages.delivery import headers_on_the_wire
+
 
 @dataclass(frozen=True)
 class Message:
@@ -35,6 +38,20 @@ class Message:
 def properties_of(**named: Any) -> Any:
     """Return AMQP properties with these names."""
     return pika.BasicProperties(**named)  # type: ignore[no-untyped-call]
+
+
+def properties_of_event(event: Event, app_id: str = "") -> Any:
+    """Return what the frames of ``event`` are to say, for pika's own encoder."""
+    return properties_of(
+        content_type=event.content_type,
+        headers=headers_on_the_wire(event),
+        delivery_mode=2,
+        priority=event.priority,
+        message_id=event.id,
+        timestamp=int(event.occurred_at.timestamp()),
+        type=event.target,
+        app_id=app_id or None,
+    )
 
 
 class Inspector:

@@ -230,17 +230,12 @@ def _with_reply_to(message: Any) -> Any:
     return dataclasses.replace(message, header=header)
 
 
-@pytest.mark.parametrize("writes_frames", [True, False])
 def test_properties_and_headers_of_any_kind_are_the_same_after_a_replay(
     queues: ParkedQueues,
     inspector: Inspector,
     dead: str,
     name: str,
-    writes_frames: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Without pika's private write, what pika reads wrongly is written wrongly.
-    monkeypatch.setattr(pika_connection, "writes_frames", lambda connection: writes_frames)
     target = inspector.queue(name, name, arguments={"x-queue-type": "classic"})
     mine = {"tenant": "acme", "outbox-key": "k", "list": [1, {"a": None}]}
     headers = {**mine, "outbox-parked-exchange": name, "outbox-parked-target": "x"}

@@ -26,7 +26,6 @@ from outbox import (
     publish_async,
 )
 from outbox.messages.dead_letters import PARKING_QUEUE
-from outbox.transports.rabbitmq import pika_connection
 from tests.amqp import Inspector
 
 
@@ -84,25 +83,6 @@ def test_a_published_event_arrives_with_all_that_the_wire_format_promises(
         "outbox-key": "customer-7",
         "outbox-occurred-at-us": occurred,
     }
-
-
-def test_without_pikas_private_methods_the_same_messages_arrive(
-    amqp_url: str, inspector: Inspector, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    queue = inspector.queue(name, name, arguments={"x-queue-type": "classic"})
-    messages = []
-    with Publisher(amqp_url, exchange=name, app_id="shop") as publisher:
-        event = make_events(publisher, ["a.b"], headers={"x": [1, 2.5]}, key="k", priority=1)[0]
-        assert publisher.publish([event]).ok
-        messages.append(inspector.get(queue))
-        monkeypatch.setattr(pika_connection, "writes_frames", lambda connection: False)
-        monkeypatch.delattr(pika_connection.Connection, "_on_data_available")
-        assert publisher.publish([event]).ok
-        messages.append(inspector.get(queue))
-    framed, public = messages
-    assert framed.body == public.body
-    assert framed.properties == public.properties
-    assert framed.properties.app_id == "shop"
 
 
 @pytest.mark.parametrize("size", [0, 1, 131_063, 131_064, 131_065, 1_000_000])

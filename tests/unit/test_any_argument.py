@@ -31,6 +31,7 @@ from outbox.transports.memory import MemoryTransport
 from outbox.transports.rabbitmq.amqp.encoder import Encoder
 from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.url import SCHEMES, BrokerURL
+from tests.amqp import properties_of_event
 
 anything = st.text(st.characters(exclude_categories=()))  # lone surrogates, too
 text = st.text(max_size=20)
@@ -245,7 +246,7 @@ def test_any_event_is_encoded_as_pika_would(chunk: list[Event], frame_max: int, 
         method, properties, body = read_by_pika(encoder.encode(event))
         assert (method.exchange, method.routing_key) == (event.exchange, event.target)
         assert method.mandatory
-        assert properties == encoder.properties(event)
+        assert properties == properties_of_event(event, app)
         assert body == event.body
 
 

@@ -18,8 +18,9 @@ from outbox.backlog.chunk import Chunk, Entry
 from outbox.messages.delivery import Delivery
 from outbox.system.backoff import backoff
 from outbox.transports.rabbitmq.acks import Acks, Done
-from outbox.transports.rabbitmq.amqp.encoder import PUBLISH_CHANNEL, Encoder, properties
+from outbox.transports.rabbitmq.amqp.encoder import PUBLISH_CHANNEL, Encoder
 from outbox.transports.rabbitmq.confirms import Confirms
+from tests.amqp import properties_of_event
 
 
 def entries_of(*ids: str, target: str = "x") -> list[Entry]:
@@ -159,10 +160,11 @@ def test_frames_say_what_pikas_own_encoder_says(event: Event, app_id: str) -> No
     assert (method.method.exchange, method.method.routing_key) == (event.exchange, event.target)
     assert method.method.mandatory
     assert header.body_size == len(event.body)
-    assert header.properties == properties(event, app_id)
+    properties = properties_of_event(event, app_id)
+    assert header.properties == properties
     assert b"".join(body.fragment for body in bodies) == event.body
     assert all(frame.channel_number == PUBLISH_CHANNEL for frame in [method, header, *bodies])
-    by_pika = pika.frame.Header(PUBLISH_CHANNEL, len(event.body), properties(event, app_id))
+    by_pika = pika.frame.Header(PUBLISH_CHANNEL, len(event.body), properties)
     if not event.headers:
         assert by_pika.marshal() in Encoder(app_id).encode(event)
 

@@ -39,15 +39,6 @@ class VerbatimEncoder(Encoder):
         header = event.header.encode(len(event.body))
         return self.frames(event.exchange, event.target, header, event.body)
 
-    def properties(self, event: Event) -> pika.BasicProperties:
-        """Return what the frames say, as far as pika can tell it."""
-        if not isinstance(event, Replayed):
-            return super().properties(event)
-        found = pika.BasicProperties()  # type: ignore[no-untyped-call]
-        # Behind the class, the weight and the size of the body.
-        found.decode(event.header.encode(len(event.body))[12:])  # type: ignore[no-untyped-call]
-        return found
-
 
 class RabbitMQParkedQueues:
     """One connection to hold messages with, and at the first replay another to publish with.

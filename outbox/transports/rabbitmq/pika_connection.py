@@ -1,9 +1,20 @@
 """All that outbox needs of pika beyond its public interface.
 
-pika's public ``basic_publish`` encodes a message and sends its three frames one by one. Events are
-encoded when they are submitted, and a whole window of them goes out as one write: that takes one
-private method of pika's connection, which every pika from 1.0 to 1.4 has. Where it is missing, the
-public call serves, at about half the speed. Nothing else in outbox uses a private name of pika.
+pika's public ``basic_publish`` encodes a message and sends its three frames one by one; here a
+whole window of events that were encoded beforehand goes out as one write. pika reads 4 KiB at a
+time and makes several objects of every frame; here confirms and deliveries are read in one pass.
+
+That takes fifteen private names. No other module of outbox uses one:
+
+- of a connection ``_output_marshaled_frames``, ``_terminate_stream``, ``_proto_connection_made``,
+  ``_adapter_emit_data``, ``_on_data_available``, ``_read_frame``, ``_frame_buffer`` and
+  ``_transport``;
+- of its transport ``_sock``, ``_MAX_RECV_BYTES`` and ``_MAX_CONSUME_BYTES``;
+- of a blocking connection ``_impl``, and ``_impl_class``, an argument;
+- of a loop ``_poller``, and of that ``_dispatch_fd_events``.
+
+There is no way around them, so pika is pinned to the versions in which
+``tests/unit/test_pika_names.py`` finds them all.
 """
 
 from __future__ import annotations
@@ -27,7 +38,6 @@ from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapte
 
 from outbox.backlog.chunk import Entry
 from outbox.errors import ConnectionLost
-from outbox.event import Event
 from outbox.messages.delivery import Delivery
 from outbox.system import process, threads
 from outbox.transports.rabbitmq.amqp import decoder
@@ -42,43 +52,19 @@ __all__ = [
     "abort",
     "content_header",
     "publish",
-    "writes_frames",
 ]
 
 
-def writes_frames(connection: pika.SelectConnection) -> bool:
-    """Return whether this pika can send joined frames."""
-    return callable(getattr(connection, "_output_marshaled_frames", None))
-
-
-def publish(
-    channel: pika.channel.Channel,
-    entries: Sequence[Entry],
-    properties: Callable[[Event], pika.BasicProperties],
-) -> None:
-    """Send ``entries`` on ``channel``, whose number is the one in their frames.
-
-    ``properties`` makes what is in an entry's frames anew, for the public call.
-    """
+def publish(channel: pika.channel.Channel, entries: Sequence[Entry]) -> None:
+    """Send ``entries`` on ``channel``, whose number is the one in their frames."""
     connection: Any = channel.connection
-    if writes_frames(connection):
-        connection._output_marshaled_frames([b"".join([entry.frames for entry in entries])])
-        return
-    for entry in entries:
-        event = entry.sent_as
-        channel.basic_publish(
-            event.exchange, event.target, event.body, properties(event), mandatory=True
-        )
+    connection._output_marshaled_frames([b"".join([entry.frames for entry in entries])])
 
 
 def abort(connection: pika.SelectConnection, error: Exception) -> None:
     """End ``connection`` at once, without the closing handshake that a dead peer never answers."""
-    terminate = getattr(connection, "_terminate_stream", None)
     with contextlib.suppress(Exception):  # it is given up whatever its state
-        if terminate is not None:
-            terminate(error)
-        else:
-            connection.close()
+        connection._terminate_stream(error)
 
 
 class Connection(pika.SelectConnection):
@@ -92,7 +78,7 @@ class Connection(pika.SelectConnection):
     What is to be sent goes to the socket at once, as far as it takes it; pika would first wait for
     a turn of the loop. What is there is read in one go, not 4 KiB at a time until a read fails.
 
-    Confirms and deliveries of one channel can be read without pika (:mod:`reading`); the others'
+    Confirms and deliveries of one channel can be read without pika (:mod:`decoder`); the others'
     frames, and all other frames of that channel, take pika's way, in order.
     """
 

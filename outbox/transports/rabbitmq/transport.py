@@ -256,7 +256,7 @@ class RabbitMQTransport(BackloggedTransport):
             if not entries:
                 continue
             self._confirms.sent(entries)
-            pika_connection.publish(self._channel, entries, self._encoder.properties)
+            pika_connection.publish(self._channel, entries)
         if len(self._confirms) and self._watched_since is None:
             self._watched_since = time.monotonic()
             if not self._watching:  # one may be left of an earlier connection

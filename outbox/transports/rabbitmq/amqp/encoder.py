@@ -12,16 +12,10 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pika
-
 from outbox.event import Event
 from outbox.messages.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
 
-__all__ = [
-    "PUBLISH_CHANNEL",
-    "Encoder",
-    "properties",
-]
+__all__ = ["PUBLISH_CHANNEL", "Encoder"]
 
 PUBLISH_CHANNEL = 1
 """Frames carry their channel's number; events are always published on this one."""
@@ -87,10 +81,6 @@ class Encoder:
         if 0 < size <= self.frame_max - _FRAME_OVERHEAD:
             return head + body + _FRAME_END
         return head[: -_FRAME_OVERHEAD + 1] + self._body_frames(body)
-
-    def properties(self, event: Event) -> pika.BasicProperties:
-        """Return what the frames of ``event`` say, for pika's own encoder."""
-        return properties(event, self._app_id)
 
     def frames(self, exchange: str, target: str, header: bytes, body: bytes) -> bytes:
         """Return the frames of a message whose header frame has the payload ``header``, joined."""
@@ -173,25 +163,6 @@ class Encoder:
             )
 
         return template, header_size + _FRAME_OVERHEAD
-
-
-def properties(event: Event, app_id: str = "") -> pika.BasicProperties:
-    """Return the same properties for pika's own encoder."""
-    headers: dict[str, Any] = {HEADER_FORMAT: FORMAT_VERSION, **event.headers}
-    if event.key is not None:
-        headers[HEADER_KEY] = event.key
-    seconds = event.occurred_at.timestamp()
-    headers[HEADER_OCCURRED_AT] = round(seconds * 1e6)
-    return pika.BasicProperties(  # type: ignore[no-untyped-call]
-        content_type=event.content_type,
-        headers=headers,
-        delivery_mode=2,
-        priority=event.priority,
-        message_id=event.id,
-        timestamp=int(seconds),
-        type=event.target,
-        app_id=app_id or None,
-    )
 
 
 def _short(text: str) -> bytes:

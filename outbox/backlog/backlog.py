@@ -12,8 +12,8 @@ The rules:
     The circuit opens when the link fails, or when a caller's time ran out without any confirm for
     anybody; it closes when the link is up again, or a confirm arrives.
 
-Everything here is decided without I/O. Methods return the *news* for the shell to spread when the
-lock is released: futures to resolve, hooks to call, lines to log.
+Everything here is decided without I/O. Methods return the *news*, which the notifier passes on
+when the lock is released: futures to resolve, hooks to call, lines to log.
 """
 
 from __future__ import annotations
@@ -91,11 +91,6 @@ class Backlog:
     def queued(self) -> bool:
         """Whether something waits to be taken."""
         return bool(self._queue)
-
-    @property
-    def circuit_open(self) -> bool:
-        """Whether a new chunk would be reported at once."""
-        return self._down is not None or self._stalled
 
     def add(self, chunk: Chunk) -> News:
         """Take ``chunk`` in, behind all others.

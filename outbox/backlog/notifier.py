@@ -1,4 +1,4 @@
-"""Spreads the news of a backlog: resolves futures, calls hooks, writes the log."""
+"""Applies the side effects of a backlog change: futures, hooks, log lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from outbox.backlog.backlog import News
 from outbox.event import Event
 from outbox.settings import Settings
 
-__all__ = ["Spread", "call_hook", "ids"]
+__all__ = ["Notifier", "call_hook", "ids"]
 
 logger = logging.getLogger("outbox.publisher")
 
@@ -23,14 +23,17 @@ def ids(events: Iterable[Event]) -> str:
     return ", ".join(map(repr, found[:_NAMED])) + more
 
 
-class Spread:
-    """Tells callers, hooks and the log. To be called without the backlog's lock. Thread-safe."""
+class Notifier:
+    """Resolves futures, calls hooks, writes the log. Thread-safe.
+
+    To be called without the backlog's lock: a hook may call the publisher.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     def __call__(self, news: News) -> None:
-        """Spread ``news``; a hook that raises is logged and stops nobody."""
+        """Pass ``news`` on; a hook that raises is logged and stops nobody."""
         for chunk, report in news.reports:
             chunk.resolve(report)
         if self._settings.on_confirmed is not None:

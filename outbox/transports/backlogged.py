@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from outbox.backlog.backlog import Backlog
 from outbox.backlog.chunk import Chunk
-from outbox.backlog.notifier import Spread
+from outbox.backlog.notifier import Notifier
 from outbox.backlog.stats import Tally
 from outbox.errors import ConnectionLost
 from outbox.event import Event
@@ -18,8 +18,8 @@ class BackloggedTransport:
     Those that inherit take from the backlog, and move events.
     """
 
-    def __init__(self, spread: Spread) -> None:
-        self._spread = spread
+    def __init__(self, notify: Notifier) -> None:
+        self._notify = notify
         self._backlog = Backlog()
 
     @property
@@ -39,10 +39,10 @@ class BackloggedTransport:
 
     def release(self, chunk: Chunk) -> None:
         """Report ``chunk`` as it stands."""
-        self._spread(self._backlog.release(chunk))
+        self._notify(self._backlog.release(chunk))
 
     def _hand_over(self) -> tuple[Event, ...]:
         """Report every chunk, and return what is left: nothing moves any more."""
         left, news = self._backlog.hand_over(ConnectionLost("the publisher was closed"))
-        self._spread(news)
+        self._notify(news)
         return left

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from outbox.backlog.backlog import Backlog
 from outbox.backlog.chunk import Chunk, Fate
-from outbox.backlog.notifier import Spread
+from outbox.backlog.notifier import Notifier
 from outbox.backlog.stats import Tally
 from outbox.event import Event
 from outbox.settings import Settings
@@ -27,9 +27,9 @@ class MemoryTransport:
     kept_size = (0, 0)
     on_own_thread = False
 
-    def __init__(self, url: BrokerURL, settings: Settings, spread: Spread) -> None:
+    def __init__(self, url: BrokerURL, settings: Settings, notify: Notifier) -> None:
         self._backlog = Backlog()
-        self._spread = spread
+        self._notify = notify
         self._lock = threading.Lock()
         self.published: deque[Event] = deque(maxlen=100_000)
 
@@ -51,7 +51,7 @@ class MemoryTransport:
                 self.published.extend(events)
                 self._backlog.take(len(entries), len(entries))
             news = self._backlog.settle(entries, Fate.PUBLISHED)
-        self._spread(news)
+        self._notify(news)
         return chunk
 
     def release(self, chunk: Chunk) -> None:

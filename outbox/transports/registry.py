@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from outbox.backlog.notifier import Spread
+from outbox.backlog.notifier import Notifier
 from outbox.errors import NotConfigured, UsageError
 from outbox.messages.delivery import QueueSpec
 from outbox.settings import Settings
@@ -40,7 +40,7 @@ def open_transport(settings: Settings) -> Transport:
     url = BrokerURL.parse(settings.url)
     if url.scheme != "memory":
         check_threads()
-    transport: Transport = _door(url, "Transport")(url, settings, Spread(settings))
+    transport: Transport = _door(url, "Transport")(url, settings, Notifier(settings))
     return transport
 
 

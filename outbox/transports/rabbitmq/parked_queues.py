@@ -10,7 +10,7 @@ from typing import Self
 import pika
 import pika.exceptions
 
-from outbox.backlog.notifier import Spread
+from outbox.backlog.notifier import Notifier
 from outbox.errors import ConnectFailed, Nacked, OutboxError
 from outbox.event import Event
 from outbox.messages.parked_message import Outcome, ParkedMessage
@@ -165,7 +165,7 @@ class RabbitMQParkedQueues:
             hosts = (*self._url.hosts[self._host :], *self._url.hosts[: self._host])
             url = dataclasses.replace(self._url, hosts=hosts)
             self._transport = RabbitMQTransport(
-                url, self._settings, Spread(self._settings), VerbatimEncoder()
+                url, self._settings, Notifier(self._settings), VerbatimEncoder()
             )
         return self._transport
 

@@ -14,7 +14,7 @@ import pika.frame
 import pika.spec
 
 from outbox.backlog.chunk import Chunk, Entry, Fate
-from outbox.backlog.notifier import Spread, call_hook
+from outbox.backlog.notifier import Notifier, call_hook
 from outbox.errors import Blocked, BrokerError, ConnectionLost, Nacked
 from outbox.event import Event
 from outbox.messages.dead_letters import PARKING_QUEUE, parked
@@ -58,9 +58,9 @@ class RabbitMQTransport(BackloggedTransport):
     longest_delay = LONGEST_DELAY
 
     def __init__(
-        self, url: BrokerURL, settings: Settings, spread: Spread, encoder: Encoder | None = None
+        self, url: BrokerURL, settings: Settings, notify: Notifier, encoder: Encoder | None = None
     ) -> None:
-        super().__init__(spread)
+        super().__init__(notify)
         self._settings = settings
         self._encoder = encoder or Encoder(settings.app_id)
         self._confirms = Confirms()
@@ -101,7 +101,7 @@ class RabbitMQTransport(BackloggedTransport):
         encode = self._encoder.encode
         chunk = Chunk(events, keep=keep, frames=[encode(event) for event in events])
         self._link.start()
-        self._spread(self._backlog.add(chunk))
+        self._notify(self._backlog.add(chunk))
         self._wake()
         return chunk
 
@@ -154,7 +154,7 @@ class RabbitMQTransport(BackloggedTransport):
         self._making_parking_queue = False
         homeless, self._homeless = self._homeless, []
         grounded = self._delays.closed()
-        self._spread(self._backlog.down([*homeless, *self._confirms.clear(), *grounded], error))
+        self._notify(self._backlog.down([*homeless, *self._confirms.clear(), *grounded], error))
         if was_connected:
             call_hook(self._settings.on_disconnected, error)
 
@@ -232,7 +232,7 @@ class RabbitMQTransport(BackloggedTransport):
             if reason.reply_code == _NO_SUCH_EXCHANGE:
                 self._settle_unroutable([(entry, told(reason))])
             else:
-                self._spread(self._backlog.settle([entry], Fate.REJECTED, told(reason)))
+                self._notify(self._backlog.settle([entry], Fate.REJECTED, told(reason)))
 
     def _on_wake(self) -> None:
         self._woken = False
@@ -252,7 +252,7 @@ class RabbitMQTransport(BackloggedTransport):
                 entries = [entry for entry in entries if entry.frames]
                 limit = self._encoder.frame_max
                 why = f"its headers do not fit into one frame of the broker's {limit} bytes"
-                self._spread(self._backlog.settle(unsendable, Fate.REJECTED, why))
+                self._notify(self._backlog.settle(unsendable, Fate.REJECTED, why))
             if not entries:
                 continue
             self._confirms.sent(entries)
@@ -318,9 +318,9 @@ class RabbitMQTransport(BackloggedTransport):
     def _settle_confirmed(self, entries: Sequence[Entry]) -> None:
         to_park = [entry for entry in entries if entry.parked_as is not None]
         if to_park:
-            self._spread(self._backlog.settle(to_park, Fate.PARKED))
+            self._notify(self._backlog.settle(to_park, Fate.PARKED))
             entries = [entry for entry in entries if entry.parked_as is None]
-        self._spread(self._backlog.settle(entries, Fate.PUBLISHED))
+        self._notify(self._backlog.settle(entries, Fate.PUBLISHED))
 
     def _on_return(
         self,
@@ -352,7 +352,7 @@ class RabbitMQTransport(BackloggedTransport):
                 fate = Fate.IGNORED if policy == "ignore" else Fate.REJECTED
                 by_fate.setdefault((fate, f"unroutable: {reason}"), []).append(entry)
         for (fate, reason), entries in by_fate.items():
-            self._spread(self._backlog.settle(entries, fate, reason))
+            self._notify(self._backlog.settle(entries, fate, reason))
         self._backlog.put_behind(to_park)  # group by group they keep their order
         self._send_again(again)
         if self._homeless and not self._making_parking_queue and self._connection is not None:
@@ -395,7 +395,7 @@ class RabbitMQTransport(BackloggedTransport):
 
     def _keep_apart(self, entries: Sequence[Entry], error: BrokerError) -> None:
         """Send again, each after a back-off of its own, what the broker would not take for now."""
-        self._spread(self._backlog.refused(entries, error))
+        self._notify(self._backlog.refused(entries, error))
         for entry in entries:
             if entry.fate is None:
                 self._link.later(backoff(entry.attempts - 1), functools.partial(self._retry, entry))
@@ -410,7 +410,7 @@ class RabbitMQTransport(BackloggedTransport):
         reason = one_line(frame.method.reason)
         self._blocked = True
         logger.warning("the broker at %s takes no events: %r", self._link.address, reason)
-        self._spread(self._backlog.down((), Blocked(f"the broker takes no events: {reason}")))
+        self._notify(self._backlog.down((), Blocked(f"the broker takes no events: {reason}")))
 
     def _on_unblocked(self, _connection: object, _frame: object) -> None:
         self._blocked = False

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import StatementError
 
 from outbox.backlog.chunk import Chunk, Entry, Fate
-from outbox.backlog.notifier import Spread, call_hook
+from outbox.backlog.notifier import Notifier, call_hook
 from outbox.errors import BrokerError, ConnectionLost, Nacked
 from outbox.event import Event
 from outbox.messages.dead_letters import PARKING_QUEUE
@@ -47,13 +47,13 @@ class SQLiteTransport(BackloggedTransport):
     supports_delay = True
     longest_delay = None
 
-    def __init__(self, url: BrokerURL, settings: Settings, spread: Spread) -> None:
+    def __init__(self, url: BrokerURL, settings: Settings, notify: Notifier) -> None:
         """See that the file can be made; nothing is connected yet.
 
         Raises:
             UsageError: the URL has an option that is not known, or the file cannot be used.
         """
-        super().__init__(spread)
+        super().__init__(notify)
         location = Location.of(url)
         self._address = str(location)
         self._settings = settings
@@ -95,7 +95,7 @@ class SQLiteTransport(BackloggedTransport):
         # The bodies stand for what is written, as far as its size goes.
         chunk = Chunk(events, keep=keep, frames=[event.body for event in events])
         self.start()
-        self._spread(self._backlog.add(chunk))
+        self._notify(self._backlog.add(chunk))
         self._wake.set()
         return chunk
 
@@ -176,12 +176,12 @@ class SQLiteTransport(BackloggedTransport):
                 self._write(entries[half:])
             else:
                 why = f"it cannot be stored: {getattr(error, 'orig', None) or error}"
-                self._spread(self._backlog.settle(entries, Fate.REJECTED, why))
+                self._notify(self._backlog.settle(entries, Fate.REJECTED, why))
             return
         self._neighbours.wake()
         self._backlog.confirmed()
         for (fate, reason), settled in plan.fates.items():
-            self._spread(self._backlog.settle(settled, fate, reason))
+            self._notify(self._backlog.settle(settled, fate, reason))
         if plan.homeless:
             self._keep_apart(plan.homeless)
 
@@ -197,7 +197,7 @@ class SQLiteTransport(BackloggedTransport):
     def _keep_apart(self, entries: Sequence[Entry]) -> None:
         logger.error("there is no queue %r to park events in", PARKING_QUEUE)
         refused = Nacked(f"there is no queue {PARKING_QUEUE!r} to park {len(entries)} event(s) in")
-        self._spread(self._backlog.refused(entries, refused))
+        self._notify(self._backlog.refused(entries, refused))
         now = time.monotonic()
         self._apart += [
             (now + backoff(one.attempts - 1), one) for one in entries if one.fate is None
@@ -222,7 +222,7 @@ class SQLiteTransport(BackloggedTransport):
         was_connected, self._connected = self._connected, False
         self._try_again_at = time.monotonic() + backoff(self._failures)
         self._failures += 1
-        self._spread(self._backlog.down((), error))
+        self._notify(self._backlog.down((), error))
         if was_connected or self._failures == 1:
             logger.warning("%s; trying again", error)
         if was_connected:

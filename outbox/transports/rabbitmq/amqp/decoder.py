@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import Any
-
-from pika import data
 
 from outbox.messages.delivery import Delivery
+from outbox.transports.rabbitmq.amqp.field_table import read as read_table
 
 __all__ = ["BASIC_ACK", "BASIC_DELIVER", "LEAVE", "WAIT", "delivery_at"]
 
@@ -34,9 +32,6 @@ _settled = struct.Struct(">QBB").unpack_from  # tag, redelivered, size of the ex
 _header = struct.Struct(">BHIHHQH").unpack_from
 _HEADER_SIZE = 21
 _start = struct.Struct(">BHI").unpack_from
-_unsigned = struct.Struct(">I").unpack_from
-_signed = struct.Struct(">i").unpack_from
-_long = struct.Struct(">q").unpack_from
 _timestamp = struct.Struct(">Q").unpack_from
 
 
@@ -112,7 +107,7 @@ def _delivery_at(
         content_encoding = buffer[at + 1 : end].decode()
         at = end
     if flags & 0x2000:
-        headers, at = _table_at(buffer, at)
+        headers, at = read_table(buffer, at)
     if flags & 0x1000:  # delivery mode
         at += 1
     if flags & 0x0800:
@@ -149,31 +144,3 @@ def _delivery_at(
         priority,
         timestamp,
     )
-
-
-def _table_at(buffer: bytes, at: int) -> tuple[dict[str, Any], int]:
-    """Read a field table; its values are what pika makes of them."""
-    [size] = _unsigned(buffer, at)
-    at += 4
-    limit = at + size
-    table: dict[str, Any] = {}
-    while at < limit:
-        end = at + 1 + buffer[at]
-        name = buffer[at + 1 : end].decode()
-        kind = buffer[end]
-        at = end + 1
-        if kind == 0x49:  # I
-            [table[name]] = _signed(buffer, at)
-            at += 4
-        elif kind == 0x6C:  # l
-            [table[name]] = _long(buffer, at)
-            at += 8
-        elif kind == 0x53:  # S
-            [size] = _unsigned(buffer, at)
-            at += 4 + size
-            table[name] = buffer[at - size : at].decode()
-        else:
-            table[name], at = data.decode_value(buffer, end)
-    if at != limit:
-        raise ValueError("a table that ends elsewhere than it says")
-    return table, at

@@ -9,11 +9,11 @@ one ``struct.pack`` into a template.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from outbox.event import Event
 from outbox.messages.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
+from outbox.transports.rabbitmq.amqp.field_table import encode_entry, short_string
 
 __all__ = ["PUBLISH_CHANNEL", "Encoder"]
 
@@ -27,7 +27,8 @@ _METHOD, _HEADER, _BODY = 1, 2, 3
 _CONTENT_TYPE, _HEADERS, _DELIVERY_MODE, _PRIORITY = 1 << 15, 1 << 13, 1 << 12, 1 << 11
 _MESSAGE_ID, _TIMESTAMP, _TYPE, _APP_ID = 1 << 7, 1 << 6, 1 << 5, 1 << 3
 
-_MANDATORY = 1
+_BASIC_PUBLISH = struct.pack(">HHH", 60, 40, 0)  # class, method, a reserved number
+_MANDATORY = b"\x01"  # and not immediate
 _PERSISTENT = b"\x02"
 _TEMPLATES = 1024
 
@@ -84,9 +85,7 @@ class Encoder:
 
     def frames(self, exchange: str, target: str, header: bytes, body: bytes) -> bytes:
         """Return the frames of a message whose header frame has the payload ``header``, joined."""
-        method = (
-            struct.pack(">HHH", 60, 40, 0) + _short(exchange) + _short(target) + bytes([_MANDATORY])
-        )
+        method = _BASIC_PUBLISH + short_string(exchange) + short_string(target) + _MANDATORY
         return b"".join(
             (
                 _frame_start(_METHOD, PUBLISH_CHANNEL, len(method)),
@@ -112,27 +111,25 @@ class Encoder:
 
         And the bytes of the content header's frame.
         """
-        target = _short(event.target)
-        method = (
-            struct.pack(">HHH", 60, 40, 0) + _short(event.exchange) + target + bytes([_MANDATORY])
-        )
-        table = _table_entry(HEADER_FORMAT, FORMAT_VERSION)
+        target = short_string(event.target)
+        method = _BASIC_PUBLISH + short_string(event.exchange) + target + _MANDATORY
+        table = encode_entry(HEADER_FORMAT, FORMAT_VERSION)
         if event.headers:
-            table += b"".join(_table_entry(*item) for item in event.headers.items())
+            table += b"".join(encode_entry(*item) for item in event.headers.items())
         if event.key is not None:
-            table += _table_entry(HEADER_KEY, event.key)
-        table += _short(HEADER_OCCURRED_AT) + b"l"
+            table += encode_entry(HEADER_KEY, event.key)
+        table += short_string(HEADER_OCCURRED_AT) + b"l"
 
         flags = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE | _MESSAGE_ID | _TIMESTAMP | _TYPE
         flags |= _PRIORITY if event.priority is not None else 0
         flags |= _APP_ID if self._app_id else 0
-        before_table = struct.pack(">H", flags) + _short(event.content_type)
+        before_table = struct.pack(">H", flags) + short_string(event.content_type)
         before_table += _unsigned(len(table) + 8) + table
         before_id = _PERSISTENT
         if event.priority is not None:
             before_id += bytes([event.priority])
         before_id += bytes([id_size])
-        after = target + (_short(self._app_id) if self._app_id else b"")
+        after = target + (short_string(self._app_id) if self._app_id else b"")
 
         header_size = 12 + len(before_table) + 8 + len(before_id) + id_size + 8 + len(after)
         start = (
@@ -163,38 +160,3 @@ class Encoder:
             )
 
         return template, header_size + _FRAME_OVERHEAD
-
-
-def _short(text: str) -> bytes:
-    data = text.encode()
-    return bytes([len(data)]) + data
-
-
-def _table_entry(name: str, value: Any) -> bytes:
-    return _short(name) + _table_value(value)
-
-
-def _table_value(value: Any) -> bytes:
-    """Encode one field value as RabbitMQ reads it (its AMQP 0-9-1 errata, field types)."""
-    match value:
-        case None:
-            return b"V"
-        case bool():
-            return b"t\x01" if value else b"t\x00"
-        case int():
-            fits = -(1 << 31) <= value < 1 << 31
-            return struct.pack(">ci" if fits else ">cq", b"I" if fits else b"l", value)
-        case float():
-            return struct.pack(">cd", b"d", value)
-        case str():
-            data = value.encode()
-            return b"S" + _unsigned(len(data)) + data
-        case bytes():
-            return b"x" + _unsigned(len(value)) + value
-        case list():
-            data = b"".join(map(_table_value, value))
-            return b"A" + _unsigned(len(data)) + data
-        case Mapping():
-            data = b"".join(_table_entry(*item) for item in value.items())
-            return b"F" + _unsigned(len(data)) + data
-    raise TypeError(f"{value!r} cannot be written into an AMQP table")

@@ -344,7 +344,7 @@ def test_parts_of_the_ladder_that_somebody_has_deleted_are_made_anew(
         else:
             inspector.channel.exchange_delete(victim)
         if victim.endswith("due"):  # found out by looking after it, since nobody enters there
-            publisher._own_transport()._delays._ladder._looked_at -= 100  # type: ignore[attr-defined]
+            publisher._own_transport()._delayer._ladder._looked_at -= 100  # type: ignore[attr-defined]
             [plain] = events_for(publisher, [name], delay=30)
             publisher.publish([plain])
             wait_until(lambda: exchange_exists(inspector, victim))

@@ -23,14 +23,14 @@ from outbox.transports.rabbitmq.delay_ladder import (
     way_of,
 )
 
-__all__ = ["Delaying"]
+__all__ = ["Delayer"]
 
 logger = logging.getLogger("outbox.publisher")
 
 Entries = Sequence[Entry]
 
 
-class Delaying:
+class Delayer:
     """The delayed entries of one publisher, on their way to the channel. For the link's thread.
 
     Entries whose way is not known to be there are *grounded* until it is made, on a channel of its
@@ -107,7 +107,7 @@ class Delaying:
 
         Then the ladder is made anew before anything is sent down it again.
         """
-        if entry.delayed_as is None or not self._creates:
+        if entry.sent_as is not entry.delayed_as or not self._creates:
             return False
         self._ladder.forget()
         return True

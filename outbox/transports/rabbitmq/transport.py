@@ -17,17 +17,18 @@ from outbox.backlog.chunk import Chunk, Entry, Fate
 from outbox.backlog.notifier import Notifier, call_hook
 from outbox.errors import Blocked, BrokerError, ConnectionLost, Nacked
 from outbox.event import Event
-from outbox.messages.dead_letters import PARKING_QUEUE, parked
 from outbox.settings import Settings
 from outbox.system.backoff import backoff
 from outbox.transports.backlogged import BackloggedTransport
 from outbox.transports.rabbitmq import pika_connection, topology
 from outbox.transports.rabbitmq.amqp.encoder import PUBLISH_CHANNEL, Encoder
+from outbox.transports.rabbitmq.channel_faults import ChannelFaults
 from outbox.transports.rabbitmq.confirms import Confirms
 from outbox.transports.rabbitmq.delay_ladder import LONGEST_DELAY
-from outbox.transports.rabbitmq.delayer import Delaying
+from outbox.transports.rabbitmq.delayer import Delayer
 from outbox.transports.rabbitmq.link import Link
 from outbox.transports.rabbitmq.parameters import connection_parameters
+from outbox.transports.rabbitmq.parking import Parking
 from outbox.transports.rabbitmq.pika_errors import one_line, told
 from outbox.url import BrokerURL
 
@@ -41,9 +42,6 @@ _WINDOW = 4 * _WRITE_EVENTS
 """Events that may be outstanding at a time: the broker stays busy while confirms travel."""
 
 _HURRY = 0.5  # seconds between two attempts to connect while somebody waits for the end
-_NO_SUCH_EXCHANGE = 404
-_FAULTS_OF_MESSAGES = frozenset((311, 403, _NO_SUCH_EXCHANGE, 406))
-"""Reply codes that may be about the message; others (541, say) are the broker's own trouble."""
 
 
 class RabbitMQTransport(BackloggedTransport):
@@ -74,12 +72,10 @@ class RabbitMQTransport(BackloggedTransport):
         self._watched_since: float | None = None
         self._watching = False
         self._blocked = False
-        self._suspects = 0
-        self._accused: Entry | None = None  # was alone when the channel was closed
-        self._homeless: list[Entry] = []
-        self._making_parking_queue = False
-        self._delays = Delaying(
-            self._encoder, settings.declare, self._on_way_made, self._on_no_way, self._keep_apart
+        self._faults = ChannelFaults()
+        self._parking = Parking(self._encoder, settings, self._resend, self._on_nacked)
+        self._delayer = Delayer(
+            self._encoder, settings.declare, self._resend, self._on_no_way, self._keep_apart
         )
 
     @property
@@ -138,7 +134,8 @@ class RabbitMQTransport(BackloggedTransport):
     def opened(self, connection: pika_connection.Connection) -> None:
         """Declare the exchange, then open the channel."""
         self._connection = connection
-        self._delays.opened(connection)
+        self._parking.opened(connection)
+        self._delayer.opened(connection)
         connection.add_on_connection_blocked_callback(self._on_blocked)
         connection.add_on_connection_unblocked_callback(self._on_unblocked)
         steps = topology.exchange(self._settings.exchange, self._settings.declare)
@@ -151,9 +148,7 @@ class RabbitMQTransport(BackloggedTransport):
         self._connection = self._channel = None
         self._blocked = False
         self._watched_since = None
-        self._making_parking_queue = False
-        homeless, self._homeless = self._homeless, []
-        grounded = self._delays.closed()
+        homeless, grounded = self._parking.closed(), self._delayer.closed()
         self._notify(self._backlog.down([*homeless, *self._confirms.clear(), *grounded], error))
         if was_connected:
             call_hook(self._settings.on_disconnected, error)
@@ -195,44 +190,22 @@ class RabbitMQTransport(BackloggedTransport):
         self._channel = None
         if self._connection is not None:
             self._connection.read_all_with_pika()
-        entries = self._confirms.clear()
-        if named := [entry for entry in entries if _names_exchange(reason, entry)]:
-            theirs = set(named)
-            self._backlog.requeue([entry for entry in entries if entry not in theirs])
-            self._settle_unroutable([(entry, told(reason)) for entry in named])
-            self._suspects = 0
-        elif len(entries) == 1:
-            self._suspect(entries[0], reason)
-        elif entries:
-            # The broker does not say which one it was: one by one they show themselves.
-            self._suspects = len(entries)
-            self._backlog.requeue(entries)
-        else:
-            self._link.fail(ConnectionLost(f"the broker closed the channel: {told(reason)}"))
+        entries, why = self._confirms.clear(), told(reason)
+        if not entries:
+            self._link.fail(ConnectionLost(f"the broker closed the channel: {why}"))
             return
+        verdict = self._faults.judge(entries, reason.reply_code, why)
+        self._backlog.requeue(verdict.again)
+        if verdict.later:
+            self._keep_apart(verdict.later, Nacked(f"the broker closed the channel: {why}"))
+        if verdict.unroutable:
+            self._settle_unroutable([(entry, why) for entry in verdict.unroutable])
+        if verdict.rejected:
+            self._notify(self._backlog.settle(verdict.rejected, Fate.REJECTED, why))
         self._link.later(0, self._open_channel)  # when pika has forgotten this one
 
     def _link_is_gone(self) -> bool:
         return self._connection is None or not self._connection.is_open
-
-    def _suspect(self, entry: Entry, reason: pika.exceptions.ChannelClosedByBroker) -> None:
-        """Judge the entry that was alone on its way when the broker closed the channel."""
-        logger.debug("the broker closed the channel over %r", entry.event)
-        self._suspects = max(0, self._suspects - 1)
-        if reason.reply_code not in _FAULTS_OF_MESSAGES:
-            why = f"the broker closed the channel: {told(reason)}"
-            self._keep_apart([entry], Nacked(why))
-        elif entry is not self._accused:
-            # It may have been about something else: only a second time proves it.
-            self._accused = entry
-            self._suspects += 1
-            self._backlog.requeue([entry])
-        else:
-            self._accused = None
-            if reason.reply_code == _NO_SUCH_EXCHANGE:
-                self._settle_unroutable([(entry, told(reason))])
-            else:
-                self._notify(self._backlog.settle([entry], Fate.REJECTED, told(reason)))
 
     def _on_wake(self) -> None:
         self._woken = False
@@ -241,13 +214,13 @@ class RabbitMQTransport(BackloggedTransport):
     def _pump(self) -> None:
         """Write what waits, as far as the window has room."""
         while self._channel is not None and not self._blocked and self._backlog.queued:
-            room = (1 if self._suspects else _WINDOW) - len(self._confirms)
+            room = (1 if self._faults.isolating else _WINDOW) - len(self._confirms)
             if room <= 0 or (room < _WRITE_EVENTS and len(self._confirms) > _WRITE_EVENTS):
                 break  # a fuller write comes with the next confirms
             entries = self._backlog.take(min(room, _WRITE_EVENTS), _WRITE_BYTES)
             if not entries:
                 break
-            entries = self._delays.sendable(entries)
+            entries = self._delayer.sendable(entries)
             if unsendable := [entry for entry in entries if not entry.frames]:
                 entries = [entry for entry in entries if entry.frames]
                 limit = self._encoder.frame_max
@@ -297,7 +270,7 @@ class RabbitMQTransport(BackloggedTransport):
         entries, unroutable = self._confirms.confirmed([(method.delivery_tag, method.multiple)])
         self._note_answer(len(entries) + len(unroutable))
         self._settle_unroutable(unroutable)
-        self._keep_apart(entries, _nacked(entries))
+        self._on_nacked(entries)
         self._pump()
 
     def _on_acks(self, acks: Sequence[tuple[int, int]]) -> None:
@@ -310,7 +283,7 @@ class RabbitMQTransport(BackloggedTransport):
         self._pump()
 
     def _note_answer(self, answered: int) -> None:
-        self._suspects = max(0, self._suspects - answered)
+        self._faults.answered(answered)
         if self._watched_since is not None:
             self._watched_since = time.monotonic()
         self._backlog.confirmed()
@@ -335,30 +308,16 @@ class RabbitMQTransport(BackloggedTransport):
             logger.warning("an event came back that is not outstanding: %r", event_id)
 
     def _settle_unroutable(self, unroutable: Sequence[tuple[Entry, str]]) -> None:
-        by_fate: dict[tuple[Fate, str], list[Entry]] = {}
-        to_park: list[Entry] = []
-        again: list[Entry] = []
-        for entry, reason in unroutable:
-            policy = entry.event.unroutable or self._settings.unroutable
-            if entry.parked_as is not None:
-                self._homeless.append(entry)
-            elif self._delays.may_be_mended(entry):
-                again.append(entry)
-            elif policy == "park":
-                entry.parked_as = parked(entry.event, reason)
-                entry.frames = self._encoder.encode(entry.parked_as)
-                to_park.append(entry)
-            else:
-                fate = Fate.IGNORED if policy == "ignore" else Fate.REJECTED
-                by_fate.setdefault((fate, f"unroutable: {reason}"), []).append(entry)
-        for (fate, reason), entries in by_fate.items():
+        """Park, reject or ignore what no queue would have, each with the broker's reason."""
+        mendable = [entry for entry, _ in unroutable if self._delayer.may_be_mended(entry)]
+        passed_over = set(mendable)
+        fates, to_park = self._parking.sort(
+            (entry, reason) for entry, reason in unroutable if entry not in passed_over
+        )
+        for (fate, reason), entries in fates.items():
             self._notify(self._backlog.settle(entries, fate, reason))
         self._backlog.put_behind(to_park)  # group by group they keep their order
-        self._send_again(again)
-        if self._homeless and not self._making_parking_queue and self._connection is not None:
-            self._making_parking_queue = True
-            steps = topology.parking_queue(PARKING_QUEUE, self._settings.declare)
-            topology.declare(self._connection, steps, self._on_parking_queue)
+        self._send_again(mendable)
 
     def _send_again(self, entries: Sequence[Entry]) -> None:
         """Send again what came back from the ladder of delays: at once, but only once at once."""
@@ -370,11 +329,6 @@ class RabbitMQTransport(BackloggedTransport):
             refused = Nacked("delayed events come back: parts of the ladder are missing")
             self._keep_apart([entry for entry in entries if entry not in set(at_once)], refused)
 
-    def _on_way_made(self, entries: Sequence[Entry]) -> None:
-        """Send delayed events, whose way is there now."""
-        self._backlog.requeue(entries)
-        self._pump()
-
     def _on_no_way(self, entries: Sequence[Entry], reason: str) -> None:
         """Deal with delayed events to what the broker does not have."""
         for entry in entries:
@@ -382,26 +336,21 @@ class RabbitMQTransport(BackloggedTransport):
         self._settle_unroutable([(entry, reason) for entry in entries])
         self._pump()
 
-    def _on_parking_queue(self, refused: str | None) -> None:
-        """Send again what came back even from the parking queue, which should be there now."""
-        self._making_parking_queue = False
-        entries, self._homeless = self._homeless, []
-        if refused is None and self._settings.declare == "create":
-            self._backlog.requeue(entries)
-            self._pump()
-        else:
-            logger.error("there is no queue %r to park events in: %s", PARKING_QUEUE, refused)
-            self._keep_apart(entries, _nacked(entries))
+    def _on_nacked(self, entries: Sequence[Entry]) -> None:
+        why = f"the broker refused {len(entries)} event(s) for now (basic.nack)"
+        self._keep_apart(entries, Nacked(why))
 
     def _keep_apart(self, entries: Sequence[Entry], error: BrokerError) -> None:
         """Send again, each after a back-off of its own, what the broker would not take for now."""
         self._notify(self._backlog.refused(entries, error))
         for entry in entries:
             if entry.fate is None:
-                self._link.later(backoff(entry.attempts - 1), functools.partial(self._retry, entry))
+                resend = functools.partial(self._resend, [entry])
+                self._link.later(backoff(entry.attempts - 1), resend)
 
-    def _retry(self, entry: Entry) -> None:
-        self._backlog.requeue([entry])
+    def _resend(self, entries: Sequence[Entry]) -> None:
+        """Send again what nothing stands in the way of any more."""
+        self._backlog.requeue(entries)
         self._pump()
 
     def _on_blocked(
@@ -419,17 +368,3 @@ class RabbitMQTransport(BackloggedTransport):
         if self._channel is not None:
             self._backlog.up()
             self._pump()
-
-
-def _names_exchange(reason: pika.exceptions.ChannelClosedByBroker, entry: Entry) -> bool:
-    """Return whether it is the exchange of ``entry`` that the broker does not have."""
-    exchange = entry.sent_as.exchange
-    return (
-        bool(exchange)
-        and reason.reply_code == _NO_SUCH_EXCHANGE
-        and f"no exchange '{one_line(exchange)}' in vhost" in told(reason)
-    )
-
-
-def _nacked(entries: Sequence[Entry]) -> BrokerError:
-    return Nacked(f"the broker refused {len(entries)} event(s) for now (basic.nack)")

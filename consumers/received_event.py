@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from outbox import Event
 from outbox.ids import new_id
 from outbox.messages.delivery import Delivery
-from outbox.messages.headers import ATTEMPT, FIRST_FAILURE, is_brokers_own
+from outbox.messages.headers import HEADER_KEY, is_brokers_own
 from outbox.serializer import JSONSerializer, serializer_for
 
-__all__ = ["ReceivedEvent", "Undecodable", "decode", "occurred_at"]
+__all__ = ["ReceivedEvent", "Undecodable", "decode"]
 
 _RESERVED = "outbox-"
 
@@ -74,8 +73,7 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         senders = {name: _plain(value) for name, value in headers.items() if _is_senders(name)}
     except RecursionError:
         raise Undecodable("its headers are nested too deeply") from None
-    key = headers.get("outbox-key")
-    attempt = headers.get(ATTEMPT)
+    key = headers.get(HEADER_KEY)
     return ReceivedEvent(
         id=delivery.message_id or new_id(),
         target=delivery.target,
@@ -85,23 +83,13 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         headers=senders,
         priority=delivery.priority,
         key=key if isinstance(key, str) else None,
-        occurred_at=occurred_at(headers, delivery.timestamp),
+        occurred_at=delivery.occurred_at,
         queue=delivery.queue,
-        attempt=attempt if type(attempt) is int and attempt > 0 else 1,
+        attempt=delivery.attempt,
         redelivered=delivery.redelivered,
-        first_failure=_instant(headers.get(FIRST_FAILURE)),
+        first_failure=delivery.first_failure,
         _payload=payload,
     )
-
-
-def _instant(text: Any) -> datetime.datetime | None:
-    if not isinstance(text, str):
-        return None
-    try:
-        found = datetime.datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return found if found.tzinfo is not None else None
 
 
 def _plain(value: Any) -> Any:
@@ -120,20 +108,3 @@ def _plain(value: Any) -> Any:
 
 def _is_senders(name: Any) -> bool:
     return not isinstance(name, str) or not (name.startswith(_RESERVED) or is_brokers_own(name))
-
-
-def occurred_at(headers: Mapping[str, Any], timestamp: Any) -> datetime.datetime:
-    """Return when an event was enqueued, as far as its message tells; otherwise the present."""
-    microseconds = headers.get("outbox-occurred-at-us")
-    try:
-        # A date beyond the year 9999, or before the epoch, says nothing.
-        if isinstance(microseconds, int) and microseconds >= 0:
-            return _EPOCH + datetime.timedelta(microseconds=microseconds)
-        if isinstance(timestamp, int) and timestamp >= 0:
-            return _EPOCH + datetime.timedelta(seconds=timestamp)
-    except OverflowError:
-        pass
-    return datetime.datetime.now(datetime.UTC)
-
-
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)

@@ -80,11 +80,10 @@ def _extra(delivery: Delivery, duration: float) -> dict[str, dict[str, Any]]:
 
     Under one name, since logging refuses those that a record has already.
     """
-    attempt = (delivery.headers or {}).get("outbox-attempt")
     message = {
         "message_id": delivery.message_id or "",
         "queue": delivery.queue,
-        "attempt": attempt if type(attempt) is int and attempt > 0 else 1,
+        "attempt": delivery.attempt,
         "duration": duration,
     }
     return {"outbox_message": message}

@@ -1,7 +1,7 @@
-"""Parking and dying: what the headers of parked events and dead letters say.
+"""Dead letters and parked events: what their headers say, written and read.
 
-What no queue would have goes to a queue of its own, with its address; what a consumer could not
-handle goes to its queue's dead letters. ``docs/wire-format.md`` lists the headers.
+What a consumer could not handle goes to its queue's dead letters; what no queue would have goes to
+a queue of parked events, with its address. ``docs/wire-format.md`` lists the headers.
 """
 
 from __future__ import annotations
@@ -12,28 +12,107 @@ from collections.abc import Callable
 from typing import Any
 
 from outbox.event import Event
-from outbox.messages.delivery import Delivery
+from outbox.header_values import MAX_HEADER_BYTES, plain_table
+from outbox.messages.delivery import Delivery, dead_letter_queue
 from outbox.messages.headers import (
     ATTEMPT,
+    DEAD_AT,
+    DEAD_CONTENT_ENCODING,
+    DEAD_ERROR,
+    DEAD_EXCHANGE,
+    DEAD_FIRST_AT,
+    DEAD_HEADERS,
+    DEAD_PREFIX,
+    DEAD_QUEUE,
+    DEAD_REASON,
+    DEAD_TARGET,
+    DEAD_TRACEBACK,
     DELAY_HEADERS,
     FIRST_FAILURE,
     ORIGIN_EXCHANGE,
     ORIGIN_TARGET,
+    PARKED_AT,
+    PARKED_EXCHANGE,
+    PARKED_PREFIX,
+    PARKED_REASON,
+    PARKED_TARGET,
     is_brokers_own,
 )
+from outbox.messages.message_copy import NotCarried, copy_of, senders_headers, writable
 from outbox.messages.parked_message import Address, Kind
 
-__all__ = ["PARKING_QUEUE", "is_kept_on_replay", "origin_of", "parked", "restore_origin", "told_of"]
+__all__ = [
+    "PARKING_QUEUE",
+    "dead_letter",
+    "encoding_of",
+    "fields_of",
+    "is_kept_on_replay",
+    "origin_headers",
+    "origin_of",
+    "parked",
+    "restore_origin",
+]
 
 PARKING_QUEUE = "outbox.unroutable"
 
-_ADDED: dict[Kind, str] = {"parked": "outbox-parked-", "dead": "outbox-dead-"}
+_LONGEST_REASON = 2_000  # characters
+
+_ADDED: dict[Kind, str] = {"parked": PARKED_PREFIX, "dead": DEAD_PREFIX}
 
 # A replayed dead letter begins anew.
 _OF_AN_ATTEMPT = (ORIGIN_EXCHANGE, ORIGIN_TARGET, ATTEMPT, FIRST_FAILURE)
 
 Header = Callable[[str], Any]
 """Returns the value of a header, or None."""
+
+
+def dead_letter(
+    delivery: Delivery,
+    reason: str,
+    *,
+    attempts: int,
+    first_failure: datetime.datetime | None = None,
+    error: str | None = None,
+    traceback: str | None = None,
+) -> Event:
+    """Return the event to publish to the dead letters of the message's queue.
+
+    It has the message's own body, content type, id, and headers, but for those that the broker
+    would act on.
+
+    Args:
+        delivery: the message.
+        reason: why it goes there; cut at 2,000 characters.
+        attempts: how many there were.
+        first_failure: when the first of them failed (aware); None for the present.
+        error: the class of the exception, if there was one.
+        traceback: of the exception; left out where there is no room for it.
+    """
+    now = datetime.datetime.now(datetime.UTC)
+    added: dict[str, Any] = {
+        DEAD_REASON: writable(reason[:_LONGEST_REASON]),
+        DEAD_QUEUE: delivery.queue,
+        DEAD_EXCHANGE: delivery.exchange,
+        DEAD_TARGET: delivery.target,
+        DEAD_AT: now.isoformat(),
+        DEAD_FIRST_AT: (first_failure or now).isoformat(),
+        ATTEMPT: attempts,
+    }
+    if error is not None:
+        added[DEAD_ERROR] = writable(error)
+    if traceback is not None:
+        added[DEAD_TRACEBACK] = writable(traceback)
+    if delivery.content_encoding:
+        added[DEAD_CONTENT_ENCODING] = delivery.content_encoding
+    own: dict[str, Any] = {}
+    try:
+        own = senders_headers(delivery)
+    except NotCarried as why:
+        added[DEAD_HEADERS] = f"dropped: {why}"
+    headers = {**own, **added}
+    if plain_table(headers, "headers")[1] > MAX_HEADER_BYTES:
+        headers.pop(DEAD_TRACEBACK, None)
+    return copy_of(delivery, dead_letter_queue(delivery.queue), headers)
 
 
 def parked(event: Event, reason: str) -> Event:
@@ -47,18 +126,18 @@ def parked(event: Event, reason: str) -> Event:
         target=PARKING_QUEUE,
         headers={
             **event.headers,
-            "outbox-parked-reason": reason,
-            "outbox-parked-exchange": event.exchange,
-            "outbox-parked-target": event.target,
-            "outbox-parked-at": datetime.datetime.now(datetime.UTC).isoformat(),
+            PARKED_REASON: reason,
+            PARKED_EXCHANGE: event.exchange,
+            PARKED_TARGET: event.target,
+            PARKED_AT: datetime.datetime.now(datetime.UTC).isoformat(),
         },
     )
 
 
-def told_of(queue: str, header: Header) -> dict[str, Any] | None:
-    """Return what outbox's headers tell of a message in ``queue``: fields of ``ParkedMessage``.
+def fields_of(queue: str, header: Header) -> dict[str, Any] | None:
+    """Return what outbox's headers say of a message in ``queue``: fields of ``ParkedMessage``.
 
-    None if they tell nothing.
+    None if it has no such headers.
     """
     # What was parked may die in the hands of a consumer of the parking queue, and has both.
     if queue == PARKING_QUEUE:
@@ -77,8 +156,18 @@ def is_kept_on_replay(kind: Kind, name: str) -> bool:
     )
 
 
+def encoding_of(header: Header) -> str | None:
+    """Return the content encoding that a dead letter had as a message, if it had one."""
+    return _text(header, DEAD_CONTENT_ENCODING)
+
+
+def origin_headers(origin: Address) -> dict[str, str]:
+    """Return the headers that say where a message was published to first."""
+    return {ORIGIN_EXCHANGE: origin.exchange, ORIGIN_TARGET: origin.target}
+
+
 def origin_of(header: Header) -> Address | None:
-    """Return where a replayed dead letter was published to first, if its headers tell it."""
+    """Return where a replayed dead letter was published to first, if its headers say so."""
     exchange = _text(header, ORIGIN_EXCHANGE)
     target = _text(header, ORIGIN_TARGET)
     return None if exchange is None or target is None else Address(exchange, target)
@@ -93,38 +182,38 @@ def restore_origin(delivery: Delivery) -> None:
 
 
 def _dead(header: Header) -> dict[str, Any] | None:
-    died_in = _text(header, "outbox-dead-queue")
+    died_in = _text(header, DEAD_QUEUE)
     if died_in is None:
         return None
     attempts = header(ATTEMPT)
     return {
         "kind": "dead",
         "died_in": died_in,
-        "origin": _address(header, "outbox-dead-exchange", "outbox-dead-target"),
-        "reason": _text(header, "outbox-dead-reason"),
-        "error": _text(header, "outbox-dead-error"),
-        "at": _text(header, "outbox-dead-at"),
+        "origin": _address(header, DEAD_EXCHANGE, DEAD_TARGET),
+        "reason": _text(header, DEAD_REASON),
+        "error": _text(header, DEAD_ERROR),
+        "at": _text(header, DEAD_AT),
         "attempts": attempts if isinstance(attempts, int) else None,
     }
 
 
 def _parked(header: Header) -> dict[str, Any] | None:
-    origin = _address(header, "outbox-parked-exchange", "outbox-parked-target")
+    origin = _address(header, PARKED_EXCHANGE, PARKED_TARGET)
     if origin is None:
         return None
     return {
         "kind": "parked",
         "origin": origin,
-        "reason": _text(header, "outbox-parked-reason"),
-        "at": _text(header, "outbox-parked-at"),
+        "reason": _text(header, PARKED_REASON),
+        "at": _text(header, PARKED_AT),
     }
 
 
 def _text(header: Header, name: str) -> str | None:
-    found = header(name)
-    return found if isinstance(found, str) else None
+    value = header(name)
+    return value if isinstance(value, str) else None
 
 
 def _address(header: Header, exchange: str, target: str) -> Address | None:
-    found = _text(header, target)
-    return None if found is None else Address(_text(header, exchange) or "", found)
+    name = _text(header, target)
+    return None if name is None else Address(_text(header, exchange) or "", name)

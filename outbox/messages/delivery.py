@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from outbox.event import Event
-from outbox.messages.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
+from outbox.messages.headers import (
+    ATTEMPT,
+    FIRST_FAILURE,
+    FORMAT_VERSION,
+    HEADER_FORMAT,
+    HEADER_KEY,
+    HEADER_OCCURRED_AT,
+)
 
 __all__ = [
     "as_delivered",
@@ -18,6 +26,8 @@ __all__ = [
     "QueueType",
 ]
 
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 QueueType = Literal["quorum", "classic"]
 
@@ -84,6 +94,38 @@ class Delivery:
     message_id: str | None = None
     priority: int | None = None
     timestamp: int | None = None
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt, from 1 on; what has no such header is at the first one."""
+        attempt = (self.headers or {}).get(ATTEMPT)
+        return attempt if type(attempt) is int and attempt > 0 else 1
+
+    @property
+    def first_failure(self) -> datetime.datetime | None:
+        """When the first attempt failed (aware), if there was one before this."""
+        text = (self.headers or {}).get(FIRST_FAILURE)
+        if not isinstance(text, str):
+            return None
+        try:
+            moment = datetime.datetime.fromisoformat(text)
+        except ValueError:
+            return None
+        return moment if moment.tzinfo is not None else None
+
+    @property
+    def occurred_at(self) -> datetime.datetime:
+        """When the event was enqueued (aware); the present where the message does not say."""
+        microseconds = (self.headers or {}).get(HEADER_OCCURRED_AT)
+        try:
+            # A date beyond the year 9999, or before the epoch, says nothing.
+            if isinstance(microseconds, int) and microseconds >= 0:
+                return _EPOCH + datetime.timedelta(microseconds=microseconds)
+            if isinstance(self.timestamp, int) and self.timestamp >= 0:
+                return _EPOCH + datetime.timedelta(seconds=self.timestamp)
+        except OverflowError:
+            pass
+        return datetime.datetime.now(datetime.UTC)
 
 
 def as_delivered(event: Event, queue: str, tag: int, *, redelivered: bool = False) -> Delivery:

@@ -1,22 +1,38 @@
-"""Headers that are not the application's: outbox's own, and the broker's."""
+"""The names of headers that are not the application's: outbox's own, and the broker's."""
 
 from __future__ import annotations
 
 __all__ = [
     "ATTEMPT",
-    "FIRST_FAILURE",
+    "DEAD_AT",
+    "DEAD_CONTENT_ENCODING",
+    "DEAD_ERROR",
+    "DEAD_EXCHANGE",
+    "DEAD_FIRST_AT",
+    "DEAD_HEADERS",
+    "DEAD_PREFIX",
+    "DEAD_QUEUE",
+    "DEAD_REASON",
+    "DEAD_TARGET",
+    "DEAD_TRACEBACK",
     "DELAY_EXCHANGE",
     "DELAY_HEADERS",
+    "FIRST_FAILURE",
     "FORMAT_VERSION",
     "HEADER_FORMAT",
     "HEADER_KEY",
     "HEADER_OCCURRED_AT",
     "ORIGIN_EXCHANGE",
     "ORIGIN_TARGET",
+    "PARKED_AT",
+    "PARKED_EXCHANGE",
+    "PARKED_PREFIX",
+    "PARKED_REASON",
+    "PARKED_TARGET",
     "is_brokers_own",
 ]
 
-# docs/wire-format.md tells what they mean.
+# docs/wire-format.md says what they mean.
 FORMAT_VERSION = 1
 HEADER_FORMAT = "outbox-format"
 HEADER_KEY = "outbox-key"
@@ -27,6 +43,24 @@ ORIGIN_EXCHANGE = "outbox-origin-exchange"
 ORIGIN_TARGET = "outbox-origin-target"
 DELAY_HEADERS = "outbox-delay-"
 DELAY_EXCHANGE = "outbox-delay-exchange"
+
+PARKED_PREFIX = "outbox-parked-"
+PARKED_REASON = "outbox-parked-reason"
+PARKED_EXCHANGE = "outbox-parked-exchange"
+PARKED_TARGET = "outbox-parked-target"
+PARKED_AT = "outbox-parked-at"
+
+DEAD_PREFIX = "outbox-dead-"
+DEAD_REASON = "outbox-dead-reason"
+DEAD_ERROR = "outbox-dead-error"
+DEAD_TRACEBACK = "outbox-dead-traceback"
+DEAD_QUEUE = "outbox-dead-queue"
+DEAD_EXCHANGE = "outbox-dead-exchange"
+DEAD_TARGET = "outbox-dead-target"
+DEAD_AT = "outbox-dead-at"
+DEAD_FIRST_AT = "outbox-dead-first-at"
+DEAD_HEADERS = "outbox-dead-headers"
+DEAD_CONTENT_ENCODING = "outbox-dead-content-encoding"
 
 # What the broker wrote about earlier stations of the message; sent back to it, some of it is
 # believed (RabbitMQ 4.0 release notes, x-death).

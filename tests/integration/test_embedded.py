@@ -463,6 +463,8 @@ def test_a_message_that_was_never_settled_goes_to_the_dead_letters_with_the_reas
     headers = letter.headers or {}
     assert headers["a"] == b"1"
     assert headers["outbox-dead-queue"] == name
+    assert headers["outbox-attempt"] == 1
+    assert headers["outbox-dead-first-at"] == headers["outbox-dead-at"]
     assert "delivered 20 times" in headers["outbox-dead-reason"]
     assert repr(sent[0].id) in caplog.text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -224,6 +225,30 @@ def test_a_deadly_message_has_its_address_and_the_reason_as_a_dead_letter() -> N
     assert letter.headers["outbox-dead-exchange"] == "x"
     assert letter.headers["outbox-dead-target"] == "a.b"
     assert "delivered 20 times" in letter.headers["outbox-dead-reason"]
+
+
+@pytest.mark.parametrize(
+    ("own", "attempts", "first_failure"),
+    [
+        ({}, 1, None),
+        (
+            {"outbox-attempt": 3, "outbox-first-failed-at": "2026-01-02T03:04:05+00:00"},
+            3,
+            "2026-01-02T03:04:05+00:00",
+        ),
+    ],
+    ids=["at once", "tried before"],
+)
+def test_a_deadly_message_has_its_attempts_and_times_as_a_dead_letter(
+    own: dict[str, Any], attempts: int, first_failure: str | None
+) -> None:
+    event = Event(id="1", target="a.b", exchange="x", body=b"", headers={**own, "x-death": []})
+    letter = letter_of_deadly(claimed(event=event, deliveries=21))
+    assert letter.headers["outbox-attempt"] == attempts
+    now = letter.headers["outbox-dead-at"]
+    assert letter.headers["outbox-dead-first-at"] == (first_failure or now)
+    assert letter.occurred_at == event.occurred_at
+    assert "x-death" not in letter.headers
 
 
 # ------------------------------------------------------------------------------------ failures

@@ -10,8 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from outbox.event import Event
-from outbox.messages.dead_letters import PARKING_QUEUE, is_kept_on_replay, origin_of, told_of
-from outbox.messages.headers import DELAY_EXCHANGE, ORIGIN_EXCHANGE, ORIGIN_TARGET
+from outbox.messages.dead_letters import (
+    PARKING_QUEUE,
+    encoding_of,
+    fields_of,
+    is_kept_on_replay,
+    origin_headers,
+    origin_of,
+)
+from outbox.messages.headers import DELAY_EXCHANGE
 from outbox.messages.parked_message import Address, ParkedMessage
 from outbox.transports.rabbitmq.amqp.content_header import ContentHeader
 from outbox.transports.rabbitmq.pika_connection import UNREADABLE
@@ -53,8 +60,8 @@ def read(
 ) -> HeldMessage:
     """Return the message that was found in ``queue``."""
     header_or_empty = header or ContentHeader()
-    told = (
-        told_of(queue, header_or_empty.header)
+    fields = (
+        fields_of(queue, header_or_empty.header)
         or _lost_on_the_ladder(queue, header_or_empty)
         or _dead_by_broker(header_or_empty)
     )
@@ -68,7 +75,7 @@ def read(
         header=header,
         readable=readable,
         tag=tag,
-        **(told or {"kind": "foreign"}),
+        **(fields or {"kind": "foreign"}),
     )
 
 
@@ -92,16 +99,11 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Replayed | s
         return "its address is longer than 255 bytes"
     header = message.header.without(lambda name: not is_kept_on_replay(message.kind, name))
     if message.kind == "dead":
-        encoding = message.header.header("outbox-dead-content-encoding")
-        if isinstance(encoding, str) and encoding != UNREADABLE and len(encoding.encode()) <= 255:
+        encoding = encoding_of(message.header.header)
+        if encoding not in (None, UNREADABLE) and len(encoding.encode()) <= 255:
             header = header.with_text(content_encoding=encoding)
         if message.origin is not None and message.origin != destination:
-            header = header.with_headers(
-                [
-                    (ORIGIN_EXCHANGE, message.origin.exchange),
-                    (ORIGIN_TARGET, message.origin.target),
-                ]
-            )
+            header = header.with_headers(origin_headers(message.origin).items())
     if message.header.text("type") == message.queue and message.origin is not None:
         # What outbox publishes has its routing key for a type: here it became the queue's name.
         header = header.with_text(type=message.origin.target)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-
 from outbox.event import Event
-from outbox.messages.dead_letters import restore_origin
-from outbox.messages.delivery import Delivery, as_delivered, dead_letter_queue
-from outbox.messages.headers import HEADER_KEY
+from outbox.messages.dead_letters import dead_letter, restore_origin
+from outbox.messages.delivery import Delivery, as_delivered
 from outbox.storage.store import Claimed
 
 __all__ = ["DELIVERY_LIMIT", "delivery_of", "is_deadly", "letter_of_deadly"]
@@ -19,9 +15,9 @@ DELIVERY_LIMIT = 20
 
 def delivery_of(row: Claimed, tag: int) -> Delivery:
     """Return the message of ``row``."""
-    found = as_delivered(row.event, row.queue, tag, redelivered=row.deliveries > 1)
-    restore_origin(found)
-    return found
+    delivery = as_delivered(row.event, row.queue, tag, redelivered=row.deliveries > 1)
+    restore_origin(delivery)
+    return delivery
 
 
 def is_deadly(row: Claimed) -> bool:
@@ -33,24 +29,12 @@ def is_deadly(row: Claimed) -> bool:
 
 
 def letter_of_deadly(row: Claimed) -> Event:
-    """Return the dead letter in place of a deadly row (``docs/wire-format.md``)."""
+    """Return the dead letter in place of a deadly row."""
     delivery = delivery_of(row, 0)
-    own = {} if row.event.key is None else {HEADER_KEY: row.event.key}
-    return dataclasses.replace(
-        row.event,
-        exchange="",
-        target=dead_letter_queue(row.queue),
-        key=None,
-        headers={
-            **row.event.headers,
-            **own,
-            "outbox-dead-reason": (
-                f"delivered {DELIVERY_LIMIT} times, and each time its worker ended, "
-                "or lost it, before it was settled"
-            ),
-            "outbox-dead-queue": row.queue,
-            "outbox-dead-exchange": delivery.exchange,
-            "outbox-dead-target": delivery.target,
-            "outbox-dead-at": datetime.datetime.now(datetime.UTC).isoformat(),
-        },
+    return dead_letter(
+        delivery,
+        f"delivered {DELIVERY_LIMIT} times, and each time its worker ended, "
+        "or lost it, before it was settled",
+        attempts=delivery.attempt,
+        first_failure=delivery.first_failure,
     )

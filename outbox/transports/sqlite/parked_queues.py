@@ -12,9 +12,8 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, or_, selec
 
 from outbox.errors import UsageError
 from outbox.event import Event
-from outbox.messages.dead_letters import is_kept_on_replay, told_of
+from outbox.messages.dead_letters import fields_of, is_kept_on_replay, origin_headers
 from outbox.messages.delivery import headers_on_the_wire
-from outbox.messages.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET
 from outbox.messages.parked_message import Outcome, ParkedMessage
 from outbox.settings import MIB, Settings
 from outbox.storage.clock import now
@@ -59,7 +58,7 @@ def _read(row: Any) -> StoredMessage:
         content_type=event.content_type,
         seq=row.seq,
         event=event,
-        **(told_of(row.queue, headers_on_the_wire(event).get) or {"kind": "foreign"}),
+        **(fields_of(row.queue, headers_on_the_wire(event).get) or {"kind": "foreign"}),
     )
 
 
@@ -81,7 +80,7 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Event | str:
     }
     origin = message.origin
     if message.kind == "dead" and origin is not None and origin != destination:
-        headers |= {ORIGIN_EXCHANGE: origin.exchange, ORIGIN_TARGET: origin.target}
+        headers |= origin_headers(origin)
     return dataclasses.replace(
         message.event, exchange=destination.exchange, target=destination.target, headers=headers
     )

@@ -1,4 +1,4 @@
-"""Delays over RabbitMQ: how an event is written that is to be delivered later. No I/O.
+"""Delays over RabbitMQ: a ladder of queues, and how an event is written to go down it. No I/O.
 
 The delay, in whole seconds, is written in binary, a header a bit. Level n has an exchange and a
 queue whose messages die after 2ⁿ seconds. The exchange of level n looks at bit n: where it is set
@@ -11,6 +11,8 @@ All messages of a queue wait equally long: none ever waits behind one of a longe
 NServiceBus' delay queues, but for one thing: there the bits are the first words of the routing key,
 which the broker cannot take off again. Here the exchanges match headers, and the routing key is the
 event's own from the first exchange to the last (``docs/decisions/0006-delays-over-rabbitmq.md``).
+
+Below: the names, the event on the ladder, the parts that it needs, the steps that declare them.
 """
 
 from __future__ import annotations
@@ -50,13 +52,31 @@ LEVELS = 28
 LONGEST_DELAY = datetime.timedelta(seconds=(1 << LEVELS) - 1)
 """Eight and a half years."""
 
+PREFIX = "outbox.delay."
+"""Of all names."""
+
+DUE = f"{PREFIX}due"
+"""Below level 0: a headers exchange that looks at the header with the event's own exchange."""
+
+QUEUES = f"{PREFIX}queues"
+"""Stands in for the default exchange, to which nothing can be bound."""
+
+LOST = f"{PREFIX}lost"
+"""Where the two above send what they have no binding for: to the parking queue."""
+
+SINK = f"{PREFIX}sink"
+"""Gets a copy of all that goes to an exchange, and drops it. See decision 6."""
+
 _SECOND = datetime.timedelta(seconds=1)
 _RECORD = ("x-death", "x-first-death-", "x-last-death-")
+
+_FRESH = 60.0  # seconds
+_DESTINATIONS = 10_000
 
 
 def level(number: int) -> str:
     """Return the name of a level's exchange, and of its queue."""
-    return f"outbox.delay.{number:02}"
+    return f"{PREFIX}{number:02}"
 
 
 def bit_header(number: int) -> str:
@@ -69,13 +89,8 @@ def seconds_left(deliver_at: datetime.datetime, now: datetime.datetime) -> int:
     return max(0, math.ceil((deliver_at - now) / _SECOND))
 
 
-def levels_of(seconds: int) -> list[int]:
-    """Return the levels at which an event waits that is delayed for so long, from the top."""
-    return [number for number in reversed(range(seconds.bit_length())) if seconds >> number & 1]
-
-
 def delayed(event: Event, seconds: int) -> Event:
-    """Return what is published in the place of ``event``, for it to come in so many seconds.
+    """Return what is published instead of ``event``, for it to be delivered in ``seconds``.
 
     Args:
         event: as it is to be delivered.
@@ -97,8 +112,9 @@ def delayed(event: Event, seconds: int) -> Event:
 def restore_delayed(delivery: Delivery) -> None:
     """Give a message that was delayed its exchange, and take off what the delay has added.
 
-    That is our headers and the broker's record of the queues it has died in on its way: nobody
-    has given it up, and sent back some brokers believe it (RabbitMQ 4.0 release notes, x-death).
+    That is our headers and the broker's record of the queues it has died in on its way: it is not
+    a dead letter, and a broker that gets the record back may believe it (RabbitMQ 4.0 release
+    notes, x-death).
     """
     headers: Mapping[str, Any] | None = delivery.headers
     if headers and isinstance(exchange := headers.get(DELAY_EXCHANGE), str):
@@ -108,25 +124,6 @@ def restore_delayed(delivery: Delivery) -> None:
             for name, value in headers.items()
             if not name.startswith((DELAY_HEADERS, *_RECORD))
         }
-
-
-PREFIX = "outbox.delay."
-"""Of all names."""
-
-DUE = f"{PREFIX}due"
-"""Below level 0: a headers exchange that looks at the header with the event's own exchange."""
-
-QUEUES = f"{PREFIX}queues"
-"""In the place of the default exchange, to which nothing can be bound."""
-
-LOST = f"{PREFIX}lost"
-"""Where the two above send what they have no binding for: to the parking queue."""
-
-SINK = f"{PREFIX}sink"
-"""Gets a copy of all that goes to an exchange, and drops it. See decision 6."""
-
-_FRESH = 60.0  # seconds
-_DESTINATIONS = 10_000
 
 
 class Part(NamedTuple):
@@ -149,6 +146,11 @@ class Part(NamedTuple):
         return self.kind in ("to exchange", "to queue")
 
 
+def levels_of(seconds: int) -> list[int]:
+    """Return the levels at which an event waits that is delayed by ``seconds``, from the top."""
+    return [number for number in reversed(range(seconds.bit_length())) if seconds >> number & 1]
+
+
 def way_of(exchange: str, target: str, seconds: int) -> list[Part]:
     """Return the parts that an event needs, those first that others build on."""
     return [
@@ -160,7 +162,7 @@ def way_of(exchange: str, target: str, seconds: int) -> list[Part]:
 
 
 class Ladder:
-    """What is there of the ladder, as far as one connection knows. For one thread."""
+    """The parts that are there, as far as one connection knows. For one thread."""
 
     def __init__(self) -> None:
         self._there: dict[Part, None] = {}  # in the order in which they were made
@@ -185,8 +187,8 @@ class Ladder:
     def to_look_after(self, now: float) -> list[Part]:
         """Return all parts but queues to be reached once a minute, and else nothing.
 
-        What somebody has deleted in the middle is noticed by nobody who enters above or below it;
-        the messages above wait until it is there again.
+        A part that was deleted in the middle goes unnoticed by events that enter above or below
+        it; the messages above wait until it is there again.
         """
         if not self._there or now - self._looked_at < _FRESH:
             return []

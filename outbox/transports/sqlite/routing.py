@@ -1,4 +1,8 @@
-"""Which queues an event goes to."""
+"""Routes events to queues: the table of bindings in the file, and the routes made of it.
+
+A topic exchange and its bindings, as RabbitMQ has them. A queue exists if it is bound to the
+exchange ``""`` by its name.
+"""
 
 from __future__ import annotations
 
@@ -14,51 +18,8 @@ __all__ = ["add", "Binding", "bindings", "create", "load", "of_queue", "Routes"]
 
 _CACHED = 10_000  # addresses; targets may be made of user data
 
-
-class Routes:
-    """Routes as a topic exchange does, and the exchange ``""`` to queues by their names.
-
-    For one thread; no I/O.
-    """
-
-    def __init__(self) -> None:
-        self._bindings: frozenset[Binding] = frozenset()
-        self._by_exchange: dict[str, list[Binding]] = {}
-        self._cache: dict[tuple[str, str], tuple[str, ...]] = {}
-
-    def update(self, bindings: Sequence[Binding]) -> None:
-        """Route by these from now on."""
-        found = frozenset(bindings)
-        if found == self._bindings:
-            return
-        self._bindings = found
-        self._by_exchange = {}
-        for one in found:
-            self._by_exchange.setdefault(one.exchange, []).append(one)
-        self._cache.clear()
-
-    def has_queue(self, name: str) -> bool:
-        """Return whether there is a queue of this name."""
-        return of_queue(name) in self._bindings
-
-    def queues(self, exchange: str, target: str) -> tuple[str, ...]:
-        """Return the queues that get an event, each once, by name; empty if none does."""
-        if not exchange:
-            return (target,) if self.has_queue(target) else ()
-        address = (exchange, target)
-        found = self._cache.get(address)
-        if found is None:
-            if len(self._cache) >= _CACHED:
-                self._cache.clear()
-            bound = self._by_exchange.get(exchange, ())
-            found = tuple(sorted({one.queue for one in bound if matches(one.pattern, target)}))
-            self._cache[address] = found
-        return found
-
-
 _metadata = MetaData()
 
-# Every queue is bound to the exchange "" by its name, which is what makes it a queue.
 bindings = Table(
     "outbox_bindings",
     _metadata,
@@ -70,7 +31,7 @@ bindings = Table(
 
 
 class Binding(NamedTuple):
-    """That a queue gets what is published to an exchange with targets of a pattern."""
+    """A row of the table: a queue gets what is published to an exchange with matching targets."""
 
     queue: str
     exchange: str
@@ -92,7 +53,48 @@ def load(connection: Connection) -> list[Binding]:
     return [Binding(*row) for row in connection.execute(select(bindings))]
 
 
-def add(connection: Connection, found: Sequence[Binding]) -> None:
+def add(connection: Connection, new: Sequence[Binding]) -> None:
     """Add bindings; those that are there stay."""
-    values = [one._asdict() for one in found]
+    values = [binding._asdict() for binding in new]
     connection.execute(insert(bindings).on_conflict_do_nothing(), values)
+
+
+class Routes:
+    """Routes as a topic exchange does, and the exchange ``""`` to queues by their names.
+
+    For one thread; no I/O.
+    """
+
+    def __init__(self) -> None:
+        self._bindings: frozenset[Binding] = frozenset()
+        self._by_exchange: dict[str, list[Binding]] = {}
+        self._cache: dict[tuple[str, str], tuple[str, ...]] = {}
+
+    def update(self, bindings: Sequence[Binding]) -> None:
+        """Route by these from now on."""
+        new = frozenset(bindings)
+        if new == self._bindings:
+            return
+        self._bindings = new
+        self._by_exchange = {}
+        for binding in new:
+            self._by_exchange.setdefault(binding.exchange, []).append(binding)
+        self._cache.clear()
+
+    def has_queue(self, name: str) -> bool:
+        """Return whether there is a queue of this name."""
+        return of_queue(name) in self._bindings
+
+    def queues(self, exchange: str, target: str) -> tuple[str, ...]:
+        """Return the queues that get an event, each once, by name; empty if none does."""
+        if not exchange:
+            return (target,) if self.has_queue(target) else ()
+        address = (exchange, target)
+        queues = self._cache.get(address)
+        if queues is None:
+            if len(self._cache) >= _CACHED:
+                self._cache.clear()
+            bound = self._by_exchange.get(exchange, ())
+            queues = tuple(sorted({each.queue for each in bound if matches(each.pattern, target)}))
+            self._cache[address] = queues
+        return queues

@@ -17,7 +17,7 @@ from sqlalchemy import Engine
 
 from outbox.errors import OutboxError
 from outbox.publisher import Publisher
-from outbox.sql.row_fates import settle
+from outbox.sql.row_fates import write_fates
 from outbox.sql.waves import publish_in_waves
 from outbox.storage.engines import engine_beside
 from outbox.storage.failures import DatabaseError, reason_of
@@ -181,12 +181,12 @@ class Handover:
 def _settle(store: Store, publisher: Publisher, claimed: list[Claimed]) -> bool:
     """Publish rows and settle them; return whether the broker took them."""
     try:
-        outcome = publish_in_waves(publisher, claimed)
+        fates = publish_in_waves(publisher, claimed)
     except BaseException:
         store.release(claimed)
         raise
-    settle(store, outcome)
-    return outcome.error is None
+    write_fates(store, fates)
+    return fates.error is None
 
 
 def _notify(store: Store) -> None:

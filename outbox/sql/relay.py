@@ -22,7 +22,7 @@ from outbox.configuration import default_publisher
 from outbox.errors import UsageError
 from outbox.publisher import Publisher
 from outbox.sql.listening import can_listen, listen
-from outbox.sql.row_fates import Outcome, settle
+from outbox.sql.row_fates import RowFates, write_fates
 from outbox.sql.waves import Batch
 from outbox.storage.engines import open_engine
 from outbox.storage.failures import DatabaseError, reason_of
@@ -120,7 +120,7 @@ class Relay:
         # Of a key everything is in one batch: beside it there would be little to claim.
         self._most_on_their_way = 1 if ordered else _IN_FLIGHT
         self._extend_at = 0.0
-        self._owed = Outcome()  # known, and not written yet: the database was away
+        self._owed = RowFates()  # known, and not written yet: the database was away
         self._incomplete = False
         self._begun = False
         self._threads: list[threading.Thread] = []
@@ -194,12 +194,12 @@ class Relay:
         """
         self._begin()
         before = self._confirmed()
-        outcome: Outcome | None = None
+        fates: RowFates | None = None
         try:
-            while outcome is None or outcome.error is None:
+            while fates is None or fates.error is None:
                 found = self._fill(known_to_be_connected=False)
-                outcome = self._take_in()
-                if not found and outcome is None:
+                fates = self._take_in()
+                if not found and fates is None:
                     break
         except BaseException as error:
             if not isinstance(error, Exception):  # Ctrl-C: there is no time
@@ -208,8 +208,8 @@ class Relay:
             raise
         self._finish()
         self._begun = False
-        if outcome is not None and outcome.error is not None:
-            raise outcome.error
+        if fates is not None and fates.error is not None:
+            raise fates.error
         return self._confirmed() - before
 
     def _begin(self) -> None:
@@ -258,7 +258,7 @@ class Relay:
 
     def _turn(self) -> bool:
         """Claim, send, and take in a batch; return whether there was any."""
-        settle(self.store, self._owed)
+        write_fates(self.store, self._owed)
         found = self._fill()
         return self._take_in() is not None or found
 
@@ -294,7 +294,7 @@ class Relay:
                 break
         return found
 
-    def _take_in(self) -> Outcome | None:
+    def _take_in(self) -> RowFates | None:
         """Wait for the oldest batch on its way and settle it.
 
         Returns:
@@ -312,10 +312,10 @@ class Relay:
             self._wake.wait(_CONFIRMS)
             self._wake.clear()
         self._on_their_way.popleft()
-        self._count(batch.outcome)
-        self._owed.add(batch.outcome)
-        settle(self.store, self._owed)
-        return batch.outcome
+        self._count(batch.fates)
+        self._owed.add(batch.fates)
+        write_fates(self.store, self._owed)
+        return batch.fates
 
     def _keep_leases(self) -> None:
         """Extend the leases of what is on its way: a slow broker must not see it twice."""
@@ -335,10 +335,10 @@ class Relay:
                 pass
             while self._on_their_way:
                 self._incomplete = True
-                outcome = self._on_their_way.popleft().abandon()
-                self._count(outcome)
-                self._owed.add(outcome)
-            settle(self.store, self._owed)
+                fates = self._on_their_way.popleft().abandon()
+                self._count(fates)
+                self._owed.add(fates)
+            write_fates(self.store, self._owed)
         except DatabaseError as error:
             self._incomplete = True
             logger.warning(
@@ -347,12 +347,12 @@ class Relay:
                 reason_of(error),
             )
 
-    def _count(self, outcome: Outcome) -> None:
+    def _count(self, fates: RowFates) -> None:
         counts = self._counts
-        counts["published"] += len(outcome.done) - outcome.parked
-        counts["parked"] += outcome.parked
-        counts["released"] += len(outcome.left) + len(outcome.refused)
-        counts["buried"] += len(outcome.rejected)
+        counts["published"] += len(fates.done) - fates.parked
+        counts["parked"] += fates.parked
+        counts["released"] += len(fates.left) + len(fates.refused)
+        counts["buried"] += len(fates.rejected)
 
     def _confirmed(self) -> int:
         return self._counts["published"] + self._counts["parked"]

@@ -1,4 +1,4 @@
-"""What becomes of claimed rows, and how the table is told."""
+"""The fates of claimed rows: found in a report, written into the table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from outbox.errors import BrokerError, Nacked
 from outbox.report import PublishReport, Withdrawn
 from outbox.storage.store import Claimed, Store
 
-__all__ = ["Outcome", "settle", "sort_out"]
+__all__ = ["RowFates", "sort_out", "write_fates"]
 
 logger = logging.getLogger("outbox.sql")
 
@@ -18,7 +18,7 @@ _REFUSED = (1.0, 60.0)  # seconds until a refused event is tried again: the firs
 
 
 @dataclass
-class Outcome:
+class RowFates:
     """The fates of claimed rows: each is in one list.
 
     Attributes:
@@ -37,7 +37,7 @@ class Outcome:
     parked: int = 0
     error: BrokerError | None = None
 
-    def add(self, other: Outcome) -> None:
+    def add(self, other: RowFates) -> None:
         """Add the fates of other rows."""
         self.done += other.done
         self.left += other.left
@@ -47,52 +47,52 @@ class Outcome:
         self.error = self.error or other.error
 
 
-def sort_out(rows: Sequence[Claimed], report: PublishReport) -> Outcome:
+def sort_out(rows: Sequence[Claimed], report: PublishReport) -> RowFates:
     """Return the fates of ``rows``, whose events were published together, from their report."""
     if len(report.published) == len(rows):
-        return Outcome(done=list(rows))
+        return RowFates(done=list(rows))
     by_event = {id(row.event): row for row in rows}  # by identity: equal ones may be two rows
     nacked = isinstance(report.error, Nacked)
-    outcome = Outcome(parked=len(report.parked), error=None if nacked else report.error)
+    fates = RowFates(parked=len(report.parked), error=None if nacked else report.error)
     for event in (*report.published, *report.parked, *report.ignored):
-        outcome.done.append(by_event[id(event)])
+        fates.done.append(by_event[id(event)])
     for one in report.rejected:
         row = by_event[id(one.event)]
         if not isinstance(one, Withdrawn):
-            outcome.rejected.append((row, one.reason))
+            fates.rejected.append((row, one.reason))
         elif nacked:
-            outcome.refused.append((row, str(report.error)))
+            fates.refused.append((row, str(report.error)))
         else:
-            outcome.left.append(row)
-    return outcome
+            fates.left.append(row)
+    return fates
 
 
-def settle(store: Store, outcome: Outcome) -> None:
+def write_fates(store: Store, fates: RowFates) -> None:
     """Write the fates of rows into the table, each kind in one statement where that can be.
 
-    What is written leaves ``outcome``: after an error of the database it can be called again.
+    What is written leaves ``fates``: after an error of the database it can be called again.
 
     Raises:
         sqlalchemy.exc.SQLAlchemyError: the database is away, or would not.
     """
-    if outcome.done:
-        store.complete(outcome.done)
-        outcome.done = []
-    if outcome.left:
-        store.release(outcome.left)
-        outcome.left = []
-    while outcome.refused:
-        row, reason = outcome.refused[0]
-        alike, others = _split(outcome.refused, reason, row.attempts)
+    if fates.done:
+        store.complete(fates.done)
+        fates.done = []
+    if fates.left:
+        store.release(fates.left)
+        fates.left = []
+    while fates.refused:
+        row, reason = fates.refused[0]
+        alike, others = _split(fates.refused, reason, row.attempts)
         delay = min(_REFUSED[0] * 2 ** min(row.attempts, 10), _REFUSED[1])
         store.release(alike, delay, reason=reason, failed=True)
-        outcome.refused = others
-    while outcome.rejected:
-        _, reason = outcome.rejected[0]
-        alike, others = _split(outcome.rejected, reason)
+        fates.refused = others
+    while fates.rejected:
+        _, reason = fates.rejected[0]
+        alike, others = _split(fates.rejected, reason)
         store.bury(alike, reason)
         logger.error("%d event(s) can never be published, %r", len(alike), reason)
-        outcome.rejected = others
+        fates.rejected = others
 
 
 def _split(

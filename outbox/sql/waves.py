@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from outbox.errors import UsageError
 from outbox.publisher import Publisher
 from outbox.report import PublishReport
-from outbox.sql.row_fates import Outcome, sort_out
+from outbox.sql.row_fates import RowFates, sort_out
 from outbox.storage.store import Claimed
 
 __all__ = ["Batch", "publish_in_waves", "waves"]
@@ -40,7 +40,7 @@ class Batch:
 
     Attributes:
         rows: all of them, in their order.
-        outcome: what is known of them so far.
+        fates: what is known of them so far.
         until: no further wave is sent after that, by ``time.monotonic()``: a lease ends some time.
     """
 
@@ -63,7 +63,7 @@ class Batch:
             on_report: called on any thread when :meth:`advance` may have something to do.
         """
         self.rows = rows
-        self.outcome = Outcome()
+        self.fates = RowFates()
         self.until = until
         self._publisher = publisher
         self._on_report = on_report
@@ -94,11 +94,11 @@ class Batch:
         for _, report in self._sent[:1]:
             report.result()
 
-    def abandon(self) -> Outcome:
+    def abandon(self) -> RowFates:
         """Return the fates known so far, and all others as left: who waited does so no more."""
         self._waves.clear()
         self._sent = []
-        known = self.outcome
+        known = self.fates
         settled = {row.seq for row in known.done}
         settled |= {row.seq for row, _ in (*known.refused, *known.rejected)}
         known.left = [row for row in self.rows if row.seq not in settled]
@@ -107,7 +107,7 @@ class Batch:
     def _take_in(self) -> None:
         for rows, report in self._sent:
             found = sort_out(rows, report.result())
-            self.outcome.add(found)
+            self.fates.add(found)
             failed = [*found.left, *(row for row, _ in found.refused)]
             self._stopped.update(row.event.key for row in failed if row.event.key is not None)
         self._sent = []
@@ -119,7 +119,7 @@ class Batch:
         going: list[Claimed] = []
         for row in wave:
             goes = in_time and row.event.key not in self._stopped
-            (going if goes else self.outcome.left).append(row)
+            (going if goes else self.fates.left).append(row)
         if going:
             self._send(going)
 
@@ -130,7 +130,7 @@ class Batch:
             raise
         except Exception as error:  # one cannot be encoded: it must not hold up the others
             if len(rows) == 1:
-                self.outcome.rejected.append((rows[0], f"cannot be encoded: {error!r}"))
+                self.fates.rejected.append((rows[0], f"cannot be encoded: {error!r}"))
                 return
             half = len(rows) // 2
             self._send(rows[:half])
@@ -142,7 +142,7 @@ class Batch:
         self._sent.append((rows, report))
 
 
-def publish_in_waves(publisher: Publisher, rows: Sequence[Claimed]) -> Outcome:
+def publish_in_waves(publisher: Publisher, rows: Sequence[Claimed]) -> RowFates:
     """Publish ``rows`` so that those of one key arrive in order, and return what became of them.
 
     Args:
@@ -155,4 +155,4 @@ def publish_in_waves(publisher: Publisher, rows: Sequence[Claimed]) -> Outcome:
     batch = Batch(publisher, rows, ordered=True)
     while not batch.advance():
         batch.wait()
-    return batch.outcome
+    return batch.fates

@@ -77,7 +77,7 @@ def test_a_wave_is_sent_when_the_one_before_it_is_confirmed() -> None:
     assert publisher.ids() == [["1", "3"], ["2"]]
     publisher.report()
     assert batch.advance()
-    assert numbers(batch.outcome.done) == [1, 3, 2]
+    assert numbers(batch.fates.done) == [1, 3, 2]
 
 
 @pytest.mark.parametrize("error", [Nacked("full"), ConnectionLost("gone")])
@@ -93,9 +93,9 @@ def test_after_what_was_not_confirmed_nothing_of_its_key_is_sent(error: Exceptio
     assert publisher.ids() == [["1", "3"], ["4"]]
     publisher.report()
     assert batch.advance()
-    refused = [one.seq for one, _ in batch.outcome.refused]
+    refused = [one.seq for one, _ in batch.fates.refused]
     assert refused == ([1] if isinstance(error, Nacked) else [])
-    assert sorted(numbers(batch.outcome.left) + refused) == [1, 2, 5]
+    assert sorted(numbers(batch.fates.left) + refused) == [1, 2, 5]
 
 
 def test_what_is_behind_a_dead_event_of_its_key_goes_on() -> None:
@@ -107,8 +107,8 @@ def test_what_is_behind_a_dead_event_of_its_key_goes_on() -> None:
     batch.advance()
     publisher.report()
     assert batch.advance()
-    assert numbers(batch.outcome.done) == [2]
-    assert batch.outcome.rejected == [(rows[0], "too large")]
+    assert numbers(batch.fates.done) == [2]
+    assert batch.fates.rejected == [(rows[0], "too large")]
 
 
 def test_no_further_wave_is_sent_when_the_time_is_up() -> None:
@@ -118,7 +118,7 @@ def test_no_further_wave_is_sent_when_the_time_is_up() -> None:
     publisher.report()
     assert batch.advance()
     assert publisher.ids() == [["1"]]
-    assert numbers(batch.outcome.left) == [2]
+    assert numbers(batch.fates.left) == [2]
 
 
 def test_what_is_abandoned_is_left_but_for_what_is_known() -> None:
@@ -127,9 +127,9 @@ def test_what_is_abandoned_is_left_but_for_what_is_known() -> None:
     batch.advance()
     publisher.report()
     batch.advance()
-    outcome = batch.abandon()
-    assert numbers(outcome.done) == [1]
-    assert numbers(outcome.left) == [2, 3]
+    fates = batch.abandon()
+    assert numbers(fates.done) == [1]
+    assert numbers(fates.left) == [2, 3]
 
 
 def test_when_the_publisher_is_closed_what_it_has_not_confirmed_is_left() -> None:
@@ -141,7 +141,7 @@ def test_when_the_publisher_is_closed_what_it_has_not_confirmed_is_left() -> Non
     with pytest.raises(UsageError):
         batch.advance()
     assert batch.advance()
-    assert (numbers(batch.outcome.done), numbers(batch.outcome.left)) == ([1], [2])
+    assert (numbers(batch.fates.done), numbers(batch.fates.left)) == ([1], [2])
 
 
 def test_equal_events_of_two_rows_have_each_their_own_fate() -> None:
@@ -151,9 +151,9 @@ def test_equal_events_of_two_rows_have_each_their_own_fate() -> None:
     report = PublishReport(
         published=(first.event,), rejected=(Withdrawn(twin.event, "why"),), error=Nacked("full")
     )
-    outcome = sort_out([first, twin], report)
-    assert numbers(outcome.done) == [1]
-    assert [(one.seq, why) for one, why in outcome.refused] == [(3, "full")]
+    fates = sort_out([first, twin], report)
+    assert numbers(fates.done) == [1]
+    assert [(one.seq, why) for one, why in fates.refused] == [(3, "full")]
 
 
 def _fields(event: Event) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _one_buffer() -> None:
         transport: Any = self.publisher._transport()
         backlog = transport._backlog
         waiting = [*backlog._elsewhere, *backlog._queue]
-        backlog.settle([entry for entry in waiting if entry.kept], Fate.WITHDRAWN)
+        backlog.give_fate([entry for entry in waiting if entry.kept], Fate.WITHDRAWN)
         return original(self, events)
 
     EventCollector._drop = drop  # type: ignore[method-assign]
@@ -92,7 +92,7 @@ def _no_confirms() -> None:
 
     def pump(self: Any) -> None:
         original(self)
-        self._settle_confirmed(list(self._confirms._outstanding.values()))
+        self._finish_confirmed(list(self._confirms._outstanding.values()))
 
     RabbitMQTransport._pump = pump  # type: ignore[method-assign]
 
@@ -135,7 +135,7 @@ def _kept_forgotten() -> None:
 
     def down(self: Any, entries: Any, error: Any) -> Any:
         news = original(self, (), error)
-        self.settle(entries, Fate.WITHDRAWN)
+        self.give_fate(entries, Fate.WITHDRAWN)
         return news
 
     Backlog.down = down  # type: ignore[method-assign]
@@ -166,16 +166,16 @@ def _random_follow_on_ids() -> None:
 
 def _nack_is_ack() -> None:
     def keep_apart(self: Any, entries: Any, error: Any) -> None:
-        self._settle_confirmed(entries)
+        self._finish_confirmed(entries)
 
     RabbitMQTransport._keep_apart = keep_apart  # type: ignore[method-assign]
 
 
 def _returned_is_published() -> None:
-    def settle_unroutable(self: Any, unroutable: Any) -> None:
-        self._settle_confirmed([entry for entry, _reason in unroutable])
+    def handle_unroutable(self: Any, unroutable: Any) -> None:
+        self._finish_confirmed([entry for entry, _reason in unroutable])
 
-    RabbitMQTransport._settle_unroutable = settle_unroutable  # type: ignore[method-assign]
+    RabbitMQTransport._handle_unroutable = handle_unroutable  # type: ignore[method-assign]
 
 
 def _error_responses_publish() -> None:

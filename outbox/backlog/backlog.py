@@ -132,7 +132,7 @@ class Backlog:
             self._elsewhere.update(dict.fromkeys(taken))
         return taken
 
-    def settle(self, entries: Iterable[Entry], fate: Fate, reason: str = "") -> News:
+    def give_fate(self, entries: Iterable[Entry], fate: Fate, reason: str = "") -> News:
         """Give ``entries`` their fate, unless they have one."""
         news = News()
         with self._lock:

@@ -1,4 +1,4 @@
-"""Awaiting, on an event loop, what other threads resolve."""
+"""Wakes coroutines that await what other threads resolve."""
 
 from __future__ import annotations
 

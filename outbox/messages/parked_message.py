@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from outbox.errors import BrokerError
 from outbox.messages.topics import matches
 
-__all__ = ["Address", "Kind", "Outcome", "ParkedMessage", "Selection"]
+__all__ = ["Address", "Kind", "ParkedMessage", "ReplayResult", "Selection"]
 
 Kind = Literal["parked", "dead", "foreign"]
 
@@ -105,7 +105,7 @@ class Selection:
         )
 
 
-class Outcome(NamedTuple):
+class ReplayResult(NamedTuple):
     """What a replay came to.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What a database's failures say, without the statement and its parameters: not for a log."""
+"""The reasons of database failures, without the statement and its parameters: fit for a log."""
 
 from __future__ import annotations
 

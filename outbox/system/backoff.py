@@ -1,4 +1,4 @@
-"""How long to wait before the next attempt."""
+"""The back-off: a pause before the next attempt that grows with each failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which process this is, what becomes of it in a fork, and what is done when it ends."""
+"""The id of this process, and hooks for a fork and for the exit, also under uWSGI."""
 
 from __future__ import annotations
 

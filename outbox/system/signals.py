@@ -1,4 +1,4 @@
-"""Being told to stop."""
+"""Requests to stop, by a signal or otherwise."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["Signals", "Stop"]
 
 
 class Stop:
-    """Whether what runs in this process is to stop.
+    """A request to stop what runs in this process.
 
     Attributes:
-        asked: whether it is.
+        asked: whether it was made.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Stop:
         self.asked = True
 
     def begin(self) -> None:
-        """Be told that from now on there is something to finish."""
+        """Note that from now on there is something to finish."""
 
 
 class Signals(Stop):

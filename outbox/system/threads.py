@@ -1,4 +1,4 @@
-"""Whether a thread in the background can do its work here, and what it is: a thread, a greenlet."""
+"""Checks that a background thread can work here, and whether it is a thread or a greenlet."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class MemoryTransport:
             with self._lock:
                 self.published.extend(events)
                 self._backlog.take(len(entries), len(entries))
-            news = self._backlog.settle(entries, Fate.PUBLISHED)
+            news = self._backlog.give_fate(entries, Fate.PUBLISHED)
         self._notify(news)
         return chunk
 

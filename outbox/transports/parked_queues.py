@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, Self
 
-from outbox.messages.parked_message import Outcome, ParkedMessage
+from outbox.messages.parked_message import ParkedMessage, ReplayResult
 
 __all__ = ["Browsing", "ParkedQueues"]
 
@@ -42,6 +42,6 @@ class ParkedQueues(Protocol):
         """Return why a replay of ``message`` would fail, as far as that can be told beforehand."""
         ...
 
-    def replay(self, messages: Sequence[ParkedMessage], *, to_origin: bool) -> Outcome:
+    def replay(self, messages: Sequence[ParkedMessage], *, to_origin: bool) -> ReplayResult:
         """Publish ``messages``, confirmed; they stay where they are until they are removed."""
         ...

@@ -24,7 +24,7 @@ from outbox import (
 )
 from outbox.consumers import ReceivedEvent, Reject, Worker, consumer
 from outbox.messages.dead_letters import parked
-from outbox.messages.parked_message import Outcome, ParkedMessage
+from outbox.messages.parked_message import ParkedMessage, ReplayResult
 from outbox.settings import Settings
 from outbox.testing.broker import PrivateBroker
 from outbox.transports.parked_queues import ParkedQueues
@@ -87,7 +87,7 @@ def ids(messages: Sequence[Any]) -> list[str]:
     return [one.id for one in messages]
 
 
-def replay_all(queues: ParkedQueues, queue: str, **options: Any) -> Outcome:
+def replay_all(queues: ParkedQueues, queue: str, **options: Any) -> ReplayResult:
     """Replay what is in ``queue`` now."""
     done: list[ParkedMessage] = []
     left: list[tuple[ParkedMessage, str]] = []
@@ -98,7 +98,7 @@ def replay_all(queues: ParkedQueues, queue: str, **options: Any) -> Outcome:
             browsing.remove(outcome.done)
             done += outcome.done
             left += outcome.left
-    return Outcome(tuple(done), tuple(left))
+    return ReplayResult(tuple(done), tuple(left))
 
 
 @pytest.mark.parametrize("kind", TYPES)

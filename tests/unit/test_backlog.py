@@ -47,10 +47,10 @@ def test_a_chunk_is_reported_when_its_last_event_has_a_fate() -> None:
     backlog = Backlog()
     assert backlog.add(chunk_of("a", "b", "c", "d")).reports == []
     a, b, c, d = backlog.take(10, 10)
-    assert backlog.settle([c], Fate.PUBLISHED).reports == []
-    assert backlog.settle([a], Fate.REJECTED, "no").reports == []
-    assert backlog.settle([d], Fate.IGNORED).reports == []
-    report = report_of(backlog.settle([b], Fate.PUBLISHED))
+    assert backlog.give_fate([c], Fate.PUBLISHED).reports == []
+    assert backlog.give_fate([a], Fate.REJECTED, "no").reports == []
+    assert backlog.give_fate([d], Fate.IGNORED).reports == []
+    report = report_of(backlog.give_fate([b], Fate.PUBLISHED))
     assert ids(report.published) == "bc"
     assert ids(report.ignored) == "d"
     assert [(one.event.id, one.reason) for one in report.rejected] == [("a", "no")]
@@ -93,13 +93,13 @@ def test_a_refused_event_waits_apart_and_its_siblings_are_reported_without_it() 
     backlog.add(chunk_of("a", "b"))
     a, b = backlog.take(10, 10)
     assert backlog.refused([a], Nacked("full")).reports == []
-    report = report_of(backlog.settle([b], Fate.PUBLISHED))
+    report = report_of(backlog.give_fate([b], Fate.PUBLISHED))
     assert (ids(report.published), ids(report.kept)) == ("b", "a")
     assert isinstance(report.error, Nacked)
     assert ids(backlog.take(10, 10)) == ""
     backlog.requeue([a])
     assert ids(backlog.take(10, 10)) == "a"
-    assert backlog.settle([a], Fate.PUBLISHED).reports == []
+    assert backlog.give_fate([a], Fate.PUBLISHED).reports == []
     assert backlog.kept_size == (0, 0)
 
 
@@ -117,7 +117,7 @@ def test_when_a_callers_time_is_up_without_any_confirm_later_callers_do_not_wait
     assert ids(report_of(backlog.add(chunk_of("b"))).kept) == "b"
     clock.now += 1
     backlog.confirmed()
-    backlog.settle(flying, Fate.PUBLISHED)
+    backlog.give_fate(flying, Fate.PUBLISHED)
     assert backlog.add(chunk_of("c")).reports == []
 
 
@@ -166,7 +166,7 @@ def test_handing_over_reports_those_who_wait_and_gives_what_is_kept() -> None:
     left, news = backlog.hand_over(ConnectFailed("closed"))
     assert ids(left) == "ab"
     assert [ids(report.kept) for _, report in news.reports] == ["ab", ""]
-    assert backlog.settle(flying, Fate.PUBLISHED).reports == []
+    assert backlog.give_fate(flying, Fate.PUBLISHED).reports == []
     assert backlog.wait_empty(0)
     assert backlog.kept == ()
 
@@ -214,7 +214,7 @@ class AnyOrder(RuleBasedStateMachine):
         entry = data.draw(st.sampled_from(self.flying))
         self.flying.remove(entry)
         self.backlog.confirmed()
-        self.spread(self.backlog.settle([entry], fate))
+        self.spread(self.backlog.give_fate([entry], fate))
 
     @precondition(lambda self: self.flying)
     @rule(data=st.data())
@@ -265,7 +265,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.retry()
         while entries := [*self.flying, *self.backlog.take(100, 1 << 20)]:
             self.flying = []
-            self.spread(self.backlog.settle(entries, Fate.PUBLISHED))
+            self.spread(self.backlog.give_fate(entries, Fate.PUBLISHED))
         assert all(entry.fate is not None for entry in self.all)
         assert set(self.reports) == set(self.chunks)
         assert self.backlog.wait_empty(0)

@@ -150,7 +150,7 @@ def test_without_a_queue_to_park_in_nothing_is_parked() -> None:
     lost = Event(id="2", target="lost", exchange="x", body=b"")
     found = plan(EVENT, lost)
     assert found.parks
-    found.leave_homeless()
+    found.park_nothing()
     assert [entry.event for entry in found.homeless] == [lost]
     assert [row["id"] for row in found.rows] == ["1"]
     assert list(found.fates) == [(Fate.PUBLISHED, "")]

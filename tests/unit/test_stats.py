@@ -76,8 +76,8 @@ def test_every_fate_is_counted_once_and_keeping_apart_from_it() -> None:
     backlog.down(backlog.take(10, 10_000), LOST)
     backlog.up()
     backlog.take(10, 10_000)
-    backlog.settle(entries[:2], Fate.PUBLISHED)
-    backlog.settle(entries, Fate.PARKED)  # two of them have theirs
+    backlog.give_fate(entries[:2], Fate.PUBLISHED)
+    backlog.give_fate(entries, Fate.PARKED)  # two of them have theirs
     withdrawn = Chunk(make_events(1), keep=False)
     backlog.add(withdrawn)
     backlog.refused(backlog.take(10, 10_000), LOST)
@@ -92,11 +92,11 @@ def test_only_chunks_that_were_confirmed_in_time_count_for_the_latency() -> None
     first, second = Chunk(make_events(1)), Chunk(make_events(1))
     backlog.add(first)
     now[0] = 0.004
-    backlog.settle(backlog.take(1, 10_000), Fate.PUBLISHED)
+    backlog.give_fate(backlog.take(1, 10_000), Fate.PUBLISHED)
     backlog.add(second)
     backlog.release(second)
     now[0] = 9.0
-    backlog.settle(backlog.take(1, 10_000), Fate.PUBLISHED)
+    backlog.give_fate(backlog.take(1, 10_000), Fate.PUBLISHED)
     latency = backlog.tally.latency
     assert latency.count == 1
     assert latency.total == latency.maximum == pytest.approx(0.004)

@@ -13,7 +13,7 @@ import pika.exceptions
 from outbox.backlog.notifier import Notifier
 from outbox.errors import ConnectFailed, Nacked, OutboxError
 from outbox.event import Event
-from outbox.messages.parked_message import Outcome, ParkedMessage
+from outbox.messages.parked_message import ParkedMessage, ReplayResult
 from outbox.settings import Settings
 from outbox.transports.rabbitmq import pika_connection, pika_errors
 from outbox.transports.rabbitmq.amqp.encoder import Encoder
@@ -125,7 +125,7 @@ class RabbitMQParkedQueues:
         found = replayed(message, to_origin=to_origin)
         return found if isinstance(found, str) else self._missing(found.exchange)
 
-    def replay(self, messages: Sequence[ParkedMessage], *, to_origin: bool) -> Outcome:
+    def replay(self, messages: Sequence[ParkedMessage], *, to_origin: bool) -> ReplayResult:
         """Publish ``messages`` as one chunk and wait for the confirms, answering heartbeats.
 
         When the connection for publishing is lost, the outcome has the ``error``; what was not
@@ -144,7 +144,7 @@ class RabbitMQParkedQueues:
             else:
                 left.append((message, str(reason)))
         if not events:
-            return Outcome((), tuple(left))
+            return ReplayResult((), tuple(left))
         future = self._publisher().submit(events, keep=False).future
         # A callback that does nothing ends the waiting.
         future.add_done_callback(lambda _: self._opened.add_callback_threadsafe(lambda: None))
@@ -157,7 +157,7 @@ class RabbitMQParkedQueues:
             if isinstance(event, Replayed) and (lost is None or why != f"withdrawn: {lost}"):
                 left.append((event.message, why.removeprefix("withdrawn: ")))
         done = tuple(one.message for one in report.published if isinstance(one, Replayed))
-        return Outcome(done, tuple(left), lost)
+        return ReplayResult(done, tuple(left), lost)
 
     def _publisher(self) -> RabbitMQTransport:
         if self._transport is None:

@@ -199,9 +199,9 @@ class RabbitMQTransport(BackloggedTransport):
         if verdict.later:
             self._keep_apart(verdict.later, Nacked(f"the broker closed the channel: {why}"))
         if verdict.unroutable:
-            self._settle_unroutable([(entry, why) for entry in verdict.unroutable])
+            self._handle_unroutable([(entry, why) for entry in verdict.unroutable])
         if verdict.rejected:
-            self._notify(self._backlog.settle(verdict.rejected, Fate.REJECTED, why))
+            self._notify(self._backlog.give_fate(verdict.rejected, Fate.REJECTED, why))
         self._link.later(0, self._open_channel)  # when pika has forgotten this one
 
     def _link_is_gone(self) -> bool:
@@ -225,7 +225,7 @@ class RabbitMQTransport(BackloggedTransport):
                 entries = [entry for entry in entries if entry.frames]
                 limit = self._encoder.frame_max
                 why = f"its headers do not fit into one frame of the broker's {limit} bytes"
-                self._notify(self._backlog.settle(unsendable, Fate.REJECTED, why))
+                self._notify(self._backlog.give_fate(unsendable, Fate.REJECTED, why))
             if not entries:
                 continue
             self._confirms.sent(entries)
@@ -269,7 +269,7 @@ class RabbitMQTransport(BackloggedTransport):
             return
         entries, unroutable = self._confirms.confirmed([(method.delivery_tag, method.multiple)])
         self._note_answer(len(entries) + len(unroutable))
-        self._settle_unroutable(unroutable)
+        self._handle_unroutable(unroutable)
         self._on_nacked(entries)
         self._pump()
 
@@ -277,9 +277,9 @@ class RabbitMQTransport(BackloggedTransport):
         entries, unroutable = self._confirms.confirmed(acks)
         self._note_answer(len(entries) + len(unroutable))
         if unroutable:
-            self._settle_unroutable(unroutable)
+            self._handle_unroutable(unroutable)
         if entries:
-            self._settle_confirmed(entries)
+            self._finish_confirmed(entries)
         self._pump()
 
     def _note_answer(self, answered: int) -> None:
@@ -288,12 +288,12 @@ class RabbitMQTransport(BackloggedTransport):
             self._watched_since = time.monotonic()
         self._backlog.confirmed()
 
-    def _settle_confirmed(self, entries: Sequence[Entry]) -> None:
+    def _finish_confirmed(self, entries: Sequence[Entry]) -> None:
         to_park = [entry for entry in entries if entry.parked_as is not None]
         if to_park:
-            self._notify(self._backlog.settle(to_park, Fate.PARKED))
+            self._notify(self._backlog.give_fate(to_park, Fate.PARKED))
             entries = [entry for entry in entries if entry.parked_as is None]
-        self._notify(self._backlog.settle(entries, Fate.PUBLISHED))
+        self._notify(self._backlog.give_fate(entries, Fate.PUBLISHED))
 
     def _on_return(
         self,
@@ -307,7 +307,7 @@ class RabbitMQTransport(BackloggedTransport):
         if not self._confirms.returned(event_id, method.exchange, method.routing_key, reason):
             logger.warning("an event came back that is not outstanding: %r", event_id)
 
-    def _settle_unroutable(self, unroutable: Sequence[tuple[Entry, str]]) -> None:
+    def _handle_unroutable(self, unroutable: Sequence[tuple[Entry, str]]) -> None:
         """Park, reject or ignore what no queue would have, each with the broker's reason."""
         mendable = [entry for entry, _ in unroutable if self._delayer.may_be_mended(entry)]
         passed_over = set(mendable)
@@ -315,7 +315,7 @@ class RabbitMQTransport(BackloggedTransport):
             (entry, reason) for entry, reason in unroutable if entry not in passed_over
         )
         for (fate, reason), entries in fates.items():
-            self._notify(self._backlog.settle(entries, fate, reason))
+            self._notify(self._backlog.give_fate(entries, fate, reason))
         self._backlog.put_behind(to_park)  # group by group they keep their order
         self._send_again(mendable)
 
@@ -333,7 +333,7 @@ class RabbitMQTransport(BackloggedTransport):
         """Deal with delayed events to what the broker does not have."""
         for entry in entries:
             entry.delayed_as = None
-        self._settle_unroutable([(entry, reason) for entry in entries])
+        self._handle_unroutable([(entry, reason) for entry in entries])
         self._pump()
 
     def _on_nacked(self, entries: Sequence[Entry]) -> None:

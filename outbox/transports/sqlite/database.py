@@ -19,7 +19,7 @@ from outbox.storage.store import Store
 from outbox.system import process
 from outbox.transports.sqlite import routing
 from outbox.transports.sqlite.location import Location
-from outbox.transports.sqlite.shared_file import neighbours_at
+from outbox.transports.sqlite.shared_file import shared_file_at
 from outbox.transports.sqlite.sqlite_errors import DATABASE_ERRORS, is_busy, is_failure, of_database
 
 __all__ = ["Database"]
@@ -52,14 +52,14 @@ class Database:
         self.path = location.path
         self._location = location
         self._given_up = given_up
-        self._neighbours = neighbours_at(location.path)
+        self._shared_file = shared_file_at(location.path)
         self._engine: Engine = self._make_engine()
         self._store = Store(self._engine)
         self._connection: Connection | None = None
         self._raw: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
         self._version: int | None = None
-        self._neighbours.members.add(self)
+        self._shared_file.members.add(self)
         _made.add(self)
 
     @property
@@ -116,10 +116,10 @@ class Database:
     def close(self) -> None:
         """Close the connection, if it is open."""
         # In turn: the process must not fork in the middle of it.
-        turn = self._neighbours.turn.acquire(timeout=_SLICE)
+        turn = self._shared_file.turn.acquire(timeout=_SLICE)
         self.let_go()
         if turn:
-            self._neighbours.turn.release()
+            self._shared_file.turn.release()
 
     def let_go(self) -> None:
         """Close the connection, if it is open, it being our turn."""
@@ -181,7 +181,7 @@ class Database:
                 return function()
             except DATABASE_ERRORS as error:
                 now = time.monotonic()
-                waits = not self._given_up() and not self._neighbours.to_fork
+                waits = not self._given_up() and not self._shared_file.to_fork
                 if not is_busy(error) or not waits or now > deadline:
                     raise
                 if now - begin < _SLICE:  # SQLite did not wait where that could be a deadlock
@@ -191,14 +191,14 @@ class Database:
     def _turn(self) -> Iterator[None]:
         """Use the file while no other thread of this process does."""
         deadline = time.monotonic() + _PATIENCE
-        while not self._neighbours.turn.acquire(timeout=_SLICE):
+        while not self._shared_file.turn.acquire(timeout=_SLICE):
             if self._given_up() or time.monotonic() > deadline:
                 raise Blocked(f"another thread has kept {self.path} locked")
         try:
             with self._translated():
                 yield
         finally:
-            self._neighbours.turn.release()
+            self._shared_file.turn.release()
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:

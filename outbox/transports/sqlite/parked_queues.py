@@ -14,7 +14,7 @@ from outbox.errors import UsageError
 from outbox.event import Event
 from outbox.messages.dead_letters import fields_of, is_kept_on_replay, origin_headers
 from outbox.messages.delivery import headers_on_the_wire
-from outbox.messages.parked_message import Outcome, ParkedMessage
+from outbox.messages.parked_message import ParkedMessage, ReplayResult
 from outbox.settings import MIB, Settings
 from outbox.storage.clock import now
 from outbox.storage.rows import event_of
@@ -24,7 +24,7 @@ from outbox.transports.sqlite.database import Database
 from outbox.transports.sqlite.location import Location
 from outbox.transports.sqlite.plan import NO_ROUTE, rows_of
 from outbox.transports.sqlite.routing import Routes
-from outbox.transports.sqlite.shared_file import neighbours_at
+from outbox.transports.sqlite.shared_file import shared_file_at
 from outbox.url import BrokerURL
 
 __all__ = ["SQLiteParkedQueues", "StoredMessage", "replayed"]
@@ -103,7 +103,7 @@ class SQLiteParkedQueues:
         if not Path(location.path).exists():
             raise UsageError(f"there is no file {location.path}")
         self._database = Database(location)
-        self._neighbours = neighbours_at(location.path)
+        self._shared_file = shared_file_at(location.path)
         self._routes = Routes()
         self._moved: set[int] = set()
 
@@ -148,7 +148,7 @@ class SQLiteParkedQueues:
             return found
         return None if self._routes.queues(found.exchange, found.target) else _UNROUTABLE
 
-    def replay(self, messages: Sequence[ParkedMessage], *, to_origin: bool) -> Outcome:
+    def replay(self, messages: Sequence[ParkedMessage], *, to_origin: bool) -> ReplayResult:
         """Move ``messages`` in one transaction: a message is in one place or the other.
 
         Raises:
@@ -164,9 +164,9 @@ class SQLiteParkedQueues:
                     done.append(message)
                 else:
                     left.append((message, reason))
-        self._neighbours.wake()
+        self._shared_file.wake()
         self._moved.update(one.seq for one in done if isinstance(one, StoredMessage))
-        return Outcome(tuple(done), tuple(left))
+        return ReplayResult(tuple(done), tuple(left))
 
     def _move(
         self, message: ParkedMessage, connection: Connection, *, to_origin: bool

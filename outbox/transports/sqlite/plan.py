@@ -66,7 +66,7 @@ class Plan:
         """Whether something is to be parked."""
         return (Fate.PARKED, "") in self.fates
 
-    def leave_homeless(self) -> None:
+    def park_nothing(self) -> None:
         """Park nothing: there is no queue to park in."""
         self.homeless = self.fates.pop((Fate.PARKED, ""), [])
         self.rows = [row for row in self.rows if row["queue"] != PARKING_QUEUE]

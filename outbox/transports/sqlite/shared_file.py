@@ -1,4 +1,4 @@
-"""Those of this process that use one file: they take turns, and wake each other.
+"""One file, shared by all of this process that use it: they take turns, and wake each other.
 
 SQLite lets other connections try again and again until a writer is done; between processes there
 is nothing better. Within one, whoever waits is next.
@@ -18,7 +18,7 @@ from typing import Protocol
 
 from outbox.system import process
 
-__all__ = ["Neighbours", "neighbours_at"]
+__all__ = ["SharedFile", "shared_file_at"]
 
 
 class Closable(Protocol):
@@ -29,8 +29,8 @@ class Closable(Protocol):
         ...
 
 
-class Neighbours:
-    """Thread-safe.
+class SharedFile:
+    """One file, as this process uses it. Thread-safe.
 
     Attributes:
         turn: held by the one who uses the file.
@@ -48,27 +48,27 @@ class Neighbours:
         """Have ``event`` set when something was published."""
         self._listeners |= {event}
 
-    def leave(self, event: threading.Event) -> None:
+    def stop_listening(self, event: threading.Event) -> None:
         """Undo :meth:`listen`."""
         self._listeners -= {event}
 
     def wake(self) -> None:
-        """Tell all who listen that something was published."""
+        """Set the events of all who listen: something was published."""
         for event in self._listeners:
             event.set()
 
 
 _lock = threading.Lock()
-_by_path: dict[str, Neighbours] = {}
+_by_path: dict[str, SharedFile] = {}
 
 
-def neighbours_at(path: str) -> Neighbours:
-    """Return those of this process at the file ``path``."""
+def shared_file_at(path: str) -> SharedFile:
+    """Return the shared file at ``path``, the same one for all of this process."""
     with _lock:
-        return _by_path.setdefault(path, Neighbours())
+        return _by_path.setdefault(path, SharedFile())
 
 
-_held: list[Neighbours] = []
+_held: list[SharedFile] = []
 _LONGEST_WAIT = 10.0  # seconds: then a disk does not answer, and the child gets no file
 
 

@@ -23,7 +23,7 @@ from outbox.transports.sqlite.leases import LEASE, Leases
 from outbox.transports.sqlite.location import Location
 from outbox.transports.sqlite.plan import rows_of
 from outbox.transports.sqlite.routing import Binding
-from outbox.transports.sqlite.shared_file import neighbours_at
+from outbox.transports.sqlite.shared_file import shared_file_at
 from outbox.url import BrokerURL
 
 __all__ = ["SQLiteSubscription"]
@@ -72,7 +72,7 @@ class SQLiteSubscription:
         self._database = Database(
             location, lambda: self._stopping and time.monotonic() > self._give_up_at
         )
-        self._neighbours = neighbours_at(location.path)
+        self._shared_file = shared_file_at(location.path)
         self._deliver: Callable[[Delivery], None] = _nowhere
         self._refused: Callable[[str], None] = _nowhere
         self._wake = threading.Event()
@@ -90,7 +90,7 @@ class SQLiteSubscription:
         """Declare and consume, for as long as it is not cancelled."""
         self._deliver = deliver
         self._refused = refused
-        self._neighbours.listen(self._wake)
+        self._shared_file.listen(self._wake)
         self._thread = threading.Thread(target=self._run, name="outbox-consumer", daemon=True)
         self._thread.start()
 
@@ -131,7 +131,7 @@ class SQLiteSubscription:
 
     def close(self) -> None:
         """Settle what was settled, give back the rest to its place, and close the file."""
-        self._neighbours.leave(self._wake)
+        self._shared_file.stop_listening(self._wake)
         self._give_up_at = time.monotonic() + _CLOSE_TIMEOUT - 1.0
         self._cancelling = self._stopping = True
         self._wake.set()

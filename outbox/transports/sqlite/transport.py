@@ -23,7 +23,7 @@ from outbox.transports.sqlite.database import Database
 from outbox.transports.sqlite.location import Location
 from outbox.transports.sqlite.plan import Plan
 from outbox.transports.sqlite.routing import Routes
-from outbox.transports.sqlite.shared_file import neighbours_at
+from outbox.transports.sqlite.shared_file import shared_file_at
 from outbox.url import BrokerURL
 
 __all__ = ["SQLiteTransport"]
@@ -61,7 +61,7 @@ class SQLiteTransport(BackloggedTransport):
         self._stopping = False
         self._hurry = False
         self._database = Database(location, lambda: self._stopping)
-        self._neighbours = neighbours_at(location.path)
+        self._shared_file = shared_file_at(location.path)
         self._wake = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -167,7 +167,7 @@ class SQLiteTransport(BackloggedTransport):
                 self._routes.update(routing.load(connection))
                 plan = Plan(entries, self._routes, self._settings.unroutable)
                 if plan.parks and not self._make_parking_queue(connection):
-                    plan.leave_homeless()
+                    plan.park_nothing()
                 self._database.store.put_rows(plan.rows, connection=connection)
         except _FAULTS_OF_EVENTS as error:
             if len(entries) > 1:
@@ -176,12 +176,12 @@ class SQLiteTransport(BackloggedTransport):
                 self._write(entries[half:])
             else:
                 why = f"it cannot be stored: {getattr(error, 'orig', None) or error}"
-                self._notify(self._backlog.settle(entries, Fate.REJECTED, why))
+                self._notify(self._backlog.give_fate(entries, Fate.REJECTED, why))
             return
-        self._neighbours.wake()
+        self._shared_file.wake()
         self._backlog.confirmed()
         for (fate, reason), settled in plan.fates.items():
-            self._notify(self._backlog.settle(settled, fate, reason))
+            self._notify(self._backlog.give_fate(settled, fate, reason))
         if plan.homeless:
             self._keep_apart(plan.homeless)
 

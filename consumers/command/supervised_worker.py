@@ -35,7 +35,7 @@ def run(options: argparse.Namespace, parent: Parent) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent's to act on
-    stop = Stop() if options.reload else Signals(second_exits=None)
+    stop = Signals(second_exits=None)
     stop_with(parent, stop, options.shutdown_timeout + MARGIN)
 
     def work() -> int:

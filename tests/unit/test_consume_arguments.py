@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from outbox import MissingExtra
+from outbox import MissingExtra, exit_codes
 from outbox.consumers.command.arguments import limits_of, make_parser
 from outbox.consumers.command.autoreload import run_reloading
 from outbox.consumers.command.limits import Limits
 from outbox.system.signals import Stop
+from tests.waiting import wait_until
 
 
 def limits(*arguments: str) -> Limits:
@@ -53,6 +57,26 @@ def test_what_cannot_be_is_told(
 
 
 def test_where_the_reloader_is_missing_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "werkzeug._reloader", None)
-    with pytest.raises(MissingExtra, match="--reload needs werkzeug"):
+    monkeypatch.setitem(sys.modules, "watchfiles", None)
+    with pytest.raises(MissingExtra, match=r"--reload needs watchfiles.*\[reload\]"):
         run_reloading(lambda: 0, Stop(), 1.0)
+
+
+def test_a_change_of_an_imported_module_is_noticed_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    elsewhere = tmp_path / "elsewhere.py"
+    elsewhere.touch()
+    module = ModuleType("elsewhere")
+    module.__file__ = str(elsewhere)
+    monkeypatch.setitem(sys.modules, "elsewhere", module)
+    stop = Stop()
+
+    def work() -> int:
+        os.utime(elsewhere, (1, 1))
+        wait_until(lambda: stop.asked)
+        return exit_codes.SUCCESS
+
+    assert run_reloading(work, stop, 10.0) == exit_codes.RECYCLED

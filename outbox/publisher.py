@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import math
@@ -217,6 +216,8 @@ class Publisher:
 
     async def drain_async(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109
         """Await what :meth:`drain` waits for."""
+        import asyncio
+
         transport = self._transport()
         return await asyncio.to_thread(transport.drain, self._drain_timeout(timeout))
 
@@ -358,9 +359,12 @@ class Publisher:
 
 def refuse_running_loop() -> None:
     """Raise UsageError on a running event loop, which waiting for confirms would block."""
+    asyncio: Any = sys.modules.get("asyncio")
+    if asyncio is None:  # a program that has not imported it runs no loop, and need not pay for it
+        return
     try:
         asyncio.get_running_loop()
-    except RuntimeError:
+    except (RuntimeError, AttributeError):  # no loop; or another thread is still importing it
         return
     raise UsageError(
         "publishing would block the running event loop; "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
+from typing import TYPE_CHECKING
 
 from outbox.backlog.chunk import Chunk
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["Waker", "reported"]
 
@@ -45,6 +48,8 @@ class Waker:
 
 async def reported(chunk: Chunk, timeout: float) -> None:  # noqa: ASYNC109  cancels nothing
     """Wait until ``chunk`` is reported, at most ``timeout`` seconds."""
+    import asyncio  # imported already where a loop runs; programs without one do not pay for it
+
     loop = asyncio.get_running_loop()
     waker: Waker | None = getattr(_here, "waker", None)
     if waker is None or waker.loop is not loop:

@@ -1,5 +1,7 @@
 """Events that are published when their unit of work has succeeded, and only then."""
 
+from typing import TYPE_CHECKING
+
 from outbox.backlog.stats import Latency, Stats
 from outbox.configuration import configure
 from outbox.errors import (
@@ -29,6 +31,18 @@ from outbox.unit_of_work.collector import (
     publish,
     publish_async,
 )
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from outbox.version import installed_version
+
+        return installed_version()
+
 
 __all__ = [
     # Collecting

@@ -1,1 +1,1 @@
-"""The command ``outbox``: for those who look after events that have gone astray."""
+"""The command ``outbox``: publishes stored events and manages parked ones."""

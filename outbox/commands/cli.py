@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from outbox import exit_codes
 from outbox.commands import parked_command, relay_command, sql_command, stored_command
+from outbox.commands.options import Version
 from outbox.commands.printing import printable
 from outbox.errors import BrokerError, OutboxError
 
@@ -20,7 +21,11 @@ _SUB_COMMANDS = (relay_command, stored_command, sql_command, parked_command)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code, one of ``outbox.exit_codes``."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.run is None:
+        parser.print_help(sys.stderr)
+        return exit_codes.USAGE
     logging.basicConfig(
         level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -46,18 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="outbox",
-        description="Publish stored events, and look after those that have gone astray.",
-        epilog="'outbox relay --help', 'outbox parked --help' and so on tell more, with examples.",
+        description="Publish stored events and manage parked ones.",
+        epilog="'outbox COMMAND --help' shows more, with examples and exit codes.",
     )
+    parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
+    parser.set_defaults(run=None)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--log-level",
         default="CRITICAL",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
-        help="of the log on standard error (default: CRITICAL; the command tells by itself what "
-        "went wrong)",
+        help="least severe messages to log on standard error (default: CRITICAL; the command "
+        "reports its own errors)",
     )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for one in _SUB_COMMANDS:
         one.add_parser(commands, common)
     return parser

@@ -1,12 +1,26 @@
-"""Options that several sub-commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
 import argparse
 
-__all__ = ["DATABASE_VARIABLE", "broker_option", "database_option", "positive"]
+from outbox.version import installed_version
+
+__all__ = ["DATABASE_VARIABLE", "Version", "broker_option", "database_option", "positive"]
 
 DATABASE_VARIABLE = "OUTBOX_DATABASE_URL"
+
+
+class Version(argparse.Action):
+    """The option ``--version``: prints the version and exits.
+
+    argparse's own action wants the version when the parser is made, and looking it up is slow.
+    """
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print it."""
+        print(parser.prog, installed_version())
+        parser.exit()
 
 
 def broker_option() -> argparse.ArgumentParser:
@@ -15,7 +29,7 @@ def broker_option() -> argparse.ArgumentParser:
     parser.add_argument(
         "--url",
         help="the broker, amqp://user:password@host:5672/vhost or sqlite:///outbox.db (default: "
-        "OUTBOX_URL, which does not show a password in the list of processes)",
+        "OUTBOX_URL, which keeps the password out of the process list)",
     )
     return parser
 
@@ -26,19 +40,15 @@ def database_option() -> argparse.ArgumentParser:
     parser.add_argument(
         "--database",
         metavar="URL",
-        help="where the events are stored, postgresql://user:password@host/database or "
-        f"sqlite:///file.db (default: {DATABASE_VARIABLE}, which does not show a password in the "
-        "list of processes)",
+        help="the database with the stored events, postgresql://user:password@host/database or "
+        f"sqlite:///file.db (default: {DATABASE_VARIABLE}, which keeps the password out of the "
+        "process list)",
     )
     return parser
 
 
 def positive(text: str) -> int:
-    """Return the number from 1 on that ``text`` is, for ``type=`` of an argument."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
-
-
-positive.__name__ = "number from 1 on"  # what argparse calls it in its errors
+    """Return the positive integer that ``text`` is, for ``type=`` of an argument."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"invalid positive integer: {text!r}")
+    return int(text)

@@ -32,21 +32,21 @@ _TOO_MANY_RETURNS = (
 _EXAMPLES = """\
 examples:
   outbox parked list
-      what waits in outbox.unroutable on the broker of OUTBOX_URL, and why
+      show the events in outbox.unroutable on the broker OUTBOX_URL, with the reasons
   outbox parked list --queue outbox.unroutable --queue thumbnails.dead --json
-      that and the dead letters of the queue thumbnails, one JSON object a line
+      also show the dead letters of the queue thumbnails, one JSON object per line
   outbox parked replay --target 'order.#' --dry-run
-      where the parked events whose target matches would be published
+      show where the parked events with a matching target would be published
   outbox parked replay --queue thumbnails.dead --reason 'ValueError'
-      dead letters back to the queue they died in, those with that in their reason
+      send dead letters with this text in their reason back to the queue they died in
   outbox parked purge --queue thumbnails.dead --id 0199f3a2-... --yes
       delete one message
 
-Replayed events keep their ids. A message is taken out of its queue when the broker has confirmed
-it elsewhere: whatever happens in between, it is not lost, and may then be delivered twice.
+Replayed events keep their ids. A message leaves its queue only after the broker has confirmed the
+new one. If the command fails in between, the message isn't lost, but may be delivered twice.
 
-exit codes: 0 done, 1 done in part (the rest is told, and still in its queue), 2 wrong usage or no
-such queue, 7 the broker cannot be reached, 130 interrupted
+exit codes: 0 done, 1 done in part (the rest is named and still in its queue) or cancelled at the
+prompt, 2 wrong usage or no such queue, 7 the broker cannot be reached, 130 interrupted by Ctrl-C
 """
 
 
@@ -60,7 +60,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     parked = commands.add_parser(
         "parked",
         help="list, replay or delete parked events and dead letters",
-        description="List, replay or delete what waits in outbox.unroutable and in dead-letter "
+        description="List, replay or delete the events in outbox.unroutable and in dead-letter "
         "queues.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -72,32 +72,31 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     listing = actions.add_parser(
         "list",
         parents=[common, broker, filters],
-        help="show messages; nothing is changed",
-        description="Show messages, oldest first. They are taken and given back in their order.",
+        help="show messages, without changing anything",
+        description="Show messages, oldest first. They go back to their queue in order.",
     )
     listing.add_argument(
         "--limit",
         type=positive,
         default=_LISTED,
         metavar="N",
-        help=f"show so many of each queue at the most (default: {_LISTED})",
+        help=f"show at most N messages of each queue (default: {_LISTED})",
     )
-    listing.add_argument("--json", action="store_true", help="one JSON object a line")
-    listing.add_argument("--payload", action="store_true", help="show the payloads, too")
+    listing.add_argument("--json", action="store_true", help="print one JSON object per line")
+    listing.add_argument("--payload", action="store_true", help="show the payloads as well")
     listing.set_defaults(run=_list)
 
     replay = actions.add_parser(
         "replay",
         parents=[common, broker, filters],
-        help="publish messages again where they were to go",
+        help="publish messages again to their original destination",
         description="Publish parked events to their original address, and dead letters to the "
-        "queue that they died in. What is not accepted there stays where it is.",
+        "queue they died in. Messages that are refused there stay where they are.",
     )
     replay.add_argument(
         "--to-origin",
         action="store_true",
-        help="publish dead letters to their original address: every queue bound there gets them "
-        "again",
+        help="publish dead letters to their original address, for every queue bound to it",
     )
     _limit_and_dry_run(replay, "replay")
     replay.set_defaults(run=_replay)
@@ -106,9 +105,9 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "purge",
         parents=[common, broker, filters],
         help="delete messages",
-        description="Delete messages for good.",
+        description="Delete messages permanently.",
     )
-    purge.add_argument("--yes", action="store_true", help="do not ask")
+    purge.add_argument("--yes", action="store_true", help="don't ask for confirmation")
     _limit_and_dry_run(purge, "delete")
     purge.set_defaults(run=_purge)
 
@@ -119,26 +118,26 @@ def _filters() -> argparse.ArgumentParser:
         "--queue",
         action="append",
         metavar="QUEUE",
-        help=f"{PARKING_QUEUE} (the default) or a dead-letter queue, <queue>.dead; list takes "
-        "several",
+        help=f"{PARKING_QUEUE} (the default) or a dead-letter queue, <queue>.dead; repeatable "
+        "with list",
     )
     filters.add_argument(
-        "--id", action="append", default=[], metavar="ID", help="of a message; may be repeated"
+        "--id", action="append", default=[], metavar="ID", help="select this message; repeatable"
     )
-    filters.add_argument("--reason", metavar="TEXT", help="a part of the reason")
+    filters.add_argument("--reason", metavar="TEXT", help="select by text in the reason")
     filters.add_argument(
         "--target",
         metavar="PATTERN",
-        help="a pattern of the original target: * is one word, # any number of them",
+        help="select by original target: * matches one word, # any number of words",
     )
     return filters
 
 
 def _limit_and_dry_run(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument(
-        "--limit", type=positive, metavar="N", help=f"{verb} so many at the most (default: all)"
+        "--limit", type=positive, metavar="N", help=f"{verb} at most N messages (default: all)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="tell what would be done")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done")
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -218,7 +217,7 @@ def _purge(options: argparse.Namespace) -> int:
 
 def _confirmed(queue: str, total: int, options: argparse.Namespace) -> bool:
     if not sys.stdin.isatty():
-        raise UsageError("purge deletes messages for good: say --yes, or see with --dry-run which")
+        raise UsageError("purge deletes messages for good: confirm with --yes, or try --dry-run")
     some = "those selected of " if _selection(options) or options.limit else ""
     try:
         answer = input(f"Delete {some}the {_messages(total)} in {queue!r} for good? [y/N] ")

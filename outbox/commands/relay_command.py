@@ -26,15 +26,15 @@ _EXAMPLES = """\
 examples:
   outbox relay --database postgresql://app@db/shop --url amqp://user:password@host:5672/vhost
   OUTBOX_DATABASE_URL=... OUTBOX_URL=... outbox relay --ordered
-      events of one key strictly in their order, beside any number of relays that do so
+      keep the order of events with the same key, also across several relays
   outbox relay --once
-      publish what is due, and end
+      publish the events that are due, and exit
 
-SIGTERM and SIGINT let what is on its way be confirmed; a second one ends at once. Nothing is lost
-either way: what is not confirmed is published again, with the same id.
+The first SIGTERM or SIGINT waits for confirms that are due; the second exits at once. Nothing is
+lost either way: unconfirmed events are published again, with the same ids.
 
 exit codes: 0 stopped in order, 1 some events were not confirmed in time or --once was stopped, 2
-wrong usage or no such table, 7 the database or the broker cannot be reached, 130 ended by a second
+wrong usage or no such table, 7 the database or the broker cannot be reached, 130 exited on a second
 signal
 """
 
@@ -49,35 +49,36 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "relay",
         parents=[common, broker_option(), database_option()],
         help="publish stored events",
-        description="Publish what transactions have stored. Any number of relays may run.",
+        description="Publish the events that transactions have stored. Any number of relays may "
+        "run at the same time.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     relay.add_argument(
-        "--batch", type=positive, default=1000, metavar="N", help="rows in a claim (default: 1000)"
+        "--batch", type=positive, default=1000, metavar="N", help="rows per claim (default: 1000)"
     )
     relay.add_argument(
         "--lease",
         type=float,
         metavar="SECONDS",
-        help="for which a claimed row is left to this relay (default: 60)",
+        help="how long a claimed row is reserved for this relay (default: 60)",
     )
     relay.add_argument(
-        "--ordered", action="store_true", help="keep the order of events of one key strictly"
+        "--ordered", action="store_true", help="keep the order of events with the same key"
     )
     relay.add_argument(
         "--listen",
         action="store_true",
-        help="look as soon as PostgreSQL tells (NOTIFY outbox_events), rather than within 2 s",
+        help="react to PostgreSQL's NOTIFY outbox_events instead of polling every 2 s",
     )
     relay.add_argument(
         "--shutdown-timeout",
         type=float,
         default=10.0,
         metavar="SECONDS",
-        help="that events on their way have to be confirmed at the end (default: 10)",
+        help="how long to wait for confirms when stopping (default: 10)",
     )
-    relay.add_argument("--once", action="store_true", help="publish what is due, and end")
+    relay.add_argument("--once", action="store_true", help="publish what is due, and exit")
     relay.set_defaults(run=_run)
 
 

@@ -16,8 +16,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add ``sql`` to the sub-commands of ``outbox``; see ``parked.add_parser``."""
     sql = commands.add_parser(
         "sql",
-        help="make or check the table of stored events",
-        description="Make or check the table of stored events.",
+        help="create or check the table of stored events",
+        description="Create or check the table of stored events.",
     )
     actions = sql.add_subparsers(title="actions", metavar="ACTION", required=True)
     database = database_option()
@@ -25,17 +25,17 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     create = actions.add_parser(
         "create",
         parents=[common, database],
-        help="make the table, unless it is there",
-        description="Make the table and its indexes, unless it is there. Where migrations do that, "
-        "give them outbox.sql.metadata, or what `outbox sql ddl` prints.",
+        help="create the table unless it exists",
+        description="Create the table and its indexes unless they exist. For migrations use "
+        "outbox.sql.metadata, or the output of `outbox sql ddl`.",
     )
     create.set_defaults(run=_create)
 
     show = actions.add_parser(
         "ddl",
         parents=[common],
-        help="print the statements that make the table",
-        description="Print the statements that make the table and its indexes.",
+        help="print the statements that create the table",
+        description="Print the statements that create the table and its indexes.",
     )
     show.add_argument("--dialect", required=True, metavar="NAME", help="postgresql or sqlite")
     show.set_defaults(run=_ddl)
@@ -43,8 +43,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     check = actions.add_parser(
         "check",
         parents=[common, database],
-        help="tell what the table lacks",
-        description="Tell what the table lacks; exit with 2 if it lacks something.",
+        help="report what the table lacks",
+        description="Report what the table lacks; exit with 2 if anything is missing.",
     )
     check.set_defaults(run=_check)
 

@@ -17,17 +17,17 @@ __all__ = ["add_parser"]
 _EXAMPLES = """\
 examples:
   outbox retry --reason NOT_FOUND --dry-run
-      which dead events would be published again, those with that in their reason
+      show which dead events with this text in their reason would be published again
   outbox retry --all
       make all of them due again
   outbox purge --id 0199f3a2-... --yes
       delete one dead event
 
-Only dead events are looked at: those that could never be published. A relay publishes what is
-made due again; it keeps its id.
+Only dead events are selected: those that could not be published. A relay publishes the events that
+are due again, with the same ids.
 
-exit codes: 0 done, 1 the question was answered with no, 2 wrong usage or no such table, 7 the
-database cannot be reached, 130 interrupted
+exit codes: 0 done, 1 cancelled at the prompt, 2 wrong usage or no such table, 7 the database cannot
+be reached, 130 interrupted by Ctrl-C
 """
 
 
@@ -38,21 +38,21 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "status",
         parents=[common, database],
         help="show the backlog of stored events",
-        description="Show how many stored events wait, for how long, and how many are dead, and "
-        "why.",
+        description="Show how many stored events are waiting, since when, and how many are dead, "
+        "by reason.",
     )
-    status.add_argument("--json", action="store_true", help="as one JSON object")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
     status.set_defaults(run=_status)
 
     filters = argparse.ArgumentParser(add_help=False)
     filters.add_argument(
-        "--id", action="append", default=[], metavar="ID", help="of an event; may be repeated"
+        "--id", action="append", default=[], metavar="ID", help="select this event; repeatable"
     )
-    filters.add_argument("--reason", metavar="TEXT", help="a part of the reason")
-    filters.add_argument("--target", metavar="TARGET", help="where it was to go")
-    filters.add_argument("--all", action="store_true", help="all dead events")
-    filters.add_argument("--limit", type=positive, metavar="N", help="so many at the most")
-    filters.add_argument("--dry-run", action="store_true", help="tell what would be done")
+    filters.add_argument("--reason", metavar="TEXT", help="select by text in the reason")
+    filters.add_argument("--target", metavar="TARGET", help="select by target")
+    filters.add_argument("--all", action="store_true", help="select all dead events")
+    filters.add_argument("--limit", type=positive, metavar="N", help="at most N events")
+    filters.add_argument("--dry-run", action="store_true", help="show what would be done")
 
     retry = commands.add_parser(
         "retry",
@@ -68,11 +68,11 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "purge",
         parents=[common, database, filters],
         help="delete dead stored events",
-        description="Delete dead stored events for good.",
+        description="Delete dead stored events permanently.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    purge.add_argument("--yes", action="store_true", help="do not ask")
+    purge.add_argument("--yes", action="store_true", help="don't ask for confirmation")
     purge.set_defaults(run=_purge)
 
 
@@ -130,7 +130,7 @@ def _purge(options: argparse.Namespace) -> int:
 
 def _check_selection(options: argparse.Namespace) -> None:
     if not (options.all or options.id or options.reason is not None or options.target is not None):
-        raise UsageError("say which: --id, --reason, --target, or --all")
+        raise UsageError("select events with --id, --reason, --target, or --all")
 
 
 def _chosen(options: argparse.Namespace, store: Any) -> list[tuple[int, str, str, str]]:
@@ -153,7 +153,7 @@ def _done(what: str, count: int) -> int:
 
 def _confirmed(count: int) -> bool:
     if not sys.stdin.isatty():
-        raise UsageError("purge deletes events for good: say --yes, or see with --dry-run which")
+        raise UsageError("purge deletes events for good: confirm with --yes, or try --dry-run")
     try:
         answer = input(f"Delete {_events(count)} for good? [y/N] ")
     except EOFError:  # Ctrl-D

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import starlette.testclient
 
-from outbox import auto_publishing, configure, enqueue_event
+from outbox import auto_publishing, configure, enqueue_event, exit_codes
 from outbox.consumers import Consumer, Worker
 from outbox.testing import recorded
 from tests.amqp import Inspector
@@ -154,6 +154,14 @@ def test_every_use_of_the_command_outbox_that_is_shown_works(
             command, *arguments = shlex.split(line, comments=True)
             if command == "outbox":
                 subprocess.run([sys.executable, "-m", "outbox", *arguments], timeout=20, check=True)
+
+
+def test_the_exit_codes_are_documented_once() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    documented = sorted(map(int, re.findall(r"^\| (\d+) \|", page, re.MULTILINE)))
+    known = {name: code for name, code in vars(exit_codes).items() if name.isupper()}
+    del known["RECYCLED"]  # no command as a whole exits with it
+    assert documented == sorted(known.values())
 
 
 def test_the_documented_options_of_the_commands_are_there() -> None:

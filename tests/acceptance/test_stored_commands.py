@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from outbox import exit_codes
+from outbox import __version__, exit_codes
 from outbox.sql import Store
 from tests.commands import Done, Run, run_outbox
 from tests.relaying import an_event, many, opened
@@ -156,6 +156,17 @@ def test_a_command_for_dead_events_wants_to_know_which(
     assert done.returncode == exit_codes.USAGE
     assert "--id, --reason, --target, or --all" in done.stderr
     assert len(dead(graves)) == 5
+
+
+def test_without_a_command_the_commands_are_listed() -> None:
+    done = run_outbox()
+    assert done.returncode == exit_codes.USAGE
+    assert "parked" in done.stderr
+    assert "relay" in done.stderr
+
+
+def test_the_version_is_shown() -> None:
+    assert run_outbox("--version").stdout == f"outbox {__version__}\n"
 
 
 # ---------------------------------------------------------------------------------------- sql

@@ -7,6 +7,9 @@ import importlib
 import inspect
 import pickle
 import pkgutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +56,7 @@ def imports(path: Path) -> Iterator[str]:
 # From the ground floor up: a room imports only itself and rooms that stand above it in this list.
 # Several modules in one string are one room.
 ROOMS = (
-    "errors exit_codes",
+    "errors exit_codes version",
     "system",
     "event header_values ids serializer settings url report",
     "messages",
@@ -236,6 +239,33 @@ def test_the_names_that_others_rely_on_are_there() -> None:
         "PublishTimeout",
         "PublishFailed",
     } <= set(outbox.__all__)
+
+
+def run_python(program: str, *options: str) -> str:
+    return subprocess.run(
+        [sys.executable, *options, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    ).stdout.strip()
+
+
+def test_importing_outbox_stays_cheap() -> None:
+    slow = {"asyncio", "importlib.metadata", "pika", "aio_pika", "starlette", "sqlalchemy"}
+    program = (
+        f"import sys; before = set(sys.modules); import outbox\n"
+        f"print({slow} & set(sys.modules) - before)"
+    )
+    assert run_python(program) == "set()"
+
+
+def test_the_version_is_that_of_the_project_installed_or_not() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert outbox.__version__ == project["version"]
+    # -S: without site-packages, where the installed distribution is.
+    assert run_python("import outbox; print(outbox.__version__)", "-S") == project["version"]
 
 
 def test_every_module_can_be_imported() -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from outbox import MissingExtra, exit_codes
+from outbox import MissingExtra, __version__, exit_codes
 from outbox.consumers.command.arguments import limits_of, make_parser
 from outbox.consumers.command.autoreload import run_reloading
 from outbox.consumers.command.limits import Limits
@@ -33,17 +33,17 @@ def test_sizes_and_times_have_units() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
-        ("-p", "0", "invalid number from 1 on value: '0'"),
-        ("-p", "x", "invalid number from 1 on value: 'x'"),
-        ("--max-messages", "-1", "invalid number from 1 on value: '-1'"),
-        ("--max-memory", "M", "invalid size such as 300M value: 'M'"),
-        ("--max-memory", "10X", "invalid size such as 300M value: '10X'"),
-        ("--max-memory", "nan", "invalid size such as 300M value: 'nan'"),
-        ("--max-age", "0.5", "invalid time such as 12h value: '0.5'"),
-        ("--max-age", "infd", "invalid time such as 12h value: 'infd'"),
-        ("--shutdown-timeout", "-1", "invalid number of seconds, a week at most value: '-1'"),
-        ("--shutdown-timeout", "inf", "invalid number of seconds, a week at most value: 'inf'"),
-        ("--shutdown-timeout", "nan", "invalid number of seconds, a week at most value: 'nan'"),
+        ("-p", "0", "invalid positive integer: '0'"),
+        ("-p", "x", "invalid positive integer: 'x'"),
+        ("--max-messages", "-1", "invalid positive integer: '-1'"),
+        ("--max-memory", "M", "'M' is not a size; use for example 300M or 2G"),
+        ("--max-memory", "10X", "'10X' is not a size; use for example 300M or 2G"),
+        ("--max-memory", "nan", "'nan' is not a size; use for example 300M or 2G"),
+        ("--max-age", "0.5", "'0.5' is not a time; use for example 90s or 12h"),
+        ("--max-age", "infd", "'infd' is not a time; use for example 90s or 12h"),
+        ("--shutdown-timeout", "-1", "'-1' is not a number of seconds up to 604800"),
+        ("--shutdown-timeout", "inf", "'inf' is not a number of seconds up to 604800"),
+        ("--shutdown-timeout", "nan", "'nan' is not a number of seconds up to 604800"),
         ("--log-format", "xml", "invalid choice: 'xml'"),
     ],
 )
@@ -54,6 +54,13 @@ def test_what_cannot_be_is_told(
         limits(option, value)
     assert caught.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        make_parser().parse_args(["--version"])
+    assert caught.value.code == exit_codes.SUCCESS
+    assert capsys.readouterr().out == f"outbox-consume {__version__}\n"
 
 
 def test_where_the_reloader_is_missing_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

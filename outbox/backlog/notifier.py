@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from outbox.backlog.backlog import News
 from outbox.event import Event
+from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.settings import Settings
 
 __all__ = ["Notifier", "call_hook", "ids"]
@@ -15,12 +16,25 @@ logger = logging.getLogger("outbox.publisher")
 
 _NAMED = 20
 
+_PARKED = (
+    f"%d event(s) parked in {PARKING_QUEUE!r}: %s; no queue is bound to %s: start a worker with a "
+    "consumer for it once, or set unroutable='ignore'; `outbox parked list` shows parked events, "
+    "`outbox parked replay` publishes them"
+)
+
 
 def ids(events: Iterable[Event]) -> str:
     """Return the ids of ``events`` for a log line, the first 20 of them."""
     found = [event.id for event in events]
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return ", ".join(map(repr, found[:_NAMED])) + more
+
+
+def _addresses(events: Iterable[Event]) -> str:
+    """Return the different addresses of ``events`` for a log line, the first 20 of them."""
+    addresses = list(dict.fromkeys((event.target, event.exchange) for event in events))
+    more = f" and {len(addresses) - _NAMED} more" if len(addresses) > _NAMED else ""
+    return ", ".join(f"{to!r} on exchange {on!r}" for to, on in addresses[:_NAMED]) + more
 
 
 class Notifier:
@@ -49,7 +63,7 @@ class Notifier:
             )
             call_hook(self._settings.on_kept, tuple(news.kept))
         if news.parked:
-            logger.warning("%d event(s) parked: %s", len(news.parked), ids(news.parked))
+            logger.warning(_PARKED, len(news.parked), ids(news.parked), _addresses(news.parked))
             call_hook(self._settings.on_parked, tuple(news.parked))
         by_reason: dict[str, list[Event]] = {}
         for event, reason in news.rejected:

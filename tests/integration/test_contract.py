@@ -377,7 +377,7 @@ def test_no_more_than_the_prefetch_is_out_at_a_time(
 
 
 def test_what_is_unroutable_is_parked_failed_or_ignored_and_its_siblings_are_published(
-    place: Place, name: str
+    place: Place, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     rejected: list[tuple[Event, str]] = []
     parked: list[Event] = []
@@ -400,6 +400,8 @@ def test_what_is_unroutable_is_parked_failed_or_ignored_and_its_siblings_are_pub
     assert rejected == [(to_fail[0], "unroutable: 312 NO_ROUTE")]
     assert parked == to_park
     assert not report.ok
+    assert f"no queue is bound to 'bad' on exchange {place.exchange!r}: start a" in caplog.text
+    assert "`outbox parked replay` publishes them" in caplog.text
 
 
 @pytest.mark.parametrize("policy", ["park", "fail", "ignore"])

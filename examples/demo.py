@@ -2,20 +2,19 @@
 
 Starts a web server and a worker as processes of their own, which share a file of SQLite, sends
 real HTTP requests, kills the worker and starts another. With --rabbitmq they share a private
-RabbitMQ, and it is the broker that is killed and comes back. What it says of events it has seen
-itself, in a queue of its own. Exits with 0 only if every step was observed.
+RabbitMQ, and it is the broker that is killed and comes back. A witness with its own queue sees
+every event. Exits with 0 only if every step was observed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
-import queue
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -24,21 +23,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pika
-import pika.exceptions
-
-from outbox.messages.delivery import Delivery, QueueSpec
-from outbox.settings import Settings
-from outbox.testing.broker import BrokerMissing, PrivateBroker
-from outbox.transports.registry import open_subscription
+from outbox import Publisher
+from outbox.consumers import Consumer, ReceivedEvent, Worker
+from outbox.testing import BrokerMissing, PrivateBroker
 
 ROOT = Path(__file__).parents[1]
-WITNESS = "demo.witness"
 QUICK_MS = 100
 
 
@@ -48,6 +42,7 @@ class Failed(Exception):
 
 def main() -> int:
     options = _parser().parse_args()
+    logging.disable()  # the witness loses its connection, as everything does
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     try:
@@ -92,8 +87,6 @@ def _parser() -> argparse.ArgumentParser:
 class Demo:
     """The processes, and one run of the story for each web application."""
 
-    _witness: Witness
-
     def __init__(self, stack: ExitStack, consumers: str) -> None:
         self._stack = stack
         self._consumers = consumers
@@ -102,6 +95,8 @@ class Demo:
         self._processes: list[Process] = []
         stack.push(self._show_logs)
         self._url = self._prepare()
+        self._witness = Witness()
+        self._stack.enter_context(self._witness.watching(self._url))
         self._environment = {
             **{name: os.environ[name] for name in os.environ if not name.startswith("OUTBOX_")},
             "OUTBOX_URL": self._url,
@@ -115,7 +110,7 @@ class Demo:
         self._queues_made_at = time.monotonic()
 
     def _prepare(self) -> str:
-        """Set up what the processes share, and the witness; return its URL."""
+        """Set up what the processes share; return its URL."""
         raise NotImplementedError
 
     def _trouble(self, orders: str) -> None:
@@ -124,12 +119,7 @@ class Demo:
     def _start_worker(self, name: str) -> Process:
         step(f"a worker starts: outbox-consume {self._consumers}")
         worker = self._process(name, "-m", "outbox.consumers", self._consumers)
-        worker.until(
-            lambda: (
-                self._witness.consumes("shop.invoices") and self._witness.consumes("shop.ledger")
-            ),
-            "the worker consumes",
-        )
+        worker.until(lambda: "consuming 'shop" in worker.log, "the worker consumes")
         return worker
 
     def show(self, name: str, *, trouble: bool) -> None:
@@ -236,11 +226,8 @@ class DemoOnSQLite(Demo):
     """Without a server; the worker is killed."""
 
     def _prepare(self) -> str:
-        path = self._folder / "outbox.db"
-        url = f"sqlite:///{path}"
+        url = f"sqlite:///{self._folder / 'outbox.db'}"
         step(f"no server starts: events are in {url}")
-        self._witness = SQLiteWitness(url, path)
-        self._stack.callback(self._witness.close)
         return url
 
     def _trouble(self, orders: str) -> None:
@@ -259,8 +246,6 @@ class DemoOnRabbitMQ(Demo):
         step("a private RabbitMQ starts")
         self._broker = self._stack.enter_context(PrivateBroker())
         say(f"  it listens on {self._broker.url}")
-        self._witness = RabbitMQWitness(self._broker.url)
-        self._stack.callback(self._witness.close)
         return self._broker.url
 
     def _trouble(self, orders: str) -> None:
@@ -308,13 +293,15 @@ class Process:
                 raise Failed(what)
             time.sleep(0.05)
 
-    def logs(self, text: str, timeout: float = 20) -> None:
-        self.until(
-            lambda: text in self._log.read_text(), f"the {self._name} logs {text!r}", timeout
-        )
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def logs(self, text: str) -> None:
+        self.until(lambda: text in self.log, f"the {self._name} logs {text!r}")
 
     def tail(self) -> str:
-        lines = self._log.read_text().splitlines()[-15:]
+        lines = self.log.splitlines()[-15:]
         return "\n".join([f"--- the end of the {self._name}'s log:", *lines])
 
     def kill(self) -> None:
@@ -333,125 +320,50 @@ class Process:
         return self._child.wait(10)
 
 
-class Witness:
+class Witness(Consumer):
     """Sees every event that is published."""
+
+    queue = "demo.witness"
+    topics = ("#",)
 
     def __init__(self) -> None:
         self._seen: list[tuple[str, Any]] = []
         self._ids: set[str] = set()
 
-    def consumes(self, queue: str) -> bool:
-        """Whether somebody consumes from ``queue``, or has."""
-        raise NotImplementedError
+    @contextmanager
+    def watching(self, url: str) -> Iterator[None]:
+        """Consume from ``url``."""
+        with Publisher(url) as publisher:
+            worker = Worker([self], publisher=publisher, threads=1)  # one: it needs no lock
+            worker.start()
+            try:
+                deadline = time.monotonic() + 20
+                while not worker.is_consuming:
+                    expect(time.monotonic() < deadline, "the witness consumes")
+                    time.sleep(0.02)
+                yield
+            finally:
+                worker.stop(5)
 
-    def close(self) -> None:
-        raise NotImplementedError
-
-    def _look(self, deadline: float) -> None:
-        raise NotImplementedError
-
-    def _note(self, event_id: str, target: str, body: bytes) -> None:
-        if event_id not in self._ids:
-            self._ids.add(event_id)
-            self._seen.append((target, json.loads(body)))
+    def process(self, event: ReceivedEvent) -> None:
+        if event.id not in self._ids:  # it may be delivered twice
+            self._ids.add(event.id)
+            self._seen.append((event.target, event.payload))
 
     def next(self, target: str, timeout: float = 20) -> Any:
-        """Return the payload of the next event to ``target``; a repeated id is passed over."""
+        """Return the payload of the next event to ``target``."""
         deadline = time.monotonic() + timeout
-        while True:
-            self._look(deadline)
+        while time.monotonic() < deadline:
             for index, (seen, payload) in enumerate(self._seen):
                 if seen == target:
                     del self._seen[index]
                     return payload
-            if time.monotonic() > deadline:
-                raise Failed(f"{target} arrives")
             time.sleep(0.02)
+        raise Failed(f"{target} arrives")
 
     def is_quiet(self, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            self._look(deadline)
-            time.sleep(0.05)
+        time.sleep(seconds)
         return not self._seen
-
-
-class SQLiteWitness(Witness):
-    """Has a queue in the file."""
-
-    def __init__(self, url: str, path: Path) -> None:
-        super().__init__()
-        self._path = path
-        self._arrived: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        spec = QueueSpec(WITNESS, ("#",), "outbox")
-        self._subscription = open_subscription(Settings.load(url, {}), [spec], 100)
-        self._subscription.start(self._arrived.put, say)
-        deadline = time.monotonic() + 20
-        while not self.consumes(WITNESS):
-            expect(time.monotonic() < deadline, "the file can be used")
-            time.sleep(0.02)
-
-    def consumes(self, queue: str) -> bool:
-        statement = "SELECT 1 FROM outbox_bindings WHERE queue = ?"
-        with closing(sqlite3.connect(self._path, timeout=10)) as connection:
-            try:
-                return bool(connection.execute(statement, (queue,)).fetchall())
-            except sqlite3.OperationalError:  # nobody has made the tables yet
-                return False
-
-    def _look(self, deadline: float) -> None:
-        while not self._arrived.empty():
-            found = self._arrived.get()
-            self._note(found.message_id or "", found.target, found.body)
-            self._subscription.ack(found)
-
-    def close(self) -> None:
-        self._subscription.close()
-
-
-class RabbitMQWitness(Witness):
-    """Has a queue on the broker, over plain AMQP."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__()
-        self._url = url
-        self._connect()
-        self._channel.exchange_declare("outbox", "topic", durable=True)
-        self._channel.queue_declare(WITNESS, durable=True)
-        self._channel.queue_bind(WITNESS, "outbox", "#")
-
-    def _connect(self) -> None:
-        parameters = pika.URLParameters(self._url)
-        parameters.heartbeat = 600
-        self._connection = pika.BlockingConnection(parameters)
-        self._channel = self._connection.channel()
-
-    def consumes(self, queue: str) -> bool:
-        try:
-            found = self._channel.queue_declare(queue, passive=True)
-        except pika.exceptions.ChannelClosedByBroker:
-            self._channel = self._connection.channel()
-            return False
-        return int(found.method.consumer_count) > 0
-
-    def _look(self, deadline: float) -> None:
-        while True:
-            try:
-                method, properties, body = self._channel.basic_get(WITNESS, auto_ack=True)
-            except pika.exceptions.AMQPError as error:  # the broker was killed in between
-                if time.monotonic() > deadline:
-                    raise Failed(f"the broker can be asked, without {error!r}") from error
-                time.sleep(0.05)
-                with suppress(pika.exceptions.AMQPError):
-                    self._connect()
-                continue
-            if method is None:
-                return
-            self._note(properties.message_id or "", method.routing_key, body or b"")
-
-    def close(self) -> None:
-        with suppress(pika.exceptions.AMQPError):
-            self._connection.close()
 
 
 def post(url: str, **form: str) -> tuple[int, Any, float]:

@@ -1,6 +1,7 @@
 """Tools to test code that uses outbox; the pytest plugin offers them as fixtures."""
 
 from outbox.testing.assertions import EventAssertions, Matches
+from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.collected_events import CollectedEvents
 from outbox.testing.installation import live, recorded
 from outbox.testing.live_events import LiveEvents
@@ -9,12 +10,14 @@ from outbox.testing.recorder import SimulatedCrash
 from outbox.testing.unittest import CollectedEventsMixin
 
 __all__ = [
+    "BrokerMissing",
     "CollectedEvents",
     "CollectedEventsMixin",
     "Delivered",
     "EventAssertions",
     "LiveEvents",
     "Matches",
+    "PrivateBroker",
     "SimulatedCrash",
     "live",
     "recorded",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 import shlex
@@ -24,6 +26,15 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "proving/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+PUBLIC = {
+    "outbox",
+    "outbox.consumers",
+    "outbox.middleware.asgi",
+    "outbox.middleware.wsgi",
+    "outbox.serializer",
+    "outbox.sql",
+    "outbox.testing",
+}
 RECIPES = ROOT / "docs" / "recipes.md"
 
 
@@ -118,6 +129,26 @@ def test_every_recipe_passes_as_a_module_of_its_own(pytester: pytest.Pytester) -
         "-p", "no:cacheprovider", "-W", "error", "--strict-markers", timeout=80
     )
     result.assert_outcomes(passed=count)
+
+
+def imported(source: str) -> set[str]:
+    """Every name that ``source`` imports from the package."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "outbox"}
+
+
+def test_the_docs_and_the_examples_import_public_names_alone() -> None:
+    sources = [snippet for page in PAGES for snippet in snippets(page)]
+    sources += [path.read_text() for path in (ROOT / "examples").rglob("*.py")]
+    for name in set().union(*map(imported, sources)) - PUBLIC:
+        module, _, attribute = name.rpartition(".")
+        assert module in PUBLIC, name
+        assert attribute in importlib.import_module(module).__all__, name
 
 
 def test_the_readme_shows_code_early_and_stays_short() -> None:

@@ -23,7 +23,7 @@ import pika
 import pika.exceptions
 
 from benchmarks.peers.consuming import CONTENDERS, EXCHANGE, FOLLOW_ON, PREFETCH, QUEUE, Contender
-from benchmarks.tables import Bound, machine, median, print_bounds, table
+from benchmarks.tables import Bound, machine, median, print_bounds, progress, table
 from outbox import Publisher
 from outbox.consumers import Consumer, ReceivedEvent
 from outbox.testing.broker import PrivateBroker
@@ -182,9 +182,11 @@ def main() -> int:
         print(machine(queues.version), flush=True)
         idle_percent = measured(broker.url, IDLE)  # which declares the queue, too
         queues.declare()
-        for _ in range(options.rounds):
+        for number in range(options.rounds):
             for name in names:
-                found[name].append(turn(broker.url, queues, name))
+                rate = turn(broker.url, queues, name)
+                progress(f"round {number + 1}, {name}: {rate:,.0f} messages per second")
+                found[name].append(rate)
     rates = {name: median(values) for name, values in found.items()}
     report(rates)
     print()

@@ -20,7 +20,7 @@ from typing import Any
 import pika
 
 from benchmarks.peers import EXCHANGE
-from benchmarks.tables import Bound, machine, median, print_bounds, table
+from benchmarks.tables import Bound, machine, median, print_bounds, progress, table
 from outbox import EventCollector, Publisher
 from outbox.consumers import ReceivedEvent, Worker, consumer
 from outbox.testing.broker import PrivateBroker
@@ -62,6 +62,7 @@ def measure(url: str, events: int, seconds: float) -> tuple[list[tuple[float, fl
         begin = time.perf_counter()
         collector.publish().raise_for_failure()
         took = time.perf_counter() - begin
+        progress(f"{events:,} events published; the last is due in {seconds:g} s")
         all_here.wait(seconds + 30)
         worker.stop()
     late = [

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.peers import BODY
-from benchmarks.tables import Bound, median, print_bounds, table
+from benchmarks.tables import Bound, median, print_bounds, progress, table
 from outbox import Event, Publisher, enqueue_event, publish
 from outbox.consumers import ReceivedEvent, Worker, consumer
 
@@ -139,9 +139,11 @@ def main() -> int:
                 total = 0
                 for chunk in CHUNKS:
                     by_chunk[synchronous, chunk].append(published(url, chunk))
+                    progress(f"round {number + 1}, {synchronous}: chunks of {chunk} published")
                     total += 1 + max(200, min(MESSAGES, chunk * 200)) // chunk * chunk
                 # "bench.first" has been consumed or not: it is not waited for.
                 rates[f"consumed, {synchronous}"].append(consumed(url, total, lambda event: None))
+                progress(f"round {number + 1}, {synchronous}: consumed")
             url = f"sqlite:///{folder}/{number}-follow-on.db"
             bound_to(url)
             published(url, 1000)

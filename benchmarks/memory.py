@@ -21,7 +21,7 @@ import pika
 
 from benchmarks.peers import EXCHANGE, TARGET
 from benchmarks.peers.outbox_ import Outbox
-from benchmarks.tables import Bound, print_bounds
+from benchmarks.tables import Bound, print_bounds, progress
 from outbox import Publisher
 from outbox.testing.broker import PrivateBroker
 from proving.proxy import FaultProxy
@@ -47,6 +47,7 @@ def million(url: str) -> Bound:
     connection.close()
     outbox = Outbox(url)
     outbox.publish(_CHUNK, _WARM_UP // _CHUNK)
+    progress(f"publishing {_EVENTS:,} events")
     before = resident()
     seconds = outbox.publish(_CHUNK, _EVENTS // _CHUNK)
     grown = resident() - before
@@ -77,6 +78,7 @@ def reconnects(url: str) -> list[Bound]:
                 connected.wait(10)
 
         publisher.publish(events)
+        progress(f"reconnecting {_RECONNECTS} times")
         reconnect(_WARM_RECONNECTS)
         tracemalloc.start()
         gc.collect()

@@ -26,7 +26,7 @@ from benchmarks.peers.kombu_ import Kombu
 from benchmarks.peers.outbox_ import Outbox, OutboxEndToEnd
 from benchmarks.peers.pika_blocking import PikaBlocking
 from benchmarks.peers.raw_socket import RawSocket
-from benchmarks.tables import Bound, machine, median, print_bounds, table
+from benchmarks.tables import Bound, machine, median, print_bounds, progress, table
 from outbox.testing.broker import PrivateBroker
 
 _EVENTS = {1: 500, 10: 3000, 100: 10_000, 1000: 20_000}
@@ -88,6 +88,10 @@ def rates(broker: Broker, url: str, queue: str, rounds: int) -> dict[tuple[str, 
             for peer in contenders[turn:] + contenders[:turn]:
                 seconds = peer.publish(chunk, events // chunk)
                 broker.take(peer.queue or queue, events)
+                progress(
+                    f"round {number} ({queue}), {peer.name}, chunks of {chunk}: "
+                    f"{events / seconds:,.0f} events per second"
+                )
                 if number:  # the first round warms up
                     found[peer.name, chunk].append(events / seconds)
     for peer in peers:
@@ -122,6 +126,7 @@ def callers(broker: Broker, url: str, queue: str, rounds: int) -> dict[str, floa
         for name, (count, run) in ways.items():
             seconds = run()
             broker.take(queue, count * times * chunk)
+            progress(f"round {number}, {name}: {seconds:.1f} s")
             if number:  # the first round warms up
                 found[name].append(count * times * chunk / seconds)
     outbox.close()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +26,7 @@ import outbox.sql
 from benchmarks.peers import BODY, EXCHANGE, TARGET
 from benchmarks.peers.raw_socket import RawSocket
 from benchmarks.publish import Broker
-from benchmarks.tables import Bound, machine, median, print_bounds, table
+from benchmarks.tables import Bound, machine, median, print_bounds, progress, table
 from outbox import Publisher, configure, enqueue_event
 from outbox.event import Event
 from outbox.sql import Relay, Store
@@ -279,7 +278,7 @@ def main() -> int:
                 broker.take("quorum", rows)
                 if Store(engine).status().queues:
                     raise RuntimeError(f"{name} left rows")
-                print(f"{name}: {rates[name][-1]:,.0f} rows a second", file=sys.stderr, flush=True)
+                progress(f"{name}: {rates[name][-1]:,.0f} rows per second")
         rate = {name: median(found) for name, found in rates.items()}
         print(
             table(
@@ -288,6 +287,7 @@ def main() -> int:
             )
         )
         ours = rate["outbox relay"]
+        progress("claims beside a million rows")
         bounds = [
             Bound("of the loop by hand", ours / rate["by hand, psycopg and frames"], 0.75),
             Bound("of one by one", ours / rate["one by one"], 8),
@@ -295,6 +295,7 @@ def main() -> int:
         ]
         broker.use("quorum")
         for fast_path, bound in ((False, 50), (True, 15)):
+            progress(f"latency, fast path {'on' if fast_path else 'off'}")
             found = latency(postgresql.url, server.url, "quorum", fast_path=fast_path)
             what = f"p99 of commit to consumer, fast path {'on' if fast_path else 'off'}, ms"
             bounds.append(Bound(what, found, bound, at_most=True))

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session, registry
 
 import outbox.sql
 from benchmarks.peers import BODY, EXCHANGE, TARGET
-from benchmarks.tables import Bound, median, print_bounds
+from benchmarks.tables import Bound, median, print_bounds, progress
 from outbox import configure, enqueue_event
 from outbox.event import Event
 from outbox.storage.rows import values_of
@@ -74,6 +74,7 @@ def cost(engine: Engine, after_commit: Any) -> float:
         for act in (plain, events):
             found = seconds(engine, act)
             outbox.sql.drain()
+            progress(f"round {number}, {after_commit}, {act.__name__}: {found * 1e3:.2f} ms")
             if number:
                 taken[act].append(found)
         with engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""Tables and bounds, as Markdown."""
+"""Tables and bounds, as Markdown, and the progress until they are there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Bound", "machine", "median", "print_bounds", "table"]
+__all__ = ["Bound", "machine", "median", "print_bounds", "progress", "table"]
+
+
+def progress(text: str) -> None:
+    """Print a line about a case to standard error; standard output has the results alone."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def median(values: Iterable[float]) -> float:

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,6 +43,7 @@ def prove(
     bug: str = "",
     parking: bool = True,
     patience: float = 90.0,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Verdict, Counter[str]]:
     """Run programs under faults; return the verdict, and how often each fault happened."""
     planned = faults.plan(random.Random(seed), seconds, wanted, pause)
@@ -58,12 +59,17 @@ def prove(
     ) as ground:
         if any("broker" in one.fault.name for one in planned):
             time.sleep(_YOUNG)
+        progress(f"{len(planned)} faults in {seconds:.0f} s")
         begin = time.monotonic()
         tracks = {one.fault.track for one in planned}
         with ThreadPoolExecutor(max(1, len(tracks))) as pool:
             done = [
                 pool.submit(
-                    _run, ground, begin, [one for one in planned if one.fault.track == track]
+                    _run,
+                    ground,
+                    begin,
+                    [one for one in planned if one.fault.track == track],
+                    progress,
                 )
                 for track in tracks
             ]
@@ -71,14 +77,19 @@ def prove(
         for track_done in done:
             track_done.result()
         ground.heal()
+        progress("the faults are over: waiting until everything is settled")
         ground.settle()
+    progress("checking the history")
     return check(read(folder)), Counter(one.fault.name for one in planned)
 
 
-def _run(ground: Ground, begin: float, planned: Sequence[Planned]) -> None:
+def _run(
+    ground: Ground, begin: float, planned: Sequence[Planned], progress: Callable[[str], None]
+) -> None:
     for one in planned:
         time.sleep(max(0.0, begin + one.at - time.monotonic()))
         ground.history.write("fault", name=one.fault.name)
+        progress(f"{time.monotonic() - begin:6.1f} s  {one.fault.name}")
         one.fault.begin(ground)
         time.sleep(max(0.0, one.until - one.at))
         one.fault.end(ground)
@@ -95,7 +106,9 @@ def _prove_all(seed: int, minutes: float) -> bool:
     begin = time.monotonic()
     seconds = seconds_of_faults(minutes)
     with PrivateBroker() as broker:
-        verdict, happened = prove(broker, "proof", folder, seed=seed, seconds=seconds)
+        verdict, happened = prove(
+            broker, "proof", folder, seed=seed, seconds=seconds, progress=_progress
+        )
     print(f"{seconds:.0f} s of faults, {time.monotonic() - begin:.0f} s in all")
     _print_ledger(verdict, happened)
     if verdict.ok:
@@ -103,6 +116,10 @@ def _prove_all(seed: int, minutes: float) -> bool:
     else:
         print(f"the history is in {folder}")
     return verdict.ok
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _print_ledger(verdict: Verdict, happened: Counter[str]) -> None:
@@ -126,6 +143,7 @@ def _catch_all(seed: int, names: Sequence[str]) -> bool:
 
 
 def _caught(broker: PrivateBroker, bug: Bug, seed: int, parking: threading.Lock) -> bool:
+    _progress(f"{bug.name}: planted")
     folder = Path(tempfile.mkdtemp(prefix="outbox-proof-"))
     try:
         verdict, _ = prove(

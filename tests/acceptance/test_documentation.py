@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,15 @@ from outbox.consumers import Consumer, Worker
 from outbox.testing import recorded
 from tests.amqp import Inspector
 from tests.places import SQLitePlace, reading
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "proving/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HOMEPAGE: str = PROJECT["urls"]["Homepage"]
 PUBLIC = {
     "outbox",
     "outbox.consumers",
@@ -81,20 +86,62 @@ def test_the_readme_does_what_it_says(file: SQLitePlace) -> None:
         assert starlette.testclient.TestClient(found["api"]).post("/orders").status_code == 201
         assert payload() == {"order_id": 18}
 
-        assert issubclass(found["Invoices"], Consumer)
-        with reading(file, "invoices"):
-            pass
-        worker = Worker([found["Invoices"]])
+
+def test_the_quick_start_works_in_the_order_of_the_readme(tmp_path: Path) -> None:
+    page = (ROOT / "README.md").read_text()
+    for snippet in snippets(ROOT / "README.md"):
+        if named := re.match(r"# (\w+\.py)\n", snippet):
+            (tmp_path / named[1]).write_text(snippet)
+    [start] = re.findall(r"^outbox-consume (.*?) +#.*$", page, re.MULTILINE)
+    [program] = re.findall(r"`python (\w+\.py)`", page)
+    [printed] = snippets(ROOT / "README.md", "text")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    output, log = tmp_path / "output", tmp_path / "log"
+    with output.open("w") as stdout, log.open("w") as stderr:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "outbox.consumers", *shlex.split(start)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=stdout,
+            stderr=stderr,
+        )
+    try:
+        wait_until(lambda: "consuming 'invoices'" in log.read_text(), 20)
+        done = subprocess.run(
+            [sys.executable, program],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+        assert done.stdout + done.stderr == ""
+        wait_until(lambda: output.read_text() == printed, 20)
+    finally:
+        worker.terminate()
+        assert worker.wait(20) == exit_codes.SUCCESS
+
+
+def test_the_first_consumer_of_the_page_on_consuming_does_what_it_says(file: SQLitePlace) -> None:
+    configure(file.url)
+    namespace: dict[str, Any] = {}
+    exec(snippets(ROOT / "docs" / "consuming.md")[0], namespace)
+    assert issubclass(namespace["Thumbnails"], Consumer)
+    with reading(file, "thumbnails"):
+        pass
+    with reading(file, "documentation", ["#"]) as reader:
+        worker = Worker([namespace["Thumbnails"]])
         worker.start()
         try:
             with auto_publishing():
-                enqueue_event({"order_id": 5}, "invoices", exchange="")
-                enqueue_event({}, "invoices", exchange="")
-            [sent] = reader.get()
-            assert (sent.target, json.loads(sent.body)) == ("invoice.sent", {"order_id": 5})
-            with reading(file, "invoices.dead", again=True) as dead:
+                enqueue_event({"photo": 5, "size": 1}, "thumbnails", exchange="")
+                enqueue_event({"size": 100_000_001}, "thumbnails", exchange="")
+            [made] = reader.get()
+            assert (made.target, json.loads(made.body)) == ("thumbnail.made", {"photo": 5})
+            with reading(file, "thumbnails.dead", again=True) as dead:
                 [letter] = dead.get()
-            assert (letter.headers or {})["outbox-dead-reason"] == "no order"
+            assert (letter.headers or {})["outbox-dead-reason"] == "too large"
         finally:
             worker.stop()
 
@@ -159,8 +206,18 @@ def test_the_readme_shows_code_early_and_stays_short() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_link_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (page.parent / target).exists(), target
+    for target in re.findall(rf"{re.escape(HOMEPAGE)}/(?:blob|tree)/main/([^)#\s]+)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_readme_can_be_read_anywhere() -> None:
+    page = (ROOT / "README.md").read_text()
+    targets = re.findall(r"\]\(([^)]+)\)|^\[[\w-]+\]: (.*)$", page, re.MULTILINE)
+    assert targets
+    assert all((inline or defined).startswith(HOMEPAGE) for inline, defined in targets)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

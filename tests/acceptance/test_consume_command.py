@@ -146,6 +146,7 @@ def test_a_signal_lets_what_runs_finish_and_gives_back_the_rest(
     assert inspector.all(f"{name}.dead") == []
 
 
+@pytest.mark.hazard("G3")
 def test_what_does_not_finish_in_time_comes_again(
     start: Start, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_what_does_not_finish_in_time_comes_again(
     assert inspector.get(name).redelivered
 
 
+@pytest.mark.hazard("G3")
 def test_a_second_signal_stops_at_once(
     start: Start, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:
@@ -188,6 +190,7 @@ def test_a_killed_worker_loses_nothing_and_the_follow_on_keeps_its_id(
     assert inspector.get(done, 20).id == first.id
 
 
+@pytest.mark.hazard("G3")
 @pytest.mark.parametrize("consumer", ["Slow", "SlowTask"])
 def test_under_load_sigterm_settles_what_runs_and_gives_back_the_rest_unfailed(
     start: Start, inspector: Inspector, name: str, tmp_path: Path, consumer: str
@@ -211,6 +214,7 @@ def test_under_load_sigterm_settles_what_runs_and_gives_back_the_rest_unfailed(
     assert inspector.all(f"{queue}.dead") == []
 
 
+@pytest.mark.hazard("G1")
 def test_killed_between_publish_and_ack_a_worker_repeats_the_follow_on_with_its_id(
     start: Start, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:

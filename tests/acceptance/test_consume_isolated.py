@@ -217,6 +217,7 @@ def test_what_a_callback_logs_about_a_handler_that_was_killed_carries_the_id(
     assert [line.get("message_id") for line in lines] == [hangs, hangs]
 
 
+@pytest.mark.hazard("G7")
 def test_a_process_that_leaks_is_replaced_with_its_worker(command: Command, name: str) -> None:
     command.write(MODULE.format(name=name).replace("timeout = 1\n", "timeout = None\n"))
     command.start("--isolate", "process", "-t", "1", "--max-memory", "200M")

@@ -41,6 +41,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.hazard("G7")
 def test_a_worker_that_is_killed_is_replaced_and_its_message_is_done(anywhere: Command) -> None:
     anywhere.start("-p", "2", "-t", "1")
     anywhere.consuming(2)
@@ -71,6 +72,7 @@ def test_the_parent_imports_and_opens_nothing_of_the_application(anywhere: Comma
     assert anywhere.stop() == exit_codes.SUCCESS
 
 
+@pytest.mark.hazard("G7")
 def test_a_crash_loop_of_one_is_tried_ever_more_slowly_and_told(command: Command) -> None:
     command.write("raise RuntimeError('broken')")
     command.start("-p", "3")
@@ -90,6 +92,7 @@ def test_a_crash_loop_of_one_is_tried_ever_more_slowly_and_told(command: Command
     assert time.monotonic() - begin < 2
 
 
+@pytest.mark.hazard("G7")
 def test_when_the_parent_is_killed_workers_finish_what_runs_and_end(anywhere: Command) -> None:
     anywhere.start("-p", "2", "-t", "1")
     workers = anywhere.consuming(2)
@@ -102,6 +105,7 @@ def test_when_the_parent_is_killed_workers_finish_what_runs_and_end(anywhere: Co
     assert "the parent process is gone: stopping" in anywhere.text()
 
 
+@pytest.mark.hazard("G3")
 def test_sigterm_under_load_settles_what_runs_and_gives_back_the_rest(anywhere: Command) -> None:
     anywhere.start("-p", "2", "-t", "4", "--prefetch", "4")
     anywhere.consuming(2)
@@ -117,6 +121,7 @@ def test_sigterm_under_load_settles_what_runs_and_gives_back_the_rest(anywhere: 
     assert anywhere.place.count(dead_letter_queue(anywhere.queue)) == 0
 
 
+@pytest.mark.hazard("G7")
 def test_signals_to_the_whole_group_are_one_stop_for_every_worker(command: Command) -> None:
     command.start("-p", "2", "-t", "1")
     command.consuming(2)
@@ -150,6 +155,7 @@ def test_what_does_not_finish_in_time_is_told_by_the_exit_code(command: Command)
     assert "did not finish within 0.2 s" in command.text()
 
 
+@pytest.mark.hazard("G7")
 def test_processes_are_recycled_by_messages_and_nothing_is_lost_or_repeated(
     anywhere: Command,
 ) -> None:

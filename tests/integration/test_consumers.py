@@ -98,6 +98,7 @@ def test_a_failed_attempt_comes_again_after_its_delay_as_the_message_was(
     assert place.count(name) == place.count(dead_letter_queue(name)) == 0
 
 
+@pytest.mark.hazard("C6")
 def test_after_the_last_attempt_the_dead_letter_tells_all_of_it(
     place: Place, publisher: Publisher, name: str
 ) -> None:
@@ -212,6 +213,7 @@ def test_follow_ons_of_a_failed_attempt_are_dropped_and_of_the_next_one_publishe
 # ------------------------------------------------------------------------------- timeouts
 
 
+@pytest.mark.hazard("C8", "G4")
 def test_a_handler_that_takes_too_long_is_retried_and_its_thread_replaced(
     place: Place, publisher: Publisher, name: str
 ) -> None:
@@ -278,6 +280,7 @@ def test_without_a_retry_a_timeout_is_a_dead_letter_and_settles_once(
     assert place.count(name) == place.count(dead_letter_queue(name)) == 0
 
 
+@pytest.mark.hazard("G4")
 def test_late_handlers_beyond_the_number_of_threads_cost_places_until_they_end(
     place: Place, publisher: Publisher, name: str
 ) -> None:
@@ -323,6 +326,7 @@ def test_a_handler_within_its_time_is_left_alone(
 # ------------------------------------------------------------------------------- asyncio
 
 
+@pytest.mark.hazard("B12")
 def test_coroutines_run_side_by_side_up_to_the_concurrency(
     place: Place, publisher: Publisher, name: str
 ) -> None:
@@ -502,6 +506,7 @@ def test_a_coroutine_that_cancels_itself_has_failed(
         assert (letter.headers or {})["outbox-dead-error"] == "HandlerCancelled"
 
 
+@pytest.mark.hazard("B8", "B15")
 def test_a_stop_lets_coroutines_finish_and_gives_back_what_does_not(
     place: Place, publisher: Publisher, name: str
 ) -> None:
@@ -653,6 +658,7 @@ def test_djangos_connections_are_closed_between_messages(tmp_path: Path) -> None
 # ----------------------------------------------------------------- what must not end a worker
 
 
+@pytest.mark.hazard("G2")
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
 def test_whatever_a_handler_raises_is_a_failed_attempt_and_not_an_endless_one(
     place: Place, publisher: Publisher, name: str, raised: type[BaseException]
@@ -679,6 +685,7 @@ def test_whatever_a_handler_raises_is_a_failed_attempt_and_not_an_endless_one(
     assert raised.__name__ in headers["outbox-dead-traceback"]
 
 
+@pytest.mark.hazard("G2")
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, GeneratorExit])
 def test_whatever_a_coroutine_raises_is_a_failed_attempt_too(
     place: Place, publisher: Publisher, name: str, raised: type[BaseException]
@@ -694,6 +701,7 @@ def test_whatever_a_coroutine_raises_is_a_failed_attempt_too(
     assert (letter.headers or {})["outbox-dead-error"] == "HandlerExit"
 
 
+@pytest.mark.hazard("B8")
 def test_a_coroutine_that_cancels_its_own_task_has_failed_and_is_not_tried_for_ever(
     place: Place, publisher: Publisher, name: str
 ) -> None:
@@ -711,6 +719,7 @@ def test_a_coroutine_that_cancels_its_own_task_has_failed_and_is_not_tried_for_e
     assert place.count(name) == 0
 
 
+@pytest.mark.hazard("B8", "C6")
 def test_what_a_coroutine_makes_of_being_stopped_is_no_failed_attempt(
     place: Place, publisher: Publisher, name: str
 ) -> None:
@@ -744,6 +753,7 @@ def test_what_a_coroutine_makes_of_being_stopped_is_no_failed_attempt(
     assert place.count(dead_letter_queue(name)) == 0
 
 
+@pytest.mark.hazard("G4")
 def test_a_stop_waits_for_who_ends_the_message_of_a_late_handler(
     place: Place, publisher: Publisher, name: str
 ) -> None:
@@ -771,6 +781,7 @@ def test_a_stop_waits_for_who_ends_the_message_of_a_late_handler(
     release.set()
 
 
+@pytest.mark.hazard("G4")
 def test_a_handler_that_ends_just_after_its_time_settles_nothing_whatever_its_filters_swallow(
     place: Place, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ def test_a_closed_publisher_refuses(taker: Publisher) -> None:
         taker.publish(events)
 
 
+@pytest.mark.hazard("B1")
 def test_publishing_on_a_running_loop_is_refused_and_its_async_twin_works(
     taker: Publisher,
 ) -> None:
@@ -531,6 +532,7 @@ def test_what_was_handed_in_is_published_before_close_returns(
 # ------------------------------------------------------------------------------ priorities
 
 
+@pytest.mark.hazard("C11")
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 50), (4, 50), (2, 1)])
 def test_all_messages_of_a_queue_begin_before_any_of_the_next(
     place: Place,
@@ -618,6 +620,7 @@ def has_come(worker: Worker, queue: str, count: int) -> bool:
     return found == count
 
 
+@pytest.mark.hazard("C11")
 def test_the_higher_priority_begins_before_what_already_waits_in_the_worker(
     place: Place, publisher: Publisher, name: str
 ) -> None:

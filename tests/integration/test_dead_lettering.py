@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from outbox import Publisher
 from outbox.consumers import ReceivedEvent, Reject, consumer
 from outbox.consumers.worker.worker import Worker
@@ -12,6 +14,7 @@ from tests.places import events_for
 from tests.waiting import wait_until
 
 
+@pytest.mark.hazard("C13")
 def test_when_the_dead_letters_queue_is_deleted_a_poison_message_waits_until_it_is_there_again(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:

@@ -52,6 +52,7 @@ def came_in_time(event: Event, at: datetime.datetime) -> bool:
 # ------------------------------------------------------------------------- when and where
 
 
+@pytest.mark.hazard("C12")
 def test_delayed_events_come_in_the_order_of_their_time_and_none_early(
     place: RabbitMQPlace, publisher: Publisher, name: str
 ) -> None:
@@ -194,6 +195,7 @@ def test_an_event_whose_time_has_come_is_published_at_once(
     )
 
 
+@pytest.mark.hazard("C7")
 def test_what_is_delayed_again_and_again_has_nothing_of_the_brokers_about_it(
     place: RabbitMQPlace, publisher: Publisher, name: str
 ) -> None:
@@ -260,6 +262,7 @@ def test_to_a_queue_or_an_exchange_that_is_not_there_it_is_parked_and_its_siblin
     }
 
 
+@pytest.mark.hazard("C13")
 def test_when_its_queue_is_gone_at_its_time_it_is_parked_and_can_be_replayed(
     place: RabbitMQPlace, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -298,6 +301,7 @@ def test_a_consumers_queue_that_was_deleted_and_made_anew_gets_what_is_on_its_wa
     assert came_in_time(event, at)
 
 
+@pytest.mark.hazard("C13")
 def test_what_nobody_is_bound_for_at_its_time_holds_nobody_up(
     place: RabbitMQPlace, publisher: Publisher, name: str
 ) -> None:
@@ -327,6 +331,7 @@ def test_with_an_alternate_exchange_what_nobody_is_bound_for_is_parked(
     assert (message.id, message.target) == (event.id, "unwanted")
 
 
+@pytest.mark.hazard("C13")
 @pytest.mark.parametrize(
     "broken",
     ["queue outbox.delay.00", "exchange outbox.delay.00", "exchange outbox.delay.due"],
@@ -392,6 +397,7 @@ def test_without_declaring_a_level_that_is_not_there_parks_the_event(
         assert message.reason.startswith(("404 NOT_FOUND - no exchange 'outbox.delay.25'", "312 "))
 
 
+@pytest.mark.hazard("C9")
 def test_a_ladder_with_other_arguments_keeps_the_delayed_events_and_is_told(
     place: RabbitMQPlace,
     publisher: Publisher,
@@ -410,6 +416,7 @@ def test_a_ladder_with_other_arguments_keeps_the_delayed_events_and_is_told(
     publisher.close(0)
 
 
+@pytest.mark.hazard("C9")
 def test_the_ladder_is_made_of_what_the_wire_format_says(
     place: RabbitMQPlace, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:

@@ -152,6 +152,7 @@ def test_a_transaction_that_only_reads_notes_nothing_and_the_one_that_writes_doe
     assert place.count(dead_letter_queue(name)) == 0
 
 
+@pytest.mark.hazard("G8")
 def test_the_note_is_committed_with_what_the_handler_does_or_not_at_all(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
@@ -178,6 +179,7 @@ def test_the_note_is_committed_with_what_the_handler_does_or_not_at_all(
     assert effects(engine) == 1
 
 
+@pytest.mark.hazard("G8")
 def test_two_workers_that_do_it_at_the_same_time_do_it_once(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
@@ -201,6 +203,7 @@ def test_two_workers_that_do_it_at_the_same_time_do_it_once(
     assert place.count(dead_letter_queue(name)) == 0
 
 
+@pytest.mark.hazard("G8")
 def test_what_fails_after_its_commit_is_a_dead_letter_that_says_so(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
@@ -455,6 +458,7 @@ def test_on_a_file_it_is_in_that_file(tmp_path: Path, name: str) -> None:
     assert done == ["a", "b"]
 
 
+@pytest.mark.hazard("G8")
 def test_what_a_callback_commits_is_not_taken_for_the_handlers_work(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
@@ -491,6 +495,7 @@ def test_what_a_callback_commits_is_not_taken_for_the_handlers_work(
     assert place.count(dead_letter_queue(name)) == 0
 
 
+@pytest.mark.hazard("G4", "G8")
 def test_a_late_handler_cannot_commit_beside_the_attempt_that_follows(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
@@ -519,6 +524,7 @@ def test_a_late_handler_cannot_commit_beside_the_attempt_that_follows(
     assert place.count(dead_letter_queue(name)) == 0
 
 
+@pytest.mark.hazard("G8")
 def test_what_takes_too_long_after_its_commit_is_a_dead_letter_that_says_so(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
@@ -541,6 +547,7 @@ def test_what_takes_too_long_after_its_commit_is_a_dead_letter_that_says_so(
     assert effects(engine) == 1
 
 
+@pytest.mark.hazard("G8")
 def test_a_session_that_names_the_database_in_other_words_notes_it_too(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -563,6 +570,7 @@ def test_a_session_that_names_the_database_in_other_words_notes_it_too(
     own.dispose()
 
 
+@pytest.mark.hazard("G9")
 def test_an_event_is_never_seen_before_the_data_that_it_tells_of(
     place: Place, publisher: Publisher, engine: Engine, name: str
 ) -> None:

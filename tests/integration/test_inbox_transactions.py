@@ -195,6 +195,7 @@ def working(
 Working = tuple[Callable[[str], Consumer], list[int]]
 
 
+@pytest.mark.hazard("G8")
 def test_the_note_is_committed_with_what_the_handler_writes(working: Working, inbox: Inbox) -> None:
     make, found = working
     assert outcome(make("one"), inbox) is ACK
@@ -203,6 +204,7 @@ def test_the_note_is_committed_with_what_the_handler_writes(working: Working, in
     assert names(inbox) == ["one"]
 
 
+@pytest.mark.hazard("G8")
 def test_what_is_rolled_back_is_not_noted_and_is_done_again(working: Working, inbox: Inbox) -> None:
     make, found = working
     assert isinstance(outcome(make("fail"), inbox), Again)
@@ -214,6 +216,7 @@ def test_what_is_rolled_back_is_not_noted_and_is_done_again(working: Working, in
 # ------------------------------------------------------------------ which of several transactions
 
 
+@pytest.mark.hazard("G8")
 def test_a_transaction_that_only_reads_is_not_taken_for_the_handlers_work(
     engine: Engine, inbox: Inbox
 ) -> None:
@@ -395,6 +398,7 @@ def _explicit_and_go_on(engine: Engine) -> None:
             connection.rollback()
 
 
+@pytest.mark.hazard("G8")
 @pytest.mark.parametrize("work", [_explicit, _explicit_and_go_on], ids=lambda one: one.__name__)
 def test_of_two_that_do_it_at_the_same_time_the_second_leaves_nothing_behind(
     engine: Engine, inbox: Inbox, work: Callable[[Engine], None]

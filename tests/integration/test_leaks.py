@@ -31,6 +31,7 @@ def reconnect(publisher: Publisher, proxy: FaultProxy, event: Event, times: int)
         assert publisher.publish([event]).ok
 
 
+@pytest.mark.hazard("A18")
 @pytest.mark.skipif(not FDS.exists(), reason="counts descriptors in /proc, as on Linux")
 def test_200_reconnects_leave_no_descriptor_no_thread_and_no_memory(
     proxy: FaultProxy,
@@ -62,6 +63,7 @@ def test_200_reconnects_leave_no_descriptor_no_thread_and_no_memory(
         assert threading.active_count() == threads
 
 
+@pytest.mark.hazard("A18")
 def test_ten_thousand_events_leave_no_memory(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:

@@ -80,6 +80,7 @@ def server(answer: bytes) -> Iterator[int]:
         client.close()
 
 
+@pytest.mark.hazard("A5")
 @pytest.mark.parametrize("ways", [(Way.UP,), (Way.DOWN,), (Way.UP, Way.DOWN)], ids=str)
 def test_a_half_open_link_with_events_on_their_way_is_given_up_after_the_stall_timeout(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str, ways: tuple[Way, ...]
@@ -98,6 +99,7 @@ def test_a_half_open_link_with_events_on_their_way_is_given_up_after_the_stall_t
     assert ids_of([before, *during]) == {message.id for message in inspector.all(queue)}
 
 
+@pytest.mark.hazard("A4")
 def test_a_half_open_link_is_noticed_by_its_heartbeats_while_nothing_is_published(
     amqp_url: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +124,7 @@ def test_a_half_open_link_is_noticed_by_its_heartbeats_while_nothing_is_publishe
             wait_until(functools.partial(_is_down, publisher), 6)
 
 
+@pytest.mark.hazard("A5", "B15")
 def test_closing_over_a_half_open_link_ends_in_time_and_names_what_is_lost(
     proxy: FaultProxy, queue: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -137,6 +140,7 @@ def test_closing_over_a_half_open_link_ends_in_time_and_names_what_is_lost(
     assert f"1 event(s) lost, never confirmed: {second.id!r}" in caplog.text
 
 
+@pytest.mark.hazard("A5", "B4")
 def test_a_host_that_accepts_and_says_nothing_costs_the_connect_timeout_and_the_next_is_tried(
     amqp_url: str, inspector: Inspector, queue: str, name: str
 ) -> None:
@@ -157,6 +161,7 @@ def test_a_host_that_accepts_and_says_nothing_costs_the_connect_timeout_and_the_
     assert inspector.get(queue).id == event.id
 
 
+@pytest.mark.hazard("A5")
 @pytest.mark.parametrize(
     "answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"AMQP\x00\x01\x00\x00", b"\x00" * 64]
 )
@@ -199,6 +204,7 @@ ODDITIES = {
 }
 
 
+@pytest.mark.hazard("A11")
 @pytest.mark.parametrize("what", [*ERRORS, *ODDITIES])
 def test_after_any_error_between_events_the_publisher_goes_on_by_itself(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str, what: str
@@ -217,6 +223,7 @@ def test_after_any_error_between_events_the_publisher_goes_on_by_itself(
     assert (proxy.accepted == 1) is (what in ODDITIES)
 
 
+@pytest.mark.hazard("A9")
 @pytest.mark.parametrize("count", [1, 9])
 @pytest.mark.parametrize("what", ERRORS)
 def test_an_error_while_events_are_on_their_way_takes_no_event_for_its_cause(
@@ -240,6 +247,7 @@ def test_an_error_while_events_are_on_their_way_takes_no_event_for_its_cause(
     assert [message.id for message in arrived] == [event.id for event in [first, *others]]
 
 
+@pytest.mark.hazard("A5")
 def test_a_broker_that_blocks_costs_no_caller_its_timeout_and_gets_all_when_it_unblocks(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str
 ) -> None:
@@ -260,6 +268,7 @@ def test_a_broker_that_blocks_costs_no_caller_its_timeout_and_gets_all_when_it_u
     assert proxy.accepted == 1
 
 
+@pytest.mark.hazard("A5", "B5")
 def test_a_caller_who_waits_when_the_broker_blocks_is_answered_at_once(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str
 ) -> None:
@@ -276,6 +285,7 @@ def test_a_caller_who_waits_when_the_broker_blocks_is_answered_at_once(
     assert [m.id for m in inspector.all(queue)] == [first.id, second.id]
 
 
+@pytest.mark.hazard("A2")
 def test_a_flush_costs_round_trips_by_the_chunk_and_not_by_the_event(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str
 ) -> None:
@@ -308,6 +318,7 @@ def interrupt_soon() -> Iterator[Callable[[type[BaseException]], None]]:
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.hazard("A1")
 @pytest.mark.parametrize("kind", [Interrupted, KeyboardInterrupt, SystemExit])
 def test_after_an_interrupted_wait_the_next_reports_are_about_their_own_events(
     proxy: FaultProxy,
@@ -338,6 +349,7 @@ def test_after_an_interrupted_wait_the_next_reports_are_about_their_own_events(
     assert [m.id for m in inspector.all(queue)] == [event.id for event in good]
 
 
+@pytest.mark.hazard("A11")
 @pytest.mark.parametrize("error", [FileNotFoundError, AssertionError, RuntimeError, IndexError])
 def test_whatever_is_raised_while_writing_keeps_the_events_and_replaces_the_connection(
     proxy: FaultProxy,
@@ -370,6 +382,7 @@ def test_whatever_is_raised_while_writing_keeps_the_events_and_replaces_the_conn
     assert "is given up" in caplog.text
 
 
+@pytest.mark.hazard("A9")
 def test_a_poisonous_event_among_twenty_is_rejected_alone(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str
 ) -> None:
@@ -402,6 +415,7 @@ def test_a_poisonous_event_among_twenty_is_rejected_alone(
     assert proxy.accepted == 1  # one event's fault costs the connection nothing
 
 
+@pytest.mark.hazard("A8")
 @pytest.mark.parametrize(
     "exchange", ["é" * 127, "a\nb", "e" * 255], ids=["cut", "controls", "long"]
 )
@@ -418,6 +432,7 @@ def test_a_missing_exchange_is_found_whatever_the_broker_makes_of_its_name(
     assert ids_of(good) == {message.id for message in inspector.all(queue)}
 
 
+@pytest.mark.hazard("A9")
 def test_headers_that_a_smaller_frame_of_the_broker_cannot_hold_reject_that_event_alone(
     amqp_url: str, inspector: Inspector, queue: str, name: str
 ) -> None:
@@ -433,6 +448,7 @@ def test_headers_that_a_smaller_frame_of_the_broker_cannot_hold_reject_that_even
         assert publisher.publish(events).published == (events[0], events[2])
 
 
+@pytest.mark.hazard("C2")
 def test_an_event_that_one_of_two_queues_refuses_is_sent_again_with_the_same_id(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -449,6 +465,7 @@ def test_an_event_that_one_of_two_queues_refuses_is_sent_again_with_the_same_id(
     assert inspector.get(open_queue).id == event.id
 
 
+@pytest.mark.hazard("C4")
 def test_an_alternate_exchange_with_a_queue_makes_an_event_routable_and_without_one_it_is_not(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -468,6 +485,7 @@ def test_an_alternate_exchange_with_a_queue_makes_an_event_routable_and_without_
     assert inspector.get(name).id == event.id
 
 
+@pytest.mark.hazard("A5")
 def test_half_of_what_may_be_kept_is_warned_of_once(
     proxy: FaultProxy, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:

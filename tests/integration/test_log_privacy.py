@@ -94,6 +94,7 @@ def publish(publisher: Publisher, target: str = f"lost.{FORGED}", **options: obj
         collector.publish()
 
 
+@pytest.mark.hazard("A13", "H5")
 @pytest.mark.parametrize(
     "fails",
     [
@@ -125,6 +126,7 @@ def test_no_failure_writes_a_body_a_password_or_a_forged_line(
     assert [one for one in log.records if one.levelno >= logging.WARNING]
 
 
+@pytest.mark.hazard("A19")
 def test_a_refused_password_is_in_no_log(
     amqp_url: str, name: str, log: pytest.LogCaptureFixture
 ) -> None:
@@ -137,6 +139,7 @@ def test_a_refused_password_is_in_no_log(
     assert "refused the user or the password" in log.text
 
 
+@pytest.mark.hazard("A19")
 @pytest.mark.parametrize(
     "url",
     [

@@ -42,6 +42,7 @@ def published(publisher: Publisher, target: str) -> str:
     return event.id
 
 
+@pytest.mark.hazard("H1")
 def test_what_kombu_publishes_is_consumed(
     amqp_url: str, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:

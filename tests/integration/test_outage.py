@@ -92,6 +92,7 @@ def test_a_rollback_does_not_touch_what_an_earlier_failed_publish_has_kept(
     inspector.close()
 
 
+@pytest.mark.hazard("A5", "B4")
 def test_while_the_broker_is_away_only_the_first_flush_takes_time(
     private_broker: PrivateBroker, name: str
 ) -> None:
@@ -110,6 +111,7 @@ def test_while_the_broker_is_away_only_the_first_flush_takes_time(
         assert not publisher.connected
 
 
+@pytest.mark.hazard("A5")
 @pytest.mark.one_python
 def test_a_frozen_broker_costs_one_caller_its_timeout_and_nothing_is_sent_twice(
     private_broker: PrivateBroker, name: str
@@ -245,6 +247,7 @@ assert block.report.kept
 """
 
 
+@pytest.mark.hazard("A5")
 def test_at_max_kept_new_work_is_refused_before_it_commits(
     private_broker: PrivateBroker, name: str
 ) -> None:
@@ -297,6 +300,7 @@ def test_reconnects_and_what_was_kept_are_counted_and_told(
     assert stats.connected
 
 
+@pytest.mark.hazard("C5")
 @pytest.mark.one_python
 def test_under_a_real_memory_alarm_publishers_keep_and_workers_go_on_acking(
     private_broker: PrivateBroker, name: str

@@ -19,6 +19,7 @@ POISON, GOOD = 1_000, 10_000
 EVERY = (POISON + GOOD) // POISON
 
 
+@pytest.mark.hazard("G2")
 @pytest.mark.timeout(60)
 def test_a_thousand_among_ten_thousand_end_with_their_reasons_and_then_nobody_is_busy(
     place: Place, name: str

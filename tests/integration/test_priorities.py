@@ -44,6 +44,7 @@ def refused(publisher: Publisher, consumer: type[Consumer]) -> str:
         worker.stop(5)
 
 
+@pytest.mark.hazard("C11")
 def test_a_consumer_with_priorities_has_a_durable_classic_queue(
     place: RabbitMQPlace, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -64,6 +65,7 @@ def test_a_consumer_with_priorities_has_a_durable_classic_queue(
     )
 
 
+@pytest.mark.hazard("C11")
 def test_priorities_of_a_quorum_queue_that_the_broker_does_not_have_are_refused_before_it_is_made(
     place: RabbitMQPlace, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -79,6 +81,7 @@ def test_priorities_of_a_quorum_queue_that_the_broker_does_not_have_are_refused_
     assert publisher.publish(events_for(publisher, ["a"])).ok
 
 
+@pytest.mark.hazard("C9")
 @pytest.mark.parametrize(
     ("there", "argument"),
     [

@@ -66,6 +66,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.hazard("A7")
 @pytest.mark.parametrize(("how", "method"), WAYS)
 def test_a_child_publishes_over_a_connection_of_its_own_and_harms_not_its_parents(
     proxy: FaultProxy, inspector: Inspector, name: str, tmp_path: Path, how: str, method: str
@@ -82,6 +83,7 @@ def test_a_child_publishes_over_a_connection_of_its_own_and_harms_not_its_parent
     assert proxy.accepted == 2  # one each: the parent's has outlived the child
 
 
+@pytest.mark.hazard("A7")
 @pytest.mark.parametrize(("how", "method"), WAYS)
 def test_a_child_drains_what_it_keeps_when_it_ends(
     proxy: FaultProxy, inspector: Inspector, name: str, tmp_path: Path, how: str, method: str
@@ -96,6 +98,7 @@ def test_a_child_drains_what_it_keeps_when_it_ends(
     assert arrived == set(output.split())
 
 
+@pytest.mark.hazard("A7")
 @pytest.mark.parametrize(("how", "method"), WAYS)
 def test_a_child_that_cannot_drain_names_what_is_lost(
     proxy: FaultProxy, name: str, tmp_path: Path, how: str, method: str

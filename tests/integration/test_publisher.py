@@ -37,6 +37,7 @@ def make_events(publisher: Publisher, targets: list[str], **options: object) -> 
     ]
 
 
+@pytest.mark.hazard("B13")
 def test_a_published_event_arrives_with_all_that_the_wire_format_promises(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -108,6 +109,7 @@ def test_a_chunk_arrives_in_order_and_every_event_is_reported(
     ]
 
 
+@pytest.mark.hazard("A3", "B1", "C1")
 def test_an_unroutable_event_is_reported_and_its_siblings_are_published(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -132,6 +134,7 @@ def test_an_unroutable_event_is_reported_and_its_siblings_are_published(
     assert len(inspector.messages(queue, 180)) == 180
 
 
+@pytest.mark.hazard("A3", "B2")
 def test_two_events_of_one_id_are_told_apart_by_their_address(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -146,6 +149,7 @@ def test_two_events_of_one_id_are_told_apart_by_their_address(
     assert len(inspector.messages(queue, 2)) == 2
 
 
+@pytest.mark.hazard("A8", "B3")
 def test_an_event_for_a_missing_exchange_takes_no_other_down(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -160,6 +164,7 @@ def test_an_event_for_a_missing_exchange_takes_no_other_down(
     assert publisher.publish(make_events(publisher, ["x"] * 100)).ok
 
 
+@pytest.mark.hazard("C1")
 def test_what_no_queue_would_have_is_parked_with_its_address_and_the_reason(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -208,6 +213,7 @@ def test_without_a_parking_queue_to_be_had_the_event_is_kept(
     assert inspector.get(PARKING_QUEUE).id == events[0].id
 
 
+@pytest.mark.hazard("C2")
 def test_an_event_that_a_full_queue_refuses_is_kept_and_blocks_nobody(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -245,6 +251,7 @@ def test_what_is_not_to_be_kept_is_withdrawn_when_the_broker_refuses_it(
     assert inspector.all(queue) == []
 
 
+@pytest.mark.hazard("A6")
 def test_eight_threads_through_one_publisher_lose_and_mix_up_nothing(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -271,6 +278,7 @@ def test_eight_threads_through_one_publisher_lose_and_mix_up_nothing(
         assert of_thread == [[thread, n, part] for n in range(50) for part in range(3)]
 
 
+@pytest.mark.hazard("A6", "B7")
 def test_three_event_loops_one_after_the_other_and_two_at_a_time_lose_nothing(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -298,6 +306,7 @@ def test_three_event_loops_one_after_the_other_and_two_at_a_time_lose_nothing(
     assert sorted(m.id for m in inspector.messages(queue, 100)) == sorted(sent)
 
 
+@pytest.mark.hazard("E13")
 @pytest.mark.asyncio
 async def test_publishing_synchronously_on_an_event_loop_is_refused_and_loses_nothing(
     publisher: Publisher, inspector: Inspector, name: str
@@ -325,6 +334,7 @@ def test_of_several_hosts_the_one_that_answers_is_used(
     assert inspector.get(queue).id == events[0].id
 
 
+@pytest.mark.hazard("A7")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_after_a_fork_parent_and_child_publish_over_connections_of_their_own(
     amqp_url: str, inspector: Inspector, name: str
@@ -373,6 +383,7 @@ def test_a_hook_that_waits_for_its_publisher_is_refused_and_harms_nobody(
     assert "must not wait" in caplog.text
 
 
+@pytest.mark.hazard("A4")
 @pytest.mark.one_python
 def test_idle_longer_than_its_heartbeat_a_publisher_is_still_connected(
     amqp_url: str, inspector: Inspector, name: str, caplog: pytest.LogCaptureFixture
@@ -426,6 +437,7 @@ def test_a_wrong_password_is_told_without_the_password(
     assert "hunter2" not in caplog.text
 
 
+@pytest.mark.hazard("C9")
 def test_the_exchange_of_another_type_is_told_by_the_name_of_the_argument(
     amqp_url: str, inspector: Inspector, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -438,6 +450,7 @@ def test_the_exchange_of_another_type_is_told_by_the_name_of_the_argument(
     assert "inequivalent arg 'type'" in errors[0]
 
 
+@pytest.mark.hazard("A12")
 def test_a_report_survives_pickling(publisher: Publisher, inspector: Inspector, name: str) -> None:
     inspector.queue(name, name, ("good",))
     report = publisher.publish(make_events(publisher, ["good", "bad"], unroutable="fail"))
@@ -445,6 +458,7 @@ def test_a_report_survives_pickling(publisher: Publisher, inspector: Inspector, 
     assert pickle.loads(pickle.dumps(report)) == report
 
 
+@pytest.mark.hazard("A8")
 @pytest.mark.one_python
 def test_events_to_a_missing_exchange_are_found_by_its_name_in_a_large_chunk(
     publisher: Publisher, inspector: Inspector, name: str
@@ -461,6 +475,7 @@ def test_events_to_a_missing_exchange_are_found_by_its_name_in_a_large_chunk(
     assert {m.id for m in inspector.all(queue)} == {event.id for event in good}
 
 
+@pytest.mark.hazard("A11")
 def test_a_hook_that_exits_ends_nothing(amqp_url: str, inspector: Inspector, name: str) -> None:
     inspector.queue(name, name, ("good",))
 

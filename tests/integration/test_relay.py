@@ -47,6 +47,7 @@ def test_what_is_stored_arrives_in_order_and_is_gone_from_the_table(
     assert (stats.claimed, stats.released, stats.buried) == (2500, 0, 0)
 
 
+@pytest.mark.hazard("F18")
 def test_what_is_stored_while_it_runs_arrives_soon(
     store: Store, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -82,6 +83,7 @@ def test_run_once_publishes_what_is_due_and_returns(
     assert len(inspector.all(name)) == 30
 
 
+@pytest.mark.hazard("F13")
 def test_a_transaction_that_commits_late_with_a_lower_number_is_not_passed_over(
     postgresql_store: Store, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -95,6 +97,7 @@ def test_a_transaction_that_commits_late_with_a_lower_number_is_not_passed_over(
         assert inspector.get(name).id == "e1"
 
 
+@pytest.mark.hazard("F18")
 def test_a_hint_wakes_an_idle_relay(
     postgresql_store: Store,
     publisher: Publisher,
@@ -118,6 +121,7 @@ def test_a_hint_wakes_an_idle_relay(
         assert inspector.get(name).id == "e1"
 
 
+@pytest.mark.hazard("F20")
 @pytest.mark.one_python
 def test_a_relay_on_a_host_whose_clock_is_wrong_publishes_nothing_early_or_late(
     postgresql_url: str, amqp_url: str, inspector: Inspector, name: str
@@ -170,6 +174,7 @@ def test_a_broker_that_is_away_costs_no_attempt_and_loses_nothing(
     assert {message.id for message in arrived} == {f"e{n}" for n in range(10)}
 
 
+@pytest.mark.hazard("F15")
 def test_while_a_broker_says_nothing_no_transaction_is_open_and_a_stop_gives_back(
     postgresql_store: Store, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
@@ -270,6 +275,7 @@ def test_run_once_raises_when_the_broker_is_away_and_gives_back(
 # ------------------------------------------------------------------------------ the database
 
 
+@pytest.mark.hazard("F16")
 def test_a_connection_lost_between_confirm_and_delete_repeats_the_same_ids_at_most(
     postgresql_url: str, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -286,6 +292,7 @@ def test_a_connection_lost_between_confirm_and_delete_repeats_the_same_ids_at_mo
     store.engine.dispose()
 
 
+@pytest.mark.hazard("F21")
 @pytest.mark.one_python
 def test_a_database_that_is_restarted_ends_no_relay(
     mortal_postgresql: PrivatePostgreSQL, publisher: Publisher, inspector: Inspector, name: str
@@ -355,6 +362,7 @@ POINTS: dict[str, tuple[str, Rule]] = {
 }
 
 
+@pytest.mark.hazard("F16")
 @pytest.mark.one_python
 @pytest.mark.parametrize("point", POINTS)
 def test_a_relay_killed_at_any_point_loses_nothing_and_repeats_the_same_ids_at_most(
@@ -392,6 +400,7 @@ def test_a_relay_killed_at_any_point_loses_nothing_and_repeats_the_same_ids_at_m
     store.engine.dispose()
 
 
+@pytest.mark.hazard("F14")
 @pytest.mark.one_python
 def test_three_ordered_relays_with_one_killed_keep_the_order_of_every_key(
     postgresql_url: str, amqp_url: str, inspector: Inspector, name: str

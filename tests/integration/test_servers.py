@@ -140,6 +140,7 @@ def test_requests_publish_when_they_succeed_and_only_then(
     assert served.stop() in (0, -signal.SIGTERM), served.log
 
 
+@pytest.mark.hazard("D4", "E5")
 def test_a_client_that_goes_away_in_the_middle_loses_none_of_what_was_done(
     served: Served, inspector: Inspector, name: str
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_client_that_goes_away_in_the_middle_loses_none_of_what_was_done(
     assert inspector.get(queue).payload == 7
 
 
+@pytest.mark.hazard("E7")
 def test_a_request_during_shutdown_is_finished_and_published(
     served: Served, inspector: Inspector, name: str
 ) -> None:

@@ -41,6 +41,7 @@ def own_inspector(private_broker: PrivateBroker) -> Iterator[Inspector]:
         yield found
 
 
+@pytest.mark.hazard("E7")
 def test_a_server_that_stops_waits_for_the_events_that_are_on_their_way(
     own_inspector: Inspector, served: Served, private_broker: PrivateBroker, name: str
 ) -> None:

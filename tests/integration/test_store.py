@@ -88,6 +88,7 @@ def test_scheduled_and_unscheduled_events_of_one_chunk_are_all_stored(store: Sto
     assert store.status().scheduled == 1
 
 
+@pytest.mark.hazard("F14")
 def test_a_leased_row_is_nobody_elses_until_its_lease_ends(store: Store) -> None:
     store.put([an_event(1)])
     [mine] = store.claim(1, lease=60)
@@ -138,6 +139,7 @@ def test_a_buried_row_is_never_claimed_and_can_be_made_alive_again(store: Store)
     assert store.dead() == []
 
 
+@pytest.mark.hazard("F23")
 def test_the_bytes_of_a_claim_are_bounded_and_one_row_always_fits(store: Store) -> None:
     store.put([an_event("x" * 1000) for _ in range(10)])
     assert len(store.claim(10, max_bytes=2500)) == 3
@@ -161,6 +163,7 @@ def test_only_the_named_rows_are_claimed_even_before_they_are_due(store: Store) 
     assert store.claim(10) == []
 
 
+@pytest.mark.hazard("F14")
 def test_of_a_key_only_what_none_is_before_is_claimed_and_what_follows_it(store: Store) -> None:
     store.put([an_event(n, key="ab"[n % 2]) for n in range(8)])
     first = store.claim(5, ordered=True)
@@ -185,6 +188,7 @@ def test_behind_a_key_that_waits_other_keys_are_still_found(store: Store) -> Non
     assert payloads(store.claim(2, ordered=True)) == ["flows"]
 
 
+@pytest.mark.hazard("F14")
 def test_an_uncommitted_claim_hides_its_keys_from_others(postgresql_url: str) -> None:
     engine = open_engine(postgresql_url)
     store = Store(engine)
@@ -197,6 +201,7 @@ def test_an_uncommitted_claim_hides_its_keys_from_others(postgresql_url: str) ->
     engine.dispose()
 
 
+@pytest.mark.hazard("F12")
 @pytest.mark.parametrize("ordered", [False, True])
 def test_claims_side_by_side_never_get_the_same_row(store: Store, ordered: bool) -> None:
     store.put([an_event(n, key=f"k{n % 40}") for n in range(400)])
@@ -226,6 +231,7 @@ def test_nothing_is_stored_when_the_callers_transaction_is_rolled_back(store: St
     assert store.claim(1) == []
 
 
+@pytest.mark.hazard("F17")
 def test_due_rows_are_found_by_the_partial_index_whatever_is_dead_or_for_later(
     store: Store,
 ) -> None:
@@ -304,6 +310,7 @@ def test_the_columns_of_debeziums_event_router_are_there(store: Store) -> None:
 # ------------------------------------------------------------------------------ engines
 
 
+@pytest.mark.hazard("H8")
 def test_a_new_file_and_what_is_beside_it_are_for_their_owner_alone(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
@@ -318,6 +325,7 @@ def test_a_new_file_and_what_is_beside_it_are_for_their_owner_alone(tmp_path: Pa
         os.umask(before)
 
 
+@pytest.mark.hazard("H8")
 def test_links_folders_and_missing_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "target.db").touch()
     (tmp_path / "link.db").symlink_to(tmp_path / "target.db")

@@ -114,6 +114,7 @@ def test_a_rollback_takes_it_back(sessions: sessionmaker[Session], stored: Any) 
     assert stored() == ["b"]
 
 
+@pytest.mark.hazard("F2")
 def test_closing_without_a_commit_takes_it_back(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
@@ -130,6 +131,7 @@ def test_closing_without_a_commit_takes_it_back(
     assert stored() == ["kept"]
 
 
+@pytest.mark.hazard("F6")
 def test_a_savepoint_takes_back_its_own_and_nothing_else(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
@@ -145,6 +147,7 @@ def test_a_savepoint_takes_back_its_own_and_nothing_else(
     assert stored() == ["outer", "inner.kept"]
 
 
+@pytest.mark.hazard("F1")
 def test_a_released_savepoint_goes_with_the_outer_rollback(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
@@ -155,6 +158,7 @@ def test_a_released_savepoint_goes_with_the_outer_rollback(
     assert stored() == []
 
 
+@pytest.mark.hazard("F5")
 def test_an_outer_event_survives_a_savepoint_that_is_rolled_back_around_a_released_one(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
@@ -169,6 +173,7 @@ def test_an_outer_event_survives_a_savepoint_that_is_rolled_back_around_a_releas
     assert stored() == ["outer"]
 
 
+@pytest.mark.hazard("F3")
 def test_a_commit_that_fails_stores_nothing_and_leaves_the_next_transaction_clean(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
@@ -183,6 +188,7 @@ def test_a_commit_that_fails_stores_nothing_and_leaves_the_next_transaction_clea
     assert stored() == ["next"]
 
 
+@pytest.mark.hazard("F4")
 def test_a_swallowed_database_error_stores_nothing_on_postgresql(postgresql_url: str) -> None:
     engine = create_engine(postgresql_url)
     outbox.sql.metadata.create_all(engine)
@@ -198,6 +204,7 @@ def test_a_swallowed_database_error_stores_nothing_on_postgresql(postgresql_url:
     engine.dispose()
 
 
+@pytest.mark.hazard("D3", "F10")
 def test_several_transactions_of_one_request_decide_each_for_itself(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
@@ -211,6 +218,7 @@ def test_several_transactions_of_one_request_decide_each_for_itself(
     assert stored() == ["first", "third"]
 
 
+@pytest.mark.hazard("F8")
 def test_two_sessions_side_by_side_do_not_mix(
     postgresql_url: str,
 ) -> None:
@@ -256,6 +264,7 @@ def test_what_cannot_be_carried_is_refused_before_the_transaction_knows_of_it(
     assert stored() == []
 
 
+@pytest.mark.hazard("F22")
 def test_a_later_change_of_the_payload_changes_nothing(
     sessions: sessionmaker[Session], engine: Engine
 ) -> None:
@@ -269,6 +278,7 @@ def test_a_later_change_of_the_payload_changes_nothing(
     assert bytes(row.payload) == b'{"n":1}'
 
 
+@pytest.mark.hazard("F8")
 def test_a_session_in_the_callers_own_transaction_stores_with_that_one(
     engine: Engine, stored: Any
 ) -> None:
@@ -297,6 +307,7 @@ def test_scheduled_events_are_stored_whatever_the_broker_can_do(
 # ------------------------------------------------------------------------------- connections
 
 
+@pytest.mark.hazard("F6")
 def test_a_connection_of_core_stores_in_its_transaction(engine: Engine, stored: Any) -> None:
     with engine.begin() as connection:
         enqueue_event(1, "kept", connection=connection)
@@ -309,6 +320,7 @@ def test_a_connection_of_core_stores_in_its_transaction(engine: Engine, stored: 
     assert stored() == ["kept"]
 
 
+@pytest.mark.hazard("F8")
 @pytest.mark.parametrize("where", ["engine", "option"])
 def test_a_connection_that_commits_by_itself_is_refused(database_url: str, where: str) -> None:
     engine = create_engine(
@@ -414,6 +426,7 @@ def asynchronous(url: str) -> str:
     )
 
 
+@pytest.mark.hazard("F9")
 @pytest.mark.asyncio
 async def test_a_session_of_asyncio_stores_in_its_transaction(
     database_url: str, engine: Engine, stored: Any
@@ -440,6 +453,7 @@ async def test_a_session_of_asyncio_stores_in_its_transaction(
     await asynchronous_engine.dispose()
 
 
+@pytest.mark.hazard("F9", "G9")
 @pytest.mark.asyncio
 async def test_what_a_session_of_asyncio_has_committed_is_published_at_once(
     database_url: str, engine: Engine, stored: Any, publisher: Publisher, inspector: Inspector,
@@ -486,6 +500,7 @@ def test_what_is_committed_is_published_at_once_and_deleted(
     until(lambda: stored() == [])
 
 
+@pytest.mark.hazard("F1")
 def test_what_is_rolled_back_with_its_savepoint_is_not_published(
     sessions: sessionmaker[Session], stored: Any, bound_queue: str, inspector: Inspector
 ) -> None:
@@ -529,6 +544,7 @@ def test_relays_leave_new_rows_alone_for_a_moment_but_not_for_ever(
     store.engine.dispose()
 
 
+@pytest.mark.hazard("F7")
 def test_a_broker_that_is_away_costs_the_commit_nothing_and_leaves_it_to_the_relay(
     sessions: sessionmaker[Session], engine: Engine
 ) -> None:
@@ -545,6 +561,7 @@ def test_a_broker_that_is_away_costs_the_commit_nothing_and_leaves_it_to_the_rel
     store.engine.dispose()
 
 
+@pytest.mark.hazard("F7")
 def test_an_event_that_is_never_to_be_carried_is_buried_with_its_reason(
     sessions: sessionmaker[Session], engine: Engine, bound_queue: str, inspector: Inspector
 ) -> None:
@@ -595,6 +612,7 @@ def test_a_thousand_transactions_in_four_threads_are_each_published_once(
     engine.dispose()
 
 
+@pytest.mark.hazard("F3")
 def test_a_closed_session_after_a_failed_flush_hands_nothing_over(
     sessions: sessionmaker[Session], stored: Any, bound_queue: str, inspector: Inspector
 ) -> None:
@@ -611,6 +629,7 @@ def test_a_closed_session_after_a_failed_flush_hands_nothing_over(
     assert inspector.all(bound_queue) == []
 
 
+@pytest.mark.hazard("F18")
 def test_the_listening_relay_is_told_where_that_is_asked_for(postgresql_url: str) -> None:
     import psycopg
 

@@ -74,6 +74,7 @@ def drive(tmp_path: Path) -> Iterator[Callable[..., Driven]]:
             one.process.wait(10)
 
 
+@pytest.mark.hazard("G7")
 def test_a_worker_that_does_not_end_is_killed_when_its_time_is_over(
     drive: Callable[..., Driven],
 ) -> None:
@@ -110,6 +111,7 @@ def test_a_program_that_cannot_be_started_is_tried_again_slowly(
     assert driven.stop() == exit_codes.SUCCESS
 
 
+@pytest.mark.hazard("G7")
 def test_a_crash_of_one_worker_does_not_touch_the_others(drive: Callable[..., Driven]) -> None:
     driven = drive(
         """

@@ -35,6 +35,7 @@ async def respond(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"ok"})
 
 
+@pytest.mark.hazard("B6", "E6")
 @pytest.mark.parametrize("how", ["task", "scope"])
 def test_a_request_cancelled_in_the_middle_of_its_flush_is_published_once(
     how: str, proxy: FaultProxy, inspector: Inspector, name: str
@@ -70,6 +71,7 @@ def test_a_request_cancelled_in_the_middle_of_its_flush_is_published_once(
     assert inspector.all(queue) == []
 
 
+@pytest.mark.hazard("B5", "E13")
 def test_the_event_loop_turns_while_a_flush_waits_for_a_broker_that_says_nothing(
     proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
@@ -96,6 +98,7 @@ def test_the_event_loop_turns_while_a_flush_waits_for_a_broker_that_says_nothing
     assert longest < 0.25
 
 
+@pytest.mark.hazard("D11")
 def test_a_worker_that_is_aborted_drops_what_it_had_not_published(
     amqp_url: str, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:
@@ -115,6 +118,7 @@ def test_a_worker_that_is_aborted_drops_what_it_had_not_published(
         served.stop()
 
 
+@pytest.mark.hazard("D10")
 def test_wrapped_twice_on_a_server_each_event_is_published_once(
     amqp_url: str, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:

@@ -142,6 +142,7 @@ def test_a_queue_is_bound_to_its_own_name_and_to_its_topics(
         assert sorted(event.payload for event in seen.wait(3)) == [1, 2, 3]
 
 
+@pytest.mark.hazard("G1")
 def test_follow_on_events_are_confirmed_before_the_ack(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -168,6 +169,7 @@ def test_follow_on_events_are_confirmed_before_the_ack(
     assert acked_before == [1]
 
 
+@pytest.mark.hazard("G1")
 def test_a_second_run_of_a_message_gives_its_follow_ons_the_same_ids(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -229,6 +231,7 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+@pytest.mark.hazard("G5")
 def test_the_events_of_a_failed_message_are_dropped_and_the_next_one_has_only_its_own(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -247,6 +250,7 @@ def test_the_events_of_a_failed_message_are_dropped_and_the_next_one_has_only_it
         assert inspector.all(follow_ons) == []
 
 
+@pytest.mark.hazard("G2", "H6")
 @pytest.mark.parametrize(
     ("body", "properties", "reason"),
     [
@@ -280,6 +284,7 @@ def test_an_undecodable_message_goes_to_the_dead_letters_as_it_came(
     assert reason in letter.properties.headers["outbox-dead-reason"]
 
 
+@pytest.mark.hazard("H9")
 def test_messages_of_other_clients_are_consumed_whatever_they_leave_out(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -297,6 +302,7 @@ def test_messages_of_other_clients_are_consumed_whatever_they_leave_out(
     assert all(event.occurred_at.tzinfo for event in events)
 
 
+@pytest.mark.hazard("C6", "G2")
 def test_a_requeued_message_comes_again_after_a_pause_and_not_in_a_loop(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -354,6 +360,7 @@ def test_a_block_in_an_explicit_consumer_publishes_at_its_own_end_with_derived_i
     assert first.id == second.id
 
 
+@pytest.mark.hazard("A15", "B9")
 @pytest.mark.one_python
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 def test_a_handler_that_outlasts_the_heartbeat_runs_once(
@@ -373,6 +380,7 @@ def test_a_handler_that_outlasts_the_heartbeat_runs_once(
     assert inspector.all(name) == []
 
 
+@pytest.mark.hazard("A6")
 @pytest.mark.parametrize("with_pika_alone", [False, True])
 def test_a_thousand_messages_are_handled_once_each_by_eight_threads(
     publisher: Publisher,
@@ -391,6 +399,7 @@ def test_a_thousand_messages_are_handled_once_each_by_eight_threads(
     assert inspector.all(name) == []
 
 
+@pytest.mark.hazard("G3")
 def test_stopping_finishes_what_runs_and_gives_back_the_rest(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -422,6 +431,7 @@ def test_a_consumer_that_raises_system_exit_has_failed_and_the_worker_goes_on(
     assert inspector.all(name) == []
 
 
+@pytest.mark.hazard("A14", "B10")
 @on_either_engine
 def test_a_queue_that_is_deleted_is_made_anew_and_consumed(
     publisher: Publisher, inspector: Inspector, name: str, engine: Any
@@ -438,6 +448,7 @@ def test_a_queue_that_is_deleted_is_made_anew_and_consumed(
         seen.wait(1)
 
 
+@pytest.mark.hazard("C9", "C16")
 @pytest.mark.parametrize("kind", ["classic", "stream"])
 def test_a_queue_with_other_arguments_is_told_by_the_name_of_the_argument(
     publisher: Publisher, inspector: Inspector, name: str, kind: str
@@ -454,6 +465,7 @@ def test_a_queue_with_other_arguments_is_told_by_the_name_of_the_argument(
     assert publisher.publish([Event(id="1", target=name, exchange="", body=b"1")]).ok
 
 
+@pytest.mark.hazard("B11")
 @pytest.mark.one_python
 @on_either_engine
 def test_a_worker_survives_the_restart_of_its_broker_and_loses_nothing(
@@ -532,6 +544,7 @@ def test_wrong_consumers_are_refused_where_they_are_written() -> None:
     assert EventCollector()
 
 
+@pytest.mark.hazard("A14")
 def test_a_connection_that_is_lost_while_a_cancelled_consumer_waits_leaves_one_consumer(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -554,6 +567,7 @@ def test_a_connection_that_is_lost_while_a_cancelled_consumer_waits_leaves_one_c
     assert inspector.all(name) == []
 
 
+@pytest.mark.hazard("H6")
 @pytest.mark.parametrize("what", ["timestamp", "depth"])
 def test_a_message_whose_properties_cannot_be_read_at_all_blocks_nobody(
     publisher: Publisher, inspector: Inspector, name: str, what: str
@@ -601,6 +615,7 @@ def test_a_message_whose_properties_are_not_text_goes_to_the_dead_letters_like_o
     assert letter.properties.headers["at"] == "2026-01-02T00:00:00+00:00"
 
 
+@pytest.mark.hazard("C6", "C7", "H9")
 def test_what_a_sender_asks_of_the_broker_is_in_nothing_that_follows_from_its_message(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -641,6 +656,7 @@ def test_what_a_sender_asks_of_the_broker_is_in_nothing_that_follows_from_its_me
     assert follow_on.properties.priority is None
 
 
+@pytest.mark.hazard("G6")
 def test_with_a_prefetch_of_one_two_workers_share_evenly(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:

@@ -65,6 +65,7 @@ POINTS: dict[str, Callable[[], Callable[[Frame], bool]]] = {
 }
 
 
+@pytest.mark.hazard("G1")
 @pytest.mark.parametrize("auto_publish", [False, True], ids=["explicit", "auto"])
 @pytest.mark.parametrize("point", POINTS)
 def test_wherever_the_link_is_lost_a_message_is_done_and_its_follow_on_keeps_its_id(
@@ -105,6 +106,7 @@ def test_wherever_the_link_is_lost_a_message_is_done_and_its_follow_on_keeps_its
     assert inspector.all(f"{name}.dead") == []
 
 
+@pytest.mark.hazard("A16")
 def test_acks_of_handlers_that_outlived_their_connection_settle_no_new_delivery(
     proxy: FaultProxy,
     through_proxy: Publisher,
@@ -139,6 +141,7 @@ def test_acks_of_handlers_that_outlived_their_connection_settle_no_new_delivery(
     assert inspector.all(name) == []
 
 
+@pytest.mark.hazard("A14", "B10", "B11", "C8")
 @on_either_engine
 def test_a_consumer_that_the_broker_cancels_consumes_anew_and_drops_its_late_ack(
     proxy: FaultProxy,
@@ -167,6 +170,7 @@ def test_a_consumer_that_the_broker_cancels_consumes_anew_and_drops_its_late_ack
     assert inspector.all(name) == []
 
 
+@pytest.mark.hazard("C5")
 def test_a_worker_whose_publisher_is_blocked_still_acks_what_publishes_nothing(
     proxy: FaultProxy,
     through_proxy: Publisher,
@@ -197,6 +201,7 @@ def test_a_worker_whose_publisher_is_blocked_still_acks_what_publishes_nothing(
     assert inspector.all(name) == []
 
 
+@pytest.mark.hazard("G5")
 def test_what_a_message_leaves_in_a_context_variable_the_next_one_does_not_see(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -214,6 +219,7 @@ def test_what_a_message_leaves_in_a_context_variable_the_next_one_does_not_see(
     assert found == ["nothing", "nothing"]
 
 
+@pytest.mark.hazard("B9", "G1")
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 def test_an_attempt_that_fails_when_its_delivery_is_lost_leaves_the_message_to_the_next_one(
     proxy: FaultProxy,
@@ -247,6 +253,7 @@ def test_an_attempt_that_fails_when_its_delivery_is_lost_leaves_the_message_to_t
     assert inspector.all(f"{name}.dead") == []
 
 
+@pytest.mark.hazard("B9", "C8")
 @on_either_engine
 def test_a_channel_that_the_broker_closes_over_a_late_ack_is_opened_anew(
     proxy: FaultProxy,

@@ -56,6 +56,7 @@ def effects(engine: Engine) -> dict[str, int]:
         return {row[0]: row[1] for row in found}
 
 
+@pytest.mark.hazard("B11", "G1", "G8")
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 @pytest.mark.parametrize(
     ("point", "deduplicate", "on_connection"),

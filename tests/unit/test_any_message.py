@@ -143,6 +143,7 @@ def send_on(event: ReceivedEvent) -> None:
     enqueue_event(event.payload, event.target, headers=event.headers, id=event.id, key=event.key)
 
 
+@pytest.mark.hazard("H9")
 @given(st.sampled_from([accept, follow, send_on]), deliveries)
 def test_any_message_is_processed_or_dead(
     publisher: Publisher, process: Any, delivery: Delivery
@@ -152,6 +153,7 @@ def test_any_message_is_processed_or_dead(
         assert outcome.reason.startswith("undecodable: ")
 
 
+@pytest.mark.hazard("H9")
 @given(deliveries)
 def test_any_message_can_be_published_to_the_dead_letters(
     publisher: Publisher, delivery: Delivery
@@ -213,6 +215,7 @@ def test_an_id_that_is_not_utf_8_is_cut_to_what_can_be_written() -> None:
     assert Encoder().encode(letter)
 
 
+@pytest.mark.hazard("H1")
 @pytest.mark.parametrize(
     "content_type",
     ["application/x-python-serialize", "application/python-pickle", "application/json", None],

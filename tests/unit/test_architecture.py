@@ -163,6 +163,7 @@ def test_a_driver_is_imported_in_its_own_room_alone(module: str) -> None:
         assert home is None or module.startswith(home), f"{module} imports {name}"
 
 
+@pytest.mark.hazard("A10")
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_relies_on_assert(module: str) -> None:
     tree = ast.parse(MODULES[module].read_text())
@@ -273,6 +274,7 @@ def test_every_module_can_be_imported() -> None:
         importlib.import_module(name)
 
 
+@pytest.mark.hazard("A12")
 @pytest.mark.parametrize("name", errors.__all__)
 def test_every_error_is_exported_has_one_branch_and_survives_pickling(name: str) -> None:
     kind = getattr(outbox, name)
@@ -300,6 +302,7 @@ def test_a_report_that_is_not_ok_raises_when_asked_to() -> None:
     assert caught.value.report is report
 
 
+@pytest.mark.hazard("C10")
 def test_every_declaration_is_of_what_no_version_of_the_broker_denies() -> None:
     # Transient queues that are not exclusive, and a prefetch for a whole connection, are denied
     # from RabbitMQ 4.3 on.

@@ -73,6 +73,7 @@ def get(app: Any, path: str = "/") -> Any:
     return client.get(path)
 
 
+@pytest.mark.hazard("E3")
 def test_the_events_are_published_after_the_application_has_returned(
     collected_events: CollectedEvents,
 ) -> None:
@@ -86,6 +87,7 @@ def test_the_events_are_published_after_the_application_has_returned(
     assert published(collected_events) == ["endpoint", "after the last byte"]
 
 
+@pytest.mark.hazard("D2", "E4")
 @pytest.mark.parametrize("status", [400, 404, 500])
 def test_an_unsuccessful_status_drops_the_events_and_names_them(
     collected_events: CollectedEvents, caplog: pytest.LogCaptureFixture, status: int
@@ -110,6 +112,7 @@ def test_an_application_that_answers_nothing_has_not_succeeded(
     assert published(collected_events) == []
 
 
+@pytest.mark.hazard("E4", "E11")
 @pytest.mark.parametrize(
     "raised",
     [
@@ -137,6 +140,7 @@ def test_an_exception_drops_the_events_and_passes_as_the_same_object(
     assert type(raised).__name__ in only_warning(caplog)
 
 
+@pytest.mark.hazard("D10")
 def test_wrapped_twice_it_publishes_once(collected_events: CollectedEvents) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         enqueue_event(1, "t")
@@ -242,6 +246,7 @@ class Base(BaseHTTPMiddleware):
         return response
 
 
+@pytest.mark.hazard("E1", "E2")
 @pytest.mark.parametrize("placing", ["around", "added", "base inside", "base outside"])
 @pytest.mark.parametrize(
     ("path", "expected"),
@@ -315,6 +320,7 @@ def fastapi_app(commit: Any) -> fastapi.FastAPI:
     return app
 
 
+@pytest.mark.hazard("E3")
 def test_a_commit_after_the_response_comes_before_the_publishing(
     collected_events: CollectedEvents,
 ) -> None:
@@ -326,6 +332,7 @@ def test_a_commit_after_the_response_comes_before_the_publishing(
     assert published(collected_events) == ["transaction"]
 
 
+@pytest.mark.hazard("E3")
 def test_a_commit_that_fails_after_the_response_publishes_nothing(
     collected_events: CollectedEvents,
 ) -> None:
@@ -367,6 +374,7 @@ def test_a_disconnect_that_rolls_the_transaction_back_publishes_nothing(
     assert published(collected_events) == []
 
 
+@pytest.mark.hazard("E10")
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize(("path", "payload"), [("/block", "block"), ("/sync-block", "sync block")])
 def test_a_block_can_be_a_fastapi_dependency(
@@ -417,6 +425,7 @@ def slow() -> Publisher:
     return publisher
 
 
+@pytest.mark.hazard("E6")
 @pytest.mark.parametrize("how", ["task", "scope"])
 def test_a_cancellation_during_the_publishing_ends_the_waiting_only(
     slow: Publisher, how: str
@@ -482,6 +491,7 @@ def test_the_publishing_needs_no_thread_of_the_loops_pool(slow: Publisher) -> No
         free.set()
 
 
+@pytest.mark.hazard("E8")
 def test_a_task_that_outlives_its_request_is_refused(collected_events: CollectedEvents) -> None:
     late: list[asyncio.Task[None]] = []
 
@@ -530,6 +540,7 @@ def test_what_counts_as_success_can_be_said(collected_events: CollectedEvents) -
     assert published(collected_events) == ["404"]
 
 
+@pytest.mark.hazard("E9")
 def test_a_background_task_that_fails_fails_its_request(collected_events: CollectedEvents) -> None:
     def boom() -> None:
         raise ValueError
@@ -563,6 +574,7 @@ def test_a_request_that_the_server_cancels_drops_its_events(
     assert "CancelledError" in only_warning(caplog)
 
 
+@pytest.mark.hazard("E6")
 def test_a_cancellation_just_before_the_publishing_does_not_prevent_it(slow: Publisher) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         enqueue_event(1, "t")
@@ -634,6 +646,7 @@ def websocket_app(collected: CollectedEvents, end: str) -> Any:
     return OutboxMiddleware(Starlette(routes=[WebSocketRoute("/", endpoint)]))
 
 
+@pytest.mark.hazard("E12")
 @pytest.mark.parametrize("end", ["caught", "disconnect", "boom"])
 def test_a_block_per_message_publishes_at_once_and_the_rest_when_the_connection_ends(
     collected_events: CollectedEvents, end: str
@@ -668,6 +681,7 @@ def test_messages_in_blocks_leave_nothing_behind_in_the_connection(
     assert published(collected_events) == list(range(100))
 
 
+@pytest.mark.hazard("E5", "E11")
 def test_a_disconnect_that_a_task_group_wraps_is_a_normal_end(
     collected_events: CollectedEvents,
 ) -> None:
@@ -705,6 +719,7 @@ def test_only_an_oserror_of_the_servers_send_is_a_disconnect(
     assert published(collected_events) == ([] if own else ["outside"])
 
 
+@pytest.mark.hazard("E5")
 def test_a_failure_beside_a_disconnect_is_a_failure(collected_events: CollectedEvents) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         enqueue_event("outside", "t")
@@ -715,6 +730,7 @@ def test_a_failure_beside_a_disconnect_is_a_failure(collected_events: CollectedE
     assert published(collected_events) == []
 
 
+@pytest.mark.hazard("E12")
 def test_a_connection_that_the_shutdown_cancels_publishes_what_was_done(
     collected_events: CollectedEvents,
 ) -> None:
@@ -730,6 +746,7 @@ def test_a_connection_that_the_shutdown_cancels_publishes_what_was_done(
 # ------------------------------------------------------------------------------ lifespan
 
 
+@pytest.mark.hazard("E12")
 def test_events_of_startup_and_shutdown_are_published(collected_events: CollectedEvents) -> None:
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
@@ -771,6 +788,7 @@ def live(app: Any, transport: Drained) -> list[str]:
     return sent
 
 
+@pytest.mark.hazard("E7")
 @pytest.mark.parametrize("how", ["raises", "returns"])
 def test_the_publisher_is_drained_at_shutdown_though_the_application_has_no_lifespan(
     how: str,
@@ -783,6 +801,7 @@ def test_the_publisher_is_drained_at_shutdown_though_the_application_has_no_life
     assert transport.drained == 1
 
 
+@pytest.mark.hazard("E7")
 def test_the_publisher_is_drained_though_the_shutdown_fails() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()

@@ -350,6 +350,7 @@ def test_a_collector_named_explicitly_takes_its_innermost_buffer(publisher: Publ
 # ------------------------------------------------------------------------------ bounds
 
 
+@pytest.mark.hazard("H6")
 def test_a_collector_is_bounded_by_events_and_by_bytes(publisher: Publisher) -> None:
     few = EventCollector(max_events=3)
     with EventCollector.use(few), few.savepoint():
@@ -390,6 +391,7 @@ def test_eight_threads_enqueueing_into_one_collector_lose_nothing(publisher: Pub
 # ------------------------------------------------------------------------------ outside of units
 
 
+@pytest.mark.hazard("E2")
 def test_outside_of_any_unit_the_first_event_warns_in_the_callers_line(
     publisher: Publisher,
 ) -> None:
@@ -415,6 +417,7 @@ def test_a_warning_made_an_exception_collects_nothing(publisher: Publisher) -> N
     contextvars.copy_context().run(script)
 
 
+@pytest.mark.hazard("E2")
 def test_each_thread_has_a_collector_of_its_own(publisher: Publisher) -> None:
     found: list[EventCollector] = []
 
@@ -525,6 +528,7 @@ def test_a_console_block_can_be_closed(publisher: Publisher) -> None:
 # ------------------------------------------------------------------------------ processes
 
 
+@pytest.mark.hazard("A7")
 def test_a_forked_child_has_no_events_of_its_parent(publisher: Publisher) -> None:
     reader, writer = os.pipe()
     with auto_publishing() as block:

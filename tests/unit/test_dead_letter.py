@@ -80,6 +80,7 @@ def test_a_time_that_cannot_be_is_not_passed_on(microseconds: int) -> None:
     assert Encoder().encode(letter)
 
 
+@pytest.mark.hazard("H9")
 def test_an_exception_whose_traceback_cannot_be_told_leaves_a_dead_letter_all_the_same() -> None:
     class Unsound(Exception):
         def __getattribute__(self, name: str) -> Any:

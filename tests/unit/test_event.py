@@ -94,6 +94,7 @@ for _ in range(100_000):
     deep = [deep]
 
 
+@pytest.mark.hazard("A10", "H6")
 @pytest.mark.parametrize(
     ("payload", "told"),
     [
@@ -118,6 +119,7 @@ def test_a_payload_that_cannot_be_carried_is_refused(payload: Any, told: str) ->
     assert collector.events == ()
 
 
+@pytest.mark.hazard("A9", "B14")
 @pytest.mark.parametrize("target", ["", "é" * 128, "x" * 256, None, 5, b"x", "\ud800"], ids=repr)
 def test_a_target_is_a_string_of_1_to_255_bytes(collector: EventCollector, target: Any) -> None:
     with pytest.raises(InvalidEvent, match="target"):
@@ -125,6 +127,7 @@ def test_a_target_is_a_string_of_1_to_255_bytes(collector: EventCollector, targe
     assert collector.enqueue_event({}, "é" * 127).target == "é" * 127
 
 
+@pytest.mark.hazard("A9", "C7", "H3")
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -182,6 +185,7 @@ def test_a_delay_that_its_transport_cannot_keep_is_refused() -> None:
     assert collector.events == ()
 
 
+@pytest.mark.hazard("A10")
 def test_headers_are_copied_in_types_that_every_transport_writes_alike(
     collector: EventCollector,
 ) -> None:

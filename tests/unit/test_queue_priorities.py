@@ -60,6 +60,7 @@ def test_classic_queues_have_priorities_in_every_version(version: tuple[int, ...
     assert obstacle(spec(None, "quorum"), version) is None
 
 
+@pytest.mark.hazard("C11")
 @pytest.mark.parametrize(
     ("version", "highest", "told"),
     [

@@ -31,6 +31,7 @@ def names(entries: list[Entry]) -> str:
     return "".join(entry.event.id for entry in entries)
 
 
+@pytest.mark.hazard("A3")
 def test_confirms_come_in_any_order_and_in_groups() -> None:
     confirms = Confirms()
     confirms.sent(entries_of(*"abcdef"))
@@ -69,6 +70,7 @@ def test_of_two_alike_the_first_that_has_not_come_back_is_meant() -> None:
     assert confirms.confirmed([(0, True)]) == ([], [(first, "one"), (second, "two")])
 
 
+@pytest.mark.hazard("A3")
 @given(st.integers(1, 60), st.randoms(use_true_random=False))
 def test_every_sent_entry_is_confirmed_exactly_once(count: int, random: random.Random) -> None:
     confirms = Confirms()
@@ -90,6 +92,7 @@ def test_clearing_gives_back_in_the_order_of_sending() -> None:
     assert names(confirms.confirmed([(1, False)])[0]) == "z"
 
 
+@pytest.mark.hazard("A16")
 @given(st.integers(1, 60), st.randoms(use_true_random=False))
 def test_acks_speak_for_every_delivery_once_and_never_for_one_still_worked_on(
     count: int, random: random.Random
@@ -135,6 +138,7 @@ def decoded(data: bytes) -> list[Any]:
     return frames
 
 
+@pytest.mark.hazard("A10")
 @pytest.mark.parametrize(
     "event",
     [
@@ -181,6 +185,7 @@ def test_a_smaller_frame_size_of_the_broker_is_kept() -> None:
     assert max(sizes) == 4096
 
 
+@pytest.mark.hazard("A18")
 def test_templates_for_targets_made_of_user_data_do_not_pile_up() -> None:
     encoder = Encoder()
     for n in range(5000):

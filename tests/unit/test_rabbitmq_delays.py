@@ -37,6 +37,7 @@ def test_the_time_that_is_left_is_rounded_up_to_whole_seconds(seconds: float, le
     assert seconds_left(NOW + datetime.timedelta(seconds=seconds), NOW) == left
 
 
+@pytest.mark.hazard("C12")
 @given(st.integers(1, LONGEST))
 def test_the_levels_at_which_an_event_waits_add_up_to_its_delay(seconds: int) -> None:
     levels = levels_of(seconds)
@@ -50,6 +51,7 @@ def test_the_levels_at_which_an_event_waits_add_up_to_its_delay(seconds: int) ->
     }
 
 
+@pytest.mark.hazard("C7")
 @given(st.integers(1, LONGEST), st.sampled_from(["", "shop", "ß" * 127]))
 def test_a_delayed_event_is_delivered_as_if_it_had_not_been(seconds: int, exchange: str) -> None:
     event = Event(

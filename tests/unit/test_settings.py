@@ -44,6 +44,7 @@ def test_amqp_urls_are_taken_apart(
     )
 
 
+@pytest.mark.hazard("A19")
 @pytest.mark.parametrize(
     "url",
     [
@@ -76,6 +77,7 @@ def test_a_wrong_url_is_told_without_any_part_of_the_password(url: str) -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.hazard("A19")
 def test_a_url_is_shown_without_its_password() -> None:
     parsed = BrokerURL.parse("amqp://user:hunter2@h:1,[::1]:2/a%2Fb")
     assert str(parsed) == "amqp://user:***@h:1,[::1]:2/a%2Fb"

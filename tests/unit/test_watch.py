@@ -75,6 +75,7 @@ def test_calls_that_are_late_together_are_told_of_in_the_order_of_their_deadline
     assert told == [1, 2]
 
 
+@pytest.mark.hazard("G4")
 def test_nothing_is_kept_of_a_call_that_has_left_long_before_its_time(watch: Watch) -> None:
     class Message:
         def on_late(self) -> None:
@@ -97,6 +98,7 @@ def test_nothing_expires_once_it_is_closed(watch: Watch) -> None:
     assert watch.leave(ticket)
 
 
+@pytest.mark.hazard("G4")
 def test_a_call_that_cannot_be_told_of_does_not_end_the_watch(
     watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_successful_request_is_published(collected_events: CollectedEvents, st
     assert published(collected_events) == ["app"]
 
 
+@pytest.mark.hazard("D2")
 @pytest.mark.parametrize("status", ["400 Bad", "404 Not Found", "500 Oops"])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_an_unsuccessful_status_drops_the_events_and_names_them(
@@ -138,12 +139,14 @@ def test_an_unsuccessful_status_drops_the_events_and_names_them(
     assert status[:3] in record.getMessage()
 
 
+@pytest.mark.hazard("D3")
 def test_what_counts_as_success_can_be_said(collected_events: CollectedEvents) -> None:
     Server(app_of([b""], "404 Not Found"), is_success=lambda status: status == 404).serve()
     Server(app_of([b""], "200 OK"), is_success=lambda status: status == 404).serve()
     assert len(collected_events.published) == len(collected_events.cleared) == 1
 
 
+@pytest.mark.hazard("D8", "D11")
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
 def test_an_exception_drops_the_events_and_the_next_request_has_only_its_own(
     collected_events: CollectedEvents,
@@ -176,6 +179,7 @@ def test_a_body_that_its_server_abandons_leaves_nothing_to_the_next_request(
     abandoned.close()
 
 
+@pytest.mark.hazard("D5")
 @pytest.mark.parametrize(
     ("status", "headers"),
     [
@@ -195,6 +199,7 @@ def test_a_complete_response_is_published_before_its_first_byte(
     assert published(collected_events) == ["app", "body"]
 
 
+@pytest.mark.hazard("D6")
 @pytest.mark.parametrize("kind", [list, tuple])
 def test_a_list_or_tuple_is_published_at_once_and_returned_untouched(
     collected_events: CollectedEvents, kind: Any
@@ -204,6 +209,7 @@ def test_a_list_or_tuple_is_published_at_once_and_returned_untouched(
     assert published(collected_events) == ["app"]
 
 
+@pytest.mark.hazard("D6")
 def test_a_file_is_returned_as_the_servers_own_wrapper(collected_events: CollectedEvents) -> None:
     body = wsgiref.util.FileWrapper(BytesIO(b"file"))
     assert Server(app_of(body)).call() is body
@@ -228,6 +234,7 @@ def test_a_file_is_returned_as_it_is_where_the_servers_wrapper_is_a_function(
     assert server.call() is file  # tried again with the same environ
 
 
+@pytest.mark.hazard("D6")
 def test_the_length_of_a_body_stays_known(collected_events: CollectedEvents) -> None:
     class Sized(Body):
         def __len__(self) -> int:
@@ -237,6 +244,7 @@ def test_the_length_of_a_body_stays_known(collected_events: CollectedEvents) -> 
     assert not hasattr(Server(app_of(Body([b"x"]))).call(), "__len__")
 
 
+@pytest.mark.hazard("D4")
 def test_a_stream_is_published_when_it_is_exhausted(collected_events: CollectedEvents) -> None:
     body = Server(app_of(Body([enqueuing(1), enqueuing(2)]))).call()
     assert [next(body), next(body)] == [b"x", b"x"]
@@ -246,6 +254,7 @@ def test_a_stream_is_published_when_it_is_exhausted(collected_events: CollectedE
     assert published(collected_events) == ["app", 1, 2]
 
 
+@pytest.mark.hazard("D4")
 def test_a_client_that_goes_away_has_not_undone_the_work(
     collected_events: CollectedEvents,
 ) -> None:
@@ -258,6 +267,7 @@ def test_a_client_that_goes_away_has_not_undone_the_work(
     assert inner.closed == 1
 
 
+@pytest.mark.hazard("D4")
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt, GeneratorExit])
 def test_an_exception_in_the_middle_of_a_stream_drops_all(
     collected_events: CollectedEvents,
@@ -302,6 +312,7 @@ def test_an_exception_while_closing_drops_what_was_not_published(
     assert error.__name__ in only_warning(caplog)
 
 
+@pytest.mark.hazard("D5")
 def test_what_is_enqueued_while_closing_is_published_unless_closing_fails(
     collected_events: CollectedEvents,
 ) -> None:
@@ -322,6 +333,7 @@ def test_what_is_enqueued_while_closing_is_published_unless_closing_fails(
     assert published(collected_events) == ["app", "closing"]
 
 
+@pytest.mark.hazard("D7")
 def test_closing_twice_closes_the_application_once(collected_events: CollectedEvents) -> None:
     inner = Body([b"x"])
     body = Server(app_of(inner)).call()
@@ -330,6 +342,7 @@ def test_closing_twice_closes_the_application_once(collected_events: CollectedEv
     assert inner.closed == 1
 
 
+@pytest.mark.hazard("D1")
 def test_a_generator_whose_status_comes_late_is_judged_by_it(
     collected_events: CollectedEvents,
 ) -> None:
@@ -361,6 +374,7 @@ def test_a_body_that_is_closed_before_its_status_is_known_drops_the_events(
     assert "not known" in only_warning(caplog)
 
 
+@pytest.mark.hazard("D1")
 def test_the_last_status_counts(collected_events: CollectedEvents) -> None:
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         enqueue_event(1, "t")
@@ -376,6 +390,7 @@ def test_the_last_status_counts(collected_events: CollectedEvents) -> None:
     assert published(collected_events) == []
 
 
+@pytest.mark.hazard("D6")
 def test_write_still_works(collected_events: CollectedEvents) -> None:
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", [])(b"written")
@@ -388,6 +403,7 @@ def test_write_still_works(collected_events: CollectedEvents) -> None:
     assert published(collected_events) == [1]
 
 
+@pytest.mark.hazard("D10")
 def test_wrapped_twice_it_publishes_once(collected_events: CollectedEvents) -> None:
     Server(OutboxMiddleware(app_of(Body([enqueuing(1)])))).serve()
     assert published(collected_events) == ["app", 1]
@@ -411,6 +427,7 @@ def test_wrapped_twice_the_outer_one_decides(collected_events: CollectedEvents, 
     assert [event.payload for event in collected_events.cleared] == ["app"]
 
 
+@pytest.mark.hazard("D10")
 def test_a_request_within_a_request_is_a_unit_of_its_own(
     collected_events: CollectedEvents,
 ) -> None:
@@ -425,6 +442,7 @@ def test_a_request_within_a_request_is_a_unit_of_its_own(
     assert published(collected_events) == ["app"]
 
 
+@pytest.mark.hazard("D10")
 def test_a_block_in_a_view_joins_the_request(collected_events: CollectedEvents) -> None:
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         with auto_publishing() as block:
@@ -438,6 +456,7 @@ def test_a_block_in_a_view_joins_the_request(collected_events: CollectedEvents) 
     assert published(collected_events) == [1]
 
 
+@pytest.mark.hazard("D9")
 def test_called_in_one_context_and_closed_in_another_it_publishes_all_the_same(
     collected_events: CollectedEvents,
 ) -> None:
@@ -448,6 +467,7 @@ def test_called_in_one_context_and_closed_in_another_it_publishes_all_the_same(
     assert len(EventCollector.current()) == 0
 
 
+@pytest.mark.hazard("E8")
 def test_an_event_after_the_end_of_the_request_is_refused(
     collected_events: CollectedEvents,
 ) -> None:
@@ -463,6 +483,7 @@ def test_an_event_after_the_end_of_the_request_is_refused(
         kept[0].enqueue_event(1, "t")
 
 
+@pytest.mark.hazard("D5")
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_publisher_that_fails_never_fails_the_response(
     caplog: pytest.LogCaptureFixture, streamed: bool
@@ -484,6 +505,7 @@ def test_a_publisher_that_fails_never_fails_the_response(
     assert inner.closed == streamed
 
 
+@pytest.mark.hazard("D7")
 def test_it_is_clean_under_both_validators(collected_events: CollectedEvents) -> None:
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         enqueue_event(1, "t")
@@ -523,6 +545,7 @@ def test_a_body_that_nobody_iterates_is_published_at_its_close(
     assert inner.closed == 1
 
 
+@pytest.mark.hazard("D9")
 def test_the_requests_collector_is_current_in_every_step_and_in_close(
     collected_events: CollectedEvents,
 ) -> None:
@@ -622,6 +645,7 @@ def test_where_a_loop_runs_it_publishes_without_waiting(
     assert caplog.messages == []
 
 
+@pytest.mark.hazard("D7")
 @pytest.mark.parametrize("headers", [[], [("Content-Length", "1")]])
 @pytest.mark.parametrize("kind", [Body, type("Untouched", (list, Body), {})])
 def test_the_body_is_closed_once_when_the_publishing_is_interrupted(
@@ -671,6 +695,7 @@ def flask_client() -> Client:
     return Client(app)
 
 
+@pytest.mark.hazard("D2")
 def test_flask_turns_an_exception_into_a_500_and_nothing_is_published(
     flask_client: Client, collected_events: CollectedEvents
 ) -> None:
@@ -712,6 +737,7 @@ class Wire(wsgiref.handlers.SimpleHandler):
         return re.sub(rb"Date: .*\r\n", b"", sent.getvalue())
 
 
+@pytest.mark.hazard("D6")
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("kind", sorted(BODIES))
 def test_a_response_is_the_same_with_and_without(

@@ -71,6 +71,7 @@ def beginning(request: pytest.FixtureRequest) -> str:
     return LIBRARIES[library] + BEGINNING
 
 
+@pytest.mark.hazard("A17")
 def test_greenlets_side_by_side_publish_each_its_own_events(
     beginning: str, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
@@ -93,6 +94,7 @@ for greenlet in [spawn(work, who) for who in range(20)]:
     assert proxy.accepted == 1
 
 
+@pytest.mark.hazard("A17")
 def test_after_an_interrupted_flush_the_next_reports_are_about_their_own_events(
     beginning: str, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
@@ -144,6 +146,7 @@ assert publish("after").ok
     assert proxy.accepted == 1
 
 
+@pytest.mark.hazard("A17")
 def test_while_greenlets_idle_the_publisher_answers_heartbeats(
     proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
@@ -162,6 +165,7 @@ assert publish("after").ok
     assert proxy.accepted == len(running)
 
 
+@pytest.mark.hazard("A17")
 def test_a_greenlet_that_waits_for_confirms_stops_no_other(
     beginning: str, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:

@@ -363,6 +363,7 @@ def test_a_second_engine_for_a_file_takes_no_locks_from_the_first(tmp_path: Path
     first.dispose()
 
 
+@pytest.mark.hazard("F19")
 @pytest.mark.parametrize(
     ("url", "message"),
     [
@@ -388,6 +389,7 @@ def test_an_asyncio_driver_is_replaced_by_one_for_threads(postgresql_url: str) -
     engine.dispose()
 
 
+@pytest.mark.hazard("F19")
 def test_an_engine_of_another_database_is_refused() -> None:
     engine: Any = create_mock_engine("mysql+mysqldb://", print)
     with pytest.raises(UsageError, match="cannot be stored in mysql"):

@@ -62,6 +62,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.hazard("D12")
 @pytest.mark.parametrize(("before", "reason"), REFUSED.values(), ids=REFUSED)
 def test_a_uwsgi_that_does_not_let_the_publisher_run_is_refused_and_its_log_says_why(
     tmp_path: Path, before: str, reason: str
@@ -83,6 +84,7 @@ def test_a_uwsgi_that_does_not_let_the_publisher_run_is_refused_and_its_log_says
     assert reason in done.stdout
 
 
+@pytest.mark.hazard("D12")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_worker_publishes_over_a_connection_of_its_own_after_the_master_has(
     proxy: FaultProxy, inspector: Inspector, name: str, tmp_path: Path, loop: str
@@ -100,6 +102,7 @@ def test_a_worker_publishes_over_a_connection_of_its_own_after_the_master_has(
     assert "kept" not in served.log
 
 
+@pytest.mark.hazard("D12")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_what_the_master_keeps_is_not_published_by_its_workers_too(
     proxy: FaultProxy,

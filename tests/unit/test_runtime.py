@@ -79,6 +79,7 @@ def test_a_publisher_is_made_where_its_thread_can_work(
     Publisher(URL).close()
 
 
+@pytest.mark.hazard("A17")
 @pytest.mark.parametrize(("modules", "reason"), REFUSED.values(), ids=REFUSED)
 def test_a_publisher_whose_thread_cannot_work_is_refused_with_what_to_do(
     modules: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch

@@ -85,6 +85,7 @@ def test_a_url_is_shown_without_its_password() -> None:
     assert "hunter2" not in repr(Publisher("amqp://user:hunter2@h"))
 
 
+@pytest.mark.hazard("H2")
 def test_certificates_and_host_names_are_verified() -> None:
     import ssl
 
@@ -97,6 +98,7 @@ def test_certificates_and_host_names_are_verified() -> None:
     assert parameters.heartbeat == 20
 
 
+@pytest.mark.hazard("H2")
 @pytest.mark.parametrize(
     ("url", "told"),
     [

@@ -1,4 +1,4 @@
-"""Whatever is given as a URL, a setting, a header, a time, a topic: understood, or refused."""
+"""Any URL, setting, header, time or topic is accepted or refused."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ names_in_urls = escapes.filter(lambda one: "\0" not in one)
 
 
 @given(urls)
-def test_any_url_is_understood_or_refused(url: str) -> None:
+def test_any_url_is_parsed_or_refused(url: str) -> None:
     try:
         parsed = BrokerURL.parse(url)
     except UsageError:
@@ -72,7 +72,7 @@ def test_any_url_is_understood_or_refused(url: str) -> None:
         max_size=3,
     ),
 )
-def test_what_is_percent_encoded_comes_back(
+def test_percent_encoded_parts_of_a_url_are_decoded(
     scheme: str, user: str, password: str, vhost: str, hosts: list[tuple[str, int]]
 ) -> None:
     encoded = [quote(one, safe="") for one in (user, password, vhost)]
@@ -89,15 +89,17 @@ def test_what_is_percent_encoded_comes_back(
     st.lists(st.sampled_from([*":@/?#%,[]=&", "%2F", " "]), max_size=6),
     st.sampled_from(["@host/vhost", "@", "@host:port", "@a,,b", "@host?a=b", "@[::1", "=x@host"]),
 )
-def test_a_password_is_never_told_encoded_or_not(scheme: str, around: list[str], rest: str) -> None:
+def test_a_password_is_never_shown_encoded_or_not(
+    scheme: str, around: list[str], rest: str
+) -> None:
     password = f"{''.join(around)}hunter2"
     try:
         url = BrokerURL.parse(f"{scheme}://user:{password}{rest}")
-        told = f"{url!r} {url}"
+        shown = f"{url!r} {url}"
         connection_parameters(url, Settings(), "publisher")
     except UsageError as error:
-        told = str(error)
-    assert "hunter2" not in told
+        shown = str(error)
+    assert "hunter2" not in shown
 
 
 # -------------------------------------------------------------------------- settings
@@ -117,9 +119,7 @@ chosen = (
 
 
 @given(chosen, st.booleans())
-def test_any_setting_is_understood_or_refused(
-    setting: tuple[str, Any], from_environment: bool
-) -> None:
+def test_any_setting_is_parsed_or_refused(setting: tuple[str, Any], from_environment: bool) -> None:
     name, given_value = setting
     in_code = {} if from_environment else {name: given_value}
     in_environment = {f"OUTBOX_{name.upper()}": str(given_value)} if from_environment else {}
@@ -186,7 +186,7 @@ def read_by_pika(frames: bytes) -> tuple[Any, Any, bytes]:
 
 
 @given(st.dictionaries(names | anything, given_by_users, max_size=4))
-def test_any_headers_are_refused_or_carried_intact(headers: dict[Any, Any]) -> None:
+def test_any_headers_are_refused_or_arrive_intact(headers: dict[Any, Any]) -> None:
     with Publisher("memory://") as publisher:
         collector = EventCollector(publisher=publisher)
         try:
@@ -213,7 +213,7 @@ def encoded_size(event: Event) -> int:
 
 
 @given(st.dictionaries(text, carried, max_size=4))
-def test_headers_that_can_be_carried_are_carried_as_they_are(headers: dict[str, Any]) -> None:
+def test_valid_headers_arrive_unchanged(headers: dict[str, Any]) -> None:
     assert plain_table(headers, "headers")[0] == headers
 
 
@@ -240,7 +240,9 @@ events = st.builds(
 
 
 @given(st.lists(events, max_size=3), st.sampled_from([4_096, 131_072]), st.text(max_size=9))
-def test_any_event_is_encoded_as_pika_would(chunk: list[Event], frame_max: int, app: str) -> None:
+def test_any_event_is_encoded_as_pika_would_encode_it(
+    chunk: list[Event], frame_max: int, app: str
+) -> None:
     encoder = Encoder(app, frame_max)
     for event in chunk:
         method, properties, body = read_by_pika(encoder.encode(event))
@@ -258,7 +260,7 @@ class Row:
 
 
 @given(events)
-def test_any_event_comes_back_from_its_row(event: Event) -> None:
+def test_any_event_is_restored_from_its_row(event: Event) -> None:
     assert event_of(Row(values_of(event))) == event
 
 
@@ -273,7 +275,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 
 @settings(max_examples=settings().max_examples // 4)  # each is some commits to a disk
 @given(st.lists(events, max_size=5))
-def test_any_events_come_back_from_a_file_in_their_order(store: Store, stored: list[Event]) -> None:
+def test_any_events_are_read_from_a_file_in_order(store: Store, stored: list[Event]) -> None:
     store.put(stored)
     rows = store.claim(10)
     assert [row.event for row in rows] == stored
@@ -307,7 +309,7 @@ headers_of_others = (
         }
     )
 )
-def test_a_row_of_somebody_else_is_an_event_or_a_value_error(row: dict[str, Any]) -> None:
+def test_a_row_of_another_program_is_an_event_or_a_value_error(row: dict[str, Any]) -> None:
     now = datetime.datetime.now(datetime.UTC)
     try:
         event = event_of(Row({**row, "priority": None, "occurred_at": now, "unroutable": None}))
@@ -317,16 +319,18 @@ def test_a_row_of_somebody_else_is_an_event_or_a_value_error(row: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "told"),
+    ("column", "value", "expected"),
     [
         ("payload", 10**12, "the payload is a int"),
         ("headers", '{"a": ' + "[" * 5_000 + "]" * 5_000 + "}", "nested too deeply"),
         ("headers", '{"a": ' + "[" * 500 + "]" * 500 + "}", "nested too deeply"),
     ],
 )
-def test_what_somebody_else_has_written_wrong_is_told(column: str, value: Any, told: str) -> None:
+def test_a_malformed_row_of_another_program_is_reported(
+    column: str, value: Any, expected: str
+) -> None:
     row = Row({**values_of(Event("1", "x", "", b"{}")), column: value})
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=expected):
         event_of(row)
 
 
@@ -402,7 +406,7 @@ words = st.sampled_from(["a", "b", "ab", "", "a+", "\n", "é"])
     st.lists(words | st.sampled_from(["*", "#", "#"]), min_size=1, max_size=7),
     st.lists(words, min_size=1, max_size=7),
 )
-def test_topics_match_as_the_book_says(pattern: list[str], target: list[str]) -> None:
+def test_topics_match_as_the_specification_says(pattern: list[str], target: list[str]) -> None:
     assume(pattern != [""] or target != [""])
     expected = matches_by_the_book(pattern, target)
     assert matches(".".join(pattern), ".".join(target)) is expected

@@ -1,4 +1,4 @@
-"""Whatever comes over the wire: read as pika reads it, or given up in one known way, soon."""
+"""Any bytes on the wire are read as pika reads them, or end the connection soon."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def properties(draw: st.DrawFn) -> bytes:
     """Flags, and what they announce, in the order of AMQP."""
     flags = draw(st.integers(0, 0xFFFF)) & 0xFFFC
     if draw(st.booleans()):
-        flags &= ~0xC000  # so that it is JSON, as far as the message tells
+        flags &= ~0xC000  # so that it counts as JSON
     parts = []
     for bit in range(15, 1, -1):
         flag = 1 << bit
@@ -118,7 +118,7 @@ def messages(draw: st.DrawFn) -> bytes:
 
 
 class Stream(pika_connection.Connection):
-    """A connection without a socket, and what a subscription makes of its messages."""
+    """A connection without a socket, and the messages a subscription reads from it."""
 
     def __init__(self, *, swift: bool = True) -> None:
         """Read deliveries from the bytes if ``swift``, else all with pika."""
@@ -177,14 +177,16 @@ def alike(found: list[Delivery], expected: list[Delivery]) -> bool:
 
 
 @given(messages())
-def test_any_message_arrives_and_by_either_reader_alike(message: bytes) -> None:
+def test_any_message_arrives_the_same_through_either_reader(message: bytes) -> None:
     found = delivered(message)
     assert len(found) == 1
     assert alike(found, delivered(message, swift=False))
 
 
 @given(st.lists(messages(), max_size=3), st.lists(st.integers(1, 200), max_size=20))
-def test_messages_arrive_alike_however_the_bytes_come(sent: list[bytes], sizes: list[int]) -> None:
+def test_messages_arrive_the_same_however_the_bytes_are_split(
+    sent: list[bytes], sizes: list[int]
+) -> None:
     data = b"".join(sent)
     pieces, at = [], 0
     for size in [*sizes, len(data)]:
@@ -215,7 +217,7 @@ def test_any_message_is_processed_or_can_be_published_to_the_dead_letters(messag
 
 
 @given(messages(), st.lists(st.tuples(st.integers(0, 2_000), st.integers(0, 255)), max_size=3))
-def test_a_broken_stream_is_given_up_or_read_to_its_end(
+def test_a_broken_stream_is_abandoned_or_read_to_its_end(
     message: bytes, changes: list[tuple[int, int]]
 ) -> None:
     broken = bytearray(message * 2)
@@ -224,7 +226,7 @@ def test_a_broken_stream_is_given_up_or_read_to_its_end(
     stream = Stream()
     try:
         stream._on_data_available(bytes(broken))
-    except Exception:  # pika takes any for the end of the connection
+    except Exception:  # pika ends the connection on any exception
         return
     assert len(stream._frame_buffer) <= len(broken)
     assert len(stream.deliveries) <= 2
@@ -247,7 +249,7 @@ HUGE = struct.pack(">I", 0xFFFF_FFFF)
     ids=["table", "text", "bytes", "array", "table in a table"],
 )
 @pytest.mark.parametrize("swift", [True, False])
-def test_a_size_that_lies_costs_no_memory(table: bytes, swift: bool) -> None:
+def test_a_false_size_allocates_no_memory(table: bytes, swift: bool) -> None:
     header = struct.pack(">HHQH", 60, 0, 2, 0x2000) + table
     method = struct.pack(">HH", 60, 60) + short(b"ctag1") + struct.pack(">QB", 7, 0) + b"\0\0"
     message = frame(1, method) + frame(2, header) + frame(3, b"{}")

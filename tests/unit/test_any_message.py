@@ -1,4 +1,4 @@
-"""Whatever a message is: it gets an outcome, and a dead letter that can be published."""
+"""Any message gets an outcome, and a dead letter that can be published."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def send_on(event: ReceivedEvent) -> None:
 
 @pytest.mark.hazard("H9")
 @given(st.sampled_from([accept, follow, send_on]), deliveries)
-def test_any_message_is_processed_or_dead(
+def test_any_message_is_processed_or_dead_lettered(
     publisher: Publisher, process: Any, delivery: Delivery
 ) -> None:
     outcome = outcome_of(process, delivery, publisher, auto_publish=True)
@@ -200,14 +200,14 @@ def test_headers_nested_too_deeply_are_left_out_of_a_dead_letter(
     assert Encoder().encode(letter)
 
 
-def test_headers_too_deep_to_be_read_make_a_message_undecodable(publisher: Publisher) -> None:
+def test_headers_nested_too_deeply_to_read_make_a_message_undecodable(publisher: Publisher) -> None:
     delivery = as_delivered(Event("1", "orders", "", b"{}"), "orders", 1)
     delivery.headers = {"deep": nested(5_000, table=True)}
     outcome = outcome_of(accept, delivery, publisher)
     assert outcome == Dead("undecodable: its headers are nested too deeply", ANY)
 
 
-def test_an_id_that_is_not_utf_8_is_cut_to_what_can_be_written() -> None:
+def test_an_id_that_is_not_utf_8_is_shortened_to_fit() -> None:
     delivery = as_delivered(Event("1", "orders", "", b"{}"), "orders", 1)
     delivery.message_id = delivery.content_type = (b"\xff" * 255).decode(errors="replace")
     letter = dead_letter(delivery, Dead("why"))

@@ -1,4 +1,4 @@
-"""The rooms and who may enter them, the public names, and the errors."""
+"""The rooms and what they may import, the public names, and the errors."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ ALLOWED = {
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_what_its_part_may(module: str) -> None:
+def test_a_module_imports_only_what_its_part_may_import(module: str) -> None:
     for name in imports(MODULES[module]):
         if name in MODULES:
             assert part_of(name) in ALLOWED[part_of(module)], f"{module} imports {name}"
@@ -130,7 +130,7 @@ def test_no_room_is_crowded() -> None:
     assert not {str(room): count for room, count in rooms.items() if count > MOST_MODULES}
 
 
-def test_no_two_modules_have_the_same_name_beside_the_doors_of_the_transports() -> None:
+def test_only_the_doors_of_the_transports_share_module_names() -> None:
     names: dict[str, list[str]] = {}
     for module, path in MODULES.items():
         if path.stem not in {"__init__", "__main__"}:
@@ -151,7 +151,7 @@ def test_no_public_name_hides_a_module(package: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_driver_is_imported_in_its_own_room_alone(module: str) -> None:
+def test_a_driver_is_imported_only_in_its_own_room(module: str) -> None:
     homes = {
         "pika": ("outbox.transports.rabbitmq",),
         "sqlalchemy": ("outbox.storage", "outbox.sql", "outbox.transports.sqlite"),
@@ -203,7 +203,7 @@ def test_every_module_says_what_it_is_for(module: str) -> None:
 @pytest.mark.parametrize(
     "package", [outbox, outbox.consumers, outbox.testing], ids=lambda one: one.__name__
 )
-def test_what_is_exported_exists_and_is_described(package: object) -> None:
+def test_every_exported_name_exists_and_has_a_docstring(package: object) -> None:
     names = package.__all__  # type: ignore[attr-defined]
     assert len(names) == len(set(names))
     for name in names:
@@ -212,7 +212,7 @@ def test_what_is_exported_exists_and_is_described(package: object) -> None:
             assert value.__doc__, name
 
 
-def test_the_names_that_others_rely_on_are_there() -> None:
+def test_the_public_names_are_exported() -> None:
     assert {
         "Event",
         "EventCollector",
@@ -303,7 +303,7 @@ def test_a_report_that_is_not_ok_raises_when_asked_to() -> None:
 
 
 @pytest.mark.hazard("C10")
-def test_every_declaration_is_of_what_no_version_of_the_broker_denies() -> None:
+def test_no_declaration_is_refused_by_any_version_of_the_broker() -> None:
     # Transient queues that are not exclusive, and a prefetch for a whole connection, are denied
     # from RabbitMQ 4.3 on.
     calls = [

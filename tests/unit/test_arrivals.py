@@ -1,4 +1,4 @@
-"""The order in which a worker begins what was delivered, without a broker."""
+"""The order in which a worker starts its messages, without a broker."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def message(
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that the test sets."""
 
     now = 1000.0
 
@@ -44,7 +44,7 @@ def out() -> Counter[str]:
 
 
 def ordered(clock: Clock, out: Counter[str], *specs: QueueSpec) -> OrderedArrivals:
-    """Return an arrivals that has had its first message, a while ago."""
+    """Return arrivals whose first message came a while ago."""
     found = OrderedArrivals(specs, out.__getitem__, 10, clock=clock)
     found.put(message(specs[0].name))
     found.get()
@@ -53,18 +53,18 @@ def ordered(clock: Clock, out: Counter[str], *specs: QueueSpec) -> OrderedArriva
 
 
 def begins(found: OrderedArrivals) -> bool:
-    """Return whether the first that waits may begin now."""
+    """Return whether the first waiting message may start now."""
     return found._wait_for_better(found._waiting[0][0]) <= 0
 
 
-def test_without_ranks_or_priorities_messages_begin_as_they_come() -> None:
+def test_without_ranks_or_priorities_messages_start_in_order_of_arrival() -> None:
     same = [HIGH, QueueSpec("other", (), "")]
     assert isinstance(make_arrivals(same, lambda name: 0, 10), queue.SimpleQueue)
     assert isinstance(make_arrivals([HIGH, LOW], lambda name: 0, 10), OrderedArrivals)
     assert isinstance(make_arrivals([URGENT], lambda name: 0, 10), OrderedArrivals)
 
 
-def test_the_lower_rank_begins_first_and_within_a_queue_what_came_first(
+def test_the_lower_rank_starts_first_and_each_queue_keeps_its_order(
     clock: Clock, out: Counter[str]
 ) -> None:
     found = ordered(clock, out, HIGH, LOW)
@@ -74,7 +74,7 @@ def test_the_lower_rank_begins_first_and_within_a_queue_what_came_first(
     assert [one.tag for one in got if one is not None] == [2, 4, 1, 3]
 
 
-def test_the_higher_priority_begins_first_and_none_counts_for_more_than_the_highest(
+def test_the_higher_priority_starts_first_and_priorities_are_capped(
     clock: Clock, out: Counter[str]
 ) -> None:
     found = ordered(clock, out, URGENT)
@@ -84,7 +84,7 @@ def test_the_higher_priority_begins_first_and_none_counts_for_more_than_the_high
     assert [one.tag for one in got if one is not None] == [2, 3, 1, 0, 4]
 
 
-def test_while_the_window_of_a_queue_before_is_well_filled_and_a_moment_after_none_begins(
+def test_no_message_starts_while_the_window_of_a_preferred_queue_is_full_or_just_was(
     clock: Clock, out: Counter[str]
 ) -> None:
     found = ordered(clock, out, HIGH, LOW)
@@ -99,7 +99,7 @@ def test_while_the_window_of_a_queue_before_is_well_filled_and_a_moment_after_no
     assert begins(found)
 
 
-def test_a_window_that_was_filled_when_a_message_came_is_remembered(
+def test_a_window_that_was_full_when_a_message_arrived_is_remembered(
     clock: Clock, out: Counter[str]
 ) -> None:
     found = ordered(clock, out, HIGH, LOW)
@@ -113,7 +113,7 @@ def test_a_window_that_was_filled_when_a_message_came_is_remembered(
     assert begins(found)
 
 
-def test_a_queue_before_that_gets_a_message_now_and_then_holds_up_none(
+def test_a_preferred_queue_with_occasional_messages_holds_up_no_others(
     clock: Clock, out: Counter[str]
 ) -> None:
     found = ordered(clock, out, HIGH, LOW)
@@ -124,7 +124,7 @@ def test_a_queue_before_that_gets_a_message_now_and_then_holds_up_none(
     assert begins(found)
 
 
-def test_over_a_new_connection_the_queues_before_get_a_moment_to_deliver(
+def test_after_a_reconnect_preferred_queues_get_a_moment_to_deliver(
     clock: Clock, out: Counter[str]
 ) -> None:
     found = ordered(clock, out, HIGH, LOW)
@@ -135,7 +135,9 @@ def test_over_a_new_connection_the_queues_before_get_a_moment_to_deliver(
     assert begins(found)
 
 
-def test_whoever_waits_for_better_gets_it_and_another_thread_takes_the_rest() -> None:
+def test_a_thread_waiting_for_a_preferred_queue_gets_its_message_and_another_takes_the_rest() -> (
+    None
+):
     out: Counter[str] = Counter()
     found = OrderedArrivals([HIGH, LOW], out.__getitem__, 10)
     got: list[str] = []
@@ -154,7 +156,7 @@ def test_whoever_waits_for_better_gets_it_and_another_thread_takes_the_rest() ->
     assert got == ["high", "low"]
 
 
-def test_told_to_end_a_thread_ends_whatever_waits() -> None:
+def test_a_stopped_thread_ends_even_if_messages_are_waiting() -> None:
     out = Counter(high=10)
     found = OrderedArrivals([HIGH, LOW], out.__getitem__, 10)
     ended = threading.Event()

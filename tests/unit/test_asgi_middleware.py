@@ -1,4 +1,4 @@
-"""The ASGI middleware, with nothing but callables, with Starlette and with FastAPI."""
+"""The ASGI middleware with plain callables, with Starlette and with FastAPI."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def respond(send: Any, status: int = 200) -> None:
 
 
 def only_warning(caplog: pytest.LogCaptureFixture) -> str:
-    """Return the one line that outbox logged, which tells of no loss."""
+    """Return the one line that outbox logged, which reports no loss."""
     [record] = [one for one in caplog.records if one.name.startswith("outbox")]
     assert record.levelno == logging.WARNING
     return record.getMessage()
@@ -102,7 +102,7 @@ def test_an_unsuccessful_status_drops_the_events_and_names_them(
     assert collected_events.cleared[0].id in record.getMessage()
 
 
-def test_an_application_that_answers_nothing_has_not_succeeded(
+def test_an_application_that_sends_no_response_has_not_succeeded(
     collected_events: CollectedEvents,
 ) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -123,7 +123,7 @@ def test_an_application_that_answers_nothing_has_not_succeeded(
     ],
     ids=repr,
 )
-def test_an_exception_drops_the_events_and_passes_as_the_same_object(
+def test_an_exception_drops_the_events_and_propagates_as_the_same_object(
     collected_events: CollectedEvents,
     caplog: pytest.LogCaptureFixture,
     raised: BaseException,
@@ -141,7 +141,7 @@ def test_an_exception_drops_the_events_and_passes_as_the_same_object(
 
 
 @pytest.mark.hazard("D10")
-def test_wrapped_twice_it_publishes_once(collected_events: CollectedEvents) -> None:
+def test_a_middleware_wrapped_twice_publishes_once(collected_events: CollectedEvents) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         enqueue_event(1, "t")
         await respond(send)
@@ -151,7 +151,9 @@ def test_wrapped_twice_it_publishes_once(collected_events: CollectedEvents) -> N
 
 
 @pytest.mark.parametrize("end", ["500", "raise"])
-def test_wrapped_twice_the_outer_one_decides(collected_events: CollectedEvents, end: str) -> None:
+def test_of_two_wrapped_middlewares_the_outer_one_decides(
+    collected_events: CollectedEvents, end: str
+) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         enqueue_event(1, "t")
         await respond(send)
@@ -275,7 +277,7 @@ def test_starlettes_endpoints_threads_tasks_and_streams_are_collected(
     assert (sorted(found) if path == "/threads" else found) == expected
 
 
-def test_a_file_that_the_server_sends_by_its_path_ends_the_request_as_any_other(
+def test_a_file_sent_by_path_ends_the_request_like_any_other_body(
     collected_events: CollectedEvents,
 ) -> None:
     extensions: dict[str, Any] = {"http.response.pathsend": {}}
@@ -321,7 +323,7 @@ def fastapi_app(commit: Any) -> fastapi.FastAPI:
 
 
 @pytest.mark.hazard("E3")
-def test_a_commit_after_the_response_comes_before_the_publishing(
+def test_events_are_published_after_a_commit_that_follows_the_response(
     collected_events: CollectedEvents,
 ) -> None:
     async def commit() -> None:
@@ -386,7 +388,7 @@ def test_a_block_can_be_a_fastapi_dependency(
 
 
 class SlowTransport:
-    """Confirms when it is told to."""
+    """Confirms on request."""
 
     supports_delay = True
     longest_delay = None
@@ -427,9 +429,7 @@ def slow() -> Publisher:
 
 @pytest.mark.hazard("E6")
 @pytest.mark.parametrize("how", ["task", "scope"])
-def test_a_cancellation_during_the_publishing_ends_the_waiting_only(
-    slow: Publisher, how: str
-) -> None:
+def test_a_cancellation_during_publishing_ends_only_the_wait(slow: Publisher, how: str) -> None:
     transport = slow._own
     assert isinstance(transport, SlowTransport)
 
@@ -460,7 +460,7 @@ def test_a_cancellation_during_the_publishing_ends_the_waiting_only(
     assert not chunk.future.cancelled()
 
 
-def test_the_publishing_needs_no_thread_of_the_loops_pool(slow: Publisher) -> None:
+def test_publishing_needs_no_thread_from_the_loops_pool(slow: Publisher) -> None:
     transport = slow._own
     assert isinstance(transport, SlowTransport)
     free = threading.Event()
@@ -527,7 +527,7 @@ def test_a_publisher_that_fails_never_fails_the_response(
     assert "could not publish" in caplog.text
 
 
-def test_what_counts_as_success_can_be_said(collected_events: CollectedEvents) -> None:
+def test_what_counts_as_success_is_configurable(collected_events: CollectedEvents) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         enqueue_event(scope["path"], "t")
         await respond(send, int(scope["path"]))
@@ -575,7 +575,7 @@ def test_a_request_that_the_server_cancels_drops_its_events(
 
 
 @pytest.mark.hazard("E6")
-def test_a_cancellation_just_before_the_publishing_does_not_prevent_it(slow: Publisher) -> None:
+def test_a_cancellation_just_before_publishing_does_not_prevent_it(slow: Publisher) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         enqueue_event(1, "t")
         await respond(send)
@@ -592,7 +592,7 @@ def test_a_cancellation_just_before_the_publishing_does_not_prevent_it(slow: Pub
     assert len(transport.chunks) == 1
 
 
-def test_a_request_that_is_tried_again_with_the_same_scope_is_collected_again(
+def test_a_retried_request_with_the_same_scope_is_collected_again(
     collected_events: CollectedEvents,
 ) -> None:
     async def fails_once(scope: Any, receive: Any, send: Any) -> None:
@@ -614,7 +614,7 @@ def test_a_request_that_is_tried_again_with_the_same_scope_is_collected_again(
     assert published(collected_events) == [2]
 
 
-def test_a_block_that_the_application_never_ends_does_not_keep_the_request_back(
+def test_a_block_that_never_ends_does_not_hold_back_the_request(
     collected_events: CollectedEvents,
 ) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -648,7 +648,7 @@ def websocket_app(collected: CollectedEvents, end: str) -> Any:
 
 @pytest.mark.hazard("E12")
 @pytest.mark.parametrize("end", ["caught", "disconnect", "boom"])
-def test_a_block_per_message_publishes_at_once_and_the_rest_when_the_connection_ends(
+def test_a_block_per_message_publishes_at_once_and_other_events_when_the_connection_ends(
     collected_events: CollectedEvents, end: str
 ) -> None:
     client = starlette.testclient.TestClient(websocket_app(collected_events, end))
@@ -731,7 +731,7 @@ def test_a_failure_beside_a_disconnect_is_a_failure(collected_events: CollectedE
 
 
 @pytest.mark.hazard("E12")
-def test_a_connection_that_the_shutdown_cancels_publishes_what_was_done(
+def test_a_connection_cancelled_by_shutdown_publishes_its_events(
     collected_events: CollectedEvents,
 ) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -790,7 +790,7 @@ def live(app: Any, transport: Drained) -> list[str]:
 
 @pytest.mark.hazard("E7")
 @pytest.mark.parametrize("how", ["raises", "returns"])
-def test_the_publisher_is_drained_at_shutdown_though_the_application_has_no_lifespan(
+def test_the_publisher_is_drained_at_shutdown_without_a_lifespan(
     how: str,
 ) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -802,7 +802,7 @@ def test_the_publisher_is_drained_at_shutdown_though_the_application_has_no_life
 
 
 @pytest.mark.hazard("E7")
-def test_the_publisher_is_drained_though_the_shutdown_fails() -> None:
+def test_the_publisher_is_drained_even_if_the_shutdown_fails() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "lifespan.startup.complete"})
@@ -825,7 +825,7 @@ def test_a_startup_that_fails_stays_a_failure(collected_events: CollectedEvents)
     assert published(collected_events) == []
 
 
-def test_requests_side_by_side_do_not_see_each_others_events(
+def test_concurrent_requests_do_not_see_each_others_events(
     collected_events: CollectedEvents,
 ) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:

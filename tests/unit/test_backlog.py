@@ -57,7 +57,7 @@ def test_a_chunk_is_reported_when_its_last_event_has_a_fate() -> None:
     assert backlog.wait_empty(0)
 
 
-def test_a_lost_link_puts_what_was_in_flight_ahead_of_all_that_is_newer() -> None:
+def test_a_lost_link_puts_events_in_flight_ahead_of_newer_ones() -> None:
     backlog = Backlog()
     backlog.add(chunk_of("a", "b", "c"))
     backlog.add(chunk_of("d"))
@@ -73,7 +73,7 @@ def test_a_lost_link_puts_what_was_in_flight_ahead_of_all_that_is_newer() -> Non
     assert ids(backlog.take(10, 10)) == "abcde"
 
 
-def test_what_is_not_to_be_kept_is_withdrawn_and_never_sent() -> None:
+def test_an_event_that_must_not_be_kept_is_withdrawn_and_never_sent() -> None:
     backlog = Backlog()
     backlog.add(chunk_of("a", "b", keep=False))
     backlog.add(chunk_of("c"))
@@ -88,7 +88,7 @@ def test_what_is_not_to_be_kept_is_withdrawn_and_never_sent() -> None:
     assert ids(backlog.take(10, 10)) == "c"
 
 
-def test_a_refused_event_waits_apart_and_its_siblings_are_reported_without_it() -> None:
+def test_a_refused_event_waits_separately_and_its_siblings_are_reported_without_it() -> None:
     backlog = Backlog()
     backlog.add(chunk_of("a", "b"))
     a, b = backlog.take(10, 10)
@@ -103,7 +103,7 @@ def test_a_refused_event_waits_apart_and_its_siblings_are_reported_without_it() 
     assert backlog.kept_size == (0, 0)
 
 
-def test_when_a_callers_time_is_up_without_any_confirm_later_callers_do_not_wait() -> None:
+def test_after_a_timeout_without_any_confirm_later_callers_do_not_wait() -> None:
     clock = Clock()
     backlog = Backlog(clock=clock)
     slow = chunk_of("a")
@@ -121,7 +121,7 @@ def test_when_a_callers_time_is_up_without_any_confirm_later_callers_do_not_wait
     assert backlog.add(chunk_of("c")).reports == []
 
 
-def test_a_stall_ends_where_nothing_is_on_its_way_since_no_confirm_could_end_it() -> None:
+def test_with_nothing_in_flight_a_stall_ends_by_itself() -> None:
     clock = Clock()
     backlog = Backlog(clock=clock)
     withdrawn = chunk_of("a", keep=False)
@@ -132,7 +132,7 @@ def test_a_stall_ends_where_nothing_is_on_its_way_since_no_confirm_could_end_it(
     assert ids(backlog.take(10, 10)) == "b"
 
 
-def test_a_caller_whose_time_is_up_while_others_get_confirms_opens_no_circuit() -> None:
+def test_a_timeout_while_others_get_confirms_does_not_open_the_circuit() -> None:
     clock = Clock()
     backlog = Backlog(clock=clock)
     slow = chunk_of("a")
@@ -158,7 +158,7 @@ def test_take_is_bounded_by_bytes_but_takes_at_least_one() -> None:
     assert ids(backlog.take(10, 25)) == "c"
 
 
-def test_handing_over_reports_those_who_wait_and_gives_what_is_kept() -> None:
+def test_a_handover_reports_to_waiting_callers_and_returns_the_kept_events() -> None:
     backlog = Backlog()
     backlog.add(chunk_of("a", "b"))
     backlog.add(chunk_of("c", keep=False))
@@ -171,7 +171,7 @@ def test_handing_over_reports_those_who_wait_and_gives_what_is_kept() -> None:
     assert backlog.kept == ()
 
 
-def test_after_handing_over_a_chunk_is_refused_rather_than_forgotten() -> None:
+def test_after_a_handover_a_new_chunk_is_refused_rather_than_lost() -> None:
     backlog = Backlog()
     backlog.hand_over(ConnectFailed("closed"))
     with pytest.raises(UsageError, match="closed"):

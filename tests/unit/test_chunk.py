@@ -1,4 +1,4 @@
-"""A chunk tells its report to whoever wants it, once."""
+"""A chunk passes its report to every callback, once."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from outbox.backlog.chunk import Chunk
 REPORT = PublishReport()
 
 
-def test_whoever_asks_before_the_report_or_after_it_is_told_once() -> None:
+def test_a_callback_added_before_or_after_the_report_is_called_once() -> None:
     chunk = Chunk([])
-    told: list[PublishReport] = []
-    chunk.on_reported(told.append)
-    assert told == []
+    reports: list[PublishReport] = []
+    chunk.on_reported(reports.append)
+    assert reports == []
     chunk.resolve(REPORT)
-    chunk.on_reported(told.append)
-    assert told == [REPORT, REPORT]
+    chunk.on_reported(reports.append)
+    assert reports == [REPORT, REPORT]
 
 
-def test_its_future_has_the_report_whenever_it_is_asked_for() -> None:
+def test_the_future_gets_the_report_whenever_it_is_requested() -> None:
     chunk = Chunk([])
     early = chunk.future
     assert chunk.future is early
@@ -33,42 +33,42 @@ def test_its_future_has_the_report_whenever_it_is_asked_for() -> None:
     assert late.future.result(0) is REPORT
 
 
-def test_a_future_that_was_cancelled_stops_nobody() -> None:
+def test_a_cancelled_future_does_not_stop_other_callbacks() -> None:
     chunk = Chunk([])
-    told: list[PublishReport] = []
+    reports: list[PublishReport] = []
     assert chunk.future.cancel()
-    chunk.on_reported(told.append)
+    chunk.on_reported(reports.append)
     chunk.resolve(REPORT)
-    assert told == [REPORT]
+    assert reports == [REPORT]
     assert chunk.future.cancelled()
 
 
-def ask(chunk: Chunk, told: list[int], begin: threading.Barrier) -> None:
+def ask(chunk: Chunk, calls: list[int], begin: threading.Barrier) -> None:
     begin.wait(10)
     for number in range(20):
-        chunk.on_reported(partial(tell, told, number))
+        chunk.on_reported(partial(note, calls, number))
 
 
-def tell(told: list[int], number: int, _: PublishReport) -> None:
-    told.append(number)
+def note(calls: list[int], number: int, _: PublishReport) -> None:
+    calls.append(number)
 
 
-def test_whoever_asks_while_another_thread_reports_is_told_once() -> None:
+def test_a_callback_added_while_another_thread_reports_is_called_once() -> None:
     for _ in range(300):
         chunk = Chunk([])
-        told: list[int] = []
+        calls: list[int] = []
         begin = threading.Barrier(2)
 
         def ask(
-            chunk: Chunk = chunk, told: list[int] = told, begin: threading.Barrier = begin
+            chunk: Chunk = chunk, calls: list[int] = calls, begin: threading.Barrier = begin
         ) -> None:
             begin.wait(10)
             for number in range(20):
-                chunk.on_reported(lambda _, number=number: told.append(number))  # type: ignore[misc]
+                chunk.on_reported(lambda _, number=number: calls.append(number))  # type: ignore[misc]
 
         asking = threading.Thread(target=ask)
         asking.start()
         begin.wait(10)
         chunk.resolve(REPORT)
         asking.join(10)
-        assert sorted(told) == list(range(20))
+        assert sorted(calls) == list(range(20))

@@ -90,7 +90,9 @@ def test_a_block_left_by_system_exit_warns_of_what_it_dropped(
     assert event.id in record.getMessage()
 
 
-def test_a_nested_block_joins_and_its_failure_drops_only_its_own(publisher: Publisher) -> None:
+def test_a_nested_block_joins_and_its_failure_drops_only_its_own_events(
+    publisher: Publisher,
+) -> None:
     with auto_publishing() as outer:
         enqueue_event(1, "x")
         with auto_publishing() as inner:
@@ -120,7 +122,7 @@ def test_an_independent_block_never_joins(publisher: Publisher) -> None:
     assert published(publisher) == [2]
 
 
-def test_a_block_under_a_collector_that_does_not_publish_itself_is_outermost(
+def test_a_block_inside_a_plain_collector_is_outermost(
     publisher: Publisher,
 ) -> None:
     collector = EventCollector()
@@ -144,7 +146,7 @@ def test_options_on_a_block_that_would_join_are_refused(publisher: Publisher) ->
         auto_publishing(colour="red")  # type: ignore[call-overload]
 
 
-def test_a_block_is_entered_once(publisher: Publisher) -> None:
+def test_a_block_can_be_entered_only_once(publisher: Publisher) -> None:
     block = auto_publishing()
     with block, pytest.raises(UsageError, match="entered once"), block:
         pass
@@ -210,7 +212,7 @@ def test_a_synchronous_block_on_an_event_loop_is_refused_at_once_unless_it_joins
     asyncio.run(main())
 
 
-def test_tasks_side_by_side_in_one_block_never_touch_each_others_events(
+def test_concurrent_tasks_in_one_block_never_touch_each_others_events(
     publisher: Publisher,
 ) -> None:
     async def one(n: int) -> None:
@@ -230,7 +232,7 @@ def test_tasks_side_by_side_in_one_block_never_touch_each_others_events(
     assert sorted(published(publisher)) == [0, 2, 4, 6, 8]  # type: ignore[type-var]
 
 
-def test_a_joined_block_whose_unit_has_meanwhile_ended_publishes_itself(
+def test_a_joined_block_whose_unit_has_ended_publishes_itself(
     publisher: Publisher,
 ) -> None:
     async def main() -> None:
@@ -254,7 +256,7 @@ def test_a_joined_block_whose_unit_has_meanwhile_ended_publishes_itself(
     asyncio.run(main())
 
 
-def test_a_late_event_of_a_task_that_outlived_its_unit_is_refused_not_lost(
+def test_an_event_of_a_task_that_outlived_its_unit_is_refused_rather_than_lost(
     publisher: Publisher,
 ) -> None:
     async def main() -> None:
@@ -281,7 +283,7 @@ def test_a_late_event_of_a_task_that_outlived_its_unit_is_refused_not_lost(
     asyncio.run(main())
 
 
-def test_a_block_whose_publisher_was_closed_raises_and_names_what_is_lost(
+def test_a_block_whose_publisher_was_closed_raises_and_names_the_lost_events(
     publisher: Publisher, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(UsageError, match="closed"), auto_publishing():
@@ -293,7 +295,7 @@ def test_a_block_whose_publisher_was_closed_raises_and_names_what_is_lost(
 # ------------------------------------------------------------------------------ savepoints
 
 
-def test_savepoints_nest_and_drop_only_their_own(publisher: Publisher) -> None:
+def test_savepoints_nest_and_drop_only_their_own_events(publisher: Publisher) -> None:
     with auto_publishing() as block:
         enqueue_event(1, "x")
         with contextlib.suppress(Boom), block.savepoint():
@@ -407,7 +409,7 @@ def test_outside_of_any_unit_the_first_event_warns_in_the_callers_line(
     contextvars.copy_context().run(script)
 
 
-def test_a_warning_made_an_exception_collects_nothing(publisher: Publisher) -> None:
+def test_a_warning_turned_into_an_exception_collects_nothing(publisher: Publisher) -> None:
     def script() -> None:
         for _ in range(2):
             with pytest.raises(RuntimeWarning):
@@ -418,7 +420,7 @@ def test_a_warning_made_an_exception_collects_nothing(publisher: Publisher) -> N
 
 
 @pytest.mark.hazard("E2")
-def test_each_thread_has_a_collector_of_its_own(publisher: Publisher) -> None:
+def test_each_thread_has_its_own_collector(publisher: Publisher) -> None:
     found: list[EventCollector] = []
 
     def work() -> None:
@@ -433,7 +435,7 @@ def test_each_thread_has_a_collector_of_its_own(publisher: Publisher) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:an event was enqueued outside:RuntimeWarning")
-def test_a_lazily_made_collector_that_dies_with_events_says_which(
+def test_an_implicit_collector_discarded_with_events_logs_which(
     publisher: Publisher, caplog: pytest.LogCaptureFixture
 ) -> None:
     event = contextvars.Context().run(lambda: enqueue_event(1, "x"))
@@ -446,7 +448,7 @@ def test_a_lazily_made_collector_that_dies_with_events_says_which(
     assert len(caplog.records) == 1
 
 
-def test_a_script_that_forgets_to_publish_is_told_at_its_end() -> None:
+def test_a_script_that_forgets_to_publish_is_warned_at_exit() -> None:
     done = subprocess.run(
         [
             sys.executable,
@@ -462,14 +464,14 @@ def test_a_script_that_forgets_to_publish_is_told_at_its_end() -> None:
     assert f"never published: '{done.stdout.strip()}'" in done.stderr
 
 
-def test_without_a_url_enqueueing_names_the_three_forms() -> None:
+def test_enqueueing_without_a_url_names_the_possible_forms() -> None:
     with pytest.raises(NotConfigured, match=r"amqp://.*sqlite:///outbox.db.*memory://"):
         EventCollector().enqueue_event(1, "x")
     with pytest.raises(UsageError), auto_publishing():
         enqueue_event(1, "x")
 
 
-def test_without_events_nothing_needs_a_url() -> None:
+def test_no_url_is_needed_without_events() -> None:
     with auto_publishing():
         pass
     assert publish().ok
@@ -493,7 +495,7 @@ def test_autoflush_publishes_each_event_at_once(publisher: Publisher) -> None:
 
 
 @pytest.mark.parametrize("console", [["-i", "-q"], ["-m", "asyncio"]], ids=["python", "asyncio"])
-def test_at_a_console_autoflush_lasts_from_line_to_line(console: list[str]) -> None:
+def test_autoflush_stays_on_between_the_lines_of_a_console(console: list[str]) -> None:
     lines = [
         "import outbox",
         "publisher = outbox.configure('memory://')",
@@ -537,19 +539,19 @@ def test_a_forked_child_has_no_events_of_its_parent(publisher: Publisher) -> Non
         if pid == 0:
             try:
                 current = EventCollector.current()
-                told = f"{current is not block} {len(current)}"
+                answer = f"{current is not block} {len(current)}"
                 try:
                     block.enqueue_event(1, "x")
                 except UsageError as error:
-                    told += f" {error}"
-                os.write(writer, told.encode())
+                    answer += f" {error}"
+                os.write(writer, answer.encode())
             finally:
                 os._exit(0)
         os.waitpid(pid, 0)
     os.close(writer)
-    told = os.read(reader, 1000).decode()
+    answer = os.read(reader, 1000).decode()
     os.close(reader)
-    assert told.startswith("True 0 this collector belongs to the process")
+    assert answer.startswith("True 0 this collector belongs to the process")
     assert published(publisher) == ["parent"]
 
 
@@ -578,7 +580,7 @@ def test_a_forked_child_publishes_its_own(publisher: Publisher) -> None:
 # ------------------------------------------------------------------------------ contexts
 
 
-def test_a_block_left_in_another_context_publishes_all_the_same(publisher: Publisher) -> None:
+def test_a_block_left_in_another_context_still_publishes(publisher: Publisher) -> None:
     block = auto_publishing()
     context = contextvars.copy_context()
     context.run(block.__enter__)
@@ -587,7 +589,7 @@ def test_a_block_left_in_another_context_publishes_all_the_same(publisher: Publi
     assert published(publisher) == [1]
 
     def after() -> None:
-        with auto_publishing() as another:  # the closed one is no unit to join
+        with auto_publishing() as another:  # the closed one cannot be joined
             enqueue_event(2, "x")
         assert not another.joined
 

@@ -89,7 +89,7 @@ class Buffer:
 
 @dataclass
 class World:
-    """What has become of all events that are in no buffer any more."""
+    """The fates of all events that have left their buffers."""
 
     broker_is_there: bool = True
     published: Names = field(default_factory=list)
@@ -242,7 +242,7 @@ class Units(RuleBasedStateMachine):
         return self.tasks[number % len(self.tasks)]
 
     def innermost(self, task: Task) -> Buffer:
-        """Return where ``task`` is; where it is in no unit, one is made for it for good."""
+        """Return where ``task`` is; if it is in no unit, create one for it."""
         if task.buffer is None:
             task.places.append(Place(Buffer("collector"), own=False, leave=lambda _: None))
         found = task.buffer
@@ -497,7 +497,7 @@ class Run:
 
 
 @given(programs)
-def test_tasks_side_by_side_publish_what_the_model_does(program: list[Step]) -> None:
+def test_concurrent_tasks_publish_what_the_model_does(program: list[Step]) -> None:
     async def main() -> None:
         outer = Buffer("block")
         async with auto_publishing():

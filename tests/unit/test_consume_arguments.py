@@ -31,7 +31,7 @@ def test_sizes_and_times_have_units() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "expected"),
     [
         ("-p", "0", "invalid positive integer: '0'"),
         ("-p", "x", "invalid positive integer: 'x'"),
@@ -47,13 +47,13 @@ def test_sizes_and_times_have_units() -> None:
         ("--log-format", "xml", "invalid choice: 'xml'"),
     ],
 )
-def test_what_cannot_be_is_told(
-    capsys: pytest.CaptureFixture[str], option: str, value: str, told: str
+def test_an_impossible_value_is_reported(
+    capsys: pytest.CaptureFixture[str], option: str, value: str, expected: str
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         limits(option, value)
     assert caught.value.code == 2
-    assert told in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +63,7 @@ def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"outbox-consume {__version__}\n"
 
 
-def test_where_the_reloader_is_missing_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_reloader_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "watchfiles", None)
     with pytest.raises(MissingExtra, match=r"--reload needs watchfiles.*\[reload\]"):
         run_reloading(lambda: 0, Stop(), 1.0)

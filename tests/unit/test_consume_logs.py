@@ -1,4 +1,4 @@
-"""Which message a line of the log belongs to, and how lines look."""
+"""How lines of the log look, and which message they belong to."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def process(function: Callable[[ReceivedEvent], Any], **changes: Any) -> None:
     assert outcome == ACK
 
 
-def test_every_line_of_a_handler_tells_its_message(output: Any) -> None:
+def test_every_line_of_a_handler_names_its_message(output: Any) -> None:
     def handle(event: ReceivedEvent) -> None:
         log.info("in the handler")
         context = contextvars.copy_context()
@@ -93,7 +93,7 @@ def test_every_line_of_a_handler_tells_its_message(output: Any) -> None:
         assert (line["message_id"], line["queue"], line["attempt"]) == ("m-1", "orders", 2)
 
 
-def test_outside_of_messages_no_line_tells_one(output: Any) -> None:
+def test_a_line_outside_of_messages_names_none(output: Any) -> None:
     process(lambda event: None)
     assert current_message() is None
     log.warning("between messages")
@@ -101,7 +101,7 @@ def test_outside_of_messages_no_line_tells_one(output: Any) -> None:
     assert set(line) == {"time", "level", "logger", "process", "message"}
 
 
-def test_two_messages_side_by_side_do_not_mix(output: Any) -> None:
+def test_two_concurrent_messages_do_not_mix(output: Any) -> None:
     meeting = threading.Barrier(2)
 
     def handle(event: ReceivedEvent) -> None:
@@ -138,7 +138,7 @@ def test_a_line_of_json_has_the_time_in_utc_and_the_traceback_as_text(output: An
 
 
 @pytest.mark.parametrize(
-    ("outcome", "level", "told"),
+    ("outcome", "level", "expected"),
     [
         (ACK, "INFO", "message 'm-1' of 'orders' finished after 0."),
         (REQUEUE, "INFO", "message 'm-1' of 'orders' is given back after 0."),
@@ -146,19 +146,19 @@ def test_a_line_of_json_has_the_time_in_utc_and_the_traceback_as_text(output: An
     ],
 )
 def test_the_end_of_a_message_is_a_line_with_its_duration(
-    output: Any, outcome: Outcome, level: str, told: str
+    output: Any, outcome: Outcome, level: str, expected: str
 ) -> None:
     ended(delivery(), outcome, started(delivery()))
     begin, end = output()
     assert (begin["level"], begin["message"]) == ("DEBUG", "message 'm-1' of 'orders' started")
     assert end["level"] == level
-    assert end["message"].startswith(told)
+    assert end["message"].startswith(expected)
     assert "\n" not in end["message"]
     assert (end["message_id"], end["queue"], end["attempt"]) == ("m-1", "orders", 2)
     assert 0 < end["duration"] < 1
 
 
-def test_a_message_of_another_client_has_no_id_and_is_logged_all_the_same(output: Any) -> None:
+def test_a_message_of_another_client_without_an_id_is_still_logged(output: Any) -> None:
     strange = delivery(message_id=None, headers=None)
     ended(strange, ACK, started(strange))
     _, line = output()
@@ -166,7 +166,7 @@ def test_a_message_of_another_client_has_no_id_and_is_logged_all_the_same(output
     assert (line["queue"], line["attempt"]) == ("orders", 1)
 
 
-def test_the_end_of_a_message_without_an_id_tells_the_one_that_its_handler_saw(
+def test_the_last_line_of_a_message_without_an_id_names_the_id_its_handler_saw(
     output: Any,
 ) -> None:
     seen: list[str] = []
@@ -184,7 +184,7 @@ def test_the_end_of_a_message_without_an_id_tells_the_one_that_its_handler_saw(
     assert line["message"].startswith(f"message {seen[0]!r} of 'orders' finished")
 
 
-def test_ids_begin_no_lines_of_their_own() -> None:
+def test_an_id_with_a_line_break_forges_no_line() -> None:
     forged = "x\nERROR root: forged\x1b[0m"
     lines = []
     for form in (TextFormatter(), JSONFormatter()):
@@ -208,7 +208,7 @@ def test_ids_begin_no_lines_of_their_own() -> None:
     assert "\x1b" not in text + as_json
 
 
-def test_a_line_of_text_tells_an_id_once() -> None:
+def test_a_line_of_text_names_an_id_once() -> None:
     fields = {"msg": "message 'm-1' finished", "levelname": "INFO", "name": "x"}
     own = logging.makeLogRecord({**fields, "outbox_message": {"message_id": "m-1"}})
     MessageFilter().filter(own)
@@ -217,13 +217,13 @@ def test_a_line_of_text_tells_an_id_once() -> None:
     assert TextFormatter().format(handlers).endswith(" x: [m-1] message 'm-1' finished")
 
 
-def test_what_a_record_says_itself_is_left_alone(output: Any) -> None:
+def test_a_records_own_fields_are_not_overwritten(output: Any) -> None:
     process(lambda event: log.info("printing", extra={"queue": "printer"}))
     [line] = [line for line in output() if line["logger"] == log.name]
     assert (line["message_id"], line["queue"]) == ("m-1", "printer")
 
 
-def test_the_filter_serves_a_format_of_ones_own() -> None:
+def test_the_filter_works_with_a_custom_format() -> None:
     record = logging.makeLogRecord({"msg": "hello"})
     assert MessageFilter().filter(record)
     form = logging.Formatter("%(message_id)s|%(queue)s|%(attempt)d|%(duration).1f|%(message)s")

@@ -1,4 +1,4 @@
-"""Properties and headers as bytes: taken apart, and put together as they were."""
+"""Properties and headers are parsed from bytes and rebuilt unchanged."""
 
 from __future__ import annotations
 
@@ -64,16 +64,16 @@ def by_pika(**properties: Any) -> bytes:
 
 
 @given(content_headers, st.integers(0, (1 << 64) - 1))
-def test_whatever_a_client_may_send_is_put_together_as_it_was(
-    header: ContentHeader, size: int
-) -> None:
+def test_any_header_of_a_client_is_rebuilt_unchanged(header: ContentHeader, size: int) -> None:
     payload = header.encode(size)
     assert ContentHeader.parse(payload) == header
     assert ContentHeader.parse(payload).encode(size) == payload
 
 
 @given(content_headers, st.data())
-def test_what_is_no_header_is_told_by_one_exception(header: ContentHeader, data: Any) -> None:
+def test_a_corrupted_header_raises_nothing_but_malformed_header(
+    header: ContentHeader, data: Any
+) -> None:
     payload = bytearray(header.encode(3))
     at = data.draw(st.integers(0, len(payload) - 1))
     payload[at] = data.draw(st.integers(0, 255))
@@ -86,7 +86,7 @@ def test_what_is_no_header_is_told_by_one_exception(header: ContentHeader, data:
             found.header(name.decode(errors="replace"))  # nor does decoding raise
 
 
-def test_every_property_of_pikas_is_understood() -> None:
+def test_every_property_of_pika_is_parsed() -> None:
     strings = {name: f"the {name}" for name in NAMES}
     payload = by_pika(
         **strings, delivery_mode=1, priority=9, timestamp=1_700_000_000, headers={"a": "b"}
@@ -111,7 +111,7 @@ def test_every_property_of_pikas_is_understood() -> None:
     ],
     ids=repr,
 )
-def test_a_header_is_decoded_as_it_was_meant(value: Any) -> None:
+def test_a_header_is_decoded_to_its_original_value(value: Any) -> None:
     header = ContentHeader.parse(by_pika(headers={"other": 1, "mine": value}))
     assert header.header("mine") == value
     assert header.header("missing") is None
@@ -127,11 +127,11 @@ def test_a_header_is_decoded_as_it_was_meant(value: Any) -> None:
     ],
     ids=["a date beyond all", "unknown type", "short table", "short string"],
 )
-def test_a_header_that_makes_no_sense_is_as_good_as_missing(value: bytes) -> None:
+def test_an_invalid_header_value_counts_as_missing(value: bytes) -> None:
     assert ContentHeader(headers=((b"odd", value),)).header("odd") is None
 
 
-def test_a_header_nested_a_thousand_deep_is_passed_over() -> None:
+def test_a_header_nested_a_thousand_deep_is_skipped() -> None:
     value = b"V"
     for _ in range(1_000):
         value = sized(b"A", value)
@@ -140,6 +140,6 @@ def test_a_header_nested_a_thousand_deep_is_passed_over() -> None:
     assert ContentHeader.parse(header.encode(1)) == header
 
 
-def test_a_header_frame_of_another_class_is_none() -> None:
+def test_a_header_frame_of_another_class_is_refused() -> None:
     with pytest.raises(MalformedHeader, match="class 61"):
         ContentHeader.parse(struct.pack(">HHQH", 61, 0, 0, 0))

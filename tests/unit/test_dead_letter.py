@@ -1,4 +1,4 @@
-"""Dead letters of messages that others have sent."""
+"""Dead letters of messages from other clients."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def delivery(headers: dict[Any, Any], **options: Any) -> Delivery:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_whatever_a_sender_put_into_headers_can_be_written_again(value: Any) -> None:
+def test_any_headers_of_a_sender_can_be_written_again(value: Any) -> None:
     letter = dead_letter(delivery({"odd": value, b"\xff": 1}), Dead("why"))
     assert Encoder().encode(letter)
     assert "odd" in letter.headers
 
 
-def test_a_reason_that_is_not_text_can_be_written_all_the_same() -> None:
+def test_a_reason_that_is_not_text_can_still_be_written() -> None:
     letter = dead_letter(delivery({}), Dead("\udc80" * 5_000, ValueError("\udc80")))
     assert Encoder().encode(letter)
     assert len(letter.headers["outbox-dead-reason"]) == 2_000
@@ -55,7 +55,7 @@ def test_headers_that_leave_no_room_for_the_reason_are_left_out() -> None:
     assert "h1" in dead_letter(delivery(dict(list(big.items())[:100])), Dead("why")).headers
 
 
-def test_what_the_broker_acts_on_is_not_sent_back_to_it() -> None:
+def test_headers_that_the_broker_acts_on_are_not_sent_back_to_it() -> None:
     headers = {"CC": ["a"], "BCC": ["b"], "x-death": [], "x-delivery-count": 3, "mine": 1}
     letter = dead_letter(delivery(headers), Dead("why"))
     assert letter.headers["mine"] == 1
@@ -66,7 +66,7 @@ def test_what_the_broker_acts_on_is_not_sent_back_to_it() -> None:
     ("headers", "timestamp"),
     [({"outbox-occurred-at-us": 1_700_000_000_000_000}, 5), ({}, 1_700_000_000)],
 )
-def test_a_dead_letter_tells_when_its_event_occurred(
+def test_a_dead_letter_says_when_its_event_occurred(
     headers: dict[Any, Any], timestamp: int
 ) -> None:
     letter = dead_letter(delivery(headers, timestamp=timestamp), Dead("why"))
@@ -74,14 +74,14 @@ def test_a_dead_letter_tells_when_its_event_occurred(
 
 
 @pytest.mark.parametrize("microseconds", [-1, -(1 << 62), 1 << 62])
-def test_a_time_that_cannot_be_is_not_passed_on(microseconds: int) -> None:
+def test_an_impossible_time_is_not_passed_on(microseconds: int) -> None:
     letter = dead_letter(delivery({"outbox-occurred-at-us": microseconds}), Dead("why"))
     assert abs(letter.occurred_at - datetime.datetime.now(datetime.UTC)).total_seconds() < 60
     assert Encoder().encode(letter)
 
 
 @pytest.mark.hazard("H9")
-def test_an_exception_whose_traceback_cannot_be_told_leaves_a_dead_letter_all_the_same() -> None:
+def test_an_exception_whose_traceback_cannot_be_formatted_still_leaves_a_dead_letter() -> None:
     class Unsound(Exception):
         def __getattribute__(self, name: str) -> Any:
             raise ValueError("none")

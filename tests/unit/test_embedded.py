@@ -47,7 +47,7 @@ def location(url: str) -> Location:
 # ---------------------------------------------------------------------------------- location
 
 
-def test_a_relative_path_is_one_of_the_working_directory(
+def test_a_relative_path_starts_at_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -61,7 +61,7 @@ def test_durability_is_full_unless_the_url_says_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "expected"),
     [
         ("sqlite://", "names no file"),
         ("sqlite:///", "names no file"),
@@ -71,8 +71,8 @@ def test_durability_is_full_unless_the_url_says_otherwise() -> None:
         ("sqlite:////o.db?synchronous", "not name=value pairs"),
     ],
 )
-def test_a_url_that_cannot_be_used_is_told(url: str, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_an_unusable_url_is_reported(url: str, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
         location(url)
 
 
@@ -86,7 +86,7 @@ def test_a_queue_with_two_bindings_that_match_gets_an_event_once() -> None:
     assert found.queues("z", "a.b") == ()
 
 
-def test_without_an_exchange_the_target_is_a_queues_name_and_no_pattern() -> None:
+def test_without_an_exchange_the_target_is_the_name_of_a_queue() -> None:
     found = routes(of_queue("#"), of_queue("q.1"))
     assert found.queues("", "#") == ("#",)
     assert found.queues("", "q.1") == ("q.1",)
@@ -95,7 +95,7 @@ def test_without_an_exchange_the_target_is_a_queues_name_and_no_pattern() -> Non
     assert not found.has_queue("x")
 
 
-def test_new_bindings_are_used_from_then_on() -> None:
+def test_new_bindings_take_effect_at_once() -> None:
     found = routes(("q", "x", "a"))
     assert found.queues("x", "b") == ()
     found.update([Binding("q", "x", "b")])
@@ -103,7 +103,7 @@ def test_new_bindings_are_used_from_then_on() -> None:
     assert found.queues("x", "a") == ()
 
 
-def test_addresses_without_number_do_not_fill_the_memory() -> None:
+def test_countless_addresses_do_not_fill_the_memory() -> None:
     found = routes(("q", "x", "#"))
     for number in range(25_000):
         found.queues("x", f"user.{number}")
@@ -117,7 +117,7 @@ def plan(*events: Event, bound: Routes | None = None) -> Plan:
     return Plan(Chunk(events).entries, bound or routes(("q", "x", "a.*")), "park")
 
 
-def test_each_queue_has_a_row_in_the_order_of_the_events() -> None:
+def test_each_queue_gets_a_row_in_the_order_of_the_events() -> None:
     bound = routes(("p", "x", "#"), ("q", "x", "a.*"))
     second = Event(id="2", target="c", exchange="x", body=b"")
     rows = plan(EVENT, second, bound=bound).rows
@@ -128,7 +128,7 @@ def test_each_queue_has_a_row_in_the_order_of_the_events() -> None:
     ]
 
 
-def test_what_is_unroutable_has_the_fate_that_the_event_or_else_the_publisher_asks_for() -> None:
+def test_an_unroutable_event_follows_its_own_policy_or_else_the_publishers() -> None:
     policies: list[Unroutable | None] = [None, "park", "fail", "ignore"]
     events = [
         Event(id=str(number), target="lost", exchange="x", body=b"", unroutable=policy)
@@ -146,7 +146,7 @@ def test_what_is_unroutable_has_the_fate_that_the_event_or_else_the_publisher_as
     assert [row["queue"] for row in found.rows] == ["outbox.unroutable"] * 2
 
 
-def test_without_a_queue_to_park_in_nothing_is_parked() -> None:
+def test_without_a_parking_queue_nothing_is_parked() -> None:
     lost = Event(id="2", target="lost", exchange="x", body=b"")
     found = plan(EVENT, lost)
     assert found.parks
@@ -181,7 +181,7 @@ def test_leases_are_extended_long_before_they_end() -> None:
     assert leases.extend_in(110.0) == pytest.approx(LEASE / 3)
 
 
-def test_what_somebody_else_has_got_is_forgotten() -> None:
+def test_a_lease_that_another_worker_has_taken_is_forgotten() -> None:
     leases = Leases(10)
     first, second = (leases.take(claimed(seq), 0.0) for seq in (1, 2))
     assert leases.extended({2}, 10.0) == 1
@@ -190,7 +190,7 @@ def test_what_somebody_else_has_got_is_forgotten() -> None:
     assert leases.free("q") == 9
 
 
-def test_when_leases_cannot_be_extended_all_is_forgotten_at_their_end() -> None:
+def test_leases_that_cannot_be_extended_are_forgotten_when_they_end() -> None:
     leases = Leases(10)
     tag = leases.take(claimed(1), 0.0)
     assert leases.end(LEASE - 1) == 0
@@ -210,7 +210,7 @@ def test_a_replayed_dead_letter_has_its_first_address() -> None:
     assert (found.exchange, found.target) == ("x", "a.b")
 
 
-def test_what_was_lost_with_its_worker_too_often_is_deadly_and_what_was_given_back_is_not() -> None:
+def test_a_message_lost_with_its_worker_too_often_is_deadly_but_not_one_given_back() -> None:
     assert not is_deadly(claimed(deliveries=DELIVERY_LIMIT))
     assert is_deadly(claimed(deliveries=DELIVERY_LIMIT + 1))
     assert not is_deadly(claimed(deliveries=1000, attempts=999))
@@ -255,12 +255,12 @@ def test_a_deadly_message_has_its_attempts_and_times_as_a_dead_letter(
 
 
 def error(kind: type[sqlite3.Error], code: int = 0) -> sqlite3.Error:
-    found = kind("told")
+    found = kind("broken")
     found.sqlite_errorcode = code
     return found
 
 
-def test_only_the_databases_own_trouble_is_a_failure() -> None:
+def test_only_errors_of_the_database_itself_count_as_its_failure() -> None:
     assert is_failure(error(sqlite3.OperationalError))
     assert is_failure(error(sqlite3.DatabaseError))  # a damaged file
     assert is_failure(OSError())
@@ -270,20 +270,20 @@ def test_only_the_databases_own_trouble_is_a_failure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "kind", "told"),
+    ("code", "kind", "expected"),
     [
         (sqlite3.SQLITE_BUSY, Blocked, "another process has kept /o.db locked"),
         (sqlite3.SQLITE_BUSY | 2 << 8, Blocked, "another process"),
         (sqlite3.SQLITE_FULL, Blocked, "there is no room for /o.db"),
-        (sqlite3.SQLITE_IOERR | 3 << 8, ConnectionLost, "/o.db cannot be used: told"),
+        (sqlite3.SQLITE_IOERR | 3 << 8, ConnectionLost, "/o.db cannot be used: broken"),
     ],
 )
-def test_a_failure_is_told_by_its_kind_and_has_its_cause(
-    code: int, kind: type[Exception], told: str
+def test_a_failure_has_its_own_error_type_and_its_cause(
+    code: int, kind: type[Exception], expected: str
 ) -> None:
     cause = error(sqlite3.OperationalError, code)
     found = of_database(cause, "/o.db")
     assert type(found) is kind
-    assert told in str(found)
+    assert expected in str(found)
     assert found.__cause__ is cause
-    assert is_busy(cause) == ("another process" in told)
+    assert is_busy(cause) == ("another process" in expected)

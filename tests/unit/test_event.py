@@ -55,7 +55,7 @@ class Colour(enum.Enum):
     RED = "red"
 
 
-def test_common_types_are_carried_out_of_the_box(collector: EventCollector) -> None:
+def test_common_types_are_supported_out_of_the_box(collector: EventCollector) -> None:
     at = datetime.datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=datetime.UTC)
     an_id = uuid.uuid4()
     event = collector.enqueue_event(
@@ -96,7 +96,7 @@ for _ in range(100_000):
 
 @pytest.mark.hazard("A10", "H6")
 @pytest.mark.parametrize(
-    ("payload", "told"),
+    ("payload", "expected"),
     [
         (float("nan"), "cannot be carried"),
         ({"a": [float("inf")]}, "cannot be carried"),
@@ -112,9 +112,9 @@ for _ in range(100_000):
         ("x" * 2_000, "more than max_body_bytes"),
     ],
 )
-def test_a_payload_that_cannot_be_carried_is_refused(payload: Any, told: str) -> None:
+def test_a_payload_that_cannot_be_serialised_is_refused(payload: Any, expected: str) -> None:
     collector = EventCollector(publisher=Publisher("memory://", max_body_bytes=1_000))
-    with pytest.raises(InvalidEvent, match=re.escape(told)):
+    with pytest.raises(InvalidEvent, match=re.escape(expected)):
         collector.enqueue_event(payload, "x")
     assert collector.events == ()
 
@@ -129,7 +129,7 @@ def test_a_target_is_a_string_of_1_to_255_bytes(collector: EventCollector, targe
 
 @pytest.mark.hazard("A9", "C7", "H3")
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [
         ({"headers": {"CC": ["q2"]}}, "'CC' is not the application's"),
         ({"headers": {"BCC": ["q2"]}}, "'BCC'"),
@@ -170,15 +170,15 @@ def test_a_target_is_a_string_of_1_to_255_bytes(collector: EventCollector, targe
         ({"deliver_at": datetime.datetime.now(datetime.UTC), "delay": 1}, "not both"),
     ],
 )
-def test_an_option_that_cannot_be_kept_is_refused(
-    collector: EventCollector, options: dict[str, Any], told: str
+def test_an_invalid_option_is_refused(
+    collector: EventCollector, options: dict[str, Any], expected: str
 ) -> None:
-    with pytest.raises(InvalidEvent, match=re.escape(told)):
+    with pytest.raises(InvalidEvent, match=re.escape(expected)):
         collector.enqueue_event({}, "x", **options)
     assert collector.events == ()
 
 
-def test_a_delay_that_its_transport_cannot_keep_is_refused() -> None:
+def test_a_delay_too_long_for_its_transport_is_refused() -> None:
     collector = EventCollector(publisher=Publisher("amqp://127.0.0.1:1/"))
     with pytest.raises(InvalidEvent, match="its transport holds none for longer than 3106 days"):
         collector.enqueue_event({}, "x", delay=datetime.timedelta(days=3107))
@@ -186,7 +186,7 @@ def test_a_delay_that_its_transport_cannot_keep_is_refused() -> None:
 
 
 @pytest.mark.hazard("A10")
-def test_headers_are_copied_in_types_that_every_transport_writes_alike(
+def test_headers_are_copied_as_types_that_every_transport_writes_the_same(
     collector: EventCollector,
 ) -> None:
     an_id = uuid.uuid4()
@@ -216,14 +216,14 @@ def test_headers_are_copied_in_types_that_every_transport_writes_alike(
     }
 
 
-def test_a_payload_that_changes_later_changes_nothing(collector: EventCollector) -> None:
+def test_a_later_change_of_the_payload_has_no_effect(collector: EventCollector) -> None:
     payload = {"items": [1]}
     event = collector.enqueue_event(payload, "x")
     payload["items"].append(2)
     assert event.payload == {"items": [1]}
 
 
-def test_delay_and_deliver_at_become_one_instant(collector: EventCollector) -> None:
+def test_delay_and_deliver_at_both_become_an_instant(collector: EventCollector) -> None:
     event = collector.enqueue_event({}, "x", delay=90)
     assert event.deliver_at == event.occurred_at + datetime.timedelta(seconds=90)
     zone = datetime.timezone(datetime.timedelta(hours=2))
@@ -252,13 +252,13 @@ class Upper:
         return body.decode().lower()
 
 
-def test_a_serializer_of_ones_own_is_used_and_decodes() -> None:
+def test_a_custom_serializer_encodes_and_decodes() -> None:
     publisher = configure("memory://", serializer=Upper())
     event = EventCollector(publisher=publisher).enqueue_event("hello", "x")
     assert (event.body, event.content_type, event.payload) == (b"HELLO", "text/x-upper", "hello")
 
 
-def test_a_content_type_that_nobody_knows_is_told() -> None:
+def test_an_unknown_content_type_is_reported() -> None:
     event = Event(id="1", target="x", exchange="", body=b"", content_type="application/x-other")
     with pytest.raises(UsageError, match="application/x-other"):
         _ = event.payload
@@ -277,7 +277,7 @@ json_values = st.recursive(
 
 
 @given(json_values)
-def test_whatever_json_can_say_comes_back_as_it_was(value: Any) -> None:
+def test_any_json_value_is_decoded_unchanged(value: Any) -> None:
     serializer = JSONSerializer()
     assert serializer.decode(serializer.encode(value)) == value
     assert json.loads(serializer.encode(value)) == value
@@ -296,7 +296,7 @@ def test_ids_are_uuid7_unique_and_ascending() -> None:
     assert abs(milliseconds - datetime.datetime.now(datetime.UTC).timestamp() * 1000) < 10_000
 
 
-def test_follow_on_ids_depend_on_every_part_and_on_its_limits() -> None:
+def test_follow_on_ids_depend_on_every_part_and_its_boundaries() -> None:
     assert follow_on_id("a", "bc") == follow_on_id("a", "bc")
     assert len({follow_on_id("a", "bc"), follow_on_id("ab", "c"), follow_on_id("abc")}) == 3
     namespace = uuid.uuid5(uuid.NAMESPACE_URL, "outbox:follow-on")

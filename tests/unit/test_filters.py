@@ -81,7 +81,7 @@ def test_filters_run_around_process_the_bases_outermost(collected_events: Collec
     )
 
 
-def test_a_before_filter_can_decide(collected_events: CollectedEvents) -> None:
+def test_a_before_filter_can_decide_the_outcome(collected_events: CollectedEvents) -> None:
     child = Child()
     assert collected_events.perform(child, "bad").dead
     assert child.calls == ["outermost", "inner", "check", "/outermost"]
@@ -99,7 +99,7 @@ def test_an_exception_passes_through_the_filters_around_it(
     assert child.calls[-3:] == ["process", "swallowed", "/outermost"]
 
 
-def test_a_subclass_skips_what_it_names_and_so_do_its_own(
+def test_a_subclass_and_its_subclasses_skip_the_filters_it_names(
     collected_events: CollectedEvents,
 ) -> None:
     class Skipping(Child):
@@ -116,7 +116,7 @@ def test_a_subclass_skips_what_it_names_and_so_do_its_own(
         )
 
 
-def test_a_method_that_overrides_a_filter_is_one_in_its_place(
+def test_a_method_that_overrides_a_filter_replaces_it(
     collected_events: CollectedEvents,
 ) -> None:
     class Overriding(Child):
@@ -140,7 +140,7 @@ def test_a_subclass_may_skip_more_than_its_base_does() -> None:
     )
 
 
-def test_a_filter_may_be_overridden_by_one_of_another_kind() -> None:
+def test_a_filter_may_be_overridden_by_another_kind_of_filter() -> None:
     class Later(Child):
         @after
         def check(self, event: ReceivedEvent) -> None: ...
@@ -149,12 +149,12 @@ def test_a_filter_may_be_overridden_by_one_of_another_kind() -> None:
     assert "check" in Later.filters.after
 
 
-def test_a_filter_cannot_be_overridden_by_what_is_no_method() -> None:
+def test_a_filter_can_be_overridden_only_by_a_method() -> None:
     with pytest.raises(UsageError, match="Wrong: check is a filter, and no method"):
         type("Wrong", (Child,), {"check": None})
 
 
-def test_what_is_no_filter_cannot_be_skipped_nor_a_generator_be_overridden_by_a_function() -> None:
+def test_wrong_skips_and_wrong_overrides_of_filters_are_refused() -> None:
     with pytest.raises(UsageError, match="Wrong: skip names 'nothing', which is no filter"):
         type("Wrong", (Child,), {"skip": ["nothing"]})
     with pytest.raises(UsageError, match="skip is 'check', not a list"):
@@ -165,7 +165,7 @@ def test_what_is_no_filter_cannot_be_skipped_nor_a_generator_be_overridden_by_a_
         around(lambda self, event: None)
 
 
-def test_filters_of_asyncio_are_awaited(collected_events: CollectedEvents) -> None:
+def test_asynchronous_filters_are_awaited(collected_events: CollectedEvents) -> None:
     calls = []
 
     class Async(Consumer):
@@ -208,30 +208,30 @@ def test_a_plain_consumer_has_no_asynchronous_filter() -> None:
 
 
 class Called(Consumer):
-    """Tells what it was told."""
+    """Notes which callbacks were called."""
 
     queue = "q"
     retry = RetryPolicy(max_attempts=2, give_up_on=(KeyError,))
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.called: list[str] = []
 
     def process(self, event: ReceivedEvent) -> None:
         if event.payload is not None:
             raise {"value": ValueError, "key": KeyError, "reject": Reject}[event.payload]("why")
 
     def on_success(self, event: ReceivedEvent) -> None:
-        self.told.append("success")
+        self.called.append("success")
 
     def on_failure(self, event: ReceivedEvent, error: BaseException) -> None:
-        self.told.append(f"failure {type(error).__name__}")
+        self.called.append(f"failure {type(error).__name__}")
 
     def on_dead(self, event: ReceivedEvent, reason: str) -> None:
-        self.told.append(f"dead {reason}")
+        self.called.append(f"dead {reason}")
 
 
 @pytest.mark.parametrize(
-    ("payload", "told"),
+    ("payload", "expected"),
     [
         (None, ["success"]),
         ("value", ["failure ValueError"]),
@@ -239,16 +239,16 @@ class Called(Consumer):
         ("reject", ["dead why"]),
     ],
 )
-def test_a_consumer_is_told_what_became_of_its_message(
-    collected_events: CollectedEvents, payload: Any, told: list[str]
+def test_callbacks_report_the_outcome_of_a_message(
+    collected_events: CollectedEvents, payload: Any, expected: list[str]
 ) -> None:
     consumer = Called()
     done = collected_events.perform(consumer, payload, raise_errors=False)
-    assert consumer.told == told
+    assert consumer.called == expected
     assert isinstance(done.outcome, Again) == (payload == "value")
 
 
-def test_what_a_callback_enqueues_is_published_also_after_a_failure(
+def test_events_enqueued_by_a_callback_are_published_even_after_a_failure(
     collected_events: CollectedEvents,
 ) -> None:
     class Announcing(Consumer):
@@ -287,7 +287,7 @@ def test_a_callback_that_fails_changes_nothing(
     assert "on_success of" in caplog.text
 
 
-def test_an_attribute_that_has_any_attribute_is_no_filter() -> None:
+def test_an_object_that_has_every_attribute_is_not_taken_for_a_filter() -> None:
     class Anything:
         def __getattr__(self, name: str) -> Any:
             return self
@@ -302,7 +302,7 @@ def test_an_attribute_that_has_any_attribute_is_no_filter() -> None:
 
 
 @pytest.mark.parametrize("window", [3600, "1d", 0])
-def test_the_window_of_deduplication_is_a_timedelta_and_nothing_that_looks_like_seconds(
+def test_the_window_of_deduplication_must_be_a_timedelta(
     window: Any,
 ) -> None:
     with pytest.raises(UsageError, match=f"Wrong: deduplicate is {window!r}, not a bool or a time"):

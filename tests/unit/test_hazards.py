@@ -1,4 +1,4 @@
-"""The page of hazards and the markers on the tests say the same."""
+"""The page of hazards and the markers on the tests agree."""
 
 from __future__ import annotations
 

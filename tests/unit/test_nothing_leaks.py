@@ -1,6 +1,6 @@
-"""Tests after each other, in each way that people run them: none sees anything of an earlier one.
+"""No test sees leftovers of an earlier one, however tests are run.
 
-Each module below is run as a user's: its tests in their order, warnings being errors.
+Each module below is run like a user's: its tests in order, with warnings as errors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a parked message tells, which ones are selected, and what a replay makes of them."""
+"""What a parked message contains, how it is selected, and how it is replayed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def delivery(headers: dict[str, Any] | None = None, **options: Any) -> Delivery:
 
 
 @given(events, st.text(max_size=20))
-def test_a_parked_event_is_replayed_as_the_very_frames_of_its_first_publishing(
+def test_a_parked_event_is_replayed_with_the_frames_it_was_first_published_with(
     event: Event, app_id: str
 ) -> None:
     message = held(parked(event, "312 NO_ROUTE"), PARKING_QUEUE, app_id)
@@ -77,7 +77,7 @@ def test_a_parked_event_is_replayed_as_the_very_frames_of_its_first_publishing(
 
 
 @given(content_headers)
-def test_of_another_clients_message_nothing_but_the_delivery_mode_changes(
+def test_a_replay_changes_only_the_delivery_mode_of_another_clients_message(
     header: ContentHeader,
 ) -> None:
     address = [("outbox-parked-exchange", "shop"), ("outbox-parked-target", "order.placed")]
@@ -88,7 +88,7 @@ def test_of_another_clients_message_nothing_but_the_delivery_mode_changes(
     assert again.header == clean.persistent()
 
 
-def test_a_dead_letter_goes_back_to_its_queue_and_tells_where_it_was_published_to() -> None:
+def test_a_dead_letter_returns_to_its_queue_and_names_its_first_address() -> None:
     own = {"outbox-key": "k", "tenant": "acme", "outbox-new": 1}
     letter = dead_letter(delivery(own, priority=4), Dead("no", ValueError()))
     message = held(letter, "orders.dead")
@@ -109,7 +109,7 @@ def test_a_dead_letter_goes_back_to_its_queue_and_tells_where_it_was_published_t
     assert again.header.text("type") == "order.placed"
 
 
-def test_a_dead_letter_goes_to_its_original_address_when_that_is_asked_for() -> None:
+def test_a_dead_letter_goes_to_its_original_address_on_request() -> None:
     letter = dead_letter(delivery({"outbox-origin-target": "older"}), Dead("no"))
     again = replayed(held(letter, "orders.dead"), to_origin=True)
     assert isinstance(again, Replayed)
@@ -131,14 +131,14 @@ def test_a_second_death_does_not_hide_the_first_address() -> None:
     assert again.header.header("outbox-origin-target") == "order.placed"
 
 
-def test_a_dead_letter_gets_its_content_encoding_back() -> None:
+def test_a_replayed_dead_letter_has_its_content_encoding_again() -> None:
     letter = dead_letter(delivery(content_encoding="gzip"), Dead("unknown encoding"))
     again = replayed(held(letter, "orders.dead"))
     assert isinstance(again, Replayed)
     assert again.header.text("content_encoding") == "gzip"
 
 
-def test_what_the_broker_gave_up_by_itself_goes_back_without_the_brokers_headers() -> None:
+def test_a_message_dead_lettered_by_the_broker_is_replayed_without_the_brokers_headers() -> None:
     death = {
         "queue": "orders",
         "reason": "delivery_limit",
@@ -164,7 +164,7 @@ def test_what_the_broker_gave_up_by_itself_goes_back_without_the_brokers_headers
     assert again.header.text("correlation_id") == "c"
 
 
-def test_what_would_reroute_a_message_is_not_sent_on() -> None:
+def test_headers_that_would_reroute_a_message_are_not_sent_on() -> None:
     address = {"outbox-parked-exchange": "shop", "outbox-parked-target": "order.placed"}
     again = replayed(foreign(headers={**address, "CC": ["elsewhere"], "BCC": ["there"]}))
     assert isinstance(again, Replayed)
@@ -197,11 +197,13 @@ def test_a_parked_event_that_died_in_a_consumer_of_the_parking_queue_is_a_dead_l
         ),
     ],
 )
-def test_what_has_no_usable_address_is_not_replayed(properties: dict[str, Any], why: str) -> None:
+def test_a_message_without_a_usable_address_is_not_replayed(
+    properties: dict[str, Any], why: str
+) -> None:
     assert why in str(replayed(foreign(**properties)))
 
 
-def test_what_could_not_be_told_apart_when_it_comes_back_is_not_replayed() -> None:
+def test_a_message_that_would_not_be_recognised_when_returned_is_not_replayed() -> None:
     headers = {"outbox-parked-target": "order.placed"}
     assert "cannot be read" in str(replayed(foreign(headers=headers, readable=False)))
     header = ContentHeader.parse(by_pika(headers=headers))
@@ -237,7 +239,7 @@ def test_a_message_is_selected_when_it_meets_every_condition(
     assert (found in selection) is selected
 
 
-def test_a_message_that_tells_nothing_meets_no_condition_about_it() -> None:
+def test_a_message_without_a_property_meets_no_condition_on_it() -> None:
     assert message() in Selection()
     assert message() not in Selection(target="#")
     assert message() not in Selection(reason="a")
@@ -251,7 +253,7 @@ def test_a_window_is_never_empty_and_never_over_a_thousand(messages: int, size: 
         assert window * size <= 16 * 1024 * 1024 * messages
 
 
-def test_pika_reads_in_the_frames_of_a_replay_what_the_frames_say() -> None:
+def test_pika_decodes_the_frames_of_a_replay() -> None:
     headers = {"outbox-parked-target": "order.placed", "a": "b"}
     again = replayed(foreign(headers=headers, message_id="7", priority=3))
     assert isinstance(again, Replayed)

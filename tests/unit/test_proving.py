@@ -33,17 +33,17 @@ COMMIT = record("commit", unit="u")
 ROLLBACK = record("rollback", unit="u")
 
 
-def test_what_was_committed_and_came_out_is_in_order() -> None:
+def test_a_committed_event_that_was_delivered_is_fine() -> None:
     verdict = check([intent("a"), COMMIT, delivery("a")])
     assert verdict.ok
     assert verdict.counts["delivered"] == 1
 
 
-def test_what_was_committed_and_never_came_out_is_lost() -> None:
+def test_a_committed_event_that_was_never_delivered_is_lost() -> None:
     assert check([intent("a"), COMMIT]).lost == ["a was committed and never came out"]
 
 
-def test_what_was_in_the_memory_of_a_killed_process_alone_is_excused() -> None:
+def test_an_event_only_in_the_memory_of_a_killed_process_is_excused() -> None:
     killed = record("killed", process="script-1")
     assert check([intent("a"), COMMIT, killed]).ok
     confirmed = record("confirm", keys=["a"])
@@ -53,12 +53,12 @@ def test_what_was_in_the_memory_of_a_killed_process_alone_is_excused() -> None:
 
 
 @pytest.mark.parametrize("end", [[ROLLBACK], []])
-def test_what_was_not_committed_and_came_out_is_a_phantom(end: list[Record]) -> None:
+def test_an_uncommitted_event_that_was_delivered_is_a_phantom(end: list[Record]) -> None:
     assert check([intent("a"), *end, delivery("a")]).phantom
     assert check([intent("a"), *end]).ok
 
 
-def test_what_nobody_enqueued_is_a_phantom() -> None:
+def test_an_event_that_was_never_enqueued_is_a_phantom() -> None:
     assert check([delivery("a")]).phantom
     assert check([delivery("a>")]).phantom
 
@@ -71,7 +71,7 @@ def test_a_second_delivery_must_have_the_same_id() -> None:
     assert check([intent("a"), COMMIT, delivery("a", event_id="another")]).renamed
 
 
-def test_order_counts_within_a_lane_and_for_first_deliveries() -> None:
+def test_order_is_checked_within_a_lane_and_for_first_deliveries() -> None:
     intents = [intent(f"{lane}{n}", lane=lane, seq=n) for lane in "ab" for n in (1, 2)]
     good = ["a1", "b1", "b2", "a1", "a2", "b1"]
     assert check([*intents, COMMIT, *map(delivery, good)]).ok
@@ -80,7 +80,7 @@ def test_order_counts_within_a_lane_and_for_first_deliveries() -> None:
     assert found.disordered == ["b1 (number 1 of b) after 2"]
 
 
-def test_a_consumer_that_follows_must_have_published_once() -> None:
+def test_a_consumer_with_a_follow_on_must_have_published_it_once() -> None:
     delivered = [intent("a", work="follow"), COMMIT, delivery("a")]
     assert check(delivered).lost
     assert check([*delivered, delivery("a>")]).ok
@@ -88,7 +88,7 @@ def test_a_consumer_that_follows_must_have_published_once() -> None:
     assert check([*delivered, delivery("a>"), delivery("a", "dead")]).phantom
 
 
-def test_a_consumer_that_fails_must_have_published_nothing_and_left_a_dead_letter() -> None:
+def test_a_failing_consumer_must_have_published_nothing_and_left_a_dead_letter() -> None:
     delivered = [intent("a", work="fail"), COMMIT, delivery("a")]
     assert check(delivered).lost
     assert check([*delivered, delivery("a", "dead")]).ok
@@ -96,7 +96,7 @@ def test_a_consumer_that_fails_must_have_published_nothing_and_left_a_dead_lette
 
 
 @pytest.mark.parametrize("work", ["retry", "slow"])
-def test_a_consumer_that_fails_at_first_must_have_published_in_the_end(work: str) -> None:
+def test_a_consumer_that_fails_at_first_must_have_published_eventually(work: str) -> None:
     delivered = [intent("a", work=work), COMMIT, delivery("a")]
     assert check(delivered).lost
     assert check([*delivered, delivery("a>")]).ok
@@ -107,7 +107,7 @@ def effect(key: str) -> Record:
     return record("effect", "effects", key=key, id=f"id of {key}")
 
 
-def test_what_is_to_have_an_effect_has_it_once() -> None:
+def test_an_effect_must_happen_exactly_once() -> None:
     delivered = [intent("a", effect=True), COMMIT, delivery("a")]
     assert check(delivered).lost == ["a has no effect"]
     assert check([*delivered, effect("a")]).ok
@@ -115,7 +115,7 @@ def test_what_is_to_have_an_effect_has_it_once() -> None:
 
 
 @pytest.mark.parametrize("end", [[ROLLBACK], [COMMIT, delivery("a"), delivery("a", "dead")]])
-def test_what_was_taken_back_or_failed_has_no_effect(end: list[Record]) -> None:
+def test_a_rolled_back_or_failed_message_must_have_no_effect(end: list[Record]) -> None:
     begun = [intent("a", effect=True, work="fail"), *end]
     assert check(begun).ok
     assert check([*begun, effect("a")]).phantom
@@ -137,7 +137,7 @@ def test_no_attempt_begins_before_its_delay_is_over() -> None:
     assert not check([*first, failed(5.5, 1), attempt("handling", 6.2, 2)]).early
 
 
-def test_attempts_have_a_last_one_and_are_counted() -> None:
+def test_attempts_are_limited_and_counted() -> None:
     assert check([attempt("handling", 5.0, MAX_ATTEMPTS + 1)]).endless
     again = [failed(5.0, 1), failed(6.0, 1)]
     assert check(again).endless == ["a failed 2 times as if it were the first"]
@@ -146,7 +146,7 @@ def test_attempts_have_a_last_one_and_are_counted() -> None:
     assert not check([*again, record("fault", "driver", name="kill broker")]).endless
 
 
-def test_a_dead_letter_tells_of_all_attempts() -> None:
+def test_a_dead_letter_reports_all_attempts() -> None:
     delivered = [intent("a", work="fail"), COMMIT, delivery("a")]
 
     def dead(attempts: int) -> Record:
@@ -156,7 +156,7 @@ def test_a_dead_letter_tells_of_all_attempts() -> None:
     assert check([*delivered, dead(1)]).endless == ["a was given up after 1 attempts"]
 
 
-def test_a_history_is_read_as_it_was_written_up_to_a_torn_line(tmp_path: Path) -> None:
+def test_a_history_is_read_up_to_a_torn_line(tmp_path: Path) -> None:
     Journal(tmp_path, "one").write("commit", unit="u")
     with (tmp_path / "one.jsonl").open("a") as file:
         file.write('{"at": 1, "what": "com')
@@ -183,7 +183,7 @@ def test_two_minutes_leave_time_for_every_fault() -> None:
         assert {one.fault for one in planned} == set(faults.FAULTS)
 
 
-def test_a_writer_that_another_process_slows_down_pauses_longer_until_told_otherwise(
+def test_a_writer_slowed_down_by_another_process_pauses_longer_until_released(
     tmp_path: Path,
 ) -> None:
     writer, driver = Pace(tmp_path, "script"), Pace(tmp_path, "script")

@@ -77,7 +77,7 @@ def test_the_matching_event_is_returned(collected_events: CollectedEvents) -> No
     assert collected_events.assert_published("#", {"id": 2}, times=1).payload["id"] == 2
 
 
-def test_a_single_event_was_meant_and_several_are_there(
+def test_a_single_event_is_expected_but_several_match(
     collected_events: CollectedEvents,
 ) -> None:
     enqueue_all({"id": 1}, {"id": 2})
@@ -96,7 +96,7 @@ class Anything:
     __hash__ = None  # type: ignore[assignment]
 
 
-def test_a_payload_matches_by_its_parts_and_by_anything_with_equality(
+def test_a_payload_matches_by_its_parts_and_by_any_object_with_equality(
     collected_events: CollectedEvents,
 ) -> None:
     enqueue_all({"id": 1, "at": "now", "list": [1, {"a": 1, "b": 2}], "none": None})
@@ -123,7 +123,7 @@ def test_a_payload_matches_by_its_parts_and_by_anything_with_equality(
     collected_events.assert_not_published("order.placed", headers={"tenant": "other"})
 
 
-def test_a_failure_shows_what_was_there_with_the_nearest_first(
+def test_a_failure_shows_the_events_with_the_nearest_first(
     collected_events: CollectedEvents,
 ) -> None:
     enqueue_all({"unrelated": 1}, target="user.created")
@@ -154,7 +154,9 @@ def test_negative_assertions_name_what_was_published(collected_events: Collected
         collected_events.assert_not_published("order.*")
 
 
-def test_the_states_are_told_apart(collected_events: CollectedEvents) -> None:
+def test_pending_published_and_cleared_events_are_distinguished(
+    collected_events: CollectedEvents,
+) -> None:
     with pytest.raises(KeyError), auto_publishing():
         cleared = enqueue_event(1, "t")
         raise KeyError
@@ -228,7 +230,7 @@ def test_without_the_fixture_nothing_is_left():
 
 
 @pytest.mark.parametrize("arguments", [(), ("-n", "2")], ids=["one process", "xdist"])
-def test_it_is_safe_under_threads_loops_and_xdist(
+def test_the_fixture_is_safe_under_threads_loops_and_xdist(
     tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     (tmp_path / "test_suite.py").write_text(SUITE)
@@ -248,7 +250,7 @@ def test_it_is_safe_under_threads_loops_and_xdist(
     assert "lost" not in done.stderr
 
 
-def test_two_ways_in_one_test_name_both_places(pytester: pytest.Pytester) -> None:
+def test_two_fixtures_in_one_test_are_refused_naming_both(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_both(collected_events, embedded_events): pass")
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
     result.assert_outcomes(errors=1)
@@ -258,7 +260,7 @@ def test_two_ways_in_one_test_name_both_places(pytester: pytest.Pytester) -> Non
 
 
 @pytest.mark.parametrize("in_ci", [False, True])
-def test_without_a_server_live_tests_say_what_to_install(
+def test_live_tests_without_a_server_say_what_to_install(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, in_ci: bool
 ) -> None:
     monkeypatch.setenv("CI", "1" if in_ci else "")

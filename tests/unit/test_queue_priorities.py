@@ -1,4 +1,4 @@
-"""What consumers say of priorities, and what brokers can do, without a broker."""
+"""Priorities of consumers and what brokers support, without a broker."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def handle(event: ReceivedEvent) -> None:
         ({"queue_type": "classic"}, "classic"),
     ],
 )
-def test_a_queue_with_priorities_is_a_classic_one_unless_the_consumer_says_quorum(
+def test_a_queue_with_priorities_is_classic_unless_the_consumer_asks_for_quorum(
     options: dict[str, Any], kind: str
 ) -> None:
     spec = consumer("q", **options)(handle).spec("outbox")
@@ -34,7 +34,7 @@ def test_a_queue_with_priorities_is_a_classic_one_unless_the_consumer_says_quoru
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [
         ({"max_priority": 0}, "max_priority is 0, not an int from 1 to 255"),
         ({"max_priority": 256}, "max_priority is 256"),
@@ -43,10 +43,10 @@ def test_a_queue_with_priorities_is_a_classic_one_unless_the_consumer_says_quoru
         ({"queue_type": "stream"}, "queue_type is 'stream', not 'quorum' or 'classic'"),
     ],
 )
-def test_what_no_queue_can_be_is_refused(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_impossible_queue_options_are_refused(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
         consumer("q", **options)(handle)
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=expected):
         type("Named", (Consumer,), options)
 
 
@@ -62,7 +62,7 @@ def test_classic_queues_have_priorities_in_every_version(version: tuple[int, ...
 
 @pytest.mark.hazard("C11")
 @pytest.mark.parametrize(
-    ("version", "highest", "told"),
+    ("version", "highest", "expected"),
     [
         ((3, 10), 1, "in RabbitMQ 3.10 these have no priorities; leave queue_type out"),
         ((3, 13), 10, "no priorities"),
@@ -71,16 +71,16 @@ def test_classic_queues_have_priorities_in_every_version(version: tuple[int, ...
         ((4, 3), 32, "priorities up to 31"),
     ],
 )
-def test_priorities_that_quorum_queues_do_not_have_are_told(
-    version: tuple[int, ...], highest: int, told: str
+def test_priorities_that_quorum_queues_do_not_support_are_reported(
+    version: tuple[int, ...], highest: int, expected: str
 ) -> None:
     found = obstacle(spec(highest, "quorum"), version)
     assert found is not None
-    assert told in found
+    assert expected in found
 
 
 @pytest.mark.parametrize("version", [(), (4, 3), (5, 0)])
-def test_what_quorum_queues_may_have_is_no_obstacle(version: tuple[int, ...]) -> None:
+def test_priorities_that_quorum_queues_support_are_allowed(version: tuple[int, ...]) -> None:
     assert obstacle(spec(31, "quorum"), version) is None
 
 
@@ -103,7 +103,7 @@ def consumers() -> list[Consumer]:
         (["high", "high"], {"high": 0}),
     ],
 )
-def test_queues_in_one_option_are_ordered_and_those_of_several_are_not(
+def test_queues_in_one_option_are_ordered_but_those_in_several_options_are_not(
     groups: list[str], ranks: dict[str, int]
 ) -> None:
     found, ordered = selected(consumers(), groups)
@@ -112,7 +112,7 @@ def test_queues_in_one_option_are_ordered_and_those_of_several_are_not(
 
 
 @pytest.mark.parametrize(
-    ("groups", "told"),
+    ("groups", "expected"),
     [
         (["high,lwo"], "no consumer has the queue 'lwo'; there are 'a,b', 'high'"),
         (["high,"], "no consumer has the queue ''"),
@@ -120,6 +120,6 @@ def test_queues_in_one_option_are_ordered_and_those_of_several_are_not(
         (["high,low", "low"], "twice"),
     ],
 )
-def test_queues_that_make_no_order_are_refused(groups: list[str], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_queues_without_a_clear_order_are_refused(groups: list[str], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
         selected(consumers(), groups)

@@ -32,7 +32,7 @@ def names(entries: list[Entry]) -> str:
 
 
 @pytest.mark.hazard("A3")
-def test_confirms_come_in_any_order_and_in_groups() -> None:
+def test_confirms_may_arrive_in_any_order_and_in_groups() -> None:
     confirms = Confirms()
     confirms.sent(entries_of(*"abcdef"))
     assert names(confirms.confirmed([(3, False)])[0]) == "c"
@@ -44,7 +44,7 @@ def test_confirms_come_in_any_order_and_in_groups() -> None:
     assert names(confirms.confirmed([(0, True)])[0]) == "g"
 
 
-def test_an_event_that_came_back_is_told_apart_when_its_confirm_arrives() -> None:
+def test_a_returned_event_is_recognised_when_its_confirm_arrives() -> None:
     confirms = Confirms()
     confirms.sent(entries_of("a", "b"))
     confirms.sent(entries_of("a", target="y"))
@@ -61,7 +61,7 @@ def test_an_event_that_came_back_is_told_apart_when_its_confirm_arrives() -> Non
     ]
 
 
-def test_of_two_alike_the_first_that_has_not_come_back_is_meant() -> None:
+def test_of_two_equal_events_a_return_is_for_the_first_one_not_yet_returned() -> None:
     confirms = Confirms()
     first, second = entries_of("a", "a")
     confirms.sent([first, second])
@@ -82,7 +82,7 @@ def test_every_sent_entry_is_confirmed_exactly_once(count: int, random: random.R
     assert sorted(seen, key=int) == [str(n) for n in range(count)]
 
 
-def test_clearing_gives_back_in_the_order_of_sending() -> None:
+def test_clearing_returns_the_entries_in_the_order_of_sending() -> None:
     confirms = Confirms()
     confirms.sent(entries_of(*"abcd"))
     confirms.confirmed([(2, False)])
@@ -94,7 +94,7 @@ def test_clearing_gives_back_in_the_order_of_sending() -> None:
 
 @pytest.mark.hazard("A16")
 @given(st.integers(1, 60), st.randoms(use_true_random=False))
-def test_acks_speak_for_every_delivery_once_and_never_for_one_still_worked_on(
+def test_every_delivery_is_acked_once_and_never_while_it_is_being_processed(
     count: int, random: random.Random
 ) -> None:
     acks = Acks()
@@ -118,7 +118,7 @@ def test_acks_speak_for_every_delivery_once_and_never_for_one_still_worked_on(
     assert not waiting
 
 
-def test_an_ack_beside_one_that_is_worked_on_waits_a_turn_for_being_one_of_many() -> None:
+def test_an_ack_waits_one_turn_for_an_earlier_delivery_still_in_progress() -> None:
     acks = Acks()
     assert acks.done([2, 3, 4]) == []
     assert acks.held
@@ -158,7 +158,7 @@ def decoded(data: bytes) -> list[Any]:
     ids=["plain", "long", "empty", "all"],
 )
 @pytest.mark.parametrize("app_id", ["", "shop"])
-def test_frames_say_what_pikas_own_encoder_says(event: Event, app_id: str) -> None:
+def test_frames_equal_those_of_pikas_own_encoder(event: Event, app_id: str) -> None:
     method, header, *bodies = decoded(Encoder(app_id).encode(event))
     assert isinstance(method.method, pika.spec.Basic.Publish)
     assert (method.method.exchange, method.method.routing_key) == (event.exchange, event.target)
@@ -173,7 +173,7 @@ def test_frames_say_what_pikas_own_encoder_says(event: Event, app_id: str) -> No
         assert by_pika.marshal() in Encoder(app_id).encode(event)
 
 
-def test_a_smaller_frame_size_of_the_broker_is_kept() -> None:
+def test_a_smaller_frame_size_of_the_broker_is_respected() -> None:
     encoder = Encoder(frame_max=4096)
     event = Event(id="1", target="t", exchange="e", body=b"x" * 10_000)
     data = encoder.encode(event)
@@ -204,7 +204,7 @@ def delivery(tag: int) -> Delivery:
     return Delivery("q", tag, 1, False, "e", "t", b"")
 
 
-def test_the_link_is_woken_for_the_first_ack_and_not_for_those_that_follow_at_once() -> None:
+def test_the_first_ack_wakes_the_link_but_those_right_after_it_do_not() -> None:
     done = Done(prefetch=100)
     assert [done.add(delivery(tag)) for tag in range(1, 6)] == [True, False, False, False, False]
     assert [one.tag for one in done.take()] == [1, 2, 3, 4, 5]
@@ -213,7 +213,7 @@ def test_the_link_is_woken_for_the_first_ack_and_not_for_those_that_follow_at_on
     assert [one.tag for one in done.take()] == [6]
 
 
-def test_after_a_pause_in_which_nothing_was_done_the_next_ack_wakes_the_link() -> None:
+def test_after_an_idle_pause_the_next_ack_wakes_the_link() -> None:
     done = Done(prefetch=100)
     done.add(delivery(1))
     done.take()

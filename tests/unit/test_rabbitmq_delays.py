@@ -1,4 +1,4 @@
-"""Delays over RabbitMQ as they are written and read, without a broker."""
+"""Writing and reading delays over RabbitMQ, without a broker."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EVENT = Event(id="1", target="order.placed", exchange="shop", body=b"1", deliver
     ("seconds", "left"),
     [(-5, 0), (0, 0), (0.000001, 1), (0.5, 1), (1, 1), (1.000001, 2), (86_400.5, 86_401)],
 )
-def test_the_time_that_is_left_is_rounded_up_to_whole_seconds(seconds: float, left: int) -> None:
+def test_the_remaining_time_is_rounded_up_to_whole_seconds(seconds: float, left: int) -> None:
     assert seconds_left(NOW + datetime.timedelta(seconds=seconds), NOW) == left
 
 
@@ -53,7 +53,9 @@ def test_the_levels_at_which_an_event_waits_add_up_to_its_delay(seconds: int) ->
 
 @pytest.mark.hazard("C7")
 @given(st.integers(1, LONGEST), st.sampled_from(["", "shop", "ß" * 127]))
-def test_a_delayed_event_is_delivered_as_if_it_had_not_been(seconds: int, exchange: str) -> None:
+def test_a_delayed_event_is_delivered_as_if_it_had_not_been_delayed(
+    seconds: int, exchange: str
+) -> None:
     event = Event(
         id="1", target="a", exchange=exchange, body=b"1", headers={"mine": 1, "x-mine": 2}, key="k"
     )
@@ -74,19 +76,19 @@ def test_a_delayed_event_is_delivered_as_if_it_had_not_been(seconds: int, exchan
     )
 
 
-def test_what_the_broker_says_of_other_deaths_is_left_where_it_is() -> None:
+def test_the_brokers_record_of_other_deaths_is_left_alone() -> None:
     found = as_delivered(EVENT, "q", 1)
     found.headers = {"x-death": [{"queue": "q"}]}
     restore_delayed(found)
     assert found.headers == {"x-death": [{"queue": "q"}]}
 
 
-def test_nine_years_are_too_long_and_eight_are_not() -> None:
+def test_a_delay_of_nine_years_is_too_long_but_eight_are_allowed() -> None:
     year = datetime.timedelta(days=365)
     assert 8 * year < LONGEST_DELAY < 9 * year
 
 
-def test_a_way_is_the_base_the_levels_from_below_the_queues_and_the_destination() -> None:
+def test_a_way_is_the_base_the_levels_upwards_the_queues_and_the_destination() -> None:
     assert way_of("shop", "order.placed", 5) == [
         Part("base"),
         Part("level", number=0),
@@ -99,7 +101,7 @@ def test_a_way_is_the_base_the_levels_from_below_the_queues_and_the_destination(
     assert way_of("", "invoices", 1)[-1] == Part("to queue", "invoices")
 
 
-def test_a_part_is_made_once_until_all_is_forgotten() -> None:
+def test_a_part_is_declared_once_until_everything_is_forgotten() -> None:
     ladder = Ladder()
     way = way_of("shop", "a", 1)
     assert ladder.lacks(way) == way
@@ -109,7 +111,7 @@ def test_a_part_is_made_once_until_all_is_forgotten() -> None:
     assert ladder.lacks(way) == way
 
 
-def test_once_a_minute_everything_is_looked_after_but_the_queues_it_leads_to() -> None:
+def test_once_a_minute_everything_but_the_destination_queues_is_checked() -> None:
     ladder = Ladder()
     ladder.made([*way_of("shop", "a", 1), *way_of("", "invoices", 1)], 100.0)
     assert ladder.to_look_after(159.0) == []
@@ -125,11 +127,11 @@ def test_queues_named_by_user_data_do_not_pile_up() -> None:
     assert ladder.lacks([Part("to queue", "24999")]) == []
 
 
-def test_every_part_is_made_by_some_steps() -> None:
+def test_every_part_has_steps_that_declare_it() -> None:
     for part in (*way_of("shop", "a", LONGEST), Part("to queue", "a")):
         assert steps_of(part), part
 
 
 @pytest.mark.parametrize("mode", ["passive", "never"])
-def test_a_consumer_that_declares_nothing_binds_nothing(mode: object) -> None:
+def test_a_consumer_that_does_not_declare_does_not_bind_either(mode: object) -> None:
     assert way_to_queue("a", mode) == []  # type: ignore[arg-type]

@@ -110,7 +110,7 @@ def test_a_delivery_is_read_as_pika_reads_it(
     assert found.timestamp == expected.timestamp
 
 
-def test_what_is_not_all_there_is_waited_for() -> None:
+def test_an_incomplete_frame_is_waited_for() -> None:
     data = message(b"x" * 100, message_id="id", headers={"a": 1})
     method_size, _ = pika.frame.decode_frame(data)
     for size in range(method_size, len(data)):
@@ -128,7 +128,7 @@ def test_what_is_not_all_there_is_waited_for() -> None:
         message(target="caf\xe9")[:40].replace("\xe9".encode(), b"\xe9\xe9") + b"!" * 50,
     ],
 )
-def test_what_is_out_of_the_ordinary_is_left_to_pika(data: bytes) -> None:
+def test_unusual_frames_are_left_to_pika(data: bytes) -> None:
     assert delivery_at(data, 0, 3, QUEUES) == (LEAVE, None)
 
 
@@ -154,7 +154,7 @@ class Stream(pika_connection.Connection):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_frames_keep_their_order_however_the_bytes_come(seed: int) -> None:
+def test_frames_keep_their_order_however_the_bytes_are_split(seed: int) -> None:
     chance = random.Random(seed)
     heartbeat = pika.frame.Heartbeat().marshal()
     pieces: list[tuple[bytes, list[Any]]] = [
@@ -180,7 +180,7 @@ def test_frames_keep_their_order_however_the_bytes_come(seed: int) -> None:
     assert stream.bytes_received == size  # what heartbeats take for a sign of life
 
 
-def test_nothing_is_read_before_pika_once_it_was_called_off() -> None:
+def test_after_the_fast_reader_is_switched_off_pika_reads_everything() -> None:
     stream = Stream()
     stream.read_all_with_pika()
     stream._on_data_available(message(b"one") + ack(1))

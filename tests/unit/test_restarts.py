@@ -1,4 +1,4 @@
-"""How soon dead workers are replaced, and when living ones are: without processes or clocks."""
+"""When dead and running workers are replaced, without processes or clocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_wait_doubles_while_workers_die_young() -> None:
     assert restarts.in_a_row == 5
 
 
-def test_the_wait_has_a_bound_and_jitter() -> None:
+def test_the_wait_is_bounded_and_has_jitter() -> None:
     restarts = Restarts()
     waits = [restarts.died(0.0) for _ in range(50)]
     assert 0.25 <= waits[0] <= 0.5
@@ -32,7 +32,7 @@ def test_the_wait_has_a_bound_and_jitter() -> None:
     assert len(set(waits[10:])) > 1
 
 
-def test_a_worker_that_has_lived_for_a_minute_begins_a_new_count() -> None:
+def test_a_worker_that_has_lived_for_a_minute_resets_the_count() -> None:
     restarts = Restarts(doubling)
     for _ in range(4):
         restarts.died(59.9)
@@ -40,7 +40,7 @@ def test_a_worker_that_has_lived_for_a_minute_begins_a_new_count() -> None:
     assert restarts.in_a_row == 1
 
 
-def test_the_third_early_death_in_a_row_is_a_loop() -> None:
+def test_the_third_early_death_in_a_row_counts_as_a_crash_loop() -> None:
     restarts = Restarts(doubling)
     found = []
     for lived in (1.0, 1.0, 1.0, 61.0):
@@ -62,11 +62,11 @@ def test_the_age_has_a_jitter_of_a_tenth_and_is_never_exceeded(fraction: float) 
     assert recycling.reason(1000.0 + age, has_worked=False) == "it has reached its age"
 
 
-def test_memory_is_looked_at_once_a_second_and_after_the_first_message() -> None:
+def test_memory_is_checked_once_a_second_and_after_the_first_message() -> None:
     sizes = [100 * MIB, 301 * MIB]
     recycling = Recycling(Limits(memory=300 * MIB), 0.0, resident=lambda: sizes.pop(0))
     assert recycling.reason(0.0, has_worked=False) is None
-    assert len(sizes) == 2  # what it takes before its first message, its successor would take, too
+    assert len(sizes) == 2  # its successor would use as much before its first message
     assert recycling.reason(0.2, has_worked=True) is None
     assert recycling.reason(1.1, has_worked=True) is None
     assert len(sizes) == 1
@@ -80,25 +80,25 @@ def test_the_resident_size_follows_what_is_allocated() -> None:
     del block
 
 
-def test_no_more_messages_begin_than_are_allowed_and_the_last_end_is_told_once() -> None:
+def test_no_more_messages_start_than_allowed_and_the_last_end_is_reported_once() -> None:
     quota = Quota(1000)
-    begun, told = [], []
+    begun, ended = [], []
 
     def work() -> None:
         while quota.begin():
             begun.append(1)
-            told.append(quota.end())
+            ended.append(quota.end())
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (len(begun), sum(told)) == (1000, 1)
+    assert (len(begun), sum(ended)) == (1000, 1)
     assert quota.used_up
 
 
-def test_a_quota_is_used_up_when_the_last_message_has_ended_not_when_it_begins() -> None:
+def test_a_quota_is_used_up_when_the_last_message_ends_not_when_it_starts() -> None:
     quota = Quota(1)
     assert quota.begin()
     assert not quota.begin()

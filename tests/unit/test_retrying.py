@@ -11,13 +11,13 @@ from outbox import UsageError
 from outbox.consumers import Retry, RetryPolicy, exponential
 
 
-def test_delays_grow_up_to_the_most() -> None:
+def test_delays_grow_up_to_the_maximum() -> None:
     delay = exponential(1, factor=2, max=10, jitter=False)
     assert [delay(attempts) for attempts in range(1, 7)] == [1, 2, 4, 8, 10, 10]
     assert delay(100_000) == 10
 
 
-def test_with_jitter_a_delay_is_between_half_and_all_of_it() -> None:
+def test_with_jitter_a_delay_is_between_half_and_all_of_its_length() -> None:
     delay = exponential(8, factor=1)
     found = [delay(1) for _ in range(500)]
     assert 4 <= min(found) < 4.5
@@ -33,7 +33,7 @@ def test_the_last_attempt_is_not_followed_by_another() -> None:
     assert policy.delay_after(ValueError(), 7) is None
 
 
-def test_what_is_to_be_retried_can_be_said() -> None:
+def test_retried_exceptions_are_configurable() -> None:
     policy = RetryPolicy(on=(OSError,), give_up_on=(FileNotFoundError,), delay=1)
     assert policy.delay_after(ConnectionError(), 1) == 1
     assert policy.delay_after(FileNotFoundError(), 1) is None
@@ -41,7 +41,7 @@ def test_what_is_to_be_retried_can_be_said() -> None:
     assert policy.delay_after(SystemExit(), 1) is None
 
 
-def test_a_retry_that_is_asked_for_is_done_whatever_the_policy_is_for() -> None:
+def test_an_explicit_retry_is_done_whatever_the_policy_retries() -> None:
     policy = RetryPolicy(on=(), delay=datetime.timedelta(minutes=1))
     assert policy.delay_after(Retry(), 1) == 60
     assert policy.delay_after(Retry(delay=5), 1) == 5
@@ -49,7 +49,7 @@ def test_a_retry_that_is_asked_for_is_done_whatever_the_policy_is_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "expected"),
     [
         (lambda: RetryPolicy(max_attempts=0), "max_attempts is 0"),
         (lambda: RetryPolicy(max_attempts=True), "max_attempts is True"),
@@ -65,12 +65,12 @@ def test_a_retry_that_is_asked_for_is_done_whatever_the_policy_is_for() -> None:
         (lambda: exponential(5, max=4), "max is 4"),
     ],
 )
-def test_numbers_out_of_their_bounds_are_refused(make: Any, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_numbers_out_of_bounds_are_refused(make: Any, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
         make()
 
 
-def test_one_exception_needs_no_tuple() -> None:
+def test_a_single_exception_needs_no_tuple() -> None:
     assert RetryPolicy(on=OSError).on == (OSError,)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Where a publisher's thread can work, and where it is refused with what to do instead."""
+"""Where a publisher's thread can run, and where it is refused with advice."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("modules", WORKS.values(), ids=WORKS)
-def test_a_publisher_is_made_where_its_thread_can_work(
+def test_a_publisher_is_created_where_its_thread_can_run(
     modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert why_not(modules) is None
@@ -81,7 +81,7 @@ def test_a_publisher_is_made_where_its_thread_can_work(
 
 @pytest.mark.hazard("A17")
 @pytest.mark.parametrize(("modules", "reason"), REFUSED.values(), ids=REFUSED)
-def test_a_publisher_whose_thread_cannot_work_is_refused_with_what_to_do(
+def test_a_publisher_whose_thread_cannot_run_is_refused_with_advice(
     modules: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, module in modules.items():
@@ -102,7 +102,7 @@ def test_a_transport_without_a_thread_is_not_refused(monkeypatch: pytest.MonkeyP
         assert publisher.connected
 
 
-def test_threads_that_were_patched_badly_after_the_publisher_was_made_are_refused_at_first_use(
+def test_threads_patched_badly_after_the_publisher_was_created_are_refused_at_first_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with Publisher(URL) as publisher:
@@ -112,7 +112,7 @@ def test_threads_that_were_patched_badly_after_the_publisher_was_made_are_refuse
             publisher.make_ready()
 
 
-def test_beside_a_thread_uwsgis_master_must_fork_as_python_wants_it() -> None:
+def test_with_a_running_thread_uwsgis_master_must_run_pythons_fork_hooks() -> None:
     def in_process(pid: int, *options: str, **modules: Any) -> str | None:
         master = SimpleNamespace(masterpid=lambda: 17, opt=dict.fromkeys(options, True))
         return why_not_yet({"uwsgi": master, **modules}, pid)
@@ -125,7 +125,7 @@ def test_beside_a_thread_uwsgis_master_must_fork_as_python_wants_it() -> None:
     assert why_not_yet(uwsgi(masterpid=lambda: 0), 17) is None
 
 
-def test_it_is_known_whose_greenlets_stand_in_for_threads() -> None:
+def test_the_library_that_replaced_threads_with_greenlets_is_detected() -> None:
     assert greenlets_of(GEVENT) == "gevent"
     assert greenlets_of({**gevent(), **EVENTLET}) == "eventlet"
     assert greenlets_of(gevent("socket", "select")) is None
@@ -144,7 +144,9 @@ REAL = {
 
 
 @pytest.mark.parametrize(("patch", "outcome"), REAL.items(), ids=REAL)
-def test_the_real_libraries_are_judged_by_what_they_have_patched(patch: str, outcome: str) -> None:
+def test_the_real_libraries_are_detected_by_what_they_have_patched(
+    patch: str, outcome: str
+) -> None:
     program = f"""if True:
         {patch}
         import outbox

@@ -1,4 +1,4 @@
-"""URLs and settings: what is understood, and what is told of what is not."""
+"""URLs and settings: what is accepted, and how the rest is reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from outbox.url import BrokerURL
         ("amqp://u:p@x@h", (("h", 5672),), "u", "p@x", "/"),
     ],
 )
-def test_amqp_urls_are_taken_apart(
+def test_amqp_urls_are_parsed(
     url: str, hosts: tuple[tuple[str, int], ...], user: str, password: str, vhost: str
 ) -> None:
     parsed = BrokerURL.parse(url)
@@ -70,7 +70,7 @@ def test_amqp_urls_are_taken_apart(
         "",
     ],
 )
-def test_a_wrong_url_is_told_without_any_part_of_the_password(url: str) -> None:
+def test_a_wrong_url_is_reported_without_any_part_of_the_password(url: str) -> None:
     with pytest.raises(UsageError) as caught:
         Publisher(url)
     assert "hunter2" not in str(caught.value)
@@ -100,7 +100,7 @@ def test_certificates_and_host_names_are_verified() -> None:
 
 @pytest.mark.hazard("H2")
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "expected"),
     [
         ("amqps://h/?no_verify_ssl=1", "no_verify_ssl"),
         ("amqp://h/?cafile=x", "cafile"),
@@ -108,22 +108,22 @@ def test_certificates_and_host_names_are_verified() -> None:
         ("amqps://h/?x", "name=value"),
     ],
 )
-def test_options_of_a_url_that_are_not_known_are_refused(url: str, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_unknown_options_of_a_url_are_refused(url: str, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
         Publisher(url)
 
 
-def test_no_url_names_the_three_forms() -> None:
+def test_configuring_without_a_url_names_the_possible_forms() -> None:
     with pytest.raises(NotConfigured, match="memory://"):
         configure()
 
 
-def test_an_emptied_url_is_one_that_is_not_set() -> None:
+def test_an_empty_url_counts_as_not_set() -> None:
     assert Settings.load(None, {}, {"OUTBOX_URL": ""}).url is None
     assert Settings.load(None, {}, {"OUTBOX_EXCHANGE": ""}).exchange == ""
 
 
-def test_settings_come_from_code_then_environment_then_default() -> None:
+def test_settings_are_taken_from_code_then_environment_then_default() -> None:
     environ = {"OUTBOX_TIMEOUT": "2.5", "OUTBOX_MAX_KEPT": "7", "OUTBOX_UNROUTABLE": "ignore"}
     settings = Settings.load("memory://", {"timeout": 1}, environ)
     assert (settings.timeout, settings.max_kept, settings.unroutable) == (1, 7, "ignore")
@@ -131,7 +131,7 @@ def test_settings_come_from_code_then_environment_then_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "expected"),
     [
         ("timeout", "soon", "OUTBOX_TIMEOUT is 'soon', not a number"),
         ("max_kept", "1.5", "OUTBOX_MAX_KEPT is '1.5', not a number"),
@@ -142,13 +142,13 @@ def test_settings_come_from_code_then_environment_then_default() -> None:
         ("unroutable", "drop", "none of park, fail, ignore"),
     ],
 )
-def test_a_wrong_environment_variable_is_named(name: str, value: str, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_a_wrong_environment_variable_is_named(name: str, value: str, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
         Settings.load("memory://", {}, {f"OUTBOX_{name.upper()}": value})
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "expected"),
     [
         ("timeot", 1, "did you mean 'timeout'"),
         ("url", "x", "'url' is not a setting"),
@@ -164,19 +164,19 @@ def test_a_wrong_environment_variable_is_named(name: str, value: str, told: str)
         ("serializer", "json", "no content_type"),
     ],
 )
-def test_a_wrong_setting_is_named(name: str, value: Any, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_a_wrong_setting_is_named(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
         Settings.load("memory://", {name: value}, {})
 
 
-def test_every_setting_can_be_given_to_configure_and_is_described() -> None:
+def test_every_setting_is_an_option_of_configure_and_is_documented() -> None:
     settings = set(get_type_hints(Settings)) - {"url"}
     assert set(get_type_hints(SettingOverrides)) == settings
     for name in settings:
         assert f"\n    {name}: " in inspect.cleandoc(Settings.__doc__ or ""), name
 
 
-def test_what_a_file_is_called_is_text() -> None:
+def test_the_name_of_a_file_must_be_text() -> None:
     for url in ("sqlite:///%ff.db", "sqlite:///a%00b.db"):
         with pytest.raises(UsageError, match="not text in UTF-8"):
             BrokerURL.parse(url)

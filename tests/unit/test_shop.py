@@ -1,4 +1,4 @@
-"""The shop of the examples, tested as its own authors would: with what the testing kit offers."""
+"""The example shop, tested with the testing kit as its authors would."""
 
 from __future__ import annotations
 

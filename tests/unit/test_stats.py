@@ -18,7 +18,7 @@ def make_events(count: int) -> list[Event]:
     return [collector.enqueue_event({"n": n}, "x") for n in range(count)]
 
 
-def test_a_fresh_publisher_has_counted_nothing() -> None:
+def test_a_new_publisher_has_counted_nothing() -> None:
     with Publisher("memory://") as publisher:
         stats = publisher.stats()
     assert (stats.published, stats.kept, stats.cleared, stats.reconnects) == (0, 0, 0, 0)
@@ -68,7 +68,7 @@ def test_a_hook_that_raises_does_not_undo_a_rollback() -> None:
     assert block.report is None
 
 
-def test_every_fate_is_counted_once_and_keeping_apart_from_it() -> None:
+def test_every_fate_is_counted_once_and_kept_events_separately() -> None:
     backlog = Backlog()
     kept = Chunk(make_events(3))
     backlog.add(kept)
@@ -86,7 +86,7 @@ def test_every_fate_is_counted_once_and_keeping_apart_from_it() -> None:
     assert backlog.tally.nacked == 1
 
 
-def test_only_chunks_that_were_confirmed_in_time_count_for_the_latency() -> None:
+def test_only_chunks_confirmed_in_time_count_towards_the_latency() -> None:
     now = [0.0]
     backlog = Backlog(clock=lambda: now[0])
     first, second = Chunk(make_events(1)), Chunk(make_events(1))

@@ -1,4 +1,4 @@
-"""The testing kit: matching, states, failures on purpose, consumers, pretended transactions."""
+"""The testing kit: matching, states, deliberate failures, consumers, simulated transactions."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_payload_matches_expressions_functions_and_stand_ins(
     collected_events.assert_not_published("order.*", {"id": re.compile("7")})
 
 
-def test_key_priority_and_exchange_can_be_asked_for(collected_events: CollectedEvents) -> None:
+def test_key_priority_and_exchange_can_be_asserted(collected_events: CollectedEvents) -> None:
     place(1, key="k", priority=3, exchange="other")
     place(2)
     for criteria in ({"key": "k"}, {"priority": 3}, {"exchange": "other"}):
@@ -64,7 +64,7 @@ def test_key_priority_and_exchange_can_be_asked_for(collected_events: CollectedE
     collected_events.assert_not_published("#", priority=4)
 
 
-def test_a_delay_matches_to_the_tolerance(collected_events: CollectedEvents) -> None:
+def test_a_delay_matches_within_the_tolerance(collected_events: CollectedEvents) -> None:
     at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
     place(1, delay=60)
     place(2, deliver_at=at)
@@ -78,7 +78,7 @@ def test_a_delay_matches_to_the_tolerance(collected_events: CollectedEvents) -> 
     collected_events.assert_not_published("#", delay=58)
 
 
-def test_a_failure_shows_how_the_nearest_differs(collected_events: CollectedEvents) -> None:
+def test_a_failure_shows_how_the_nearest_event_differs(collected_events: CollectedEvents) -> None:
     place(1)
     place(2)
     with pytest.raises(AssertionError) as caught:
@@ -90,9 +90,9 @@ def test_a_failure_shows_how_the_nearest_differs(collected_events: CollectedEven
     assert '+   "priority": null' in difference
 
 
-def test_a_difference_is_told_of_every_criterion() -> None:
+def test_a_difference_in_any_criterion_is_shown() -> None:
     event = Event(id="1", target="b", exchange="x", body=b"[1]", deliver_at=None)
-    told = Wanted("a", [2], headers={"h": 1}, delay=5).difference(event)
+    difference = Wanted("a", [2], headers={"h": 1}, delay=5).difference(event)
     for line in (
         '-   "target": "a"',
         '+   "target": "b"',
@@ -100,11 +100,11 @@ def test_a_difference_is_told_of_every_criterion() -> None:
         "+     1",
         '-   "delay": "5"',
     ):
-        assert line in told
+        assert line in difference
     assert Wanted("b", lambda _: False).difference(event) == ""
 
 
-def test_events_are_asserted_in_their_order(collected_events: CollectedEvents) -> None:
+def test_events_are_asserted_in_order(collected_events: CollectedEvents) -> None:
     for number, target in enumerate(("a.x", "noise", "b", "a.y")):
         place(number, target)
     found = collected_events.assert_published_in_order("a.*", "b", "a.*")
@@ -113,7 +113,7 @@ def test_events_are_asserted_in_their_order(collected_events: CollectedEvents) -
         collected_events.assert_published_in_order("a.y", "b")
 
 
-def test_nothing_else_means_what_no_assertion_has_spoken_of(
+def test_nothing_else_means_events_that_no_assertion_has_matched(
     collected_events: CollectedEvents,
 ) -> None:
     place(1)
@@ -125,7 +125,7 @@ def test_nothing_else_means_what_no_assertion_has_spoken_of(
     collected_events.assert_nothing_else_published()
 
 
-def test_a_slip_of_the_pen_is_told(collected_events: CollectedEvents) -> None:
+def test_swapped_or_misspelt_arguments_are_reported(collected_events: CollectedEvents) -> None:
     place(1)
     swapped: Any = {"id": 1}
     with pytest.raises(TypeError, match="assertions take the target first, then the payload"):
@@ -137,7 +137,9 @@ def test_a_slip_of_the_pen_is_told(collected_events: CollectedEvents) -> None:
         collected_events.assert_not_published("order.placed", time=1)  # type: ignore[call-arg]
 
 
-def test_events_of_another_shape_do_not_fail_a_function(collected_events: CollectedEvents) -> None:
+def test_events_of_another_shape_do_not_make_a_function_matcher_fail(
+    collected_events: CollectedEvents,
+) -> None:
     place(1, "order.placed")
     with auto_publishing():
         enqueue_event({"other": 1}, "order.paid")
@@ -145,7 +147,7 @@ def test_events_of_another_shape_do_not_fail_a_function(collected_events: Collec
     assert collected_events.assert_published("#", lambda payload: payload["id"] == 1, times=1)
 
 
-def test_a_payload_that_nothing_decodes_is_shown_by_its_size(
+def test_an_undecodable_payload_is_shown_by_its_size(
     collected_events: CollectedEvents,
 ) -> None:
     Publisher("memory://").publish([Event(id="1", target="a", exchange="x", body=b"{")])
@@ -199,7 +201,7 @@ def test_events_stored_in_a_session_follow_its_transaction(
     engine.dispose()
 
 
-def test_a_transaction_can_be_pretended(collected_events: CollectedEvents) -> None:
+def test_a_transaction_can_be_simulated(collected_events: CollectedEvents) -> None:
     with auto_publishing() as block:
         enqueue_event(1, "a")
         with pytest.raises(RuntimeError), collected_events.savepoint():
@@ -214,7 +216,7 @@ def test_a_transaction_can_be_pretended(collected_events: CollectedEvents) -> No
     collected_events.assert_not_published("c")
 
 
-def test_what_was_pretended_does_not_happen_again_at_the_end_of_its_block(
+def test_a_simulated_end_is_not_repeated_at_the_end_of_its_block(
     collected_events: CollectedEvents,
 ) -> None:
     with auto_publishing():
@@ -231,7 +233,9 @@ def test_what_was_pretended_does_not_happen_again_at_the_end_of_its_block(
 # ------------------------------------------------------------------------ failures on purpose
 
 
-def test_publishing_fails_after_so_many_events(collected_events: CollectedEvents) -> None:
+def test_publishing_fails_after_the_given_number_of_events(
+    collected_events: CollectedEvents,
+) -> None:
     error = PublishTimeout("slow")
     with collected_events.fail_publish(after=2, error=error):
         with auto_publishing() as block:
@@ -261,7 +265,9 @@ def test_events_kept_one_after_the_other_are_published_in_that_order(
     assert (stats.published, stats.kept, stats.ever_kept) == (5, 0, 4)
 
 
-def test_what_has_no_queue_is_parked_failed_or_ignored(collected_events: CollectedEvents) -> None:
+def test_an_event_without_a_queue_is_parked_failed_or_ignored(
+    collected_events: CollectedEvents,
+) -> None:
     with collected_events.unroutable("lost.*"), auto_publishing() as block:
         enqueue_event(1, "lost.one")
         enqueue_event(2, "lost.two", unroutable="fail")
@@ -288,7 +294,7 @@ def test_a_crash_after_the_confirm_leaves_the_event_published(
 # --------------------------------------------------------------------------------- consumers
 
 
-def test_consumers_process_what_was_published_until_quiet(
+def test_consumers_process_published_events_until_quiet(
     collected_events: CollectedEvents,
 ) -> None:
     place(1, key="k", headers={"tenant": "acme"})
@@ -317,7 +323,7 @@ def test_a_handlers_error_is_raised_and_its_message_is_a_dead_letter(
     assert collected_events.deliver_all(Invoices) == []
 
 
-def test_a_loop_of_events_is_told(collected_events: CollectedEvents) -> None:
+def test_an_endless_loop_of_events_is_reported(collected_events: CollectedEvents) -> None:
     class Echo(Consumer):
         queue = "echo"
         auto_publish = True
@@ -330,7 +336,7 @@ def test_a_loop_of_events_is_told(collected_events: CollectedEvents) -> None:
         collected_events.deliver_all(Echo)
 
 
-def test_one_consumer_performs_one_message(collected_events: CollectedEvents) -> None:
+def test_a_single_consumer_performs_a_single_message(collected_events: CollectedEvents) -> None:
     done = collected_events.perform(Invoices, {"id": 5}, target="order.placed")
     assert done.outcome == ACK
     assert done.acked
@@ -343,7 +349,7 @@ def test_one_consumer_performs_one_message(collected_events: CollectedEvents) ->
 
 
 @pytest.mark.asyncio
-async def test_consumers_publish_also_where_a_test_is_a_coroutine(
+async def test_consumers_also_publish_in_asynchronous_tests(
     collected_events: CollectedEvents,
 ) -> None:
     async with auto_publishing():
@@ -352,7 +358,7 @@ async def test_consumers_publish_also_where_a_test_is_a_coroutine(
     assert collected_events.perform(Invoices, {"id": 2}).acked
 
 
-def test_no_worker_consumes_what_is_recorded(
+def test_a_worker_on_recorded_events_is_refused(
     collected_events: CollectedEvents, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=r"deliver_all\(\), or .* the fixture live_events"):
@@ -374,7 +380,7 @@ def test_a_message_that_is_given_back_is_delivered_again(collected_events: Colle
     assert collected_events.deliver(Later)[0].acked
 
 
-def test_follow_ons_that_are_not_confirmed_hold_the_message(
+def test_a_message_with_unconfirmed_follow_ons_is_not_acked(
     collected_events: CollectedEvents,
 ) -> None:
     place(1)
@@ -387,7 +393,7 @@ def test_follow_ons_that_are_not_confirmed_hold_the_message(
 # ----------------------------------------------------------------------------------- fixtures
 
 
-def test_recording_twice_names_both_places(collected_events: CollectedEvents) -> None:
+def test_recording_twice_is_refused_naming_both_places(collected_events: CollectedEvents) -> None:
     with pytest.raises(UsageError, match=r"by the fixture collected_events of .*both_places.*: me"):
         with recorded("me"):
             pass
@@ -402,7 +408,7 @@ def test_without_the_fixture_nothing_is_left_behind() -> None:
     assert publisher.stats().published == 1
 
 
-def test_tracebacks_end_in_the_tests_own_line(pytester: pytest.Pytester) -> None:
+def test_tracebacks_end_at_the_tests_own_line(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
         from outbox import auto_publishing, enqueue_event
@@ -434,7 +440,9 @@ def test_tracebacks_end_in_the_tests_own_line(pytester: pytest.Pytester) -> None
     assert all(line.startswith("test_tracebacks_end") for line in places)
 
 
-def test_a_strict_test_fails_for_what_no_assertion_has_spoken_of(pytester: pytest.Pytester) -> None:
+def test_a_strict_test_fails_for_events_that_no_assertion_has_matched(
+    pytester: pytest.Pytester,
+) -> None:
     pytester.makepyfile(
         """
         import pytest
@@ -476,7 +484,7 @@ class TestMixin(CollectedEventsMixin, unittest.TestCase):
         self.collected_events.assert_nothing_published()
 
 
-def test_a_strict_test_case_fails_likewise() -> None:
+def test_a_strict_test_case_fails_for_unmatched_events_too() -> None:
     class Strict(CollectedEventsMixin):
         strict_events = True
 
@@ -485,5 +493,5 @@ def test_a_strict_test_case_fails_likewise() -> None:
 
     result = unittest.TestResult()
     Strict().run(result)
-    [(_, told)] = result.failures
-    assert "expected nothing else" in told
+    [(_, output)] = result.failures
+    assert "expected nothing else" in output

@@ -1,4 +1,4 @@
-"""Awaiting, on an event loop, what other threads resolve."""
+"""Awaiting on an event loop what other threads resolve."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def test_many_tasks_wait_for_what_another_thread_resolves() -> None:
     assert all(one.reported is REPORT for one in chunks)
 
 
-def test_what_is_not_resolved_in_time_is_left_as_it_was() -> None:
+def test_a_chunk_not_resolved_in_time_is_left_unchanged() -> None:
     chunk = Chunk([])
     asyncio.run(reported(chunk, 0.01))
     assert chunk.reported is None
 
 
-def test_each_has_its_own_time() -> None:
+def test_each_waiter_has_its_own_timeout() -> None:
     order: list[str] = []
 
     async def wait(name: str, seconds: float) -> None:
@@ -55,7 +55,7 @@ def test_each_has_its_own_time() -> None:
     assert order == ["now", "first", "second", "last"]
 
 
-def test_a_time_without_end_is_one() -> None:
+def test_an_infinite_timeout_is_allowed() -> None:
     async def main() -> None:
         chunk = Chunk([])
         task = asyncio.create_task(reported(chunk, float("inf")))
@@ -67,7 +67,7 @@ def test_a_time_without_end_is_one() -> None:
     asyncio.run(asyncio.wait_for(main(), 10))
 
 
-def test_a_cancelled_task_leaves_the_chunk_alone_and_the_others_waiting() -> None:
+def test_a_cancelled_task_leaves_the_chunk_alone_and_other_tasks_waiting() -> None:
     async def main() -> None:
         chunks = [Chunk([]), Chunk([])]
         tasks = [asyncio.create_task(reported(one, 30)) for one in chunks]
@@ -83,7 +83,7 @@ def test_a_cancelled_task_leaves_the_chunk_alone_and_the_others_waiting() -> Non
     asyncio.run(asyncio.wait_for(main(), 10))
 
 
-def test_what_is_due_at_the_same_time_is_one_call_of_the_loop() -> None:
+def test_simultaneous_wakeups_are_a_single_call_of_the_loop() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         calls: list[object] = []
@@ -111,7 +111,7 @@ def test_resolving_after_the_loop_was_closed_is_harmless() -> None:
     chunk.resolve(REPORT)
 
 
-def test_one_thread_has_one_loop_after_the_other() -> None:
+def test_a_thread_may_run_several_loops_in_turn() -> None:
     for _ in range(3):
         chunk = Chunk([])
         threading.Timer(0.01, chunk.resolve, [REPORT]).start()

@@ -1,4 +1,4 @@
-"""What watches over calls that have a time limit."""
+"""The watch over calls with a time limit."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def watch() -> Iterator[Watch]:
     watch.close()
 
 
-def test_a_call_that_takes_too_long_is_told_of_and_has_not_left_in_time(watch: Watch) -> None:
+def test_a_call_that_takes_too_long_is_reported_and_has_not_left_in_time(watch: Watch) -> None:
     late = threading.Event()
     ticket = watch.enter(0.01, late.set)
     assert late.wait(10)
     assert not watch.leave(ticket)
 
 
-def test_a_call_that_leaves_in_time_is_never_told_of(watch: Watch) -> None:
-    told: list[str] = []
+def test_a_call_that_leaves_in_time_is_never_reported(watch: Watch) -> None:
+    reported: list[str] = []
     other = threading.Event()
-    left = watch.enter(0.05, lambda: told.append("left"))
+    left = watch.enter(0.05, lambda: reported.append("left"))
     watch.enter(0.1, other.set)
     assert watch.leave(left)
     assert other.wait(10)
-    assert told == []
+    assert reported == []
 
 
-def test_a_shorter_time_than_that_of_calls_before_is_kept(watch: Watch) -> None:
+def test_a_time_limit_shorter_than_earlier_ones_is_honoured(watch: Watch) -> None:
     late = threading.Event()
     watch.enter(3600, lambda: None)
     watch.enter(0.01, late.set)
@@ -50,10 +50,10 @@ def test_a_call_is_watched_after_a_longer_one_has_left(watch: Watch) -> None:
     assert late.wait(10)
 
 
-def test_calls_that_are_late_together_are_told_of_in_the_order_of_their_deadlines(
+def test_calls_that_are_late_together_are_reported_in_order_of_their_deadlines(
     watch: Watch,
 ) -> None:
-    told: list[int] = []
+    reported: list[int] = []
     busy, go_on, done = threading.Event(), threading.Event(), threading.Event()
 
     def hold_up() -> None:
@@ -61,22 +61,22 @@ def test_calls_that_are_late_together_are_told_of_in_the_order_of_their_deadline
         go_on.wait(10)
 
     def second() -> None:
-        told.append(2)
+        reported.append(2)
         done.set()
 
     watch.enter(0, hold_up)
     assert busy.wait(10)
     watch.enter(0.002, second)
-    watch.enter(0.001, lambda: told.append(1))
+    watch.enter(0.001, lambda: reported.append(1))
     overdue = threading.Timer(0.02, go_on.set)
     overdue.start()
     assert done.wait(10)
     overdue.join()
-    assert told == [1, 2]
+    assert reported == [1, 2]
 
 
 @pytest.mark.hazard("G4")
-def test_nothing_is_kept_of_a_call_that_has_left_long_before_its_time(watch: Watch) -> None:
+def test_nothing_is_kept_of_a_call_that_left_long_before_its_deadline(watch: Watch) -> None:
     class Message:
         def on_late(self) -> None:
             raise AssertionError("it left in time")
@@ -89,7 +89,7 @@ def test_nothing_is_kept_of_a_call_that_has_left_long_before_its_time(watch: Wat
     assert gone() is None
 
 
-def test_nothing_expires_once_it_is_closed(watch: Watch) -> None:
+def test_nothing_expires_after_closing(watch: Watch) -> None:
     ticket = watch.enter(3600, lambda: None)
     [thread] = [one for one in threading.enumerate() if one.name == "outbox-worker-watch"]
     watch.close()
@@ -99,15 +99,15 @@ def test_nothing_expires_once_it_is_closed(watch: Watch) -> None:
 
 
 @pytest.mark.hazard("G4")
-def test_a_call_that_cannot_be_told_of_does_not_end_the_watch(
+def test_a_callback_that_raises_does_not_end_the_watch(
     watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    told = threading.Event()
+    reported = threading.Event()
 
     def fail() -> None:
         raise RuntimeError("can't start new thread")
 
     watch.enter(0.01, fail)
-    watch.enter(0.05, told.set)
-    assert told.wait(5)
+    watch.enter(0.05, reported.set)
+    assert reported.wait(5)
     assert "could not be told" in caplog.text

@@ -1,4 +1,4 @@
-"""Which rows are sent together, and what is made of their reports."""
+"""Which rows are sent together, and how their reports are handled."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def numbers(rows: list[Claimed]) -> list[int]:
 
 
 @given(some.lists(some.sampled_from(["a", "b", "c", None]), max_size=30))
-def test_waves_keep_the_order_and_have_each_key_once(keys: list[str | None]) -> None:
+def test_waves_keep_the_order_and_contain_each_key_once(keys: list[str | None]) -> None:
     rows = [row(number, key) for number, key in enumerate(keys)]
     found = waves(rows)
     assert sorted(numbers([one for wave in found for one in wave])) == list(range(len(rows)))
@@ -81,7 +81,7 @@ def test_a_wave_is_sent_when_the_one_before_it_is_confirmed() -> None:
 
 
 @pytest.mark.parametrize("error", [Nacked("full"), ConnectionLost("gone")])
-def test_after_what_was_not_confirmed_nothing_of_its_key_is_sent(error: Exception) -> None:
+def test_after_an_unconfirmed_event_nothing_of_its_key_is_sent(error: Exception) -> None:
     publisher = Reporting()
     rows = row(1, "a"), row(2, "a"), row(3, "b"), row(4, "b"), row(5, "a")
     batch = batch_of(publisher, *rows)
@@ -98,7 +98,7 @@ def test_after_what_was_not_confirmed_nothing_of_its_key_is_sent(error: Exceptio
     assert sorted(numbers(batch.fates.left) + refused) == [1, 2, 5]
 
 
-def test_what_is_behind_a_dead_event_of_its_key_goes_on() -> None:
+def test_events_behind_a_dead_event_of_their_key_are_sent() -> None:
     publisher = Reporting()
     rows = row(1, "a"), row(2, "a")
     batch = batch_of(publisher, *rows)
@@ -121,7 +121,7 @@ def test_no_further_wave_is_sent_when_the_time_is_up() -> None:
     assert numbers(batch.fates.left) == [2]
 
 
-def test_what_is_abandoned_is_left_but_for_what_is_known() -> None:
+def test_an_abandoned_batch_leaves_all_rows_but_those_already_reported() -> None:
     publisher = Reporting()
     batch = batch_of(publisher, row(1, "a"), row(2, "a"), row(3, "a"))
     batch.advance()
@@ -132,7 +132,7 @@ def test_what_is_abandoned_is_left_but_for_what_is_known() -> None:
     assert numbers(fates.left) == [2, 3]
 
 
-def test_when_the_publisher_is_closed_what_it_has_not_confirmed_is_left() -> None:
+def test_a_closed_publisher_leaves_its_unconfirmed_rows() -> None:
     publisher = Reporting()
     batch = batch_of(publisher, row(1, "a"), row(2, "a"))
     batch.advance()
@@ -144,7 +144,7 @@ def test_when_the_publisher_is_closed_what_it_has_not_confirmed_is_left() -> Non
     assert (numbers(batch.fates.done), numbers(batch.fates.left)) == ([1], [2])
 
 
-def test_equal_events_of_two_rows_have_each_their_own_fate() -> None:
+def test_equal_events_of_two_rows_have_separate_fates() -> None:
     first, second = row(1), row(2)
     assert first.event != second.event
     twin = Claimed(3, "", Event(**_fields(first.event)), "token", 1, 0, 0.0)

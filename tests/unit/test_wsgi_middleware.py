@@ -1,4 +1,4 @@
-"""The WSGI middleware, with nothing but callables and with Flask."""
+"""The WSGI middleware with plain callables and with Flask."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def raising(error: type[BaseException] = ValueError) -> bytes:
 
 
 def only_warning(caplog: pytest.LogCaptureFixture) -> str:
-    """Return the one line that was logged, which tells of no loss."""
+    """Return the one line that was logged, which reports no loss."""
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     return record.getMessage()
@@ -140,7 +140,7 @@ def test_an_unsuccessful_status_drops_the_events_and_names_them(
 
 
 @pytest.mark.hazard("D3")
-def test_what_counts_as_success_can_be_said(collected_events: CollectedEvents) -> None:
+def test_what_counts_as_success_is_configurable(collected_events: CollectedEvents) -> None:
     Server(app_of([b""], "404 Not Found"), is_success=lambda status: status == 404).serve()
     Server(app_of([b""], "200 OK"), is_success=lambda status: status == 404).serve()
     assert len(collected_events.published) == len(collected_events.cleared) == 1
@@ -166,7 +166,7 @@ def test_an_exception_drops_the_events_and_the_next_request_has_only_its_own(
     assert published(collected_events) == ["app"]
 
 
-def test_a_body_that_its_server_abandons_leaves_nothing_to_the_next_request(
+def test_a_body_abandoned_by_its_server_leaves_nothing_to_the_next_request(
     collected_events: CollectedEvents,
 ) -> None:
     abandoned = Server(app_of(Body([enqueuing("abandoned")] * 2))).call()
@@ -217,7 +217,7 @@ def test_a_file_is_returned_as_the_servers_own_wrapper(collected_events: Collect
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_file_is_returned_as_it_is_where_the_servers_wrapper_is_a_function(
+def test_a_file_is_returned_unchanged_if_the_servers_wrapper_is_a_function(
     collected_events: CollectedEvents, depth: int
 ) -> None:
     file = BytesIO(b"file")
@@ -235,7 +235,7 @@ def test_a_file_is_returned_as_it_is_where_the_servers_wrapper_is_a_function(
 
 
 @pytest.mark.hazard("D6")
-def test_the_length_of_a_body_stays_known(collected_events: CollectedEvents) -> None:
+def test_a_wrapped_body_keeps_its_length(collected_events: CollectedEvents) -> None:
     class Sized(Body):
         def __len__(self) -> int:
             return 1
@@ -255,7 +255,7 @@ def test_a_stream_is_published_when_it_is_exhausted(collected_events: CollectedE
 
 
 @pytest.mark.hazard("D4")
-def test_a_client_that_goes_away_has_not_undone_the_work(
+def test_a_client_that_disconnects_does_not_undo_the_work(
     collected_events: CollectedEvents,
 ) -> None:
     inner = Body([enqueuing(1), enqueuing(2), enqueuing(3)])
@@ -283,7 +283,7 @@ def test_an_exception_in_the_middle_of_a_stream_drops_all(
     assert error.__name__ in only_warning(caplog)
 
 
-def test_what_a_failed_stream_enqueues_while_closing_is_dropped(
+def test_events_that_a_failed_stream_enqueues_while_closing_are_dropped(
     collected_events: CollectedEvents,
 ) -> None:
     class Closing(Body):
@@ -297,7 +297,7 @@ def test_what_a_failed_stream_enqueues_while_closing_is_dropped(
 
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit])
-def test_an_exception_while_closing_drops_what_was_not_published(
+def test_an_exception_while_closing_drops_unpublished_events(
     collected_events: CollectedEvents,
     caplog: pytest.LogCaptureFixture,
     error: type[BaseException],
@@ -313,7 +313,7 @@ def test_an_exception_while_closing_drops_what_was_not_published(
 
 
 @pytest.mark.hazard("D5")
-def test_what_is_enqueued_while_closing_is_published_unless_closing_fails(
+def test_events_enqueued_while_closing_are_published_unless_closing_fails(
     collected_events: CollectedEvents,
 ) -> None:
     class Closing(Body):
@@ -343,7 +343,7 @@ def test_closing_twice_closes_the_application_once(collected_events: CollectedEv
 
 
 @pytest.mark.hazard("D1")
-def test_a_generator_whose_status_comes_late_is_judged_by_it(
+def test_a_generator_that_sets_its_status_late_is_judged_by_it(
     collected_events: CollectedEvents,
 ) -> None:
     def app(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
@@ -404,13 +404,15 @@ def test_write_still_works(collected_events: CollectedEvents) -> None:
 
 
 @pytest.mark.hazard("D10")
-def test_wrapped_twice_it_publishes_once(collected_events: CollectedEvents) -> None:
+def test_a_middleware_wrapped_twice_publishes_once(collected_events: CollectedEvents) -> None:
     Server(OutboxMiddleware(app_of(Body([enqueuing(1)])))).serve()
     assert published(collected_events) == ["app", 1]
 
 
 @pytest.mark.parametrize("end", ["500 Oops", "raise"])
-def test_wrapped_twice_the_outer_one_decides(collected_events: CollectedEvents, end: str) -> None:
+def test_of_two_wrapped_middlewares_the_outer_one_decides(
+    collected_events: CollectedEvents, end: str
+) -> None:
     inner = OutboxMiddleware(app_of([b"ok"]))
 
     def between(environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -428,7 +430,7 @@ def test_wrapped_twice_the_outer_one_decides(collected_events: CollectedEvents, 
 
 
 @pytest.mark.hazard("D10")
-def test_a_request_within_a_request_is_a_unit_of_its_own(
+def test_a_request_within_a_request_is_a_separate_unit(
     collected_events: CollectedEvents,
 ) -> None:
     def outer(environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -457,7 +459,7 @@ def test_a_block_in_a_view_joins_the_request(collected_events: CollectedEvents) 
 
 
 @pytest.mark.hazard("D9")
-def test_called_in_one_context_and_closed_in_another_it_publishes_all_the_same(
+def test_an_application_called_in_one_context_and_closed_in_another_still_publishes(
     collected_events: CollectedEvents,
 ) -> None:
     body = contextvars.copy_context().run(Server(app_of(Body([enqueuing(1)]))).call)
@@ -506,7 +508,7 @@ def test_a_publisher_that_fails_never_fails_the_response(
 
 
 @pytest.mark.hazard("D7")
-def test_it_is_clean_under_both_validators(collected_events: CollectedEvents) -> None:
+def test_the_middleware_passes_both_validators(collected_events: CollectedEvents) -> None:
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         enqueue_event(1, "t")
         start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "2")])
@@ -536,7 +538,7 @@ def test_an_exception_after_the_status_drops_the_events(collected_events: Collec
     assert published(collected_events) == []
 
 
-def test_a_body_that_nobody_iterates_is_published_at_its_close(
+def test_the_events_of_a_body_that_is_never_iterated_are_published_at_its_close(
     collected_events: CollectedEvents,
 ) -> None:
     inner = Body([enqueuing("never")])
@@ -594,7 +596,7 @@ def test_a_block_around_a_yield_is_open_in_the_next_step(
 
     body = Server(app_of(chunks())).call()
     for _ in range(5):
-        if moving:  # a server that takes each step in a context of its own
+        if moving:  # a server that runs each step in a separate context
             contextvars.copy_context().run(next, body, None)
         else:
             next(body, None)
@@ -603,7 +605,7 @@ def test_a_block_around_a_yield_is_open_in_the_next_step(
     assert [event.payload for event in collected_events.cleared] == ["dropped", "dropped"]
 
 
-def test_a_block_that_the_application_never_ends_does_not_keep_the_request_back(
+def test_a_block_that_never_ends_does_not_hold_back_the_request(
     collected_events: CollectedEvents,
 ) -> None:
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -616,7 +618,7 @@ def test_a_block_that_the_application_never_ends_does_not_keep_the_request_back(
     assert published(collected_events) == ["request"]
 
 
-def test_a_request_that_is_tried_again_with_the_same_environ_is_collected_again(
+def test_a_retried_request_with_the_same_environ_is_collected_again(
     collected_events: CollectedEvents,
 ) -> None:
     def fails_once(environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -634,7 +636,7 @@ def test_a_request_that_is_tried_again_with_the_same_environ_is_collected_again(
     assert published(collected_events) == [2]
 
 
-def test_where_a_loop_runs_it_publishes_without_waiting(
+def test_on_a_running_loop_it_publishes_without_waiting(
     collected_events: CollectedEvents, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def serve() -> bytes:
@@ -705,7 +707,7 @@ def test_flask_turns_an_exception_into_a_500_and_nothing_is_published(
     assert published(collected_events) == ["ok"]
 
 
-def test_flask_streams_with_the_request_collecting(
+def test_events_of_a_flask_stream_are_collected_by_its_request(
     flask_client: Client, collected_events: CollectedEvents
 ) -> None:
     response = flask_client.get("/stream", buffered=True)
@@ -740,7 +742,7 @@ class Wire(wsgiref.handlers.SimpleHandler):
 @pytest.mark.hazard("D6")
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("kind", sorted(BODIES))
-def test_a_response_is_the_same_with_and_without(
+def test_a_response_is_the_same_with_and_without_the_middleware(
     collected_events: CollectedEvents, kind: str, method: str
 ) -> None:
     def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:

@@ -50,7 +50,9 @@ def of_asyncpg(url: str) -> None:
         of_sqlalchemy_and_asyncpg,
     ],
 )
-def test_a_database_that_refuses_connections_is_away(connect: Callable[[str], object]) -> None:
+def test_a_database_that_refuses_connections_counts_as_away(
+    connect: Callable[[str], object],
+) -> None:
     with free_ports(1) as [port]:
         pass
     with pytest.raises(Exception) as raised:
@@ -59,7 +61,7 @@ def test_a_database_that_refuses_connections_is_away(connect: Callable[[str], ob
 
 
 @pytest.mark.parametrize("through", ["PyMySQL", "SQLAlchemy"])
-def test_a_mariadb_that_refuses_connections_is_away(through: str) -> None:
+def test_a_mariadb_that_refuses_connections_counts_as_away(through: str) -> None:
     with free_ports(1) as [port]:
         pass
     with pytest.raises(Exception) as raised:
@@ -72,7 +74,7 @@ def test_a_mariadb_that_refuses_connections_is_away(through: str) -> None:
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
-def test_a_database_that_ends_a_connection_is_away(
+def test_a_database_that_ends_a_connection_counts_as_away(
     driver: str, mortal_postgresql: PrivatePostgreSQL
 ) -> None:
     url = make_url(mortal_postgresql.url)
@@ -93,7 +95,7 @@ def test_a_database_that_ends_a_connection_is_away(
         assert is_away(raised.value)
 
 
-def test_a_statement_that_is_wrong_is_the_messages_own_failure(postgresql_url: str) -> None:
+def test_a_wrong_statement_is_a_failure_of_the_message(postgresql_url: str) -> None:
     url = make_url(postgresql_url).set(drivername="postgresql")
     for module in (psycopg, psycopg2):
         connection = module.connect(url.render_as_string(hide_password=False))
@@ -103,7 +105,7 @@ def test_a_statement_that_is_wrong_is_the_messages_own_failure(postgresql_url: s
         connection.close()
 
 
-def test_a_socket_of_the_handlers_own_is_no_database() -> None:
+def test_a_socket_of_the_handler_is_not_taken_for_a_database() -> None:
     with pytest.raises(OSError) as raised:
         raise ConnectionRefusedError
     assert not is_away(raised.value)

@@ -67,7 +67,7 @@ def dead_letters(place: Place, queue: str, count: int = 1) -> list[Delivery]:
 # ------------------------------------------------------------------------------- retries
 
 
-def test_a_failed_attempt_comes_again_after_its_delay_as_the_message_was(
+def test_a_failed_attempt_is_retried_after_its_delay_with_the_same_message(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     seen: list[tuple[float, ReceivedEvent]] = []
@@ -99,7 +99,7 @@ def test_a_failed_attempt_comes_again_after_its_delay_as_the_message_was(
 
 
 @pytest.mark.hazard("C6")
-def test_after_the_last_attempt_the_dead_letter_tells_all_of_it(
+def test_after_the_last_attempt_the_dead_letter_reports_everything(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     @consumer(made(place, name), retry=RetryPolicy(max_attempts=3, delay=0))
@@ -131,7 +131,7 @@ def test_after_the_last_attempt_the_dead_letter_tells_all_of_it(
     assert "life.py" not in traced
 
 
-def test_a_retry_can_be_asked_for_with_a_delay_of_its_own(
+def test_a_handler_can_ask_for_a_retry_with_its_own_delay(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     times: list[float] = []
@@ -148,7 +148,7 @@ def test_a_retry_can_be_asked_for_with_a_delay_of_its_own(
     assert 1.99 <= times[1] - times[0] < 4
 
 
-def test_poison_beside_good_ones_holds_up_nobody_and_all_of_it_ends_with_its_reason(
+def test_poison_messages_do_not_hold_up_good_ones_and_are_dead_lettered_with_their_reasons(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     done: Counter[int] = Counter()
@@ -171,7 +171,7 @@ def test_poison_beside_good_ones_holds_up_nobody_and_all_of_it_ends_with_its_rea
     assert place.count(name) == 0
 
 
-def test_a_replayed_dead_letter_begins_with_the_first_attempt(
+def test_a_replayed_dead_letter_starts_again_at_the_first_attempt(
     place: Place, publisher: Publisher, name: str
 ) -> None:
 
@@ -191,7 +191,7 @@ def test_a_replayed_dead_letter_begins_with_the_first_attempt(
     assert attempts == [1, 2, 1]
 
 
-def test_follow_ons_of_a_failed_attempt_are_dropped_and_of_the_next_one_published(
+def test_follow_ons_of_a_failed_attempt_are_dropped_and_those_of_the_next_are_published(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     made(place, name)
@@ -262,7 +262,7 @@ def test_a_handler_that_takes_too_long_is_retried_and_its_thread_replaced(
     assert place.count(f"{name}-late") == 0
 
 
-def test_without_a_retry_a_timeout_is_a_dead_letter_and_settles_once(
+def test_a_timeout_without_a_retry_policy_is_dead_lettered_and_settles_once(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     release = threading.Event()
@@ -281,7 +281,7 @@ def test_without_a_retry_a_timeout_is_a_dead_letter_and_settles_once(
 
 
 @pytest.mark.hazard("G4")
-def test_late_handlers_beyond_the_number_of_threads_cost_places_until_they_end(
+def test_too_many_late_handlers_reduce_the_concurrency_until_they_end(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     release = threading.Event()
@@ -305,7 +305,7 @@ def test_late_handlers_beyond_the_number_of_threads_cost_places_until_they_end(
         wait_until(lambda: worker.late == 0)
 
 
-def test_a_handler_within_its_time_is_left_alone(
+def test_a_handler_within_its_timeout_is_left_alone(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     done: list[str] = []
@@ -327,7 +327,7 @@ def test_a_handler_within_its_time_is_left_alone(
 
 
 @pytest.mark.hazard("B12")
-def test_coroutines_run_side_by_side_up_to_the_concurrency(
+def test_coroutines_run_concurrently_up_to_the_limit(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     running: set[str] = set()
@@ -402,7 +402,7 @@ def test_a_coroutine_that_takes_too_long_is_cancelled_and_retried(
 
 
 @pytest.mark.parametrize("how", ["returns", "raises"])
-def test_a_coroutine_whose_time_is_over_has_failed_whatever_it_makes_of_that(
+def test_a_coroutine_that_times_out_has_failed_however_it_reacts(
     place: Place, publisher: Publisher, name: str, how: str
 ) -> None:
     told: list[str] = []
@@ -431,7 +431,7 @@ def test_a_coroutine_whose_time_is_over_has_failed_whatever_it_makes_of_that(
     assert told == ["timeout"]
 
 
-def test_a_coroutine_that_goes_on_when_it_is_cancelled_is_given_up_and_its_place_taken(
+def test_a_coroutine_that_ignores_its_cancellation_is_abandoned_and_replaced(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     done: list[str] = []
@@ -470,7 +470,7 @@ def test_a_coroutine_that_goes_on_when_it_is_cancelled_is_given_up_and_its_place
     assert place.count(name) == 0
 
 
-def test_a_stop_does_not_wait_for_a_coroutine_that_was_given_up(
+def test_a_stop_does_not_wait_for_an_abandoned_coroutine(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     release = asyncio.Event()
@@ -507,7 +507,7 @@ def test_a_coroutine_that_cancels_itself_has_failed(
 
 
 @pytest.mark.hazard("B8", "B15")
-def test_a_stop_lets_coroutines_finish_and_gives_back_what_does_not(
+def test_a_stop_lets_coroutines_finish_and_gives_back_unfinished_messages(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     done: list[int] = []
@@ -535,7 +535,7 @@ def test_a_stop_lets_coroutines_finish_and_gives_back_what_does_not(
     assert place.count(dead_letter_queue(name)) == 0
 
 
-def test_each_coroutine_has_a_context_and_a_collector_of_its_own(
+def test_each_coroutine_has_its_own_context_and_collector(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     mine: contextvars.ContextVar[str] = contextvars.ContextVar("mine", default="nobody's")
@@ -559,7 +559,7 @@ def test_each_coroutine_has_a_context_and_a_collector_of_its_own(
     assert len({one.message_id for one in follow_ons}) == len(sent)
 
 
-def test_plain_and_asynchronous_consumers_share_a_worker(
+def test_synchronous_and_asynchronous_consumers_share_a_worker(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     done: list[str] = []
@@ -584,7 +584,7 @@ def test_plain_and_asynchronous_consumers_share_a_worker(
 # ------------------------------------------------------------------------------- databases
 
 
-def test_a_session_that_a_handler_left_in_a_mess_is_not_the_next_ones(
+def test_a_broken_session_of_one_handler_is_not_passed_to_the_next(
     place: Place, publisher: Publisher, tmp_path: Path, name: str
 ) -> None:
     engine = create_engine(f"sqlite:///{tmp_path}/shop.db")
@@ -660,7 +660,7 @@ def test_djangos_connections_are_closed_between_messages(tmp_path: Path) -> None
 
 @pytest.mark.hazard("G2")
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
-def test_whatever_a_handler_raises_is_a_failed_attempt_and_not_an_endless_one(
+def test_any_exception_of_a_handler_is_a_failed_attempt_and_not_an_endless_one(
     place: Place, publisher: Publisher, name: str, raised: type[BaseException]
 ) -> None:
     attempts: list[int] = []
@@ -687,7 +687,7 @@ def test_whatever_a_handler_raises_is_a_failed_attempt_and_not_an_endless_one(
 
 @pytest.mark.hazard("G2")
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, GeneratorExit])
-def test_whatever_a_coroutine_raises_is_a_failed_attempt_too(
+def test_any_exception_of_a_coroutine_is_a_failed_attempt_too(
     place: Place, publisher: Publisher, name: str, raised: type[BaseException]
 ) -> None:
     @consumer(made(place, name))
@@ -702,7 +702,7 @@ def test_whatever_a_coroutine_raises_is_a_failed_attempt_too(
 
 
 @pytest.mark.hazard("B8")
-def test_a_coroutine_that_cancels_its_own_task_has_failed_and_is_not_tried_for_ever(
+def test_a_coroutine_that_cancels_its_own_task_has_failed_and_is_not_retried_forever(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     @consumer(made(place, name))
@@ -720,7 +720,7 @@ def test_a_coroutine_that_cancels_its_own_task_has_failed_and_is_not_tried_for_e
 
 
 @pytest.mark.hazard("B8", "C6")
-def test_what_a_coroutine_makes_of_being_stopped_is_no_failed_attempt(
+def test_a_coroutine_being_stopped_is_not_a_failed_attempt_however_it_reacts(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     began = threading.Event()
@@ -754,7 +754,7 @@ def test_what_a_coroutine_makes_of_being_stopped_is_no_failed_attempt(
 
 
 @pytest.mark.hazard("G4")
-def test_a_stop_waits_for_who_ends_the_message_of_a_late_handler(
+def test_a_stop_waits_for_the_message_of_a_late_handler_to_be_settled(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     began, release = threading.Event(), threading.Event()
@@ -782,7 +782,7 @@ def test_a_stop_waits_for_who_ends_the_message_of_a_late_handler(
 
 
 @pytest.mark.hazard("G4")
-def test_a_handler_that_ends_just_after_its_time_settles_nothing_whatever_its_filters_swallow(
+def test_a_handler_that_ends_just_after_its_timeout_settles_nothing_whatever_its_filters_swallow(
     place: Place, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = threading.Event()

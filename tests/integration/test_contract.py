@@ -106,18 +106,18 @@ def test_the_report_names_every_event_in_order(taker: Publisher) -> None:
     assert report.ok
 
 
-def test_a_chunk_of_nothing_is_published_at_once(taker: Publisher) -> None:
+def test_an_empty_chunk_is_published_at_once(taker: Publisher) -> None:
     assert taker.publish([]) == PublishReport()
 
 
-def test_what_is_published_is_not_kept_and_is_counted(taker: Publisher) -> None:
+def test_a_published_event_is_counted_and_not_kept(taker: Publisher) -> None:
     taker.publish(events_for(taker, ["a"] * 3))
     stats = taker.stats()
     assert (stats.published, stats.kept, stats.ever_kept) == (3, 0, 0)
     assert taker.kept == ()
 
 
-def test_many_threads_publish_side_by_side(taker: Publisher) -> None:
+def test_many_threads_publish_concurrently(taker: Publisher) -> None:
     reports: list[PublishReport] = []
 
     def act() -> None:
@@ -165,7 +165,7 @@ def test_publishing_on_a_running_loop_is_refused_and_its_async_twin_works(
         ({"deliver_at": datetime.datetime(2030, 1, 1)}, "time zone"),
     ],
 )
-def test_what_cannot_be_carried_is_refused_in_the_callers_line(
+def test_an_invalid_event_is_refused_at_the_callers_line(
     taker: Publisher, options: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(InvalidEvent, match=told):
@@ -182,7 +182,7 @@ def test_a_failed_block_publishes_nothing(taker: Publisher) -> None:
 # ----------------------------------------------------------------------------- delivering
 
 
-def test_an_event_is_delivered_with_all_that_the_wire_format_promises(
+def test_an_event_is_delivered_with_everything_the_wire_format_promises(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     with reading(place, name, ["order.*"]) as reader:
@@ -269,7 +269,7 @@ def test_every_queue_that_matches_gets_an_event_once(
     assert [place.count(f"{name}-{n}") for n in (1, 2, 3)] == [0, 0, 0]
 
 
-def test_a_queue_that_another_process_binds_later_gets_what_is_published_then(
+def test_a_queue_bound_later_by_another_process_gets_events_published_after_that(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     before = events_for(publisher, ["a.b"], unroutable="ignore")
@@ -280,7 +280,7 @@ def test_a_queue_that_another_process_binds_later_gets_what_is_published_then(
     assert place.count(name) == 1
 
 
-def test_the_exchange_without_a_name_leads_to_the_queue_of_that_name(
+def test_the_unnamed_exchange_delivers_to_the_queue_named_by_the_target(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     queue = f"{name}.*"
@@ -295,7 +295,7 @@ def test_the_exchange_without_a_name_leads_to_the_queue_of_that_name(
     assert (found.exchange, found.target, found.message_id) == ("", queue, event.id)
 
 
-def test_a_message_that_nobody_settled_comes_again_in_its_place_to_the_next_worker(
+def test_an_unsettled_message_is_redelivered_in_its_old_place_to_the_next_worker(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     with reading(place, name, ["a"]) as reader:
@@ -312,7 +312,7 @@ def test_a_message_that_nobody_settled_comes_again_in_its_place_to_the_next_work
     assert not found[-1].redelivered
 
 
-def test_what_is_given_back_comes_again(place: Place, publisher: Publisher, name: str) -> None:
+def test_a_message_given_back_is_redelivered(place: Place, publisher: Publisher, name: str) -> None:
     with reading(place, name) as reader:
         sent = events_for(publisher, [name])
         publisher.publish(sent)
@@ -327,7 +327,7 @@ def test_what_is_given_back_comes_again(place: Place, publisher: Publisher, name
     )
 
 
-def test_delayed_events_of_a_chunk_come_when_their_time_has_come_and_never_before(
+def test_delayed_events_of_a_chunk_arrive_when_they_are_due_and_never_earlier(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     with reading(place, name, ["a.*"]) as reader:
@@ -363,7 +363,7 @@ def test_a_consumer_sees_nothing_of_the_delay(
     assert (event.attempt, event.redelivered) == (1, False)
 
 
-def test_no_more_than_the_prefetch_is_out_at_a_time(
+def test_no_more_messages_than_the_prefetch_are_delivered_at_a_time(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     with reading(place, name, prefetch=3) as reader:
@@ -377,7 +377,7 @@ def test_no_more_than_the_prefetch_is_out_at_a_time(
 # ----------------------------------------------------------------------------- unroutable
 
 
-def test_what_is_unroutable_is_parked_failed_or_ignored_and_its_siblings_are_published(
+def test_an_unroutable_event_is_parked_failed_or_ignored_and_its_siblings_are_published(
     place: Place, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     rejected: list[tuple[Event, str]] = []
@@ -406,7 +406,7 @@ def test_what_is_unroutable_is_parked_failed_or_ignored_and_its_siblings_are_pub
 
 
 @pytest.mark.parametrize("policy", ["park", "fail", "ignore"])
-def test_the_publishers_policy_is_for_events_that_have_none(
+def test_the_publishers_policy_applies_to_events_without_one(
     place: Place, policy: Any, name: str
 ) -> None:
     with place.publisher(unroutable=policy) as publisher:
@@ -422,7 +422,7 @@ def test_the_publishers_policy_is_for_events_that_have_none(
     assert fates["fail" if policy == "park" else "park"] == tuple(own)
 
 
-def test_a_parked_event_is_as_it_was_with_its_address_and_the_reason(
+def test_a_parked_event_is_unchanged_and_has_its_address_and_the_reason(
     place: Place, publisher: Publisher
 ) -> None:
     [event] = events_for(publisher, ["lost.one"], headers=HEADERS, key="k", priority=1)
@@ -451,7 +451,7 @@ def test_parked_events_keep_their_order(place: Place, publisher: Publisher) -> N
 # ------------------------------------------------------------------------------- consuming
 
 
-def test_a_dead_letter_has_the_reason_and_all_that_the_message_had(
+def test_a_dead_letter_has_the_reason_and_everything_from_the_message(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     @consumer(made(place, name, "order.*"), topics=["order.*"])
@@ -480,7 +480,7 @@ def test_a_dead_letter_has_the_reason_and_all_that_the_message_had(
     assert place.count(name) == 0
 
 
-def test_a_second_run_knows_that_it_is_one_and_its_follow_ons_have_the_same_ids(
+def test_a_second_run_is_marked_redelivered_and_its_follow_ons_have_the_same_ids(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     made(place, name)
@@ -518,7 +518,7 @@ def test_the_same_message_has_follow_ons_of_the_same_ids_over_every_transport(
         assert ids(reader.get()) == ["534dd04d-b6bd-51e4-9a31-689698afa1c5"]
 
 
-def test_what_was_handed_in_is_published_before_close_returns(
+def test_submitted_events_are_published_before_close_returns(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     place.bind(name, place.exchange, "#")
@@ -534,7 +534,7 @@ def test_what_was_handed_in_is_published_before_close_returns(
 
 @pytest.mark.hazard("C11")
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 50), (4, 50), (2, 1)])
-def test_all_messages_of_a_queue_begin_before_any_of_the_next(
+def test_all_messages_of_a_queue_start_before_any_of_the_next(
     place: Place,
     publisher: Publisher,
     name: str,
@@ -557,7 +557,7 @@ def test_all_messages_of_a_queue_begin_before_any_of_the_next(
     assert begun == [queue for queue in queues for _ in range(count)]
 
 
-def test_what_comes_later_to_a_queue_before_begins_before_what_already_waits_in_the_worker(
+def test_new_messages_of_a_preferred_queue_start_before_others_already_waiting_in_the_worker(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     begun: list[str] = []
@@ -579,7 +579,7 @@ def test_what_comes_later_to_a_queue_before_begins_before_what_already_waits_in_
     assert begun == [low] + [high] * 30 + [low] * 29
 
 
-def test_a_queue_that_trickles_holds_up_none_behind_it(
+def test_a_preferred_queue_with_a_trickle_of_messages_does_not_hold_up_others(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     begun: list[str] = []
@@ -621,7 +621,7 @@ def has_come(worker: Worker, queue: str, count: int) -> bool:
 
 
 @pytest.mark.hazard("C11")
-def test_the_higher_priority_begins_before_what_already_waits_in_the_worker(
+def test_a_higher_priority_starts_before_messages_already_waiting_in_the_worker(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     begun: list[int | None] = []
@@ -666,7 +666,7 @@ def test_parked_events_are_listed_and_replayed_as_they_were(
         assert message.headers == headers_of(event)
 
 
-def test_a_replayed_dead_letter_comes_to_the_consumer_it_died_in_as_it_was_at_first(
+def test_a_replayed_dead_letter_reaches_the_consumer_it_died_in_unchanged(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     seen: list[ReceivedEvent] = []
@@ -702,6 +702,6 @@ def test_messages_are_deleted_one_by_one(place: Place, publisher: Publisher) -> 
     assert [one.id for one in selected(place, PARKING_QUEUE)] == ids([events[0], events[2]])
 
 
-def test_a_queue_that_is_not_there_cannot_be_looked_into(place: Place) -> None:
+def test_browsing_a_missing_queue_is_refused(place: Place) -> None:
     with parked_in(place) as parked, pytest.raises(UsageError, match=r"has no queue 'no\.dead'"):
         parked.count("no.dead")

@@ -15,7 +15,7 @@ from tests.waiting import wait_until
 
 
 @pytest.mark.hazard("C13")
-def test_when_the_dead_letters_queue_is_deleted_a_poison_message_waits_until_it_is_there_again(
+def test_if_the_dead_letter_queue_is_deleted_a_poison_message_waits_until_it_exists_again(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     begun, deleted = threading.Event(), threading.Event()

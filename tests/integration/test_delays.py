@@ -53,7 +53,7 @@ def came_in_time(event: Event, at: datetime.datetime) -> bool:
 
 
 @pytest.mark.hazard("C12")
-def test_delayed_events_come_in_the_order_of_their_time_and_none_early(
+def test_delayed_events_arrive_in_the_order_of_their_due_times_and_none_early(
     place: RabbitMQPlace, publisher: Publisher, name: str
 ) -> None:
     with reading(place, name) as reader:
@@ -69,7 +69,7 @@ def test_delayed_events_come_in_the_order_of_their_time_and_none_early(
 
 
 @pytest.mark.parametrize("kind", ["default", "topic", "direct", "fanout"])
-def test_over_any_exchange_an_event_arrives_with_its_own_address_and_properties(
+def test_an_event_arrives_over_any_exchange_with_its_own_address_and_properties(
     place: RabbitMQPlace, publisher: Publisher, inspector: Inspector, name: str, kind: str
 ) -> None:
     target = name if kind == "default" else "order.placed"
@@ -94,7 +94,7 @@ def test_over_any_exchange_an_event_arrives_with_its_own_address_and_properties(
     assert headers == {**HEADERS, "outbox-format": 1, "outbox-key": "k"}
 
 
-def test_a_target_that_ends_like_another_does_not_reach_its_queue(
+def test_a_target_that_ends_with_another_target_does_not_reach_the_other_queue(
     place: RabbitMQPlace, publisher: Publisher, name: str
 ) -> None:
     longest = f"{'a.' * 108}{name}"[:255].ljust(255, "x")
@@ -136,7 +136,7 @@ def test_other_clients_see_the_event_and_where_it_was_published(
     assert {one: found.properties.headers[one] for one in HEADERS} == HEADERS
 
 
-def test_days_are_waited_for_on_levels_that_are_made_when_first_needed(
+def test_delays_of_days_use_levels_that_are_declared_when_first_needed(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name)
@@ -156,14 +156,16 @@ def test_days_are_waited_for_on_levels_that_are_made_when_first_needed(
             inspector.channel.queue_delete(f"outbox.delay.{level}")
 
 
-def test_more_than_eight_years_are_refused_in_the_callers_line(publisher: Publisher) -> None:
+def test_a_delay_of_more_than_eight_years_is_refused_at_the_callers_line(
+    publisher: Publisher,
+) -> None:
     with pytest.raises(InvalidEvent, match="longer than 3106 days"):
         events_for(publisher, ["a"], delay=datetime.timedelta(days=3107))
     with pytest.raises(InvalidEvent, match="longer than 3106 days"):
         events_for(publisher, ["a"], deliver_at=datetime.datetime.max.replace(tzinfo=datetime.UTC))
 
 
-def test_an_event_that_was_kept_is_delayed_by_the_time_that_is_left(
+def test_a_kept_event_is_delayed_by_the_remaining_time(
     proxy: FaultProxy, place: RabbitMQPlace, name: str
 ) -> None:
     with reading(place, name) as reader, Publisher(proxy.url, exchange=name) as publisher:
@@ -181,7 +183,7 @@ def test_an_event_that_was_kept_is_delayed_by_the_time_that_is_left(
             assert came_in_time(event, at) or event is events[0]
 
 
-def test_an_event_whose_time_has_come_is_published_at_once(
+def test_an_event_that_is_already_due_is_published_at_once(
     place: RabbitMQPlace, publisher: Publisher, name: str
 ) -> None:
     with reading(place, name) as reader:
@@ -196,7 +198,7 @@ def test_an_event_whose_time_has_come_is_published_at_once(
 
 
 @pytest.mark.hazard("C7")
-def test_what_is_delayed_again_and_again_has_nothing_of_the_brokers_about_it(
+def test_an_event_delayed_repeatedly_carries_no_headers_of_the_broker(
     place: RabbitMQPlace, publisher: Publisher, name: str
 ) -> None:
     """A broker that finds its own record of the last time drops the message as one in a circle."""
@@ -240,7 +242,7 @@ def exists(inspector: Inspector, queue: str) -> bool:
     return True
 
 
-def test_to_a_queue_or_an_exchange_that_is_not_there_it_is_parked_and_its_siblings_are_published(
+def test_a_delayed_event_to_a_missing_queue_or_exchange_is_parked_and_its_siblings_are_published(
     place: RabbitMQPlace, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name)
@@ -263,7 +265,7 @@ def test_to_a_queue_or_an_exchange_that_is_not_there_it_is_parked_and_its_siblin
 
 
 @pytest.mark.hazard("C13")
-def test_when_its_queue_is_gone_at_its_time_it_is_parked_and_can_be_replayed(
+def test_a_delayed_event_whose_queue_is_gone_when_due_is_parked_and_can_be_replayed(
     place: RabbitMQPlace, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name)
@@ -288,7 +290,7 @@ def test_when_its_queue_is_gone_at_its_time_it_is_parked_and_can_be_replayed(
     }
 
 
-def test_a_consumers_queue_that_was_deleted_and_made_anew_gets_what_is_on_its_way(
+def test_a_consumers_queue_that_was_deleted_and_redeclared_gets_the_delayed_events(
     place: RabbitMQPlace, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     with reading(place, name):
@@ -302,7 +304,7 @@ def test_a_consumers_queue_that_was_deleted_and_made_anew_gets_what_is_on_its_wa
 
 
 @pytest.mark.hazard("C13")
-def test_what_nobody_is_bound_for_at_its_time_holds_nobody_up(
+def test_delayed_events_without_a_binding_when_due_do_not_hold_up_others(
     place: RabbitMQPlace, publisher: Publisher, name: str
 ) -> None:
     with reading(place, name, ["wanted"]) as reader:
@@ -317,7 +319,7 @@ def test_what_nobody_is_bound_for_at_its_time_holds_nobody_up(
             assert came_in_time(event, at)
 
 
-def test_with_an_alternate_exchange_what_nobody_is_bound_for_is_parked(
+def test_with_an_alternate_exchange_unbound_delayed_events_are_parked(
     place: RabbitMQPlace, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     exchange = f"{name}-alternate"
@@ -336,7 +338,7 @@ def test_with_an_alternate_exchange_what_nobody_is_bound_for_is_parked(
     "broken",
     ["queue outbox.delay.00", "exchange outbox.delay.00", "exchange outbox.delay.due"],
 )
-def test_parts_of_the_ladder_that_somebody_has_deleted_are_made_anew(
+def test_deleted_parts_of_the_ladder_are_redeclared(
     place: RabbitMQPlace, publisher: Publisher, inspector: Inspector, name: str, broken: str
 ) -> None:
     with reading(place, name) as reader:
@@ -368,7 +370,7 @@ def exchange_exists(inspector: Inspector, exchange: str) -> bool:
     return True
 
 
-def test_without_declaring_a_ladder_that_is_there_is_used(
+def test_an_existing_ladder_is_used_without_declaring(
     place: RabbitMQPlace, publisher: Publisher, name: str
 ) -> None:
     with reading(place, name) as reader:
@@ -382,7 +384,7 @@ def test_without_declaring_a_ladder_that_is_there_is_used(
     assert came_in_time(event, at)
 
 
-def test_without_declaring_a_level_that_is_not_there_parks_the_event(
+def test_a_missing_level_parks_the_event_without_declaring(
     place: RabbitMQPlace, publisher: Publisher, name: str
 ) -> None:
     with place.publisher(declare="never") as other:
@@ -398,7 +400,7 @@ def test_without_declaring_a_level_that_is_not_there_parks_the_event(
 
 
 @pytest.mark.hazard("C9")
-def test_a_ladder_with_other_arguments_keeps_the_delayed_events_and_is_told(
+def test_a_ladder_with_other_arguments_is_reported_and_the_delayed_events_are_kept(
     place: RabbitMQPlace,
     publisher: Publisher,
     inspector: Inspector,
@@ -417,7 +419,7 @@ def test_a_ladder_with_other_arguments_keeps_the_delayed_events_and_is_told(
 
 
 @pytest.mark.hazard("C9")
-def test_the_ladder_is_made_of_what_the_wire_format_says(
+def test_the_ladder_is_declared_as_the_wire_format_says(
     place: RabbitMQPlace, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     with reading(place, name) as reader:

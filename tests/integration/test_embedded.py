@@ -51,7 +51,7 @@ def locked(path: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------- the file
 
 
-def test_the_file_and_those_beside_it_are_their_owners_alone(
+def test_the_file_and_those_beside_it_are_readable_by_their_owner_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = os.umask(0)
@@ -65,7 +65,7 @@ def test_the_file_and_those_beside_it_are_their_owners_alone(
     assert modes == {"outbox.db": 0o600, "outbox.db-wal": 0o600, "outbox.db-shm": 0o600}
 
 
-def test_a_path_that_cannot_be_trusted_or_used_is_refused_where_it_is_configured(
+def test_an_untrusted_or_unusable_path_is_refused_when_configured(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "target.db").touch()
@@ -82,7 +82,7 @@ def test_a_path_that_cannot_be_trusted_or_used_is_refused_where_it_is_configured
 
 
 @pytest.mark.parametrize(("chosen", "level"), [("", 2), ("?synchronous=normal", 1)])
-def test_the_url_decides_what_outlives_a_power_cut(
+def test_the_url_decides_what_survives_a_power_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, level: int
 ) -> None:
     seen: list[int] = []
@@ -100,7 +100,7 @@ def test_the_url_decides_what_outlives_a_power_cut(
     assert set(seen) == {level}
 
 
-def test_an_orderly_end_leaves_one_file_with_all_in_it(
+def test_a_clean_exit_leaves_a_single_file_with_everything_in_it(
     place: SQLitePlace, publisher: Publisher, name: str
 ) -> None:
     place.bind(name, place.exchange, "#")
@@ -110,7 +110,7 @@ def test_an_orderly_end_leaves_one_file_with_all_in_it(
     assert place.count(name) == 3
 
 
-def test_what_was_published_before_the_process_was_killed_is_there(
+def test_events_published_before_the_process_was_killed_are_there(
     place: SQLitePlace, name: str
 ) -> None:
     place.bind(name, place.exchange, "#")
@@ -127,7 +127,7 @@ def test_what_was_published_before_the_process_was_killed_is_there(
     assert place.count(name) == 9
 
 
-def test_without_sqlalchemy_the_extra_is_named(tmp_path: Path) -> None:
+def test_a_missing_sqlalchemy_names_the_extra(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "sys.modules['sqlalchemy'] = None\n"
@@ -147,7 +147,7 @@ def test_without_sqlalchemy_the_extra_is_named(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- it cannot be written
 
 
-def test_while_another_process_writes_callers_wait_no_longer_than_they_said(
+def test_while_another_process_writes_callers_wait_no_longer_than_their_timeout(
     place: SQLitePlace, publisher: Publisher, name: str
 ) -> None:
     place.bind(name, place.exchange, "#")
@@ -167,7 +167,7 @@ def test_while_another_process_writes_callers_wait_no_longer_than_they_said(
     ]
 
 
-def test_a_file_that_stays_locked_is_told_and_its_events_are_kept_and_written_later(
+def test_a_file_that_stays_locked_is_reported_and_its_events_are_kept_and_written_later(
     place: SQLitePlace,
     name: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -197,7 +197,7 @@ def test_a_file_that_stays_locked_is_told_and_its_events_are_kept_and_written_la
     assert place.count(name) == 1
 
 
-def test_what_a_consumer_publishes_is_withdrawn_and_not_kept_while_the_file_is_locked(
+def test_a_consumers_events_are_withdrawn_and_not_kept_while_the_file_is_locked(
     place: SQLitePlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "_PATIENCE", 0.3)
@@ -230,9 +230,7 @@ with Publisher(sys.argv[1], exchange="x", drain_timeout=20) as publisher:
 """
 
 
-def test_with_no_room_on_the_disk_events_are_kept_until_there_is(
-    place: SQLitePlace, name: str
-) -> None:
+def test_events_are_kept_while_the_disk_is_full(place: SQLitePlace, name: str) -> None:
     place.bind(name, "x", "#")
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, place.url], capture_output=True, text=True, check=False
@@ -245,7 +243,7 @@ def test_with_no_room_on_the_disk_events_are_kept_until_there_is(
     assert rows == [("small",), ("large",), ("small",)]
 
 
-def test_a_file_that_was_taken_away_is_made_anew_and_nothing_goes_where_nobody_looks(
+def test_a_removed_file_is_created_again_and_nothing_is_written_to_the_old_one(
     name: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "folder"
@@ -265,7 +263,7 @@ def test_a_file_that_was_taken_away_is_made_anew_and_nothing_goes_where_nobody_l
         assert [one.message_id for one in reader.get()] == [more[0].id]
 
 
-def test_where_there_is_no_file_any_more_events_are_kept_until_there_can_be_one(
+def test_events_are_kept_while_the_removed_file_cannot_be_created_again(
     place: SQLitePlace, publisher: Publisher, tmp_path: Path
 ) -> None:
     publisher.publish(events_for(publisher, ["a"]))
@@ -284,7 +282,7 @@ def test_where_there_is_no_file_any_more_events_are_kept_until_there_can_be_one(
     assert place.execute("SELECT type FROM outbox_events") == [(PARKING_QUEUE,)]
 
 
-def test_a_file_that_is_no_database_keeps_events_and_stops_no_process(
+def test_events_for_a_file_that_is_not_a_database_are_kept_and_the_process_can_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "o.db"
@@ -313,7 +311,7 @@ def test_an_event_that_no_row_can_hold_is_rejected_alone(
     assert [row[0] for row in rows] == [event.id for event in report.published]
 
 
-def test_without_leave_to_make_the_parking_queue_events_wait_for_it(
+def test_events_wait_for_a_parking_queue_that_may_not_be_declared(
     place: SQLitePlace, name: str
 ) -> None:
     place.bind(name, place.exchange, "good")
@@ -330,7 +328,7 @@ def test_without_leave_to_make_the_parking_queue_events_wait_for_it(
 # ----------------------------------------------------------------------------------- consuming
 
 
-def test_what_the_same_process_publishes_is_there_at_once(
+def test_events_published_by_the_same_process_arrive_at_once(
     place: SQLitePlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for setting in ("_FIRST_POLL", "_LONGEST_POLL", "_LOOK_AGAIN"):
@@ -341,7 +339,7 @@ def test_what_the_same_process_publishes_is_there_at_once(
             reader.get(timeout=5)
 
 
-def test_what_another_process_publishes_is_noticed_while_idle(
+def test_events_published_by_another_process_are_noticed_while_idle(
     place: SQLitePlace, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subscription, "_LOOK_AGAIN", 30.0)
@@ -356,7 +354,7 @@ def test_what_another_process_publishes_is_noticed_while_idle(
         assert time.monotonic() - begin < 1
 
 
-def test_an_event_with_a_delay_comes_when_its_time_has_come(
+def test_a_delayed_event_arrives_when_it_is_due(
     place: SQLitePlace, publisher: Publisher, name: str
 ) -> None:
     with reading(place, name) as reader:
@@ -376,7 +374,7 @@ def test_an_event_with_a_delay_comes_when_its_time_has_come(
     assert soon.deliver_at - milliseconds <= arrived[2] < soon.deliver_at + milliseconds * 250
 
 
-def test_the_higher_priority_comes_first(
+def test_the_higher_priority_is_delivered_first(
     place: SQLitePlace, publisher: Publisher, name: str
 ) -> None:
     place.bind(name, place.exchange, "#")
@@ -387,7 +385,7 @@ def test_the_higher_priority_comes_first(
     assert order == [events[n].id for n in (3, 1, 4, 0, 2)]
 
 
-def test_what_is_given_back_with_a_delay_comes_after_it(
+def test_a_message_given_back_with_a_delay_is_redelivered_after_it(
     place: SQLitePlace, publisher: Publisher, name: str
 ) -> None:
     with reading(place, name, prefetch=1) as reader:
@@ -399,7 +397,7 @@ def test_what_is_given_back_with_a_delay_comes_after_it(
         assert time.monotonic() - begin >= 0.29
 
 
-def test_a_message_that_takes_long_stays_with_its_worker(
+def test_a_slow_message_stays_with_its_worker(
     place: SQLitePlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subscription, "LEASE", 0.6)
@@ -426,7 +424,7 @@ def _taken_by_either(*readers: Any) -> Any:
     return found
 
 
-def test_a_lease_that_was_lost_is_noticed_and_the_message_is_settled_by_the_other(
+def test_a_lost_lease_is_noticed_and_the_other_worker_settles_the_message(
     place: SQLitePlace,
     publisher: Publisher,
     name: str,
@@ -447,7 +445,7 @@ def test_a_lease_that_was_lost_is_noticed_and_the_message_is_settled_by_the_othe
     assert place.execute("SELECT lease_token FROM outbox_events") == [("of another",)]
 
 
-def test_a_message_that_was_never_settled_goes_to_the_dead_letters_with_the_reason(
+def test_a_message_that_is_never_settled_is_dead_lettered_with_the_reason(
     place: SQLitePlace, publisher: Publisher, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with reading(place, name):
@@ -469,7 +467,7 @@ def test_a_message_that_was_never_settled_goes_to_the_dead_letters_with_the_reas
     assert repr(sent[0].id) in caplog.text
 
 
-def test_a_message_that_is_given_back_again_and_again_is_not_taken_for_a_deadly_one(
+def test_a_message_given_back_repeatedly_is_not_taken_for_a_deadly_one(
     place: SQLitePlace, publisher: Publisher, name: str
 ) -> None:
     with reading(place, name) as reader:
@@ -479,7 +477,7 @@ def test_a_message_that_is_given_back_again_and_again_is_not_taken_for_a_deadly_
         assert reader.get()[0].redelivered
 
 
-def test_queues_are_bound_to_their_names_and_topics_and_have_dead_letters(
+def test_queues_are_bound_to_their_names_and_topics_and_have_dead_letter_queues(
     place: SQLitePlace, name: str
 ) -> None:
     with reading(place, name, ["a.*", "#.z"]):
@@ -494,7 +492,7 @@ def test_queues_are_bound_to_their_names_and_topics_and_have_dead_letters(
 
 
 @pytest.mark.parametrize("declare", ["passive", "never"])
-def test_a_worker_that_may_not_declare_says_which_queue_is_missing(
+def test_a_worker_that_may_not_declare_names_the_missing_queue(
     place: SQLitePlace, name: str, declare: Any
 ) -> None:
     @consumer(name)
@@ -511,7 +509,7 @@ def test_a_worker_that_may_not_declare_says_which_queue_is_missing(
     assert place.execute("SELECT * FROM outbox_bindings") == []
 
 
-def test_a_worker_holds_its_message_while_the_file_is_locked_and_then_goes_on(
+def test_a_worker_holds_its_message_while_the_file_is_locked_and_then_continues(
     place: SQLitePlace,
     publisher: Publisher,
     name: str,
@@ -548,7 +546,7 @@ def test_a_worker_holds_its_message_while_the_file_is_locked_and_then_goes_on(
     assert len(set(runs)) == 1
 
 
-def test_a_worker_goes_on_where_the_file_was_locked_for_long(
+def test_a_worker_continues_after_the_file_was_locked_for_long(
     place: SQLitePlace,
     publisher: Publisher,
     name: str,

@@ -89,7 +89,7 @@ def place(tmp_path: Path, name: str) -> SQLitePlace:
     return SQLitePlace(str(tmp_path / "outbox.db"), name)
 
 
-def test_four_processes_publish_and_four_consume_and_none_is_told_that_the_file_is_locked(
+def test_four_processes_publish_and_four_consume_without_an_error_about_a_locked_file(
     place: SQLitePlace, name: str, tmp_path: Path
 ) -> None:
     with reading(place, name, ["n.*"]):
@@ -132,7 +132,7 @@ for n in range(15):
 """
 
 
-def test_processes_begin_on_a_new_file_at_once_and_come_and_go(tmp_path: Path) -> None:
+def test_several_processes_can_create_the_file_and_come_and_go(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/new.db"
     with contextlib.ExitStack() as stack:
         started = [
@@ -151,7 +151,7 @@ def test_processes_begin_on_a_new_file_at_once_and_come_and_go(tmp_path: Path) -
     assert set(rows) == {(f"{a}-{b}-{c}",) for a in range(4) for b in range(15) for c in range(3)}
 
 
-def test_what_a_killed_worker_had_comes_again_when_its_lease_has_ended(
+def test_messages_of_a_killed_worker_are_redelivered_when_its_lease_has_ended(
     place: SQLitePlace, name: str, tmp_path: Path
 ) -> None:
     with reading(place, name, ["n.*"]):
@@ -176,7 +176,7 @@ def test_what_a_killed_worker_had_comes_again_when_its_lease_has_ended(
 
 
 @pytest.mark.parametrize(("how", "method"), WAYS)
-def test_a_child_has_a_connection_of_its_own_and_harms_not_its_parents(
+def test_a_child_has_its_own_connection_and_does_not_harm_its_parents(
     place: SQLitePlace, name: str, tmp_path: Path, how: str, method: str
 ) -> None:
     place.bind(name, name, "#")
@@ -240,7 +240,7 @@ print("closed", flush=True)
 """
 
 
-def test_the_child_of_a_parent_that_has_ended_has_locks_of_its_own(
+def test_the_child_of_a_parent_that_has_ended_has_its_own_locks(
     place: SQLitePlace, name: str
 ) -> None:
     place.bind(name, name, "#")
@@ -268,7 +268,7 @@ def test_the_child_of_a_parent_that_has_ended_has_locks_of_its_own(
     assert rows == [("parent",), ("0",), ("1",)]
 
 
-def test_a_file_that_was_open_at_a_fork_that_nobody_told_of_is_not_used(
+def test_a_file_that_was_open_during_an_unnoticed_fork_is_not_used(
     place: SQLitePlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with place.publisher(drain_timeout=0) as publisher:
@@ -281,7 +281,7 @@ def test_a_file_that_was_open_at_a_fork_that_nobody_told_of_is_not_used(
             assert "was open when this process was forked" in str(report.error)
 
 
-def test_a_process_may_fork_at_any_moment_of_publishing(place: SQLitePlace, name: str) -> None:
+def test_a_process_may_fork_at_any_moment_while_publishing(place: SQLitePlace, name: str) -> None:
     place.bind(name, name, "#")
     done = subprocess.run(
         [sys.executable, "-c", FORKS, place.url, name],

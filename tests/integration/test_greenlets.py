@@ -72,7 +72,7 @@ def beginning(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.hazard("A17")
-def test_greenlets_side_by_side_publish_each_its_own_events(
+def test_concurrent_greenlets_publish_their_own_events(
     beginning: str, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)
@@ -95,7 +95,7 @@ for greenlet in [spawn(work, who) for who in range(20)]:
 
 
 @pytest.mark.hazard("A17")
-def test_after_an_interrupted_flush_the_next_reports_are_about_their_own_events(
+def test_after_an_interrupted_flush_later_reports_are_about_their_own_events(
     beginning: str, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name, topics=("x",))
@@ -122,7 +122,7 @@ assert [event.payload for event in report.published] == ["after"], report
     assert inspector.all(queue) == []
 
 
-def test_the_first_event_of_a_greenlet_whose_time_is_up_leaves_the_publisher_usable(
+def test_a_greenlet_that_times_out_at_its_first_event_leaves_the_publisher_usable(
     beginning: str, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)
@@ -166,7 +166,7 @@ assert publish("after").ok
 
 
 @pytest.mark.hazard("A17")
-def test_a_greenlet_that_waits_for_confirms_stops_no_other(
+def test_a_greenlet_that_waits_for_confirms_does_not_stop_others(
     beginning: str, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
@@ -190,7 +190,7 @@ print(turns, took)
     assert turns >= 5
 
 
-def test_at_exit_what_is_on_its_way_is_waited_for(
+def test_events_in_flight_are_waited_for_at_exit(
     beginning: str, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)
@@ -205,7 +205,7 @@ assert [event.payload for event in report.kept] == ["first"], report
     assert inspector.get(queue).payload == "first"
 
 
-def test_at_exit_what_cannot_be_published_is_named(
+def test_events_that_cannot_be_published_are_named_at_exit(
     beginning: str, proxy: FaultProxy, name: str
 ) -> None:
     proxy.refuse()
@@ -218,7 +218,7 @@ print(event.id)
     assert f"1 event(s) lost, never confirmed: '{output.strip()}'" in errors
 
 
-def test_a_forked_child_takes_nothing_from_its_parents_connection(
+def test_a_forked_child_does_not_touch_its_parents_connection(
     beginning: str, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     """A greenlet is there in the child too: with it, the one that has read what the broker says."""
@@ -264,7 +264,7 @@ assert publish("x").ok
     assert proxy.accepted == 1
 
 
-def test_where_nothing_was_patched_real_threads_publish(
+def test_without_patching_real_threads_publish(
     proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)

@@ -70,7 +70,7 @@ def send(publisher: Publisher, queue: str, *ids: str) -> None:
     assert publisher.publish(events).ok
 
 
-def test_a_second_delivery_is_acked_and_not_done(
+def test_a_second_delivery_is_acked_without_running_the_handler(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
     done: list[str] = []
@@ -89,7 +89,7 @@ def test_a_second_delivery_is_acked_and_not_done(
     assert place.count(name) == place.count(dead_letter_queue(name)) == 0
 
 
-def test_each_consumer_does_it_once(
+def test_each_consumer_handles_a_message_once(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
     done: list[str] = []
@@ -113,7 +113,7 @@ def test_each_consumer_does_it_once(
 
 
 @pytest.mark.parametrize("how", ["orm", "bulk", "text", "connection"])
-def test_a_transaction_that_only_reads_notes_nothing_and_the_one_that_writes_does(
+def test_a_transaction_that_only_reads_notes_nothing_but_one_that_writes_does(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str, how: str
 ) -> None:
     seen: list[tuple[int, int]] = []
@@ -153,7 +153,7 @@ def test_a_transaction_that_only_reads_notes_nothing_and_the_one_that_writes_doe
 
 
 @pytest.mark.hazard("G8")
-def test_the_note_is_committed_with_what_the_handler_does_or_not_at_all(
+def test_the_note_is_committed_with_the_handlers_work_or_not_at_all(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
     attempts: list[int] = []
@@ -180,7 +180,7 @@ def test_the_note_is_committed_with_what_the_handler_does_or_not_at_all(
 
 
 @pytest.mark.hazard("G8")
-def test_two_workers_that_do_it_at_the_same_time_do_it_once(
+def test_two_workers_with_the_same_message_do_its_work_once(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
     both = threading.Barrier(2)
@@ -204,7 +204,7 @@ def test_two_workers_that_do_it_at_the_same_time_do_it_once(
 
 
 @pytest.mark.hazard("G8")
-def test_what_fails_after_its_commit_is_a_dead_letter_that_says_so(
+def test_a_message_that_fails_after_its_commit_is_a_dead_letter_that_says_so(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
     @consumer(made(place, name), deduplicate=True, retry=RetryPolicy(delay=0))
@@ -248,7 +248,7 @@ def consuming(
         wait_until(lambda: worker.is_consuming and worker._subscription.out(queue) == 0)
 
 
-def test_what_fails_after_its_commit_is_a_dead_letter_although_its_link_is_lost(
+def test_a_message_that_fails_after_its_commit_is_a_dead_letter_even_if_its_link_is_lost(
     proxy: FaultProxy,
     through_proxy: Publisher,
     inspector: Inspector,
@@ -285,7 +285,7 @@ def test_what_fails_after_its_commit_is_a_dead_letter_although_its_link_is_lost(
     assert told == ["failure", "dead"]
 
 
-def test_events_that_follow_a_commit_by_themselves_are_not_lost_with_the_link(
+def test_events_auto_published_after_a_commit_are_not_lost_with_the_link(
     proxy: FaultProxy,
     through_proxy: Publisher,
     inspector: Inspector,
@@ -313,7 +313,7 @@ def test_events_that_follow_a_commit_by_themselves_are_not_lost_with_the_link(
     assert inspector.all(name) == inspector.all(dead_letter_queue(name)) == []
 
 
-def test_after_its_window_a_message_is_a_new_one(
+def test_after_the_deduplication_window_a_message_counts_as_new(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
     done: list[str] = []
@@ -338,7 +338,7 @@ def test_after_its_window_a_message_is_a_new_one(
     assert inbox.purge(name, 0) == 1
 
 
-def test_a_coroutine_is_noted_in_its_asynchronous_session(
+def test_a_coroutines_note_is_in_its_asynchronous_session(
     place: Place, publisher: Publisher, tmp_path: Path, name: str
 ) -> None:
     url = f"sqlite:///{tmp_path}/shop.db"
@@ -369,7 +369,7 @@ def test_a_coroutine_is_noted_in_its_asynchronous_session(
     engine.dispose()
 
 
-def test_follow_ons_stored_with_the_note_come_once(
+def test_follow_ons_stored_with_the_note_are_published_once(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
     made(place, f"{name}-all", f"{name}-next")
@@ -442,7 +442,7 @@ def test_a_database_that_is_away_at_the_start_is_waited_for(
     assert "the inbox cannot be looked at for now" in caplog.text
 
 
-def test_on_a_file_it_is_in_that_file(tmp_path: Path, name: str) -> None:
+def test_the_inbox_of_a_sqlite_transport_is_in_its_file(tmp_path: Path, name: str) -> None:
     done: list[str] = []
 
     @consumer(name, deduplicate=True)
@@ -459,7 +459,7 @@ def test_on_a_file_it_is_in_that_file(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.hazard("G8")
-def test_what_a_callback_commits_is_not_taken_for_the_handlers_work(
+def test_a_commit_in_a_callback_is_not_taken_for_the_handlers_work(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
     attempts: list[int] = []
@@ -525,7 +525,7 @@ def test_a_late_handler_cannot_commit_beside_the_attempt_that_follows(
 
 
 @pytest.mark.hazard("G8")
-def test_what_takes_too_long_after_its_commit_is_a_dead_letter_that_says_so(
+def test_a_message_that_times_out_after_its_commit_is_a_dead_letter_that_says_so(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
     release = threading.Event()
@@ -548,7 +548,7 @@ def test_what_takes_too_long_after_its_commit_is_a_dead_letter_that_says_so(
 
 
 @pytest.mark.hazard("G8")
-def test_a_session_that_names_the_database_in_other_words_notes_it_too(
+def test_a_session_with_a_different_url_of_the_same_database_writes_the_note(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -571,7 +571,7 @@ def test_a_session_that_names_the_database_in_other_words_notes_it_too(
 
 
 @pytest.mark.hazard("G9")
-def test_an_event_is_never_seen_before_the_data_that_it_tells_of(
+def test_an_event_is_never_seen_before_its_data(
     place: Place, publisher: Publisher, engine: Engine, name: str
 ) -> None:
     found: list[bool] = []

@@ -196,7 +196,7 @@ Working = tuple[Callable[[str], Consumer], list[int]]
 
 
 @pytest.mark.hazard("G8")
-def test_the_note_is_committed_with_what_the_handler_writes(working: Working, inbox: Inbox) -> None:
+def test_the_note_is_committed_with_the_handlers_writes(working: Working, inbox: Inbox) -> None:
     make, found = working
     assert outcome(make("one"), inbox) is ACK
     assert found == [1]  # not later than the data
@@ -205,7 +205,9 @@ def test_the_note_is_committed_with_what_the_handler_writes(working: Working, in
 
 
 @pytest.mark.hazard("G8")
-def test_what_is_rolled_back_is_not_noted_and_is_done_again(working: Working, inbox: Inbox) -> None:
+def test_a_rolled_back_message_is_not_noted_and_is_handled_again(
+    working: Working, inbox: Inbox
+) -> None:
     make, found = working
     assert isinstance(outcome(make("fail"), inbox), Again)
     assert (names(inbox), noted(inbox)) == ([], 0)
@@ -235,7 +237,7 @@ def test_a_transaction_that_only_reads_is_not_taken_for_the_handlers_work(
     assert found == [0, 1]
 
 
-def test_of_several_transactions_that_write_the_first_has_the_note(
+def test_the_first_of_several_writing_transactions_has_the_note(
     engine: Engine, inbox: Inbox
 ) -> None:
     found: list[int] = []
@@ -278,7 +280,7 @@ def test_a_transaction_of_another_database_is_not_joined(
     other.dispose()
 
 
-def test_the_note_goes_with_the_next_transaction_where_a_commit_has_failed(
+def test_after_a_failed_commit_the_note_goes_with_the_next_transaction(
     engine: Engine, inbox: Inbox
 ) -> None:
     found: list[int] = []
@@ -294,7 +296,7 @@ def test_the_note_goes_with_the_next_transaction_where_a_commit_has_failed(
     assert (names(inbox), found) == (["one"], [0, 1])
 
 
-def test_a_transaction_that_has_failed_and_is_committed_all_the_same_stops_nobody(
+def test_committing_a_failed_transaction_does_not_stop_the_message(
     engine: Engine, inbox: Inbox
 ) -> None:
     def process(event: ReceivedEvent) -> None:
@@ -306,7 +308,7 @@ def test_a_transaction_that_has_failed_and_is_committed_all_the_same_stops_nobod
 
 
 @pytest.mark.parametrize(("name", "left"), [("ends", 1), ("fail", 0)])
-def test_what_goes_on_when_the_message_has_ended_commits_without_a_note(
+def test_work_that_continues_after_its_message_has_ended_commits_without_a_note(
     engine: Engine, inbox: Inbox, name: str, left: int
 ) -> None:
     contexts: list[contextvars.Context] = []
@@ -320,7 +322,7 @@ def test_what_goes_on_when_the_message_has_ended_commits_without_a_note(
     assert (names(inbox), noted(inbox)) == (["later"], left)
 
 
-def test_what_the_inbox_does_itself_is_not_taken_for_the_handlers_work(
+def test_the_inboxs_own_statements_are_not_taken_for_the_handlers_work(
     engine: Engine, inbox: Inbox
 ) -> None:
     def process(event: ReceivedEvent) -> None:
@@ -332,7 +334,7 @@ def test_what_the_inbox_does_itself_is_not_taken_for_the_handlers_work(
     assert noted(inbox) == 0
 
 
-def test_a_note_counts_when_its_commit_is_over(engine: Engine, inbox: Inbox) -> None:
+def test_a_note_counts_once_its_commit_has_finished(engine: Engine, inbox: Inbox) -> None:
     found: list[bool] = []
     made: list[Message] = []
 
@@ -354,7 +356,7 @@ def test_a_note_counts_when_its_commit_is_over(engine: Engine, inbox: Inbox) -> 
     assert found == [False, True]
 
 
-def test_a_transaction_of_two_phases_has_the_note_when_it_is_prepared(
+def test_a_two_phase_transaction_has_the_note_when_it_is_prepared(
     postgresql_url: str,
 ) -> None:
     engine = create_engine(postgresql_url)
@@ -400,7 +402,7 @@ def _explicit_and_go_on(engine: Engine) -> None:
 
 @pytest.mark.hazard("G8")
 @pytest.mark.parametrize("work", [_explicit, _explicit_and_go_on], ids=lambda one: one.__name__)
-def test_of_two_that_do_it_at_the_same_time_the_second_leaves_nothing_behind(
+def test_of_two_concurrent_runs_the_second_leaves_nothing_behind(
     engine: Engine, inbox: Inbox, work: Callable[[Engine], None]
 ) -> None:
     def process(event: ReceivedEvent) -> None:
@@ -412,9 +414,7 @@ def test_of_two_that_do_it_at_the_same_time_the_second_leaves_nothing_behind(
     assert names(inbox) == ["the next"]
 
 
-def test_what_is_committed_after_the_time_is_over_leaves_nothing_behind(
-    engine: Engine, inbox: Inbox
-) -> None:
+def test_a_commit_after_the_timeout_leaves_nothing_behind(engine: Engine, inbox: Inbox) -> None:
     refused: list[CollectorClosed] = []
     made: list[Message] = []
 
@@ -433,7 +433,7 @@ def test_what_is_committed_after_the_time_is_over_leaves_nothing_behind(
     assert (names(inbox), noted(inbox)) == (["the next"], 0)
 
 
-def test_what_fails_after_a_connections_commit_is_a_dead_letter_that_says_so(
+def test_a_message_that_fails_after_a_connections_commit_is_a_dead_letter_that_says_so(
     engine: Engine, inbox: Inbox
 ) -> None:
     def process(event: ReceivedEvent) -> None:

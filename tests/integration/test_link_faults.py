@@ -82,7 +82,7 @@ def server(answer: bytes) -> Iterator[int]:
 
 @pytest.mark.hazard("A5")
 @pytest.mark.parametrize("ways", [(Way.UP,), (Way.DOWN,), (Way.UP, Way.DOWN)], ids=str)
-def test_a_half_open_link_with_events_on_their_way_is_given_up_after_the_stall_timeout(
+def test_a_half_open_link_with_events_in_flight_is_closed_after_the_stall_timeout(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str, ways: tuple[Way, ...]
 ) -> None:
     before, *during = events_for(name, 10)
@@ -100,7 +100,7 @@ def test_a_half_open_link_with_events_on_their_way_is_given_up_after_the_stall_t
 
 
 @pytest.mark.hazard("A4")
-def test_a_half_open_link_is_noticed_by_its_heartbeats_while_nothing_is_published(
+def test_heartbeats_detect_a_half_open_link_while_nothing_is_published(
     amqp_url: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checker: Any = pika.heartbeat.HeartbeatChecker
@@ -125,7 +125,7 @@ def test_a_half_open_link_is_noticed_by_its_heartbeats_while_nothing_is_publishe
 
 
 @pytest.mark.hazard("A5", "B15")
-def test_closing_over_a_half_open_link_ends_in_time_and_names_what_is_lost(
+def test_closing_over_a_half_open_link_ends_in_time_and_names_the_lost_events(
     proxy: FaultProxy, queue: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = events_for(name, 2)
@@ -141,7 +141,7 @@ def test_closing_over_a_half_open_link_ends_in_time_and_names_what_is_lost(
 
 
 @pytest.mark.hazard("A5", "B4")
-def test_a_host_that_accepts_and_says_nothing_costs_the_connect_timeout_and_the_next_is_tried(
+def test_a_silent_host_costs_the_connect_timeout_and_the_next_is_tried(
     amqp_url: str, inspector: Inspector, queue: str, name: str
 ) -> None:
     credentials, _, address = amqp_url.rpartition("@")
@@ -165,7 +165,7 @@ def test_a_host_that_accepts_and_says_nothing_costs_the_connect_timeout_and_the_
 @pytest.mark.parametrize(
     "answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"AMQP\x00\x01\x00\x00", b"\x00" * 64]
 )
-def test_a_port_that_speaks_something_else_is_told_at_once_and_the_next_host_is_tried(
+def test_a_port_that_does_not_speak_amqp_is_reported_at_once_and_the_next_host_is_tried(
     amqp_url: str, inspector: Inspector, queue: str, name: str, answer: bytes
 ) -> None:
     credentials, _, address = amqp_url.rpartition("@")
@@ -206,7 +206,7 @@ ODDITIES = {
 
 @pytest.mark.hazard("A11")
 @pytest.mark.parametrize("what", [*ERRORS, *ODDITIES])
-def test_after_any_error_between_events_the_publisher_goes_on_by_itself(
+def test_after_any_error_between_events_the_publisher_recovers_by_itself(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str, what: str
 ) -> None:
     first, *others = events_for(name, 10)
@@ -226,7 +226,7 @@ def test_after_any_error_between_events_the_publisher_goes_on_by_itself(
 @pytest.mark.hazard("A9")
 @pytest.mark.parametrize("count", [1, 9])
 @pytest.mark.parametrize("what", ERRORS)
-def test_an_error_while_events_are_on_their_way_takes_no_event_for_its_cause(
+def test_an_error_while_events_are_in_flight_is_not_blamed_on_them(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str, what: str, count: int
 ) -> None:
     first, *others = events_for(name, 1 + count)
@@ -248,7 +248,7 @@ def test_an_error_while_events_are_on_their_way_takes_no_event_for_its_cause(
 
 
 @pytest.mark.hazard("A5")
-def test_a_broker_that_blocks_costs_no_caller_its_timeout_and_gets_all_when_it_unblocks(
+def test_while_a_broker_blocks_callers_do_not_wait_and_it_gets_everything_when_it_unblocks(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str
 ) -> None:
     first, *others = events_for(name, 4)
@@ -269,7 +269,7 @@ def test_a_broker_that_blocks_costs_no_caller_its_timeout_and_gets_all_when_it_u
 
 
 @pytest.mark.hazard("A5", "B5")
-def test_a_caller_who_waits_when_the_broker_blocks_is_answered_at_once(
+def test_a_caller_waiting_when_the_broker_blocks_gets_its_report_at_once(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str
 ) -> None:
     first, second = events_for(name, 2)
@@ -286,7 +286,7 @@ def test_a_caller_who_waits_when_the_broker_blocks_is_answered_at_once(
 
 
 @pytest.mark.hazard("A2")
-def test_a_flush_costs_round_trips_by_the_chunk_and_not_by_the_event(
+def test_a_flush_costs_round_trips_per_chunk_not_per_event(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str
 ) -> None:
     with Publisher(proxy.url, exchange=name) as publisher:
@@ -320,7 +320,7 @@ def interrupt_soon() -> Iterator[Callable[[type[BaseException]], None]]:
 
 @pytest.mark.hazard("A1")
 @pytest.mark.parametrize("kind", [Interrupted, KeyboardInterrupt, SystemExit])
-def test_after_an_interrupted_wait_the_next_reports_are_about_their_own_events(
+def test_after_an_interrupted_wait_later_reports_are_about_their_own_events(
     proxy: FaultProxy,
     inspector: Inspector,
     name: str,
@@ -351,7 +351,7 @@ def test_after_an_interrupted_wait_the_next_reports_are_about_their_own_events(
 
 @pytest.mark.hazard("A11")
 @pytest.mark.parametrize("error", [FileNotFoundError, AssertionError, RuntimeError, IndexError])
-def test_whatever_is_raised_while_writing_keeps_the_events_and_replaces_the_connection(
+def test_any_exception_while_writing_keeps_the_events_and_replaces_the_connection(
     proxy: FaultProxy,
     inspector: Inspector,
     queue: str,
@@ -419,7 +419,7 @@ def test_a_poisonous_event_among_twenty_is_rejected_alone(
 @pytest.mark.parametrize(
     "exchange", ["é" * 127, "a\nb", "e" * 255], ids=["cut", "controls", "long"]
 )
-def test_a_missing_exchange_is_found_whatever_the_broker_makes_of_its_name(
+def test_a_missing_exchange_is_identified_however_the_broker_quotes_its_name(
     amqp_url: str, inspector: Inspector, queue: str, name: str, exchange: str
 ) -> None:
     good = events_for(name, 4)
@@ -433,7 +433,7 @@ def test_a_missing_exchange_is_found_whatever_the_broker_makes_of_its_name(
 
 
 @pytest.mark.hazard("A9")
-def test_headers_that_a_smaller_frame_of_the_broker_cannot_hold_reject_that_event_alone(
+def test_an_event_whose_headers_exceed_the_brokers_frame_size_is_rejected_alone(
     amqp_url: str, inspector: Inspector, queue: str, name: str
 ) -> None:
     events = events_for(name, 3)
@@ -449,7 +449,7 @@ def test_headers_that_a_smaller_frame_of_the_broker_cannot_hold_reject_that_even
 
 
 @pytest.mark.hazard("C2")
-def test_an_event_that_one_of_two_queues_refuses_is_sent_again_with_the_same_id(
+def test_an_event_refused_by_one_of_two_queues_is_sent_again_with_the_same_id(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(f"{name}-full", name, ("both",), arguments=FULL)
@@ -466,7 +466,7 @@ def test_an_event_that_one_of_two_queues_refuses_is_sent_again_with_the_same_id(
 
 
 @pytest.mark.hazard("C4")
-def test_an_alternate_exchange_with_a_queue_makes_an_event_routable_and_without_one_it_is_not(
+def test_an_event_is_routable_by_an_alternate_exchange_with_a_queue_but_not_without_one(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     alternate = f"{name}-alternate"
@@ -486,7 +486,7 @@ def test_an_alternate_exchange_with_a_queue_makes_an_event_routable_and_without_
 
 
 @pytest.mark.hazard("A5")
-def test_half_of_what_may_be_kept_is_warned_of_once(
+def test_keeping_half_of_the_maximum_warns_once(
     proxy: FaultProxy, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     proxy.refuse()
@@ -510,7 +510,7 @@ def test_reports_of_a_fault_are_complete(proxy: FaultProxy, queue: str, name: st
         assert publisher.drain(5)
 
 
-def test_draining_goes_on_trying_however_long_the_broker_was_away(
+def test_draining_keeps_trying_however_long_the_broker_was_away(
     proxy: FaultProxy, inspector: Inspector, name: str, queue: str
 ) -> None:
     with Publisher(proxy.url, exchange=name) as publisher:

@@ -40,7 +40,7 @@ def events(request: pytest.FixtureRequest) -> LiveEvents:
     return found
 
 
-def test_what_arrived_is_asserted_on(events: LiveEvents) -> None:
+def test_assertions_see_the_events_that_arrived(events: LiveEvents) -> None:
     events.assert_nothing_published()
     with auto_publishing():
         enqueue_event({"id": 1}, "order.placed", key="k", headers={"tenant": "acme"}, priority=2)
@@ -59,7 +59,7 @@ def test_what_arrived_is_asserted_on(events: LiveEvents) -> None:
     assert repr(events) == "<LiveEvents 2 published, 1 cleared>"
 
 
-def test_consumers_process_until_quiet_what_was_published_before_and_after(
+def test_consumers_process_until_quiet_events_published_before_and_after(
     events: LiveEvents,
 ) -> None:
     place(1, key="k", headers={"tenant": "acme"})
@@ -107,7 +107,7 @@ def test_a_message_that_is_given_back_is_delivered_again(events: LiveEvents) -> 
     assert [one.acked for one in events.deliver_all(Later)] == [False, True]
 
 
-def test_a_loop_of_events_is_told(events: LiveEvents) -> None:
+def test_an_endless_loop_of_events_is_reported(events: LiveEvents) -> None:
     class Echo(Consumer):
         queue = "echo"
         auto_publish = True
@@ -120,7 +120,7 @@ def test_a_loop_of_events_is_told(events: LiveEvents) -> None:
         events.deliver_all(Echo, timeout=0.5)
 
 
-def test_one_consumer_performs_one_message(events: LiveEvents) -> None:
+def test_a_single_consumer_performs_a_single_message(events: LiveEvents) -> None:
     done = events.perform(Invoices, {"id": 5}, target="order.placed")
     assert done.acked
     assert done.event.target == "order.placed"
@@ -141,7 +141,7 @@ def test_no_publisher_reaches_the_broker_that_its_url_names(events: LiveEvents) 
     assert events.assert_published("explicit").exchange == "theirs"
 
 
-def test_a_worker_of_the_applications_own_consumes_from_the_tests_broker(
+def test_the_applications_own_worker_consumes_from_the_tests_broker(
     events: LiveEvents,
 ) -> None:
     configure("amqp://127.0.0.1:1/")
@@ -193,7 +193,7 @@ def test_a_forked_child_publishes_to_the_tests_broker(events: LiveEvents) -> Non
     events.assert_published("parent", times=2)
 
 
-def test_what_is_stored_is_published_after_its_commit(events: LiveEvents, tmp_path: Any) -> None:
+def test_a_stored_event_is_published_after_its_commit(events: LiveEvents, tmp_path: Any) -> None:
     from sqlalchemy import create_engine
     from sqlalchemy.orm import Session
 
@@ -214,7 +214,7 @@ def test_what_is_stored_is_published_after_its_commit(events: LiveEvents, tmp_pa
     engine.dispose()
 
 
-def test_a_delayed_event_is_published_and_not_there_yet(events: LiveEvents) -> None:
+def test_a_delayed_event_is_published_but_does_not_arrive_yet(events: LiveEvents) -> None:
     place(1, delay=3600)
     events.assert_published("order.placed", delay=3600)
     assert events.deliver_all(Invoices) == []
@@ -234,7 +234,7 @@ def test_a_failed_assertion_shows_what_arrived(events: LiveEvents) -> None:
     assert '+     "id": 1' in str(caught.value)
 
 
-def test_recording_in_a_live_test_names_both_places(events: LiveEvents) -> None:
+def test_recording_in_a_live_test_is_refused_naming_both_places(events: LiveEvents) -> None:
     with pytest.raises(
         UsageError, match=r"by the fixture \w+_events of .*both_places.*: me cannot"
     ):
@@ -249,7 +249,7 @@ def test_virtual_hosts_are_empty_and_never_the_same(outbox_broker: PrivateBroker
         outbox_broker.give_back(url)
 
 
-def test_the_next_test_sees_nothing_of_what_one_has_left(
+def test_a_test_sees_nothing_of_the_one_before(
     outbox_broker: PrivateBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     left = auto_publishing()

@@ -150,7 +150,7 @@ def test_a_refused_password_is_in_no_log(
         f"amqp://user:{PASSWORD}@host/?no_such_option={PASSWORD}",
     ],
 )
-def test_a_url_that_cannot_be_used_is_told_without_its_password(
+def test_an_unusable_url_is_reported_without_its_password(
     url: str, log: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(UsageError) as caught:

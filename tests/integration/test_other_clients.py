@@ -43,7 +43,7 @@ def published(publisher: Publisher, target: str) -> str:
 
 
 @pytest.mark.hazard("H1")
-def test_what_kombu_publishes_is_consumed(
+def test_a_message_published_by_kombu_is_consumed(
     amqp_url: str, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     seen = Seen()
@@ -70,7 +70,7 @@ def test_what_kombu_publishes_is_consumed(
     assert reason == "undecodable: its content encoding 'binary' is not known"  # of a pickle
 
 
-def test_what_kombu_publishes_is_retried_and_keeps_its_own_headers(
+def test_a_message_published_by_kombu_is_retried_and_keeps_its_headers(
     amqp_url: str, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     def fail_at_first(event: Any) -> None:
@@ -86,7 +86,7 @@ def test_what_kombu_publishes_is_retried_and_keeps_its_own_headers(
     assert (first.attempt, second.attempt) == (1, 2)
 
 
-def test_what_outbox_publishes_kombu_reads(
+def test_kombu_reads_events_of_outbox(
     amqp_url: str, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name, ("photo.*",))
@@ -109,7 +109,7 @@ def test_what_outbox_publishes_kombu_reads(
     assert message.delivery_info["routing_key"] == "photo.new"
 
 
-def test_what_amqp_publish_sends_is_consumed(
+def test_a_message_sent_by_amqp_publish_is_consumed(
     amqp_url: str, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     seen = Seen()
@@ -124,7 +124,7 @@ def test_what_amqp_publish_sends_is_consumed(
     assert letter.body == b"a;b"
 
 
-def test_what_has_no_content_type_is_json_at_every_attempt_and_when_it_is_replayed(
+def test_a_message_without_a_content_type_is_json_at_every_attempt_and_replay(
     amqp_url: str, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     def fail(event: ReceivedEvent) -> None:
@@ -138,7 +138,7 @@ def test_what_has_no_content_type_is_json_at_every_attempt_and_when_it_is_replay
     assert letter.properties.content_type == "application/json"
 
 
-def test_what_outbox_publishes_amqp_get_reads(
+def test_amqp_get_reads_events_of_outbox(
     amqp_url: str, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name, ("photo.*",))

@@ -66,7 +66,7 @@ def test_every_event_arrives_when_the_broker_is_killed_in_the_middle_of_200_flus
 
 
 @pytest.mark.one_python
-def test_a_rollback_does_not_touch_what_an_earlier_failed_publish_has_kept(
+def test_a_rollback_does_not_touch_events_kept_from_an_earlier_publish(
     private_broker: PrivateBroker, name: str
 ) -> None:
     inspector = Inspector(private_broker.url)
@@ -143,7 +143,7 @@ def test_a_frozen_broker_costs_one_caller_its_timeout_and_nothing_is_sent_twice(
 
 
 @pytest.mark.one_python
-def test_a_connection_without_any_confirm_for_the_stall_timeout_is_given_up(
+def test_a_connection_without_a_confirm_for_the_stall_timeout_is_closed(
     private_broker: PrivateBroker, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     inspector = Inspector(private_broker.url)
@@ -169,7 +169,7 @@ def test_a_connection_without_any_confirm_for_the_stall_timeout_is_given_up(
     inspector.close()
 
 
-def test_awaiting_callers_get_their_deadline_and_their_loop_stays_free(
+def test_awaiting_callers_time_out_and_their_loop_stays_free(
     private_broker: PrivateBroker, name: str
 ) -> None:
     with Publisher(
@@ -201,9 +201,7 @@ def test_awaiting_callers_get_their_deadline_and_their_loop_stays_free(
         publisher.drain(10)
 
 
-def test_what_is_kept_is_drained_at_the_exit_of_the_process(
-    private_broker: PrivateBroker, name: str
-) -> None:
+def test_kept_events_are_drained_at_process_exit(private_broker: PrivateBroker, name: str) -> None:
     inspector = Inspector(private_broker.url)
     queue = inspector.queue(name, name, arguments=CLASSIC)
     private_broker.kill()
@@ -221,7 +219,7 @@ def test_what_is_kept_is_drained_at_the_exit_of_the_process(
     inspector.close()
 
 
-def test_what_cannot_be_drained_at_exit_is_named_in_the_log(
+def test_events_that_cannot_be_drained_at_exit_are_named_in_the_log(
     private_broker: PrivateBroker, name: str
 ) -> None:
     private_broker.kill()
@@ -269,7 +267,7 @@ def test_at_max_kept_new_work_is_refused_before_it_commits(
         assert len(publisher.kept) == 11
 
 
-def test_reconnects_and_what_was_kept_are_counted_and_told(
+def test_reconnects_and_kept_events_are_counted_and_reported(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     told: list[str] = []
@@ -302,7 +300,7 @@ def test_reconnects_and_what_was_kept_are_counted_and_told(
 
 @pytest.mark.hazard("C5")
 @pytest.mark.one_python
-def test_under_a_real_memory_alarm_publishers_keep_and_workers_go_on_acking(
+def test_under_a_real_memory_alarm_publishers_keep_events_and_workers_go_on_acking(
     private_broker: PrivateBroker, name: str
 ) -> None:
     inspector = Inspector(private_broker.url)

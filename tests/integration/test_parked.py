@@ -102,7 +102,7 @@ def replay_all(queues: ParkedQueues, queue: str, **options: Any) -> ReplayResult
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_looking_takes_nothing_and_keeps_the_order(
+def test_browsing_removes_nothing_and_keeps_the_order(
     queues: ParkedQueues, inspector: Inspector, amqp_url: str, name: str, kind: str
 ) -> None:
     queue = inspector.queue(f"{name}.dead", arguments={"x-queue-type": kind})
@@ -116,7 +116,7 @@ def test_looking_takes_nothing_and_keeps_the_order(
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_exactly_what_is_removed_is_gone_and_the_rest_stays_in_order(
+def test_only_removed_messages_are_gone_and_the_rest_stay_in_order(
     queues: ParkedQueues, inspector: Inspector, amqp_url: str, name: str, kind: str
 ) -> None:
     queue = inspector.queue(f"{name}.dead", arguments={"x-queue-type": kind})
@@ -129,7 +129,7 @@ def test_exactly_what_is_removed_is_gone_and_the_rest_stays_in_order(
     assert ids(inspector.messages(queue, len(left))) == left
 
 
-def test_what_goes_back_by_nack_to_a_newer_broker_is_all_there(
+def test_all_messages_returned_by_nack_to_a_newer_broker_are_there(
     queues: ParkedQueues,
     inspector: Inspector,
     amqp_url: str,
@@ -146,7 +146,7 @@ def test_what_goes_back_by_nack_to_a_newer_broker_is_all_there(
     assert ids(inspector.messages(queue, len(left))) == left
 
 
-def test_the_broker_tells_its_version(amqp_url: str) -> None:
+def test_the_brokers_version_is_known(amqp_url: str) -> None:
     parameters = connection_parameters(BrokerURL.parse(amqp_url), Settings(), "test")
     connection = pika_connection.BlockingConnection(parameters[0])
     assert (3, 10) <= connection.version < (100, 0)
@@ -165,7 +165,7 @@ def test_a_connection_that_ends_in_the_middle_loses_nothing(
     assert sorted(map(int, ids(inspector.messages(dead, 290)))) == list(range(10, 300))
 
 
-def test_thousands_are_replayed_in_order_in_a_few_seconds(
+def test_thousands_of_messages_are_replayed_in_order_in_a_few_seconds(
     queues: ParkedQueues, inspector: Inspector, amqp_url: str, dead: str, name: str
 ) -> None:
     park(amqp_url, dead, made(5_000, name))
@@ -178,7 +178,7 @@ def test_thousands_are_replayed_in_order_in_a_few_seconds(
     assert inspector.all(dead) == []
 
 
-def test_only_what_is_not_accepted_stays_with_the_reason(
+def test_only_messages_the_broker_does_not_accept_stay_with_the_reason(
     queues: ParkedQueues, inspector: Inspector, amqp_url: str, dead: str, name: str
 ) -> None:
     classic = {"x-queue-type": "classic"}
@@ -206,7 +206,7 @@ def test_only_what_is_not_accepted_stays_with_the_reason(
     assert ids(inspector.all(dead)) == ["3", "5", "7", "8", "foreign"]
 
 
-def test_a_poison_message_does_not_keep_its_siblings(
+def test_a_poison_message_does_not_hold_back_its_siblings(
     queues: ParkedQueues, inspector: Inspector, amqp_url: str, dead: str, name: str
 ) -> None:
     target = inspector.queue(name, name)
@@ -287,7 +287,7 @@ def test_a_message_that_pika_cannot_read_is_seen_and_stays(
     assert queues.count(dead) == 1
 
 
-def test_what_comes_back_during_a_run_is_not_replayed_again(
+def test_a_message_that_returns_during_a_run_is_not_replayed_again(
     queues: ParkedQueues, inspector: Inspector, amqp_url: str, dead: str, name: str
 ) -> None:
     inspector.queue(dead, name)  # whatever is published to the exchange comes right back
@@ -296,7 +296,7 @@ def test_what_comes_back_during_a_run_is_not_replayed_again(
     assert queues.count(dead) == 250
 
 
-def test_a_consumer_sees_the_first_address_of_a_dead_letter_that_comes_back(
+def test_a_consumer_sees_the_first_address_of_a_replayed_dead_letter(
     queues: ParkedQueues, inspector: Inspector, publisher: Publisher, name: str
 ) -> None:
     seen: list[ReceivedEvent] = []
@@ -329,7 +329,7 @@ def test_a_consumer_sees_the_first_address_of_a_dead_letter_that_comes_back(
         assert one.occurred_at == event.occurred_at
 
 
-def test_a_dead_letter_reaches_every_queue_again_at_its_original_address(
+def test_a_dead_letter_replayed_to_its_original_address_reaches_every_queue_again(
     queues: ParkedQueues, inspector: Inspector, dead: str, name: str
 ) -> None:
     one = inspector.queue(name, name, ("order.*",))
@@ -368,14 +368,14 @@ def test_a_broker_that_stops_answering_ends_the_replay_and_keeps_the_messages(
     inspector.close()
 
 
-def test_a_broker_that_dies_is_told_as_a_lost_connection(private_broker: PrivateBroker) -> None:
+def test_a_broker_that_dies_is_reported_as_a_lost_connection(private_broker: PrivateBroker) -> None:
     with pytest.raises(BrokerError, match=re.escape(f"127.0.0.1:{private_broker.port}")):
         with opened(private_broker.url) as queues:
             private_broker.kill()
             queues.count("any.dead")
 
 
-def test_of_several_hosts_the_one_that_answers_is_used_for_publishing_too(
+def test_the_host_that_answers_is_also_used_for_publishing(
     inspector: Inspector, amqp_url: str, dead: str, name: str
 ) -> None:
     target = inspector.queue(name, name)
@@ -386,7 +386,7 @@ def test_of_several_hosts_the_one_that_answers_is_used_for_publishing_too(
     assert len(inspector.messages(target, 3)) == 3
 
 
-def test_where_nobody_answers_that_is_told() -> None:
+def test_an_unreachable_broker_is_reported() -> None:
     with (
         pytest.raises(ConnectFailed, match=re.escape("127.0.0.1:1: ")),
         opened("amqp://h:h@127.0.0.1:1/"),
@@ -394,7 +394,7 @@ def test_where_nobody_answers_that_is_told() -> None:
         pass
 
 
-def test_a_queue_that_is_missing_or_held_by_another_is_told(
+def test_a_missing_or_exclusively_consumed_queue_is_reported(
     queues: ParkedQueues, inspector: Inspector, name: str
 ) -> None:
     dead = inspector.queue(f"{name}.dead", arguments={"x-queue-type": "classic"})

@@ -21,7 +21,7 @@ EVERY = (POISON + GOOD) // POISON
 
 @pytest.mark.hazard("G2")
 @pytest.mark.timeout(60)
-def test_a_thousand_among_ten_thousand_end_with_their_reasons_and_then_nobody_is_busy(
+def test_a_thousand_poison_messages_among_ten_thousand_are_dead_lettered_and_then_nothing_is_busy(
     place: Place, name: str
 ) -> None:
     done: Counter[int] = Counter()

@@ -66,7 +66,7 @@ def test_a_consumer_with_priorities_has_a_durable_classic_queue(
 
 
 @pytest.mark.hazard("C11")
-def test_priorities_of_a_quorum_queue_that_the_broker_does_not_have_are_refused_before_it_is_made(
+def test_priorities_a_quorum_queue_does_not_support_are_refused_before_it_is_declared(
     place: RabbitMQPlace, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     properties: Any = inspector._connection._impl.server_properties
@@ -89,7 +89,7 @@ def test_priorities_of_a_quorum_queue_that_the_broker_does_not_have_are_refused_
         ({"x-queue-type": "classic", "x-max-priority": 5}, "x-max-priority"),
     ],
 )
-def test_a_queue_that_is_there_with_other_priorities_is_told_by_its_argument(
+def test_an_existing_queue_with_other_priorities_is_reported_by_its_argument(
     place: RabbitMQPlace,
     publisher: Publisher,
     inspector: Inspector,

@@ -104,7 +104,7 @@ def test_ctl_speaks_to_this_node(private_broker: PrivateBroker) -> None:
 
 @linux
 @pytest.mark.usefixtures("private_broker")  # skipped where that is
-def test_stopping_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
+def test_stopping_leaves_neither_process_nor_folder(tmp_path: Path) -> None:
     with PrivateBroker(directory=tmp_path) as broker:
         folder = _folder(tmp_path)
         assert _processes_of(folder)

@@ -68,7 +68,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.hazard("A7")
 @pytest.mark.parametrize(("how", "method"), WAYS)
-def test_a_child_publishes_over_a_connection_of_its_own_and_harms_not_its_parents(
+def test_a_child_publishes_over_its_own_connection_and_does_not_harm_its_parents(
     proxy: FaultProxy, inspector: Inspector, name: str, tmp_path: Path, how: str, method: str
 ) -> None:
     queue = inspector.queue(name, name)
@@ -100,7 +100,7 @@ def test_a_child_drains_what_it_keeps_when_it_ends(
 
 @pytest.mark.hazard("A7")
 @pytest.mark.parametrize(("how", "method"), WAYS)
-def test_a_child_that_cannot_drain_names_what_is_lost(
+def test_a_child_that_cannot_drain_names_the_lost_events(
     proxy: FaultProxy, name: str, tmp_path: Path, how: str, method: str
 ) -> None:
     proxy.refuse()

@@ -32,7 +32,7 @@ def connected(proxy: FaultProxy, name: str = "") -> Iterator[pika.BlockingConnec
             connection.close()
 
 
-def test_what_is_healthy_goes_through_unchanged(proxy: FaultProxy, name: str) -> None:
+def test_a_healthy_link_passes_everything_unchanged(proxy: FaultProxy, name: str) -> None:
     with connected(proxy) as connection:
         channel = connection.channel()
         channel.queue_declare(name, exclusive=True)
@@ -54,7 +54,7 @@ def test_a_cut_resets_every_connection_and_new_ones_are_accepted(proxy: FaultPro
     assert proxy.accepted == 3
 
 
-def test_a_link_is_cut_in_place_of_the_frame_that_the_rule_names(
+def test_a_link_is_cut_instead_of_passing_the_frame_that_the_rule_names(
     proxy: FaultProxy, name: str
 ) -> None:
     seen: list[Frame] = []
@@ -93,7 +93,7 @@ def test_refused_connections_are_refused_until_it_is_healed(proxy: FaultProxy) -
 
 
 @pytest.mark.parametrize("way", Way)
-def test_a_black_hole_takes_one_direction_and_gives_it_back_when_it_is_healed(
+def test_a_black_hole_holds_one_direction_and_releases_it_when_healed(
     proxy: FaultProxy, name: str, way: Way
 ) -> None:
     with connected(proxy) as connection, connected(proxy) as other:
@@ -112,7 +112,7 @@ def test_a_black_hole_takes_one_direction_and_gives_it_back_when_it_is_healed(
         assert bodies == [b"before", b"during"]
 
 
-def test_behind_a_black_hole_a_connection_is_accepted_and_nothing_is_said(
+def test_behind_a_black_hole_a_connection_is_accepted_but_gets_no_answer(
     proxy: FaultProxy,
 ) -> None:
     proxy.black_hole()
@@ -126,7 +126,7 @@ def test_behind_a_black_hole_a_connection_is_accepted_and_nothing_is_said(
         assert client.recv(1) == b"\x01"  # Connection.Start
 
 
-def test_every_frame_takes_the_delay_in_each_direction(proxy: FaultProxy) -> None:
+def test_every_frame_is_delayed_in_each_direction(proxy: FaultProxy) -> None:
     with connected(proxy) as connection:
         channel = connection.channel()
         proxy.delay = 0.1
@@ -135,7 +135,7 @@ def test_every_frame_takes_the_delay_in_each_direction(proxy: FaultProxy) -> Non
         assert 0.2 <= time.monotonic() - begin < 1
 
 
-def test_a_frame_is_injected_into_the_connection_of_that_name_alone(proxy: FaultProxy) -> None:
+def test_a_frame_is_injected_only_into_the_connection_of_that_name(proxy: FaultProxy) -> None:
     seen: list[str] = []
     with connected(proxy, "shop one") as one, connected(proxy, "shop two") as two:
         for connection, what in ((one, "one"), (two, "two")):
@@ -152,7 +152,7 @@ def test_a_frame_is_injected_into_the_connection_of_that_name_alone(proxy: Fault
     assert sorted(seen) == ["one unblocked", "two blocked", "two unblocked"]
 
 
-def test_injected_frames_are_what_a_client_takes_them_for(proxy: FaultProxy) -> None:
+def test_a_client_recognises_injected_frames(proxy: FaultProxy) -> None:
     with connected(proxy) as connection:
         proxy.inject(HEARTBEAT)
         connection.process_data_events(0.1)

@@ -38,7 +38,7 @@ def make_events(publisher: Publisher, targets: list[str], **options: object) -> 
 
 
 @pytest.mark.hazard("B13")
-def test_a_published_event_arrives_with_all_that_the_wire_format_promises(
+def test_a_published_event_arrives_with_everything_the_wire_format_promises(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     classic = {"x-queue-type": "classic"}  # a quorum queue adds headers
@@ -135,7 +135,7 @@ def test_an_unroutable_event_is_reported_and_its_siblings_are_published(
 
 
 @pytest.mark.hazard("A3", "B2")
-def test_two_events_of_one_id_are_told_apart_by_their_address(
+def test_two_events_with_one_id_are_distinguished_by_their_address(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name, ("good",))
@@ -150,7 +150,7 @@ def test_two_events_of_one_id_are_told_apart_by_their_address(
 
 
 @pytest.mark.hazard("A8", "B3")
-def test_an_event_for_a_missing_exchange_takes_no_other_down(
+def test_an_event_for_a_missing_exchange_does_not_affect_others(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)
@@ -165,7 +165,7 @@ def test_an_event_for_a_missing_exchange_takes_no_other_down(
 
 
 @pytest.mark.hazard("C1")
-def test_what_no_queue_would_have_is_parked_with_its_address_and_the_reason(
+def test_an_event_no_queue_takes_is_parked_with_its_address_and_the_reason(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name, ("good",))
@@ -199,7 +199,7 @@ def test_what_no_queue_would_have_is_parked_with_its_address_and_the_reason(
     assert "no exchange" in letter.properties.headers["outbox-parked-reason"]
 
 
-def test_without_a_parking_queue_to_be_had_the_event_is_kept(
+def test_an_event_without_a_parking_queue_is_kept(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     inspector.channel.exchange_declare(name, "topic", durable=True)
@@ -214,7 +214,7 @@ def test_without_a_parking_queue_to_be_had_the_event_is_kept(
 
 
 @pytest.mark.hazard("C2")
-def test_an_event_that_a_full_queue_refuses_is_kept_and_blocks_nobody(
+def test_an_event_refused_by_a_full_queue_is_kept_and_blocks_no_others(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     full = {"x-max-length": 1, "x-overflow": "reject-publish"}
@@ -236,7 +236,7 @@ def test_an_event_that_a_full_queue_refuses_is_kept_and_blocks_nobody(
     assert inspector.get(f"{name}-full").id == events[1].id
 
 
-def test_what_is_not_to_be_kept_is_withdrawn_when_the_broker_refuses_it(
+def test_an_event_that_must_not_be_kept_is_withdrawn_when_the_broker_refuses_it(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     full = {"x-max-length": 1, "x-overflow": "reject-publish"}
@@ -252,7 +252,7 @@ def test_what_is_not_to_be_kept_is_withdrawn_when_the_broker_refuses_it(
 
 
 @pytest.mark.hazard("A6")
-def test_eight_threads_through_one_publisher_lose_and_mix_up_nothing(
+def test_eight_threads_through_one_publisher_neither_lose_nor_mix_up_events(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)
@@ -279,7 +279,7 @@ def test_eight_threads_through_one_publisher_lose_and_mix_up_nothing(
 
 
 @pytest.mark.hazard("A6", "B7")
-def test_three_event_loops_one_after_the_other_and_two_at_a_time_lose_nothing(
+def test_event_loops_in_turn_and_at_the_same_time_lose_nothing(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)
@@ -322,9 +322,7 @@ async def test_publishing_synchronously_on_an_event_loop_is_refused_and_loses_no
     assert inspector.get(queue).id == event.id
 
 
-def test_of_several_hosts_the_one_that_answers_is_used(
-    amqp_url: str, inspector: Inspector, name: str
-) -> None:
+def test_the_host_that_answers_is_used(amqp_url: str, inspector: Inspector, name: str) -> None:
     queue = inspector.queue(name, name)
     credentials, _, address = amqp_url.rpartition("@")
     with Publisher(f"{credentials}@127.0.0.1:1,{address}", exchange=name) as publisher:
@@ -336,7 +334,7 @@ def test_of_several_hosts_the_one_that_answers_is_used(
 
 @pytest.mark.hazard("A7")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_after_a_fork_parent_and_child_publish_over_connections_of_their_own(
+def test_after_a_fork_parent_and_child_publish_over_separate_connections(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)
@@ -369,7 +367,7 @@ def test_after_a_fork_parent_and_child_publish_over_connections_of_their_own(
     assert inspector.all(queue) == []
 
 
-def test_a_hook_that_waits_for_its_publisher_is_refused_and_harms_nobody(
+def test_a_hook_that_waits_for_its_publisher_is_refused_without_harm(
     amqp_url: str, inspector: Inspector, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     inspector.queue(name, name, ("good",))
@@ -385,7 +383,7 @@ def test_a_hook_that_waits_for_its_publisher_is_refused_and_harms_nobody(
 
 @pytest.mark.hazard("A4")
 @pytest.mark.one_python
-def test_idle_longer_than_its_heartbeat_a_publisher_is_still_connected(
+def test_a_publisher_idle_longer_than_its_heartbeat_is_still_connected(
     amqp_url: str, inspector: Inspector, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "outbox")
@@ -411,7 +409,7 @@ def test_a_closed_publisher_refuses_and_the_collector_keeps_its_events(
     assert collector.events == (event,)
 
 
-def test_a_second_configure_moves_what_is_kept(
+def test_a_second_configure_takes_over_the_kept_events(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)
@@ -424,7 +422,7 @@ def test_a_second_configure_moves_what_is_kept(
     assert inspector.get(queue).id == event.id
 
 
-def test_a_wrong_password_is_told_without_the_password(
+def test_a_wrong_password_is_reported_without_the_password(
     amqp_url: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -438,7 +436,7 @@ def test_a_wrong_password_is_told_without_the_password(
 
 
 @pytest.mark.hazard("C9")
-def test_the_exchange_of_another_type_is_told_by_the_name_of_the_argument(
+def test_an_exchange_of_another_type_is_reported_by_the_name_of_the_argument(
     amqp_url: str, inspector: Inspector, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     inspector.channel.exchange_declare(name, "fanout", durable=True)
@@ -460,7 +458,7 @@ def test_a_report_survives_pickling(publisher: Publisher, inspector: Inspector, 
 
 @pytest.mark.hazard("A8")
 @pytest.mark.one_python
-def test_events_to_a_missing_exchange_are_found_by_its_name_in_a_large_chunk(
+def test_events_to_a_missing_exchange_are_identified_by_its_name_in_a_large_chunk(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)

@@ -32,7 +32,7 @@ FULL = {"x-max-length": 1, "x-overflow": "reject-publish"}
 # ---------------------------------------------------------------------------- on a good day
 
 
-def test_what_is_stored_arrives_in_order_and_is_gone_from_the_table(
+def test_stored_events_arrive_in_order_and_are_deleted_from_the_table(
     store: Store, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
@@ -48,7 +48,7 @@ def test_what_is_stored_arrives_in_order_and_is_gone_from_the_table(
 
 
 @pytest.mark.hazard("F18")
-def test_what_is_stored_while_it_runs_arrives_soon(
+def test_events_stored_while_the_relay_runs_arrive_soon(
     store: Store, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
@@ -58,7 +58,7 @@ def test_what_is_stored_while_it_runs_arrives_soon(
             assert inspector.get(name).payload == number
 
 
-def test_relays_side_by_side_publish_each_event_once(
+def test_concurrent_relays_publish_each_event_once(
     store: Store, amqp_url: str, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
@@ -72,7 +72,7 @@ def test_relays_side_by_side_publish_each_event_once(
     assert inspector.all(name) == []
 
 
-def test_run_once_publishes_what_is_due_and_returns(
+def test_run_once_publishes_due_events_and_returns(
     store: Store, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
@@ -84,7 +84,7 @@ def test_run_once_publishes_what_is_due_and_returns(
 
 
 @pytest.mark.hazard("F13")
-def test_a_transaction_that_commits_late_with_a_lower_number_is_not_passed_over(
+def test_a_transaction_that_commits_late_with_a_lower_id_is_not_skipped(
     postgresql_store: Store, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
@@ -175,7 +175,7 @@ def test_a_broker_that_is_away_costs_no_attempt_and_loses_nothing(
 
 
 @pytest.mark.hazard("F15")
-def test_while_a_broker_says_nothing_no_transaction_is_open_and_a_stop_gives_back(
+def test_while_a_broker_does_not_answer_no_transaction_is_open_and_a_stop_releases_the_rows(
     postgresql_store: Store, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     store = postgresql_store
@@ -205,7 +205,7 @@ def test_while_a_broker_says_nothing_no_transaction_is_open_and_a_stop_gives_bac
 
 
 @pytest.mark.one_python
-def test_a_full_queue_is_tried_again_and_holds_up_nobody(
+def test_a_full_queue_is_retried_and_holds_up_no_other_events(
     store: Store, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name, ("free",))
@@ -220,7 +220,7 @@ def test_a_full_queue_is_tried_again_and_holds_up_nobody(
         wait_until(lambda: is_empty(store))
 
 
-def test_what_can_never_be_published_dies_alone_with_its_reason(
+def test_an_event_that_can_never_be_published_dies_alone_with_its_reason(
     store: Store, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name, ("good",))
@@ -251,7 +251,7 @@ def test_what_can_never_be_published_dies_alone_with_its_reason(
     assert relay.stats().buried == 1
 
 
-def test_an_unroutable_event_is_parked_and_done(
+def test_an_unroutable_event_is_parked_and_its_row_deleted(
     store: Store, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name, ("good",))
@@ -261,7 +261,7 @@ def test_an_unroutable_event_is_parked_and_done(
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-def test_run_once_raises_when_the_broker_is_away_and_gives_back(
+def test_run_once_raises_when_the_broker_is_away_and_releases_the_rows(
     store: Store, proxy: FaultProxy, name: str, ordered: bool
 ) -> None:
     store.put(many(3, name, key="k"))
@@ -276,7 +276,7 @@ def test_run_once_raises_when_the_broker_is_away_and_gives_back(
 
 
 @pytest.mark.hazard("F16")
-def test_a_connection_lost_between_confirm_and_delete_repeats_the_same_ids_at_most(
+def test_a_connection_lost_between_confirm_and_delete_only_repeats_the_same_ids(
     postgresql_url: str, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     store = opened(postgresql_url)
@@ -294,7 +294,7 @@ def test_a_connection_lost_between_confirm_and_delete_repeats_the_same_ids_at_mo
 
 @pytest.mark.hazard("F21")
 @pytest.mark.one_python
-def test_a_database_that_is_restarted_ends_no_relay(
+def test_a_restarted_database_does_not_end_a_relay(
     mortal_postgresql: PrivatePostgreSQL, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     mortal_postgresql.start()
@@ -315,7 +315,9 @@ def test_a_database_that_is_restarted_ends_no_relay(
     store.engine.dispose()
 
 
-def test_a_missing_table_is_told_at_the_start(postgresql_url: str, publisher: Publisher) -> None:
+def test_a_missing_table_is_reported_at_the_start(
+    postgresql_url: str, publisher: Publisher
+) -> None:
     with pytest.raises(UsageError, match="outbox sql create"):
         Relay(postgresql_url, publisher).start()
 
@@ -365,7 +367,7 @@ POINTS: dict[str, tuple[str, Rule]] = {
 @pytest.mark.hazard("F16")
 @pytest.mark.one_python
 @pytest.mark.parametrize("point", POINTS)
-def test_a_relay_killed_at_any_point_loses_nothing_and_repeats_the_same_ids_at_most(
+def test_a_relay_killed_at_any_point_loses_nothing_and_only_repeats_the_same_ids(
     point: str, postgresql_url: str, amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     store = opened(postgresql_url)

@@ -88,7 +88,7 @@ def test_while_the_broker_is_away_nothing_is_claimed_and_no_attempt_counted(
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-def test_a_broker_slower_than_the_lease_gets_every_event_once(
+def test_a_broker_slower_than_the_lease_still_gets_every_event_once(
     store: Store,
     slow: Publisher,
     proxy: FaultProxy,
@@ -110,7 +110,7 @@ def test_a_broker_slower_than_the_lease_gets_every_event_once(
     assert [message.id for message in inspector.all(name)] == [f"e{n}" for n in range(5)]
 
 
-def test_an_ordered_relay_that_is_stopped_sends_no_more_and_gives_back_in_time(
+def test_a_stopped_ordered_relay_sends_no_more_and_releases_its_rows_in_time(
     store: Store, slow: Publisher, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
@@ -129,7 +129,7 @@ def test_an_ordered_relay_that_is_stopped_sends_no_more_and_gives_back_in_time(
     assert len(inspector.all(name)) <= 1  # of the key, one was on its way
 
 
-def test_a_refused_event_holds_up_its_own_key_alone_and_is_alone_to_blame(
+def test_a_refused_event_holds_up_only_its_key_and_only_its_own_attempts_count(
     store: Store, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name, ("free",))
@@ -145,7 +145,9 @@ def test_a_refused_event_holds_up_its_own_key_alone_and_is_alone_to_blame(
         wait_until(lambda: is_empty(store))
 
 
-def test_a_closed_publisher_gives_back(store: Store, publisher: Publisher, name: str) -> None:
+def test_a_closed_publisher_makes_the_relay_release_its_rows(
+    store: Store, publisher: Publisher, name: str
+) -> None:
     store.put(many(3, name))
     publisher.close()
     with pytest.raises(UsageError, match="closed"):
@@ -157,7 +159,7 @@ def test_a_closed_publisher_gives_back(store: Store, publisher: Publisher, name:
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-def test_what_cannot_be_encoded_dies_alone(
+def test_a_row_that_cannot_be_encoded_dies_alone(
     store: Store, publisher: Publisher, inspector: Inspector, name: str, ordered: bool
 ) -> None:
     inspector.queue(name, name)
@@ -170,7 +172,7 @@ def test_what_cannot_be_encoded_dies_alone(
 
 
 @pytest.mark.parametrize("ordered", [False, True])
-def test_what_the_driver_cannot_read_dies_alone(
+def test_a_row_that_the_driver_cannot_read_dies_alone(
     store: Store, publisher: Publisher, inspector: Inspector, name: str, ordered: bool
 ) -> None:
     inspector.queue(name, name)
@@ -183,7 +185,7 @@ def test_what_the_driver_cannot_read_dies_alone(
     assert (id, reason.partition(":")[0]) == ("e2", "no event")
 
 
-def test_text_that_sqlite_keeps_in_the_place_of_bytes_is_carried(
+def test_text_stored_by_sqlite_instead_of_bytes_is_published(
     tmp_path: Path, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     store = opened(f"sqlite:///{tmp_path}/events.db")
@@ -198,7 +200,7 @@ def test_text_that_sqlite_keeps_in_the_place_of_bytes_is_carried(
 # ------------------------------------------------------------------------------- the database
 
 
-def test_a_lost_listener_listens_again(
+def test_a_lost_listener_reconnects(
     postgresql_store: Store,
     publisher: Publisher,
     inspector: Inspector,
@@ -223,7 +225,7 @@ def test_a_lost_listener_listens_again(
         assert inspector.get(name).id == "e1"  # looked for when it listened again
 
 
-def test_a_claim_reads_nothing_of_what_is_dead_or_for_later(postgresql_store: Store) -> None:
+def test_a_claim_does_not_read_dead_or_scheduled_rows(postgresql_store: Store) -> None:
     store = postgresql_store
     store.put([an_event(0, "x")])
     with store.engine.begin() as connection:
@@ -287,7 +289,7 @@ def test_relays_killed_at_random_lose_nothing(
 # --------------------------------------------------------------------------------- what it tells
 
 
-def test_it_counts_what_became_of_the_events_and_how_late_they_are(
+def test_the_relay_counts_the_fates_of_events_and_how_late_they_are(
     store: Store, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name, ("good",))
@@ -305,7 +307,7 @@ def test_it_counts_what_became_of_the_events_and_how_late_they_are(
     assert 0.2 <= claimed.age < 10
 
 
-def test_a_relay_runs_once(store: Store, publisher: Publisher) -> None:
+def test_a_relay_can_run_only_once(store: Store, publisher: Publisher) -> None:
     relay = Relay(store, publisher)
     with running(relay):
         for again in (relay.start, relay.run_once):

@@ -124,7 +124,7 @@ def served(command: list[str], amqp_url: str, name: str, tmp_path: Path) -> Iter
     found.stop()
 
 
-def test_requests_publish_when_they_succeed_and_only_then(
+def test_requests_publish_only_when_they_succeed(
     served: Served, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)
@@ -141,7 +141,7 @@ def test_requests_publish_when_they_succeed_and_only_then(
 
 
 @pytest.mark.hazard("D4", "E5")
-def test_a_client_that_goes_away_in_the_middle_loses_none_of_what_was_done(
+def test_a_client_that_disconnects_midway_loses_no_events(
     served: Served, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)

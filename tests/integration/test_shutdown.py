@@ -42,7 +42,7 @@ def own_inspector(private_broker: PrivateBroker) -> Iterator[Inspector]:
 
 
 @pytest.mark.hazard("E7")
-def test_a_server_that_stops_waits_for_the_events_that_are_on_their_way(
+def test_a_server_that_stops_waits_for_events_in_flight(
     own_inspector: Inspector, served: Served, private_broker: PrivateBroker, name: str
 ) -> None:
     queue = own_inspector.queue(name, name)

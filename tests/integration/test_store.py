@@ -45,7 +45,7 @@ def wait_until_due(store: Store) -> None:
         )
 
 
-def test_an_event_comes_back_as_it_was_stored(store: Store) -> None:
+def test_an_event_is_read_as_it_was_stored(store: Store) -> None:
     headers = {"n": 1, "b": b"\xff", "s": "\u20ac", "x": None, "t": {"l": [True, {"b": b""}]}}
     stored = an_event(
         {"a": [1, "\u20ac"]}, key="k", priority=7, headers=headers, unroutable="ignore", id="me"
@@ -68,7 +68,7 @@ tables = st.recursive(
 
 
 @given(st.dictionaries(names, tables, max_size=4))
-def test_any_headers_come_back_from_a_row(headers: dict[str, Any]) -> None:
+def test_any_headers_are_restored_from_a_row(headers: dict[str, Any]) -> None:
     stored = Event(id="1", target="t", exchange="", body=b"", headers=headers)
     text = values_of(stored)["headers"]
     assert (headers_of(text) if text else {}) == headers
@@ -89,7 +89,7 @@ def test_scheduled_and_unscheduled_events_of_one_chunk_are_all_stored(store: Sto
 
 
 @pytest.mark.hazard("F14")
-def test_a_leased_row_is_nobody_elses_until_its_lease_ends(store: Store) -> None:
+def test_a_leased_row_cannot_be_claimed_until_its_lease_ends(store: Store) -> None:
     store.put([an_event(1)])
     [mine] = store.claim(1, lease=60)
     assert store.claim(1) == []
@@ -108,7 +108,9 @@ def test_a_lease_can_be_extended(store: Store) -> None:
     assert store.claim(1) == []
 
 
-def test_a_released_row_is_due_after_its_delay_and_counts_only_failures(store: Store) -> None:
+def test_a_released_row_is_due_after_its_delay_and_only_failures_count_as_attempts(
+    store: Store,
+) -> None:
     store.put([an_event(1), an_event(2)])
     first, second = store.claim(2)
     assert store.release([first], reason="the broker was away") == 1
@@ -119,7 +121,7 @@ def test_a_released_row_is_due_after_its_delay_and_counts_only_failures(store: S
     assert [(row.event.payload, row.attempts) for row in store.claim(2)] == [(1, 0), (2, 1)]
 
 
-def test_a_buried_row_is_never_claimed_and_can_be_made_alive_again(store: Store) -> None:
+def test_a_buried_row_is_never_claimed_and_can_be_revived(store: Store) -> None:
     store.put([an_event(1, id="a"), an_event(2, id="b"), an_event(3, "other", id="c")])
     store.bury(store.claim(3), "too large for the broker")
     wait_until_due(store)
@@ -146,7 +148,7 @@ def test_the_bytes_of_a_claim_are_bounded_and_one_row_always_fits(store: Store) 
     assert len(store.claim(10, max_bytes=1)) == 1
 
 
-def test_higher_ranks_of_a_queue_come_first_and_queues_do_not_mix(store: Store) -> None:
+def test_higher_ranks_of_a_queue_are_claimed_first_and_queues_do_not_mix(store: Store) -> None:
     store.put([an_event("relay")])
     store.put_rows([values_of(an_event(n), queue="q", rank=n % 3) for n in range(6)])
     assert payloads(store.claim(3, queue="q")) == [2, 5, 1]
@@ -164,7 +166,7 @@ def test_only_the_named_rows_are_claimed_even_before_they_are_due(store: Store) 
 
 
 @pytest.mark.hazard("F14")
-def test_of_a_key_only_what_none_is_before_is_claimed_and_what_follows_it(store: Store) -> None:
+def test_rows_of_a_key_are_claimed_only_from_its_first_row_on(store: Store) -> None:
     store.put([an_event(n, key="ab"[n % 2]) for n in range(8)])
     first = store.claim(5, ordered=True)
     assert payloads(first) == [0, 1, 2, 4, 6]  # the first of each key, and all behind one of them
@@ -176,12 +178,12 @@ def test_of_a_key_only_what_none_is_before_is_claimed_and_what_follows_it(store:
     assert payloads(store.claim(10, ordered=True)) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_what_is_behind_a_scheduled_event_of_its_key_waits_for_it(store: Store) -> None:
+def test_rows_behind_a_scheduled_event_of_their_key_wait_for_it(store: Store) -> None:
     store.put([an_event(1, key="k"), an_event(2, key="k", delay=3600), an_event(3, key="k")])
     assert payloads(store.claim(10, ordered=True)) == [1]
 
 
-def test_behind_a_key_that_waits_other_keys_are_still_found(store: Store) -> None:
+def test_rows_behind_a_waiting_key_are_still_claimed_for_other_keys(store: Store) -> None:
     store.put([an_event(0, key="stuck")])
     store.release(store.claim(1), 3600)
     store.put([an_event(n, key="stuck") for n in range(1, 50)] + [an_event("flows", key="b")])
@@ -203,7 +205,7 @@ def test_an_uncommitted_claim_hides_its_keys_from_others(postgresql_url: str) ->
 
 @pytest.mark.hazard("F12")
 @pytest.mark.parametrize("ordered", [False, True])
-def test_claims_side_by_side_never_get_the_same_row(store: Store, ordered: bool) -> None:
+def test_concurrent_claims_never_get_the_same_row(store: Store, ordered: bool) -> None:
     store.put([an_event(n, key=f"k{n % 40}") for n in range(400)])
     found: list[int] = []
     lock = threading.Lock()
@@ -232,7 +234,7 @@ def test_nothing_is_stored_when_the_callers_transaction_is_rolled_back(store: St
 
 
 @pytest.mark.hazard("F17")
-def test_due_rows_are_found_by_the_partial_index_whatever_is_dead_or_for_later(
+def test_due_rows_are_found_by_the_partial_index_however_many_are_dead_or_scheduled(
     store: Store,
 ) -> None:
     rows = [values_of(an_event(n)) for n in range(2000)]
@@ -275,7 +277,7 @@ def test_a_missing_table_column_or_index_is_named_with_what_to_do(database_url: 
     store.engine.dispose()
 
 
-def test_the_ddl_that_is_shown_makes_a_table_that_passes_the_check(database_url: str) -> None:
+def test_the_printed_ddl_creates_a_table_that_passes_the_check(database_url: str) -> None:
     engine = open_engine(database_url)
     with engine.begin() as connection:
         for statement in filter(str.strip, ddl(engine.dialect.name).split(";\n")):
@@ -284,7 +286,7 @@ def test_the_ddl_that_is_shown_makes_a_table_that_passes_the_check(database_url:
     engine.dispose()
 
 
-def test_the_metadata_are_what_alembic_finds_in_the_database(store: Store) -> None:
+def test_the_metadata_match_what_alembic_finds_in_the_database(store: Store) -> None:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
@@ -293,7 +295,7 @@ def test_the_metadata_are_what_alembic_finds_in_the_database(store: Store) -> No
         assert compare_metadata(context, metadata) == []
 
 
-def test_the_columns_of_debeziums_event_router_are_there(store: Store) -> None:
+def test_the_table_has_the_columns_of_debeziums_event_router(store: Store) -> None:
     store.put([an_event(1, key="7", id="e1"), an_event(2, id="e2")])
     columns = "id, aggregatetype, aggregateid, type"
     with store.engine.connect() as connection:
@@ -311,7 +313,7 @@ def test_the_columns_of_debeziums_event_router_are_there(store: Store) -> None:
 
 
 @pytest.mark.hazard("H8")
-def test_a_new_file_and_what_is_beside_it_are_for_their_owner_alone(tmp_path: Path) -> None:
+def test_a_new_file_and_those_beside_it_are_readable_by_their_owner_only(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
         store = Store(open_sqlite(f"{tmp_path}/private.db"))
@@ -344,7 +346,7 @@ def test_links_folders_and_missing_folders_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere.db").exists()
 
 
-def test_a_second_engine_for_a_file_takes_no_locks_from_the_first(tmp_path: Path) -> None:
+def test_a_second_engine_for_a_file_does_not_release_the_locks_of_the_first(tmp_path: Path) -> None:
     path = tmp_path / "events.db"
     first = open_sqlite(str(path))
     with first.connect() as connection:
@@ -375,13 +377,13 @@ def test_a_second_engine_for_a_file_takes_no_locks_from_the_first(tmp_path: Path
         ("sqlite:///nowhere/x.db", "folder"),
     ],
 )
-def test_a_url_that_cannot_be_used_is_refused_without_its_password(url: str, message: str) -> None:
+def test_an_unusable_url_is_refused_without_its_password(url: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         open_engine(url)
     assert "secret" not in str(caught.value)
 
 
-def test_an_asyncio_driver_is_replaced_by_one_for_threads(postgresql_url: str) -> None:
+def test_an_asyncio_driver_is_replaced_by_a_synchronous_one(postgresql_url: str) -> None:
     url = postgresql_url.replace("+psycopg", "+asyncpg")
     engine = open_engine(url)
     with engine.connect() as connection:
@@ -396,7 +398,7 @@ def test_an_engine_of_another_database_is_refused() -> None:
         Store(engine)
 
 
-def test_without_sqlalchemy_the_extra_is_named() -> None:
+def test_a_missing_sqlalchemy_names_the_extra() -> None:
     program = (
         "import sys; sys.modules['sqlalchemy'] = None\n"
         "import outbox\n"

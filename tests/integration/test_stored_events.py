@@ -104,7 +104,7 @@ def test_an_event_is_stored_with_its_transaction_and_not_collected(
     assert found.exchange == "outbox"
 
 
-def test_a_rollback_takes_it_back(sessions: sessionmaker[Session], stored: Any) -> None:
+def test_a_rollback_takes_a_stored_event_back(sessions: sessionmaker[Session], stored: Any) -> None:
     with sessions() as session:
         enqueue_event(1, "a", session=session)
         session.flush()
@@ -115,7 +115,7 @@ def test_a_rollback_takes_it_back(sessions: sessionmaker[Session], stored: Any) 
 
 
 @pytest.mark.hazard("F2")
-def test_closing_without_a_commit_takes_it_back(
+def test_closing_without_a_commit_takes_a_stored_event_back(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
     session = sessions()
@@ -132,7 +132,7 @@ def test_closing_without_a_commit_takes_it_back(
 
 
 @pytest.mark.hazard("F6")
-def test_a_savepoint_takes_back_its_own_and_nothing_else(
+def test_a_savepoint_takes_back_only_its_own_events(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
     with sessions() as session:
@@ -148,7 +148,7 @@ def test_a_savepoint_takes_back_its_own_and_nothing_else(
 
 
 @pytest.mark.hazard("F1")
-def test_a_released_savepoint_goes_with_the_outer_rollback(
+def test_a_released_savepoint_is_undone_by_the_outer_rollback(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
     with sessions() as session:
@@ -205,7 +205,7 @@ def test_a_swallowed_database_error_stores_nothing_on_postgresql(postgresql_url:
 
 
 @pytest.mark.hazard("D3", "F10")
-def test_several_transactions_of_one_request_decide_each_for_itself(
+def test_several_transactions_of_one_request_decide_separately(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
     with sessions() as session:
@@ -219,7 +219,7 @@ def test_several_transactions_of_one_request_decide_each_for_itself(
 
 
 @pytest.mark.hazard("F8")
-def test_two_sessions_side_by_side_do_not_mix(
+def test_two_concurrent_sessions_do_not_mix(
     postgresql_url: str,
 ) -> None:
     engine = create_engine(postgresql_url)
@@ -253,7 +253,7 @@ def test_ten_events_of_a_transaction_are_one_statement_on_postgresql(postgresql_
     engine.dispose()
 
 
-def test_what_cannot_be_carried_is_refused_before_the_transaction_knows_of_it(
+def test_an_invalid_event_is_refused_before_it_reaches_the_transaction(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
     with sessions() as session:
@@ -265,7 +265,7 @@ def test_what_cannot_be_carried_is_refused_before_the_transaction_knows_of_it(
 
 
 @pytest.mark.hazard("F22")
-def test_a_later_change_of_the_payload_changes_nothing(
+def test_a_later_change_of_the_payload_has_no_effect(
     sessions: sessionmaker[Session], engine: Engine
 ) -> None:
     payload = {"n": 1}
@@ -279,7 +279,7 @@ def test_a_later_change_of_the_payload_changes_nothing(
 
 
 @pytest.mark.hazard("F8")
-def test_a_session_in_the_callers_own_transaction_stores_with_that_one(
+def test_a_session_in_the_callers_transaction_stores_with_that_transaction(
     engine: Engine, stored: Any
 ) -> None:
     configure("memory://")
@@ -308,7 +308,7 @@ def test_scheduled_events_are_stored_whatever_the_broker_can_do(
 
 
 @pytest.mark.hazard("F6")
-def test_a_connection_of_core_stores_in_its_transaction(engine: Engine, stored: Any) -> None:
+def test_a_core_connection_stores_in_its_transaction(engine: Engine, stored: Any) -> None:
     with engine.begin() as connection:
         enqueue_event(1, "kept", connection=connection)
         with contextlib.suppress(RuntimeError), connection.begin_nested():
@@ -322,7 +322,7 @@ def test_a_connection_of_core_stores_in_its_transaction(engine: Engine, stored: 
 
 @pytest.mark.hazard("F8")
 @pytest.mark.parametrize("where", ["engine", "option"])
-def test_a_connection_that_commits_by_itself_is_refused(database_url: str, where: str) -> None:
+def test_a_connection_in_autocommit_is_refused(database_url: str, where: str) -> None:
     engine = create_engine(
         database_url, **({"isolation_level": "AUTOCOMMIT"} if where == "engine" else {})
     )
@@ -335,7 +335,7 @@ def test_a_connection_that_commits_by_itself_is_refused(database_url: str, where
     engine.dispose()
 
 
-def test_what_is_no_session_or_connection_is_refused(engine: Engine) -> None:
+def test_only_a_session_or_connection_is_accepted(engine: Engine) -> None:
     for options, message in [
         ({"session": object()}, "is not a Session"),
         ({"session": engine}, "is not a Session"),
@@ -348,7 +348,7 @@ def test_what_is_no_session_or_connection_is_refused(engine: Engine) -> None:
     assert len(EventCollector.current()) == 0
 
 
-def test_another_database_is_refused() -> None:
+def test_an_unsupported_database_is_refused() -> None:
     class Dialect:
         name = "mysql"
 
@@ -363,7 +363,7 @@ def test_another_database_is_refused() -> None:
 # -------------------------------------------------------------------------------------- bind
 
 
-def test_bound_to_a_scoped_session_plain_events_follow_its_transaction(
+def test_events_bound_to_a_scoped_session_follow_its_transaction(
     engine: Engine, stored: Any
 ) -> None:
     configure("memory://", after_commit="nothing")
@@ -383,7 +383,7 @@ def test_bound_to_a_scoped_session_plain_events_follow_its_transaction(
     assert [one.target for one in block.report.published] == ["collected", "collected.too"]
 
 
-def test_bound_to_a_callable_the_present_session_is_asked_each_time(
+def test_a_bound_callable_is_asked_for_the_current_session_each_time(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
     configure("memory://", after_commit="nothing")
@@ -401,7 +401,7 @@ def test_bound_to_a_callable_the_present_session_is_asked_each_time(
     assert stored() == ["stored"]
 
 
-def test_no_warning_of_an_open_end_where_the_transaction_answers_for_the_event(
+def test_an_event_stored_outside_a_unit_of_work_does_not_warn(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
     with sessions.begin() as session:
@@ -410,7 +410,7 @@ def test_no_warning_of_an_open_end_where_the_transaction_answers_for_the_event(
 
 
 @pytest.mark.parametrize("provider", [1, "session", Session()])
-def test_bind_refuses_what_gives_no_session(provider: Any) -> None:
+def test_bind_refuses_anything_that_does_not_provide_a_session(provider: Any) -> None:
     with pytest.raises(UsageError, match="not a scoped_session"):
         outbox.sql.bind(provider)
 
@@ -428,7 +428,7 @@ def asynchronous(url: str) -> str:
 
 @pytest.mark.hazard("F9")
 @pytest.mark.asyncio
-async def test_a_session_of_asyncio_stores_in_its_transaction(
+async def test_an_asyncio_session_stores_in_its_transaction(
     database_url: str, engine: Engine, stored: Any
 ) -> None:
     asynchronous_engine = create_async_engine(asynchronous(database_url))
@@ -455,7 +455,7 @@ async def test_a_session_of_asyncio_stores_in_its_transaction(
 
 @pytest.mark.hazard("F9", "G9")
 @pytest.mark.asyncio
-async def test_what_a_session_of_asyncio_has_committed_is_published_at_once(
+async def test_events_committed_by_an_asyncio_session_are_published_at_once(
     database_url: str, engine: Engine, stored: Any, publisher: Publisher, inspector: Inspector,
     name: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -489,7 +489,7 @@ def until(condition: Any, timeout: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def test_what_is_committed_is_published_at_once_and_deleted(
+def test_committed_events_are_published_at_once_and_deleted(
     sessions: sessionmaker[Session], stored: Any, bound_queue: str, inspector: Inspector
 ) -> None:
     with sessions() as session:
@@ -501,7 +501,7 @@ def test_what_is_committed_is_published_at_once_and_deleted(
 
 
 @pytest.mark.hazard("F1")
-def test_what_is_rolled_back_with_its_savepoint_is_not_published(
+def test_an_event_rolled_back_with_its_savepoint_is_not_published(
     sessions: sessionmaker[Session], stored: Any, bound_queue: str, inspector: Inspector
 ) -> None:
     with sessions() as session:
@@ -517,7 +517,7 @@ def test_what_is_rolled_back_with_its_savepoint_is_not_published(
     assert inspector.all(bound_queue) == []
 
 
-def test_switched_off_the_row_waits_for_a_relay_without_any_grace(
+def test_with_publishing_after_commit_off_a_row_is_due_for_a_relay_at_once(
     sessions: sessionmaker[Session], engine: Engine, amqp_url: str
 ) -> None:
     configure(amqp_url, after_commit="nothing")
@@ -529,7 +529,7 @@ def test_switched_off_the_row_waits_for_a_relay_without_any_grace(
     store.engine.dispose()
 
 
-def test_relays_leave_new_rows_alone_for_a_moment_but_not_for_ever(
+def test_relays_leave_new_rows_alone_only_for_a_moment(
     sessions: sessionmaker[Session], engine: Engine
 ) -> None:
     configure("memory://")
@@ -545,7 +545,7 @@ def test_relays_leave_new_rows_alone_for_a_moment_but_not_for_ever(
 
 
 @pytest.mark.hazard("F7")
-def test_a_broker_that_is_away_costs_the_commit_nothing_and_leaves_it_to_the_relay(
+def test_a_broker_that_is_away_does_not_slow_the_commit_and_leaves_the_event_to_the_relay(
     sessions: sessionmaker[Session], engine: Engine
 ) -> None:
     configure("amqp://127.0.0.1:1/", connect_timeout=1)
@@ -562,7 +562,7 @@ def test_a_broker_that_is_away_costs_the_commit_nothing_and_leaves_it_to_the_rel
 
 
 @pytest.mark.hazard("F7")
-def test_an_event_that_is_never_to_be_carried_is_buried_with_its_reason(
+def test_an_event_that_can_never_be_published_is_buried_with_its_reason(
     sessions: sessionmaker[Session], engine: Engine, bound_queue: str, inspector: Inspector
 ) -> None:
     with sessions() as session:
@@ -582,7 +582,7 @@ def test_an_event_that_is_never_to_be_carried_is_buried_with_its_reason(
     store.engine.dispose()
 
 
-def test_a_thousand_transactions_in_four_threads_are_each_published_once(
+def test_a_thousand_transactions_in_four_threads_are_published_once_each(
     postgresql_url: str, bound_queue: str, inspector: Inspector
 ) -> None:
     from concurrent.futures import ThreadPoolExecutor
@@ -630,7 +630,7 @@ def test_a_closed_session_after_a_failed_flush_hands_nothing_over(
 
 
 @pytest.mark.hazard("F18")
-def test_the_listening_relay_is_told_where_that_is_asked_for(postgresql_url: str) -> None:
+def test_a_listening_relay_is_notified_if_configured(postgresql_url: str) -> None:
     import psycopg
 
     configure("memory://", after_commit="notify")
@@ -650,7 +650,7 @@ def test_the_listening_relay_is_told_where_that_is_asked_for(postgresql_url: str
     engine.dispose()
 
 
-def test_neither_engine_nor_publisher_is_kept_alive(tmp_path: Path) -> None:
+def test_neither_the_engine_nor_the_publisher_is_kept_alive(tmp_path: Path) -> None:
     def use() -> tuple[weakref.ref[Engine], weakref.ref[Publisher]]:
         engine = create_engine(f"sqlite:///{tmp_path}/short.db")
         outbox.sql.metadata.create_all(engine)

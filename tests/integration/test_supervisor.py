@@ -75,7 +75,7 @@ def drive(tmp_path: Path) -> Iterator[Callable[..., Driven]]:
 
 
 @pytest.mark.hazard("G7")
-def test_a_worker_that_does_not_end_is_killed_when_its_time_is_over(
+def test_a_worker_that_does_not_exit_in_time_is_killed(
     drive: Callable[..., Driven],
 ) -> None:
     driven = drive("""
@@ -90,7 +90,7 @@ time.sleep(60)
     assert "was killed by SIGKILL" in driven.log()
 
 
-def test_a_worker_that_recycles_itself_and_does_not_end_is_killed_and_replaced(
+def test_a_worker_that_does_not_exit_when_recycled_is_killed_and_replaced(
     drive: Callable[..., Driven],
 ) -> None:
     driven = drive("""
@@ -103,7 +103,7 @@ time.sleep(60)
     driven.stop()
 
 
-def test_a_program_that_cannot_be_started_is_tried_again_slowly(
+def test_a_program_that_cannot_be_started_is_retried_slowly(
     drive: Callable[..., Driven],
 ) -> None:
     driven = drive("", command=["/nonexistent/python"])
@@ -136,7 +136,7 @@ os.kill(os.getpid(), signal.SIGSEGV)
     driven.stop()
 
 
-def test_what_a_worker_starts_is_no_worker_and_holds_no_pipe_of_the_parents(
+def test_a_workers_subprocess_is_not_taken_for_a_worker_and_inherits_no_pipe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lifeline, held = os.pipe()
@@ -152,7 +152,7 @@ def test_what_a_worker_starts_is_no_worker_and_holds_no_pipe_of_the_parents(
         os.close(descriptor)
 
 
-def test_a_worker_that_cannot_stop_ends_all_the_same_when_its_parent_is_gone() -> None:
+def test_a_worker_that_cannot_stop_still_exits_when_its_parent_is_gone() -> None:
     program = """
 import os, sys, time
 from outbox.consumers.command.supervised_worker import stop_with

@@ -76,7 +76,7 @@ def frozen(
             worker.stop(10)
 
 
-def test_a_thread_or_task_goes_on_while_the_broker_has_not_confirmed(
+def test_a_thread_or_task_continues_before_the_broker_has_confirmed(
     private_broker: PrivateBroker, gate: Gate
 ) -> None:
     with frozen(private_broker, gate) as (worker, inspector):
@@ -90,7 +90,7 @@ def test_a_thread_or_task_goes_on_while_the_broker_has_not_confirmed(
     assert sorted(one.payload["of"] for one in follow_ons) == sorted(gate.handled)
 
 
-def test_a_single_thread_or_task_has_its_messages_strictly_one_after_the_other(
+def test_a_single_thread_or_task_handles_messages_strictly_in_turn(
     private_broker: PrivateBroker, gate: Gate
 ) -> None:
     with frozen(private_broker, gate, at_a_time=1) as (worker, inspector):
@@ -113,7 +113,7 @@ def test_stopping_waits_for_the_confirms(private_broker: PrivateBroker, gate: Ga
         assert len(inspector.all(f"{gate.queue}-next")) == MESSAGES
 
 
-def test_what_is_not_confirmed_at_the_end_of_the_grace_comes_again(
+def test_a_message_unconfirmed_at_the_end_of_the_grace_period_is_redelivered(
     private_broker: PrivateBroker, gate: Gate
 ) -> None:
     with frozen(private_broker, gate) as (worker, inspector):
@@ -126,7 +126,7 @@ def test_what_is_not_confirmed_at_the_end_of_the_grace_comes_again(
         assert {one.id for one in inspector.all(gate.queue)} == set(gate.handled)
 
 
-def test_what_is_not_confirmed_in_time_is_processed_again_with_the_same_follow_ons(
+def test_a_message_not_confirmed_in_time_is_processed_again_with_the_same_follow_ons(
     private_broker: PrivateBroker, gate: Gate
 ) -> None:
     with frozen(private_broker, gate, timeout=0.5) as (worker, inspector):
@@ -141,7 +141,7 @@ def test_what_is_not_confirmed_in_time_is_processed_again_with_the_same_follow_o
     assert {one.payload["of"] for one in follow_ons} == set(gate.handled)
 
 
-def test_a_stop_does_not_wait_for_what_was_not_confirmed_in_time(
+def test_a_stop_does_not_wait_for_messages_that_were_not_confirmed_in_time(
     private_broker: PrivateBroker, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
     with frozen(private_broker, gate, timeout=0.2) as (worker, _inspector):
@@ -152,7 +152,7 @@ def test_a_stop_does_not_wait_for_what_was_not_confirmed_in_time(
     assert len(gate.handled) == MESSAGES
 
 
-def test_a_follow_on_that_the_broker_rejects_takes_its_message_to_the_dead_letters(
+def test_a_follow_on_that_the_broker_rejects_dead_letters_its_message(
     place: Place, name: str
 ) -> None:
     @consumer(made(place, name), auto_publish=True)
@@ -173,7 +173,7 @@ def test_a_follow_on_that_the_broker_rejects_takes_its_message_to_the_dead_lette
     assert place.count(name) == 0
 
 
-def test_success_is_told_when_the_follow_ons_are_confirmed(
+def test_success_is_reported_when_the_follow_ons_are_confirmed(
     private_broker: PrivateBroker, name: str
 ) -> None:
     told: list[str] = []

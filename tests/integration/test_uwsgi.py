@@ -64,7 +64,7 @@ REFUSED = {
 
 @pytest.mark.hazard("D12")
 @pytest.mark.parametrize(("before", "reason"), REFUSED.values(), ids=REFUSED)
-def test_a_uwsgi_that_does_not_let_the_publisher_run_is_refused_and_its_log_says_why(
+def test_a_uwsgi_that_cannot_run_the_publisher_is_refused_and_its_log_says_why(
     tmp_path: Path, before: str, reason: str
 ) -> None:
     (tmp_path / "refused.py").write_text(f"{before}\nimport outbox\noutbox.configure({URL!r})\n")
@@ -86,7 +86,7 @@ def test_a_uwsgi_that_does_not_let_the_publisher_run_is_refused_and_its_log_says
 
 @pytest.mark.hazard("D12")
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_worker_publishes_over_a_connection_of_its_own_after_the_master_has(
+def test_a_worker_publishes_over_its_own_connection_after_the_master_has_published(
     proxy: FaultProxy, inspector: Inspector, name: str, tmp_path: Path, loop: str
 ) -> None:
     queue = inspector.queue(name, name)
@@ -104,7 +104,7 @@ def test_a_worker_publishes_over_a_connection_of_its_own_after_the_master_has(
 
 @pytest.mark.hazard("D12")
 @pytest.mark.parametrize("loop", LOOPS)
-def test_what_the_master_keeps_is_not_published_by_its_workers_too(
+def test_events_kept_by_the_master_are_not_published_by_its_workers_too(
     proxy: FaultProxy,
     inspector: Inspector,
     name: str,
@@ -128,7 +128,7 @@ def test_what_the_master_keeps_is_not_published_by_its_workers_too(
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_workers_that_stop_gracefully_wait_for_the_events_that_are_on_their_way(
+def test_workers_that_stop_gracefully_wait_for_events_in_flight(
     proxy: FaultProxy,
     inspector: Inspector,
     name: str,

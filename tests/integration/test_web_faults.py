@@ -37,7 +37,7 @@ async def respond(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.mark.hazard("B6", "E6")
 @pytest.mark.parametrize("how", ["task", "scope"])
-def test_a_request_cancelled_in_the_middle_of_its_flush_is_published_once(
+def test_a_request_cancelled_during_its_flush_is_published_once(
     how: str, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     queue = inspector.queue(name, name)
@@ -72,7 +72,7 @@ def test_a_request_cancelled_in_the_middle_of_its_flush_is_published_once(
 
 
 @pytest.mark.hazard("B5", "E13")
-def test_the_event_loop_turns_while_a_flush_waits_for_a_broker_that_says_nothing(
+def test_the_event_loop_keeps_running_while_a_flush_waits_for_a_silent_broker(
     proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
@@ -99,7 +99,7 @@ def test_the_event_loop_turns_while_a_flush_waits_for_a_broker_that_says_nothing
 
 
 @pytest.mark.hazard("D11")
-def test_a_worker_that_is_aborted_drops_what_it_had_not_published(
+def test_an_aborted_worker_drops_its_unpublished_events(
     amqp_url: str, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:
     queue = inspector.queue(name, name)
@@ -119,7 +119,7 @@ def test_a_worker_that_is_aborted_drops_what_it_had_not_published(
 
 
 @pytest.mark.hazard("D10")
-def test_wrapped_twice_on_a_server_each_event_is_published_once(
+def test_an_application_wrapped_twice_on_a_server_publishes_each_event_once(
     amqp_url: str, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:
     queue = inspector.queue(name, name)

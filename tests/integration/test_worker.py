@@ -130,7 +130,7 @@ def test_an_event_arrives_as_it_was_enqueued(
     assert inspector.all(f"{name}.dead") == []
 
 
-def test_a_queue_is_bound_to_its_own_name_and_to_its_topics(
+def test_a_queue_is_bound_to_its_name_and_its_topics(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     seen = Seen()
@@ -202,7 +202,7 @@ def test_a_second_run_of_a_message_gives_its_follow_ons_the_same_ids(
     ],
     ids=["REJECT", "Reject", "exception", "wrong return", "unpublished"],
 )
-def test_what_cannot_be_handled_goes_to_the_dead_letters_with_the_reason(
+def test_a_message_that_cannot_be_handled_is_dead_lettered_with_the_reason(
     publisher: Publisher,
     inspector: Inspector,
     name: str,
@@ -232,7 +232,7 @@ def _raise(error: Exception) -> None:
 
 
 @pytest.mark.hazard("G5")
-def test_the_events_of_a_failed_message_are_dropped_and_the_next_one_has_only_its_own(
+def test_events_of_a_failed_message_are_dropped_and_the_next_one_has_only_its_own(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     follow_ons = inspector.queue(f"{name}-next", name, ("next",))
@@ -263,7 +263,7 @@ def test_the_events_of_a_failed_message_are_dropped_and_the_next_one_has_only_it
     ],
     ids=["json", "utf-8", "NaN", "deep", "pickle", "gzip"],
 )
-def test_an_undecodable_message_goes_to_the_dead_letters_as_it_came(
+def test_an_undecodable_message_is_dead_lettered_unchanged(
     publisher: Publisher,
     inspector: Inspector,
     name: str,
@@ -285,7 +285,7 @@ def test_an_undecodable_message_goes_to_the_dead_letters_as_it_came(
 
 
 @pytest.mark.hazard("H9")
-def test_messages_of_other_clients_are_consumed_whatever_they_leave_out(
+def test_messages_of_other_clients_are_consumed_whatever_properties_they_lack(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     seen = Seen()
@@ -303,7 +303,7 @@ def test_messages_of_other_clients_are_consumed_whatever_they_leave_out(
 
 
 @pytest.mark.hazard("C6", "G2")
-def test_a_requeued_message_comes_again_after_a_pause_and_not_in_a_loop(
+def test_a_requeued_message_is_redelivered_after_a_pause_and_not_in_a_loop(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     times = []
@@ -321,7 +321,7 @@ def test_a_requeued_message_comes_again_after_a_pause_and_not_in_a_loop(
     assert 0.9 < times[1] - times[0] < 3
 
 
-def test_auto_publish_publishes_what_a_successful_message_has_left(
+def test_auto_publish_publishes_the_events_of_a_successful_message(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     follow_ons = inspector.queue(f"{name}-next", name, ("next",))
@@ -340,7 +340,7 @@ def test_auto_publish_publishes_what_a_successful_message_has_left(
         assert inspector.all(follow_ons) == []
 
 
-def test_a_block_in_an_explicit_consumer_publishes_at_its_own_end_with_derived_ids(
+def test_a_block_in_an_explicit_consumer_publishes_at_its_end_with_derived_ids(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     follow_ons = inspector.queue(f"{name}-next", name, ("next",))
@@ -400,7 +400,7 @@ def test_a_thousand_messages_are_handled_once_each_by_eight_threads(
 
 
 @pytest.mark.hazard("G3")
-def test_stopping_finishes_what_runs_and_gives_back_the_rest(
+def test_stopping_finishes_running_messages_and_gives_back_the_rest(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     seen = Seen(lambda event: time.sleep(0.7))
@@ -415,7 +415,7 @@ def test_stopping_finishes_what_runs_and_gives_back_the_rest(
     assert inspector.all(name) == []
 
 
-def test_a_consumer_that_raises_system_exit_has_failed_and_the_worker_goes_on(
+def test_a_consumer_that_raises_system_exit_has_failed_and_the_worker_continues(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     def process(event: ReceivedEvent) -> None:
@@ -433,7 +433,7 @@ def test_a_consumer_that_raises_system_exit_has_failed_and_the_worker_goes_on(
 
 @pytest.mark.hazard("A14", "B10")
 @on_either_engine
-def test_a_queue_that_is_deleted_is_made_anew_and_consumed(
+def test_a_deleted_queue_is_redeclared_and_consumed(
     publisher: Publisher, inspector: Inspector, name: str, engine: Any
 ) -> None:
     seen = Seen()
@@ -450,7 +450,7 @@ def test_a_queue_that_is_deleted_is_made_anew_and_consumed(
 
 @pytest.mark.hazard("C9", "C16")
 @pytest.mark.parametrize("kind", ["classic", "stream"])
-def test_a_queue_with_other_arguments_is_told_by_the_name_of_the_argument(
+def test_a_queue_with_other_arguments_is_reported_by_the_name_of_the_argument(
     publisher: Publisher, inspector: Inspector, name: str, kind: str
 ) -> None:
     inspector.queue(name, arguments={"x-queue-type": kind})
@@ -511,7 +511,7 @@ class Unfinished(Consumer):
     queue = "unfinished"
 
 
-def test_wrong_consumers_are_refused_where_they_are_written() -> None:
+def test_wrong_consumers_are_refused_where_they_are_defined() -> None:
     with pytest.raises(UsageError, match=r"topics are 'a\.\*', not a list"):
         consumer("q", topics="a.*")(lambda event: None)
     with pytest.raises(UsageError, match="250 bytes"):
@@ -545,7 +545,7 @@ def test_wrong_consumers_are_refused_where_they_are_written() -> None:
 
 
 @pytest.mark.hazard("A14")
-def test_a_connection_that_is_lost_while_a_cancelled_consumer_waits_leaves_one_consumer(
+def test_a_connection_lost_while_a_cancelled_consumer_waits_leaves_one_consumer(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     seen = Seen()
@@ -569,7 +569,7 @@ def test_a_connection_that_is_lost_while_a_cancelled_consumer_waits_leaves_one_c
 
 @pytest.mark.hazard("H6")
 @pytest.mark.parametrize("what", ["timestamp", "depth"])
-def test_a_message_whose_properties_cannot_be_read_at_all_blocks_nobody(
+def test_a_message_with_unreadable_properties_blocks_no_others(
     publisher: Publisher, inspector: Inspector, name: str, what: str
 ) -> None:
     value: Any = Unwritten(b"T" + b"\x7f" * 8)
@@ -589,7 +589,7 @@ def test_a_message_whose_properties_cannot_be_read_at_all_blocks_nobody(
     assert "unreadable-properties" in letter.properties.headers["outbox-dead-reason"]
 
 
-def test_a_message_whose_properties_are_not_text_goes_to_the_dead_letters_like_others(
+def test_a_message_whose_properties_are_not_text_is_dead_lettered_like_others(
     publisher: Publisher, inspector: Inspector, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is logged cannot be written in UTF-8 either, as pytest's workers write their reports.
@@ -616,7 +616,7 @@ def test_a_message_whose_properties_are_not_text_goes_to_the_dead_letters_like_o
 
 
 @pytest.mark.hazard("C6", "C7", "H9")
-def test_what_a_sender_asks_of_the_broker_is_in_nothing_that_follows_from_its_message(
+def test_a_senders_requests_to_the_broker_are_not_copied_from_its_message(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     follow_ons = inspector.queue(f"{name}-next", name, ("next",))
@@ -674,7 +674,7 @@ def test_with_a_prefetch_of_one_two_workers_share_evenly(
     assert 12 <= len(one.events) <= 28
 
 
-def test_attempts_at_a_message_without_an_id_have_the_same_one(
+def test_all_attempts_at_a_message_without_an_id_see_the_same_id(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     seen: list[tuple[str, str]] = []
@@ -690,7 +690,7 @@ def test_attempts_at_a_message_without_an_id_have_the_same_one(
     assert letter.id == seen[0][0]
 
 
-def test_a_worker_tells_whether_it_consumes(private_broker: PrivateBroker, name: str) -> None:
+def test_a_worker_reports_whether_it_is_consuming(private_broker: PrivateBroker, name: str) -> None:
     private_broker.kill()
     with Publisher(private_broker.url, exchange=name) as publisher:
         worker = Worker([consumer(name)(print)], publisher=publisher)

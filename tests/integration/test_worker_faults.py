@@ -68,7 +68,7 @@ POINTS: dict[str, Callable[[], Callable[[Frame], bool]]] = {
 @pytest.mark.hazard("G1")
 @pytest.mark.parametrize("auto_publish", [False, True], ids=["explicit", "auto"])
 @pytest.mark.parametrize("point", POINTS)
-def test_wherever_the_link_is_lost_a_message_is_done_and_its_follow_on_keeps_its_id(
+def test_wherever_the_link_is_lost_a_message_is_handled_and_its_follow_on_keeps_its_id(
     proxy: FaultProxy,
     through_proxy: Publisher,
     publisher: Publisher,
@@ -143,7 +143,7 @@ def test_acks_of_handlers_that_outlived_their_connection_settle_no_new_delivery(
 
 @pytest.mark.hazard("A14", "B10", "B11", "C8")
 @on_either_engine
-def test_a_consumer_that_the_broker_cancels_consumes_anew_and_drops_its_late_ack(
+def test_a_consumer_cancelled_by_the_broker_consumes_again_and_drops_its_late_ack(
     proxy: FaultProxy,
     through_proxy: Publisher,
     publisher: Publisher,
@@ -171,7 +171,7 @@ def test_a_consumer_that_the_broker_cancels_consumes_anew_and_drops_its_late_ack
 
 
 @pytest.mark.hazard("C5")
-def test_a_worker_whose_publisher_is_blocked_still_acks_what_publishes_nothing(
+def test_a_worker_whose_publisher_is_blocked_still_acks_messages_without_follow_ons(
     proxy: FaultProxy,
     through_proxy: Publisher,
     publisher: Publisher,
@@ -202,7 +202,7 @@ def test_a_worker_whose_publisher_is_blocked_still_acks_what_publishes_nothing(
 
 
 @pytest.mark.hazard("G5")
-def test_what_a_message_leaves_in_a_context_variable_the_next_one_does_not_see(
+def test_a_message_does_not_see_context_variables_of_the_one_before(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     variable = contextvars.ContextVar("variable", default="nothing")
@@ -221,7 +221,7 @@ def test_what_a_message_leaves_in_a_context_variable_the_next_one_does_not_see(
 
 @pytest.mark.hazard("B9", "G1")
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
-def test_an_attempt_that_fails_when_its_delivery_is_lost_leaves_the_message_to_the_next_one(
+def test_an_attempt_that_fails_after_its_delivery_is_lost_leaves_the_message_to_the_next(
     proxy: FaultProxy,
     through_proxy: Publisher,
     publisher: Publisher,
@@ -255,7 +255,7 @@ def test_an_attempt_that_fails_when_its_delivery_is_lost_leaves_the_message_to_t
 
 @pytest.mark.hazard("B9", "C8")
 @on_either_engine
-def test_a_channel_that_the_broker_closes_over_a_late_ack_is_opened_anew(
+def test_a_channel_that_the_broker_closes_over_a_late_ack_is_reopened(
     proxy: FaultProxy,
     through_proxy: Publisher,
     publisher: Publisher,

@@ -66,7 +66,7 @@ def effects(engine: Engine) -> dict[str, int]:
         *((point, False, False) for point in WITHOUT_INBOX),
     ],
 )
-def test_a_message_whose_worker_is_killed_is_done_and_with_the_inbox_once(
+def test_a_message_whose_worker_is_killed_is_handled_and_with_the_inbox_only_once(
     place: Place, database: str, engine: Engine, name: str, is_async: bool,
     point: str, deduplicate: bool, on_connection: bool,
 ) -> None:  # fmt: skip

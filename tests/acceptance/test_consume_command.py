@@ -112,7 +112,7 @@ def wait_for_file(path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_a_thread_that_cannot_be_stopped_does_not_hold_up_the_end(
+def test_a_thread_that_cannot_be_stopped_does_not_hold_up_the_exit(
     start: Start, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:
     impatient = (
@@ -130,7 +130,7 @@ def test_a_thread_that_cannot_be_stopped_does_not_hold_up_the_end(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_lets_what_runs_finish_and_gives_back_the_rest(
+def test_a_signal_lets_running_messages_finish_and_gives_back_the_rest(
     start: Start, inspector: Inspector, name: str, tmp_path: Path, number: signal.Signals
 ) -> None:
     done = inspector.queue(f"{name}-done", name, (f"{name}.done",))
@@ -147,7 +147,7 @@ def test_a_signal_lets_what_runs_finish_and_gives_back_the_rest(
 
 
 @pytest.mark.hazard("G3")
-def test_what_does_not_finish_in_time_comes_again(
+def test_a_message_that_does_not_finish_in_time_is_redelivered(
     start: Start, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:
     child = start("work:Slow", "--shutdown-timeout", "0.3")
@@ -192,7 +192,7 @@ def test_a_killed_worker_loses_nothing_and_the_follow_on_keeps_its_id(
 
 @pytest.mark.hazard("G3")
 @pytest.mark.parametrize("consumer", ["Slow", "SlowTask"])
-def test_under_load_sigterm_settles_what_runs_and_gives_back_the_rest_unfailed(
+def test_sigterm_under_load_settles_running_messages_and_gives_back_the_rest_unfailed(
     start: Start, inspector: Inspector, name: str, tmp_path: Path, consumer: str
 ) -> None:
     done = inspector.queue(f"{name}-done", name, (f"{name}.done",))
@@ -233,7 +233,7 @@ def test_killed_between_publish_and_ack_a_worker_repeats_the_follow_on_with_its_
     assert inspector.all(f"{name}.lingering") == []
 
 
-def test_a_module_runs_all_its_consumers_and_queues_can_be_chosen(
+def test_a_module_runs_all_its_consumers_or_only_those_of_selected_queues(
     start: Start, inspector: Inspector, name: str
 ) -> None:
     start("work", "-Q", f"{name}.other", "--prefetch", "7")
@@ -291,7 +291,7 @@ first = consumer("{first}", exchange="{name}")(note)
         (["json"], "the module 'json' has no consumer"),
     ],
 )
-def test_wrong_usage_is_told_in_a_line(start: Start, arguments: list[str], told: str) -> None:
+def test_wrong_usage_is_reported_in_one_line(start: Start, arguments: list[str], told: str) -> None:
     child = start(*arguments)
     _, errors = child.communicate(timeout=20)
     assert child.returncode == exit_codes.USAGE

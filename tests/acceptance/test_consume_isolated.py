@@ -102,7 +102,7 @@ def dead_letter(place: Place, queue: str) -> Delivery:
         return reader.get()[0]
 
 
-def test_a_handler_that_hangs_is_killed_and_retried_and_then_dead(
+def test_a_handler_that_hangs_is_killed_and_retried_and_then_dead_lettered(
     command: Command, place: Place, name: str
 ) -> None:
     command.start("--isolate", "process", "-t", "1")
@@ -119,7 +119,7 @@ def test_a_handler_that_hangs_is_killed_and_retried_and_then_dead(
         assert sorted(one.target for one in reader.get(2)) == [f"{name}-dead", f"{name}-next"]
 
 
-def test_a_handler_that_takes_its_process_down_takes_nothing_else(
+def test_a_handler_that_crashes_its_process_affects_nothing_else(
     command: Command, place: Place, name: str
 ) -> None:
     command.start("--isolate", "process", "-t", "2")
@@ -135,7 +135,7 @@ def test_a_handler_that_takes_its_process_down_takes_nothing_else(
     assert command.stop() == exit_codes.SUCCESS
 
 
-def test_an_exception_that_cannot_travel_is_told_all_the_same(
+def test_an_exception_that_cannot_be_pickled_is_still_reported(
     command: Command, place: Place, name: str
 ) -> None:
     command.start("--isolate", "process", "-t", "1")
@@ -147,7 +147,7 @@ def test_an_exception_that_cannot_travel_is_told_all_the_same(
     assert "in process" in headers["outbox-dead-traceback"]
 
 
-def test_a_stop_lets_handlers_finish_and_leaves_no_process(
+def test_a_stop_lets_handlers_finish_and_leaves_no_process_behind(
     command: Command, place: Place, name: str
 ) -> None:
     command.start("--isolate", "process", "-t", "2")
@@ -161,7 +161,7 @@ def test_a_stop_lets_handlers_finish_and_leaves_no_process(
     assert not any(is_running(pid) for _, pid in command.did("began"))
 
 
-def test_a_worker_that_is_killed_takes_its_processes_along(command: Command) -> None:
+def test_the_processes_of_a_killed_worker_end_with_it(command: Command) -> None:
     command.start("--isolate", "process", "-t", "1")
     command.publish("nap")
     wait_until(lambda: command.did("began"))
@@ -173,7 +173,7 @@ def test_a_worker_that_is_killed_takes_its_processes_along(command: Command) -> 
     assert time.monotonic() - begin < 5
 
 
-def test_a_program_that_a_handler_waits_for_ends_with_the_handler(
+def test_a_program_started_by_a_handler_ends_with_the_handler(
     command: Command, place: Place, name: str
 ) -> None:
     command.start("--isolate", "process", "-t", "1")
@@ -184,7 +184,7 @@ def test_a_program_that_a_handler_waits_for_ends_with_the_handler(
     wait_until(lambda: not any(map(is_running, pids)))
 
 
-def test_a_crash_is_noticed_although_a_process_that_the_handler_has_forked_goes_on(
+def test_a_crash_is_noticed_even_if_a_process_forked_by_the_handler_lives_on(
     command: Command, place: Place, name: str
 ) -> None:
     command.write(MODULE.format(name=name).replace("timeout = 1\n", "timeout = None\n"))
@@ -207,7 +207,7 @@ def test_messages_wait_while_the_application_cannot_be_imported(
     wait_until(lambda: sorted(one for one, _ in command.did()) == sorted(ids))
 
 
-def test_what_a_callback_logs_about_a_handler_that_was_killed_carries_the_id(
+def test_a_callbacks_log_line_about_a_killed_handler_has_the_message_id(
     command: Command, place: Place, name: str
 ) -> None:
     command.start("--isolate", "process", "-t", "1")
@@ -228,7 +228,7 @@ def test_a_process_that_leaks_is_replaced_with_its_worker(command: Command, name
     assert len({pid for _, pid in command.did()}) == 2
 
 
-def test_processes_that_do_not_end_are_waited_for_beside_each_other(
+def test_processes_that_do_not_end_are_waited_for_at_the_same_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

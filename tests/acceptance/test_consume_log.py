@@ -75,7 +75,7 @@ def place(tmp_path: Path) -> SQLitePlace:
     return SQLitePlace(str(tmp_path / "outbox.db"), "outbox")
 
 
-def test_in_json_every_line_is_an_object_and_those_of_a_message_have_its_id(
+def test_every_line_of_json_is_an_object_and_those_of_a_message_have_its_id(
     place: SQLitePlace, tmp_path: Path
 ) -> None:
     log = consume(place, tmp_path, "--log-format", "json")
@@ -96,7 +96,7 @@ def test_in_json_every_line_is_an_object_and_those_of_a_message_have_its_id(
     assert "SECRET-BODY" not in log
 
 
-def test_in_text_every_line_of_a_message_has_its_id_and_none_is_forged(
+def test_every_line_of_text_about_a_message_has_its_id_and_none_is_forged(
     place: SQLitePlace, tmp_path: Path
 ) -> None:
     log = consume(place, tmp_path)
@@ -108,13 +108,15 @@ def test_in_text_every_line_of_a_message_has_its_id_and_none_is_forged(
     assert "SECRET-BODY" not in log
 
 
-def test_above_info_messages_are_not_logged_one_by_one(place: SQLitePlace, tmp_path: Path) -> None:
+def test_above_level_info_messages_are_not_logged_one_by_one(
+    place: SQLitePlace, tmp_path: Path
+) -> None:
     log = consume(place, tmp_path, "--log-level", "WARNING")
     assert "message 'a'" not in log
     assert "goes to the dead letters" in log
 
 
-def test_in_json_what_ends_the_process_is_a_line_too(tmp_path: Path) -> None:
+def test_the_error_that_ends_the_process_is_a_line_of_json_too(tmp_path: Path) -> None:
     (tmp_path / "work.py").write_text("raise RuntimeError('broken')")
     done = subprocess.run(
         [sys.executable, "-m", "outbox.consumers", "work", "--log-format", "json"],

@@ -42,7 +42,7 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.hazard("G7")
-def test_a_worker_that_is_killed_is_replaced_and_its_message_is_done(anywhere: Command) -> None:
+def test_a_killed_worker_is_replaced_and_its_message_is_handled(anywhere: Command) -> None:
     anywhere.start("-p", "2", "-t", "1")
     anywhere.consuming(2)
     [message] = anywhere.publish("sleep 1.5")
@@ -60,7 +60,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_message_is_done(anywhere: C
     assert anywhere.stop() == exit_codes.SUCCESS, anywhere.text()
 
 
-def test_the_parent_imports_and_opens_nothing_of_the_application(anywhere: Command) -> None:
+def test_the_parent_neither_imports_the_application_nor_connects(anywhere: Command) -> None:
     anywhere.start("-p", "2")
     workers = anywhere.consuming(2)
     anywhere.publish("nothing")
@@ -73,7 +73,7 @@ def test_the_parent_imports_and_opens_nothing_of_the_application(anywhere: Comma
 
 
 @pytest.mark.hazard("G7")
-def test_a_crash_loop_of_one_is_tried_ever_more_slowly_and_told(command: Command) -> None:
+def test_a_crash_loop_of_one_worker_is_slowed_down_and_reported(command: Command) -> None:
     command.write("raise RuntimeError('broken')")
     command.start("-p", "3")
     found = command.wait_for(
@@ -93,7 +93,9 @@ def test_a_crash_loop_of_one_is_tried_ever_more_slowly_and_told(command: Command
 
 
 @pytest.mark.hazard("G7")
-def test_when_the_parent_is_killed_workers_finish_what_runs_and_end(anywhere: Command) -> None:
+def test_when_the_parent_is_killed_workers_finish_running_messages_and_exit(
+    anywhere: Command,
+) -> None:
     anywhere.start("-p", "2", "-t", "1")
     workers = anywhere.consuming(2)
     messages = anywhere.publish("sleep 0.7", "sleep 0.7")
@@ -106,7 +108,9 @@ def test_when_the_parent_is_killed_workers_finish_what_runs_and_end(anywhere: Co
 
 
 @pytest.mark.hazard("G3")
-def test_sigterm_under_load_settles_what_runs_and_gives_back_the_rest(anywhere: Command) -> None:
+def test_sigterm_under_load_settles_running_messages_and_gives_back_the_rest(
+    anywhere: Command,
+) -> None:
     anywhere.start("-p", "2", "-t", "4", "--prefetch", "4")
     anywhere.consuming(2)
     messages = anywhere.publish(*["sleep 0.3"] * 40)
@@ -122,7 +126,7 @@ def test_sigterm_under_load_settles_what_runs_and_gives_back_the_rest(anywhere: 
 
 
 @pytest.mark.hazard("G7")
-def test_signals_to_the_whole_group_are_one_stop_for_every_worker(command: Command) -> None:
+def test_a_signal_to_the_whole_group_counts_once_for_every_worker(command: Command) -> None:
     command.start("-p", "2", "-t", "1")
     command.consuming(2)
     command.publish("sleep 1")
@@ -133,7 +137,7 @@ def test_signals_to_the_whole_group_are_one_stop_for_every_worker(command: Comma
     assert command.left() == 0
 
 
-def test_a_second_signal_ends_all_at_once(command: Command) -> None:
+def test_a_second_signal_ends_all_workers_at_once(command: Command) -> None:
     command.start("-p", "2", "-t", "1")
     workers = command.consuming(2)
     command.publish("sleep 30")
@@ -146,7 +150,7 @@ def test_a_second_signal_ends_all_at_once(command: Command) -> None:
     wait_until(lambda: not any(map(is_alive, workers)))
 
 
-def test_what_does_not_finish_in_time_is_told_by_the_exit_code(command: Command) -> None:
+def test_the_exit_code_reports_messages_that_do_not_finish_in_time(command: Command) -> None:
     command.start("-p", "2", "-t", "1", "--shutdown-timeout", "0.2")
     command.consuming(2)
     command.publish("sleep 30")
@@ -156,7 +160,7 @@ def test_what_does_not_finish_in_time_is_told_by_the_exit_code(command: Command)
 
 
 @pytest.mark.hazard("G7")
-def test_processes_are_recycled_by_messages_and_nothing_is_lost_or_repeated(
+def test_processes_are_recycled_after_max_messages_and_nothing_is_lost_or_repeated(
     anywhere: Command,
 ) -> None:
     anywhere.start("-p", "2", "-t", "2", "--max-messages", "10")
@@ -173,7 +177,7 @@ def test_processes_are_recycled_by_messages_and_nothing_is_lost_or_repeated(
     assert anywhere.left() == 0
 
 
-def test_a_process_that_takes_too_much_memory_is_recycled_after_its_message(
+def test_a_process_that_uses_too_much_memory_is_recycled_after_its_message(
     command: Command,
 ) -> None:
     command.start("--max-memory", "350M")
@@ -188,7 +192,7 @@ def test_a_process_that_takes_too_much_memory_is_recycled_after_its_message(
     assert len(set(command.did())) == len({pid for _, pid in command.did()}) == 2
 
 
-def test_a_process_is_recycled_at_its_age_without_losing_what_it_works_on(
+def test_a_process_is_recycled_at_its_maximum_age_without_losing_its_messages(
     command: Command,
 ) -> None:
     command.start("-t", "1", "--max-age", "1")
@@ -201,7 +205,9 @@ def test_a_process_is_recycled_at_its_age_without_losing_what_it_works_on(
     assert command.stop() == exit_codes.SUCCESS
 
 
-def test_wrong_usage_ends_all_with_its_code_and_is_told_once(command: Command) -> None:
+def test_wrong_usage_ends_all_workers_with_its_exit_code_and_is_reported_once(
+    command: Command,
+) -> None:
     command.start("-p", "4", "-Q", "nowhere")
     assert command.process.wait(20) == exit_codes.USAGE
     assert command.text().count("no consumer has the queue 'nowhere'") == 1
@@ -222,7 +228,7 @@ def test_sighup_replaces_all_workers_one_by_one(command: Command) -> None:
     assert command.stop() == exit_codes.SUCCESS
 
 
-def test_workers_are_kept_when_their_replacements_cannot_begin(command: Command) -> None:
+def test_workers_are_kept_if_their_replacements_cannot_start(command: Command) -> None:
     command.start("-p", "2", "-t", "1")
     before = command.consuming(2)
     command.write("raise RuntimeError('broken')")
@@ -235,7 +241,7 @@ def test_workers_are_kept_when_their_replacements_cannot_begin(command: Command)
     assert command.stop() == exit_codes.SUCCESS
 
 
-def test_a_worker_begins_anew_when_a_source_file_changes(command: Command) -> None:
+def test_a_worker_restarts_when_a_source_file_changes(command: Command) -> None:
     command.start("--reload")
     command.consuming(1)
     command.publish("nothing")
@@ -250,7 +256,7 @@ def test_a_worker_begins_anew_when_a_source_file_changes(command: Command) -> No
     assert command.stop() == exit_codes.SUCCESS, command.text()
 
 
-def test_a_reloading_worker_finishes_what_runs_when_the_terminal_interrupts(
+def test_a_reloading_worker_finishes_running_messages_on_ctrl_c(
     command: Command,
 ) -> None:
     command.start("--reload", "-t", "1")

@@ -154,7 +154,7 @@ def test_the_snippets_of_every_page_run(everything: str, page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "testing.md"])
-def test_the_tests_shown_pass(page: Path, everything: str) -> None:
+def test_the_tests_in_the_docs_pass(page: Path, everything: str) -> None:
     found = run(page)
     tests = [name for name in found if name.startswith("test_")]
     assert tests
@@ -232,7 +232,7 @@ def test_every_command_shown_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_use_of_the_command_outbox_that_is_shown_works(
+def test_every_use_of_the_command_outbox_in_the_docs_works(
     everything: str, inspector: Inspector, page: Path
 ) -> None:
     for queue in ("outbox.unroutable", "thumbnails.dead"):
@@ -252,7 +252,7 @@ def test_the_exit_codes_are_documented_once() -> None:
     assert documented == sorted(known.values())
 
 
-def test_the_documented_options_of_the_commands_are_there() -> None:
+def test_the_documented_options_of_the_commands_exist() -> None:
     known = "--all-pythons --help --apply-to --hypothesis-profile "
     for command in (
         ["outbox.consumers"],

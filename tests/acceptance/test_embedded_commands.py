@@ -38,7 +38,7 @@ def parked(place: SQLitePlace, *arguments: str) -> Done:
     return run_outbox("parked", *arguments, "--url", place.url)
 
 
-def test_outbox_consume_works_on_the_file_until_it_is_told_to_stop(
+def test_outbox_consume_works_on_the_file_until_it_is_stopped(
     place: SQLitePlace, tmp_path: Path
 ) -> None:
     (tmp_path / "work.py").write_text(MODULE)
@@ -96,7 +96,7 @@ def test_outbox_parked_lists_replays_and_deletes(place: SQLitePlace) -> None:
     assert place.count("orders") == 1
 
 
-def test_a_thousand_parked_events_are_replayed_in_their_order(place: SQLitePlace) -> None:
+def test_a_thousand_parked_events_are_replayed_in_order(place: SQLitePlace) -> None:
     with place.publisher() as publisher:
         events = events_for(publisher, ["late"] * 2_500)
         publisher.publish(events)
@@ -106,7 +106,7 @@ def test_a_thousand_parked_events_are_replayed_in_their_order(place: SQLitePlace
     assert place.execute("SELECT count(*) FROM outbox_events") == [(0,)]
 
 
-def test_what_somebody_works_on_is_left_alone(place: SQLitePlace) -> None:
+def test_messages_being_processed_are_left_alone(place: SQLitePlace) -> None:
     with place.publisher() as publisher:
         publisher.publish(events_for(publisher, ["lost"] * 2))
     with reading(place, PARKING_QUEUE, again=True, prefetch=1) as reader:

@@ -68,7 +68,7 @@ def ids(messages: Sequence[Any]) -> list[str]:
     return [one.id for one in messages]
 
 
-def test_an_event_that_no_queue_wanted_is_seen_and_replayed_once_there_is_one(
+def test_an_event_no_queue_took_is_listed_and_replayed_once_a_queue_is_bound(
     run: Run, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(PARKING_QUEUE)
@@ -97,7 +97,7 @@ def test_an_event_that_no_queue_wanted_is_seen_and_replayed_once_there_is_one(
     assert "0 messages, 0 shown" in run("list").stdout
 
 
-def test_a_line_of_json_tells_everything_and_the_payload_when_asked(
+def test_a_line_of_json_has_everything_and_the_payload_on_request(
     run: Run, inspector: Inspector, dead: str, name: str
 ) -> None:
     put(inspector, dead, 3, name)
@@ -167,7 +167,7 @@ def test_several_queues_are_listed_one_after_the_other(
     ],
 )
 @pytest.mark.parametrize("action", ["replay", "purge"])
-def test_only_what_was_selected_is_taken(
+def test_only_selected_messages_are_taken(
     run: Run,
     inspector: Inspector,
     dead: str,
@@ -191,7 +191,7 @@ def test_only_what_was_selected_is_taken(
     assert ids(inspector.all(target)) == (chosen if action == "replay" else [])
 
 
-def test_without_a_terminal_nothing_is_deleted_unless_yes_is_said(
+def test_without_a_terminal_nothing_is_deleted_unless_confirmed_with_yes(
     run: Run, inspector: Inspector, dead: str, name: str
 ) -> None:
     put(inspector, dead, 2, name)
@@ -212,7 +212,7 @@ def test_without_a_terminal_nothing_is_deleted_unless_yes_is_said(
     ],
     ids=["yes", "nothing", "ctrl-d"],
 )
-def test_on_a_terminal_it_asks(
+def test_deleting_on_a_terminal_asks_first(
     run: Run, inspector: Inspector, dead: str, name: str, answer: str, code: int, left: int
 ) -> None:
     put(inspector, dead, 2, name)
@@ -235,7 +235,7 @@ def test_on_a_terminal_it_asks(
         (signal.SIGINT, exit_codes.INTERRUPTED, "outbox: interrupted\n"),
     ],
 )
-def test_ended_in_the_middle_of_a_replay_it_loses_nothing(
+def test_a_replay_ended_midway_loses_nothing(
     amqp_url: str,
     run: Run,
     inspector: Inspector,
@@ -276,7 +276,7 @@ def test_ended_in_the_middle_of_a_replay_it_loses_nothing(
     assert inspector.count(dead) == 0
 
 
-def test_a_reader_that_has_had_enough_is_no_error(
+def test_a_reader_that_closes_the_pipe_is_not_an_error(
     amqp_url: str, inspector: Inspector, dead: str, name: str
 ) -> None:
     put(inspector, dead, 1_000, name)
@@ -296,7 +296,7 @@ def test_a_reader_that_has_had_enough_is_no_error(
     assert ids(inspector.messages(dead, 1_000)) == [f"a.b-{n}" for n in range(1_000)]
 
 
-def test_messages_that_were_given_back_often_are_warned_of(
+def test_messages_that_were_often_given_back_cause_a_warning(
     run: Run, inspector: Inspector, dead: str, name: str
 ) -> None:
     put(inspector, dead, 1, name)
@@ -326,7 +326,7 @@ def test_messages_that_were_given_back_often_are_warned_of(
         ([], "ACTION"),
     ],
 )
-def test_wrong_usage_is_told_in_a_line(run: Run, arguments: list[str], told: str) -> None:
+def test_wrong_usage_is_reported_in_one_line(run: Run, arguments: list[str], told: str) -> None:
     seen = run(*arguments)
     assert seen.returncode == exit_codes.USAGE
     assert told in seen.stderr
@@ -334,7 +334,7 @@ def test_wrong_usage_is_told_in_a_line(run: Run, arguments: list[str], told: str
     assert "hunter2" not in seen.stderr
 
 
-def test_without_a_url_the_forms_are_told() -> None:
+def test_a_missing_url_names_the_possible_forms() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OUTBOX_URL"}
     seen = subprocess.run(
         command("list"), env=environment, capture_output=True, text=True, timeout=20, check=False
@@ -343,7 +343,7 @@ def test_without_a_url_the_forms_are_told() -> None:
     assert "amqp://user:password@host" in seen.stderr
 
 
-def test_a_broker_that_is_away_is_told_in_a_line(private_broker: PrivateBroker) -> None:
+def test_a_broker_that_is_away_is_reported_in_one_line(private_broker: PrivateBroker) -> None:
     private_broker.kill()
     seen = run_at(private_broker.url, "list")
     assert seen.returncode == exit_codes.UNAVAILABLE

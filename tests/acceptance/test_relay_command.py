@@ -61,7 +61,7 @@ def ended(child: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_publishes_until_a_signal_and_ends_in_order(
+def test_the_relay_publishes_until_a_signal_and_exits_cleanly(
     start: Start, store: Store, inspector: Inspector, name: str, number: int
 ) -> None:
     inspector.queue(name, name)
@@ -76,7 +76,7 @@ def test_it_publishes_until_a_signal_and_ends_in_order(
     assert "stopped; 20 events published" in errors
 
 
-def test_sigterm_under_load_leaves_nothing_leased_and_repeats_nothing(
+def test_sigterm_under_load_leaves_no_leases_and_repeats_nothing(
     start: Start, store: Store, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
@@ -92,7 +92,7 @@ def test_sigterm_under_load_leaves_nothing_leased_and_repeats_nothing(
     assert inspector.count(name) == 5000 - left.waiting
 
 
-def test_what_is_not_confirmed_in_time_is_given_back(
+def test_rows_that_are_not_confirmed_in_time_are_released(
     start: Start, store: Store, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
@@ -130,7 +130,7 @@ def test_a_second_signal_ends_it_at_once(
     assert child.wait(2) == exit_codes.INTERRUPTED
 
 
-def test_once_publishes_what_is_due_and_ends(
+def test_once_publishes_due_events_and_exits(
     start: Start, store: Store, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
@@ -140,7 +140,7 @@ def test_once_publishes_what_is_due_and_ends(
     assert len(inspector.all(name)) == 30
 
 
-def test_once_stops_early_at_a_signal_and_gives_back(
+def test_once_stops_early_at_a_signal_and_releases_its_rows(
     start: Start, store: Store, proxy: FaultProxy, name: str
 ) -> None:
     store.put(many(30, name))
@@ -165,7 +165,7 @@ def test_postgresql_is_relayed_in_order_with_hints(
     store.engine.dispose()
 
 
-def test_on_a_terminal_one_line_tells_how_many_and_how_fast(
+def test_on_a_terminal_one_line_shows_how_many_and_how_fast(
     database_url: str, store: Store, amqp_url: str, inspector: Inspector, name: str
 ) -> None:
     inspector.queue(name, name)
@@ -212,7 +212,7 @@ def test_on_a_terminal_one_line_tells_how_many_and_how_fast(
         (["--batch", "0"], exit_codes.USAGE, "--batch"),
     ],
 )
-def test_what_is_wrong_is_told_in_a_line(
+def test_errors_are_reported_in_one_line(
     start: Start, store: Store, name: str, arguments: list[str], code: int, told: str
 ) -> None:
     store.put([an_event(1, name)])
@@ -223,19 +223,19 @@ def test_what_is_wrong_is_told_in_a_line(
     assert "hunter2" not in errors
 
 
-def test_a_missing_table_is_told_with_what_to_do(start: Start, tmp_path: Path) -> None:
+def test_a_missing_table_is_reported_with_advice(start: Start, tmp_path: Path) -> None:
     code, _, errors = ended(start("--database", f"sqlite:///{tmp_path}/other.db"))
     assert code == exit_codes.USAGE
     assert "outbox sql create" in errors
 
 
-def test_without_a_database_the_option_is_named(start: Start) -> None:
+def test_a_missing_database_names_the_option(start: Start) -> None:
     code, _, errors = ended(start(OUTBOX_DATABASE_URL=""))
     assert code == exit_codes.USAGE
     assert "--database URL, or OUTBOX_DATABASE_URL" in errors
 
 
-def test_without_a_broker_the_option_is_named(start: Start, store: Store) -> None:
+def test_a_missing_broker_names_the_option(start: Start, store: Store) -> None:
     code, _, errors = ended(start(OUTBOX_URL=""))
     assert code == exit_codes.USAGE
     assert "OUTBOX_URL" in errors

@@ -46,7 +46,7 @@ def dead(store: Store) -> list[str]:
 # ------------------------------------------------------------------------------------- status
 
 
-def test_the_status_tells_what_waits_and_what_is_dead_and_why(run: Run, graves: Store) -> None:
+def test_the_status_shows_waiting_and_dead_events_with_reasons(run: Run, graves: Store) -> None:
     graves.put(many(6, "x"))
     graves.claim(1)
     graves.release(graves.claim(2), 3600)
@@ -66,7 +66,7 @@ def test_the_status_tells_what_waits_and_what_is_dead_and_why(run: Run, graves: 
     assert done.stdout.startswith("3 events waiting, the oldest for ")
 
 
-def test_the_status_is_one_object_of_json_when_asked(run: Run, graves: Store) -> None:
+def test_the_status_is_a_json_object_on_request(run: Run, graves: Store) -> None:
     graves.put(many(2, "x"))
     done = run("status", "--json")
     found = json.loads(done.stdout)
@@ -102,7 +102,7 @@ def test_the_status_of_an_empty_table_has_no_oldest(run: Run, store: Store) -> N
         (["--target", "a", "--reason", "NO_ROUTE"], []),
     ],
 )
-def test_a_selection_is_made_due_again_and_the_rest_stays_dead(
+def test_retry_makes_the_selected_events_due_again_and_leaves_the_rest_dead(
     run: Run, graves: Store, selection: list[str], chosen: list[str]
 ) -> None:
     planned = run("retry", *selection, "--dry-run")
@@ -115,9 +115,7 @@ def test_a_selection_is_made_due_again_and_the_rest_stays_dead(
     assert set(dead(graves)) == {"e0", "e1", "e2", "e3", "e4"} - set(chosen)
 
 
-def test_purge_deletes_what_is_selected_and_nothing_without_being_told(
-    run: Run, graves: Store
-) -> None:
+def test_purge_deletes_only_selected_events(run: Run, graves: Store) -> None:
     graves.put([an_event(9, "x")])
     assert run("purge", "--target", "b").returncode == exit_codes.USAGE
     planned = run("purge", "--target", "b", "--dry-run")
@@ -135,7 +133,7 @@ def test_purge_deletes_what_is_selected_and_nothing_without_being_told(
     ("answer", "code", "left"),
     [(b"y\n", exit_codes.SUCCESS, 0), (b"\n", exit_codes.UNFINISHED, 5)],
 )
-def test_on_a_terminal_purge_asks(
+def test_purge_on_a_terminal_asks_first(
     run: Run, graves: Store, answer: bytes, code: int, left: int
 ) -> None:
     controller, terminal = pty.openpty()
@@ -149,7 +147,7 @@ def test_on_a_terminal_purge_asks(
 
 
 @pytest.mark.parametrize("command", ["retry", "purge"])
-def test_a_command_for_dead_events_wants_to_know_which(
+def test_a_command_for_dead_events_requires_a_selection(
     run: Run, graves: Store, command: str
 ) -> None:
     done = run(command, "--dry-run")
@@ -172,7 +170,7 @@ def test_the_version_is_shown() -> None:
 # ---------------------------------------------------------------------------------------- sql
 
 
-def test_the_table_is_made_once_and_checked(run: Run, database_url: str) -> None:
+def test_the_table_is_created_once_and_checked(run: Run, database_url: str) -> None:
     missing = run("sql", "check")
     assert missing.returncode == exit_codes.USAGE
     assert "outbox sql create" in missing.stderr
@@ -189,7 +187,7 @@ def test_the_table_is_made_once_and_checked(run: Run, database_url: str) -> None
     assert run("status").returncode == exit_codes.USAGE
 
 
-def test_the_ddl_that_is_printed_makes_the_table(tmp_path: Path) -> None:
+def test_the_printed_ddl_creates_the_table(tmp_path: Path) -> None:
     printed = run_at("", "sql", "ddl", "--dialect", "sqlite")
     with sqlite3.connect(tmp_path / "a.db") as connection:
         connection.executescript(printed.stdout)
@@ -202,7 +200,7 @@ def test_the_ddl_that_is_printed_makes_the_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [["status"], ["retry", "--all"], ["sql", "create"]])
-def test_a_database_that_cannot_be_reached_is_told_in_a_line(command: list[str]) -> None:
+def test_an_unreachable_database_is_reported_in_one_line(command: list[str]) -> None:
     done = run_at("postgresql://u:hunter2@127.0.0.1:1/d", *command)
     assert done.returncode == exit_codes.UNAVAILABLE
     assert len(done.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""What the broker has, seen with plain pika: the tests' own eyes."""
+"""Inspects the broker with plain pika, independently of outbox."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def properties_of_event(event: Event, app_id: str = "") -> Any:
 
 
 class Inspector:
-    """A blocking connection of its own, reopened when the broker was away."""
+    """A separate blocking connection, reopened when the broker was away."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -142,7 +142,7 @@ class Inspector:
         )
 
     def wait_for_queue(self, name: str, timeout: float = 10.0) -> None:
-        """Wait until somebody has declared the queue."""
+        """Wait until the queue has been declared."""
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -150,7 +150,7 @@ class Inspector:
                 self.clean_up(queue=name)
                 return
             except pika.exceptions.ChannelClosedByBroker:
-                assert time.monotonic() < deadline, f"nobody declared {name}"
+                assert time.monotonic() < deadline, f"{name} was not declared"
                 self.channel = self._connection.channel()
                 time.sleep(0.02)
 
@@ -181,7 +181,7 @@ class Unwritten:
     @classmethod
     @contextlib.contextmanager
     def written(cls) -> Iterator[None]:
-        """Have pika write them all the same."""
+        """Have pika write them anyway."""
         original: Any = pika.data.encode_value
 
         def encode_value(pieces: list[bytes], value: Any) -> int:

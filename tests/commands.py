@@ -20,7 +20,7 @@ def outbox_command(*arguments: str) -> list[str]:
 
 
 def run_outbox(*arguments: str, variables: dict[str, str] | None = None, **options: Any) -> Done:
-    """Run it to its end, with ``variables`` in its environment; nobody sits in front of it."""
+    """Run it to its end without a terminal, with ``variables`` in its environment."""
     return subprocess.run(
         outbox_command(*arguments),
         env={**os.environ, **(variables or {})},

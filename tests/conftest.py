@@ -41,10 +41,10 @@ def _started() -> PrivateBroker:
         return PrivateBroker().start()
     except BrokerMissing as error:
         # Where a broker was named on purpose, what needs one that it may kill is skipped.
-        told = f"{error}; or set OUTBOX_TEST_AMQP_URL to one that runs"
+        reason = f"{error}; or set OUTBOX_TEST_AMQP_URL to one that runs"
         if "CI" in os.environ and not os.environ.get("OUTBOX_TEST_AMQP_URL"):
-            pytest.fail(told)
-        pytest.skip(told)
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 def _started_postgresql() -> PrivatePostgreSQL:
@@ -109,7 +109,7 @@ def mortal_postgresql() -> Iterator[PrivatePostgreSQL]:
 
 @pytest.fixture
 def postgresql_url(postgresql: PrivatePostgreSQL) -> Iterator[str]:
-    """An empty database of the test's own."""
+    """The test's own empty database."""
     database = f"test_{uuid.uuid4().hex[:12]}"
     admin = create_engine(postgresql.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     with admin.connect() as connection:
@@ -146,7 +146,7 @@ def postgresql_store(postgresql_url: str) -> Iterator[Store]:
 
 @pytest.fixture
 def proxy(amqp_url: str) -> Iterator[FaultProxy]:
-    """A proxy of the test's own before the broker: what it does to a link, nobody else sees."""
+    """The test's own proxy in front of the broker, whose faults affect no other test."""
     with FaultProxy(amqp_url) as found:
         yield found
 
@@ -167,14 +167,14 @@ def inspector(amqp_url: str) -> Iterator[Inspector]:
 
 @pytest.fixture
 def publisher(amqp_url: str, name: str) -> Iterator[Publisher]:
-    """A publisher with an exchange of its own."""
+    """A publisher with its own exchange."""
     with Publisher(amqp_url, exchange=name) as found:
         yield found
 
 
 @pytest.fixture(autouse=True)
 def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No collector, publisher, setting, observer or thread of one test is there in the next."""
+    """No collector, publisher, setting, observer or thread of a test remains in the next."""
     scope.resume(None)
     for variable in [one for one in os.environ if one.startswith("OUTBOX_")]:
         if not variable.startswith("OUTBOX_TEST_"):

@@ -1,4 +1,4 @@
-"""``outbox-consume`` as its users run it, on a module that does what messages tell it."""
+"""``outbox-consume`` as its users run it, on a module whose consumer does what messages say."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Command:
         return [one["message"] for one in found if one["logger"] == logger]
 
     def wait_for(self, pattern: str, count: int = 1, timeout: float = 20) -> list[Any]:
-        """Wait until the log has so many matches; return them."""
+        """Wait until the log has ``count`` matches; return them."""
         try:
             wait_until(lambda: len(re.findall(pattern, self.text())) >= count, timeout)
         except AssertionError:
@@ -131,7 +131,7 @@ class Command:
         return [int(one) for one in found]
 
     def consuming(self, count: int) -> list[int]:
-        """Wait until so many workers have begun to consume, in all."""
+        """Wait until ``count`` workers have started to consume, in all."""
         self.wait_for('"consuming ', count)
         return self.workers()
 

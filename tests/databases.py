@@ -1,4 +1,4 @@
-"""An application's database with tables of its own, for tests of stored events and the inbox."""
+"""An application's database and tables, for tests of stored events and the inbox."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker in a process of its own that kills itself at a chosen point of a message's life."""
+"""A worker process that kills itself at a chosen point of a message's life."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["POINTS", "Job", "running"]
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is to do.
+    """What a worker has to do.
 
     Attributes:
         url, exchange, queue: where its messages are; follow-ons go to ``<queue>-next``.
@@ -55,9 +55,9 @@ class Job:
 
 @contextmanager
 def running(job: Job) -> Iterator[ForkServerProcess]:
-    """Run the worker; at the end it is told to stop, and must have ended in order or be dead."""
+    """Run the worker; stop it at the end, when it must exit cleanly or be dead already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # else each one imports everything anew
+    context.set_forkserver_preload([__name__])  # otherwise each one imports everything again
     stop = context.Event()
     process = context.Process(target=_work, args=(job, stop))
     process.start()

@@ -1,4 +1,4 @@
-"""Places where events can go, each behind the same face: for what all transports promise alike."""
+"""Places where events can go, behind one interface, for what all transports promise."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class SQLitePlace(_Place):
             wait_until(lambda: publisher.connected)
 
     def execute(self, statement: str, *parameters: Any) -> list[Any]:
-        """Run a statement on a connection of its own."""
+        """Run a statement on a separate connection."""
         with contextlib.closing(sqlite3.connect(self.path, timeout=10)) as connection:
             with connection:
                 return connection.execute(statement, parameters).fetchall()
@@ -189,7 +189,7 @@ def reading(
             # It is bound when it is consumed from; what goes to it by its name reaches no other.
             with place.publisher(unroutable="ignore") as publisher:
                 begin = events_for(publisher, [name], exchange="")
-                # A queue that is just being made refuses: then it must not come again later.
+                # A queue that is just being declared refuses: it must not be sent again later.
                 wait_until(lambda: publisher.publish(begin, keep=False).published)
             reader.get(1)
         yield reader

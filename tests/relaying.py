@@ -36,7 +36,7 @@ def an_event(number: int, exchange: str, target: str = "a", **options: Any) -> E
 
 
 def many(count: int, exchange: str, **options: Any) -> list[Event]:
-    """Return so many events, from 0 on."""
+    """Return ``count`` events, from 0 on."""
     return [an_event(number, exchange, **options) for number in range(count)]
 
 

@@ -279,7 +279,7 @@ first = consumer("{first}", exchange="{name}")(note)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["no_such_module"], "there is no module 'no_such_module'"),
         (["work:Nobody"], "work:Nobody is no consumer"),
@@ -291,11 +291,13 @@ first = consumer("{first}", exchange="{name}")(note)
         (["json"], "the module 'json' has no consumer"),
     ],
 )
-def test_wrong_usage_is_reported_in_one_line(start: Start, arguments: list[str], told: str) -> None:
+def test_wrong_usage_is_reported_in_one_line(
+    start: Start, arguments: list[str], expected: str
+) -> None:
     child = start(*arguments)
     _, errors = child.communicate(timeout=20)
     assert child.returncode == exit_codes.USAGE
-    assert told in errors
+    assert expected in errors
     assert "Traceback" not in errors
     assert "hunter2" not in errors
 

@@ -1,4 +1,4 @@
-"""``outbox-consume --isolate process``: handlers that hang or crash, and what becomes of them."""
+"""``outbox-consume --isolate process``: handlers that hang or crash."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_processes_that_do_not_end_are_waited_for_at_the_same_time(
 def is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-        # A zombie that nobody waits for, where there is no init that does, runs no more.
+        # A zombie that is never reaped, for want of an init, no longer runs.
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except (ProcessLookupError, FileNotFoundError):
         return False

@@ -1,4 +1,4 @@
-"""The log of ``outbox-consume``, as whoever runs it reads it."""
+"""The log of ``outbox-consume``, as its users read it."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def _demo(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     assert list(folder.iterdir()) == []
 
 
-def _told(folder: Path, *arguments: str) -> tuple[int, str]:
+def _run_demo(folder: Path, *arguments: str) -> tuple[int, str]:
     with _demo(folder, *arguments) as child:
         output, _ = child.communicate(timeout=70)
     return child.returncode, output
@@ -70,7 +70,7 @@ def _runs(pid: int) -> bool:
     ids=["flask", "fastapi", "rabbitmq"],
 )
 def test_the_demo_tells_its_story(tmp_path: Path, arguments: list[str], death: str) -> None:
-    code, output = _told(tmp_path, *arguments)
+    code, output = _run_demo(tmp_path, *arguments)
     assert code == 0, output
     for observed in (
         "published: order.placed",
@@ -88,7 +88,7 @@ def test_the_demo_tells_its_story(tmp_path: Path, arguments: list[str], death: s
 
 
 def test_the_demo_fails_when_a_step_is_not_observed(tmp_path: Path) -> None:
-    code, output = _told(tmp_path, "--app", "flask", "--consumers", "no.such.module")
+    code, output = _run_demo(tmp_path, "--app", "flask", "--consumers", "no.such.module")
     assert code == 1
     assert "NOT OBSERVED: the worker consumes" in output
     assert "there is no module 'no.such.module'" in output

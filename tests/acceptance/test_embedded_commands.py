@@ -1,4 +1,4 @@
-"""The commands on a file of SQLite, as their users run them."""
+"""The commands on a SQLite file, as their users run them."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def dead(inspector: Inspector, name: str) -> str:
 def put(
     inspector: Inspector, queue: str, count: int, name: str, target: str = "a.b", **own: Any
 ) -> list[str]:
-    """Put so many parked messages into ``queue``, ids from 0 on."""
+    """Put ``count`` parked messages into ``queue``, ids from 0 on."""
     before = inspector.count(queue)
     headers = {
         "outbox-parked-exchange": name,
@@ -229,7 +229,7 @@ def test_deleting_on_a_terminal_asks_first(
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "told"),
+    ("number", "code", "expected"),
     [
         (signal.SIGKILL, -signal.SIGKILL, ""),
         (signal.SIGINT, exit_codes.INTERRUPTED, "outbox: interrupted\n"),
@@ -243,7 +243,7 @@ def test_a_replay_ended_midway_loses_nothing(
     name: str,
     number: signal.Signals,
     code: int,
-    told: str,
+    expected: str,
 ) -> None:
     target = inspector.queue(name, name)
     address = {"outbox-parked-exchange": name, "outbox-parked-target": "a.b"}
@@ -263,7 +263,7 @@ def test_a_replay_ended_midway_loses_nothing(
     arrived = ids([inspector.get(target, 20)])
     child.send_signal(number)
     _, errors = child.communicate(timeout=20)
-    assert (child.returncode, errors) == (code, told), "perhaps it was ended too late"
+    assert (child.returncode, errors) == (code, expected), "perhaps it was ended too late"
     deadline = time.monotonic() + 10
     while True:  # the broker gives back what it had held
         arrived += ids(inspector.all(target))
@@ -310,7 +310,7 @@ def test_messages_that_were_often_given_back_cause_a_warning(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["list", "--queue", "nowhere.dead"], "has no queue 'nowhere.dead'"),
         (
@@ -326,10 +326,10 @@ def test_messages_that_were_often_given_back_cause_a_warning(
         ([], "ACTION"),
     ],
 )
-def test_wrong_usage_is_reported_in_one_line(run: Run, arguments: list[str], told: str) -> None:
+def test_wrong_usage_is_reported_in_one_line(run: Run, arguments: list[str], expected: str) -> None:
     seen = run(*arguments)
     assert seen.returncode == exit_codes.USAGE
-    assert told in seen.stderr
+    assert expected in seen.stderr
     assert "Traceback" not in seen.stderr
     assert "hunter2" not in seen.stderr
 

@@ -32,7 +32,7 @@ def database_url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def start(database_url: str, amqp_url: str) -> Iterator[Start]:
-    """Start the command; both URLs are in its environment, unless told otherwise."""
+    """Start the command; by default both URLs are in its environment."""
     with contextlib.ExitStack() as stack:
 
         def begin(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -197,7 +197,7 @@ def test_on_a_terminal_one_line_shows_how_many_and_how_fast(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "expected"),
     [
         (["--database", "sqlite:////nowhere/x.db"], exit_codes.USAGE, "its folder is not there"),
         (["--database", "mysql://u:hunter2@h/d"], exit_codes.USAGE, "mysql"),
@@ -213,12 +213,12 @@ def test_on_a_terminal_one_line_shows_how_many_and_how_fast(
     ],
 )
 def test_errors_are_reported_in_one_line(
-    start: Start, store: Store, name: str, arguments: list[str], code: int, told: str
+    start: Start, store: Store, name: str, arguments: list[str], code: int, expected: str
 ) -> None:
     store.put([an_event(1, name)])
     found, output, errors = ended(start(*arguments, "--log-level", "ERROR"))
     assert (found, output) == (code, "")
-    assert told in errors.splitlines()[-1]
+    assert expected in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert "hunter2" not in errors
 

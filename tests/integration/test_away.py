@@ -1,4 +1,4 @@
-"""A database that is away, as each driver tells it: no failure of the message."""
+"""How each driver reports a database that is away, which is not the message's failure."""
 
 from __future__ import annotations
 

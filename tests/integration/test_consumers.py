@@ -1,4 +1,4 @@
-"""Consumers that fail, hang, wait and are asynchronous, on real transports."""
+"""Consumers that fail, hang, wait or are asynchronous, on real transports."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_a_handler_that_takes_too_long_is_retried_and_its_thread_replaced(
 ) -> None:
     release = threading.Event()
     ends: list[str] = []
-    told: list[str] = []
+    calls: list[str] = []
 
     class Slow(Consumer):
         queue = name
@@ -239,13 +239,13 @@ def test_a_handler_that_takes_too_long_is_retried_and_its_thread_replaced(
                 ends.append("second")
 
         def on_timeout(self, event: ReceivedEvent) -> None:
-            told.append("timeout")
+            calls.append("timeout")
 
         def on_failure(self, event: ReceivedEvent, error: BaseException) -> None:
-            told.append(type(error).__name__)
+            calls.append(type(error).__name__)
 
         def on_success(self, event: ReceivedEvent) -> None:
-            told.append("success")
+            calls.append("success")
 
     made(place, name)
     with reading(place, f"{name}-late"), working(publisher, Slow, threads=1) as worker:
@@ -255,10 +255,10 @@ def test_a_handler_that_takes_too_long_is_retried_and_its_thread_replaced(
         release.set()
         wait_until(lambda: len(ends) == 2)
         wait_until(lambda: worker.late == 0)
-        send(publisher, name)  # the one place is still there, and no more than one
+        send(publisher, name)  # there is still exactly one free place
         wait_until(lambda: place.count(name) == 0)
     assert ends[:2] == ["second", "refused"]
-    assert told == ["timeout", "ProcessTimeout", "success", *told[3:]]
+    assert calls == ["timeout", "ProcessTimeout", "success", *calls[3:]]
     assert place.count(f"{name}-late") == 0
 
 
@@ -405,7 +405,7 @@ def test_a_coroutine_that_takes_too_long_is_cancelled_and_retried(
 def test_a_coroutine_that_times_out_has_failed_however_it_reacts(
     place: Place, publisher: Publisher, name: str, how: str
 ) -> None:
-    told: list[str] = []
+    calls: list[str] = []
 
     class Stubborn(Consumer):
         queue = made(place, name)
@@ -419,16 +419,16 @@ def test_a_coroutine_that_times_out_has_failed_however_it_reacts(
                     raise ValueError("in a hurry") from None
 
         def on_success(self, event: ReceivedEvent) -> None:
-            told.append("success")
+            calls.append("success")
 
         def on_timeout(self, event: ReceivedEvent) -> None:
-            told.append("timeout")
+            calls.append("timeout")
 
     with working(publisher, Stubborn):
         send(publisher, name)
         [letter] = dead_letters(place, name)
     assert (letter.headers or {})["outbox-dead-error"] == "ProcessTimeout"
-    assert told == ["timeout"]
+    assert calls == ["timeout"]
 
 
 def test_a_coroutine_that_ignores_its_cancellation_is_abandoned_and_replaced(
@@ -724,7 +724,7 @@ def test_a_coroutine_being_stopped_is_not_a_failed_attempt_however_it_reacts(
     place: Place, publisher: Publisher, name: str
 ) -> None:
     began = threading.Event()
-    told: list[str] = []
+    calls: list[str] = []
 
     class Stubborn(Consumer):
         queue = made(place, name)
@@ -738,14 +738,14 @@ def test_a_coroutine_being_stopped_is_not_a_failed_attempt_however_it_reacts(
                 raise ValueError("interrupted") from None
 
         def on_failure(self, event: ReceivedEvent, error: BaseException) -> None:
-            told.append("failed")
+            calls.append("failed")
 
     worker = Worker([Stubborn], publisher=publisher)
     worker.start()
     [sent] = send(publisher, name)
     assert began.wait(10)
     assert not worker.stop(0.1)
-    assert told == []
+    assert calls == []
     with reading(place, name, again=True) as reader:
         [left] = reader.get()
         assert left.message_id == sent
@@ -768,7 +768,7 @@ def test_a_stop_waits_for_the_message_of_a_late_handler_to_be_settled(
             release.wait(20)
 
         def on_timeout(self, event: ReceivedEvent) -> None:
-            time.sleep(0.3)  # the message is in other hands, and not settled yet
+            time.sleep(0.3)  # the message is being dead-lettered, and not settled yet
 
     worker = Worker([Hangs], publisher=publisher, threads=1)
     worker.start()
@@ -786,7 +786,7 @@ def test_a_handler_that_ends_just_after_its_timeout_settles_nothing_whatever_its
     place: Place, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = threading.Event()
-    told: list[str] = []
+    calls: list[str] = []
 
     class Swallowing(Consumer):
         queue = made(place, name)
@@ -801,10 +801,10 @@ def test_a_handler_that_ends_just_after_its_timeout_settles_nothing_whatever_its
             time.sleep(0.3)
 
         def on_success(self, event: ReceivedEvent) -> None:
-            told.append("success")
+            calls.append("success")
 
         def on_dead(self, event: ReceivedEvent, reason: str) -> None:
-            told.append("dead")
+            calls.append("dead")
 
     give_up = Message.give_up
 
@@ -814,16 +814,16 @@ def test_a_handler_that_ends_just_after_its_timeout_settles_nothing_whatever_its
 
     live = ThreadEngine._live
 
-    def live_and_tell(*arguments: Any) -> Any:
+    def live_and_signal(*arguments: Any) -> Any:
         try:
             return live(*arguments)
         finally:
             ended.set()
 
     monkeypatch.setattr(Message, "give_up", give_up_late)
-    monkeypatch.setattr(ThreadEngine, "_live", live_and_tell)
+    monkeypatch.setattr(ThreadEngine, "_live", live_and_signal)
     with working(publisher, Swallowing):
         send(publisher, name)
         [letter] = dead_letters(place, name)
-    assert told == ["dead"]
+    assert calls == ["dead"]
     assert (letter.headers or {})["outbox-dead-error"] == "ProcessTimeout"

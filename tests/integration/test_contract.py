@@ -1,4 +1,4 @@
-"""What every transport promises alike: one test each, over RabbitMQ, SQLite, and memory://."""
+"""What every transport promises: one test each, over RabbitMQ, SQLite and memory://."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def ids(found: list[Delivery] | tuple[Event, ...] | list[Event]) -> list[str | N
 
 
 def headers_of(event: Event, key: str = "k") -> dict[str, object]:
-    """Return what its message is to have: ``HEADERS``, and what has no property."""
+    """Return the headers its message must have: ``HEADERS``, and what has no property."""
     since = event.occurred_at - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
     return {
         **HEADERS,
@@ -154,7 +154,7 @@ def test_publishing_on_a_running_loop_is_refused_and_its_async_twin_works(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reason"),
     [
         ({"headers": {"outbox-key": "x"}}, "not the application's"),
         ({"headers": {"x": object()}}, "headers carry"),
@@ -166,9 +166,9 @@ def test_publishing_on_a_running_loop_is_refused_and_its_async_twin_works(
     ],
 )
 def test_an_invalid_event_is_refused_at_the_callers_line(
-    taker: Publisher, options: dict[str, Any], told: str
+    taker: Publisher, options: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(InvalidEvent, match=told):
+    with pytest.raises(InvalidEvent, match=reason):
         events_for(taker, ["a"], **options)
 
 
@@ -615,7 +615,7 @@ def test_the_queue_hands_out_the_higher_priority_first(
 
 
 def has_come(worker: Worker, queue: str, count: int) -> bool:
-    """Return whether so many messages are in the hands of the worker: begun, or waiting there."""
+    """Return whether the worker has ``count`` messages of the queue: started, or waiting there."""
     found: int = worker._subscription.out(queue)
     return found == count
 

@@ -1,4 +1,4 @@
-"""What becomes of dead letters when the broker is not as it was."""
+"""Dead letters when queues of the broker have been deleted."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_if_the_dead_letter_queue_is_deleted_a_poison_message_waits_until_it_exi
         assert begun.wait(10)
         inspector.channel.queue_delete(f"{name}.dead")
         deleted.set()
-        inspector.wait_for_queue(f"{name}.dead")  # made anew, by the worker
+        inspector.wait_for_queue(f"{name}.dead")  # declared again, by the worker
         letter = inspector.get(f"{name}.dead")
     finally:
         worker.stop(5)

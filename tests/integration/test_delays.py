@@ -1,4 +1,4 @@
-"""Delayed events over a real RabbitMQ: when and where they arrive, and what may go wrong."""
+"""Delayed events over a real RabbitMQ: when and where they arrive, and what can go wrong."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_an_event_that_is_already_due_is_published_at_once(
 def test_an_event_delayed_repeatedly_carries_no_headers_of_the_broker(
     place: RabbitMQPlace, publisher: Publisher, name: str
 ) -> None:
-    """A broker that finds its own record of the last time drops the message as one in a circle."""
+    """A broker that finds its record of an earlier delay drops the message as a cycle."""
     seen: list[ReceivedEvent] = []
 
     with reading(place, name):
@@ -350,7 +350,7 @@ def test_deleted_parts_of_the_ladder_are_redeclared(
             inspector.channel.queue_delete(victim)
         else:
             inspector.channel.exchange_delete(victim)
-        if victim.endswith("due"):  # found out by looking after it, since nobody enters there
+        if victim.endswith("due"):  # only the regular check notices: nothing is published there
             publisher._own_transport()._delayer._ladder._looked_at -= 100  # type: ignore[attr-defined]
             [plain] = events_for(publisher, [name], delay=30)
             publisher.publish([plain])

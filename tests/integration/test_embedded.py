@@ -1,4 +1,4 @@
-"""The embedded transport and its file, at the edges."""
+"""Edge cases of the embedded transport and its file."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def test_an_untrusted_or_unusable_path_is_refused_when_configured(
     (tmp_path / "target.db").touch()
     (tmp_path / "link.db").symlink_to(tmp_path / "target.db")
     (tmp_path / "folder.db").mkdir()
-    for file, told in (
+    for file, reason in (
         ("link.db", "symbolic link"),
         ("folder.db", "no plain file"),
         ("none/x.db", "No such file"),
         ("x.db?cache=shared", "the option 'cache'"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=reason):
             Publisher(f"sqlite:///{tmp_path}/{file}")
 
 
@@ -135,13 +135,13 @@ def test_a_missing_sqlalchemy_names_the_extra(tmp_path: Path) -> None:
         "try:\n    outbox.configure(sys.argv[1])\n"
         "except outbox.errors.MissingExtra as error:\n    print(error)\n"
     )
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", program, f"sqlite:///{tmp_path}/o.db"],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert "outbox-events[sql]" in told.stdout
+    assert "outbox-events[sql]" in done.stdout
 
 
 # ---------------------------------------------------------------------------- it cannot be written
@@ -158,7 +158,7 @@ def test_while_another_process_writes_callers_wait_no_longer_than_their_timeout(
         assert isinstance(report.error, PublishTimeout)
         begin = time.monotonic()
         assert publisher.publish(events[1:], timeout=5).kept == tuple(events[1:])
-        assert time.monotonic() - begin < 1  # nobody waits while it is known
+        assert time.monotonic() - begin < 1  # callers do not wait while it is known to be locked
         assert publisher.kept == tuple(events)
     assert publisher.drain(10)
     assert publisher.kept == ()
@@ -236,9 +236,9 @@ def test_events_are_kept_while_the_disk_is_full(place: SQLitePlace, name: str) -
         [sys.executable, "-c", FULL_DISK, place.url], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    told = done.stdout.splitlines()
-    assert told[0] in ("['large'] Blocked False", "['large'] ConnectionLost False")
-    assert told[1:] == ["['small']", "True ()"]
+    lines = done.stdout.splitlines()
+    assert lines[0] in ("['large'] Blocked False", "['large'] ConnectionLost False")
+    assert lines[1:] == ["['small']", "True ()"]
     rows = place.execute("SELECT id FROM outbox_events ORDER BY seq")
     assert rows == [("small",), ("large",), ("small",)]
 
@@ -256,7 +256,7 @@ def test_a_removed_file_is_created_again_and_nothing_is_written_to_the_old_one(
         folder.rename(tmp_path / "away")  # with the log beside it, at one go
         folder.mkdir()
         events = events_for(publisher, ["b"])
-        assert publisher.publish(events).parked == tuple(events)  # no binding is there any more
+        assert publisher.publish(events).parked == tuple(events)  # the bindings are gone
         place.bind(name, place.exchange, "#")
         more = events_for(publisher, ["c"])
         assert publisher.publish(more).ok
@@ -270,7 +270,9 @@ def test_events_are_kept_while_the_removed_file_cannot_be_created_again(
     away = tmp_path / "away"
     away.mkdir()
     for suffix in ("", "-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):  # the last connection takes those two along
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # closing the last connection removes these two
             shutil.move(place.path + suffix, away)
     Path(place.path).mkdir()
     events = events_for(publisher, ["b"])
@@ -348,7 +350,7 @@ def test_events_published_by_another_process_are_noticed_while_idle(
         publisher.publish(events_for(publisher, ["later"]))
     with reading(place, name) as reader:
         reader._subscription._poll = subscription._LONGEST_POLL  # type: ignore[attr-defined]
-        place.execute("UPDATE outbox_events SET queue = ?", name)  # on a connection of its own
+        place.execute("UPDATE outbox_events SET queue = ?", name)  # on a separate connection
         begin = time.monotonic()
         assert reader.get()[0].target == "later"
         assert time.monotonic() - begin < 1

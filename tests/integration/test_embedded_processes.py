@@ -107,11 +107,11 @@ def test_four_processes_publish_and_four_consume_without_an_error_about_a_locked
             assert one.stdin is not None
             one.stdin.write("go\n")
             one.stdin.flush()
-        told = [one.communicate(timeout=60)[1] for one in publishers]
+        errors = [one.communicate(timeout=60)[1] for one in publishers]
         wait_until(lambda: place.execute("SELECT count(*) FROM outbox_events") == [(0,)], 30)
-        told += [one.communicate(timeout=30)[1] for one in workers]
+        errors += [one.communicate(timeout=30)[1] for one in workers]
         assert [one.returncode for one in publishers + workers] == [0] * 8
-    assert told == [""] * 8
+    assert errors == [""] * 8
     seen = Counter(line.split()[0] for log in logs for line in log.read_text().splitlines())
     assert seen == Counter(f"{who}-{n}" for who in range(4) for n in range(250))
 
@@ -144,8 +144,8 @@ def test_several_processes_can_create_the_file_and_come_and_go(tmp_path: Path) -
             assert one.stdin is not None
             one.stdin.write("go\n")
             one.stdin.flush()
-        told = [one.communicate(timeout=60)[1] for one in started]
-    assert told == [""] * 4
+        errors = [one.communicate(timeout=60)[1] for one in started]
+    assert errors == [""] * 4
     rows = place.execute("SELECT id FROM outbox_events")
     assert len(rows) == 4 * 15 * 3
     assert set(rows) == {(f"{a}-{b}-{c}",) for a in range(4) for b in range(15) for c in range(3)}

@@ -1,4 +1,4 @@
-"""Publishers in programs whose threads are greenlets, of gevent and of eventlet."""
+"""Publishers in programs whose threads are greenlets of gevent or eventlet."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def finish(program: subprocess.Popen[str], timeout: float = 30) -> tuple[str, st
 
 @pytest.fixture(params=LIBRARIES)
 def beginning(request: pytest.FixtureRequest) -> str:
-    """How a program begins whose threads are greenlets."""
+    """The first lines of a program whose threads are greenlets."""
     library: str = request.param
     return LIBRARIES[library] + BEGINNING
 
@@ -221,7 +221,7 @@ print(event.id)
 def test_a_forked_child_does_not_touch_its_parents_connection(
     beginning: str, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
-    """A greenlet is there in the child too: with it, the one that has read what the broker says."""
+    """A forked child has the parent's greenlets too, also the one that reads from the broker."""
     queue = inspector.queue(name, name)
     proxy.delay = 0.01  # the child finds time to read what the parent waits for
     program = """

@@ -1,4 +1,4 @@
-"""The inbox: a message that is delivered twice is done once, and noted with what it does."""
+"""The inbox: a message delivered twice is handled once, and noted in the handler's transaction."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def cut(proxy: FaultProxy, worker: Worker) -> None:
 def consuming(
     publisher: Publisher, act: Consumer | type[Consumer], inbox: Inbox, queue: str
 ) -> Iterator[Worker]:
-    """Run a worker from the moment it consumes, until all that has come is settled."""
+    """Run a worker until everything that was delivered is settled."""
     with working(publisher, act, inbox=inbox) as worker:
         wait_until(lambda: worker.is_consuming)
         yield worker
@@ -256,7 +256,7 @@ def test_a_message_that_fails_after_its_commit_is_a_dead_letter_even_if_its_link
     engine: Engine,
     name: str,
 ) -> None:
-    told: list[str] = []
+    calls: list[str] = []
 
     class Act(Consumer):
         queue = name
@@ -271,10 +271,10 @@ def test_a_message_that_fails_after_its_commit_is_a_dead_letter_even_if_its_link
             raise ValueError("too late")
 
         def on_failure(self, event: ReceivedEvent, error: BaseException) -> None:
-            told.append("failure")
+            calls.append("failure")
 
         def on_dead(self, event: ReceivedEvent, reason: str) -> None:
-            told.append("dead")
+            calls.append("dead")
 
     with consuming(through_proxy, Act, inbox, name) as worker:
         send(through_proxy, name, "a")
@@ -282,7 +282,7 @@ def test_a_message_that_fails_after_its_commit_is_a_dead_letter_even_if_its_link
     assert letter.id == "a"
     assert effects(engine) == 1
     assert inspector.all(name) == inspector.all(dead_letter_queue(name)) == []
-    assert told == ["failure", "dead"]
+    assert calls == ["failure", "dead"]
 
 
 def test_events_auto_published_after_a_commit_are_not_lost_with_the_link(
@@ -463,7 +463,7 @@ def test_a_commit_in_a_callback_is_not_taken_for_the_handlers_work(
     place: Place, publisher: Publisher, inbox: Inbox, engine: Engine, name: str
 ) -> None:
     attempts: list[int] = []
-    told: list[str] = []
+    calls: list[str] = []
 
     class Act(Consumer):
         queue = made(place, name)
@@ -485,13 +485,13 @@ def test_a_commit_in_a_callback_is_not_taken_for_the_handlers_work(
             with Session(engine) as session:
                 session.add(Effect(of=what))
                 session.commit()
-            told.append(what)
+            calls.append(what)
 
     with working(publisher, Act, inbox=inbox):
         send(publisher, name, "a")
-        wait_until(lambda: len(told) == 2)
+        wait_until(lambda: len(calls) == 2)
     assert attempts == [1, 2]
-    assert told == ["failure 0", "success 1"]
+    assert calls == ["failure 0", "success 1"]
     assert place.count(dead_letter_queue(name)) == 0
 
 
@@ -579,8 +579,8 @@ def test_an_event_is_never_seen_before_its_data(
     @consumer(made(place, name))
     def look(event: ReceivedEvent) -> None:
         with Session(engine) as session:
-            told = select(Effect.id).where(Effect.of == event.payload["of"])
-            found.append(session.scalar(told) is not None)
+            query = select(Effect.id).where(Effect.of == event.payload["of"])
+            found.append(session.scalar(query) is not None)
 
     with working(publisher, look):
         for number in range(50):

@@ -1,4 +1,4 @@
-"""What a publisher leaves behind when its connection breaks again and again: nothing."""
+"""A publisher whose connection breaks again and again leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network and a broker do to the publisher's connection, frame by frame."""
+"""Faults of the network and the broker on the publisher's connection, frame by frame."""
 
 from __future__ import annotations
 
@@ -386,7 +386,7 @@ def test_any_exception_while_writing_keeps_the_events_and_replaces_the_connectio
 def test_a_poisonous_event_among_twenty_is_rejected_alone(
     proxy: FaultProxy, inspector: Inspector, queue: str, name: str
 ) -> None:
-    internal = f"{name}-internal"  # nobody may publish to it: 403, and the channel is closed
+    internal = f"{name}-internal"  # publishing to it is forbidden: 403 closes the channel
     inspector.channel.exchange_declare(internal, "topic", internal=True)
     inspector.clean_up(exchange=internal)
     events = events_for(name, 20)
@@ -458,7 +458,7 @@ def test_an_event_refused_by_one_of_two_queues_is_sent_again_with_the_same_id(
     [event] = events_for(name, 1, "both")
     with Publisher(amqp_url, exchange=name) as publisher:
         assert publisher.publish([event]).kept == (event,)
-        assert inspector.get(open_queue).id == event.id  # a nack does not mean that nobody got it
+        assert inspector.get(open_queue).id == event.id  # despite the nack, one queue has it
         assert inspector.get(f"{name}-full").body == b"fills it"
         assert publisher.drain(10)
     assert inspector.get(f"{name}-full").id == event.id

@@ -1,4 +1,4 @@
-"""Live tests of an application: a broker of the test's own, real publishers, real workers."""
+"""Live tests of an application: the test's own broker, real publishers, real workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing of a payload, a password or a forged line is in any log, whatever fails."""
+"""Whatever fails, no log contains a payload, a password or a forged line."""
 
 from __future__ import annotations
 

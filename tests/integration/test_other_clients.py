@@ -1,4 +1,4 @@
-"""Messages of other AMQP clients are consumed, and what outbox publishes they can read."""
+"""outbox consumes messages of other AMQP clients, and they can read its events."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def tool(name: str) -> str:
     """Return where a program of amqp-tools is."""
     found = shutil.which(name)
     if found is None:
-        told = f"there is no {name}: scripts/bootstrap installs amqp-tools"
+        reason = f"there is no {name}: scripts/bootstrap installs amqp-tools"
         if "CI" in os.environ:
-            pytest.fail(told)
-        pytest.skip(told)
+            pytest.fail(reason)
+        pytest.skip(reason)
     return found
 
 

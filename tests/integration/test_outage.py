@@ -131,7 +131,7 @@ def test_a_frozen_broker_costs_one_caller_its_timeout_and_nothing_is_sent_twice(
             assert isinstance(report.error, PublishTimeout)
             begin = time.monotonic()
             assert publisher.publish(events[2:3]).kept == (events[2],)
-            assert time.monotonic() - begin < 0.1  # nobody else waits
+            assert time.monotonic() - begin < 0.1  # others do not wait
             assert publisher.kept == tuple(events[1:3])
         finally:
             private_broker.resume()
@@ -270,14 +270,14 @@ def test_at_max_kept_new_work_is_refused_before_it_commits(
 def test_reconnects_and_kept_events_are_counted_and_reported(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
-    told: list[str] = []
+    calls: list[str] = []
     with (
         FaultProxy(amqp_url) as proxy,
         Publisher(
             proxy.url,
             exchange=name,
-            on_connected=lambda address: told.append(f"connected to {address}"),
-            on_disconnected=lambda error: told.append(type(error).__name__),
+            on_connected=lambda address: calls.append(f"connected to {address}"),
+            on_disconnected=lambda error: calls.append(type(error).__name__),
         ) as publisher,
     ):
         queue = inspector.queue(name, name)
@@ -293,7 +293,7 @@ def test_reconnects_and_kept_events_are_counted_and_reported(
         stats = publisher.stats()
         assert len(inspector.messages(queue, 2)) == 2
     address = f"127.0.0.1:{proxy.port}"
-    assert told == [f"connected to {address}", "ConnectionLost", f"connected to {address}"]
+    assert calls == [f"connected to {address}", "ConnectionLost", f"connected to {address}"]
     assert (stats.published, stats.kept, stats.ever_kept, stats.reconnects) == (2, 0, 1, 1)
     assert stats.connected
 
@@ -323,7 +323,7 @@ def test_under_a_real_memory_alarm_publishers_keep_events_and_workers_go_on_acki
             private_broker.ctl("set_vm_memory_high_watermark", "absolute", "1MB")
             try:
                 event = Event(id="kept", target="other", exchange=name, body=b"{}")
-                publisher.publish([event])  # the first one after the alarm has it told
+                publisher.publish([event])  # the broker reports the alarm after the first publish
                 wait_until(lambda: not publisher.connected)
                 assert publisher.kept == (event,)
                 alarmed.set()

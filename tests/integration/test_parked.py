@@ -1,4 +1,4 @@
-"""Parking and dead-letter queues of a real broker, looked into and emptied."""
+"""Browsing and emptying parking and dead-letter queues of a real broker."""
 
 from __future__ import annotations
 

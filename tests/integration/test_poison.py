@@ -61,7 +61,7 @@ def send_all(publisher: Publisher, queue: str, count: int) -> None:
 
 
 def seconds_of_work(seconds: float) -> float:
-    """Return the processor time that all threads of this process take in so many seconds."""
+    """Return the processor time that all threads of this process use in ``seconds``."""
     time.sleep(0.2)  # until what follows from the last message is over
     begin = time.process_time()
     time.sleep(seconds)

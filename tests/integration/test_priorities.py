@@ -1,4 +1,4 @@
-"""Queues with priorities on a real RabbitMQ: how they are declared, and what is refused."""
+"""Queues with priorities on a real RabbitMQ: how they are declared or refused."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def refused(publisher: Publisher, consumer: type[Consumer]) -> str:
     worker = Worker([consumer], publisher=publisher)
     worker.start()
     try:
-        with pytest.raises(UsageError) as told:
+        with pytest.raises(UsageError) as caught:
             worker.wait(10)
-        return str(told.value)
+        return str(caught.value)
     finally:
         worker.stop(5)
 
@@ -72,9 +72,9 @@ def test_priorities_a_quorum_queue_does_not_support_are_refused_before_it_is_dec
     properties: Any = inspector._connection._impl.server_properties
     if tuple(map(int, properties["version"].split(".")[:2])) >= (4, 3):
         pytest.skip("this broker has them")
-    told = refused(publisher, consumer_of(name, queue_type="quorum"))
-    assert "is to be a quorum queue with priorities up to 10" in told
-    assert "leave queue_type out for a classic queue" in told
+    error = refused(publisher, consumer_of(name, queue_type="quorum"))
+    assert "is to be a quorum queue with priorities up to 10" in error
+    assert "leave queue_type out for a classic queue" in error
     with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="NOT_FOUND"):
         inspector._connection.channel().queue_declare(name, passive=True)
     place.bind(f"{name}-all", name, "#")
@@ -103,6 +103,6 @@ def test_an_existing_queue_with_other_priorities_is_reported_by_its_argument(
         "x-overflow": "reject-publish",
     }
     inspector.queue(name, arguments={**there, **others})
-    told = refused(publisher, consumer_of(name))
-    assert f"inequivalent arg '{argument}' for queue '{name}'" in told
+    error = refused(publisher, consumer_of(name))
+    assert f"inequivalent arg '{argument}' for queue '{name}'" in error
     assert publisher.publish(events_for(publisher, [name], exchange="")).ok

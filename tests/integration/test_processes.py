@@ -1,4 +1,4 @@
-"""Publishers in processes that others start, and what is kept when those end."""
+"""Publishers in child processes, and their kept events when those end."""
 
 from __future__ import annotations
 

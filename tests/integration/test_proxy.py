@@ -1,4 +1,4 @@
-"""The fault proxy does to a connection what it says, and nothing else."""
+"""The fault proxy does what it says to a connection, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a relay does not do while something is wrong: claim in vain, wait, lose or repeat."""
+"""A relay under faults: it claims nothing in vain, and neither waits, loses nor repeats."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_closed_publisher_makes_the_relay_release_its_rows(
     assert store.status().waiting == 3
 
 
-# --------------------------------------------------------------------------- rows of somebody's
+# ------------------------------------------------------------------------- rows of other programs
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -286,7 +286,7 @@ def test_relays_killed_at_random_lose_nothing(
     store.engine.dispose()
 
 
-# --------------------------------------------------------------------------------- what it tells
+# ------------------------------------------------------------------------------------- statistics
 
 
 def test_the_relay_counts_the_fates_of_events_and_how_late_they_are(

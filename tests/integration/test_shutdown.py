@@ -1,4 +1,4 @@
-"""Servers that are told to stop while the broker does not answer."""
+"""Servers that are stopped while the broker does not answer."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def test_an_uncommitted_claim_hides_its_keys_from_others(postgresql_url: str) ->
     with engine.begin() as connection:
         assert len(store.claim(2, ordered=True, connection=connection)) == 2
         assert store.claim(4, ordered=True) == []
-        assert store.claim(4) != []  # nobody asked for order
+        assert store.claim(4) != []  # not in ordered mode
     engine.dispose()
 
 
@@ -353,8 +353,8 @@ def test_a_second_engine_for_a_file_does_not_release_the_locks_of_the_first(tmp_
         connection.exec_driver_sql("CREATE TABLE t (n)")
         connection.commit()
         open_sqlite(str(path)).dispose()
-        # Without the locks another process takes itself for the last, and removes the log at its
-        # end; what is written into that later, nobody else sees.
+        # Without the locks another process believes it is the last, and removes the log when it
+        # ends; nothing written to that log later is seen by others.
         other = (
             "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); "
             "c.execute('INSERT INTO t VALUES (1)'); c.commit(); c.close()"

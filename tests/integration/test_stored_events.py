@@ -1,4 +1,4 @@
-"""Events that are stored in the application's own transaction, on PostgreSQL and SQLite."""
+"""Events stored in the application's own transaction, on PostgreSQL and SQLite."""
 
 from __future__ import annotations
 
@@ -642,8 +642,8 @@ def test_a_listening_relay_is_notified_if_configured(postgresql_url: str) -> Non
         with Session(engine) as session:
             enqueue_event(1, "a", session=session)
             session.commit()
-        [told] = list(listener.notifies(timeout=5, stop_after=1))
-    assert told.payload == ""
+        [notification] = list(listener.notifies(timeout=5, stop_after=1))
+    assert notification.payload == ""
     assert outbox.sql.drain()
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM outbox_events")).scalar() == 1

@@ -1,4 +1,4 @@
-"""What a parent does with workers that do not do as they should, and workers without a parent."""
+"""Supervising workers that misbehave, and workers that have lost their parent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ parent = Parent.inherited()
 
 
 class Driven:
-    """A supervisor in a process of its own, whose log is a file."""
+    """A supervisor in a separate process, whose log is a file."""
 
     def __init__(self, folder: Path, worker: str, command: list[str] | None, processes: int):
         self.folder = folder
@@ -140,7 +140,7 @@ def test_a_workers_subprocess_is_not_taken_for_a_worker_and_inherits_no_pipe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lifeline, held = os.pipe()
-    told, status = os.pipe()
+    status_reader, status = os.pipe()
     for descriptor in (lifeline, status):
         os.set_inheritable(descriptor, True)
     monkeypatch.setenv("_OUTBOX_PARENT", f"{lifeline}:{status}")
@@ -148,7 +148,7 @@ def test_a_workers_subprocess_is_not_taken_for_a_worker_and_inherits_no_pipe(
     assert Parent.inherited() is None
     assert not os.get_inheritable(lifeline)
     assert not os.get_inheritable(status)
-    for descriptor in (lifeline, held, told, status):
+    for descriptor in (lifeline, held, status_reader, status):
         os.close(descriptor)
 
 
@@ -162,8 +162,8 @@ stop = Stop()
 stop_with(Parent.inherited(), stop, 0.3)
 time.sleep(60)
 """
-    told, status = os.pipe()
+    status_reader, status = os.pipe()
     child = ChildProcess([sys.executable, "-c", program], status)
-    os.close(told)
+    os.close(status_reader)
     child.close()
     assert child.wait(15) == exit_codes.KILLED

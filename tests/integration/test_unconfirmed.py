@@ -1,4 +1,4 @@
-"""Messages whose last follow-on events are on their way while their thread or task goes on."""
+"""Messages whose follow-ons are unconfirmed while their thread or task continues."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def gate(request: pytest.FixtureRequest, name: str) -> Gate:
 def frozen(
     broker: PrivateBroker, gate: Gate, *, at_a_time: int = 2, timeout: float = 30.0
 ) -> Iterator[tuple[Worker, Inspector]]:
-    """Run a worker that has its messages from a broker that does not answer any more."""
+    """Run a worker whose broker stops answering once it has delivered the messages."""
     name = gate.queue
     with (
         contextlib.closing(Inspector(broker.url)) as inspector,
@@ -176,13 +176,13 @@ def test_a_follow_on_that_the_broker_rejects_dead_letters_its_message(
 def test_success_is_reported_when_the_follow_ons_are_confirmed(
     private_broker: PrivateBroker, name: str
 ) -> None:
-    told: list[str] = []
+    succeeded: list[str] = []
 
-    class Telling(Gate):
+    class Reporting(Gate):
         def consumer(self) -> Consumer:
             gate = self
 
-            class Tells(Consumer):
+            class Noting(Consumer):
                 queue = name
                 auto_publish = True
 
@@ -190,17 +190,17 @@ def test_success_is_reported_when_the_follow_ons_are_confirmed(
                     gate.act(event)
 
                 def on_success(self, event: ReceivedEvent) -> None:
-                    told.append(event.id)
+                    succeeded.append(event.id)
 
-            return Tells()
+            return Noting()
 
-    gate = Telling(name)
+    gate = Reporting(name)
     with frozen(private_broker, gate) as (worker, _inspector):
         wait_until(lambda: len(gate.handled) == 2)
         time.sleep(0.3)
         assert len(gate.handled) == 2
-        assert told == []
+        assert succeeded == []
         private_broker.resume()
-        wait_until(lambda: len(told) == MESSAGES)
+        wait_until(lambda: len(succeeded) == MESSAGES)
         wait_until(lambda: worker._subscription.out(name) == 0)
-    assert set(told) == set(gate.handled)
+    assert set(succeeded) == set(gate.handled)

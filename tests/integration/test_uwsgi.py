@@ -1,4 +1,4 @@
-"""uWSGI, whose workers are forked from a master that has imported the application."""
+"""uWSGI, which forks its workers from a master that has imported the application."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def payloads(inspector: Inspector, queue: str, count: int) -> list[Any]:
 
 
 REFUSED = {
-    # What uWSGI says before version 2.0.27, unless it is told to enable threads.
+    # What uWSGI says before version 2.0.27, unless threads are enabled.
     "no threads": ("import uwsgi; uwsgi.has_threads = 0", "set enable-threads = true"),
     "greenlets outside of its loop": (
         "import gevent.monkey; gevent.monkey.patch_all()",
@@ -122,7 +122,7 @@ def test_events_kept_by_the_master_are_not_published_by_its_workers_too(
         found = payloads(inspector, queue, 9 if loop == "threads" else 8)
         assert served.stop() == 0, served.log
     found += payloads(inspector, queue, 0)
-    # With gevent's loop in the workers nobody runs the greenlets of the master.
+    # With gevent's loop in the workers, the greenlets of the master do not run.
     assert sum("import" in payload for payload in found) == (loop == "threads")
     assert sum("request" in payload for payload in found) == 8
 

@@ -1,4 +1,4 @@
-"""The middleware when a flush is cut short, a broker says nothing, or a worker is aborted."""
+"""The middleware when a flush is cut short, a broker is silent, or a worker is aborted."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_follow_on_events_are_confirmed_before_the_ack(
         with pytest.raises(AssertionError):
             inspector_of_thread = Inspector(inspector._url)
             try:
-                inspector_of_thread.get(name, timeout=0.1)  # unacked: not to be had
+                inspector_of_thread.get(name, timeout=0.1)  # unacked: not available
             finally:
                 inspector_of_thread.close()
 
@@ -551,7 +551,7 @@ def test_a_connection_lost_while_a_cancelled_consumer_waits_leaves_one_consumer(
     seen = Seen()
     with running(publisher, inspector, seen, name, threads=2) as worker:
         subscription: Any = worker._subscription
-        subscription._failures = 2  # as after earlier ones: consuming anew waits 1 to 2 seconds
+        subscription._failures = 2  # as after earlier ones: consuming again waits 1 to 2 seconds
         inspector.channel.queue_delete(name)
         deadline = time.monotonic() + 10
         while subscription._channel is not None:  # the broker's cancel has arrived

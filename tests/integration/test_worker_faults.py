@@ -1,4 +1,4 @@
-"""What a network and a broker do to a worker, frame by frame."""
+"""Faults of the network and the broker on a worker, frame by frame."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.waiting import wait_until
 
 @pytest.fixture
 def through_proxy(proxy: FaultProxy, name: str) -> Iterator[Publisher]:
-    """A publisher with an exchange of its own; a worker that it is given goes through the proxy."""
+    """A publisher with its own exchange; a worker that uses it goes through the proxy."""
     with Publisher(proxy.url, exchange=name) as found:
         yield found
 
@@ -126,7 +126,7 @@ def test_acks_of_handlers_that_outlived_their_connection_settle_no_new_delivery(
         sent = send(publisher, name, *range(5))
         seen.wait(5)
         proxy.cut()
-        seen.wait(10)  # delivered anew, with the numbers 1 to 5 of another channel
+        seen.wait(10)  # redelivered, with the numbers 1 to 5 of another channel
         go_on.set()
         subscription: Any = worker._subscription
         settled = threading.Event()
@@ -274,8 +274,8 @@ def test_a_channel_that_the_broker_closes_over_a_late_ack_is_reopened(
         subscription: Any = worker._subscription
         [first] = send(publisher, name, "first")
         seen.wait(1)
-        told = "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out"
-        close = channel_close(406, told, subscription._channel.channel_number)
+        text = "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out"
+        close = channel_close(406, text, subscription._channel.channel_number)
         # The broker has forgotten its own half of the channel: a new one has another number.
         proxy.inject(close, to="consumer")
         wait_until(lambda: subscription._channel is not None and inspector.consumers(name) >= 1)

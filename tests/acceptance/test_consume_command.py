@@ -215,7 +215,7 @@ def test_sigterm_under_load_settles_running_messages_and_gives_back_the_rest_unf
 
 
 @pytest.mark.hazard("G1")
-def test_killed_between_publish_and_ack_a_worker_repeats_the_follow_on_with_its_id(
+def test_a_worker_killed_between_publish_and_ack_repeats_the_follow_on_with_its_id(
     start: Start, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:
     done = inspector.queue(f"{name}-done", name, (f"{name}.done",))

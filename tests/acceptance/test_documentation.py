@@ -163,7 +163,7 @@ def test_the_tests_in_the_docs_pass(page: Path, everything: str) -> None:
             found[name](collected_events)
 
 
-def test_every_recipe_passes_as_a_module_of_its_own(pytester: pytest.Pytester) -> None:
+def test_every_recipe_passes_as_a_separate_module(pytester: pytest.Pytester) -> None:
     modules = {}
     count = 0
     for section in RECIPES.read_text().split("\n## ")[1:]:

@@ -82,7 +82,7 @@ def test_the_status_is_a_json_object_on_request(run: Run, graves: Store) -> None
     assert "\x1b" not in done.stdout
 
 
-def test_the_status_of_an_empty_table_has_no_oldest(run: Run, store: Store) -> None:
+def test_the_status_of_an_empty_table_has_no_oldest_event(run: Run, store: Store) -> None:
     assert store.status().oldest is None
     assert json.loads(run("status", "--json").stdout)["oldest"] is None
     assert run("status").stdout.startswith("0 events waiting\n")

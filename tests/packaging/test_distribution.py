@@ -87,7 +87,7 @@ def _modules_on_disk() -> set[str]:
     return {path for path in found if "__pycache__" not in path}
 
 
-def test_every_package_on_disk_is_named_and_every_named_one_is_there() -> None:
+def test_every_package_on_disk_is_named_and_every_named_one_exists() -> None:
     on_disk = {
         path.removesuffix("/__init__.py").replace("/", ".")
         for path in _modules_on_disk()

@@ -102,7 +102,7 @@ def test_only_chunks_confirmed_in_time_count_towards_the_latency() -> None:
     assert latency.total == latency.maximum == pytest.approx(0.004)
 
 
-def test_a_duration_counts_in_the_bucket_whose_bound_it_does_not_exceed() -> None:
+def test_a_duration_counts_in_the_first_bucket_it_fits() -> None:
     tally = Tally()
     for seconds in (0.0, 0.001, 0.002, 99.0):
         tally.took(seconds)

@@ -480,7 +480,7 @@ class TestMixin(CollectedEventsMixin, unittest.TestCase):
         place(1)
         self.collected_events.assert_published("order.placed", {"id": 1})
 
-    def test_it_begins_anew(self) -> None:
+    def test_it_starts_empty(self) -> None:
         self.collected_events.assert_nothing_published()
 
 

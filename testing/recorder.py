@@ -204,7 +204,7 @@ class Recorder:
                 self._enqueued.pop(id(entry.event), None)
                 fate = self._fate_of(entry.event)
                 if fate is not None:
-                    news.append(self._backlog.settle([entry], *fate))
+                    news.append(self._backlog.give_fate([entry], *fate))
             self._backlog.requeue(waiting)
             if any(entry.fate is None for entry in entries):
                 news.append(self._backlog.down((), self._error))
@@ -254,7 +254,7 @@ class Recorder:
             self._backlog.up()
             entries = self._backlog.take(sys.maxsize, 0)
             self._published += [entry.event for entry in entries]
-            news = self._backlog.settle(entries, Fate.PUBLISHED)
+            news = self._backlog.give_fate(entries, Fate.PUBLISHED)
         _resolve(news)
 
     def _copy(self, events: object) -> tuple[Event, ...]:

@@ -7,7 +7,6 @@ worker can happen to it.
 from __future__ import annotations
 
 import logging
-import os
 import select
 import signal
 import time

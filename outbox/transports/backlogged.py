@@ -13,7 +13,7 @@ __all__ = ["BackloggedTransport"]
 
 
 class BackloggedTransport:
-    """Answers from the backlog what a publisher asks of a :class:`outbox.transports.transport.Transport`.
+    """Answers from the backlog what a publisher asks of a ``Transport``.
 
     Those that inherit take from the backlog, and move events.
     """

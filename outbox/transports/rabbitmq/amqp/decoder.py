@@ -28,7 +28,7 @@ LEAVE = -1
 _WORTH_WAITING = 64 * 1024  # bytes of a body; a larger one pika puts together piece by piece
 
 _HEADER, _BODY, _END = 2, 3, 0xCE
-_settled = struct.Struct(">QBB").unpack_from  # tag, redelivered, size of the exchange's name
+_tag_and_size = struct.Struct(">QBB").unpack_from  # tag, redelivered, size of the exchange's name
 _header = struct.Struct(">BHIHHQH").unpack_from
 _HEADER_SIZE = 21
 _start = struct.Struct(">BHI").unpack_from
@@ -63,7 +63,7 @@ def _delivery_at(
     queue = queues.get(buffer[at + 1 : end])
     if queue is None:
         return LEAVE, None
-    tag, redelivered, size = _settled(buffer, end)
+    tag, redelivered, size = _tag_and_size(buffer, end)
     at = end + 10
     end = at + size
     exchange = buffer[at:end].decode()

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import outbox
+
 pytestmark = pytest.mark.packaging
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +151,8 @@ def test_the_console_scripts_show_real_commands(installed: Path) -> None:
     assert "outbox-consume shop.consumers" in output
     output = _run(installed / "bin" / "outbox", "parked", "--help", cwd=installed)
     assert "outbox parked list" in output
+    version = _run(installed / "bin" / "outbox", "--version", cwd=installed)
+    assert version == f"outbox {outbox.__version__}\n"
 
 
 def test_the_pytest_plugin_is_found_and_records(installed: Path, tmp_path: Path) -> None:

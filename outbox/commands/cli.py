@@ -16,6 +16,13 @@ from outbox.errors import BrokerError, OutboxError
 
 __all__ = ["main"]
 
+_EPILOG = """\
+'outbox COMMAND --help' shows more, with examples.
+
+exit codes: 0 done, 1 done in part, 2 wrong usage, 7 the broker or the database cannot be reached,
+130 interrupted by Ctrl-C
+"""
+
 _SUB_COMMANDS = (relay_command, stored_command, sql_command, parked_command)
 
 
@@ -52,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="outbox",
         description="Publish stored events and manage parked ones.",
-        epilog="'outbox COMMAND --help' shows more, with examples and exit codes.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
     parser.set_defaults(run=None)

@@ -1,4 +1,4 @@
-"""``python -m outbox`` is the command ``outbox``."""
+"""Entry point of ``python -m outbox``, the command ``outbox``."""
 
 import sys
 

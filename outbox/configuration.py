@@ -29,22 +29,22 @@ process.after_fork(_renew_lock)
 
 
 def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> Publisher:
-    """Make the process's default publisher, and return it.
+    """Create and return the process's default publisher.
 
-    A second call replaces the first one's publisher; what is kept moves to the new one. Call it
-    once, where the application starts: before or after a fork makes no difference. Without any
-    call the first ``enqueue_event()`` makes a publisher from ``OUTBOX_URL`` and the other
-    ``OUTBOX_*`` variables.
+    Call it once, when the application starts; before or after a fork makes no difference. A second
+    call replaces the publisher, and moves its kept events to the new one. Without a call, the first
+    ``enqueue_event()`` creates a publisher from ``OUTBOX_URL`` and the other ``OUTBOX_*``
+    variables.
 
     Args:
-        url: ``amqp(s)://user:password@host[:port][,host2...]/vhost``, ``memory://``; the default
-            is ``OUTBOX_URL``.
-        **settings: see :class:`outbox.settings.Settings`.
+        url: ``amqp(s)://user:password@host[:port][,host2...]/vhost``, ``sqlite:///file`` or
+            ``memory://``; the default is ``OUTBOX_URL``.
+        **settings: the settings, see :class:`outbox.settings.Settings`.
 
     Raises:
-        NotConfigured: there is no URL.
-        UsageError: the URL or a setting cannot be used, or what is kept cannot move to the new
-            publisher; the present one stays in place.
+        NotConfigured: no URL is given, and ``OUTBOX_URL`` is not set.
+        UsageError: the URL or a setting is invalid, or the kept events cannot move to the new
+            publisher; the current publisher stays in place.
     """
     global _publisher
     with _lock:
@@ -61,17 +61,17 @@ def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> P
 
 
 def default_publisher(observer: Observer | None = None) -> Publisher:
-    """Return the process's default publisher, made from the environment if need be.
+    """Return the process's default publisher, creating it from the environment if necessary.
 
     Args:
-        observer: of the unit of work that asks; by default the one in force.
+        observer: the observer of the calling unit of work; the default is the installed one.
 
     Raises:
-        NotConfigured: neither ``configure()`` was called nor is ``OUTBOX_URL`` set.
+        NotConfigured: ``configure()`` was not called, and ``OUTBOX_URL`` is not set.
     """
-    found = _publisher
-    if found is not None:
-        return found
+    publisher = _publisher  # without the lock: every event comes this way
+    if publisher is not None:
+        return publisher
     with _lock:
         if (
             _publisher is None
@@ -83,7 +83,7 @@ def default_publisher(observer: Observer | None = None) -> Publisher:
 
 
 def _stand_in_for(observer: Observer | None) -> Publisher:
-    """Return the publisher of a test whose code has configured none."""
+    """Return an in-memory publisher for a test whose code has not configured one."""
     global _stand_in
     if _stand_in is None or _stand_in[0] is not observer:
         _stand_in = observer, Publisher("memory://")
@@ -91,7 +91,7 @@ def _stand_in_for(observer: Observer | None) -> Publisher:
 
 
 def publisher_if_any() -> Publisher | None:
-    """Return the default publisher, or None where neither code nor the environment names a URL."""
+    """Return the default publisher, or None if neither code nor the environment names a URL."""
     try:
         return default_publisher()
     except NotConfigured:
@@ -99,5 +99,5 @@ def publisher_if_any() -> Publisher | None:
 
 
 def configured_publisher() -> Publisher | None:
-    """Return the default publisher if there is one; never make it."""
+    """Return the default publisher if there is one; never create it."""
     return _publisher

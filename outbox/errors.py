@@ -3,23 +3,23 @@
     OutboxError
     ├── UsageError                the caller's mistake: never retried
     │   ├── InvalidEvent          (also a ValueError) the event cannot be carried
-    │   ├── CollectorFull         the collector or the kept events reached their bound
+    │   ├── CollectorFull         the collector or the kept events have reached their limit
     │   ├── CollectorClosed       the unit of work has ended
     │   ├── NotConfigured         no broker URL is known
     │   ├── MissingExtra          an optional dependency is not installed
-    │   └── UnpublishedEvents     a consumer left events that nobody published
-    └── BrokerError               the broker's or the network's failure: may pass
+    │   └── UnpublishedEvents     a consumer enqueued events and did not publish them
+    └── BrokerError               a failure of the broker or the network: may pass
         ├── ConnectFailed         no connection could be opened
-        ├── ConnectionLost        the connection ended while events were on their way
+        ├── ConnectionLost        the connection was lost before all events were confirmed
         ├── Blocked               the broker has stopped reading from publishers
-        ├── Nacked                the broker would not take an event for now (a full queue)
-        ├── PublishTimeout        no confirm within the time the caller had
+        ├── Nacked                the broker refused an event for now (a full queue)
+        ├── PublishTimeout        no confirm within the caller's timeout
         └── PublishFailed         raised from a report that is not ok; carries ``.report``
 
-The control flow of consumers (``Reject``, ``Requeue``) is apart from this tree, in
+The control flow of consumers (``Reject``, ``Requeue``) is outside this tree, in
 ``outbox.consumers``, so that ``except OutboxError`` never swallows it.
 
-No exception of a driver leaves outbox: it is the ``__cause__`` of one of these. All of them
+Driver exceptions never leave outbox: they are the ``__cause__`` of one of these. All of these
 survive pickling.
 """
 
@@ -44,40 +44,41 @@ __all__ = [
 
 
 class OutboxError(Exception):
-    """The root of all errors of outbox."""
+    """The base class of all outbox errors."""
 
 
 class UsageError(OutboxError):
-    """The caller's mistake: doing the same again fails again."""
+    """The caller's mistake: the same call would fail again."""
 
 
 class InvalidEvent(UsageError, ValueError):
-    """The event cannot be carried: its payload, target, headers or an option is not possible.
+    """The event cannot be carried: its payload, target, headers or an option is invalid.
 
     Raised by ``enqueue_event()``, before anything commits; the collector is unchanged.
     """
 
 
 class CollectorFull(UsageError):
-    """A bound is reached: of the collector, or of the publisher's kept events.
+    """A limit was reached: the collector's, or that of the publisher's kept events.
 
     Raised by ``enqueue_event()``, so that the unit of work fails before it commits.
     """
 
 
 class CollectorClosed(UsageError):
-    """The unit of work that owned the collector has ended; the event was not collected."""
+    """The collector's unit of work has ended; the event was not collected."""
 
 
 class NotConfigured(UsageError):
     """No broker URL is known.
 
-    Call ``outbox.configure(url)`` or set ``OUTBOX_URL``, with one of the three forms
-    ``amqp://user:password@host:5672/vhost``, ``sqlite:///outbox.db`` or ``memory://``. A test that
-    has the fixture ``collected_events`` needs none.
+    Call ``outbox.configure(url)`` or set ``OUTBOX_URL``, in one of the three forms
+    ``amqp://user:password@host:5672/vhost``, ``sqlite:///outbox.db`` or ``memory://``. A test
+    doesn't need a URL if it uses the fixture ``collected_events``.
     """
 
     def __init__(self, message: str = "") -> None:
+        # The docstring is the default message.
         super().__init__(message or " ".join((type(self).__doc__ or "").split()))
 
 
@@ -86,10 +87,10 @@ class MissingExtra(UsageError):
 
 
 class UnpublishedEvents(UsageError):
-    """A consumer succeeded and left events that it did not publish.
+    """A consumer succeeded, but did not publish its events.
 
     Attributes:
-        event_ids: the ids of those events, in the order in which they were enqueued.
+        event_ids: the ids of those events, in the order they were enqueued.
     """
 
     def __init__(self, event_ids: tuple[str, ...] = ()) -> None:
@@ -105,7 +106,7 @@ class UnpublishedEvents(UsageError):
 
 
 class BrokerError(OutboxError):
-    """The broker or the way to it failed; the same may succeed later."""
+    """The broker or the network failed; a later attempt may succeed."""
 
 
 class ConnectFailed(BrokerError):
@@ -113,7 +114,7 @@ class ConnectFailed(BrokerError):
 
 
 class ConnectionLost(BrokerError):
-    """The connection ended before the broker had confirmed."""
+    """The connection was lost before the broker had confirmed."""
 
 
 class Blocked(BrokerError):
@@ -121,8 +122,8 @@ class Blocked(BrokerError):
 
 
 class Nacked(BrokerError):
-    """The broker would not take an event for now: a queue is full, or lost its leader."""
+    """The broker refused an event for now: a queue is full, or lost its leader."""
 
 
 class PublishTimeout(BrokerError):
-    """The broker did not confirm within the time that the caller had."""
+    """The broker did not confirm within the caller's timeout."""

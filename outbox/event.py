@@ -19,7 +19,7 @@ Headers = Mapping[str, Any]
 Unroutable = Literal["park", "fail", "ignore"]
 
 MakeId = Callable[[str, str, str | None, bytes], str]
-"""Makes an event's id from its exchange, target, key and body."""
+"""A function that makes an event's id from its exchange, target, key and body."""
 
 
 _UTC = datetime.UTC
@@ -29,23 +29,23 @@ _UNROUTABLE = get_args(Unroutable)
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Event:
-    """One event, as it travels. Immutable; equal when all fields are.
+    """One event, ready to be published. Immutable; equal if all fields are equal.
 
     Attributes:
-        id: a UUIDv7 string unless the caller gave one; the AMQP ``message_id``; the same on every
-            attempt to publish.
+        id: a UUIDv7 string unless the caller chose another; the AMQP ``message_id``; the same in
+            every attempt to publish.
         target: the routing key, 1 to 255 bytes in UTF-8.
         exchange: the exchange it is published to; ``""`` is the broker's default exchange.
         body: the serialised payload.
         content_type: the MIME type of ``body``.
-        headers: the caller's headers; names to str, bytes, bool, int (64 bits), None, and lists
+        headers: the caller's headers: names to str, bytes, bool, int (64 bits), None, and lists
             and dicts of these; floats have become strings.
         priority: 0 to 255, or None for the queue's default.
-        deliver_at: not to be delivered before this instant (aware), or None.
-        key: events of one key belong together, in order; None for none.
-        occurred_at: when it was enqueued (aware, UTC, microseconds).
+        deliver_at: the instant before which it is not delivered (aware), or None.
+        key: events with the same key belong together, in order; or None.
+        occurred_at: the instant at which it was enqueued (aware, UTC, microseconds).
         unroutable: what to do when no queue is bound for it: ``"park"``, ``"fail"``, ``"ignore"``,
-            or None for the publisher's own setting.
+            or None for the publisher's setting.
     """
 
     id: str
@@ -62,17 +62,17 @@ class Event:
 
     @property
     def payload(self) -> Any:
-        """The payload, decoded from ``body`` anew at each access.
+        """The payload, decoded from ``body`` at every access.
 
         Raises:
-            UsageError: nothing is registered that decodes ``content_type``.
-            ValueError: ``body`` is not what ``content_type`` says.
+            UsageError: no serializer is registered for ``content_type``.
+            ValueError: ``body`` is not valid for ``content_type``.
         """
         serializer = serializer_for(self.content_type)
         if serializer is None:
             raise UsageError(
-                f"nothing decodes {self.content_type!r}; "
-                "give configure(serializer=...) one whose content_type it is"
+                f"no serializer is registered for {self.content_type!r}; "
+                "pass one to configure(serializer=...)"
             )
         return serializer.decode(self.body)
 
@@ -102,7 +102,7 @@ def make_event(
     id: str | uuid.UUID | None = None,
     unroutable: Unroutable | None = None,
 ) -> Event:
-    """Return the event, or refuse in the caller's line what no transport could carry.
+    """Return the event; reject at once, in the caller's line, what no transport could carry.
 
     Raises:
         InvalidEvent: see :meth:`outbox.EventCollector.enqueue_event`.
@@ -117,7 +117,7 @@ def make_event(
     if len(body) > max_body_bytes:
         raise InvalidEvent(
             f"the payload for {target!r} has {len(body)} bytes, "
-            f"more than max_body_bytes ({max_body_bytes}); store it elsewhere and send its address"
+            f"more than max_body_bytes ({max_body_bytes}); store it elsewhere and send a reference"
         )
     if key is not None:
         check_name("key", key)
@@ -133,12 +133,12 @@ def make_event(
     ):
         raise InvalidEvent(f"the priority {priority!r} is not an int from 0 to 255")
     if unroutable is not None and unroutable not in _UNROUTABLE:
-        raise InvalidEvent(f"unroutable={unroutable!r} is none of {', '.join(_UNROUTABLE)}")
+        raise InvalidEvent(f"unroutable={unroutable!r} is not one of {', '.join(_UNROUTABLE)}")
     now = _now(_UTC)
     if delay is not None or deliver_at is not None:
-        deliver_at = _when(now, delay, deliver_at)
+        deliver_at = _delivery_time(now, delay, deliver_at)
     event = _new(Event)
-    # A frozen dataclass's own __init__ takes twice as long.
+    # The __init__ of a frozen dataclass takes twice as long.
     _set_id(event, id)
     _set_target(event, target)
     _set_exchange(event, exchange)
@@ -166,10 +166,10 @@ _new = object.__new__
     _set_key,
     _set_occurred_at,
     _set_unroutable,
-) = (getattr(Event, one.name).__set__ for one in fields(Event))
+) = (getattr(Event, slot.name).__set__ for slot in fields(Event))
 
 
-def _when(
+def _delivery_time(
     now: datetime.datetime,
     delay: float | datetime.timedelta | None,
     deliver_at: datetime.datetime | None,
@@ -185,7 +185,7 @@ def _when(
         try:
             return deliver_at.astimezone(_UTC)
         except OverflowError as error:
-            raise InvalidEvent(f"deliver_at is {deliver_at!r}, beyond all dates in UTC") from error
+            raise InvalidEvent(f"deliver_at is {deliver_at!r}, out of range in UTC") from error
     try:
         span = delay if isinstance(delay, datetime.timedelta) else _seconds(delay)
         if span < datetime.timedelta():
@@ -193,7 +193,7 @@ def _when(
         return now + span if span else None
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidEvent(
-            f"delay={delay!r} is neither seconds from 0 on nor a timedelta"
+            f"delay={delay!r} is invalid; pass seconds (0 or more) or a timedelta"
         ) from error
 
 

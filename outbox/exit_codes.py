@@ -4,13 +4,13 @@ SUCCESS = 0
 """Done, or stopped as requested with every message settled."""
 
 UNFINISHED = 1
-"""Done in part: the output names what is left. Unfinished messages are delivered again."""
+"""Done in part: the output names what is left. Unfinished messages are redelivered."""
 
 USAGE = 2
-"""The command line, a URL, a module, a consumer, a queue or a table is not usable."""
+"""The command line, a URL, a module, a consumer, a queue or a table cannot be used."""
 
 KILLED = 3
-"""``outbox-consume`` was stopped at once by a second signal."""
+"""A second signal stopped ``outbox-consume`` at once."""
 
 RECYCLED = 4
 """Internal, from a worker process to its parent: replace this process.
@@ -22,4 +22,4 @@ UNAVAILABLE = 7
 """The broker or the database cannot be reached, or the connection was lost."""
 
 INTERRUPTED = 130
-"""``outbox`` was ended by Ctrl-C: 128 and the number of the signal, as shells have it."""
+"""Ctrl-C ended ``outbox``: 128 plus the number of the signal, as in shells."""

@@ -14,12 +14,12 @@ from outbox.errors import InvalidEvent
 __all__ = ["check_name", "MAX_HEADER_BYTES", "MAX_HEADER_DEPTH", "plain_table"]
 
 MAX_HEADER_BYTES = 120_000
-"""What the headers of one event may take, encoded: a content header is one frame (AMQP 0-9-1,
+"""The maximum encoded size of an event's headers: a content header is one frame (AMQP 0-9-1,
 section 4.2.6.1), and RabbitMQ's frames have 131,072 bytes by default."""
 MAX_HEADER_DEPTH = 32
-"""How deep lists and dicts in headers may be nested; readers of AMQP recurse, and give up."""
-# What RabbitMQ acts on when a publisher sends it: sender-selected distribution reroutes a copy of
-# the message, the others steer dead-lettering, delays and stream filters.
+"""The maximum nesting of lists and dicts in headers; AMQP decoders recurse, and give up."""
+# RabbitMQ acts on these when a publisher sends them: sender-selected distribution routes a copy of
+# the message, the others control dead-lettering, delays and stream filters.
 _INTERPRETED = frozenset(
     (
         "CC",
@@ -37,44 +37,44 @@ _INTERPRETED_PREFIXES = ("outbox-", "x-first-death-", "x-last-death-", "x-opt-",
 
 
 def check_name(what: str, value: Any) -> None:
-    """Refuse what is not an AMQP short string: text of at most 255 bytes in UTF-8.
+    """Check that ``value`` is an AMQP short string: text of at most 255 bytes in UTF-8.
 
     Raises:
-        InvalidEvent: names ``what``.
+        InvalidEvent: it is not; the message names ``what``.
     """
     if not isinstance(value, str):
         raise InvalidEvent(f"the {what} is a {type(value).__name__}, not a string: {value!r}")
     try:
         size = len(value.encode())
     except UnicodeEncodeError as error:
-        raise InvalidEvent(f"the {what} {value!r} cannot be written in UTF-8") from error
+        raise InvalidEvent(f"the {what} {value!r} cannot be encoded in UTF-8") from error
     if size > 255:
         raise InvalidEvent(f"the {what} has {size} bytes in UTF-8, more than 255: {value!r:.60}")
 
 
 def _checked_headers(headers: Any) -> dict[str, Any]:
     if not isinstance(headers, Mapping):
-        raise InvalidEvent(f"headers are a {type(headers).__name__}, not a mapping")
+        raise InvalidEvent(f"headers must be a mapping, not a {type(headers).__name__}")
     for name in headers:
         check_name("header name", name)
         if name in _INTERPRETED or name.lower().startswith(_INTERPRETED_PREFIXES):
             raise InvalidEvent(
-                f"the header {name!r} is not the application's: "
+                f"the header {name!r} is reserved: "
                 "the broker or outbox acts on it; choose another name"
             )
     plain, size = plain_table(headers, "headers")
     if size > MAX_HEADER_BYTES:
         raise InvalidEvent(
-            f"the headers take {size} bytes, more than {MAX_HEADER_BYTES}; put it in the payload"
+            f"the headers take {size} bytes, more than {MAX_HEADER_BYTES}; use the payload instead"
         )
     return plain
 
 
 def plain_table(table: Mapping[Any, Any], where: str, depth: int = 0) -> tuple[dict[str, Any], int]:
-    """Return ``table`` in types that every transport writes alike, and its size as AMQP.
+    """Return ``table`` in types that every transport encodes alike, and its size in AMQP.
 
     Raises:
-        InvalidEvent: something in it cannot be carried; ``where`` begins the name of the place.
+        InvalidEvent: something in it cannot be carried; ``where`` begins the path to it.
     """
     plain: dict[str, Any] = {}
     size = 4
@@ -91,20 +91,20 @@ def _plain(value: Any, where: str, depth: int) -> tuple[Any, int]:
     match value:
         case None | bool():
             return value, 2
-        case enum.Enum():
+        case enum.Enum():  # before int and str, which an enum may extend
             return _plain(value.value, where, depth)
         case int():
             if not -(1 << 63) <= value < 1 << 63:
                 raise InvalidEvent(f"{where} does not fit into 64 bits: {value!r}")
             return int(value), 9
         case float():
-            # As text: pika, for one, reads an AMQP double as a whole number (pika.data, 1.4.4).
+            # As text: pika, for one, decodes an AMQP double as an integer (pika.data, 1.4.4).
             return _plain(repr(float(value)), where, depth)
         case str():
             try:
                 return str(value), 5 + len(value.encode())
             except UnicodeEncodeError as error:
-                raise InvalidEvent(f"{where} cannot be written in UTF-8") from error
+                raise InvalidEvent(f"{where} cannot be encoded in UTF-8") from error
         case bytes() | bytearray() | memoryview():
             return bytes(value), 5 + len(bytes(value))
         case uuid.UUID() | decimal.Decimal():

@@ -14,17 +14,17 @@ from outbox.system import process
 __all__ = ["follow_on_id", "new_id"]
 
 # uuid5(NAMESPACE_URL, "outbox:follow-on"); part of the wire format, never changed.
-_FOLLOW_ONS = uuid.UUID("e5774d90-3923-58da-b073-bf72e018463f")
-_FOLLOW_ON = hashlib.sha1(_FOLLOW_ONS.bytes, usedforsecurity=False)
+_NAMESPACE = uuid.UUID("e5774d90-3923-58da-b073-bf72e018463f")
+_NAMESPACE_HASH = hashlib.sha1(_NAMESPACE.bytes, usedforsecurity=False)
 
 _VARIANT = 1 << 63
 
 
 class _Generator:
-    """UUIDv7 by RFC 9562, section 6.2, method 2 (monotonic random).
+    """A generator of UUIDv7 by RFC 9562, section 6.2, method 2 (monotonic random).
 
-    Ids made in one process ascend: within a millisecond, or when the clock goes back, the random
-    part grows by a random step instead of being drawn anew. The source is its own generator,
+    The ids of a process ascend: within a millisecond, or when the clock goes back, the random part
+    grows by a random step instead of being redrawn. The source is separate from :mod:`random`'s and
     seeded by the operating system, so that ``random.seed()`` in the application cannot make two
     processes draw the same ids.
     """
@@ -33,7 +33,7 @@ class _Generator:
         self.reset()
 
     def reset(self) -> None:
-        """Draw a new seed; in a forked child, before anything else."""
+        """Draw a new seed; called in a forked child before anything else."""
         self._lock = threading.Lock()
         self._bits = random.Random(os.urandom(32)).getrandbits
         self._millisecond = 0
@@ -72,7 +72,7 @@ def follow_on_id(*parts: str) -> str:
     """Return the UUIDv5 string of ``parts``: the same parts give the same id, in any process."""
     # Length-prefixed, so that ("a", "bc") and ("ab", "c") differ.
     name = "".join([f"{len(part)}:{part}" for part in parts])
-    hashed = _FOLLOW_ON.copy()  # what uuid.uuid5() does, at a third of its price
+    hashed = _NAMESPACE_HASH.copy()  # what uuid.uuid5() does, at a third of the cost
     hashed.update(name.encode())
     digits = hashed.hexdigest()
     variant = "89ab"[int(digits[16], 16) & 3]

@@ -1,4 +1,4 @@
-"""The one seam through which a test kit sees everything and decides where it goes."""
+"""The observer: how a test kit sees every event, and decides where it goes."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ __all__ = ["Observer", "install_observer", "installed_observer"]
 
 
 class Observer(Protocol):
-    """Told of every event of the process, on any thread, while it is installed.
+    """An observer of every event of the process, on any thread, while it is installed.
 
-    A unit of work keeps the observer under which it began: what comes of it later, when the test
-    is over and the next one has its own, is told to the first.
+    A unit of work keeps the observer that was installed when it began, even for what happens after
+    the test, when the next test has installed another.
 
     Attributes:
-        hands_over: whether what was stored and committed is published by this process, as it is
+        hands_over: whether this process publishes stored events after the commit, as it does
             without an observer.
     """
 
     hands_over: bool
 
     def transport_of(self, settings: Settings) -> Transport:
-        """Return what takes the place of the transport of a publisher with these settings."""
+        """Return the transport that replaces that of a publisher with these settings."""
         ...
 
     def consumed_with(self, settings: Settings) -> Settings:
-        """Return the settings with which a worker consumes in the place of these.
+        """Return the settings with which a worker consumes instead of these.
 
         Raises:
             UsageError: nothing can be consumed.
@@ -38,15 +38,15 @@ class Observer(Protocol):
         ...
 
     def enqueued(self, event: Event) -> None:
-        """``event`` was collected."""
+        """Note that ``event`` was collected."""
         ...
 
     def stored_in_transaction(self, event: Event) -> None:
-        """``event`` was stored in a transaction of the application's database."""
+        """Note that ``event`` was stored in a transaction of the application's database."""
         ...
 
     def cleared(self, events: Sequence[Event]) -> None:
-        """``events`` were dropped by a rollback or by ``clear_events()``."""
+        """Note that a rollback or ``clear_events()`` dropped ``events``."""
         ...
 
 
@@ -54,11 +54,11 @@ _installed: Observer | None = None
 
 
 def installed_observer() -> Observer | None:
-    """Return the observer in force, or None."""
+    """Return the installed observer, or None."""
     return _installed
 
 
 def install_observer(observer: Observer | None) -> None:
-    """Put ``observer`` in force for the whole process, or with None take the present one away."""
+    """Install ``observer`` for the whole process; None removes the current one."""
     global _installed
     _installed = observer

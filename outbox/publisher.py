@@ -1,4 +1,4 @@
-"""The publisher: what stands between collectors and a broker, one per process."""
+"""The publisher: sends the events of collectors to a broker; one per process."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ _inherited: list[Transport] = []
 
 
 class Publisher:
-    """Publishes chunks, keeps what the broker has not confirmed, and retries by itself.
+    """A publisher of chunks, which keeps and retries what the broker has not confirmed.
 
-    One per process is the rule (:func:`outbox.configure` makes it); more may live side by side.
-    It connects at the first event, on a background thread. Thread-safe; usable from any event
-    loop; safe over a fork, whose child starts with nothing kept and a connection of its own.
+    A process normally has one, made by :func:`outbox.configure`; more may coexist. It connects at
+    the first event, on a background thread. Thread-safe; usable from any event loop; fork-safe: a
+    child starts with nothing kept and with a new connection.
 
-    At the exit of the process, and in ``close()``, kept events have ``drain_timeout`` seconds to
-    reach the broker; then the id of every lost event is logged at ERROR.
+    When the process exits, and in ``close()``, kept events have ``drain_timeout`` seconds to reach
+    the broker; then the id of every lost event is logged at ERROR.
     """
 
     def __init__(self, url: str | None = None, **settings: Unpack[SettingOverrides]) -> None:
-        """Make a publisher; nothing is connected yet.
+        """Create a publisher, without connecting yet.
 
         Args:
-            url: the broker; the default is ``OUTBOX_URL``.
+            url: the broker URL; the default is ``OUTBOX_URL``.
             **settings: see :class:`outbox.settings.Settings`; ``OUTBOX_<NAME>`` are the defaults.
 
         Raises:
             NotConfigured: neither ``url`` nor ``OUTBOX_URL`` is given.
-            UsageError: the URL or a setting cannot be used; the message names it.
+            UsageError: the URL or a setting is invalid; the message names it.
         """
         self.settings = Settings.load(url, settings)
         self._lock = threading.Lock()
@@ -70,7 +70,7 @@ class Publisher:
 
     @property
     def kept(self) -> tuple[Event, ...]:
-        """The kept events, in the order in which they will be sent again."""
+        """The kept events, in the order they will be sent again."""
         return self._transport().kept
 
     @property
@@ -79,7 +79,7 @@ class Publisher:
         return not self._closed and self._transport().connected
 
     def stats(self) -> Stats:
-        """Return a snapshot of the publisher's counters; the numbers are not of one instant."""
+        """Return the publisher's counters, which are not all read at the same instant."""
         transport = self._transport()
         tally = transport.tally
         fates = dict(tally.fates)
@@ -101,16 +101,16 @@ class Publisher:
         )
 
     def submit(self, events: Iterable[Event], *, keep: bool = True) -> Future[PublishReport]:
-        """Take ``events`` over and return at once.
+        """Hand ``events`` to the publisher, and return without waiting.
 
-        The future gets the report when every event has its fate or the connection fails, whichever
+        The future gets the report when every event has a fate or the connection fails, whichever
         comes first; it never gets an exception, and cancelling it does not stop the events. While
-        the broker is known to be away it is resolved at once.
+        the broker is known to be unavailable, it resolves at once.
 
         Args:
-            events: published in this order.
-            keep: with False, what is not confirmed when the report is made is withdrawn: never
-                sent again, and ``rejected`` in the report.
+            events: the events to publish, in this order.
+            keep: False to withdraw what is not confirmed when the report is made: it is never sent
+                again, and ``rejected`` in the report.
 
         Raises:
             UsageError: the publisher is closed.
@@ -123,13 +123,13 @@ class Publisher:
         """Publish ``events`` as one chunk and wait for the confirms.
 
         Args:
-            events: published in this order.
+            events: the events to publish, in this order.
             keep: see :meth:`submit`.
             timeout: seconds to wait; the default is the setting ``timeout``. What is not
-                confirmed then is reported as kept, and stays on its way.
+                confirmed by then is reported as kept, and the publisher goes on trying.
 
         Returns:
-            The fate of every event. A broker's failure is reported, not raised.
+            The fate of every event. A failure of the broker is reported, not raised.
 
         Raises:
             UsageError: called on a running event loop (use ``publish_async``), from a hook on the
@@ -143,12 +143,12 @@ class Publisher:
         events: Iterable[Event],
         *,
         keep: bool = True,
-        timeout: float | None = None,  # noqa: ASYNC109  of the caller, not of the publishing
+        timeout: float | None = None,  # noqa: ASYNC109  ends the wait, not the publishing
     ) -> PublishReport:
         """Publish ``events`` as one chunk and await the confirms; see :meth:`publish`.
 
-        The events are handed to the publisher's thread before the first ``await``: cancelling
-        the task ends the waiting, not the publishing.
+        The events reach the publisher's thread before the first ``await``: cancelling the task
+        ends the wait, not the publishing.
 
         Raises:
             UsageError: called after ``close()``. Nothing was submitted.
@@ -158,33 +158,33 @@ class Publisher:
     def submit_chunk(
         self, events: Sequence[Event], *, keep: bool, observer: Observer | None = None
     ) -> Chunk:
-        """Take ``events`` over as a chunk; see :meth:`submit`. If it raises, none was taken.
+        """Submit ``events`` as a chunk; see :meth:`submit`. If it raises, none was submitted.
 
         Args:
-            events: published in this order.
+            events: the events to publish, in this order.
             keep: see :meth:`submit`.
-            observer: of their unit of work; by default the one in force.
+            observer: the observer of their unit of work; the default is the installed one.
         """
         if self._closed:
             raise UsageError("this publisher is closed; nothing was published")
-        _see_to_exit_of_child()
+        _drain_at_exit_of_child()
         return self._transport(observer).submit(events, keep=keep)
 
     def wait_for(self, chunk: Chunk, timeout: float | None = None) -> PublishReport:
-        """Wait until ``chunk`` is reported, at most ``timeout`` seconds, which reports it."""
+        """Wait until ``chunk`` is reported; after ``timeout`` seconds, report it."""
         try:
             with contextlib.suppress(TimeoutError):
                 return chunk.future.result(self._timeout(timeout))
         except BaseException as error:
-            # Whoever interrupts may kill the process next (gunicorn does, a second after its
-            # SIGABRT), before draining has come to its end: the ids are told while they can be.
-            waiting = [entry.event for entry in chunk.entries if entry.fate is None]
-            if waiting:
+            # The process may be killed next (gunicorn does that a second after its SIGABRT), before
+            # it has drained: log the ids while that is possible.
+            unconfirmed = [entry.event for entry in chunk.entries if entry.fate is None]
+            if unconfirmed:
                 logger.warning(
-                    "%s in the middle of publishing; %d event(s) on their way, not confirmed: %s",
+                    "%s interrupted publishing; %d event(s) not confirmed yet: %s",
                     type(error).__qualname__,
-                    len(waiting),
-                    ids(waiting),
+                    len(unconfirmed),
+                    ids(unconfirmed),
                 )
             raise
         self._transport().release(chunk)
@@ -193,7 +193,7 @@ class Publisher:
     async def wait_for_async(
         self,
         chunk: Chunk,
-        timeout: float | None = None,  # noqa: ASYNC109  of the caller, not of the publishing
+        timeout: float | None = None,  # noqa: ASYNC109  ends the wait, not the publishing
     ) -> PublishReport:
         """Await what :meth:`wait_for` waits for."""
         if chunk.reported is None:
@@ -203,10 +203,10 @@ class Publisher:
         return chunk.reported or chunk.future.result()
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is kept or on its way, trying the broker at once; return whether so.
+        """Retry at once, and wait until every event has a fate; return whether all have one.
 
         Args:
-            timeout: seconds; the default is the setting ``drain_timeout``.
+            timeout: seconds to wait; the default is the setting ``drain_timeout``.
 
         Raises:
             UsageError: called on a running event loop or from a hook.
@@ -222,9 +222,9 @@ class Publisher:
         return await asyncio.to_thread(transport.drain, self._drain_timeout(timeout))
 
     def close(self, timeout: float | None = None) -> tuple[Event, ...]:
-        """Drain, disconnect, and return the events that are lost (logged at ERROR).
+        """Drain, disconnect, and return the lost events, which are logged at ERROR.
 
-        Closing twice is harmless. After it, publishing raises ``UsageError``.
+        Closing twice is harmless. Publishing afterwards raises ``UsageError``.
 
         Args:
             timeout: seconds to drain; the default is the setting ``drain_timeout``.
@@ -243,10 +243,10 @@ class Publisher:
         return lost
 
     def hand_over_to(self, other: Publisher) -> None:
-        """Move what is kept to ``other``, and close.
+        """Move the kept events to ``other``, and close.
 
         Raises:
-            UsageError: ``other`` has no room, or cannot carry them; nothing has changed.
+            UsageError: ``other`` has no room for them, or cannot carry them; nothing has changed.
         """
         kept = self._own_transport().kept
         other.check_room(len(kept), sum(len(event.body) for event in kept))
@@ -265,7 +265,7 @@ class Publisher:
             raise UsageError("a publisher's hook must not wait for the publisher; use submit()")
 
     def check_room(self, more_events: int = 0, more_bytes: int = 0) -> None:
-        """Raise CollectorFull when so many events are kept that new work should not commit."""
+        """Raise CollectorFull if the kept events reach a limit: new work must not commit."""
         events, size = self._transport().kept_size
         settings = self.settings
         full = max(
@@ -274,40 +274,42 @@ class Publisher:
         )
         if full >= 1:
             raise CollectorFull(
-                f"{events} event(s) of {size} bytes are kept until the broker is back, "
-                f"the bound being max_kept={settings.max_kept}, "
+                f"{events} event(s) of {size} bytes are kept until the broker is available; "
+                f"the limits are max_kept={settings.max_kept}, "
                 f"max_kept_bytes={settings.max_kept_bytes}; nothing was enqueued"
             )
         if full < 0.5:
             self._half_full = False
         elif not self._half_full:
             self._half_full = True
-            logger.warning("%d event(s) of %d bytes are kept: half of the bound", events, size)
+            logger.warning("%d event(s) of %d bytes are kept: half of the limit", events, size)
 
     def check_carries(self, event: Event, observer: Observer | None = None) -> None:
-        """Raise InvalidEvent for what this publisher's own transport cannot do.
+        """Raise InvalidEvent if this publisher's transport cannot deliver ``event`` on time.
 
-        Nor what stands in its place: a test may publish to another broker than the application.
+        In a test, check also the transport that replaces it, which may be another broker's.
         """
         if event.deliver_at is None:
             return
         for transport in (self._own_transport(), self._transport(observer)):
             if not transport.supports_delay:
                 raise InvalidEvent(
-                    f"the event to {event.target!r} asks for a delay, which its transport cannot do"
+                    f"the event to {event.target!r} has a delay, "
+                    "which its transport doesn't support"
                 )
             longest = transport.longest_delay
             if longest is not None and event.deliver_at - event.occurred_at > longest:
                 raise InvalidEvent(
-                    f"the event to {event.target!r} is to be delivered at {event.deliver_at}: "
-                    f"its transport holds none for longer than {longest.days} days"
+                    f"the event to {event.target!r} is due at {event.deliver_at}, "
+                    f"but its transport delays events by {longest.days} days at most"
                 )
 
     def make_ready(self, observer: Observer | None = None) -> None:
-        """Begin to connect in the background, unless that has begun, and check that there is room.
+        """Start connecting in the background if necessary, and check that there is room.
 
         Args:
-            observer: of the unit of work that is to publish; by default the one in force.
+            observer: the observer of the unit of work that will publish; the default is the
+                installed one.
 
         Raises:
             CollectorFull: see ``check_room``.
@@ -320,7 +322,7 @@ class Publisher:
             self._half_full = False
 
     def note_cleared(self, events: Sequence[Event]) -> None:
-        """Count events that were dropped before they were published, and call the hook."""
+        """Count dropped events, and call the hook ``on_cleared``."""
         with self._lock:
             self._cleared += len(events)
         call_hook(self.settings.on_cleared, tuple(events))
@@ -337,13 +339,13 @@ class Publisher:
 
     def _own_transport(self) -> Transport:
         own = self._own
-        if own is None:  # in a forked child, for the first time
+        if own is None:  # the first use in a forked child
             with self._lock:
                 own = self._own = self._own or open_transport(self.settings)
         return own
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: leave the parent's connection alone, and begin with nothing."""
+        """Leave the parent's connection alone, and start afresh in a forked child."""
         if self._own is not None:
             _inherited.append(self._own)  # never collected, so that its socket is never closed
         self._lock = threading.Lock()
@@ -381,23 +383,23 @@ def _close_all() -> None:
         publisher.close()
 
 
-_last = -100
-"""Behind all else that ends with a child of multiprocessing: it may publish until then."""
-_seen_to_by: Any = None
+_EXIT_PRIORITY = -100
+"""After all else that runs when a multiprocessing child exits, which may still publish."""
+_draining_child: Any = None
 
 
-def _see_to_exit_of_child() -> None:
-    """Have a child of multiprocessing drain too: it leaves by ``os._exit``, past ``atexit``."""
-    global _seen_to_by
+def _drain_at_exit_of_child() -> None:
+    """Make a multiprocessing child drain too: it exits by ``os._exit``, which skips ``atexit``."""
+    global _draining_child
     processes: Any = sys.modules.get("multiprocessing.process")
     if processes is None or processes.parent_process() is None:
-        return  # no program that uses it, or no such child: atexit serves
+        return  # not a multiprocessing child: atexit is enough
     child = processes.current_process()
-    if child is not _seen_to_by:
-        _seen_to_by = child
+    if child is not _draining_child:
+        _draining_child = child
         from multiprocessing.util import Finalize
 
-        Finalize(None, _close_all, exitpriority=_last)
+        Finalize(None, _close_all, exitpriority=_EXIT_PRIORITY)
 
 
 def _leave_all_to_parent() -> None:

@@ -1,4 +1,4 @@
-"""What became of a chunk."""
+"""Reports: the fates of the events of a chunk."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["PublishFailed", "PublishReport", "Rejection", "Withdrawn"]
 
 
 class Rejection(NamedTuple):
-    """An event that was given up, and why."""
+    """An event that was given up, with the reason."""
 
     event: Event
     reason: str
 
 
 class Withdrawn(Rejection):
-    """An event that was given up by ``keep=False`` alone: the same may succeed later."""
+    """An event given up only because of ``keep=False``: a later attempt may succeed."""
 
     __slots__ = ()
 
@@ -29,14 +29,13 @@ class PublishReport:
     """The fate of every event of a chunk: each is in exactly one of the tuples, in chunk order.
 
     Attributes:
-        published: confirmed by the broker, which now answers for them.
-        kept: not confirmed yet; the publisher holds them and retries by itself. A later
-            retry may deliver one twice, with the same id.
+        published: confirmed by the broker, which is responsible for them now.
+        kept: not confirmed yet; the publisher keeps and retries them. A retry may deliver an event
+            twice, with the same id.
         parked: no queue was bound for them; confirmed in ``outbox.unroutable``.
-        ignored: no queue was bound for them, and ``unroutable="ignore"`` says that it is right.
-        rejected: given up, with the reason; ``Withdrawn`` where that is only since nothing was to
-            be kept.
-        error: why events are kept or withdrawn, or None.
+        ignored: no queue was bound for them, which ``unroutable="ignore"`` allows.
+        rejected: given up, with the reason; ``Withdrawn`` if only because of ``keep=False``.
+        error: the reason why events are kept or withdrawn, or None.
     """
 
     published: tuple[Event, ...] = ()
@@ -48,14 +47,14 @@ class PublishReport:
 
     @property
     def ok(self) -> bool:
-        """True when nothing was kept and nothing was rejected."""
+        """Whether nothing was kept and nothing was rejected."""
         return not self.kept and not self.rejected
 
     def raise_for_failure(self) -> Self:
         """Return the report, if it is ok.
 
         Raises:
-            PublishFailed: something was kept or rejected; its ``report`` is this one.
+            PublishFailed: events were kept or rejected; its ``report`` is this one.
         """
         if not self.ok:
             raise PublishFailed(self) from self.error
@@ -69,10 +68,10 @@ class PublishReport:
             "ignored": self.ignored,
             "rejected": self.rejected,
         }
-        found = ", ".join(f"{len(events)} {name}" for name, events in counts.items() if events)
-        reasons = "; ".join(f"{one.event.id}: {one.reason}" for one in self.rejected[:3])
+        summary = ", ".join(f"{len(events)} {name}" for name, events in counts.items() if events)
+        reasons = "; ".join(f"{event.id}: {reason}" for event, reason in self.rejected[:3])
         return (
-            (found or "nothing to publish")
+            (summary or "nothing to publish")
             + (f" ({reasons})" if reasons else "")
             + (f": {self.error}" if self.error is not None else "")
         )

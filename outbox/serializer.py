@@ -1,7 +1,7 @@
-"""What turns payloads into bytes and back.
+"""Serializers: payloads to bytes and back.
 
-Payloads are serialised when the event is enqueued: a later change of the object cannot change
-what is sent, and what cannot be sent fails in the caller's line.
+Payloads are serialised when the event is enqueued: changing the object later doesn't change what
+is sent, and a payload that cannot be carried fails in the caller's line.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["JSONSerializer", "Serializer", "register", "serializer_for"]
 
 
 class Serializer(Protocol):
-    """How payloads become bodies.
+    """The interface of a serializer.
 
-    ``content_type`` is the MIME type written on the message, at most 255 bytes. ``encode`` raises
-    ``TypeError`` or ``ValueError`` for a payload that it cannot carry; ``decode`` raises
-    ``ValueError`` for a body that is not its own. Both must be safe to call from any thread.
+    ``content_type`` is the message's MIME type, at most 255 bytes. ``encode`` raises ``TypeError``
+    or ``ValueError`` for a payload that it cannot carry; ``decode`` raises ``ValueError`` for a
+    body that it cannot read. Both must be safe to call from any thread.
     """
 
     content_type: str
@@ -38,7 +38,7 @@ class Serializer(Protocol):
 
 
 def _check_keys(value: Any) -> None:
-    """Refuse keys that are not strings: ``{1: ..., "1": ...}`` would give one key twice."""
+    """Reject keys that are not strings: ``{1: ..., "1": ...}`` would give the same key twice."""
     if isinstance(value, dict):
         for key, item in value.items():
             if type(key) is not str and not isinstance(key, str):
@@ -55,7 +55,7 @@ _CONTAINERS = frozenset((dict, list, tuple))
 
 
 def _default(value: Any) -> Any:
-    """Stand in for what JSON does not know; the result is encoded in its place."""
+    """Return what to encode instead of ``value``, whose type JSON does not have."""
     match value:
         case datetime.datetime() | datetime.date() | datetime.time():
             return value.isoformat()
@@ -64,19 +64,19 @@ def _default(value: Any) -> Any:
         case enum.Enum():
             return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        found = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        plain = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     elif callable(getattr(type(value), "model_dump", None)):  # pydantic 2
-        found = value.model_dump(mode="json")
+        plain = value.model_dump(mode="json")
     elif isinstance(value, Mapping):
-        found = dict(value)
+        plain = dict(value)
     else:
         raise TypeError(
             f"a {type(value).__qualname__} cannot be carried as JSON; convert it, "
-            "or give configure(serializer=...) one that can"
+            "or set another serializer with configure(serializer=...)"
         )
-    if isinstance(found, dict | list | tuple):
-        _check_keys(found)
-    return found
+    if isinstance(plain, dict | list | tuple):
+        _check_keys(plain)
+    return plain
 
 
 class JSONSerializer:
@@ -84,8 +84,8 @@ class JSONSerializer:
 
     Beyond the types of :mod:`json` it writes ``datetime``, ``date`` and ``time`` (ISO 8601),
     ``Decimal`` and ``UUID`` (as strings), enum members (their value), dataclasses and pydantic
-    models (as objects). It refuses NaN and infinities, keys that are not strings, and lone
-    surrogates, since another reader could not read them. Decoding gives plain JSON types.
+    models (as objects). It rejects NaN and infinities, keys that are not strings, and lone
+    surrogates, since other readers could not read them. Decoding returns plain JSON types.
     """
 
     content_type = "application/json"
@@ -131,15 +131,15 @@ _by_content_type: dict[str, Serializer] = {JSONSerializer.content_type: JSONSeri
 
 
 def register(serializer: Serializer) -> None:
-    """Let bodies of ``serializer.content_type`` be decoded by it from now on, process-wide."""
+    """Decode bodies of ``serializer.content_type`` with it from now on, process-wide."""
     _by_content_type[serializer.content_type] = serializer
 
 
 def serializer_for(content_type: str | None) -> Serializer | None:
-    """Return who decodes ``content_type`` (parameters such as ``charset`` aside), or None."""
+    """Return the serializer of ``content_type`` (ignoring parameters like ``charset``), or None."""
     if content_type is None:
         return None
-    found = _by_content_type.get(content_type)
-    if found is None:
-        found = _by_content_type.get(content_type.partition(";")[0].strip().lower())
-    return found
+    serializer = _by_content_type.get(content_type)
+    if serializer is None:
+        serializer = _by_content_type.get(content_type.partition(";")[0].strip().lower())
+    return serializer

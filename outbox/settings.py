@@ -1,4 +1,4 @@
-"""What can be set, its bounds, and where a value comes from.
+"""The settings, their bounds, and where their values come from.
 
 A value given in code wins over ``OUTBOX_<NAME>`` in the environment, which wins over the default.
 """
@@ -63,35 +63,35 @@ class Settings:
 
     Attributes:
         url: see :meth:`outbox.url.BrokerURL.parse`.
-        exchange: where events go whose ``enqueue_event`` names no exchange; a topic exchange.
+        exchange: the topic exchange of events whose ``enqueue_event`` doesn't name one.
         timeout: seconds a caller of ``publish()`` waits for the confirms, 0 or more.
         stall_timeout: seconds without any confirm after which the connection counts as dead.
         drain_timeout: seconds that ``close()`` and the exit of the process wait for kept events.
         connect_timeout: seconds for one attempt to open a connection, the handshakes included.
-        heartbeat: seconds asked for in AMQP's negotiation; 0 switches heartbeats off.
-        max_kept: kept events from which on ``enqueue_event()`` raises ``CollectorFull``.
+        heartbeat: seconds proposed in AMQP's negotiation; 0 disables heartbeats.
+        max_kept: the number of kept events at which ``enqueue_event()`` raises ``CollectorFull``.
         max_kept_bytes: the same, in bytes of their bodies.
-        max_events: the bound of one collector, in events.
-        max_bytes: the bound of one collector, in bytes of their bodies.
-        max_body_bytes: the bound of one body; RabbitMQ 4 refuses more than 16 MiB by default.
-        unroutable: what happens to an event that no queue is bound for: ``park``, ``fail`` or
+        max_events: the limit of one collector, in events.
+        max_bytes: the limit of one collector, in bytes of their bodies.
+        max_body_bytes: the limit of one body; RabbitMQ 4 refuses more than 16 MiB by default.
+        unroutable: what to do with an event that no queue is bound for: ``park``, ``fail`` or
             ``ignore``; an event's own setting wins.
-        declare: whether the exchange is made (``create``), must be there (``passive``), or is
-            not looked at (``never``).
-        after_commit: what this process does when it has committed stored events: it publishes
-            them itself (``publish``), tells listening relays (``notify``, PostgreSQL alone), or
-            ``nothing``: relays find them.
+        declare: whether the exchange is created (``create``), must exist (``passive``), or is not
+            checked (``never``).
+        after_commit: what this process does after committing stored events: publish them
+            (``publish``), notify listening relays (``notify``, PostgreSQL only), or ``nothing``:
+            relays find them by polling.
         app_id: AMQP's ``app-id`` of every message, at most 255 bytes; empty leaves it out.
-        connection_name: what the broker's management shows for the connection.
-        serializer: turns payloads into bodies.
+        connection_name: the connection's name in the broker's management UI.
+        serializer: the serializer of payloads.
         on_kept: called with the events of a chunk that had to be kept.
         on_parked: called with events that were parked.
-        on_rejected: called with an event and the reason for which it was given up.
-        on_cleared: called with events that a rollback or ``clear_events()`` has dropped, on the
-            thread that did so.
-        on_confirmed: called for each chunk that the broker has confirmed, with the number of its
+        on_rejected: called with an event and the reason it was given up.
+        on_cleared: called with events that a rollback or ``clear_events()`` dropped, on the thread
+            that dropped them.
+        on_confirmed: called for each chunk that the broker confirmed, with the number of its
             events and the seconds since it was submitted.
-        on_connected: called with the broker's address when a connection can publish.
+        on_connected: called with the broker's address once a connection can publish.
         on_disconnected: called with the error when that connection is lost.
     """
 
@@ -112,7 +112,7 @@ class Settings:
     after_commit: AfterCommit = "publish"
     app_id: str = ""
     connection_name: str = "outbox"
-    serializer: Serializer = JSONSerializer()  # noqa: RUF009  it has no state
+    serializer: Serializer = JSONSerializer()  # noqa: RUF009  it is stateless
     on_kept: EventsHook | None = None
     on_parked: EventsHook | None = None
     on_rejected: RejectionHook | None = None
@@ -131,8 +131,8 @@ class Settings:
         """Return the settings from ``overrides``, the environment and the defaults.
 
         Raises:
-            UsageError: a name is not known, or a value is out of its bounds; the message names
-                the setting or the environment variable.
+            UsageError: a name is unknown, or a value is out of bounds; the message names the
+                setting or the environment variable.
         """
         for name in overrides:
             if name not in _NAMES or name == "url":
@@ -143,7 +143,7 @@ class Settings:
         for name in _FROM_ENVIRONMENT:
             text = environ.get(f"OUTBOX_{name.upper()}")
             if name == "url" and not text:
-                continue  # a variable that was emptied is one that is not set
+                continue  # an empty variable counts as unset
             if text is not None and name not in overrides:
                 values[name] = _from_text(name, text)
         for name, value in overrides.items():
@@ -154,12 +154,12 @@ class Settings:
 
 
 _DEFAULTS = Settings()
-_NAMES = [one.name for one in fields(Settings)]
+_NAMES = [setting.name for setting in fields(Settings)]
 _FROM_ENVIRONMENT = [
     name for name in _NAMES if name == "url" or type(getattr(_DEFAULTS, name)) in (str, int, float)
 ]
 _MOST_BYTES = (1 << 53) - 1
-_MOST_SECONDS = 1_000_000_000  # a thread can wait for 292 years, and no longer
+_MOST_SECONDS = 1_000_000_000  # less than the 292 years that a thread can wait
 _MOST = {"heartbeat": 65_535}  # AMQP 0-9-1, Connection.TuneOk
 _CHOICES: dict[str, tuple[str, ...]] = {
     "unroutable": get_args(Unroutable),
@@ -183,7 +183,7 @@ def _from_text(name: str, text: str) -> Any:
 def _checked(name: str, value: Any, where: str) -> Any:
     default = getattr(_DEFAULTS, name)
     if name in _CHOICES and value not in _CHOICES[name]:
-        raise UsageError(f"{where} is {value!r}, none of {', '.join(_CHOICES[name])}")
+        raise UsageError(f"{where} is {value!r}, not one of {', '.join(_CHOICES[name])}")
     if name.startswith("on_"):
         if value is not None and not callable(value):
             raise UsageError(f"{where} is {value!r}, not callable")
@@ -206,7 +206,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
 def _is_short(text: str) -> bool:
     try:
         return len(text.encode()) <= 255
-    except UnicodeEncodeError:  # as the environment has bytes that are not UTF-8
+    except UnicodeEncodeError:  # the environment may hold bytes that are not UTF-8
         return False
 
 

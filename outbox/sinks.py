@@ -1,4 +1,4 @@
-"""The seam between collecting an event and storing it in the application's own transaction."""
+"""Sinks: the seam between collecting events and storing them in a transaction."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 __all__ = ["bind", "bound", "remove", "Sink"]
 
 Sink = Callable[["Event", "Publisher | None"], None]
-"""Stores an event in an open transaction; the publisher is the process's, if it has one."""
+"""A function that stores an event in an open transaction, with the process's publisher, if any."""
 
 bound: Callable[[], Sink | None] | None = None
-"""Returns where plain events go while a transaction is open here, else None; see ``bind``."""
+"""Returns the sink of the transaction that is open here, or None; see ``bind``."""
 
 
 remove: Callable[[], Any] | None = None
-"""Ends the present session of a scoped one that was bound, if there is one."""
+"""Removes the current session of the scoped session that was bound, if one was."""
 
 
 def bind(
     provider: Callable[[], Sink | None] | None, removing: Callable[[], Any] | None = None
 ) -> None:
-    """Have every event that is enqueued in a transaction stored in it; None ends that."""
+    """Store each event that is enqueued in a transaction in that one; None ends this."""
     global bound, remove
     bound = provider
     remove = removing

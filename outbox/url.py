@@ -21,12 +21,12 @@ class BrokerURL:
 
     Attributes:
         scheme: ``amqp``, ``amqps``, ``sqlite`` or ``memory``.
-        hosts: (host, port) pairs in the order in which they are tried; empty unless AMQP.
-        user: decoded; ``guest`` when left out of an AMQP URL.
-        password: decoded; ``guest`` when left out of an AMQP URL.
-        vhost: decoded; ``/`` when left out or empty.
-        path: of the file, for ``sqlite``.
-        options: the query, decoded.
+        hosts: (host, port) pairs in the order they are tried; empty unless AMQP.
+        user: the decoded user; ``guest`` if an AMQP URL doesn't name one.
+        password: the decoded password; ``guest`` if an AMQP URL doesn't contain one.
+        vhost: the decoded vhost; ``/`` if missing or empty.
+        path: the path of the file, for ``sqlite``.
+        options: the decoded query.
     """
 
     scheme: str
@@ -39,7 +39,7 @@ class BrokerURL:
 
     @classmethod
     def parse(cls, url: str) -> BrokerURL:
-        """Return ``url`` taken apart.
+        """Parse ``url``.
 
         ``amqp(s)://[user[:password]@]host[:port][,host[:port]...][/vhost][?option=value&...]``:
         user, password and vhost are percent-decoded; ``amqp://host``, ``amqp://host/`` and
@@ -56,7 +56,7 @@ class BrokerURL:
         scheme, separator, rest = url.partition("://")
         scheme = scheme.lower()
         if not separator or scheme not in SCHEMES:
-            raise UsageError(f"the broker URL has none of the forms {_FORMS}")
+            raise UsageError(f"the broker URL must have one of the forms {_FORMS}")
         rest, _, query = rest.partition("?")
         try:
             options = dict(parse_qsl(query, strict_parsing=True)) if query else {}
@@ -69,15 +69,15 @@ class BrokerURL:
             return cls(scheme, path=path, options=options)
         credentials, at, address = rest.rpartition("@")
         address, _, vhost = address.partition("/")
-        # What is before an "@" among the options may be the rest of a password.
+        # Text before an "@" in the options may be the rest of a password.
         if "/" in vhost or "/" in credentials or "#" in rest or "@" in query:
-            raise UsageError(f"the {scheme} URL cannot be taken apart; {_ESCAPE}")
+            raise UsageError(f"the {scheme} URL cannot be parsed; {_ESCAPE}")
         user, colon, password = credentials.partition(":")
         if ":" in password:
-            raise UsageError(f"the {scheme} URL cannot be taken apart; {_ESCAPE}")
+            raise UsageError(f"the {scheme} URL cannot be parsed; {_ESCAPE}")
         return cls(
             scheme,
-            tuple(_host(one, scheme) for one in address.split(",")),
+            tuple(_host(host, scheme) for host in address.split(",")),
             _decoded(user, scheme) if at else "guest",
             _decoded(password, scheme) if colon else "guest",
             _vhost(_decoded(vhost, scheme) or "/", scheme),
@@ -96,21 +96,21 @@ class BrokerURL:
 def _is_utf8(text: str) -> bool:
     try:
         text.encode()
-    except UnicodeEncodeError:  # as the environment has bytes that are not
+    except UnicodeEncodeError:  # the environment may hold bytes that are not
         return False
     return True
 
 
 def _decoded(text: str, scheme: str) -> str:
     try:
-        found = unquote(text, errors="strict")
+        decoded = unquote(text, errors="strict")
     except UnicodeDecodeError:
-        found = "\0"
-    if "\0" in found:
+        decoded = "\0"
+    if "\0" in decoded:
         raise UsageError(
-            f"what is percent-encoded in the {scheme} URL is not text in UTF-8"
+            f"the percent-encoded text in the {scheme} URL is not UTF-8 text"
         ) from None
-    return found
+    return decoded
 
 
 def _vhost(vhost: str, scheme: str) -> str:
@@ -120,8 +120,8 @@ def _vhost(vhost: str, scheme: str) -> str:
 
 
 def _host(text: str, scheme: str) -> tuple[str, int]:
-    """Take ``host:port``, ``host`` or ``[v6]:port`` apart."""
-    # The text may be a part of a password that was not encoded: it is never quoted.
+    """Split ``host:port``, ``host`` or ``[v6]:port``."""
+    # Never quote the text: it may be part of a password that was not percent-encoded.
     if text.startswith("["):
         host, closed, port = text[1:].partition("]")
         valid = bool(closed) and (not port or port.startswith(":"))
@@ -130,7 +130,7 @@ def _host(text: str, scheme: str) -> tuple[str, int]:
         host, _, port = text.partition(":")
         valid = True
     if not valid or not host or not host.isprintable() or " " in host:
-        raise UsageError(f"the {scheme} URL names no host, or a part of it is empty; {_ESCAPE}")
+        raise UsageError(f"the {scheme} URL has no host, or a part of it is empty; {_ESCAPE}")
     if not port:
         return host, _DEFAULT_PORTS[scheme]
     digits = port.isascii() and port.isdigit() and len(port) <= 5

@@ -285,7 +285,7 @@ first = consumer("{first}", exchange="{name}")(note)
         (["work:Nobody"], "work:Nobody is no consumer"),
         (["work", "-Q", "nowhere"], "no consumer has the queue 'nowhere'"),
         (["work", "-Q", "nowhere,elsewhere"], "no consumer has the queue 'nowhere'"),
-        (["work", "--url", "amqp://u:hunter2/@h"], "cannot be taken apart"),
+        (["work", "--url", "amqp://u:hunter2/@h"], "cannot be parsed"),
         (["work", "-t", "0"], "threads is 0"),
         (["work", "--prefetch", "0"], "prefetch is 0"),
         (["json"], "the module 'json' has no consumer"),

@@ -320,7 +320,7 @@ def test_messages_that_were_often_given_back_cause_a_warning(
         (["purge", "--yes", "--queue", "a.dead", "--queue", "b.dead"], "give one --queue"),
         (["list", "--url", "memory://"], "memory:// has no queues"),
         (["list", "--url", "sqlite:////no/file.db"], "there is no file /no/file.db"),
-        (["list", "--url", "amqp://u:hunter2/@h"], "cannot be taken apart"),
+        (["list", "--url", "amqp://u:hunter2/@h"], "cannot be parsed"),
         (["list", "--limit", "0"], "argument --limit"),
         (["replay", "--limit", "many"], "argument --limit"),
         ([], "ACTION"),

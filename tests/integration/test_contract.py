@@ -156,7 +156,7 @@ def test_publishing_on_a_running_loop_is_refused_and_its_async_twin_works(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"headers": {"outbox-key": "x"}}, "not the application's"),
+        ({"headers": {"outbox-key": "x"}}, "is reserved"),
         ({"headers": {"x": object()}}, "headers carry"),
         ({"priority": 256}, "priority"),
         ({"unroutable": "drop"}, "unroutable"),

@@ -494,7 +494,7 @@ def test_keeping_half_of_the_maximum_warns_once(
         for event in events_for(name, 8):
             publisher.make_ready()
             assert publisher.publish([event]).kept
-        warnings = [one for one in caplog.records if "half of the bound" in one.getMessage()]
+        warnings = [one for one in caplog.records if "half of the limit" in one.getMessage()]
         assert len(warnings) == 1
         assert warnings[0].levelno == logging.WARNING
         assert "5 event(s)" in warnings[0].getMessage()

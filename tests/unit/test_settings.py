@@ -139,7 +139,7 @@ def test_settings_are_taken_from_code_then_environment_then_default() -> None:
         ("timeout", "nan", "OUTBOX_TIMEOUT"),
         ("timeout", "1e10", "not a number from 0 to 1000000000"),
         ("exchange", "\udcff", "OUTBOX_EXCHANGE is '\\\\udcff', not a string"),
-        ("unroutable", "drop", "none of park, fail, ignore"),
+        ("unroutable", "drop", "not one of park, fail, ignore"),
     ],
 )
 def test_a_wrong_environment_variable_is_named(name: str, value: str, expected: str) -> None:
@@ -156,7 +156,7 @@ def test_a_wrong_environment_variable_is_named(name: str, value: str, expected: 
         ("max_kept", 1.5, "the setting 'max_kept'"),
         ("max_kept", True, "the setting 'max_kept'"),
         ("exchange", "e" * 256, "at most 255 bytes"),
-        ("declare", "maybe", "none of create, passive, never"),
+        ("declare", "maybe", "not one of create, passive, never"),
         ("on_kept", 5, "not callable"),
         ("timeout", 1e10, "not a number from 0 to 1000000000"),
         ("heartbeat", 65_536, "not a number from 0 to 65535"),
@@ -178,5 +178,5 @@ def test_every_setting_is_an_option_of_configure_and_is_documented() -> None:
 
 def test_the_name_of_a_file_must_be_text() -> None:
     for url in ("sqlite:///%ff.db", "sqlite:///a%00b.db"):
-        with pytest.raises(UsageError, match="not text in UTF-8"):
+        with pytest.raises(UsageError, match="not UTF-8 text"):
             BrokerURL.parse(url)

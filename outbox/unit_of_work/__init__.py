@@ -1,1 +1,1 @@
-"""The unit of work: where events wait until it is known that their work has succeeded."""
+"""The unit of work: where events wait until their work has succeeded."""

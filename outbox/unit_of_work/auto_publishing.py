@@ -1,8 +1,8 @@
-"""A block of code as the unit of work: ``auto_publishing()``.
+"""``auto_publishing()``: a block of code as a unit of work.
 
-A block *joins* the unit of work around it if that publishes by itself: then the block's success
-hands its events to the unit, and its failure drops only its own. Otherwise the block is
-*outermost*: a unit of its own, which publishes at its end.
+A block *joins* the unit of work around it if that unit publishes at its end: on success the block
+passes its events to the unit, on failure it drops only those. Otherwise the block is *outermost*: a
+separate unit, which publishes at its end.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ R = TypeVar("R")
 class AutoPublishingEventCollector(EventCollector):
     """The collector of an ``auto_publishing()`` block.
 
-    Usable once as ``with`` or ``async with``; as a decorator each call has a block of its own.
+    Usable once, as ``with`` or ``async with``; as a decorator it makes a new block for each call.
 
     Attributes:
-        report: what became of the events, once the block has published; None for a block that
-            joined, or that has not ended.
+        report: the report, once the block has published; None for a block that joined, or that has
+            not ended.
     """
 
     __slots__ = ("_independent", "_options", "_token", "report")
 
     def __init__(self, *, independent: bool = False, **options: Any) -> None:
-        """Make a block that is not yet entered; see :func:`auto_publishing`."""
+        """Create a block, without entering it; see :func:`auto_publishing`."""
         super().__init__(**options)
         self._independent = independent
         self._options = options
@@ -56,19 +56,19 @@ class AutoPublishingEventCollector(EventCollector):
 
     @property
     def joined(self) -> bool:
-        """Whether the block is a part of the unit of work around it."""
+        """Whether the block joined the unit of work around it."""
         return self._buffer.parent is not None
 
     def __enter__(self) -> Self:
-        outer = self._unit_to_join()
+        outer = self._buffer_to_join()
         if outer is None and not self.autoflush:
             refuse_running_loop()
         return self._enter(outer)
 
     def open(self) -> Self:
-        """Enter the block for good, at a console: until ``close()``, or the end of the process.
+        """Enter the block until ``close()`` or the end of the process, for use at a console.
 
-        It is current also where the console runs each line in a context of its own
+        It is current even if the console runs each line in a separate context
         (``python -m asyncio``, Jupyter). Meant for ``auto_publishing(autoflush=True)``.
         """
         self.__enter__()
@@ -77,7 +77,7 @@ class AutoPublishingEventCollector(EventCollector):
         return self
 
     def close(self) -> None:
-        """Leave a block that was entered with ``open()``, as at the end of a ``with``."""
+        """Leave a block that was entered with ``open()``, as if a ``with`` ended."""
         set_console(None)
         self.__exit__(None, None, None)
 
@@ -100,7 +100,7 @@ class AutoPublishingEventCollector(EventCollector):
                 self._end()
 
     async def __aenter__(self) -> Self:
-        return self._enter(self._unit_to_join())
+        return self._enter(self._buffer_to_join())
 
     async def __aexit__(
         self,
@@ -118,42 +118,42 @@ class AutoPublishingEventCollector(EventCollector):
                 self._end()
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Give each call of ``function`` a block of its own.
+        """Return ``function`` with each call in a new block.
 
         Raises:
             UsageError: ``function`` is a generator function, whose body runs in its callers'
-                units of work, or is no function.
+                units of work, or isn't callable.
         """
         if not callable(function):
             raise UsageError(f"auto_publishing decorates functions, not {function!r}")
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise UsageError(
-                f"{function.__qualname__} is a generator function, whose body runs bit by bit in "
-                "its callers' units of work; use a with block inside of it"
+                f"{function.__qualname__} is a generator function, whose body runs step by step "
+                "in its callers' units of work; use a with block inside it"
             )
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
             async def call_async(*args: P.args, **kwargs: P.kwargs) -> Any:
-                async with self._another():
+                async with self._new_block():
                     return await function(*args, **kwargs)
 
             return cast("Callable[P, R]", call_async)
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self._another():
+            with self._new_block():
                 return function(*args, **kwargs)
 
         return call
 
-    def _another(self) -> AutoPublishingEventCollector:
+    def _new_block(self) -> AutoPublishingEventCollector:
         return type(self)(independent=self._independent, **self._options)
 
-    def _unit_to_join(self) -> Buffer | None:
-        """Return the innermost buffer of the unit that this block joins, or None."""
+    def _buffer_to_join(self) -> Buffer | None:
+        """Return the innermost open buffer of the unit that this block joins, or None."""
         if self._token is not None or self._buffer.closed:
-            raise UsageError("an auto_publishing block is entered once; make another one")
+            raise UsageError("an auto_publishing block can be entered only once; create another")
         present = scope.present()
         if present is None:
             return None
@@ -165,9 +165,9 @@ class AutoPublishingEventCollector(EventCollector):
             return None
         if self._options:
             raise UsageError(
-                f"this auto_publishing block is a part of the unit of work around it, whose "
-                f"options apply; leave out {', '.join(sorted(self._options))}, "
-                "or say independent=True"
+                f"this auto_publishing block joins the unit of work around it, whose options "
+                f"apply; leave out {', '.join(sorted(self._options))}, "
+                "or pass independent=True"
             )
         while buffer.closed and buffer.parent is not None:
             buffer = buffer.parent
@@ -188,9 +188,9 @@ class AutoPublishingEventCollector(EventCollector):
             scope.leave(self._token)
 
     def _succeed(self) -> bool:
-        """Hand the events to the unit around; return whether they are to be published here."""
+        """Pass the events to the unit around the block; return whether to publish them instead."""
         if self._unit.pid != process.pid:
-            self._buffer.close()  # a forked child came out of its parent's block: not its events
+            self._buffer.close()  # a forked child leaves its parent's block: not its events
             return False
         return not (self.joined and self._buffer.merge())
 
@@ -200,13 +200,14 @@ class AutoPublishingEventCollector(EventCollector):
             return
         dropped = self._drop(events)
         if dropped:
+            # Other exceptions show up elsewhere; a SystemExit would drop events without a trace.
             level = logging.WARNING if isinstance(error, SystemExit) else logging.DEBUG
-            logger.log(level, "dropped, since the block ended with %r: %s", error, ids(dropped))
+            logger.log(level, "the block ended with %r; events dropped: %s", error, ids(dropped))
 
     def _end(self) -> None:
-        left = self._drop(self._buffer.close())
-        if left:  # publishing raised: the exception is on its way to the caller
-            logger.error("%d event(s) lost at the end of a block: %s", len(left), ids(left))
+        lost = self._drop(self._buffer.close())
+        if lost:  # publishing raised, and the caller gets the exception
+            logger.error("%d event(s) lost at the end of a block: %s", len(lost), ids(lost))
 
 
 @overload
@@ -227,16 +228,16 @@ def auto_publishing(
 def auto_publishing(
     function: Callable[..., Any] | None = None, /, *, independent: bool = False, **options: Any
 ) -> Any:
-    """Return a block that publishes its events when it ends well, and drops them otherwise.
+    """Return a block that publishes its events if it succeeds, and drops them otherwise.
 
-    As ``with auto_publishing():``, ``async with auto_publishing():``, or a decorator of a function
-    or coroutine function (with or without parentheses). In a unit of work that publishes by itself
-    (middleware, an outer block, a consumer with ``auto_publish``) the block joins it; elsewhere,
-    and with ``independent=True``, it is a unit of its own.
+    Use it as ``with auto_publishing():``, as ``async with auto_publishing():``, or as a decorator
+    of a function or coroutine function (with or without parentheses). Inside a unit of work that
+    publishes at its end (middleware, an outer block, a consumer with ``auto_publish``) the block
+    joins that unit; elsewhere, and with ``independent=True``, it is a separate unit.
 
     Args:
-        function: to be decorated.
-        independent: never join.
+        function: the function to decorate.
+        independent: True to never join.
         **options: ``publisher``, ``autoflush``, ``max_events``, ``max_bytes``, as in
             :class:`EventCollector`; not for a block that joins.
 

@@ -1,7 +1,7 @@
 """Buffers: where the events of a unit of work wait.
 
 A unit has one outermost buffer. A savepoint, and a nested block that joins, has a child buffer:
-appended to its parent on success, dropped on failure. All of them share the unit's lock and bounds.
+appended to its parent on success, dropped on failure. All of them share the unit's lock and limits.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ __all__ = ["Buffer", "SavepointBuffer"]
 
 
 class Buffer:
-    """Events in the order in which they were enqueued. Thread-safe.
+    """Events in the order they were enqueued. Thread-safe.
 
     Attributes:
         unit: the unit of work that it belongs to.
         parent: the buffer that it is appended to on success; None for the outermost.
-        events: in order. Change them under the unit's lock only.
+        events: the events, in order; changed only under the unit's lock.
         size: the bytes of their bodies.
         closed: whether it refuses events.
     """
@@ -47,13 +47,13 @@ class Buffer:
         """Add ``event``.
 
         Args:
-            event: what to add.
-            max_events: the bound where the unit has none.
-            max_bytes: likewise.
+            event: the event to add.
+            max_events: the limit if the unit has none.
+            max_bytes: the limit if the unit has none.
 
         Raises:
             CollectorClosed: the unit of work, or the savepoint, has ended.
-            CollectorFull: a bound of the unit is reached.
+            CollectorFull: the unit has reached a limit.
         """
         unit = self.unit
         size = len(event.body)
@@ -65,7 +65,7 @@ class Buffer:
             self.events.append(event)
 
     def take(self) -> list[Event]:
-        """Take all events out."""
+        """Remove and return all events."""
         unit = self.unit
         with unit.lock:
             events, self.events = self.events, []
@@ -75,7 +75,7 @@ class Buffer:
         return events
 
     def put_back(self, events: Sequence[Event]) -> None:
-        """Put what was taken out to the front again; bounds and closing don't apply."""
+        """Put taken events back at the front, beyond the limits and even after ``close()``."""
         size = sum(len(event.body) for event in events)
         unit = self.unit
         with unit.lock:
@@ -85,16 +85,17 @@ class Buffer:
             unit.total_size += size
 
     def close(self) -> list[Event]:
-        """Refuse events from now on; take out and return those that are there."""
+        """Refuse further events; remove and return the present ones."""
         with self.unit.lock:
             self.closed = True
+        # Nothing is appended to a closed buffer, so this check needs no lock.
         return self.take() if self.events else []
 
     def merge(self) -> bool:
-        """Close, and append the events to the nearest buffer above that is open.
+        """Close, and append the events to the nearest open buffer above.
 
         Returns:
-            False when there is none: the unit has ended, and the events are still here.
+            Whether there was one. If not, the unit has ended, and the events are still here.
         """
         with self.unit.lock:
             self.closed = True
@@ -111,7 +112,7 @@ class Buffer:
 
     def _why_closed(self, event: Event) -> str:
         return (
-            f"the event to {event.target!r} came after its unit of work had ended "
+            f"the event to {event.target!r} was enqueued after its unit of work had ended "
             "(a task or thread that outlived its request, block or message?); "
             "give such work its own auto_publishing() block"
         )

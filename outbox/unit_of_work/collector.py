@@ -1,4 +1,4 @@
-"""The collector: where events wait until their unit of work has succeeded."""
+"""The collector: the handle through which code enqueues events in a unit of work."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ logger = logging.getLogger("outbox.collector")
 _NOTHING = PublishReport()
 
 _console: EventCollector | None = None
-"""Current where no unit of work is open: a console's, which has no context that would last."""
+"""A console's collector, current where no unit is open: consoles may not keep a context."""
 
 
 def set_console(collector: EventCollector | None) -> None:
-    """Make ``collector`` current wherever no unit of work is open; None ends that."""
+    """Make ``collector`` current wherever no unit of work is open; None ends this."""
     global _console
     _console = collector
 
@@ -71,10 +71,10 @@ class EventOptions(TypedDict, total=False):
 
 
 class EventCollector:
-    """Holds the events of one unit of work: a request, a block, a message.
+    """The handle to the events of one unit of work: a request, a block or a message.
 
     Thread-safe; tasks and threads that inherit the context share it. It belongs to the process
-    that made it: in a forked child ``current()`` is a new one.
+    that made it: in a forked child ``current()`` returns a new collector.
     """
 
     __slots__ = ("__weakref__", "_buffer", "_unit")
@@ -88,16 +88,16 @@ class EventCollector:
         max_bytes: int | None = None,
         make_id: MakeId | None = None,
     ) -> None:
-        """Make an empty collector; it is current only inside ``EventCollector.use(it)``.
+        """Create an empty collector, which is current only inside ``EventCollector.use(it)``.
 
         Args:
-            publisher: where ``publish()`` publishes; the default is the process's own.
-            autoflush: publish each event as it is enqueued, for interactive use. On a running
-                event loop it is submitted without waiting.
-            max_events: the bound in events; the default is the publisher's setting (100,000).
-            max_bytes: the bound in bytes of all bodies; the default is the publisher's (64 MiB).
-            make_id: makes the ids of events that follow from a message; such events are never
-                kept: ``publish()`` raises when the broker does not confirm them.
+            publisher: the publisher of its events; the default is the process's.
+            autoflush: True to publish each event as it is enqueued, for interactive use. On a
+                running event loop it is submitted without waiting.
+            max_events: the limit in events; the default is the publisher's setting (100,000).
+            max_bytes: the limit in bytes of all bodies; the default is the publisher's (64 MiB).
+            make_id: the function that makes the ids of follow-on events; such events are never
+                kept: ``publish()`` raises if the broker does not confirm them.
         """
         self._unit = UnitOfWork(publisher, None, False, autoflush, max_events, max_bytes, make_id)
         self._buffer = Buffer(self._unit)
@@ -106,12 +106,12 @@ class EventCollector:
     def current(cls) -> EventCollector:
         """Return the collector of the unit of work that is open here.
 
-        Where none is, one is made for this thread or context; somebody must then call
-        ``publish()`` on it.
+        Outside any unit of work, create a collector for this thread or context, on which the
+        application must call ``publish()``.
         """
-        found = scope.present()
-        if found is not None:
-            collector: EventCollector = found.collector
+        present = scope.present()
+        if present is not None:
+            collector: EventCollector = present.collector
             if collector._unit.pid == process.pid and collector._is_current():
                 return collector
         elif _console is not None and _console._unit.pid == process.pid and not _console.closed:
@@ -121,7 +121,7 @@ class EventCollector:
     @classmethod
     @contextmanager
     def use(cls, collector: EventCollector) -> Iterator[EventCollector]:
-        """Make ``collector`` current for a ``with`` block; its events are left to the caller."""
+        """Make ``collector`` current for a ``with`` block; the caller publishes its events."""
         collector._unit.observer = installed_observer()
         token = scope.enter(collector, collector._buffer)
         try:
@@ -131,7 +131,7 @@ class EventCollector:
 
     @property
     def events(self) -> tuple[Event, ...]:
-        """The events of the innermost buffer, in the order in which they were enqueued."""
+        """The events of the innermost buffer, in the order they were enqueued."""
         buffer = self._innermost()
         with buffer.unit.lock:
             return tuple(buffer.events)
@@ -152,7 +152,7 @@ class EventCollector:
 
     @property
     def publisher(self) -> Publisher:
-        """Where the events go.
+        """The publisher of the events.
 
         Raises:
             NotConfigured: the process has no publisher.
@@ -164,7 +164,7 @@ class EventCollector:
         return len(self._innermost().events)
 
     def __bool__(self) -> bool:
-        return True  # a collector without events is still one
+        return True  # even without events
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self)} event(s)"
@@ -186,26 +186,26 @@ class EventCollector:
         session: Any = None,
         connection: Any = None,
     ) -> Event:
-        """Serialise ``payload`` now and hold the event until the unit of work has succeeded.
+        """Serialise ``payload`` now, and collect the event until the unit of work has succeeded.
 
-        With ``session`` or ``connection``, or in a transaction of what ``outbox.sql.bind()`` was
-        given, the event is not collected but stored: it is a row of that transaction, and the
-        database drops it or keeps it.
+        With ``session`` or ``connection``, or in a transaction of a session that was given to
+        ``outbox.sql.bind()``, the event is stored instead: it is a row of that transaction, with
+        which it commits or rolls back.
 
         Args:
             payload: what the serializer can carry; by default see
-                :class:`outbox.serializer.JSONSerializer`. Later changes of it change nothing.
+                :class:`outbox.serializer.JSONSerializer`. Changing it later has no effect.
             target: the routing key, 1 to 255 bytes in UTF-8.
             headers: names of at most 255 bytes to str, bytes, bool, int of 64 bits, None, and
                 lists and dicts of these, at most 32 deep; float, UUID, Decimal and dates become
                 strings. Names that RabbitMQ or outbox acts on are refused.
-            key: events of one key belong together; at most 255 bytes.
+            key: at most 255 bytes; events with the same key belong together.
             priority: 0 to 255.
-            delay: seconds, or a timedelta, from now until it may be delivered.
+            delay: the time from now until it may be delivered, in seconds or as a timedelta.
             deliver_at: the instant from which it may be delivered; aware.
             id: at most 255 bytes; the default is a new UUIDv7.
-            exchange: the default is the publisher's ``exchange``.
-            unroutable: the default is the publisher's ``unroutable``.
+            exchange: the exchange; the default is the publisher's ``exchange``.
+            unroutable: what to do when no queue is bound for it; the default is the publisher's.
             session: a ``Session``, ``scoped_session`` or ``AsyncSession`` of SQLAlchemy.
             connection: a ``Connection`` of SQLAlchemy.
 
@@ -213,13 +213,13 @@ class EventCollector:
             The event, with its id.
 
         Raises:
-            InvalidEvent: it cannot be carried. Nothing was collected.
-            CollectorFull: a bound is reached; or it is the first event here, and the publisher
-                keeps ``max_kept`` events.
+            InvalidEvent: the event cannot be carried. Nothing was collected.
+            CollectorFull: a limit is reached; or this is the first event of its buffer, and the
+                publisher keeps ``max_kept`` events.
             CollectorClosed: the unit of work has ended, or belongs to another process.
             NotConfigured: the process has no publisher, and the event is not stored.
-            UsageError: it cannot be stored with ``session`` or ``connection``.
-            MissingExtra: it is to be stored, and SQLAlchemy is not installed.
+            UsageError: the event cannot be stored with ``session`` or ``connection``.
+            MissingExtra: SQLAlchemy, which storing needs, is not installed.
         """
         sink: sinks.Sink | None = None
         if session is not None or connection is not None:
@@ -243,7 +243,7 @@ class EventCollector:
             exchange = settings.exchange
         elif exchange != "":
             check_name("exchange", exchange)
-        event = make_event(  # by position: this is the hot path, and keywords have a price
+        event = make_event(  # by position: keywords are slower, and this is the hot path
             settings.serializer,
             settings.max_body_bytes,
             unit.make_id,
@@ -284,8 +284,9 @@ class EventCollector:
         """Publish the events of the innermost buffer as one chunk, and wait for the confirms.
 
         Returns:
-            Every event's fate. When the broker is away the events are kept by the publisher, out
-            of reach of any rollback, and retried; that is reported and logged, not raised.
+            The fate of every event. While the broker is unavailable, the publisher keeps and
+            retries the events, out of reach of any rollback; this is reported and logged, not
+            raised.
 
         Raises:
             UsageError: on a running event loop (use ``publish_async()``). Nothing has changed.
@@ -298,22 +299,22 @@ class EventCollector:
         publisher = self.publisher
         publisher.check_may_wait()
         chunk = self._hand_over(buffer, publisher)
-        return self._told(chunk, publisher.wait_for(chunk))
+        return self._checked(chunk, publisher.wait_for(chunk))
 
     async def publish_async(self) -> PublishReport:
         """Publish the events of the innermost buffer, and await the confirms; see ``publish()``.
 
-        Cancelling the task ends the waiting only: the events have left the collector.
+        Cancelling the task ends only the wait: the events have left the collector.
         """
         buffer = self._innermost()
         if not buffer.events:
             return _NOTHING
         publisher = self.publisher
         chunk = self._hand_over(buffer, publisher)
-        return self._told(chunk, await publisher.wait_for_async(chunk))
+        return self._checked(chunk, await publisher.wait_for_async(chunk))
 
     def submit(self) -> Future[PublishReport]:
-        """Hand the events of the innermost buffer to the publisher, and do not wait.
+        """Hand the events of the innermost buffer to the publisher, without waiting.
 
         Returns:
             The future of the report; see :meth:`outbox.Publisher.submit`.
@@ -328,9 +329,9 @@ class EventCollector:
         return self._drop(self._innermost().take())
 
     def savepoint(self) -> AbstractContextManager[EventCollector]:
-        """Return a ``with`` block whose events are dropped when it raises, and kept otherwise.
+        """Return a ``with`` block whose events are dropped if it raises.
 
-        Savepoints nest; those in tasks side by side do not see each other's events.
+        Savepoints nest; those of concurrent tasks don't see each other's events.
         """
         return self._savepoint()
 
@@ -352,7 +353,7 @@ class EventCollector:
             scope.leave(token)
 
     def _innermost(self) -> Buffer:
-        """Return the innermost buffer in this context that is this collector's or below it."""
+        """Return the innermost buffer of this context that is this collector's or nested in it."""
         own = self._buffer
         present = scope.present()
         while present is not None:
@@ -365,7 +366,7 @@ class EventCollector:
         return own
 
     def _hand_over(self, buffer: Buffer, publisher: Publisher) -> Chunk:
-        """Submit what is in ``buffer``; when that fails, it is there as before."""
+        """Submit the events of ``buffer``; if that fails, put them back."""
         events = buffer.take()
         try:
             return publisher.submit_chunk(
@@ -376,7 +377,7 @@ class EventCollector:
             raise
 
     @staticmethod
-    def _told(chunk: Chunk, report: PublishReport) -> PublishReport:
+    def _checked(chunk: Chunk, report: PublishReport) -> PublishReport:
         return report if chunk.keep else report.raise_for_failure()
 
     def _drop(self, events: list[Event]) -> tuple[Event, ...]:
@@ -390,7 +391,7 @@ class EventCollector:
         return tuple(events)
 
     def _flush(self) -> None:
-        """Publish now; where waiting is not possible, submit."""
+        """Publish now, or submit where waiting is not possible."""
         try:
             self.publisher.check_may_wait()
         except UsageError:
@@ -403,10 +404,10 @@ class EventCollector:
 
 
 class _LazyCollector(EventCollector):
-    """Made because code asked for a collector where no unit of work was open.
+    """A collector for code outside any unit of work.
 
-    It is nobody's to publish: its first event warns of that, and it is watched that none is lost
-    unsaid. What a test's recorder was there for is not carried over to the next test.
+    Nothing publishes its events at the end: its first event triggers a warning, and events that are
+    lost with it are logged. It isn't current under another test's observer.
     """
 
     __slots__ = ("_watched",)
@@ -418,7 +419,7 @@ class _LazyCollector(EventCollector):
 
     @classmethod
     def enter(cls) -> _LazyCollector:
-        """Make one, current in this context from now on."""
+        """Create a collector that is current in this context from now on."""
         collector = cls()
         scope.begin(collector, collector._buffer)
         return collector
@@ -426,14 +427,14 @@ class _LazyCollector(EventCollector):
     def _collect(self, event: Event, publisher: Publisher) -> None:
         if not self._watched:
             if not self._unit.autoflush:
-                # Before anything is collected: the application may have made it an exception.
+                # Before anything is collected: a filter may turn the warning into an exception.
                 warnings.warn(
                     "an event was enqueued outside of any unit of work: nothing publishes it "
-                    "until publish() is called; or use auto_publishing() or the middleware",
+                    "until publish() is called; use auto_publishing() or the middleware",
                     RuntimeWarning,
                     stacklevel=_stacklevel_of_caller(),
                 )
-            weakref.finalize(self, _died_unpublished, self._buffer)
+            weakref.finalize(self, _log_unpublished, self._buffer)
             self._watched = True
         super()._collect(event, publisher)
 
@@ -441,10 +442,10 @@ class _LazyCollector(EventCollector):
         return self._unit.observer is installed_observer()
 
 
-def _died_unpublished(buffer: Buffer) -> None:
-    # Events of a test's recorder, or of a forked child's parent, are not ours to report.
+def _log_unpublished(buffer: Buffer) -> None:
+    # Events that a test observes, or that a forked child inherits from its parent, are not lost.
     if buffer.events and buffer.unit.pid == process.pid and buffer.unit.observer is None:
-        with contextlib.suppress(Exception):  # the interpreter may be going down
+        with contextlib.suppress(Exception):  # the interpreter may be shutting down
             logger.error(
                 "%d event(s) lost: enqueued outside of any unit of work and never published: %s",
                 len(buffer.events),
@@ -453,7 +454,7 @@ def _died_unpublished(buffer: Buffer) -> None:
 
 
 def _stacklevel_of_caller() -> int:
-    """Return the ``stacklevel`` that makes a warning point at the first line outside of outbox."""
+    """Return the ``stacklevel`` that points a warning at the first line outside outbox."""
     level = 2  # as seen from _LazyCollector._collect
     frame = sys._getframe(2)
     package = __name__.partition(".")[0]
@@ -468,31 +469,31 @@ def _stacklevel_of_caller() -> int:
 def enqueue_event(payload: Any, target: str, **options: Unpack[EventOptions]) -> Event:
     """Enqueue an event in the current collector; see :meth:`EventCollector.enqueue_event`.
 
-    Outside of any unit of work the first call warns that somebody must call ``publish()``.
+    Outside any unit of work, the first call warns that ``publish()`` must be called.
     """
     return EventCollector.current().enqueue_event(payload, target, **options)
 
 
 def publish() -> PublishReport:
-    """Publish what the current collector holds; see :meth:`EventCollector.publish`."""
+    """Publish the events of the current collector; see :meth:`EventCollector.publish`."""
     return EventCollector.current().publish()
 
 
 async def publish_async() -> PublishReport:
-    """Publish what the current collector holds; see :meth:`EventCollector.publish_async`."""
+    """Publish the events of the current collector; see :meth:`EventCollector.publish_async`."""
     return await EventCollector.current().publish_async()
 
 
 def clear_events() -> tuple[Event, ...]:
-    """Drop what the current collector holds; see :meth:`EventCollector.clear_events`."""
+    """Drop the events of the current collector; see :meth:`EventCollector.clear_events`."""
     return EventCollector.current().clear_events()
 
 
 def sink_of(session: Any, connection: Any) -> Sink:
-    """Return what stores events in the transaction of ``session`` or of ``connection``.
+    """Return the sink that stores events in the transaction of ``session`` or ``connection``.
 
     Raises:
-        UsageError: both are given, or one of them is none that events can be stored with.
+        UsageError: both are given, or events cannot be stored with the given one.
         MissingExtra: SQLAlchemy is not installed.
     """
     if session is not None and connection is not None:

@@ -1,4 +1,4 @@
-"""Which collector is current: one context variable, and what puts a collector into it."""
+"""The current collector: one context variable, and the functions that set it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _scope: ContextVar[Scope | None] = ContextVar("outbox_scope", default=None)
 present = _scope.get
 """Returns the innermost scope of this context, or None."""
 resume = _scope.set
-"""Makes a scope that was the innermost before so again, for a generator's next step."""
+"""Makes an earlier scope the innermost again, for a generator's next step."""
 
 
 def enter(collector: Any, buffer: Buffer) -> Token[Scope | None]:
@@ -40,16 +40,17 @@ def enter(collector: Any, buffer: Buffer) -> Token[Scope | None]:
 
 
 def begin(collector: Any, buffer: Buffer) -> None:
-    """Make ``buffer`` of ``collector`` the only one of this context, for as long as it lasts."""
+    """Make ``buffer`` of ``collector`` the only one of this context, for its lifetime."""
     _scope.set(Scope(collector, buffer, None))
 
 
 def leave(token: Token[Scope | None]) -> None:
-    """Restore what was there before ``enter``.
+    """Restore the scope that was innermost before ``enter``.
 
-    Where the context is another one by now (a generator that one context entered and another one
-    closes, a synchronous dependency between two threads), the variable is left alone: whoever
-    looks finds a closed buffer at the most, never another unit's.
+    In another context than that of ``enter`` (a generator entered in one context and closed in
+    another, a synchronous dependency between two threads) the token doesn't apply. Then the
+    innermost scope goes only if it is closed or directly above the one to restore; at worst, a
+    closed buffer remains current, never another unit's.
     """
     try:
         _scope.reset(token)

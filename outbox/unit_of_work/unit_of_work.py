@@ -14,22 +14,22 @@ __all__ = ["UnitOfWork"]
 
 
 class UnitOfWork:
-    """Owns what all buffers and collectors of one unit share. Thread-safe.
+    """The owner of what all buffers and collectors of a unit share. Thread-safe.
 
     It doesn't refer to its buffers, which refer to it: a unit is freed as soon as its last
     collector is, without waiting for the garbage collector.
 
     Attributes:
-        publisher: where its events go; None for the process's default publisher.
-        autoflush: publish each event as it is enqueued.
+        publisher: the publisher of its events; None for the process's default publisher.
+        autoflush: whether to publish each event as it is enqueued.
         publishes_itself: whether it publishes at its end, so that nested blocks join it.
-        make_id: makes the ids of events that follow from a message, else None.
+        make_id: the function that makes the ids of follow-on events; None outside a message.
         keeps: whether the publisher keeps what the broker hasn't confirmed; otherwise such events
             are withdrawn, and publishing raises.
-        observer: the one in force when the unit began; None for whichever is in force later.
-        pid: the process that made it.
-        max_events: the bound in events; None for the publisher's setting.
-        max_bytes: the bound in bytes of all bodies; None for the publisher's setting.
+        observer: the observer installed when the unit began; None to use the present one.
+        pid: the id of the process that made it.
+        max_events: the limit in events; None for the publisher's setting.
+        max_bytes: the limit in bytes of all bodies; None for the publisher's setting.
         lock: guards its buffers and the two totals.
         total: the number of events in all its buffers.
         total_size: the bytes of their bodies.
@@ -75,10 +75,10 @@ class UnitOfWork:
         self.total_size = 0
 
     def follow(self, outer: UnitOfWork) -> None:
-        """Adopt what a unit inside ``outer`` inherits without joining it.
+        """Inherit publisher and ids from ``outer``, without joining it.
 
-        What follows from a message still does in an independent block, and where the outer unit
-        has its own publisher, so has the inner one.
+        In an independent block within a message, events are still follow-on events; and the inner
+        unit uses the outer one's publisher, unless it has its own.
         """
         self.publisher = self.publisher or outer.publisher
         self.make_id = outer.make_id
@@ -89,11 +89,11 @@ class UnitOfWork:
 
         Args:
             size: the bytes of its body.
-            max_events: the bound where the unit has none.
-            max_bytes: likewise.
+            max_events: the limit if the unit has none.
+            max_bytes: the limit if the unit has none.
 
         Raises:
-            CollectorFull: a bound is reached.
+            CollectorFull: a limit is reached.
         """
         if self.max_events is not None:
             max_events = self.max_events
@@ -101,9 +101,9 @@ class UnitOfWork:
             max_bytes = self.max_bytes
         if self.total >= max_events or self.total_size + size > max_bytes:
             raise CollectorFull(
-                f"the collector holds {self.total} event(s) of {self.total_size} bytes; its bounds "
-                f"are max_events={max_events}, max_bytes={max_bytes}; publish() what is committed "
-                "in between, or raise the bound"
+                f"the collector holds {self.total} event(s) of {self.total_size} bytes; its limits "
+                f"are max_events={max_events}, max_bytes={max_bytes}; call publish() after each "
+                "commit, or raise the limit"
             )
         self.total += 1
         self.total_size += size

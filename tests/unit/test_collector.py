@@ -148,9 +148,9 @@ def test_options_on_a_block_that_would_join_are_refused(publisher: Publisher) ->
 
 def test_a_block_can_be_entered_only_once(publisher: Publisher) -> None:
     block = auto_publishing()
-    with block, pytest.raises(UsageError, match="entered once"), block:
+    with block, pytest.raises(UsageError, match="entered only once"), block:
         pass
-    with pytest.raises(UsageError, match="entered once"), block:
+    with pytest.raises(UsageError, match="entered only once"), block:
         pass
 
 

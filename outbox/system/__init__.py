@@ -1,1 +1,1 @@
-"""What concerns the process and the operating system: forks, threads, signals, memory."""
+"""The process and the operating system: forks, threads, signals, memory."""

@@ -13,25 +13,25 @@ from typing import Any
 __all__ = ["after_fork", "at_exit", "pid"]
 
 pid = os.getpid()
-"""The id of this process, also in a forked child, without asking the system each time."""
+"""The id of this process, also in a forked child, without a system call each time."""
 
 _after_fork: list[Callable[[], object]] = []
 _at_exit: list[Callable[[], object]] = []
 
 
 def after_fork(function: Callable[[], object]) -> None:
-    """Have ``function`` called in every forked child, in the order of these calls.
+    """Call ``function`` in every forked child, in the order of registration.
 
-    It may be called twice in one child.
+    It may be called twice in a child.
     """
     _after_fork.append(function)
 
 
 def at_exit(function: Callable[[], object]) -> None:
-    """Have ``function`` called when the interpreter exits, before those of earlier calls.
+    """Call ``function`` when the interpreter exits, before functions registered earlier.
 
-    As :mod:`atexit` does it; but also where uWSGI ends a worker without running that. It may be
-    called twice.
+    Like :mod:`atexit`, but also where uWSGI ends a worker without running that. It may be called
+    twice.
     """
     _at_exit.append(function)
     atexit.register(function)
@@ -45,25 +45,25 @@ def _forked() -> None:
 
 
 def _follow_uwsgi() -> None:
-    """Have uWSGI's forks and exits noticed: it does not always run Python's own hooks."""
+    """Hook into uWSGI's forks and exits: it does not always run Python's own hooks."""
     uwsgi: Any = sys.modules["uwsgi"]
-    _chain(uwsgi, "atexit", lambda: _uwsgi_exits(uwsgi))
-    with contextlib.suppress(Exception):  # it wants a master process, and says so by raising
+    _chain(uwsgi, "atexit", lambda: _at_uwsgi_exit(uwsgi))
+    with contextlib.suppress(Exception):  # it raises without a master process
         importlib.import_module("uwsgidecorators").postfork(_forked)
         return
     _chain(uwsgi, "post_fork_hook", _forked)
 
 
-def _uwsgi_exits(uwsgi: Any) -> None:
-    # Its own loops end by exit(3), and this option spares the interpreter's end. Elsewhere Python's
-    # hooks are run a moment later, of which the application's may still publish.
+def _at_uwsgi_exit(uwsgi: Any) -> None:
+    # uWSGI's own loops end by exit(3), and this option skips the interpreter's teardown. Otherwise
+    # Python's exit hooks run a moment later, and the application's may still publish.
     if getattr(uwsgi, "loop", None) or "skip-atexit-teardown" in getattr(uwsgi, "opt", ()):
         for hook in reversed(_at_exit):
             hook()
 
 
 def _chain(module: Any, name: str, function: Callable[[], object]) -> None:
-    """Have ``function`` called by a hook of ``module``, after what is there already."""
+    """Make a hook of ``module`` call ``function`` too, after what it calls already."""
     before = getattr(module, name, None)
 
     def hook() -> None:

@@ -1,4 +1,4 @@
-"""Resident memory of a process."""
+"""The resident memory of a process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["resident_bytes"]
 
 
 def resident_bytes(pid: int | None = None) -> int:
-    """Return the resident size of a process, by default this one.
+    """Return the resident size of a process in bytes, by default of this one.
 
-    Where that is not known: its largest so far, and 0 for another process.
+    Without ``/proc``, return the peak of this process, or 0 for another.
     """
     try:
         with open(f"/proc/{pid or 'self'}/statm", "rb") as file:

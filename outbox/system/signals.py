@@ -20,7 +20,7 @@ class Stop:
         self.asked = False
 
     def ask(self) -> None:
-        """Have it stop in order. May be called from anywhere, as often as one likes."""
+        """Request an orderly stop. May be called from anywhere, any number of times."""
         self.asked = True
 
     def begin(self) -> None:
@@ -28,19 +28,19 @@ class Stop:
 
 
 class Signals(Stop):
-    """Notes SIGTERM, SIGINT, and SIGHUP, unless that is ignored already (as it is under nohup).
+    """A stop requested by SIGTERM, SIGINT, or SIGHUP unless that is ignored (as under nohup).
 
-    A handler may interrupt anything, also a lock that is being taken: it takes none itself. Until
-    ``begin()``, which the main thread has to call, signals do what they did before.
+    A handler may interrupt anything, even the taking of a lock, so it takes none itself. Until
+    ``begin()``, which the main thread must call, signals do what they did before.
     """
 
     def __init__(self, *, second_exits: int | None) -> None:
-        """Note them; a second one ends the process at once with this code, unless it is None."""
+        """Set the code with which a second signal ends the process at once; None for no effect."""
         super().__init__()
         self._second_exits = second_exits
 
     def begin(self) -> None:
-        """Handle signals."""
+        """Install the signal handlers."""
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

@@ -13,14 +13,14 @@ __all__ = ["check_start", "check_threads", "greenlets_of", "why_not", "why_not_y
 
 
 def check_threads() -> None:
-    """Raise UsageError where a publisher's thread would not run, or block all others."""
+    """Raise UsageError if a publisher's thread would not run, or would block all others."""
     reason = why_not(sys.modules)
     if reason:
         raise UsageError(f"a publisher's thread cannot work here: {reason}")
 
 
 def check_start() -> None:
-    """Raise UsageError where a publisher's thread must not be started, now or at all."""
+    """Raise UsageError if a publisher's thread must not be started, now or at all."""
     check_threads()
     reason = why_not_yet(sys.modules, os.getpid())
     if reason:
@@ -28,11 +28,11 @@ def check_start() -> None:
 
 
 def why_not_yet(modules: Mapping[str, Any], pid: int) -> str | None:
-    """Return why a thread must not be started in the process ``pid`` as yet, or None.
+    """Return the reason why a thread must not be started in the process ``pid`` yet, or None.
 
-    uWSGI's master imports the application and forks workers from then on, and does not prepare
-    Python for it unless told to: where a thread of the master waits for the interpreter at that
-    moment, the worker inherits a lock of it in the midst of changing hands, and hangs.
+    uWSGI's master imports the application, then forks workers, and prepares Python for that only if
+    configured to: if a thread of the master waits for the interpreter at that moment, the worker
+    inherits an interpreter lock that is changing hands, and hangs.
     """
     uwsgi = modules.get("uwsgi")
     if uwsgi is None or greenlets_of(modules) is not None:
@@ -42,8 +42,8 @@ def why_not_yet(modules: Mapping[str, Any], pid: int) -> str | None:
     if "py-call-uwsgi-fork-hooks" in {_text(name) for name in getattr(uwsgi, "opt", ())}:
         return None
     return (
-        "uWSGI's master would fork workers beside it, which may hang: set "
-        "py-call-uwsgi-fork-hooks = true (or lazy-apps), or publish in workers alone"
+        "uWSGI's master would fork workers while it runs, and they may hang: set "
+        "py-call-uwsgi-fork-hooks = true (or lazy-apps), or publish only in workers"
     )
 
 
@@ -56,20 +56,20 @@ def greenlets_of(modules: Mapping[str, Any]) -> str | None:
 
 
 def why_not(modules: Mapping[str, Any]) -> str | None:
-    """Return why threads cannot work, and what to do, as far as ``modules`` tell; or None.
+    """Return the reason why threads cannot work here, with the remedy, or None.
 
-    Only what is imported already is looked at:
+    Only ``modules``, those that are already imported, are checked:
 
-    - gevent: patched whole, or not at all. Sockets that belong to greenlets in a thread that does
-      not, or the other way round, block each other.
-    - eventlet: the same.
-    - uWSGI: releases the interpreter to threads only when told to (its documentation, "Things to
-      know", on ``enable-threads``), before version 2.0.27. And it runs greenlets all the time only
-      in its own loop engine for them: otherwise while a request is served, and heartbeats stop.
+    - gevent: must be patched completely, or not at all. Greenlet sockets in a real thread, or real
+      sockets in a greenlet, block each other.
+    - eventlet: likewise.
+    - uWSGI: before version 2.0.27, releases the interpreter to threads only if configured to (its
+      documentation, "Things to know", on ``enable-threads``). It runs greenlets continuously only
+      in its own loop engine for them; otherwise only during requests, and heartbeats stop.
     """
     for library, patched in _patches(modules):
         if len(set(patched.values())) > 1:
-            return _half(library, patched)
+            return _half_patched(library, patched)
     uwsgi = modules.get("uwsgi")
     if uwsgi is None:
         return None
@@ -81,7 +81,7 @@ def why_not(modules: Mapping[str, Any]) -> str | None:
                 "use its own loop for gevent (gevent = 100), or do not patch"
             )
     elif not getattr(uwsgi, "has_threads", True):
-        return "uWSGI runs no threads beside requests: set enable-threads = true (or threads)"
+        return "uWSGI does not run background threads: set enable-threads = true (or threads)"
     return None
 
 
@@ -89,25 +89,25 @@ _CALLS = {"gevent": "gevent.monkey.patch_all()", "eventlet": "eventlet.monkey_pa
 
 
 def _patches(modules: Mapping[str, Any]) -> list[tuple[str, dict[str, bool]]]:
-    """Return for each library of greenlets that is imported what it has patched, threads first."""
-    found = []
+    """Return what each imported library of greenlets has patched, threads first."""
+    patches = []
     monkey = modules.get("gevent.monkey")
     if monkey is not None:
         names = ("threading", "socket", "select")
-        found.append(("gevent", {name: monkey.is_module_patched(name) for name in names}))
+        patches.append(("gevent", {name: monkey.is_module_patched(name) for name in names}))
     patcher = modules.get("eventlet.patcher")
     if patcher is not None:
         names = ("thread", "socket", "select")
-        found.append(("eventlet", {name: patcher.is_monkey_patched(name) for name in names}))
-    return found
+        patches.append(("eventlet", {name: patcher.is_monkey_patched(name) for name in names}))
+    return patches
 
 
-def _half(library: str, patched: Mapping[str, bool]) -> str:
-    those = ", ".join(name for name, is_patched in patched.items() if is_patched)
+def _half_patched(library: str, patched: Mapping[str, bool]) -> str:
+    names = ", ".join(name for name, is_patched in patched.items() if is_patched)
     others = ", ".join(name for name, is_patched in patched.items() if not is_patched)
     return (
-        f"{library} has patched {those}, but not {others}: call {_CALLS[library]} without "
-        "arguments, first of all, or do not patch"
+        f"{library} has patched {names}, but not {others}: call {_CALLS[library]} without "
+        "arguments, before all else, or do not patch"
     )
 
 

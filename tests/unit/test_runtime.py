@@ -48,14 +48,14 @@ REFUSED = {
     "gevent without threads": (
         gevent("socket", "select"),
         "gevent has patched socket, select, but not threading: "
-        "call gevent.monkey.patch_all() without arguments, first of all, or do not patch",
+        "call gevent.monkey.patch_all() without arguments, before all else, or do not patch",
     ),
     "gevent, threads alone": (gevent("threading"), "threading, but not socket, select"),
     "gevent without select": (gevent("threading", "socket"), "but not select"),
     "eventlet without threads": (
         eventlet("socket", "select"),
         "eventlet has patched socket, select, but not thread: "
-        "call eventlet.monkey_patch() without arguments, first of all, or do not patch",
+        "call eventlet.monkey_patch() without arguments, before all else, or do not patch",
     ),
     "uWSGI without threads": (uwsgi(has_threads=0, loop=None), "set enable-threads = true"),
     "uWSGI and gevent without its loop": (

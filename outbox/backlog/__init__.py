@@ -1,1 +1,1 @@
-"""What a publisher answers for: events that the broker has not yet confirmed."""
+"""The backlog: the events that a publisher answers for until they have a fate."""

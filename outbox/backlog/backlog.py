@@ -1,16 +1,16 @@
-"""The backlog: every event that a publisher answers for and that has no fate yet.
+"""The backlog: a publisher's entries that have no fate yet.
 
 The rules:
 
-1.  Events leave in the order in which they were submitted. What a lost connection threw back goes
-    to the head of the queue again, ahead of all that is newer; what the broker refused for the
-    time being waits apart and blocks nobody.
-2.  A chunk is *reported* once: when all its events have a fate, when the link fails, or when its
-    caller's time is up. What has no fate then is *kept* (``keep=True``) and stays until it has
-    one, or is *withdrawn* (``keep=False``) and never sent again.
+1.  Entries are sent in the order they were submitted. After a lost connection, those in flight
+    return to the head of the queue, ahead of newer ones; an entry that the broker nacked waits
+    outside the queue for its back-off, and doesn't hold up the others.
+2.  A chunk is *reported* once: when all its entries have a fate, when the link fails, or when its
+    caller's timeout is over. Entries without a fate are then *kept* (``keep=True``) until they have
+    one, or *withdrawn* (``keep=False``) and never sent again.
 3.  While the circuit is open (no connection, blocked, stalled) a new chunk is reported at once.
-    The circuit opens when the link fails, or when a caller's time ran out without any confirm for
-    anybody; it closes when the link is up again, or a confirm arrives.
+    The circuit opens when the link fails, or when a caller's timeout is over and the broker has
+    confirmed nothing at all meanwhile; it closes when the link is up again, or a confirm arrives.
 
 Everything here is decided without I/O. Methods return the *news*, which the notifier passes on
 when the lock is released: futures to resolve, hooks to call, lines to log.
@@ -35,14 +35,14 @@ __all__ = ["Backlog", "News"]
 
 @dataclass(slots=True)
 class News:
-    """What a change of the backlog means for the world outside.
+    """The side effects of a backlog change, to be applied without its lock.
 
     Attributes:
-        reports: chunks to resolve with their report, in this order.
-        kept: events that are kept from now on, and why.
+        reports: chunks to resolve with their reports, in this order.
+        kept: events that are kept from now on.
         parked: events that were parked.
-        rejected: events that were given up.
-        error: why events are kept.
+        rejected: events that were given up, with the reasons.
+        error: the reason why events are kept.
     """
 
     reports: list[tuple[Chunk, PublishReport]] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Backlog:
         self._lock = threading.Lock()
         self._empty = threading.Condition(self._lock)
         self._queue: deque[Entry] = deque()
-        self._elsewhere: dict[Entry, None] = {}  # in flight or waiting apart, in order
+        self._elsewhere: dict[Entry, None] = {}  # in flight or backing off, in order
         self._unreported: dict[Chunk, None] = {}
         self._unsettled = 0
         self._kept_events = 0
@@ -73,7 +73,7 @@ class Backlog:
 
     @property
     def kept(self) -> tuple[Event, ...]:
-        """The kept events, in the order in which they will be sent."""
+        """The kept events, in the order they will be sent."""
         with self._lock:
             return tuple(
                 entry.event
@@ -84,19 +84,19 @@ class Backlog:
 
     @property
     def kept_size(self) -> tuple[int, int]:
-        """How many events are kept, and the bytes of their bodies."""
+        """The number of kept events, and the bytes of their bodies."""
         return self._kept_events, self._kept_bytes
 
     @property
     def queued(self) -> bool:
-        """Whether something waits to be taken."""
+        """Whether entries wait to be sent."""
         return bool(self._queue)
 
     def add(self, chunk: Chunk) -> News:
-        """Take ``chunk`` in, behind all others.
+        """Add ``chunk`` behind all others.
 
         Raises:
-            UsageError: what was here has been handed over.
+            UsageError: the backlog has been handed over.
         """
         news = News()
         with self._lock:
@@ -104,7 +104,7 @@ class Backlog:
                 raise UsageError("this publisher is closed; nothing was published")
             chunk.submitted_at = self._clock()
             if not self._unsettled and not self._elsewhere:
-                self._stalled = False  # no confirm can come: nothing is on its way
+                self._stalled = False  # nothing is in flight: no confirm could close the circuit
             self._unreported[chunk] = None
             self._unsettled += len(chunk.entries)
             error = self._down
@@ -117,7 +117,7 @@ class Backlog:
         return news
 
     def take(self, max_events: int, max_bytes: int) -> list[Entry]:
-        """Return the next entries to send, at most so many; at least one, if one waits."""
+        """Return the next entries to send, within the limits, but at least one if any waits."""
         taken: list[Entry] = []
         with self._lock:
             queue = self._queue
@@ -133,7 +133,7 @@ class Backlog:
         return taken
 
     def give_fate(self, entries: Iterable[Entry], fate: Fate, reason: str = "") -> News:
-        """Give ``entries`` their fate, unless they have one."""
+        """Give ``entries`` their fate, except those that have one."""
         news = News()
         with self._lock:
             before = self._unsettled
@@ -142,10 +142,10 @@ class Backlog:
             for entry in entries:
                 elsewhere.pop(entry, None)
                 if entry.fate is None:
-                    if usual and not entry.kept:  # what _set_fate does, for nearly every event
+                    if usual and not entry.kept:  # the usual case of _set_fate(), inlined
                         entry.fate = fate
                         self._unsettled -= 1
-                        self._waits_no_longer(entry.chunk, news)
+                        self._count_down(entry.chunk, news)
                     else:
                         self._set_fate(entry, fate, reason, news)
             self.tally.add(fate.value, before - self._unsettled)
@@ -154,12 +154,12 @@ class Backlog:
         return news
 
     def confirmed(self) -> None:
-        """Note that the broker answers: it closes a circuit that a timeout has opened."""
+        """Note a confirm, which closes a circuit that a timeout has opened."""
         self._last_confirm = self._clock()
         self._stalled = False
 
     def refused(self, entries: Sequence[Entry], error: BrokerError) -> News:
-        """Keep ``entries`` apart, or withdraw them, since the broker would not have them now."""
+        """Keep ``entries`` outside the queue, or withdraw them: the broker nacked them."""
         news = News()
         with self._lock:
             self.tally.nacked += len(entries)
@@ -169,12 +169,12 @@ class Backlog:
         return news
 
     def requeue(self, entries: Sequence[Entry]) -> None:
-        """Put what was taken to the head of the queue again, in the order given."""
+        """Put taken entries back at the head of the queue, in the order given."""
         with self._lock:
             self._requeue(entries)
 
     def put_behind(self, entries: Iterable[Entry]) -> None:
-        """Put what was taken behind all that waits, in the order given."""
+        """Put taken entries at the end of the queue, in the order given."""
         with self._lock:
             for entry in entries:
                 self._elsewhere.pop(entry, None)
@@ -199,13 +199,13 @@ class Backlog:
             self._stalled = False
 
     def release(self, chunk: Chunk) -> News:
-        """Report ``chunk`` now, since its caller's time is up."""
+        """Report ``chunk`` now: its caller's timeout is over."""
         news = News()
         with self._lock:
             if chunk in self._unreported:
                 waited = self._clock() - chunk.submitted_at
                 if self._last_confirm < chunk.submitted_at:
-                    self._stalled = True
+                    self._stalled = True  # not one confirm while this caller waited
                 error = PublishTimeout(
                     f"{chunk.waiting} of {len(chunk.entries)} event(s) not confirmed "
                     f"after {waited:.3g} s"
@@ -214,36 +214,36 @@ class Backlog:
         return news
 
     def encode_anew(self, encode: Callable[[Event], bytes]) -> None:
-        """Replace the frames of all that waits."""
+        """Replace the frames of all entries."""
         with self._lock:
             for entries in (self._elsewhere, self._queue):
                 for entry in entries:
                     entry.frames = encode(entry.sent_as)
 
     def wait_empty(self, timeout: float) -> bool:
-        """Wait until every event has a fate, at most ``timeout`` seconds; return whether so."""
+        """Wait at most ``timeout`` seconds until every entry has a fate; return whether all do."""
         with self._empty:
             return self._empty.wait_for(lambda: not self._unsettled, timeout)
 
     def hand_over(self, error: BrokerError) -> tuple[tuple[Event, ...], News]:
-        """Report every chunk, and give up what is kept: to another publisher, or as lost."""
+        """Report every chunk, close, and return the events that are left: to move on, or lost."""
         news = News()
         with self._lock:
             self._closed = True
             for chunk in list(self._unreported):
                 self._report(chunk, news, error)
-            left = [
+            remaining = [
                 entry
                 for entries in (self._elsewhere, self._queue)
                 for entry in entries
                 if entry.fate is None
             ]
-            for entry in left:
+            for entry in remaining:
                 self._set_fate(entry, Fate.WITHDRAWN, str(error), news)
             self._queue.clear()
             self._elsewhere.clear()
             self._empty.notify_all()
-        return tuple(entry.event for entry in left), news
+        return tuple(entry.event for entry in remaining), news
 
     def _requeue(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
@@ -251,7 +251,7 @@ class Backlog:
         self._queue.extendleft(entry for entry in reversed(entries) if entry.fate is None)
 
     def _report(self, chunk: Chunk, news: News, error: BrokerError | None = None) -> None:
-        """Report ``chunk`` now: without ``error`` nothing of it may be waiting."""
+        """Report ``chunk`` now; without ``error``, none of its entries may be waiting."""
         if error is not None:
             chunk.error = error
             for entry in chunk.entries:
@@ -263,7 +263,7 @@ class Backlog:
                 chunk.took = self._clock() - chunk.submitted_at
                 self.tally.took(chunk.took)
             news.reports.append((chunk, chunk.report()))
-            # The entries still on their way know their chunk; it need not know them any longer.
+            # Kept entries refer to their chunk: through this list they would hold all the others.
             chunk.entries = []
 
     def _set_fate(self, entry: Entry, fate: Fate, reason: str, news: News) -> None:
@@ -279,7 +279,7 @@ class Backlog:
             self._kept_events -= 1
             self._kept_bytes -= len(entry.event.body)
         else:
-            self._waits_no_longer(entry.chunk, news)
+            self._count_down(entry.chunk, news)
 
     def _keep_or_withdraw(self, entry: Entry, error: BrokerError, news: News) -> None:
         if entry.fate is not None or entry.kept:
@@ -291,12 +291,12 @@ class Backlog:
             self._kept_bytes += len(entry.event.body)
             self.tally.ever_kept += 1
             news.kept.append(entry.event)
-            self._waits_no_longer(entry.chunk, news)
+            self._count_down(entry.chunk, news)
         else:
             self._set_fate(entry, Fate.WITHDRAWN, f"withdrawn: {error}", news)
             self.tally.add(Fate.WITHDRAWN.value)
 
-    def _waits_no_longer(self, chunk: Chunk, news: News) -> None:
+    def _count_down(self, chunk: Chunk, news: News) -> None:
         chunk.waiting -= 1
         if not chunk.waiting:
             self._report(chunk, news)

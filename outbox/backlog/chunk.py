@@ -15,7 +15,7 @@ __all__ = ["Chunk", "Entry", "Fate"]
 
 
 class Fate(enum.Enum):
-    """What finally became of an event; an entry without one is still on its way."""
+    """The final result of an entry; without one, it is still in the backlog."""
 
     PUBLISHED = "published"
     PARKED = "parked"
@@ -25,18 +25,18 @@ class Fate(enum.Enum):
 
 
 class Entry:
-    """One event of a chunk on its way through a publisher.
+    """One event of a chunk, in the publisher.
 
     Attributes:
-        event: what is to be published.
-        parked_as: what is published instead, since no queue would have the event itself, or None.
-        delayed_as: what is published instead, to come when the event's time has come, or None.
-        chunk: the chunk it came in.
-        frames: its encoded form, made in the caller's thread; empty where the transport needs none.
-        fate: None until it is final.
-        reason: of a fate that needs one.
-        kept: its chunk was reported before its fate was known, and it stays in the publisher.
-        attempts: how often the broker has refused it for the time being.
+        event: the event to publish.
+        parked_as: the event published instead because this one is unroutable, or None.
+        delayed_as: the event published instead until this one is due, or None.
+        chunk: the chunk it belongs to.
+        frames: its encoded form, made in the caller's thread; empty if the transport needs none.
+        fate: its fate; None until it is final.
+        reason: the reason for a fate that needs one.
+        kept: whether its chunk was reported before its fate was known; it stays in the publisher.
+        attempts: how often the broker has nacked it.
     """
 
     __slots__ = (
@@ -64,24 +64,25 @@ class Entry:
 
     @property
     def sent_as(self) -> Event:
-        """What the frames say."""
+        """The event in the frames."""
         return self.parked_as or self.delayed_as or self.event
 
 
 class Chunk:
     """Events in order, and the future of their report.
 
-    Not thread-safe by itself: the backlog that holds it guards it.
+    Not thread-safe: the lock of its backlog guards it.
 
     Attributes:
-        entries: one an event, in the order given.
-        keep: True when what is not confirmed stays in the publisher, False when it is withdrawn.
+        entries: one entry per event, in the order given.
+        keep: whether what is not confirmed stays in the publisher; False to withdraw it.
         reported: the report, once there is one. From then on thread-safe, as are ``on_reported``
             and ``future`` always.
-        waiting: entries that are neither kept nor have a fate; at 0 the chunk is reported.
-        error: why entries are kept or withdrawn.
-        submitted_at: on the backlog's clock.
-        took: seconds until all entries had their fate, if it was reported then and not earlier.
+        waiting: the number of entries that are neither kept nor have a fate; at 0 the chunk is
+            reported.
+        error: the reason why entries are kept or withdrawn.
+        submitted_at: the time of submission, by the backlog's clock.
+        took: seconds until all entries had a fate; None if the chunk was reported before that.
     """
 
     __slots__ = (
@@ -114,9 +115,9 @@ class Chunk:
 
     @property
     def future(self) -> Future[PublishReport]:
-        """Resolved once, with the report; never with an exception.
+        """The future of the report, which never gets an exception.
 
-        Made when it is first asked for: whoever only wants to be told need not pay for it.
+        Created at the first access: a listener alone is cheaper.
         """
         future = self._future
         if future is None:
@@ -125,21 +126,21 @@ class Chunk:
         return future
 
     def on_reported(self, listener: Callable[[PublishReport], object]) -> None:
-        """Have ``listener`` called once with the report, at once if there is one.
+        """Call ``listener`` once with the report, at once if there is one.
 
-        It is called on whichever thread that happens, and must neither wait nor raise.
+        It is called on this thread or on that which reports, and must neither wait nor raise.
         """
         self._listeners.append(listener)
         if self.reported is not None:
-            self._tell(self.reported)
+            self._notify(self.reported)
 
     def resolve(self, report: PublishReport) -> None:
-        """Tell whoever waits for ``report``."""
+        """Set ``report``, and call the listeners."""
         self.reported = report
-        self._tell(report)
+        self._notify(report)
 
-    def _tell(self, report: PublishReport) -> None:
-        # Two threads may be here; each listener is taken out by one of them.
+    def _notify(self, report: PublishReport) -> None:
+        # Two threads may be here at once; only one of them takes each listener out.
         while self._listeners:
             try:
                 listener = self._listeners.pop(0)
@@ -148,8 +149,8 @@ class Chunk:
             listener(report)
 
     def report(self) -> PublishReport:
-        """Return the fate of every event as of now; what has none counts as kept."""
-        published = tuple([one.event for one in self.entries if one.fate is Fate.PUBLISHED])
+        """Return the present fate of every event; those without one count as kept."""
+        published = tuple([entry.event for entry in self.entries if entry.fate is Fate.PUBLISHED])
         if len(published) == len(self.entries):
             return PublishReport(published=published, error=self.error)
         by_fate: dict[Fate | None, list[Entry]] = {}

@@ -24,10 +24,10 @@ _PARKED = (
 
 
 def ids(events: Iterable[Event]) -> str:
-    """Return the ids of ``events`` for a log line, the first 20 of them."""
-    found = [event.id for event in events]
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return ", ".join(map(repr, found[:_NAMED])) + more
+    """Return the ids of the first 20 ``events``, for a log line."""
+    event_ids = [event.id for event in events]
+    more = f" and {len(event_ids) - _NAMED} more" if len(event_ids) > _NAMED else ""
+    return ", ".join(map(repr, event_ids[:_NAMED])) + more
 
 
 def _addresses(events: Iterable[Event]) -> str:
@@ -75,7 +75,7 @@ class Notifier:
 
 
 def call_hook(hook: Callable[..., object] | None, *arguments: object) -> None:
-    """Call ``hook``, if there is one; what it raises is logged and stops nobody."""
+    """Call ``hook``, if there is one; what it raises is logged, and stops nothing else."""
     if hook is None:
         return
     try:

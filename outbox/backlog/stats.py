@@ -13,16 +13,16 @@ LATENCY_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long chunks took from being submitted until all of their events had a fate.
+    """The time chunks took from being submitted until all of their events had a fate.
 
     Chunks that were reported before, as kept or withdrawn, are not counted.
 
     Attributes:
-        count: chunks.
+        count: the number of chunks.
         total: the sum, in seconds.
         maximum: the longest, in seconds.
-        buckets: chunks by duration: one number for each of ``LATENCY_BOUNDS``, not cumulated, and
-            one for the rest.
+        buckets: the number of chunks by duration: one for each of ``LATENCY_BOUNDS``, not
+            cumulative, and one for the rest.
     """
 
     count: int
@@ -32,29 +32,29 @@ class Latency:
 
     @property
     def mean(self) -> float:
-        """The average in seconds; 0.0 while nothing was counted."""
+        """The average in seconds; 0.0 while none was counted."""
         return self.total / self.count if self.count else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a publisher has done since it was made, or since its process was forked.
+    """Counters of a publisher, since it was created or its process was forked.
 
     Attributes:
         connected: whether events can be published now, as far as is known.
         kept: events that are kept now.
         kept_bytes: the bytes of their bodies.
-        ever_kept: events that had to be kept, whatever became of them later.
+        ever_kept: events that had to be kept, whatever their fate was later.
         published: events that the broker has confirmed.
         parked: events that were parked.
         ignored: unroutable events that were ignored.
         rejected: events that were given up.
         withdrawn: events of consumers that were not confirmed in time; the message is handled
             again.
-        nacked: how often the broker refused an event for the time being.
+        nacked: the number of times that the broker nacked an event.
         cleared: events that were dropped by a rollback or by ``clear_events()``.
-        connects: how often a connection was opened that could publish.
-        latency: of the chunks.
+        connects: the number of times that a connection was opened and could publish.
+        latency: the latency of the chunks.
     """
 
     connected: bool
@@ -73,18 +73,18 @@ class Stats:
 
     @property
     def reconnects(self) -> int:
-        """How often a connection was opened again."""
+        """The number of times that a connection was opened again."""
         return max(0, self.connects - 1)
 
 
 class Tally:
-    """Counts. Whoever holds it guards it; reading single numbers is safe anywhere.
+    """The counters behind :class:`Stats`. The owner guards them; reading a number is always safe.
 
     Attributes:
         ever_kept: see :class:`Stats`, as for the others.
-        fates: events by the value of their fate.
-        nacked: refusals.
-        connects: connections.
+        fates: the number of events by the value of their fate.
+        nacked: the number of nacks.
+        connects: the number of connections.
     """
 
     __slots__ = ("_buckets", "_maximum", "_total", "connects", "ever_kept", "fates", "nacked")
@@ -99,7 +99,7 @@ class Tally:
         self._maximum = 0.0
 
     def add(self, fate: str, events: int = 1) -> None:
-        """Count events that got their fate."""
+        """Count events that have got their fate."""
         self.fates[fate] = self.fates.get(fate, 0) + events
 
     def took(self, seconds: float) -> None:
@@ -110,6 +110,6 @@ class Tally:
 
     @property
     def latency(self) -> Latency:
-        """A snapshot."""
+        """A snapshot of the latencies."""
         buckets = tuple(self._buckets)
         return Latency(sum(buckets), self._total, self._maximum, buckets)

@@ -15,10 +15,10 @@ __all__ = ["Waker", "reported"]
 
 
 class Waker:
-    """Wakes what waits on one event loop. Thread-safe.
+    """A waker of futures on one event loop. Thread-safe.
 
-    What is due at the same time costs one call: a loop is woken by a byte through a socket, and
-    with a hundred tasks that publish side by side a byte for each is dear.
+    Futures that are due at the same time share a call: a loop is woken by a byte through a socket,
+    and with a hundred tasks that publish concurrently, a byte for each is expensive.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -27,21 +27,21 @@ class Waker:
         self._called = False
 
     def wake(self, waiter: asyncio.Future[None]) -> None:
-        """Resolve ``waiter``, soon; nothing happens once the loop is closed."""
+        """Resolve ``waiter`` soon; do nothing once the loop is closed."""
         self._due.append(waiter)
         if self._called:
             return
         self._called = True
         try:
             self.loop.call_soon_threadsafe(self._wake_due)
-        except RuntimeError:  # the loop was closed: nobody waits
+        except RuntimeError:  # the loop was closed: nothing waits
             self._called = False
-        except BaseException:  # a signal's handler raised: the next one must call
+        except BaseException:  # a signal handler raised: the next wake() must call
             self._called = False
             raise
 
     def _wake_due(self) -> None:
-        self._called = False  # before looking: who comes later calls again
+        self._called = False  # before looking: a later wake() calls again
         while self._due:
             _set(self._due.popleft())
 
@@ -55,13 +55,13 @@ async def reported(chunk: Chunk, timeout: float) -> None:  # noqa: ASYNC109  can
     if waker is None or waker.loop is not loop:
         waker = _here.waker = Waker(loop)
     waiter: asyncio.Future[None] = loop.create_future()
-    # No asyncio.timeout(): it cancels the task to end the waiting, where setting a future will do.
-    late = loop.call_later(timeout, _set, waiter)
+    # Not asyncio.timeout(): it cancels the task to end the wait; setting a future is enough.
+    timer = loop.call_later(timeout, _set, waiter)
     chunk.on_reported(lambda _: waker.wake(waiter))
     try:
         await waiter
     finally:
-        late.cancel()
+        timer.cancel()
 
 
 def _set(waiter: asyncio.Future[None]) -> None:

@@ -1,1 +1,1 @@
-"""What travels between publishers and workers, whatever the transport."""
+"""Messages between publishers and workers, whatever the transport."""

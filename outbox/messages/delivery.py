@@ -1,4 +1,4 @@
-"""What a worker needs of a transport."""
+"""Queues and deliveries, as every transport presents them to a worker."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ QueueType = Literal["quorum", "classic"]
 
 
 def dead_letter_queue(queue: str) -> str:
-    """Return the name of the queue for what ``queue``'s consumer could not handle."""
+    """Return the name of the queue for the dead letters of ``queue``."""
     return f"{queue}.dead"
 
 
@@ -43,13 +43,13 @@ class QueueSpec:
 
     Attributes:
         name: at most 250 bytes in UTF-8; its dead letters go to ``<name>.dead``.
-        topics: patterns of targets it is bound to, beside its own name (``*`` stands for one
-            word, ``#`` for any number of them).
+        topics: patterns of targets it is bound to, besides its name (``*`` stands for one word,
+            ``#`` for any number of them).
         exchange: the exchange it is bound to.
-        max_priority: the highest priority that counts, 1 to 255; None where priorities are left to
-            the broker.
-        queue_type: ``quorum`` or ``classic``, where the broker has both.
-        rank: from 0 on; a message begins only when none of a queue of a lower rank waits.
+        max_priority: the highest priority that has an effect, 1 to 255; None to leave priorities
+            to the broker.
+        queue_type: ``quorum`` or ``classic``, if the broker has both.
+        rank: 0 or more; a message starts only while no message of a lower-ranked queue waits.
     """
 
     name: str
@@ -65,19 +65,19 @@ class Delivery:
     """A message as the transport handed it over, not decoded.
 
     Attributes:
-        queue: where it was consumed from.
+        queue: the queue it was consumed from.
         tag: the transport's number for it, unique within ``generation``.
-        generation: of the channel; a message of an earlier one can no longer be settled, and the
-            broker delivers it again.
+        generation: the generation of the channel; a delivery of an earlier one can no longer be
+            settled, and is redelivered.
         redelivered: whether it may have been delivered before.
-        exchange: it was published to.
+        exchange: the exchange it was published to.
         target: the routing key it was published with.
-        body: the bytes.
+        body: the encoded payload.
         content_type: the MIME type, if the sender gave one.
         content_encoding: the compression, if the sender gave one.
         headers: all headers; names and values are the sender's, of any type AMQP has.
-        message_id: if the sender gave one.
-        priority: if the sender gave one.
+        message_id: the id, if the sender gave one.
+        priority: the priority, if the sender gave one.
         timestamp: seconds since the epoch, if the sender gave one.
     """
 
@@ -129,7 +129,7 @@ class Delivery:
 
 
 def as_delivered(event: Event, queue: str, tag: int, *, redelivered: bool = False) -> Delivery:
-    """Return ``event`` as a message of ``queue``, as RabbitMQ would deliver it."""
+    """Return ``event`` as a delivery from ``queue``, as RabbitMQ would deliver it."""
     return Delivery(
         queue=queue,
         tag=tag,

@@ -62,12 +62,12 @@ DEAD_FIRST_AT = "outbox-dead-first-at"
 DEAD_HEADERS = "outbox-dead-headers"
 DEAD_CONTENT_ENCODING = "outbox-dead-content-encoding"
 
-# What the broker wrote about earlier stations of the message; sent back to it, some of it is
-# believed (RabbitMQ 4.0 release notes, x-death).
+# The broker writes these about the message's history, and believes some of them when they are sent
+# back to it (RabbitMQ 4.0 release notes, x-death).
 _WRITTEN = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-")
 _INTERPRETED = ("CC", "BCC")
 
 
 def is_brokers_own(name: str) -> bool:
-    """Return whether the broker wrote the header, or would act on it: it is never sent on."""
+    """Return whether the broker wrote the header, or would act on it: don't send it on."""
     return name in _INTERPRETED or name.startswith(_WRITTEN)

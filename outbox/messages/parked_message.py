@@ -1,4 +1,4 @@
-"""Messages that wait for a person: parked events and dead letters."""
+"""Messages that need a person's decision: parked events and dead letters."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParkedMessage:
-    """One message of a parking or dead-letter queue, as its headers tell of it.
+    """A message of a parking or dead-letter queue, as its headers describe it.
 
     Any client may have put it there: every text may hold anything.
 
     Attributes:
-        queue: where it is now.
+        queue: the queue it is in.
         kind: ``parked``, ``dead`` (by a worker or the broker itself), or ``foreign``: without
-            headers that tell where it came from.
-        id: the AMQP ``message_id``; empty where there is none.
-        body: the bytes.
+            headers that say where it came from.
+        id: the AMQP ``message_id``; empty if missing.
+        body: the encoded payload.
         content_type: the MIME type, if there is one.
-        origin: where it was published to first, if that is known.
-        died_in: the queue whose consumer gave it up, of a dead letter.
-        reason: why it is here, if that is known.
-        error: the class of the exception, of a dead letter.
-        at: when it came here, ISO 8601, as its header tells it.
-        attempts: how often it was tried, of a dead letter that tells.
-        returns: how often it has been given back to the queue it is in, where the broker counts.
+        origin: the address it was first published to, if known.
+        died_in: the queue whose consumer gave it up, if it is a dead letter.
+        reason: the reason why it is here, if known.
+        error: the class of the exception, if it is a dead letter.
+        at: the time at which it came here, ISO 8601, by its header.
+        attempts: the number of attempts, if a dead letter says.
+        returns: how often it was returned to the queue it is in, if the broker counts that.
     """
 
     queue: str
@@ -59,31 +59,31 @@ class ParkedMessage:
     returns: int = 0
 
     def destination(self, *, to_origin: bool = False) -> Address | str:
-        """Return where a replay publishes it, or why there is none.
+        """Return the address that a replay publishes it to, or the reason why there is none.
 
         Args:
-            to_origin: send a dead letter to its original address, where every queue bound there
-                gets it again, rather than to the one queue that it died in.
+            to_origin: True to send a dead letter to its original address, so that every queue
+                bound there gets it again, and not only the queue that it died in.
         """
         if self.kind == "dead" and not to_origin:
-            found = Address("", self.died_in) if self.died_in else None
+            address = Address("", self.died_in) if self.died_in else None
         else:
-            found = self.origin
-        if found is None or not found.target:
-            return "it has no header that tells where it came from"
-        if found == ("", self.queue):
+            address = self.origin
+        if address is None or not address.target:
+            return "it has no header that says where it came from"
+        if address == ("", self.queue):
             return "its address is the queue that it is in"
-        return found
+        return address
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which messages a command is about; without any condition, all.
+    """The messages that a command selects; without any condition, all.
 
     Attributes:
-        ids: any of these; empty for any id.
+        ids: the ids to select; empty for any id.
         reason: a part of the reason.
-        target: a topic pattern of the original target.
+        target: a topic pattern for the original target.
     """
 
     ids: frozenset[str] = frozenset()
@@ -106,12 +106,12 @@ class Selection:
 
 
 class ReplayResult(NamedTuple):
-    """What a replay came to.
+    """The result of a replay.
 
     Attributes:
-        done: confirmed at their destination.
-        left: not accepted there, each with the reason.
-        error: why nothing is known of the others, or None: it has ended the replay.
+        done: the messages confirmed at their destination.
+        left: the messages not accepted there, each with the reason.
+        error: the error that ended the replay, so that nothing is known of the others, or None.
     """
 
     done: tuple[ParkedMessage, ...]

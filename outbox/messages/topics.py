@@ -11,8 +11,7 @@ __all__ = ["matches"]
 def matches(pattern: str, target: str) -> bool:
     """Return whether ``target`` matches ``pattern``.
 
-    Words are what stands between dots; ``*`` stands for exactly one word, ``#`` for any number of
-    them, also none.
+    Dots separate words; ``*`` matches exactly one word, ``#`` any number of them, also none.
     """
     return _compiled(pattern).fullmatch(f".{target}") is not None
 
@@ -23,7 +22,7 @@ _WORD_ENDS = r"(?=\.|\Z)"
 
 @functools.lru_cache(maxsize=256)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    # Each word with the dot before it, so that "#" may stand for nothing, dot included.
+    # Each word has the dot before it, so that "#" can match the empty string, dot included.
     runs = [""]
     for word in pattern.split("."):
         if word == "#":
@@ -31,8 +30,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         else:
             runs[-1] += r"\.[^.]*" if word == "*" else r"\." + re.escape(word)
     first, *others = runs
-    # Of what stands between two "#" the first place that fits is as good as any: never going back
-    # from it (an atomic group) keeps a pattern of many "#" from trying all ways to share the words.
+    # Between two "#" the first match is as good as any: an atomic group, which never backtracks,
+    # keeps a pattern of many "#" from trying every way to share the words.
     for number, run in enumerate(others, 1):
         if number == len(others):
             first += _ANY + run

@@ -201,7 +201,7 @@ def test_only_messages_the_broker_does_not_accept_stay_with_the_reason(
     assert "312 NO_ROUTE" in reasons["3"]
     assert f"no exchange '{name}-missing'" in reasons["5"]
     assert "basic.nack" in reasons["7"]
-    assert "no header that tells" in reasons["foreign"]
+    assert "no header that says" in reasons["foreign"]
     assert ids(inspector.messages(target, 20, 0.3)) == good
     assert ids(inspector.all(dead)) == ["3", "5", "7", "8", "foreign"]
 

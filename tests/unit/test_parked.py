@@ -183,12 +183,12 @@ def test_a_parked_event_that_died_in_a_consumer_of_the_parking_queue_is_a_dead_l
 @pytest.mark.parametrize(
     ("properties", "why"),
     [
-        ({}, "no header that tells"),
-        ({"headers": {"outbox-parked-target": 5}}, "no header that tells"),
-        ({"headers": {"outbox-parked-target": ""}}, "no header that tells"),
-        ({"headers": {"outbox-dead-queue": ""}}, "no header that tells"),
-        ({"headers": {"x-death": "mine"}}, "no header that tells"),
-        ({"headers": {"x-death": [{"queue": 5}]}}, "no header that tells"),
+        ({}, "no header that says"),
+        ({"headers": {"outbox-parked-target": 5}}, "no header that says"),
+        ({"headers": {"outbox-parked-target": ""}}, "no header that says"),
+        ({"headers": {"outbox-dead-queue": ""}}, "no header that says"),
+        ({"headers": {"x-death": "mine"}}, "no header that says"),
+        ({"headers": {"x-death": [{"queue": 5}]}}, "no header that says"),
         ({"headers": {"outbox-parked-target": PARKING_QUEUE}}, "the queue that it is in"),
         ({"headers": {"outbox-parked-target": "x" * 256}}, "longer than 255 bytes"),
         (

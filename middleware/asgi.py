@@ -3,15 +3,15 @@
 The events are published after the application has *returned*, not when the response has been sent:
 frameworks commit after the last byte (FastAPI's dependencies with ``yield``), and background tasks
 belong to the request. An exception, or a final status that ``is_success`` does not accept, drops
-them. A client that goes away changes nothing, unless the server cancels the application for it.
+them. A client that disconnects changes nothing, unless the server then cancels the application.
 
-The publishing itself happens on the publisher's thread and is begun before the first ``await``:
-a cancellation ends the waiting, never the publishing.
+Publishing happens on the publisher's thread and starts before the first ``await``: a cancellation
+ends the wait, never the publishing.
 
-A WebSocket connection is no unit of work, since it may last for days: a handler says
-``async with auto_publishing()`` for each message, and what it enqueues outside of such a block is
+A WebSocket connection isn't a unit of work, since it may last for days: use
+``async with auto_publishing()`` for each message. Events enqueued outside such a block are
 published when the connection ends. Lifespan events work likewise; at shutdown the publisher is
-drained, also for an application that has no lifespan.
+drained, even if the application doesn't support lifespan.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _MARKER = "outbox.collector"
 
 
 class OutboxMiddleware:
-    """Wraps an ASGI application so that each request's events are published if it succeeds.
+    """ASGI middleware that publishes each request's events if the request succeeds.
 
     Pure ASGI; usable as ``OutboxMiddleware(app)`` or with ``app.add_middleware(OutboxMiddleware)``.
-    Wrapped twice, the inner one stands aside.
+    If an application is wrapped twice, the inner middleware does nothing.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class OutboxMiddleware:
 
         Args:
             app: the application.
-            publisher: where the events go; the default is the process's own.
-            is_success: says of the response's status code whether the events are published.
+            publisher: the publisher of the events; the default is the process's.
+            is_success: decides by the response's status code whether to publish the events.
         """
         self.app = app
         self._publisher = publisher
@@ -61,8 +61,8 @@ class OutboxMiddleware:
 
     async def __call__(self, asgi_scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, WebSocket connection or lifespan."""
-        around = asgi_scope.get(_MARKER)
-        if around is not None and not around.closed:  # not a retry of a request that has ended
+        outer = asgi_scope.get(_MARKER)
+        if outer is not None and not outer.closed:  # closed if an ended request is tried again
             await self.app(asgi_scope, receive, send)
             return
         kind = asgi_scope["type"]
@@ -105,25 +105,25 @@ class OutboxMiddleware:
     async def _websocket(
         self, collector: RequestCollector, asgi_scope: Scope, receive: Receive, send: Send
     ) -> None:
-        refusals: list[OSError] = []
+        send_errors: list[OSError] = []
 
         async def watch(message: Message) -> None:
             try:
                 await send(message)
-            except OSError as error:  # the client has gone (ASGI, from 2.4 on)
-                refusals.append(error)
+            except OSError as error:  # the client has disconnected (ASGI 2.4 and later)
+                send_errors.append(error)
                 raise
 
         try:
             await self.app(asgi_scope, receive, watch)
         except Exception as error:
-            if _is_disconnect(error, refusals):
+            if _is_disconnect(error, send_errors):
                 await collector.publish_quietly_async()
             else:
                 collector.discard(f"the connection failed with {type(error).__qualname__}")
             raise
         except BaseException:
-            # The server shuts down: what earlier messages did is done.
+            # The server is shutting down, but what earlier messages did is done: publish.
             collector.submit_quietly()
             raise
         await collector.publish_quietly_async()
@@ -153,23 +153,23 @@ class OutboxMiddleware:
             collector.discard(f"the lifespan failed with {type(error).__qualname__}")
             if received or not isinstance(error, Exception):
                 raise
-            logger.info("the application has no lifespan (%r)", error)
+            logger.info("the application does not support lifespan (%r)", error)
         if not received:
-            # Servers that die by their signal run no exit handlers: this is the only chance to
-            # drain, so it must not depend on the application's having a lifespan.
+            # Servers that die by a signal don't run exit handlers: this is the only chance to
+            # drain, so it must not depend on the application's support for lifespan.
             await receive()
             await publishing_send({"type": "lifespan.startup.complete"})
             await receive()
             await publishing_send({"type": "lifespan.shutdown.complete"})
 
 
-def _is_disconnect(error: Exception, refusals: Sequence[OSError]) -> bool:
-    """Return whether nothing but the client's going away ended the connection.
+def _is_disconnect(error: Exception, send_errors: Sequence[OSError]) -> bool:
+    """Return whether the client's disconnect alone ended the connection.
 
     Args:
-        error: what came out of the application.
-        refusals: what the server's ``send`` raised.
+        error: the exception raised by the application.
+        send_errors: the exceptions raised by the server's ``send``.
     """
     if isinstance(error, ExceptionGroup):  # the handler ran in a task group
-        return all(_is_disconnect(one, refusals) for one in error.exceptions)
-    return isinstance(error, WebSocketDisconnect) or any(error is one for one in refusals)
+        return all(_is_disconnect(nested, send_errors) for nested in error.exceptions)
+    return isinstance(error, WebSocketDisconnect) or any(error is sent for sent in send_errors)

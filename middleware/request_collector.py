@@ -1,4 +1,4 @@
-"""What the WSGI and the ASGI middleware have in common: a request's collector and its end."""
+"""The collector of a request, shared by the WSGI and the ASGI middleware."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ __all__ = ["IsSuccess", "RequestCollector", "below_400"]
 logger = logging.getLogger("outbox.middleware")
 
 IsSuccess: TypeAlias = Callable[[int], bool]
-"""Says of a final status, 100 to 599, whether the request's events are to be published."""
+"""A function that decides by the final status, 100 to 599, whether to publish the events."""
 
 
 def below_400(status: int) -> bool:
-    """Return whether ``status`` is neither a client's nor a server's error."""
+    """Return whether ``status`` is neither a client nor a server error."""
     return status < 400
 
 
 class RequestCollector(EventCollector):
     """The collector of one request, connection or lifespan.
 
-    What its methods do, they do to the whole unit of work, whatever block is open where they are
-    called: one that the application never ended must not keep the rest of the request back.
+    Its methods act on the whole unit of work, whatever block is open where they are called: a block
+    that the application never ended must not hold back the rest of the request.
     """
 
     __slots__ = ()
 
     def __init__(self, publisher: Publisher | None, publishes_itself: bool) -> None:
-        # Every request makes one: what EventCollector's own __init__ does, without calling it.
+        # EventCollector.__init__(), inlined, since every request creates a collector.
         self._unit = UnitOfWork(publisher, installed_observer(), publishes_itself)
         self._buffer = Buffer(self._unit)
 
@@ -46,10 +46,10 @@ class RequestCollector(EventCollector):
         return self._buffer
 
     def publish_quietly(self) -> None:
-        """Publish; whatever fails is logged, and never fails the response.
+        """Publish, and log any failure: it never fails the response.
 
-        The events have reached the publisher, or stay in the collector. Where an event loop runs
-        in this thread, they are handed over without waiting.
+        The events have then reached the publisher, or stay in the collector. If an event loop is
+        running in this thread, they are submitted without waiting.
         """
         if self.buffer.events:
             try:
@@ -62,7 +62,7 @@ class RequestCollector(EventCollector):
                 logger.exception("could not publish the events of a request: %s", self._held())
 
     async def publish_quietly_async(self) -> None:
-        """Do what :meth:`publish_quietly` does, on an event loop."""
+        """Publish as :meth:`publish_quietly` does, on an event loop."""
         if self.buffer.events:
             try:
                 publisher = self.publisher
@@ -71,7 +71,7 @@ class RequestCollector(EventCollector):
                 logger.exception("could not publish the events of a request: %s", self._held())
 
     def submit_quietly(self) -> None:
-        """Hand the events to the publisher without waiting; whatever fails is logged."""
+        """Hand the events to the publisher without waiting, and log any failure."""
         if self.buffer.events:
             try:
                 self._hand_over(self.buffer, self.publisher)
@@ -79,16 +79,16 @@ class RequestCollector(EventCollector):
                 logger.exception("could not publish the events of a request: %s", self._held())
 
     def discard(self, why: Any) -> None:
-        """Drop what was enqueued, with a warning that names the ids."""
+        """Drop the events, with a warning that names their ids."""
         if self.buffer.events:
             dropped = self._drop(self.buffer.take())
-            logger.warning("%d event(s) dropped, since %s: %s", len(dropped), why, ids(dropped))
+            logger.warning("%d event(s) dropped because %s: %s", len(dropped), why, ids(dropped))
 
     def close(self) -> None:
         """End the unit of work: a late ``enqueue_event`` raises ``CollectorClosed``."""
-        left = self._drop(self.buffer.close())
-        if left:
-            logger.error("%d event(s) lost at the end of a request: %s", len(left), ids(left))
+        lost = self._drop(self.buffer.close())
+        if lost:
+            logger.error("%d event(s) lost at the end of a request: %s", len(lost), ids(lost))
 
     def _held(self) -> str:
         return ids(self.buffer.events)

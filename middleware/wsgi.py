@@ -1,16 +1,16 @@
 """WSGI (PEP 3333): each request is a unit of work.
 
-When a request's events are published depends on what its response is known to be:
+When a request's events are published depends on what is known of its response:
 
 - *Complete*: the status is known, and the body is a list or tuple, or a Content-Length was sent, or
-  the status is 204 or 304. Whatever the application does was done before it returned: its events
-  are published before the first byte, and what its iterator adds is published at ``close()``.
-- Otherwise the body is being made while it is sent: published when it is exhausted, or at
-  ``close()``, whichever comes first.
+  the status is 204 or 304. The application did its work before it returned: its events are
+  published before the first byte, and those that its iterator adds at ``close()``.
+- Otherwise the body is produced while it is sent: the events are published when it is exhausted, or
+  at ``close()``, whichever comes first.
 
-A client that goes away has not undone the work: ``close()`` without an exception is success. An
-exception that passes through the application or its iterator is failure, as is a final status that
-``is_success`` does not accept.
+A client that disconnects does not undo the work: ``close()`` without an exception is success. An
+exception from the application or its iterator is failure, as is a final status that ``is_success``
+does not accept.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _WITHOUT_BODY = ("204", "304")
 
 
 class OutboxMiddleware:
-    """Wraps a WSGI application so that each request's events are published if it succeeds.
+    """WSGI middleware that publishes each request's events if the request succeeds.
 
-    Safe for any server: the collector is set for the call, for every step of the body and for its
-    ``close()``. Wrapped twice, the inner one stands aside.
+    Safe for any server: the collector is current during the call, each step of the body, and its
+    ``close()``. If an application is wrapped twice, the inner middleware does nothing.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class OutboxMiddleware:
 
         Args:
             app: the application.
-            publisher: where the events go; the default is the process's own.
-            is_success: says of the final status code whether the events are published.
+            publisher: the publisher of the events; the default is the process's.
+            is_success: decides by the final status code whether to publish the events.
         """
         self.app = app
         self._publisher = publisher
@@ -59,8 +59,8 @@ class OutboxMiddleware:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Serve one request."""
-        around = environ.get(_MARKER)
-        if around is not None and not around.closed:  # not a retry of a request that has ended
+        outer = environ.get(_MARKER)
+        if outer is not None and not outer.closed:  # closed if an ended request is tried again
             return self.app(environ, start_response)
         request = environ[_MARKER] = _Request(self._publisher, start_response, self._is_success)
         wrapper = environ.get(_FILE_WRAPPER)
@@ -106,37 +106,37 @@ class _Request(RequestCollector):
     def respond(
         self, body: Iterable[bytes], environ: WSGIEnvironment, scope: Scope
     ) -> Iterable[bytes]:
-        """Return ``body``, or what stands for it so that the unit ends when the response does."""
+        """Return ``body``, wrapped if needed so that the unit ends when the response does."""
         if isinstance(body, (list, tuple)) or _is_file(body, environ):
             if self.buffer.events:
-                self._settle_or_close(body)
+                self._finish_or_close(body)
             self.close()
             return body
         wrapped = (_SizedBody if hasattr(body, "__len__") else _Body)(self, body, scope)
         if self.buffer.events and self._is_complete():
-            self._settle_or_close(wrapped)
+            self._finish_or_close(wrapped)
         return wrapped
 
-    def settle(self) -> None:
-        """Publish or drop what has been enqueued so far."""
+    def finish(self) -> None:
+        """Publish or drop the events enqueued so far."""
         if not self.buffer.events:
             return
         if self._failed:
-            self.discard("its request had failed")
+            self.discard("the request had failed")
         elif self._status and self._is_success(int(self._status[:3])):
             self.publish_quietly()
         else:
             self.discard(f"the response's status is {self._status[:3] or 'not known'}")
 
     def fail(self, error: BaseException) -> None:
-        """Drop what has been enqueued, and what will be."""
+        """Drop the events enqueued so far, and those that follow."""
         self._failed = True
         self.discard(f"the request failed with {type(error).__qualname__}")
 
-    def _settle_or_close(self, body: Iterable[bytes]) -> None:
-        """Settle; when that is interrupted, the server gets no body that it could close."""
+    def _finish_or_close(self, body: Iterable[bytes]) -> None:
+        """Finish; if interrupted, close ``body``, which the server won't get."""
         try:
-            self.settle()
+            self.finish()
         except BaseException as error:
             self.fail(error)
             _close(body)
@@ -150,10 +150,10 @@ class _Request(RequestCollector):
 
 
 class _FileWrapper:
-    """A server's ``wsgi.file_wrapper`` that is a function, and what it made last.
+    """A server's ``wsgi.file_wrapper`` that is a function, and its latest result.
 
-    PEP 3333 asks for a callable only. That of uWSGI returns the file itself, by which the server
-    knows what to send: nothing else tells it from any other file that is iterated.
+    PEP 3333 only requires a callable. uWSGI's returns the file itself, by which the server knows
+    what to send: nothing else distinguishes it from other files that are iterated.
     """
 
     __slots__ = ("_wrapper", "made")
@@ -168,7 +168,7 @@ class _FileWrapper:
 
 
 def _is_file(body: object, environ: WSGIEnvironment) -> bool:
-    """Return whether ``body`` is the server's own file wrapper, which it sends by itself."""
+    """Return whether ``body`` is the server's file wrapper, which the server sends directly."""
     wrapper = environ.get(_FILE_WRAPPER)
     if isinstance(wrapper, _FileWrapper):
         return body is wrapper.made
@@ -178,7 +178,7 @@ def _is_file(body: object, environ: WSGIEnvironment) -> bool:
 class _Body:
     """A response's body, iterated and closed with its request's collector current.
 
-    What the application opens in one step, such as a block around a ``yield``, is open in the next.
+    A block that the application opens in one step, around a ``yield``, is still open in the next.
     """
 
     __slots__ = ("_body", "_closed", "_iterator", "_request", "_scope")
@@ -200,7 +200,7 @@ class _Body:
                 self._iterator = iter(self._body)
             return next(self._iterator)
         except StopIteration:
-            self._request.settle()
+            self._request.finish()
             raise
         except BaseException as error:
             self._request.fail(error)
@@ -217,7 +217,7 @@ class _Body:
         token = resume(self._scope)
         try:
             _close(self._body)
-            self._request.settle()
+            self._request.finish()
         except BaseException as error:
             self._request.fail(error)
             raise
@@ -227,7 +227,7 @@ class _Body:
 
 
 class _SizedBody(_Body):
-    """Of a body that knows its length: servers may derive a Content-Length from it."""
+    """A body with a length, from which servers may derive a Content-Length."""
 
     __slots__ = ()
 

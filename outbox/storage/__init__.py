@@ -9,10 +9,10 @@ try:
     import sqlalchemy
 except ModuleNotFoundError as error:
     raise MissingExtra(
-        "SQLAlchemy is not installed, which tables of events need: pip install 'outbox-events[sql]'"
+        "storing events needs SQLAlchemy, which isn't installed: pip install 'outbox-events[sql]'"
     ) from error
 if sqlalchemy.__version__ < "2.":
     raise MissingExtra(
-        f"SQLAlchemy {sqlalchemy.__version__} is too old, 2.0 is needed: "
+        f"SQLAlchemy {sqlalchemy.__version__} is too old; 2.0 or later is needed: "
         "pip install 'outbox-events[sql]'"
     )

@@ -1,6 +1,6 @@
-"""The database's clock, in SQL: the only one by which stored events are due, leased or old.
+"""The database's clock, in SQL: the only clock that decides which events are due, leased or old.
 
-A process whose own clock is wrong, or that was frozen, changes nothing by it.
+So a process whose clock is wrong, or that was frozen, does no harm.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
 
 
 class Timestamp(TypeDecorator[datetime.datetime]):
-    """An aware instant: ``TIMESTAMP WITH TIME ZONE``, or on SQLite seconds since the epoch."""
+    """An aware datetime: ``TIMESTAMP WITH TIME ZONE``; on SQLite, seconds since the epoch."""
 
     impl = TIMESTAMP
     cache_ok = True
@@ -37,15 +37,15 @@ class Timestamp(TypeDecorator[datetime.datetime]):
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime.datetime | None:  # noqa: D102
         if value is not None and dialect.name == "sqlite":
             return datetime.datetime.fromtimestamp(value, _UTC)
-        found: datetime.datetime | None = value
-        return found
+        instant: datetime.datetime | None = value
+        return instant
 
 
 class now(FunctionElement[datetime.datetime]):
-    """The time at which the statement began, of one value for all its rows.
+    """The time at which the statement began, the same for all of its rows.
 
-    On PostgreSQL not ``now()``, which is when the transaction began, nor ``clock_timestamp()``,
-    which differs from row to row, so that no index could be used for what is due.
+    On PostgreSQL neither ``now()``, which is when the transaction began, nor ``clock_timestamp()``,
+    which differs from row to row, so that finding the due rows couldn't use an index.
     """
 
     type = Timestamp()
@@ -53,14 +53,14 @@ class now(FunctionElement[datetime.datetime]):
 
 
 class in_seconds(FunctionElement[datetime.datetime]):
-    """So many seconds after :class:`now`."""
+    """The time a number of seconds after :class:`now`."""
 
     type = Timestamp()
     inherit_cache = True
 
 
 class seconds_since(FunctionElement[float]):
-    """How many seconds :class:`now` is after a timestamp."""
+    """The seconds from a timestamp to :class:`now`."""
 
     type = Float()
     inherit_cache = True

@@ -1,4 +1,4 @@
-"""Engines of our own: for relays, commands, and the embedded queue."""
+"""Engines that outbox creates: for relays, commands and the embedded queue."""
 
 from __future__ import annotations
 
@@ -29,97 +29,100 @@ _DRIVERS = {"postgresql": ("psycopg", "psycopg2")}
 
 
 def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
-    """Return an engine for an application's database; nothing is connected yet.
+    """Return an engine for an application's database, not connected yet.
 
-    A driver of asyncio is replaced by one for threads, and none is taken for the one that is there.
+    An asyncio driver in the URL is replaced by a synchronous one; a URL without a driver gets the
+    one that is installed.
 
     Args:
-        url: of PostgreSQL or SQLite.
-        pool: for SQLite.
+        url: the URL of a PostgreSQL or SQLite database.
+        pool: the pool class for SQLite.
 
     Raises:
-        UsageError: it is no database URL, or of a database for which there is no store. The message
-            holds no part of the URL that might be a password.
-        MissingExtra: the driver is not installed.
+        UsageError: the URL isn't a database URL, or outbox can't store events in that database.
+            The message contains no part of the URL that might be a password.
+        MissingExtra: the driver isn't installed.
     """
     try:
         parsed = make_url(url)
     except ArgumentError:
         raise UsageError(
-            "the database URL has none of the forms postgresql://user:password@host/database "
-            "and sqlite:///file.db"
+            "the database URL is invalid; use postgresql://user:password@host/database "
+            "or sqlite:///file.db"
         ) from None
     dialect = parsed.get_backend_name()
     if dialect not in DIALECTS:
         raise UsageError(f"events cannot be stored in {dialect}, only in {' or '.join(DIALECTS)}")
     if dialect == "sqlite":
         if parsed.query:
-            raise UsageError("the options of a sqlite:// URL are not understood here")
+            raise UsageError("a sqlite:// database URL takes no options here; remove them")
         path = parsed.database or ""
         _check_names_a_file(path)
         if not Path(path).parent.is_dir():
-            raise UsageError(f"{path} cannot be opened: its folder is not there")
+            raise UsageError(f"{path} cannot be opened: its folder does not exist")
         return _sqlite_engine(path, pool=pool)
-    found = [one for one in _DRIVERS[dialect] if importlib.util.find_spec(one)]
-    named = parsed.get_driver_name() if "+" in parsed.drivername else ""
-    driver = named if named in _DRIVERS[dialect] else (found or [""])[0]
-    if driver not in found:
+    installed = [name for name in _DRIVERS[dialect] if importlib.util.find_spec(name)]
+    requested = parsed.get_driver_name() if "+" in parsed.drivername else ""
+    driver = requested if requested in _DRIVERS[dialect] else (installed or [""])[0]
+    if driver not in installed:
         raise MissingExtra(
-            f"the driver {driver or _DRIVERS[dialect][0]} is not installed, which the database "
-            f"needs: pip install '{(driver or _DRIVERS[dialect][0])}'"
+            f"the database needs the driver {driver or _DRIVERS[dialect][0]}, which isn't "
+            f"installed: pip install '{(driver or _DRIVERS[dialect][0])}'"
         )
     try:
         return create_engine(parsed.set(drivername=f"{dialect}+{driver}"), pool_pre_ping=True)
     except (ArgumentError, NoSuchModuleError) as error:
-        raise UsageError(f"the database URL cannot be used: {error}") from error
+        raise UsageError(f"SQLAlchemy rejects the database URL: {error}") from error
 
 
 _beside: weakref.WeakKeyDictionary[Engine, Engine | None] = weakref.WeakKeyDictionary()
 
 
 def engine_beside(engine: Engine) -> Engine | None:
-    """Return an engine for the database of ``engine`` to be used in a thread of ours, or None.
+    """Return an engine for the database of ``engine`` that outbox's threads can use, or None.
 
-    It is ``engine`` itself, unless that is of asyncio, or of SQLite, whose transactions must begin
-    otherwise for a claim. There is none for a database in memory.
+    It is ``engine`` itself, unless that is an asyncio engine or an SQLite engine, whose
+    transactions must begin differently for a claim. A database in memory has none.
     """
     dialect = engine.dialect
     if dialect.name != "sqlite" and not dialect.is_async:
         return engine
     if engine not in _beside:
         try:
-            # Of SQLite no connection is left open: a child of a fork would have its locks' shadow.
+            # NullPool, so that no SQLite connection stays open for a forked child to inherit: its
+            # locks would not be valid there.
             _beside[engine] = open_engine(engine.url, pool=NullPool)
         except UsageError as error:
-            logger.warning("stored events are left to the relay: %s", error)
+            logger.warning("leaving stored events to the relay: %s", error)
             _beside[engine] = None
     return _beside[engine]
 
 
-def _leave_to_parent() -> None:
+def _discard_inherited() -> None:
     for engine in _beside.values():
         if engine is not None:
             engine.dispose(close=False)
 
 
-process.after_fork(_leave_to_parent)
+process.after_fork(_discard_inherited)
 
 
 def open_sqlite(
     path: str, *, synchronous: str = "FULL", busy_timeout: float = _BUSY_TIMEOUT
 ) -> Engine:
-    """Return an engine for a file of our own, made readable for its owner alone if it is not there.
+    """Return an engine for outbox's own file; a new file is created with mode 600.
 
-    The journal is a write-ahead log, beside which others can read.
+    The journal is a write-ahead log, so readers and the writer don't block each other.
 
     Args:
-        path: of the file; its folder must exist.
-        synchronous: ``FULL``: what is committed outlives a power cut. ``NORMAL``: it outlives the
-            end of the process, and a power cut may take the last transactions.
-        busy_timeout: seconds that a transaction waits for another one's end before it begins.
+        path: the path of the file; its folder must exist.
+        synchronous: ``FULL``: a committed transaction survives a power cut. ``NORMAL``: it survives
+            the end of the process, but a power cut may lose the last transactions.
+        busy_timeout: the seconds that a transaction waits for another one to end before it begins.
 
     Raises:
-        UsageError: the path is empty, a symbolic link, no plain file, or somebody else's.
+        UsageError: the path is empty, a symbolic link, not a regular file, or owned by another
+            user.
     """
     _check_names_a_file(path)
     _make_private(path)
@@ -138,9 +141,9 @@ def _sqlite_engine(
 ) -> Engine:
     """Return an engine whose transactions begin with ``BEGIN IMMEDIATE``.
 
-    That waits for other writers at the beginning, at most ``busy_timeout`` seconds, and cannot fail
-    later since another one came first: a transaction that has read cannot wait for the lock
-    (https://www.sqlite.org/lang_transaction.html).
+    ``BEGIN IMMEDIATE`` waits for other writers, at most ``busy_timeout`` seconds, so that the
+    transaction can't fail later because another one wrote first: a transaction that has already
+    read can't wait for the lock (https://www.sqlite.org/lang_transaction.html).
     """
     engine = create_engine(
         URL.create("sqlite", database=path),
@@ -165,10 +168,11 @@ def _check_names_a_file(path: str) -> None:
 
 
 def _make_private(path: str) -> None:
-    """See that ``path`` is a plain file of ours; the log beside it gets the same mode.
+    """Create ``path`` with mode 600, or check that it is a regular file of this user.
 
-    A file that is there is not opened: closing it would take away all locks that this process has
-    on it, those of its connections, too (https://www.sqlite.org/howtocorrupt.html, 2.2).
+    SQLite gives the log next to it the same mode. An existing file isn't opened: closing it would
+    release every lock that this process holds on it, including those of its SQLite connections
+    (https://www.sqlite.org/howtocorrupt.html, 2.2).
     """
     try:
         with _making:
@@ -177,29 +181,29 @@ def _make_private(path: str) -> None:
                 os.close(os.open(path, flags, 0o600))
                 return
             except FileExistsError:
-                found = os.lstat(path)
+                status = os.lstat(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be opened: {error.strerror}") from error
-    if stat.S_ISLNK(found.st_mode):
+    if stat.S_ISLNK(status.st_mode):
         raise UsageError(
-            f"{path} is a symbolic link, which anybody who may write its folder could turn "
-            "elsewhere; name the file itself"
+            f"{path} is a symbolic link, which any user with write access to its folder could "
+            "redirect; name the file itself"
         )
-    if not stat.S_ISREG(found.st_mode):
-        raise UsageError(f"{path} is no plain file")
-    if found.st_uid != os.geteuid():
-        raise UsageError(f"{path} belongs to another user (uid {found.st_uid})")
+    if not stat.S_ISREG(status.st_mode):
+        raise UsageError(f"{path} is not a regular file")
+    if status.st_uid != os.geteuid():
+        raise UsageError(f"{path} belongs to another user (uid {status.st_uid})")
     if not os.access(path, os.R_OK | os.W_OK):
-        raise UsageError(f"{path} may not be read and written")
+        raise UsageError(f"{path} is not readable and writable for this user")
 
 
 _making = threading.Lock()
-"""Held until a new file is closed: no other thread of this process has it open before that."""
+"""Held until a new file is closed, so that no other thread of this process opens it before."""
 
 
-def _begin_anew() -> None:
+def _replace_lock() -> None:
     global _making
     _making = threading.Lock()
 
 
-process.after_fork(_begin_anew)
+process.after_fork(_replace_lock)

@@ -1,4 +1,4 @@
-"""The reasons of database failures, without the statement and its parameters: fit for a log."""
+"""Database errors as log text: without the statement and its parameters, which may be private."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from sqlalchemy.exc import SQLAlchemyError
 __all__ = ["DatabaseError", "reason_of"]
 
 DatabaseError = SQLAlchemyError
-"""Whatever SQLAlchemy raises about a database."""
+"""The base class of all that SQLAlchemy raises about a database."""
 
 
 def reason_of(error: Exception) -> str:
-    """Return what the driver said, in a line."""
+    """Return the first line of the driver's message."""
     return str(getattr(error, "orig", None) or error).strip().partition("\n")[0]

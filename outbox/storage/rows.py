@@ -1,4 +1,4 @@
-"""An event as a row, and a row as an event."""
+"""Conversion of events to rows of the table, and back."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["event_of", "headers_of", "values_of"]
 
 
 def values_of(event: Event, *, queue: str = "", rank: int = 0) -> dict[str, Any]:
-    """Return the columns of ``event``; the database sets those that have to do with its clock.
+    """Return the columns of ``event``, except those that the database sets from its clock.
 
     Args:
-        event: to be stored.
-        queue: the queue that it waits in; ``""`` for the relay.
-        rank: within the queue, the higher are claimed first.
+        event: the event to store.
+        queue: the queue that the event waits in; ``""`` for the relay.
+        rank: the rank in the queue; higher ranks are claimed first.
     """
     values: dict[str, Any] = {
         "id": event.id,
-        # Debezium routes by it: "order.placed" is of the aggregate "order".
+        # Debezium routes by it: "order.placed" belongs to the aggregate "order".
         "aggregatetype": event.target.partition(".")[0] or event.target,
         "aggregateid": event.id if event.key is None else event.key,
         "type": event.target,
@@ -43,16 +43,16 @@ def values_of(event: Event, *, queue: str = "", rank: int = 0) -> dict[str, Any]
 
 
 def event_of(row: Any) -> Event:
-    """Return the event of ``row``, whose time has come: it has no ``deliver_at`` any more.
+    """Return the event of ``row``, without ``deliver_at``: a claimed row is due.
 
     Raises:
-        ValueError: somebody else has written the row, and it is no event that could be carried.
+        ValueError: the row isn't an event that outbox can publish; something else wrote it.
     """
     for what in ("id", "type", "exchange", "content_type", "key"):
         value = getattr(row, what)
         if value is not None:
             check_name(what, value)
-    # SQLite keeps text as text and a number as a number, whatever the column is for.
+    # SQLite stores text as text and a number as a number, whatever the type of the column.
     body = row.payload.encode() if isinstance(row.payload, str) else row.payload
     if not isinstance(body, bytes | memoryview):
         raise ValueError(f"the payload is a {type(body).__name__}, not bytes")
@@ -70,7 +70,7 @@ def event_of(row: Any) -> Event:
     )
 
 
-# JSON has no bytes. They are {"$bytes": base64}; a table that looks like it is wrapped.
+# JSON has no bytes, so they become {"$bytes": base64}; a table with such a key is wrapped.
 _MARKS = ("$bytes", "$table")
 
 
@@ -94,16 +94,16 @@ def headers_of(text: str) -> dict[str, Any]:
     """Return the headers of a row.
 
     Raises:
-        ValueError: they are no JSON object, or one of them cannot be carried.
+        ValueError: they aren't a JSON object, or AMQP can't carry one of them.
     """
     try:
         table = json.loads(text)
         if not isinstance(table, dict):
-            raise ValueError(f"the headers are no JSON object: {text:.60}")
-        found = {name: _from_json(value) for name, value in table.items()}
+            raise ValueError(f"the headers are not a JSON object: {text:.60}")
+        headers = {name: _from_json(value) for name, value in table.items()}
     except RecursionError:
         raise ValueError("the headers are nested too deeply") from None
-    return plain_table(found, "headers")[0]
+    return plain_table(headers, "headers")[0]
 
 
 def _from_json(value: Any) -> Any:

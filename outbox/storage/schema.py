@@ -1,4 +1,4 @@
-"""The table of stored events; ``metadata``, which has all tables, is for migrations."""
+"""The table of stored events, and ``metadata``: all tables, for migrations."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from outbox.storage.clock import Timestamp, in_seconds, now
 __all__ = ["DIALECTS", "GRACE", "ddl", "events", "events_with_grace", "metadata"]
 
 DIALECTS = ("postgresql", "sqlite")
-"""The databases for which stored events have been built and tested."""
+"""The supported databases: outbox is tested with these."""
 
 GRACE = 1.0
-"""Seconds that relays leave to the process that has stored an event to publish it itself."""
+"""The seconds for which relays leave a new row to the process that stored it."""
 
 metadata = MetaData()
 
 
 def _table(metadata: MetaData, grace: float) -> Table:
-    """Return the table, whose new rows are due ``grace`` seconds after they were written."""
-    # The first five columns are those that Debezium's outbox event router reads. The defaults are
-    # of the column and not of a row: the clock is the database's, and the rows of a flush of a
-    # session still go into one statement.
+    """Return the table, whose new rows are due ``grace`` seconds after they are written."""
+    # Debezium's outbox event router reads the first five columns. The timestamps are defaults of
+    # the columns instead of values in the rows: so they come from the database's clock, and a
+    # session's flush still writes all rows in one statement.
     return Table(
         "outbox_events",
         metadata,
@@ -80,11 +80,11 @@ def _table(metadata: MetaData, grace: float) -> Table:
 
 events = _table(metadata, 0.0)
 events_with_grace = _table(MetaData(), GRACE)
-"""The same table, for rows that relays leave alone for a moment after they were written."""
+"""The same table, for new rows that become due only after :data:`GRACE`."""
 
 _alive = events.c.dead_at.is_(null())
-# What is due, in the order in which it is claimed: neither the dead nor what is for later are
-# looked at on the way.
+# The due rows in the order in which they are claimed: a claim reads neither dead rows nor rows
+# that are scheduled for later.
 Index(
     "outbox_events_due",
     events.c.queue,
@@ -95,7 +95,7 @@ Index(
     sqlite_where=_alive,
 )
 _keyed_and_alive = events.c.key.is_not(null()) & _alive
-# Which event is the first of its key.
+# Finds out which event is the first of its key.
 Index(
     "outbox_events_key",
     events.c.key,
@@ -106,19 +106,19 @@ Index(
 
 
 def ddl(dialect: str) -> str:
-    """Return the statements that make the table, for ``dialect``.
+    """Return the statements that create the tables, for ``dialect``.
 
     Raises:
-        UsageError: it is none of :data:`DIALECTS`.
+        UsageError: ``dialect`` is not in :data:`DIALECTS`.
     """
     if dialect not in DIALECTS:
-        raise UsageError(f"the dialect {dialect!r} is none of {', '.join(DIALECTS)}")
+        raise UsageError(f"unknown dialect {dialect!r}; use one of {', '.join(DIALECTS)}")
     try:
         chosen = registry.load(dialect)()
     except NoSuchModuleError as error:
-        raise UsageError(f"SQLAlchemy does not know the dialect {dialect!r}") from error
+        raise UsageError(f"SQLAlchemy has no dialect {dialect!r}") from error
     statements: list[ExecutableDDLElement] = []
     for table in metadata.sorted_tables:
         indexes = sorted(table.indexes, key=lambda index: str(index.name))
         statements += [CreateTable(table), *map(CreateIndex, indexes)]
-    return "".join(f"{str(one.compile(dialect=chosen)).strip()};\n" for one in statements)
+    return "".join(f"{str(stmt.compile(dialect=chosen)).strip()};\n" for stmt in statements)

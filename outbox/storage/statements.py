@@ -1,6 +1,6 @@
-"""The statements of the store, each built once: what differs from call to call are its parameters.
+"""The statements of the store, each built once; only its parameters change from call to call.
 
-Building one takes longer than the database takes to run it.
+Building a statement takes longer than the database takes to run it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from outbox.storage.schema import events
 
 __all__ = ["Statements", "statements"]
 
-# Names of parameters must not be those of columns.
+# A parameter must not have the name of a column.
 _QUEUE = bindparam("of_queue", type_=String)
 _RANK = bindparam("of_rank", type_=Integer)
 _AT_MOST = bindparam("at_most", type_=Integer)
@@ -51,14 +51,14 @@ _WITH_AGE = (events, seconds_since(events.c.stored_at).label("age"))
 
 
 class Statements:
-    """What is asked of one kind of database. Thread-safe."""
+    """The statements for one kind of database. Thread-safe."""
 
     def __init__(self, *, is_postgresql: bool) -> None:
-        """Build nothing yet."""
+        """Build each statement when it is first used."""
         self._is_postgresql = is_postgresql
 
     def numbers(self, seqs: Sequence[int]) -> Any:
-        """Return the value of the parameter ``numbers``: one, for any number of rows."""
+        """Return ``seqs`` as the parameter ``numbers``: one parameter for any number of rows."""
         return list(seqs) if self._is_postgresql else json.dumps(list(seqs))
 
     @functools.cached_property
@@ -82,7 +82,7 @@ class Statements:
 
     @functools.cached_property
     def chosen(self) -> ColumnElement[bool]:
-        """Whether a row of ``of_queue`` is one of ``numbers`` and nobody has leased it."""
+        """Whether a row of ``of_queue`` is one of ``numbers`` and isn't leased."""
         row = events.c
         return and_(
             row.queue == _QUEUE,
@@ -101,32 +101,32 @@ class Statements:
 
     @functools.cached_property
     def lease_due(self) -> Update:
-        """Lease what is due."""
+        """Lease due rows."""
         return self._lease(self.due)
 
     @functools.cached_property
     def lease_chosen(self) -> Update:
-        """Lease what is chosen."""
+        """Lease chosen rows."""
         return self._lease(self.chosen)
 
     @functools.cached_property
     def lease_named(self) -> Update:
-        """Lease ``numbers``, whatever they are."""
+        """Lease ``numbers``, whatever their state."""
         return self._lease(self.is_one_of)
 
     @functools.cached_property
     def lease_first_chosen(self) -> Update:
-        """Lease those that are chosen and the first of their key."""
+        """Lease chosen rows that are the first of their key."""
         return self._lease(and_(self.chosen, _is_first_of_its_key()))
 
     @functools.cached_property
     def lease_first_due(self) -> Update:
-        """Lease those that are due and the first of their key."""
+        """Lease due rows that are the first of their key."""
         return self._lease(and_(self.due, _is_first_of_its_key()))
 
     @functools.cached_property
     def lease_first_due_near(self) -> Update:
-        """Lease those of the ``among`` oldest that are due that are the first of their key."""
+        """Lease, of the ``among`` oldest due rows, those that are the first of their key."""
         row = events.c
         window = select(row.seq).where(self.due).order_by(row.available_at, row.seq).limit(_AMONG)
         return self._lease(
@@ -155,7 +155,7 @@ class Statements:
 
     @functools.cached_property
     def release(self) -> Update:
-        """Give back ``numbers`` of the lease ``of_token``."""
+        """Release ``numbers`` of the lease ``of_token``."""
         return (
             update(events)
             .where(self._ours)
@@ -169,7 +169,7 @@ class Statements:
 
     @functools.cached_property
     def release_in_place(self) -> Update:
-        """Give back ``numbers`` of the lease ``of_token`` to where their age puts them."""
+        """Release ``numbers`` of the lease ``of_token``, due since they were stored."""
         return (
             update(events)
             .where(self._ours)
@@ -183,12 +183,12 @@ class Statements:
 
     @functools.cached_property
     def leases(self) -> Select[Any]:
-        """By which lease ``numbers`` are held, if by any."""
+        """The lease that holds each of ``numbers``, if any."""
         return select(events.c.seq, events.c.lease_token).where(self.is_one_of)
 
     @functools.cached_property
     def extend(self) -> Update:
-        """Lease ``numbers`` of the lease ``of_token`` for longer."""
+        """Extend the lease ``of_token`` of ``numbers``."""
         return update(events).where(self._ours).values(available_at=in_seconds(_SECONDS))
 
     @functools.cached_property
@@ -205,18 +205,18 @@ class Statements:
         return and_(self.is_one_of, events.c.lease_token == _TOKEN)
 
     def _lease(self, condition: ColumnElement[bool]) -> Update:
-        """Lease the oldest rows of ``condition``, up to ``at_most`` and ``max_bytes``."""
+        """Lease the oldest rows that meet ``condition``, up to ``at_most`` and ``max_bytes``."""
         row = events.c
-        found = (
+        oldest = (
             select(row.seq, row.available_at, func.length(row.payload).label("size"))
             .where(condition)
             .order_by(row.available_at, row.seq)
             .limit(_AT_MOST)
         )
         if self._is_postgresql:
-            found = found.with_for_update(skip_locked=True)
-        # Materialised: a plan that ran it twice would lease more than was asked for.
-        due = found.cte("due").prefix_with("MATERIALIZED")
+            oldest = oldest.with_for_update(skip_locked=True)
+        # Materialised: a plan that evaluates it twice would lease more rows than the limit.
+        due = oldest.cte("due").prefix_with("MATERIALIZED")
         before = func.sum(due.c.size).over(order_by=(due.c.available_at, due.c.seq)) - due.c.size
         bounded = select(due.c.seq, before.label("before")).subquery("bounded")
         return (
@@ -252,7 +252,7 @@ class Statements:
 
 @functools.cache
 def statements(*, is_postgresql: bool) -> Statements:
-    """Return what is asked of PostgreSQL, or of SQLite: built once in a process."""
+    """Return the statements for PostgreSQL or SQLite, built once per process."""
     return Statements(is_postgresql=is_postgresql)
 
 

@@ -1,4 +1,4 @@
-"""The store: what is done with rows of events, each in one short transaction."""
+"""The store: the operations on rows of events, each in one short transaction."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["Claimed", "Status", "Store"]
 
 logger = logging.getLogger("outbox.sql")
 
-_WINDOW = 4  # times the limit: among how many due rows the first ones of their keys are looked for
+_WINDOW = 4  # times the limit: the number of oldest due rows searched for the first of each key
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,13 @@ class Claimed:
     """A row that is leased to the caller.
 
     Attributes:
-        seq: the row's own number; rises with the order of insertion.
-        queue: it waits in; ``""`` for the relay.
-        event: as it was stored.
-        token: of the lease: the row can be changed with it for as long as nobody else claims it.
-        deliveries: how often it has been claimed, this time included.
-        attempts: how often it has failed by itself.
-        age: seconds since it was stored, at the time of the claim.
+        seq: the number of the row; rises in the order of insertion.
+        queue: the queue that the row waits in; ``""`` for the relay.
+        event: the event as it was stored.
+        token: the lease: with it the row can be changed until another claim takes the row.
+        deliveries: the number of times the row has been claimed, this claim included.
+        attempts: the number of failures that the row itself caused.
+        age: the seconds from when the row was stored to the claim.
     """
 
     seq: int
@@ -65,15 +65,15 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What is in the table, as of one moment.
+    """The numbers of rows in the table, as of one moment.
 
     Attributes:
-        waiting: due, and claimed by nobody.
-        scheduled: for later: delayed, or backing off.
-        leased: being published or processed.
-        dead: by reason, the most frequent first.
-        oldest: seconds since the oldest event that waits was stored; None if none waits.
-        queues: how many are alive in each queue; ``""`` for the relay.
+        waiting: rows that are due and not leased.
+        scheduled: rows that become due later: delayed, or backing off.
+        leased: rows that are being published or processed.
+        dead: dead rows by reason, the most frequent first.
+        oldest: the seconds since the oldest waiting event was stored; None if none waits.
+        queues: alive rows by queue; ``""`` for the relay.
     """
 
     waiting: int
@@ -85,24 +85,26 @@ class Status:
 
 
 class Store:
-    """The table of events in one database. Thread-safe, as far as its engine is.
+    """The table of events in one database. Thread-safe if its engine is.
 
     A row is *alive* until it is completed (deleted) or buried (*dead*, with a reason). It is *due*
-    from ``available_at`` on, which is schedule, back-off and the end of a lease in one.
+    from ``available_at`` on. That one column holds the schedule, the back-off and the end of a
+    lease, so that a row whose lease has ended is due again without any clean-up.
 
-    Every method is one transaction of its own, but for ``put`` with a connection. Errors of the
-    database are SQLAlchemy's.
+    Every method runs in a new transaction, unless it is passed a connection. Database errors are
+    SQLAlchemy's.
     """
 
     def __init__(self, engine: Engine) -> None:
-        """Make a store of the table in the database of ``engine``, which stays the caller's.
+        """Make a store of the table in the database of ``engine``, which the caller disposes of.
 
         Args:
-            engine: for SQLite one of :func:`outbox.storage.engines.open_engine`: its transactions
-                begin by taking the lock, without which two claims could get the same row.
+            engine: the engine; for SQLite one from :func:`outbox.storage.engines.open_engine`,
+                whose transactions take the lock when they begin: otherwise two claims could get
+                the same row.
 
         Raises:
-            UsageError: it is no database for which there is a store.
+            UsageError: outbox can't store events in that database.
         """
         if engine.dialect.name not in DIALECTS:
             raise UsageError(
@@ -110,50 +112,50 @@ class Store:
             )
         self.engine = engine
         self._is_postgresql = engine.dialect.name == "postgresql"
-        self._ask = statements(is_postgresql=self._is_postgresql)
+        self._statements = statements(is_postgresql=self._is_postgresql)
 
     def create(self, *, connection: Connection | None = None) -> bool:
-        """Create the tables and their indexes unless they are there.
+        """Create the tables and their indexes if they don't exist.
 
         Returns:
-            Whether the table of events was not there.
+            Whether the table of events is new.
         """
         if connection is None:
             with self.engine.begin() as connection:
                 return self.create(connection=connection)
-        was_there = inspect(connection).has_table(events.name)
+        existed = inspect(connection).has_table(events.name)
         metadata.create_all(connection)
-        return not was_there
+        return not existed
 
     def check(self, *, connection: Connection | None = None) -> None:
-        """See that the table is there, with all that is needed.
+        """Check that the table exists, with all its columns and indexes.
 
         Raises:
-            UsageError: names what is missing, and how to make it.
+            UsageError: something is missing; the message says what, and how to create it.
         """
         if connection is None:
             with self.engine.connect() as connection:
                 self.check(connection=connection)
                 return
-        found = inspect(connection)
-        if not found.has_table(events.name):
+        inspector = inspect(connection)
+        if not inspector.has_table(events.name):
             raise UsageError(
-                f"there is no table {events.name}: make it with `outbox sql create`, or with "
-                "your migrations (outbox.sql.metadata, `outbox sql ddl`)"
+                f"the table {events.name} does not exist; create it with `outbox sql create`, or "
+                "with your migrations (outbox.sql.metadata, `outbox sql ddl`)"
             )
-        columns = {one["name"] for one in found.get_columns(events.name)}
-        indexes = {one["name"] for one in found.get_indexes(events.name)}
-        missing = [f"column {one.name}" for one in events.columns if one.name not in columns]
-        missing += [f"index {one.name}" for one in events.indexes if one.name not in indexes]
+        columns = {column["name"] for column in inspector.get_columns(events.name)}
+        indexes = {index["name"] for index in inspector.get_indexes(events.name)}
+        missing = [f"column {each.name}" for each in events.columns if each.name not in columns]
+        missing += [f"index {each.name}" for each in events.indexes if each.name not in indexes]
         if missing:
             raise UsageError(
-                f"the table {events.name} lacks {', '.join(sorted(missing))}; as it should be:\n"
+                f"the table {events.name} lacks {', '.join(sorted(missing))}; it should be:\n"
                 + ddl(self.engine.dialect.name)
             )
 
-    def put(self, found: Iterable[Event], *, connection: Connection | None = None) -> None:
+    def put(self, new_events: Iterable[Event], *, connection: Connection | None = None) -> None:
         """Store events for the relay, in the transaction of ``connection`` if one is given."""
-        self.put_rows([values_of(event) for event in found], connection=connection)
+        self.put_rows([values_of(event) for event in new_events], connection=connection)
 
     def put_rows(
         self, rows: Sequence[dict[str, Any]], *, connection: Connection | None = None
@@ -163,7 +165,8 @@ class Store:
             with self.engine.begin() as connection:
                 self.put_rows(rows, connection=connection)
             return
-        # Rows of one statement have the same columns; in order, since it is the rows' order too.
+        # The rows of one statement must have the same columns. Only neighbours are grouped, because
+        # the order of insertion is the order of the rows.
         for _, alike in itertools.groupby(rows, key=lambda row: "available_at" in row):
             connection.execute(insert(events), list(alike))
 
@@ -180,18 +183,19 @@ class Store:
     ) -> list[Claimed]:
         """Lease due rows to the caller, the oldest first, and return them in their order.
 
-        Nobody else gets a leased row before its lease ends, wherever he claims. Rows that others
-        are claiming at this moment are passed over.
+        No other claim, in any process, gets a leased row before its lease ends. Rows that another
+        claim is taking at this moment are skipped.
 
         Args:
-            limit: how many at most, 1 or more.
-            queue: from which.
-            lease: seconds.
-            max_bytes: rows are taken until their payloads reach it: at least one.
-            ordered: of the events of one key, take only what has none of its key before it that
-                is alive and not in the same claim, so that the order within a key can be kept.
+            limit: the maximum number of rows, 1 or more.
+            queue: the queue to claim from; ``""`` is the relay's.
+            lease: the seconds until the rows are due again.
+            max_bytes: the total size of the payloads at which to stop, but at least one row is
+                taken.
+            ordered: whether to skip an event if an earlier event with the same key is alive and
+                not in this claim; the order within a key can only be kept this way.
             only: the numbers of the rows to choose from, due or not, unless they are leased.
-            connection: in whose transaction; by default in one of its own.
+            connection: the connection whose transaction to use; by default a new transaction.
         """
         if connection is None:
             with self._begin() as connection:
@@ -199,26 +203,26 @@ class Store:
                     limit, queue=queue, lease=lease, max_bytes=max_bytes, ordered=ordered,
                     only=only, connection=connection,
                 )  # fmt: skip
-        asked = {
+        parameters = {
             "of_queue": queue,
             "seconds": float(lease),
             "max_bytes": max_bytes,
         }
         if only is not None:
-            # Within their grace: not due, and not leased.
-            asked["numbers"] = self._ask.numbers(only)
-            return self._take(connection, limit, asked, ordered=ordered)
-        found: list[Claimed] = []
+            # Rows within their grace period: not due yet, and not leased.
+            parameters["numbers"] = self._statements.numbers(only)
+            return self._take(connection, limit, parameters, ordered=ordered)
+        claimed: list[Claimed] = []
         for rank in self._ranks(connection, queue):
-            asked["of_rank"] = rank
-            found += self._take(connection, limit - len(found), asked, ordered=ordered)
-            if len(found) >= limit:
+            parameters["of_rank"] = rank
+            claimed += self._take(connection, limit - len(claimed), parameters, ordered=ordered)
+            if len(claimed) >= limit:
                 break
-        return found
+        return claimed
 
     def complete(self, rows: Iterable[Claimed], *, connection: Connection | None = None) -> int:
-        """Delete rows that have reached their aim; return how many were still ours."""
-        return self._settle(rows, self._ask.complete, {}, connection)
+        """Delete rows that are published or processed; return how many the caller still leased."""
+        return self._change(rows, self._statements.complete, {}, connection)
 
     def release(
         self,
@@ -230,47 +234,47 @@ class Store:
         in_place: bool = False,
         connection: Connection | None = None,
     ) -> int:
-        """Give rows back, due in ``delay`` seconds; return how many were still ours.
+        """Release rows, due in ``delay`` seconds; return how many the caller still leased.
 
         Args:
-            rows: as they were claimed.
-            delay: seconds.
-            reason: why, for people.
-            in_place: due at once instead, in the place that their age gives them: before what was
-                stored after them.
-            failed: whether the row itself is to blame: an attempt is counted.
-            connection: in whose transaction; by default in one of its own.
+            rows: the claimed rows.
+            delay: the seconds until they are due.
+            reason: the reason, for people to read.
+            in_place: whether the rows are due at once, and ahead of those that were stored after
+                them; ``delay`` is ignored.
+            failed: whether to count a failed attempt: the row itself is to blame.
+            connection: the connection whose transaction to use; by default a new transaction.
         """
-        asked: dict[str, Any] = {"why": reason, "failures": int(failed)}
+        parameters: dict[str, Any] = {"why": reason, "failures": int(failed)}
         if in_place:
-            return self._settle(rows, self._ask.release_in_place, asked, connection)
-        asked["seconds"] = float(delay)
-        return self._settle(rows, self._ask.release, asked, connection)
+            return self._change(rows, self._statements.release_in_place, parameters, connection)
+        parameters["seconds"] = float(delay)
+        return self._change(rows, self._statements.release, parameters, connection)
 
     def extend(
         self, rows: Iterable[Claimed], lease: float, *, connection: Connection | None = None
     ) -> int:
-        """Let leases end ``lease`` seconds from now; return how many were still ours."""
-        return self._settle(rows, self._ask.extend, {"seconds": float(lease)}, connection)
+        """Make leases end ``lease`` seconds from now; return how many the caller still held."""
+        return self._change(rows, self._statements.extend, {"seconds": float(lease)}, connection)
 
     def leased(self, rows: Iterable[Claimed], *, connection: Connection | None = None) -> set[int]:
-        """Return the numbers of those ``rows`` that are still ours."""
+        """Return the numbers of those ``rows`` that the caller still leases."""
         if connection is None:
             with self.engine.begin() as connection:
                 return self.leased(rows, connection=connection)
-        wanted = {row.seq: row.token for row in rows}
-        numbers = {"numbers": self._ask.numbers(list(wanted))}
-        found = connection.execute(self._ask.leases, numbers)
-        return {row.seq for row in found if row.lease_token == wanted[row.seq]}
+        tokens = {row.seq: row.token for row in rows}
+        parameters = {"numbers": self._statements.numbers(list(tokens))}
+        leases = connection.execute(self._statements.leases, parameters)
+        return {row.seq for row in leases if row.lease_token == tokens[row.seq]}
 
     def bury(
         self, rows: Iterable[Claimed], reason: str, *, connection: Connection | None = None
     ) -> int:
-        """Mark rows dead: they are never claimed again; return how many were still ours."""
-        return self._settle(rows, self._ask.bury, {"why": reason}, connection)
+        """Mark rows dead, never to be claimed; return how many the caller still leased."""
+        return self._change(rows, self._statements.bury, {"why": reason}, connection)
 
     def status(self) -> Status:
-        """Return what is in the table."""
+        """Return the numbers of rows in the table."""
         row = events.c
         alive = row.dead_at.is_(None)
         leased = alive & row.lease_token.is_not(None) & (row.available_at > now())
@@ -301,9 +305,9 @@ class Store:
             waiting=counts.waiting,
             scheduled=counts.scheduled,
             leased=counts.leased,
-            dead={one[0] or "": one[1] for one in dead},
+            dead={reason or "": count for reason, count in dead},
             oldest=None if counts.oldest is None else max(0.0, float(counts.oldest)),
-            queues={one[0]: one[1] for one in queues},
+            queues={each[0]: each[1] for each in queues},
         )
 
     def dead(
@@ -317,10 +321,10 @@ class Store:
         """Return number, id, target and reason of dead rows, the oldest first.
 
         Args:
-            ids: only events of these ids.
-            reason: only those whose reason contains this.
-            target: only those to this target.
-            limit: how many at most.
+            ids: the ids to select; all if empty.
+            reason: a text that the reason contains.
+            target: the target of the events.
+            limit: the maximum number of rows.
         """
         row = events.c
         statement = (
@@ -337,31 +341,31 @@ class Store:
             statement = statement.where(row.type == target)
         with self.engine.begin() as connection:
             return [
-                (one.seq, one.id, one.type, one.reason or "")
-                for one in connection.execute(statement)
+                (dead.seq, dead.id, dead.type, dead.reason or "")
+                for dead in connection.execute(statement)
             ]
 
     def retry(self, seqs: Sequence[int]) -> int:
-        """Make dead rows alive and due again; return how many there were."""
+        """Make dead rows alive and due again; return how many were dead."""
         values = {"dead_at": None, "available_at": now(), "attempts": 0, "deliveries": 0}
-        statement = update(events).where(self._ask.is_one_of, events.c.dead_at.is_not(None))
-        asked = {"numbers": self._ask.numbers(seqs)}
+        statement = update(events).where(self._statements.is_one_of, events.c.dead_at.is_not(None))
+        parameters = {"numbers": self._statements.numbers(seqs)}
         with self.engine.begin() as connection:
-            return connection.execute(statement.values(values), asked).rowcount
+            return connection.execute(statement.values(values), parameters).rowcount
 
     def purge(self, seqs: Sequence[int]) -> int:
-        """Delete dead rows; return how many there were."""
-        statement = delete(events).where(self._ask.is_one_of, events.c.dead_at.is_not(None))
-        asked = {"numbers": self._ask.numbers(seqs)}
+        """Delete dead rows; return how many were dead."""
+        statement = delete(events).where(self._statements.is_one_of, events.c.dead_at.is_not(None))
+        parameters = {"numbers": self._statements.numbers(seqs)}
         with self.engine.begin() as connection:
-            return connection.execute(statement, asked).rowcount
+            return connection.execute(statement, parameters).rowcount
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
-        """Begin a transaction of whose work nothing is lost when a power cut takes it back.
+        """Begin a transaction whose commit doesn't wait for the disk.
 
-        A lease, or that an event has reached its aim: at worst it is published once more, with the
-        same id. So the commit need not wait for the disk.
+        A power cut may undo it, which is harmless: it holds only leases and fates, so at worst an
+        event is published twice, with the same id.
         """
         with self.engine.begin() as connection:
             if self._is_postgresql:
@@ -369,105 +373,113 @@ class Store:
             yield connection
 
     def _ranks(self, connection: Connection, queue: str) -> Iterator[int]:
-        """Yield the ranks that are in ``queue``, the highest first; the relay's has one."""
+        """Yield the ranks in ``queue``, the highest first; the relay's queue has only rank 0."""
         if not queue:
             yield 0
             return
-        rank: int | None = 1 << 15  # more than any
+        rank: int | None = 1 << 15  # above every SMALLINT
         while True:
-            asked = {"of_queue": queue, "of_rank": rank}
-            rank = connection.execute(self._ask.highest_rank, asked).scalar()
+            parameters = {"of_queue": queue, "of_rank": rank}
+            rank = connection.execute(self._statements.highest_rank, parameters).scalar()
             if rank is None:
                 return
             yield rank
 
     def _take(
-        self, connection: Connection, limit: int, asked: dict[str, Any], *, ordered: bool
+        self, connection: Connection, limit: int, parameters: dict[str, Any], *, ordered: bool
     ) -> list[Claimed]:
-        ask = self._ask
-        chosen = "numbers" in asked
-        asked = {**asked, "at_most": limit}
+        sql = self._statements
+        chosen = "numbers" in parameters
+        parameters = {**parameters, "at_most": limit}
         if not ordered:
-            return self._lease(connection, ask.lease_chosen if chosen else ask.lease_due, asked)
-        # The first of each key; what others are claiming right now is still alive for us.
+            return self._lease(
+                connection, sql.lease_chosen if chosen else sql.lease_due, parameters
+            )
+        # First, the first row of each key. A row that another claim is taking counts as alive, so
+        # it still holds back the rows behind it.
         if chosen:
-            heads = self._lease(connection, ask.lease_first_chosen, asked)
+            claimed = self._lease(connection, sql.lease_first_chosen, parameters)
         else:
-            # A backlog of few keys has few such rows: look near its beginning first.
-            near = {**asked, "among": _WINDOW * limit}
-            heads = self._lease(connection, ask.lease_first_due_near, near)
-            heads = heads or self._lease(connection, ask.lease_first_due, asked)
-        size = sum(len(one.event.body) for one in heads)
-        keyed = {one.event.key: one.seq for one in heads if one.event.key is not None}
-        if not keyed or len(heads) >= limit or size >= asked["max_bytes"]:
-            return heads
-        # While the first of a key is ours, nobody else claims any of that key.
+            # In a backlog of few keys hardly any row is the first of its key, and a search through
+            # all of it is slow: search near its beginning first.
+            near = {**parameters, "among": _WINDOW * limit}
+            claimed = self._lease(connection, sql.lease_first_due_near, near)
+            claimed = claimed or self._lease(connection, sql.lease_first_due, parameters)
+        size = sum(len(row.event.body) for row in claimed)
+        heads = {row.event.key: row.seq for row in claimed if row.event.key is not None}
+        if not heads or len(claimed) >= limit or size >= parameters["max_bytes"]:
+            return claimed
+        # Then the rows behind them. No lock is needed: while the first row of a key is leased, no
+        # other ordered claim takes any row of that key.
         following = connection.execute(
-            ask.following_chosen if chosen else ask.following_due, {**asked, "keys": list(keyed)}
+            sql.following_chosen if chosen else sql.following_due,
+            {**parameters, "keys": list(heads)},
         ).all()
         more: list[int] = []
-        for key, rows in itertools.groupby(following, key=lambda one: one.key):
-            behind = [one for one in rows if one.seq > keyed[key]]
-            for one in itertools.takewhile(lambda one: one.ready, behind):
-                size += one.size
-                if len(heads) + len(more) >= limit or size > asked["max_bytes"]:
+        for key, rows in itertools.groupby(following, key=lambda row: row.key):
+            behind = [row for row in rows if row.seq > heads[key]]
+            for row in itertools.takewhile(lambda row: row.ready, behind):
+                size += row.size
+                if len(claimed) + len(more) >= limit or size > parameters["max_bytes"]:
                     break
-                more.append(one.seq)
+                more.append(row.seq)
         if more:
-            named = {**asked, "numbers": ask.numbers(more)}
-            heads += self._lease(connection, ask.lease_named, named)
-            heads.sort(key=_number)
-        return heads
+            named = {**parameters, "numbers": sql.numbers(more)}
+            claimed += self._lease(connection, sql.lease_named, named)
+            claimed.sort(key=_number)
+        return claimed
 
     def _lease(
-        self, connection: Connection, statement: Update, asked: dict[str, Any]
+        self, connection: Connection, statement: Update, parameters: dict[str, Any]
     ) -> list[Claimed]:
         token = str(uuid.uuid4())
-        asked = {**asked, "of_token": token}
+        parameters = {**parameters, "of_token": token}
         try:
-            rows: Iterable[Any] = connection.execute(statement, asked).all()
+            rows: Iterable[Any] = connection.execute(statement, parameters).all()
         except _UNREADABLE:
             rows = self._read_one_by_one(connection, token)
-        found: list[Claimed] = []
+        claimed: list[Claimed] = []
         for row in rows:
             try:
                 event = event_of(row)
             except _UNREADABLE as error:
                 self._bury_unreadable(connection, token, row.seq, error)
                 continue
-            found.append(
+            claimed.append(
                 Claimed(
                     row.seq, row.queue, event, token, row.deliveries, row.attempts, float(row.age)
                 )
             )
-        found.sort(key=_number)
-        return found
+        claimed.sort(key=_number)
+        return claimed
 
     def _read_one_by_one(self, connection: Connection, token: str) -> Iterator[Any]:
-        """Yield the rows that were leased with ``token``, but for those that cannot be loaded."""
+        """Yield the rows leased with ``token``, and bury those that can't be loaded."""
         leased = select(events.c.seq).where(events.c.lease_token == token)
         for number in connection.execute(leased).scalars().all():
             try:
-                yield connection.execute(self._ask.leased, {"number": number}).one()
+                yield connection.execute(self._statements.leased, {"number": number}).one()
             except _UNREADABLE as error:
                 self._bury_unreadable(connection, token, number, error)
 
     def _bury_unreadable(
         self, connection: Connection, token: str, number: int, error: Exception
     ) -> None:
-        # It must not hold up the others. Of a driver's error not the statement, which has values.
+        # It must not hold up the others. A driver's error without its statement, which has values.
         reason = f"no event: {getattr(error, 'orig', None) or error}"
-        asked = {"why": reason, "of_token": token, "numbers": self._ask.numbers([number])}
-        connection.execute(self._ask.bury, asked)
-        logger.error("the row %d is %r", number, reason)
+        numbers = self._statements.numbers([number])
+        parameters = {"why": reason, "of_token": token, "numbers": numbers}
+        connection.execute(self._statements.bury, parameters)
+        logger.error("row %d is dead, it can't be read as an event: %r", number, reason)
 
-    def _settle(
+    def _change(
         self,
         rows: Iterable[Claimed],
         statement: Delete | Update,
-        asked: dict[str, Any],
+        parameters: dict[str, Any],
         connection: Connection | None,
     ) -> int:
+        """Run ``statement`` for each lease of ``rows``; return how many rows it changed."""
         by_token: dict[str, list[int]] = {}
         for row in rows:
             by_token.setdefault(row.token, []).append(row.seq)
@@ -476,14 +488,15 @@ class Store:
         with nullcontext(connection) if connection is not None else self._begin() as connection:
             return sum(
                 connection.execute(
-                    statement, {**asked, "of_token": token, "numbers": self._ask.numbers(seqs)}
+                    statement,
+                    {**parameters, "of_token": token, "numbers": self._statements.numbers(seqs)},
                 ).rowcount
                 for token, seqs in by_token.items()
             )
 
 
-# What drivers and SQLAlchemy raise for a value that is not of its column's type: text where SQLite
-# was to hold bytes, a timestamp that Python has no type for.
+# Raised by drivers and SQLAlchemy for a value that doesn't fit its column's type, such as text in
+# a column for bytes (SQLite), or a timestamp outside the range of datetime.
 _UNREADABLE = (TypeError, ValueError, OverflowError, OSError, DataError)
 
 _number = attrgetter("seq")

@@ -199,7 +199,7 @@ def test_on_a_terminal_one_line_shows_how_many_and_how_fast(
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (["--database", "sqlite:////nowhere/x.db"], exit_codes.USAGE, "its folder is not there"),
+        (["--database", "sqlite:////nowhere/x.db"], exit_codes.USAGE, "its folder does not exist"),
         (["--database", "mysql://u:hunter2@h/d"], exit_codes.USAGE, "mysql"),
         (
             ["--database", "postgresql://u:hunter2@127.0.0.1:1/d"],

@@ -73,7 +73,7 @@ def test_an_untrusted_or_unusable_path_is_refused_when_configured(
     (tmp_path / "folder.db").mkdir()
     for file, reason in (
         ("link.db", "symbolic link"),
-        ("folder.db", "no plain file"),
+        ("folder.db", "not a regular file"),
         ("none/x.db", "No such file"),
         ("x.db?cache=shared", "the option 'cache'"),
     ):
@@ -278,7 +278,7 @@ def test_events_are_kept_while_the_removed_file_cannot_be_created_again(
     events = events_for(publisher, ["b"])
     report = publisher.publish(events)
     assert report.kept == tuple(events)
-    assert "no plain file" in str(report.error)
+    assert "not a regular file" in str(report.error)
     Path(place.path).rmdir()
     assert publisher.drain(10)
     assert place.execute("SELECT type FROM outbox_events") == [(PARKING_QUEUE,)]

@@ -239,7 +239,7 @@ def test_a_claim_does_not_read_dead_or_scheduled_rows(postgresql_store: Store) -
             )
         )
         connection.execute(text("ANALYZE outbox_events"))
-    claim = store._ask.lease_due
+    claim = store._statements.lease_due
     asked = {
         "of_queue": "", "of_rank": 0, "at_most": 1000, "max_bytes": 1 << 20,
         "of_token": "t", "seconds": 60.0,

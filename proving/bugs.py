@@ -251,8 +251,8 @@ def _left_is_done() -> None:
 
     def sort_out(claimed: Any, report: Any) -> Any:
         fates = original(claimed, report)
-        fates.done += fates.left
-        fates.left = []
+        fates.done += fates.unconfirmed
+        fates.unconfirmed = []
         return fates
 
     found: Any = waves

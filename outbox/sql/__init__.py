@@ -5,7 +5,7 @@ Needs the extra ``outbox-events[sql]``, which is SQLAlchemy 2, and the database'
 
 from __future__ import annotations
 
-import outbox.storage as _storage  # first: it names the missing extra
+import outbox.storage as _storage  # first, because it reports a missing extra
 from outbox.sql.handover import drain
 from outbox.sql.inbox import Inbox
 from outbox.sql.relay import Relay, RelayStats

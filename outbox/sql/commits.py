@@ -1,8 +1,8 @@
-"""The commits of the application's transactions, told to whoever watches them in this context.
+"""Notifications about the commits of the application's transactions in this context.
 
-All of SQLAlchemy's end in those of a ``Connection``: a session's, and those of asyncio, too. The
-event is the last moment before the commit, in which the transaction is still open: what is
-executed in it is committed with the rest.
+In SQLAlchemy every commit, also that of a session and under asyncio, ends in that of a
+``Connection``. Its event fires just before the commit, while the transaction is still open: a
+statement executed in the event is committed with the rest.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _CHANGES = "outbox.sql: changes before this transaction"
 
 
 class Watcher(Protocol):
-    """What is told."""
+    """An object that is notified of commits."""
 
     def before_commit(self, connection: Connection) -> None:
-        """A transaction is about to be committed, or prepared; what this raises takes it back."""
+        """React to a coming commit or prepare; an exception rolls the transaction back."""
         ...
 
     def not_committed(self, connection: Connection) -> None:
-        """The present transaction was not committed after all, as far as anybody knows."""
+        """React to a commit that failed, or whose result is unknown."""
         ...
 
 
@@ -37,13 +37,13 @@ _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
 def watch(watcher: Watcher | None) -> None:
-    """Tell ``watcher`` of the commits in this context from now on; None ends that."""
+    """Notify ``watcher`` of the commits in this context from now on; None ends that."""
     _watcher.set(watcher)
 
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """Tell nobody of what is committed in the block: it is our own."""
+    """Notify no watcher of commits in the block, which are outbox's."""
     token = _watcher.set(None)
     try:
         yield
@@ -52,7 +52,7 @@ def unwatched() -> Iterator[None]:
 
 
 def listen() -> None:
-    """Have SQLAlchemy tell us of all commits in this process; once is enough, and again no harm."""
+    """Register for all commits in this process; further calls do nothing."""
     for name, function in (
         ("begin", _on_begin),
         ("commit", _on_commit),
@@ -66,26 +66,25 @@ def listen() -> None:
 
 
 def is_autocommit(where: Engine | Connection) -> bool:
-    """Return whether each statement is committed by itself, and a commit does nothing."""
+    """Return whether each statement is committed at once, so that a commit does nothing."""
     default = getattr(where.dialect, "_on_connect_isolation_level", None)
     level: object = where.get_execution_options().get("isolation_level", default)
     return level == "AUTOCOMMIT"
 
 
 def has_changes(connection: Connection) -> bool:
-    """Return whether the present transaction has written, or locked, anything.
+    """Return whether the current transaction has written or locked anything; True if unknown.
 
-    Where that cannot be told it has. One that has failed already, and will be rolled back instead
-    of committed, has not.
+    A transaction that has already failed has not: it will be rolled back instead of committed.
     """
     try:
         if connection.dialect.name == "sqlite":
             before: int | None = connection.info.get(_CHANGES)
-            present = _changes(connection)
-            return before is None or present is None or before != present
-        # PostgreSQL numbers a transaction when it first writes.
-        found = connection.exec_driver_sql("SELECT txid_current_if_assigned()")
-        return found.scalar() is not None
+            after = _changes(connection)
+            return before is None or after is None or before != after
+        # PostgreSQL assigns a number to a transaction at its first write.
+        number = connection.exec_driver_sql("SELECT txid_current_if_assigned()")
+        return number.scalar() is not None
     except DBAPIError as error:
         if error.connection_invalidated:
             raise
@@ -93,9 +92,9 @@ def has_changes(connection: Connection) -> bool:
 
 
 def _changes(connection: Connection) -> int | None:
-    """Return how many rows a connection to SQLite has changed since it was opened, if known."""
-    found: int | None = getattr(connection.connection.driver_connection, "total_changes", None)
-    return found
+    """Return how many rows an SQLite connection has changed since it was opened, if known."""
+    count: int | None = getattr(connection.connection.driver_connection, "total_changes", None)
+    return count
 
 
 def _on_begin(connection: Connection) -> None:
@@ -110,7 +109,7 @@ def _on_commit(connection: Connection) -> None:
     try:
         watcher.before_commit(connection)
     except BaseException:
-        _take_back(connection)
+        _roll_back(connection)
         raise
 
 
@@ -119,7 +118,7 @@ def _on_prepare(connection: Connection, xid: Any) -> None:
 
 
 def _on_commit_twophase(connection: Connection, xid: Any, is_prepared: bool) -> None:
-    if not is_prepared:  # else that was the last moment
+    if not is_prepared:  # else the watcher was notified before the prepare
         _on_commit(connection)
 
 
@@ -133,11 +132,11 @@ def _on_error(context: ExceptionContext) -> None:
         watcher.not_committed(context.connection)
 
 
-def _take_back(connection: Connection) -> None:
-    """Roll back what was about to be committed.
+def _roll_back(connection: Connection) -> None:
+    """Roll back the transaction whose commit was about to begin.
 
-    SQLAlchemy takes a commit that has failed for the end of the transaction, and returns the
-    connection to its pool as it is: whoever gets it next would commit what is left in it.
+    To SQLAlchemy a commit that failed ends the transaction, so it returns the connection to its
+    pool with the changes still pending: the next user of the connection would commit them.
     """
-    with contextlib.suppress(Exception):  # of a connection that is broken already
+    with contextlib.suppress(Exception):  # the connection may be broken already
         connection.connection.rollback()

@@ -1,8 +1,8 @@
-"""The inbox: which messages a consumer has done, so that none is done twice.
+"""The inbox: the messages that a consumer has processed, so that it processes none twice.
 
-Its row is written in the handler's own transaction where there is one: whatever that has done and
-the note of it are committed together, or not at all. It is the first one that is committed with a
-change in it; one that has only read says nothing of what the handler will do.
+Where possible the row is written in the handler's transaction, so that the row and the handler's
+changes are committed together or not at all. It joins the first transaction that is about to commit
+changes; one that has only read says nothing about what the handler will do.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from outbox.storage.schema import DIALECTS, metadata
 __all__ = ["WINDOW", "Inbox"]
 
 WINDOW = datetime.timedelta(days=7)
-"""For which a message is remembered, unless the consumer says otherwise."""
+"""The time for which a message is remembered, unless the consumer sets another."""
 
-_PURGE = 3600.0  # seconds between two looks for what is older than that
+_PURGE = 3600.0  # seconds between two purges of older rows
 
 done = Table(
     "outbox_inbox",
@@ -69,24 +69,27 @@ class _Message(Protocol):
 class Inbox:
     """Remembers message ids in the table ``outbox_inbox`` of a database. Thread-safe.
 
-    A consumer is known by its queue. A message that has no id of its own is never known.
+    A consumer is identified by its queue. A message without an id is never remembered.
     """
 
     def __init__(self, database: str | Engine) -> None:
-        """Nothing is connected yet.
+        """Make an inbox, not connected yet.
 
         Args:
-            database: a URL or an engine, of PostgreSQL or SQLite; best the one in which the
-                handlers work.
+            database: a URL or an engine, for PostgreSQL or SQLite; preferably the database in which
+                the handlers work.
 
         Raises:
-            UsageError: it is no database of that kind.
-            MissingExtra: its driver is not installed.
+            UsageError: the database can't hold an inbox.
+            MissingExtra: the database's driver isn't installed.
         """
         engine = open_engine(database) if isinstance(database, str) else database
         beside = engine_beside(engine)
         if engine.dialect.name not in DIALECTS or beside is None:
-            raise UsageError(f"an inbox cannot be in {engine.dialect.name}, or not in memory")
+            raise UsageError(
+                "an inbox needs a PostgreSQL database or an SQLite file, not "
+                f"{engine.dialect.name}{'' if beside else ' in memory'}"
+            )
         self.url = engine.url
         self.engine = beside
         self._purged: dict[str, float] = {}
@@ -94,24 +97,24 @@ class Inbox:
         commits.listen()
 
     def create(self) -> None:
-        """Create the table, unless it is there."""
+        """Create the table if it doesn't exist."""
         metadata.create_all(self.engine)
 
     def check(self) -> None:
-        """See that the table is there.
+        """Check that the table exists.
 
         Raises:
-            UsageError: it is not; the message says how to make it.
+            UsageError: it doesn't; the message says how to create it.
         """
         with self.engine.connect() as connection:
             if not inspect(connection).has_table(done.name):
                 raise UsageError(
-                    f"there is no table {done.name}, which consumers that deduplicate need: make "
-                    "it with `outbox sql create`, or with your migrations (outbox.sql.metadata)"
+                    f"the table {done.name}, which deduplication needs, does not exist; create it "
+                    "with `outbox sql create`, or with your migrations (outbox.sql.metadata)"
                 )
 
     def entry(self, consumer: _Consumer, event: _Message) -> _Entry:
-        """Return what is known of a message; asks nobody yet."""
+        """Return the entry of a message, without a look at the database yet."""
         window = consumer.deduplicate
         if not isinstance(window, datetime.timedelta):
             window = WINDOW
@@ -119,12 +122,12 @@ class Inbox:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        # Of its own: nothing is noted in it but what it says itself.
+        # Unwatched: an entry must not join a transaction of the inbox itself.
         with commits.unwatched(), self.engine.begin() as connection:
             yield connection
 
     def purge(self, consumer: str, seconds: float) -> int:
-        """Forget what ``consumer`` has done more than ``seconds`` ago; return how many messages."""
+        """Forget messages that ``consumer`` processed over ``seconds`` ago; return how many."""
         with self._transaction() as connection:
             return connection.execute(
                 delete(done).where(
@@ -133,17 +136,17 @@ class Inbox:
             ).rowcount
 
     def purge_now_and_then(self, consumer: str, seconds: float) -> None:
-        """Do that, unless it was done within the last hour."""
-        present = time.monotonic()
+        """Purge, unless that was done within the last hour."""
+        current = time.monotonic()
         with self._lock:
-            if present - self._purged.get(consumer, -_PURGE) < _PURGE:
+            if current - self._purged.get(consumer, -_PURGE) < _PURGE:
                 return
-            self._purged[consumer] = present
+            self._purged[consumer] = current
         self.purge(consumer, seconds)
 
 
 class _Entry:
-    """One message and one consumer; see ``outbox.consumers.message.deduplication.InboxEntry``."""
+    """The entry of one message; see ``outbox.consumers.message.deduplication.InboxEntry``."""
 
     def __init__(self, inbox: Inbox, consumer: str, message_id: str, window: float) -> None:
         self._inbox = inbox
@@ -158,19 +161,19 @@ class _Entry:
     @property
     def committed(self) -> bool:
         joined = self._joined
-        # Otherwise its commit is under way.
+        # While the transaction is still the connection's, its commit isn't over.
         return joined is not None and joined.connection.get_transaction() is not joined
 
     def is_done(self) -> bool:
         self._inbox.purge_now_and_then(self._values["consumer"], self._window)
         with self._inbox._transaction() as connection:
-            found = connection.execute(select(seconds_since(done.c.done_at)).where(self._key))
-            age = found.scalar()
+            result = connection.execute(select(seconds_since(done.c.done_at)).where(self._key))
+            age = result.scalar()
             if age is None:
                 return False
             if age <= self._window:
                 return True
-            connection.execute(delete(done).where(self._key))  # forgotten, and in a new row's way
+            connection.execute(delete(done).where(self._key))  # expired, and would block a new row
             return False
 
     def join(self) -> None:
@@ -178,7 +181,7 @@ class _Entry:
         commits.watch(self)
 
     def leave(self) -> None:
-        self._joins = False  # also for tasks and threads that go on in a copy of this context
+        self._joins = False  # for tasks and threads that run on in a copy of this context
         commits.watch(None)
 
     def give_up(self) -> bool:
@@ -190,7 +193,7 @@ class _Entry:
         self._joins = False
         if self.committed or self._given_up:
             return
-        # At the same time it may have been done somewhere else.
+        # IntegrityError: another worker has processed the message at the same time.
         with contextlib.suppress(IntegrityError), self._inbox._transaction() as connection:
             connection.execute(insert(done), self._values)
 
@@ -207,23 +210,23 @@ class _Entry:
     def not_committed(self, connection: Connection) -> None:
         joined = self._joined
         if joined is not None and connection.get_transaction() is joined:
-            self._joined = None  # the next one may have it
+            self._joined = None  # the next transaction may take the row
 
     def add_to(self, connection: Connection) -> None:
         with self._lock:
             if self._given_up:
                 raise CollectorClosed(
-                    f"the attempt to process {self._values['message_id']!r} was given up, since it "
-                    "takes too long: what it has done since is not committed"
+                    f"the attempt to process {self._values['message_id']!r} took too long and was "
+                    "abandoned; its transaction is rolled back"
                 )
-            if self._joined is not None:  # one beside it was faster
+            if self._joined is not None:  # a parallel transaction was faster
                 return
             self._joined = connection.get_transaction()
         connection.execute(insert(done), self._values)
 
 
 def _place(url: URL) -> tuple[object, ...]:
-    """Return which database it is, whoever connects to it and with whichever driver."""
+    """Return the identity of a database, whatever the user and the driver."""
     name, database, port = url.get_backend_name(), url.database, url.port
     if name == "sqlite":
         database = os.path.abspath(database or "")

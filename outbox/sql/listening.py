@@ -1,4 +1,4 @@
-"""PostgreSQL's LISTEN: hints that there is something to do."""
+"""PostgreSQL's LISTEN: hints that there are rows to publish."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ __all__ = ["can_listen", "listen"]
 
 logger = logging.getLogger("outbox.relay")
 
-_AGAIN = (0.5, 30.0)  # seconds between two tries to listen
-_STOPPED = 0.5  # seconds within which it ends
+_RETRY = (0.5, 30.0)  # seconds between two attempts to listen: the first time, and at most
+_POLL = 0.5  # seconds between two looks at the stop request
 
 
 def can_listen(engine: Engine) -> bool:
-    """Return whether ``engine`` has notifications: PostgreSQL's with psycopg."""
+    """Return whether ``engine`` supports notifications: PostgreSQL with psycopg."""
     return engine.driver == "psycopg"
 
 
 def listen(engine: Engine, wake: Callable[[], None], stopping: threading.Event) -> None:
-    """Call ``wake`` at every hint until ``stopping`` is set, on a connection of its own.
+    """Call ``wake`` at every notification until ``stopping`` is set, on a separate connection.
 
-    It is a hint and nothing more: what goes wrong is tried again, and costs the time between two
-    looks.
+    A notification is only a hint: if listening fails, it is retried, and rows wait for the next
+    poll.
     """
-    pause = _AGAIN[0]
+    pause = _RETRY[0]
     while not stopping.is_set():
         try:
             with contextlib.closing(engine.raw_connection()) as connection:
                 driver: Any = connection.driver_connection
-                connection.detach()  # out of the pool: it listens until it is closed
+                connection.detach()  # from the pool: it listens until it is closed
                 driver.autocommit = True
                 driver.execute(f"LISTEN {CHANNEL}")
-                pause = _AGAIN[0]
-                wake()  # what was told before it listened
+                pause = _RETRY[0]
+                wake()  # for notifications sent before LISTEN took effect
                 while not stopping.is_set():
-                    for _ in driver.notifies(timeout=_STOPPED, stop_after=1):
+                    for _ in driver.notifies(timeout=_POLL, stop_after=1):
                         wake()
         except Exception as error:
-            # Once in a row: in a pooler's transaction mode it stays like that.
-            level = logging.WARNING if pause == _AGAIN[0] else logging.DEBUG
-            logger.log(level, "no hints for now, looking every 2 s: %s", error)
+            # Warn once: with a pooler in transaction mode LISTEN never works.
+            level = logging.WARNING if pause == _RETRY[0] else logging.DEBUG
+            logger.log(level, "LISTEN failed; polling every 2 s: %s", error)
             stopping.wait(pause)
-            pause = min(2 * pause, _AGAIN[1])
+            pause = min(2 * pause, _RETRY[1])

@@ -1,8 +1,8 @@
-"""The relay: publishes what transactions have stored, and forgets what the broker has confirmed.
+"""The relay: publishes stored events, and deletes their rows when the broker has confirmed them.
 
-A claim is one short transaction, and so is what follows from the confirms; between the two no
-transaction is open, however long the broker takes. Whatever dies in between, the rows are there
-and due again when their lease ends: an event is then published twice, with the same id.
+Claiming rows is one short transaction, and writing their fates is another; none is open in between,
+however long the broker takes. If a process dies in between, its rows are due again when their lease
+ends, so an event may be published twice, with the same id.
 """
 
 from __future__ import annotations
@@ -32,27 +32,26 @@ __all__ = ["Relay", "RelayStats"]
 
 logger = logging.getLogger("outbox.relay")
 
-_IN_FLIGHT = 3  # batches: one is claimed, one on its way, one being confirmed
-_IDLE = (0.02, 2.0)  # seconds between two looks, when there was nothing
-_CONNECTING = 0.05  # seconds between two looks whether the broker is there
-_CONFIRMS = 0.1  # seconds at most between two looks at leases, while confirms are awaited
-_AWAY = (0.5, 30.0)  # seconds between two tries while the database is away
+_IN_FLIGHT = 3  # batches: one is being claimed, one sent, one confirmed
+_IDLE = (0.02, 2.0)  # seconds between two claims that find nothing: the first time, and at most
+_CONNECTING = 0.05  # seconds between two checks whether the broker is connected
+_CONFIRMS = 0.1  # seconds at most between two looks at leases while waiting for confirms
+_UNAVAILABLE = (0.5, 30.0)  # seconds between two attempts while the database is unavailable
 
 
 @dataclass(frozen=True, slots=True)
 class RelayStats:
-    """What a relay has counted since it was made.
+    """The counters of a relay since it was made.
 
     Attributes:
-        claimed: rows.
-        published: rows that the broker has confirmed, or that were to be ignored where no queue was
-            bound for them.
-        parked: rows that the broker has confirmed among the parked.
-        released: rows that were given back: the broker was away, or refused them for the moment.
-        buried: rows that can never be published.
-        batches: claims that found something.
-        lag: seconds for which the oldest event of the last claim had been stored by then; 0.0 if
-            there was nothing to claim.
+        claimed: rows that were claimed.
+        published: rows that the broker has confirmed, or that were unroutable with
+            ``unroutable="ignore"``.
+        parked: rows that the broker has confirmed as parked messages.
+        released: rows that were released: the broker was unavailable, or nacked them.
+        buried: rows that can't be published, and are now dead.
+        batches: claims that returned rows.
+        lag: the age in seconds of the oldest event in the last claim; 0.0 if it returned none.
     """
 
     claimed: int = 0
@@ -67,8 +66,8 @@ class RelayStats:
 class Relay:
     """Moves stored events from one database to one broker, until it is stopped.
 
-    Any number may run side by side, in any number of processes. One relay runs once: ``start`` and
-    ``stop``, or ``run_once``. ``stop``, ``wait``, ``stats`` may be called from any thread.
+    Any number of relays may run in parallel, in any number of processes. A relay runs once:
+    ``start`` and ``stop``, or ``run_once``. Any thread may call ``stop``, ``wait`` and ``stats``.
     """
 
     def __init__(
@@ -81,28 +80,29 @@ class Relay:
         ordered: bool = False,
         listen: bool = False,
     ) -> None:
-        """Make a relay; nothing is connected yet.
+        """Make a relay, not connected yet.
 
         Args:
-            database: where the events are stored: a URL, an engine, or the store itself.
-            publisher: to the broker; the default is the process's own.
-            batch: how many rows are claimed at a time, 1 or more; fewer where they are large.
-            lease: seconds for which a claimed row is nobody else's; the default is 60, or twice the
-                publisher's ``stall_timeout`` if that is more. After a crash it is what the events
-                have to wait.
-            ordered: publish events of one key strictly in the order of their rows, also beside
-                other relays, if those do so too: one is confirmed before the next is sent.
-            listen: look as soon as somebody notifies the channel ``outbox_events`` (PostgreSQL
-                with psycopg alone), rather than up to 2 s later.
+            database: the URL, the engine or the store of the database with the events.
+            publisher: the publisher; by default the default publisher of the process.
+            batch: the maximum number of rows per claim, 1 or more; large rows make it fewer.
+            lease: the seconds for which a claimed row is reserved; by default 60, or twice the
+                publisher's ``stall_timeout`` if that is more. After a crash the events wait this
+                long.
+            ordered: whether to publish events with the same key strictly in the order of their
+                rows: each is confirmed before the next is sent. This also holds with several
+                relays, if all of them are ordered.
+            listen: whether to claim as soon as the channel ``outbox_events`` is notified, instead
+                of up to 2 s later; needs PostgreSQL with psycopg.
 
         Raises:
-            UsageError: an argument is out of its bounds, or the URL cannot be used.
-            MissingExtra: the database's driver is not installed.
+            UsageError: an argument is out of range, or the URL can't be used.
+            MissingExtra: the database's driver isn't installed.
         """
         if batch < 1:
-            raise UsageError(f"batch is {batch}, not 1 or more")
+            raise UsageError(f"batch is {batch}; it must be 1 or more")
         if lease is not None and not lease > 0:
-            raise UsageError(f"lease is {lease}, not more than 0 seconds")
+            raise UsageError(f"lease is {lease}; it must be more than 0 seconds")
         self._owns_engine = isinstance(database, str | URL)
         if isinstance(database, str | URL):
             database = open_engine(database)
@@ -116,11 +116,11 @@ class Relay:
             ("claimed", "published", "parked", "released", "buried", "batches"), 0
         )
         self._lag = 0.0
-        self._on_their_way: deque[Batch] = deque()
-        # Of a key everything is in one batch: beside it there would be little to claim.
-        self._most_on_their_way = 1 if ordered else _IN_FLIGHT
+        self._in_flight: deque[Batch] = deque()
+        # Ordered, a batch holds back all other rows of its keys: a second one would find little.
+        self._max_in_flight = 1 if ordered else _IN_FLIGHT
         self._extend_at = 0.0
-        self._owed = RowFates()  # known, and not written yet: the database was away
+        self._unwritten = RowFates()  # fates not in the table yet, as the database was unavailable
         self._incomplete = False
         self._begun = False
         self._threads: list[threading.Thread] = []
@@ -129,14 +129,14 @@ class Relay:
         self._deadline = 0.0
 
     def stats(self) -> RelayStats:
-        """Return what has been counted so far."""
+        """Return the counters so far."""
         return RelayStats(**self._counts, lag=self._lag)
 
     def start(self) -> None:
-        """Begin to relay, in the background.
+        """Start relaying in the background.
 
         Raises:
-            UsageError: the table is missing, or not as it should be; or this relay has run already.
+            UsageError: the table is missing or incomplete, or this relay has run already.
             sqlalchemy.exc.SQLAlchemyError: the database cannot be reached.
         """
         self._begin()
@@ -152,54 +152,54 @@ class Relay:
             thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the relay is asked to stop, at most ``timeout`` seconds; return whether so."""
+        """Wait up to ``timeout`` seconds for a request to stop; return whether there was one."""
         return self._stopping.wait(timeout)
 
     def ask_to_stop(self, timeout: float = 10.0) -> None:
-        """Do what :meth:`stop` does, and do not wait for it: for a handler of signals.
+        """Request a stop like :meth:`stop`, without waiting: for signal handlers.
 
         Args:
-            timeout: seconds until what is not confirmed is given back.
+            timeout: the seconds until rows without a confirm are released.
         """
         self._deadline = time.monotonic() + timeout
         self._stopping.set()
         self._wake.set()
 
     def stop(self, timeout: float = 10.0) -> bool:
-        """Claim no more, and wait for the confirms of what is on its way.
+        """Stop claiming, and wait for the confirms of the rows in flight.
 
         Args:
-            timeout: seconds for that. What is not confirmed then is given back.
+            timeout: the seconds to wait. Rows not confirmed by then are released.
 
         Returns:
-            Whether all was confirmed.
+            Whether all rows were confirmed.
         """
         self.ask_to_stop(timeout)
         for thread in self._threads:
-            # A moment longer than that: the rest is to be given back.
+            # A bit longer than the deadline, because the rest has to be released.
             thread.join(max(0.0, self._deadline + 5 - time.monotonic()))
         self._disconnect()
-        return not self._incomplete and not any(one.is_alive() for one in self._threads)
+        return not self._incomplete and not any(thread.is_alive() for thread in self._threads)
 
     def run_once(self) -> int:
-        """Publish what is due now, and return how many events the broker has confirmed.
+        """Publish the due events, and return how many events the broker has confirmed.
 
-        What the broker or the database does not take is given back. From another thread
-        ``ask_to_stop`` ends it early.
+        Rows that can't be published now are released. Another thread can end this early with
+        ``ask_to_stop``.
 
         Raises:
-            UsageError: the table is missing, or not as it should be; or this relay is running.
-            BrokerError: the broker is away.
-            sqlalchemy.exc.SQLAlchemyError: the database is away.
+            UsageError: the table is missing or incomplete, or this relay is running.
+            BrokerError: the broker is unavailable.
+            sqlalchemy.exc.SQLAlchemyError: the database is unavailable.
         """
         self._begin()
         before = self._confirmed()
         fates: RowFates | None = None
         try:
             while fates is None or fates.error is None:
-                found = self._fill(known_to_be_connected=False)
+                claimed = self._fill(known_to_be_connected=False)
                 fates = self._take_in()
-                if not found and fates is None:
+                if not claimed and fates is None:
                     break
         except BaseException as error:
             if not isinstance(error, Exception):  # Ctrl-C: there is no time
@@ -214,7 +214,7 @@ class Relay:
 
     def _begin(self) -> None:
         if self._begun or self._stopping.is_set():
-            raise UsageError("this relay has run already; make another one")
+            raise UsageError("this relay has run already; create a new one")
         try:
             self.store.check()
         except BaseException:
@@ -223,29 +223,29 @@ class Relay:
         self._begun = True
 
     def _run(self) -> None:
-        idle, away = _IDLE[0], _AWAY[0]
-        said = False
+        idle, pause = _IDLE[0], _UNAVAILABLE[0]
+        warned = False
         with contextlib.suppress(UsageError):
             self.publisher.make_ready()
         while True:
             self._wake.clear()
-            if self._stopping.is_set():  # after the clearing: who asks to stop wakes, too
+            if self._stopping.is_set():  # checked after clear(), since a stop request also wakes
                 break
             try:
                 busy = self._turn()
-                if said:
-                    logger.info("the database is back")
-                said, away = False, _AWAY[0]
+                if warned:
+                    logger.info("the database is available again")
+                warned, pause = False, _UNAVAILABLE[0]
             except DatabaseError as error:
-                if not said:
-                    logger.warning("the database is away, trying again: %s", reason_of(error))
-                    said = True
-                self._stopping.wait(away * random.uniform(0.5, 1))
-                away = min(2 * away, _AWAY[1])
+                if not warned:
+                    logger.warning("the database is unavailable, retrying: %s", reason_of(error))
+                    warned = True
+                self._stopping.wait(pause * random.uniform(0.5, 1))
+                pause = min(2 * pause, _UNAVAILABLE[1])
                 continue
-            except Exception:  # a bug of ours must not end the relay
-                logger.exception("the relay goes on after an error")
-                self._stopping.wait(_AWAY[0])
+            except Exception:  # a bug in outbox must not end the relay
+                logger.exception("unexpected error in the relay; continuing")
+                self._stopping.wait(_UNAVAILABLE[0])
                 continue
             if busy:
                 idle = _IDLE[0]
@@ -257,18 +257,18 @@ class Relay:
         self._finish()
 
     def _turn(self) -> bool:
-        """Claim, send, and take in a batch; return whether there was any."""
-        write_fates(self.store, self._owed)
-        found = self._fill()
-        return self._take_in() is not None or found
+        """Claim and send batches, and finish the oldest; return whether there was any."""
+        write_fates(self.store, self._unwritten)
+        claimed = self._fill()
+        return self._take_in() is not None or claimed
 
     def _fill(self, *, known_to_be_connected: bool = True) -> bool:
-        """Claim batches and send them, as many as may be on their way; return whether any.
+        """Claim and send batches up to the maximum in flight; return whether there was any.
 
-        Nothing is claimed that could not be sent.
+        Nothing is claimed without a connection to the broker, since it couldn't be sent.
         """
-        found = False
-        while len(self._on_their_way) < self._most_on_their_way and not self._stopping.is_set():
+        claimed = False
+        while len(self._in_flight) < self._max_in_flight and not self._stopping.is_set():
             if known_to_be_connected and not self.publisher.connected:
                 break
             began = time.monotonic()
@@ -276,10 +276,10 @@ class Relay:
             self._lag = max((row.age for row in rows), default=0.0)
             if not rows:
                 break
-            found = True
+            claimed = True
             self._counts["batches"] += 1
             self._counts["claimed"] += len(rows)
-            if not self._on_their_way:
+            if not self._in_flight:
                 self._extend_at = began + self.lease / 3
             batch = Batch(
                 self.publisher,
@@ -288,61 +288,61 @@ class Relay:
                 until=began + self.lease / 2,
                 on_report=self._wake.set,
             )
-            self._on_their_way.append(batch)
+            self._in_flight.append(batch)
             batch.advance()
             if len(rows) < self.batch // 2:
                 break
-        return found
+        return claimed
 
     def _take_in(self) -> RowFates | None:
-        """Wait for the oldest batch on its way and settle it.
+        """Wait for the oldest batch in flight, and write its fates.
 
         Returns:
-            What became of it; None if there is none, or no time to wait for it any longer.
+            The fates of its rows; None if no batch is in flight, or the time to stop is up.
         """
-        if not self._on_their_way:
+        if not self._in_flight:
             return None
-        batch = self._on_their_way[0]
+        batch = self._in_flight[0]
         while not batch.advance():
             if self._stopping.is_set():
-                batch.until = 0.0  # what has not been sent is left
+                batch.until = 0.0  # send no further wave
                 if time.monotonic() >= self._deadline:
                     return None
             self._keep_leases()
             self._wake.wait(_CONFIRMS)
             self._wake.clear()
-        self._on_their_way.popleft()
+        self._in_flight.popleft()
         self._count(batch.fates)
-        self._owed.add(batch.fates)
-        write_fates(self.store, self._owed)
+        self._unwritten.add(batch.fates)
+        write_fates(self.store, self._unwritten)
         return batch.fates
 
     def _keep_leases(self) -> None:
-        """Extend the leases of what is on its way: a slow broker must not see it twice."""
+        """Extend the leases in flight, so that a slow broker gets no event twice."""
         now = time.monotonic()
         if now < self._extend_at:
             return
-        rows = [row for batch in self._on_their_way for row in batch.rows]
+        rows = [row for batch in self._in_flight for row in batch.rows]
         self.store.extend(rows, self.lease)
         self._extend_at = now + self.lease / 3
-        for batch in self._on_their_way:
+        for batch in self._in_flight:
             batch.until = now + self.lease / 2
 
     def _finish(self) -> None:
-        """Wait for what is on its way, as long as there is time, and give back the rest."""
+        """Wait for the batches in flight until the deadline, and release the rest."""
         try:
             while self._take_in() is not None:
                 pass
-            while self._on_their_way:
+            while self._in_flight:
                 self._incomplete = True
-                fates = self._on_their_way.popleft().abandon()
+                fates = self._in_flight.popleft().abandon()
                 self._count(fates)
-                self._owed.add(fates)
-            write_fates(self.store, self._owed)
+                self._unwritten.add(fates)
+            write_fates(self.store, self._unwritten)
         except DatabaseError as error:
             self._incomplete = True
             logger.warning(
-                "the database is away at the end; what was claimed is due again within %.0f s: %s",
+                "the database is unavailable at shutdown; claimed rows are due again in %.0f s: %s",
                 self.lease,
                 reason_of(error),
             )
@@ -351,7 +351,7 @@ class Relay:
         counts = self._counts
         counts["published"] += len(fates.done) - fates.parked
         counts["parked"] += fates.parked
-        counts["released"] += len(fates.left) + len(fates.refused)
+        counts["released"] += len(fates.unconfirmed) + len(fates.nacked)
         counts["buried"] += len(fates.rejected)
 
     def _confirmed(self) -> int:

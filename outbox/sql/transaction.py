@@ -1,8 +1,8 @@
-"""Events as rows in the application's own transaction.
+"""Events stored as rows in the application's transaction.
 
-Rows are mapped objects: the session's unit of work writes them, takes them back with their
-savepoint, and forgets them with the session. No session event decides what is stored; the one
-that is listened to only tells that a commit is over, so that the rows need not wait for a relay.
+Rows are mapped objects: the session writes them in its flush, removes them when their savepoint is
+rolled back, and drops them when it is closed. So no session event decides what is stored;
+``after_commit`` only starts publishing the rows without waiting for a relay.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from outbox.storage.schema import DIALECTS, events, events_with_grace
 __all__ = ["bind", "sink_of_connection", "sink_of_session"]
 
 _PENDING = "outbox.sql: rows to hand over"
-_OBSERVED = "outbox.sql: rows of which a test is told"
+_OBSERVED = "outbox.sql: rows that a test observes"
 
 
 class _Row:
@@ -40,7 +40,7 @@ class _Row:
 
 
 class _RowWithGrace(_Row):
-    """A row that relays leave alone for a moment."""
+    """A row that becomes due for relays only after :data:`GRACE`."""
 
 
 _mappings = registry()
@@ -49,61 +49,61 @@ _mappings.map_imperatively(_RowWithGrace, events_with_grace, eager_defaults=Fals
 
 
 def bind(provider: Callable[[], Any] | Any | None) -> None:
-    """Store every event that is enqueued while a session is in a transaction, in that transaction.
+    """Store events in the current session's transaction if they are enqueued while it is open.
 
-    Where there is no session, or it has not begun a transaction, events are collected as without
-    this. A session begins one when it is first used or given an object
+    Without a session, or before it begins a transaction, events are collected as usual. A session
+    begins one when it is first used or an object is added
     (https://docs.sqlalchemy.org/en/20/orm/session_transaction.html).
 
     Args:
-        provider: a ``scoped_session`` or ``async_scoped_session``, none of whose sessions is made
-            by asking; or a callable without arguments that returns the present ``Session`` or
-            ``AsyncSession``, or None. None ends what an earlier call began.
+        provider: a ``scoped_session`` or ``async_scoped_session``, in which outbox creates no
+            session; or a callable without arguments that returns the current ``Session`` or
+            ``AsyncSession``, or None. None undoes an earlier call.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: ``provider`` is something else.
     """
     if provider is None:
         sinks.bind(None)
         return
-    found = getattr(provider, "registry", None)
-    present = provider if found is None else lambda: found() if found.has() else None
-    if isinstance(provider, Session) or not callable(present):
+    sessions = getattr(provider, "registry", None)
+    current = provider if sessions is None else lambda: sessions() if sessions.has() else None
+    if isinstance(provider, Session) or not callable(current):
         raise UsageError(
-            f"bind() was given {provider!r}: not a scoped_session, nor a callable that returns "
-            "the present session"
+            "bind() needs a scoped_session or a callable that returns the current session, not "
+            f"{provider!r}"
         )
 
     def sink() -> sinks.Sink | None:
-        session = _synchronous(present())
+        session = _sync_session(current())
         if session is None or not session.in_transaction():
             return None
         return sink_of_session(session)
 
-    sinks.bind(sink, None if found is None else getattr(provider, "remove", None))
+    sinks.bind(sink, None if sessions is None else getattr(provider, "remove", None))
 
 
 def sink_of_session(session: Any) -> sinks.Sink:
-    """Return what stores events in the transaction of ``session``, which begins one if need be.
+    """Return a sink that stores events in the transaction of ``session``, and begins it if needed.
 
     Raises:
-        UsageError: it is no session of SQLAlchemy, or events cannot be stored with it.
+        UsageError: ``session`` isn't an SQLAlchemy session, or can't store events.
     """
-    found = _synchronous(session)
-    if found is None:
-        raise UsageError("the session is None; leave it out to collect the event")
+    sync_session = _sync_session(session)
+    if sync_session is None:
+        raise UsageError("session is None; omit it to collect the event")
 
     def store(stored: Event, publisher: Publisher | None) -> None:
-        _store_in_session(found, stored, publisher)
+        _store_in_session(sync_session, stored, publisher)
 
     return store
 
 
 def sink_of_connection(connection: Any) -> sinks.Sink:
-    """Return what stores events in the transaction of ``connection``, at once.
+    """Return a sink that stores events in the transaction of ``connection`` at once.
 
     Raises:
-        UsageError: it is no connection of SQLAlchemy, or events cannot be stored with it.
+        UsageError: ``connection`` isn't an SQLAlchemy connection, or can't store events.
     """
     if not isinstance(connection, Connection):
         hint = (
@@ -111,7 +111,7 @@ def sink_of_connection(connection: Any) -> sinks.Sink:
             if hasattr(connection, "run_sync")
             else ""
         )
-        raise UsageError(f"{connection!r} is not a Connection of SQLAlchemy{hint}")
+        raise UsageError(f"{connection!r} is not an SQLAlchemy Connection{hint}")
     _check(connection)
 
     def store(stored: Event, _: Publisher | None) -> None:
@@ -120,15 +120,15 @@ def sink_of_connection(connection: Any) -> sinks.Sink:
     return store
 
 
-def _synchronous(session: Any) -> Session | None:
-    """Return the session itself of whatever stands for one: scoped, of asyncio, or both."""
+def _sync_session(session: Any) -> Session | None:
+    """Return the ``Session`` behind a scoped session, an ``AsyncSession``, or both."""
     if session is None or isinstance(session, Session):
         return session
-    found = getattr(session, "registry", None)  # of a scoped session
-    inner = found() if found is not None else session
-    inner = getattr(inner, "sync_session", inner)  # of asyncio
+    sessions = getattr(session, "registry", None)  # of a scoped session
+    inner = sessions() if sessions is not None else session
+    inner = getattr(inner, "sync_session", inner)  # of an AsyncSession
     if not isinstance(inner, Session):
-        raise UsageError(f"{session!r} is not a Session of SQLAlchemy")
+        raise UsageError(f"{session!r} is not an SQLAlchemy Session")
     return inner
 
 
@@ -137,13 +137,14 @@ def _store_in_session(session: Session, stored: Event, publisher: Publisher | No
         where = session.get_bind(state_of(_Row))
     except UnboundExecutionError as error:
         raise UsageError(
-            "the session has no engine for the table outbox_events: give it one "
+            "the session has no engine for the table outbox_events; bind one "
             "(sessionmaker(bind=engine), or binds={outbox.sql.events: engine})"
         ) from error
     _check(where)
     observer = installed_observer()
     handover = None
-    # Where the connection is the caller's, his transaction may outlast the session's.
+    # A session on the caller's connection is left to the relay: the caller's transaction may end
+    # after the session's.
     if isinstance(where, Engine) and (observer is None or observer.hands_over):
         handover = handover_for(where, publisher)
     if handover is None or stored.deliver_at is not None:
@@ -152,13 +153,13 @@ def _store_in_session(session: Session, stored: Event, publisher: Publisher | No
         row = _RowWithGrace(values_of(stored))
         session.info.setdefault(_PENDING, []).append((handover, where, row))
     session.add(row)
-    if observer is not None:  # a test asks what became of it
+    if observer is not None:  # a test observes the event
         session.info.setdefault(_OBSERVED, []).append((observer, row, stored))
 
 
 @event.listens_for(Session, "after_commit")
 def _after_commit(session: Session) -> None:
-    # Also fired when a savepoint is released; what is rolled back later, the database forgets.
+    # SQLAlchemy also fires this when a savepoint is released: that is not the commit.
     if session.in_nested_transaction():
         return
     session.info.pop(_OBSERVED, None)
@@ -166,7 +167,7 @@ def _after_commit(session: Session) -> None:
         return
     numbers: dict[tuple[Handover, Engine], list[int]] = {}
     for handover, engine, row in session.info.pop(_PENDING):
-        identity = state_of(row).identity  # none of those that went with their savepoint
+        identity = state_of(row).identity  # None if its savepoint was rolled back
         if identity is not None:
             numbers.setdefault((handover, engine), []).append(identity[0])
     for (handover, engine), seqs in numbers.items():
@@ -184,13 +185,13 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
 @event.listens_for(Session, "after_soft_rollback")
 def _after_soft_rollback(session: Session, _: SessionTransaction) -> None:
     observed = session.info.get(_OBSERVED, ())
-    for one in [one for one in observed if state_of(one[1]).transient]:
-        observed.remove(one)
-        one[0].cleared([one[2]])
+    for entry in [entry for entry in observed if state_of(entry[1]).transient]:
+        observed.remove(entry)
+        entry[0].cleared([entry[2]])
 
 
 def _check(where: Engine | Connection) -> None:
-    """Refuse what events cannot be stored with."""
+    """Raise UsageError if events can't be stored through ``where``."""
     dialect = where.dialect
     if dialect.name not in DIALECTS:
         raise UsageError(
@@ -198,6 +199,6 @@ def _check(where: Engine | Connection) -> None:
         )
     if is_autocommit(where):
         raise UsageError(
-            "the connection commits each statement by itself (isolation_level AUTOCOMMIT): "
-            "a rollback would not take back the stored event; use one with transactions"
+            "the connection has the isolation level AUTOCOMMIT, so a rollback would not remove the "
+            "stored event; use a connection with transactions"
         )

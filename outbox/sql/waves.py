@@ -1,4 +1,4 @@
-"""Claimed rows on their way to the broker: all at once, or in waves that keep the order of keys."""
+"""Publishing of claimed rows: all at once, or in waves that keep the order within a key."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ __all__ = ["Batch", "publish_in_waves", "waves"]
 
 
 def waves(rows: Iterable[Claimed]) -> list[list[Claimed]]:
-    """Return ``rows`` in groups that keep their order, each with one event of a key at most."""
-    found: list[list[Claimed]] = []
+    """Return ``rows`` in order, in groups with at most one event per key."""
+    groups: list[list[Claimed]] = []
     seen: Counter[str] = Counter()
     for row in rows:
         number = 0
         if row.event.key is not None:
             number = seen[row.event.key]
             seen[row.event.key] += 1
-        if number == len(found):
-            found.append([])
-        found[number].append(row)
-    return found
+        if number == len(groups):
+            groups.append([])
+        groups[number].append(row)
+    return groups
 
 
 class Batch:
-    """Rows of one claim that are being published. Not thread-safe.
+    """The rows of one claim while they are being published. Not thread-safe.
 
-    Ordered, they leave in waves: one is confirmed before the next is sent, and of a key nothing is
-    sent after what was not confirmed.
+    An ordered batch is sent in waves: each wave is confirmed before the next is sent, and behind an
+    unconfirmed or nacked event nothing with its key is sent.
 
     Attributes:
-        rows: all of them, in their order.
-        fates: what is known of them so far.
-        until: no further wave is sent after that, by ``time.monotonic()``: a lease ends some time.
+        rows: all rows, in their order.
+        fates: the fates known so far.
+        until: the ``time.monotonic()`` after which no further wave is sent, since the lease ends.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class Batch:
         until: float = math.inf,
         on_report: Callable[[], None] | None = None,
     ) -> None:
-        """Nothing is sent before :meth:`advance`.
+        """Make a batch; :meth:`advance` sends it.
 
         Args:
-            publisher: of the events.
-            rows: at least one.
-            ordered: whether in waves.
-            until: see above.
-            on_report: called on any thread when :meth:`advance` may have something to do.
+            publisher: the publisher of the events.
+            rows: the rows, at least one.
+            ordered: whether to send in waves.
+            until: see the class.
+            on_report: a function that is called on any thread when :meth:`advance` may have work.
         """
         self.rows = rows
         self.fates = RowFates()
@@ -73,10 +73,10 @@ class Batch:
         self._stopped: set[str | None] = set()
 
     def advance(self) -> bool:
-        """Take in what is reported, and send what is next; return whether all have their fate.
+        """Process reports and send the next wave; return whether all rows have their fate.
 
         Raises:
-            UsageError: the publisher is closed; what it has not confirmed is left.
+            UsageError: the publisher is closed; rows without a fate are now unconfirmed.
         """
         try:
             while all(report.done() for _, report in self._sent):
@@ -90,25 +90,25 @@ class Batch:
         return False
 
     def wait(self) -> None:
-        """Wait for the report of what was sent first."""
+        """Wait for the first report of the wave that was sent."""
         for _, report in self._sent[:1]:
             report.result()
 
     def abandon(self) -> RowFates:
-        """Return the fates known so far, and all others as left: who waited does so no more."""
+        """Stop waiting; return the fates known so far, with all other rows as unconfirmed."""
         self._waves.clear()
         self._sent = []
         known = self.fates
         settled = {row.seq for row in known.done}
-        settled |= {row.seq for row, _ in (*known.refused, *known.rejected)}
-        known.left = [row for row in self.rows if row.seq not in settled]
+        settled |= {row.seq for row, _ in (*known.nacked, *known.rejected)}
+        known.unconfirmed = [row for row in self.rows if row.seq not in settled]
         return known
 
     def _take_in(self) -> None:
         for rows, report in self._sent:
-            found = sort_out(rows, report.result())
-            self.fates.add(found)
-            failed = [*found.left, *(row for row, _ in found.refused)]
+            fates = sort_out(rows, report.result())
+            self.fates.add(fates)
+            failed = [*fates.unconfirmed, *(row for row, _ in fates.nacked)]
             self._stopped.update(row.event.key for row in failed if row.event.key is not None)
         self._sent = []
 
@@ -116,19 +116,19 @@ class Batch:
         wave = self._waves.popleft()
         in_time = not self._begun or time.monotonic() < self.until
         self._begun = True
-        going: list[Claimed] = []
+        sendable: list[Claimed] = []
         for row in wave:
-            goes = in_time and row.event.key not in self._stopped
-            (going if goes else self.fates.left).append(row)
-        if going:
-            self._send(going)
+            can_send = in_time and row.event.key not in self._stopped
+            (sendable if can_send else self.fates.unconfirmed).append(row)
+        if sendable:
+            self._send(sendable)
 
     def _send(self, rows: list[Claimed]) -> None:
         try:
             report = self._publisher.submit([row.event for row in rows], keep=False)
         except UsageError:  # the publisher is closed
             raise
-        except Exception as error:  # one cannot be encoded: it must not hold up the others
+        except Exception as error:  # halve the rows to find the one that can't be encoded
             if len(rows) == 1:
                 self.fates.rejected.append((rows[0], f"cannot be encoded: {error!r}"))
                 return
@@ -143,11 +143,11 @@ class Batch:
 
 
 def publish_in_waves(publisher: Publisher, rows: Sequence[Claimed]) -> RowFates:
-    """Publish ``rows`` so that those of one key arrive in order, and return what became of them.
+    """Publish ``rows`` in order within each key, and return their fates.
 
     Args:
-        publisher: of the events.
-        rows: in their order.
+        publisher: the publisher of the events.
+        rows: the rows in their order.
 
     Raises:
         UsageError: the publisher is closed.

@@ -425,7 +425,9 @@ def test_without_a_database_a_consumer_that_deduplicates_is_refused(
         with pytest.raises(UsageError, match="set OUTBOX_DATABASE_URL, or give Worker"):
             Worker([act], publisher=publisher)
         monkeypatch.setenv("OUTBOX_DATABASE_URL", f"sqlite:///{tmp_path}/none.db")
-        with pytest.raises(UsageError, match=r"no table outbox_inbox.*outbox sql create"):
+        with pytest.raises(
+            UsageError, match=r"table outbox_inbox.*does not exist.*outbox sql create"
+        ):
             Worker([act], publisher=publisher)
 
 

@@ -326,7 +326,7 @@ def test_a_missing_table_is_reported_at_the_start(
 def test_wrong_arguments_are_refused(
     store: Store, publisher: Publisher, options: dict[str, Any]
 ) -> None:
-    with pytest.raises(UsageError, match="not"):
+    with pytest.raises(UsageError, match="must be"):
         Relay(store, publisher, **options)
 
 

@@ -337,9 +337,9 @@ def test_a_connection_in_autocommit_is_refused(database_url: str, where: str) ->
 
 def test_only_a_session_or_connection_is_accepted(engine: Engine) -> None:
     for options, message in [
-        ({"session": object()}, "is not a Session"),
-        ({"session": engine}, "is not a Session"),
-        ({"connection": object()}, "is not a Connection"),
+        ({"session": object()}, "is not an SQLAlchemy Session"),
+        ({"session": engine}, "is not an SQLAlchemy Session"),
+        ({"connection": object()}, "is not an SQLAlchemy Connection"),
         ({"session": object(), "connection": object()}, "not both"),
         ({"session": Session()}, "no engine"),
     ]:
@@ -410,8 +410,8 @@ def test_an_event_stored_outside_a_unit_of_work_does_not_warn(
 
 
 @pytest.mark.parametrize("provider", [1, "session", Session()])
-def test_bind_refuses_anything_that_does_not_provide_a_session(provider: Any) -> None:
-    with pytest.raises(UsageError, match="not a scoped_session"):
+def test_bind_refuses_what_gives_no_session(provider: Any) -> None:
+    with pytest.raises(UsageError, match="needs a scoped_session"):
         outbox.sql.bind(provider)
 
 

@@ -93,9 +93,9 @@ def test_after_an_unconfirmed_event_nothing_of_its_key_is_sent(error: Exception)
     assert publisher.ids() == [["1", "3"], ["4"]]
     publisher.report()
     assert batch.advance()
-    refused = [one.seq for one, _ in batch.fates.refused]
+    refused = [one.seq for one, _ in batch.fates.nacked]
     assert refused == ([1] if isinstance(error, Nacked) else [])
-    assert sorted(numbers(batch.fates.left) + refused) == [1, 2, 5]
+    assert sorted(numbers(batch.fates.unconfirmed) + refused) == [1, 2, 5]
 
 
 def test_events_behind_a_dead_event_of_their_key_are_sent() -> None:
@@ -118,7 +118,7 @@ def test_no_further_wave_is_sent_when_the_time_is_up() -> None:
     publisher.report()
     assert batch.advance()
     assert publisher.ids() == [["1"]]
-    assert numbers(batch.fates.left) == [2]
+    assert numbers(batch.fates.unconfirmed) == [2]
 
 
 def test_an_abandoned_batch_leaves_all_rows_but_those_already_reported() -> None:
@@ -129,7 +129,7 @@ def test_an_abandoned_batch_leaves_all_rows_but_those_already_reported() -> None
     batch.advance()
     fates = batch.abandon()
     assert numbers(fates.done) == [1]
-    assert numbers(fates.left) == [2, 3]
+    assert numbers(fates.unconfirmed) == [2, 3]
 
 
 def test_a_closed_publisher_leaves_its_unconfirmed_rows() -> None:
@@ -141,7 +141,7 @@ def test_a_closed_publisher_leaves_its_unconfirmed_rows() -> None:
     with pytest.raises(UsageError):
         batch.advance()
     assert batch.advance()
-    assert (numbers(batch.fates.done), numbers(batch.fates.left)) == ([1], [2])
+    assert (numbers(batch.fates.done), numbers(batch.fates.unconfirmed)) == ([1], [2])
 
 
 def test_equal_events_of_two_rows_have_separate_fates() -> None:
@@ -153,7 +153,7 @@ def test_equal_events_of_two_rows_have_separate_fates() -> None:
     )
     fates = sort_out([first, twin], report)
     assert numbers(fates.done) == [1]
-    assert [(one.seq, why) for one, why in fates.refused] == [(3, "full")]
+    assert [(one.seq, why) for one, why in fates.nacked] == [(3, "full")]
 
 
 def _fields(event: Event) -> dict[str, Any]:

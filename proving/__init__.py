@@ -1,1 +1,1 @@
-"""The proving ground: faults on purpose, and a ledger of what became of every event."""
+"""The proving ground: deliberate faults, and a ledger of the fate of every event."""

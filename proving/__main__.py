@@ -1,4 +1,4 @@
-"""The command: proves the promises under faults, or that planted bugs are caught."""
+"""Prove outbox's promises under faults, or prove that planted bugs are caught."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from proving.ground import KINDS, Ground
 from proving.history import read
 
 _SHOWN = 10
-_YOUNG = 3.0  # seconds until a quorum queue surely survives that its only node is killed
-_AROUND = 36.0  # seconds for the start before the faults, and for settling and checking after them
+_YOUNG = 3.0  # seconds until a new quorum queue reliably survives a kill of its only node
+_AROUND = 36.0  # seconds to start before the faults, and to settle and check after them
 _BUG_SECONDS = 6.0
 _BUG_PATIENCE = 10.0
 _AT_ONCE = 4
@@ -45,7 +45,7 @@ def prove(
     patience: float = 90.0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Verdict, Counter[str]]:
-    """Run programs under faults; return the verdict, and how often each fault happened."""
+    """Run programs under faults; return the verdict and the number of times of each fault."""
     planned = faults.plan(random.Random(seed), seconds, wanted, pause)
     with Ground(
         broker,
@@ -57,18 +57,18 @@ def prove(
         parking=parking,
         patience=patience,
     ) as ground:
-        if any("broker" in one.fault.name for one in planned):
+        if any("broker" in each.fault.name for each in planned):
             time.sleep(_YOUNG)
         progress(f"{len(planned)} faults in {seconds:.0f} s")
         begin = time.monotonic()
-        tracks = {one.fault.track for one in planned}
+        tracks = {each.fault.track for each in planned}
         with ThreadPoolExecutor(max(1, len(tracks))) as pool:
             done = [
                 pool.submit(
                     _run,
                     ground,
                     begin,
-                    [one for one in planned if one.fault.track == track],
+                    [each for each in planned if each.fault.track == track],
                     progress,
                 )
                 for track in tracks
@@ -80,24 +80,24 @@ def prove(
         progress("the faults are over: waiting until everything is settled")
         ground.settle()
     progress("checking the history")
-    return check(read(folder)), Counter(one.fault.name for one in planned)
+    return check(read(folder)), Counter(each.fault.name for each in planned)
 
 
 def _run(
     ground: Ground, begin: float, planned: Sequence[Planned], progress: Callable[[str], None]
 ) -> None:
-    for one in planned:
-        time.sleep(max(0.0, begin + one.at - time.monotonic()))
-        ground.history.write("fault", name=one.fault.name)
-        progress(f"{time.monotonic() - begin:6.1f} s  {one.fault.name}")
-        one.fault.begin(ground)
-        time.sleep(max(0.0, one.until - one.at))
-        one.fault.end(ground)
-        ground.history.write("mended", name=one.fault.name)
+    for each in planned:
+        time.sleep(max(0.0, begin + each.at - time.monotonic()))
+        ground.history.write("fault", name=each.fault.name)
+        progress(f"{time.monotonic() - begin:6.1f} s  {each.fault.name}")
+        each.fault.begin(ground)
+        time.sleep(max(0.0, each.until - each.at))
+        each.fault.end(ground)
+        ground.history.write("mended", name=each.fault.name)
 
 
 def seconds_of_faults(minutes: float) -> float:
-    """Return how long faults may happen, for a proof that takes so many ``minutes`` in all."""
+    """Return the duration of the faults in a proof that takes ``minutes`` in all."""
     return max(minutes * 60 - _AROUND, minutes * 60 / 2)
 
 
@@ -127,19 +127,19 @@ def _print_ledger(verdict: Verdict, happened: Counter[str]) -> None:
     width = max(map(len, verdict.counts))
     for name, count in sorted(verdict.counts.items()):
         print(f"{name:{width}} {count:8}")
-    for name, found in verdict.findings.items():
-        print(f"{name.upper():{width}} {len(found):8}")
-        for line in found[:_SHOWN]:
+    for name, lines in verdict.findings.items():
+        print(f"{name.upper():{width}} {len(lines):8}")
+        for line in lines[:_SHOWN]:
             print(f"    {line}")
 
 
 def _catch_all(seed: int, names: Sequence[str]) -> bool:
     wanted = [bug for bug in BUGS if not names or bug.name in names]
     with PrivateBroker() as broker, ThreadPoolExecutor(_AT_ONCE) as pool:
-        # The queue for what no other would have is the broker's only one.
+        # The broker has only one queue for unroutable events.
         parking = threading.Lock()
-        found = list(pool.map(lambda bug: _caught(broker, bug, seed, parking), wanted))
-    return all(found)
+        caught = list(pool.map(lambda bug: _caught(broker, bug, seed, parking), wanted))
+    return all(caught)
 
 
 def _caught(broker: PrivateBroker, bug: Bug, seed: int, parking: threading.Lock) -> bool:
@@ -164,26 +164,26 @@ def _caught(broker: PrivateBroker, bug: Bug, seed: int, parking: threading.Lock)
         return False
     finally:
         shutil.rmtree(folder)
-    found = {kind: len(lines) for kind, lines in verdict.findings.items() if lines}
-    caught = bug.found_as in found
-    print(f"{bug.name}: {'caught' if caught else 'NOT CAUGHT'}: {found}", flush=True)
+    counts = {kind: len(lines) for kind, lines in verdict.findings.items() if lines}
+    caught = bug.found_as in counts
+    print(f"{bug.name}: {'caught' if caught else 'NOT CAUGHT'}: {counts}", flush=True)
     return caught
 
 
 def main() -> int:
-    """Run the command; the exit code is 0 if all was as promised."""
+    """Run the command; the exit code is 0 if every promise was kept."""
     parser = argparse.ArgumentParser(prog="prove", description=__doc__)
     parser.add_argument(
         "--minutes",
         type=float,
         default=2.0,
-        help="that it is to take, more or less: faults and load for all of them but about "
-        f"{_AROUND:.0f} seconds, in which all is started, settled and checked; at least half of "
-        "them; from 2 on every fault comes at least once (default: 2)",
+        help="approximate total duration: faults and load, plus about "
+        f"{_AROUND:.0f} seconds to start, settle and check; faults last at least half of it; "
+        "from 2 minutes on every fault happens at least once (default: 2)",
     )
-    parser.add_argument("--seed", type=int, help="of the schedule (default: a random one)")
+    parser.add_argument("--seed", type=int, help="seed of the fault schedule (default: random)")
     parser.add_argument(
-        "--bugs", nargs="*", metavar="NAME", help="plant these bugs instead, or all: each is caught"
+        "--bugs", nargs="*", metavar="NAME", help="plant these bugs, or all; each must be caught"
     )
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)

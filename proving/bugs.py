@@ -1,7 +1,7 @@
-"""Bugs on purpose: what the checker must catch.
+"""Deliberate bugs that the checker must catch.
 
-Each is a change of the library of the kind that passes a review, planted at run time in the
-programs under proof.
+Each changes the library in a way that could pass a review. It is planted at run time in the
+programs under test.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _DURABLE = ("durable", "relay", "relay2")
 
 @dataclass(frozen=True, slots=True)
 class Bug:
-    """A bug, and what brings it to light.
+    """A bug, and what exposes it.
 
     Attributes:
-        name: what it is called on the command line.
-        found_as: the kind of finding that must come up, one of :attr:`Verdict.findings`.
-        faults: that provoke it.
-        kinds: of programs that have it.
-        plant: changes the library.
+        name: the name on the command line.
+        found_as: the kind of finding that must result, a key of :attr:`Verdict.findings`.
+        faults: the faults that provoke it.
+        kinds: the kinds of programs that it is planted in.
+        plant: a function that changes the library.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Bug:
 
 
 def plant(name: str) -> None:
-    """Plant the bug of that name in this process; an empty name plants none."""
+    """Plant the bug called ``name`` in this process; an empty name plants none."""
     if name:
         next(bug for bug in BUGS if bug.name == name).plant()
 
@@ -160,8 +160,8 @@ def _no_drain_at_exit() -> None:
 
 
 def _random_follow_on_ids() -> None:
-    found: Any = follow_ons
-    found.follow_on_id = lambda *parts: ids.new_id()
+    module: Any = follow_ons
+    module.follow_on_id = lambda *parts: ids.new_id()
 
 
 def _nack_is_ack() -> None:
@@ -232,16 +232,16 @@ def _new_ids_when_read() -> None:
     def event_of(row: Any) -> Any:
         return dataclasses.replace(original(row), id=ids.new_id())
 
-    found: Any = store
-    found.event_of = event_of
+    module: Any = store
+    module.event_of = event_of
 
 
 def _order_ignored() -> None:
     original = Store.claim
 
     def claim(self: Any, *arguments: Any, **options: Any) -> Any:
-        found = original(self, *arguments, **{**options, "ordered": False})
-        return [*found[1::2], *found[::2]]
+        claimed = original(self, *arguments, **{**options, "ordered": False})
+        return [*claimed[1::2], *claimed[::2]]
 
     Store.claim = claim  # type: ignore[method-assign]
 
@@ -255,8 +255,8 @@ def _left_is_done() -> None:
         fates.unconfirmed = []
         return fates
 
-    found: Any = waves
-    found.sort_out = sort_out
+    module: Any = waves
+    module.sort_out = sort_out
 
 
 def _noted_before_the_effect() -> None:
@@ -289,9 +289,9 @@ def _copy_not_confirmed() -> None:
 
 
 def _changed_copy(change: Callable[[Any], Any]) -> None:
-    found: Any = message
-    original = found.retry_copy
-    found.retry_copy = lambda *arguments: change(original(*arguments))
+    module: Any = message
+    original = module.retry_copy
+    module.retry_copy = lambda *arguments: change(original(*arguments))
 
 
 def _attempt_header_lost() -> None:
@@ -325,8 +325,8 @@ def _late_is_done() -> None:
 
 
 def _cancelled_is_done() -> None:
-    found: Any = task_engine
-    original = found.cancelled_in_time
+    module: Any = task_engine
+    original = module.cancelled_in_time
 
     async def in_time(value: Any, seconds: float) -> Any:
         try:
@@ -334,7 +334,7 @@ def _cancelled_is_done() -> None:
         except ProcessTimeout:
             return None
 
-    found.cancelled_in_time = in_time
+    module.cancelled_in_time = in_time
 
 
 _WORKING = ("script", "worker")
@@ -412,4 +412,4 @@ BUGS: Sequence[Bug] = (
     Bug("late-is-done", "lost", [], _WORKING, _late_is_done),
     Bug("cancelled-is-done", "lost", [], _WORKING, _cancelled_is_done),
 )
-"""All of them."""
+"""All bugs."""

@@ -1,34 +1,34 @@
-"""Judges a history. Knows the promises, and nothing of the code that is to keep them.
+"""The verdict on a history, by the promises alone, without the code that has to keep them.
 
 Writers put events into *units* of work and write down:
 
-- ``intent``: an event was enqueued: its ``key`` (the writer's own name for it, which the payload
-  carries too), its ``id``, its ``unit``, and what is expected of it: ``lane`` and ``seq``, if the
-  order within the lane is promised; ``stored``, if it is in a database and outlives its writer;
-  ``work``, see below.
-- ``commit`` or ``rollback``: what becomes of the ``unit``, before the library is told; or, where a
-  database decides, what that says in the end.
-- ``confirm``: the library has said that the events with these ``keys`` are published.
+- ``intent``: an event was enqueued: its ``key`` (the writer's name for it, also in the payload),
+  its ``id``, its ``unit``, and what is expected of it: ``lane`` and ``seq``, if the order within
+  the lane is promised; ``stored``, if it is in a database and survives its writer; ``work``, see
+  below.
+- ``commit`` or ``rollback``: the end of the ``unit``, written before the library learns of it; or,
+  where a database decides, what the database says in the end.
+- ``confirm``: the library has reported the events with these ``keys`` as published.
 
-Witnesses, who consume with another library, write:
+Witnesses, which consume with another library, write:
 
-- ``delivery``: a message came out at ``where`` (``ledger`` where everything goes, ``parked`` what
-  no queue would have, ``dead`` what a consumer gave up, after so many ``attempts``), with its
-  ``key`` and ``id``.
+- ``delivery``: a message with ``key`` and ``id`` was delivered at ``where``: in the ``ledger``,
+  which gets everything; ``parked``, when it was unroutable; or ``dead``, when a consumer gave it up
+  after ``attempts`` attempts.
 
 Consumers write:
 
-- ``handling``: an ``attempt`` with the event ``key`` begins.
-- ``failed``: it fails now, and is not to be repeated before ``delay`` seconds are over;
-  ``redelivered`` as the broker says.
+- ``handling``: an ``attempt`` for the event ``key`` begins.
+- ``failed``: the attempt fails, and must not be repeated for ``delay`` seconds; with the broker's
+  ``redelivered``.
 
-The driver writes ``killed`` when it has killed the process ``process``, ``fault`` when something
-went wrong, and what the consumers' database has in the end: an ``effect`` for each thing done.
+The driver writes ``killed`` when it has killed the process ``process``, ``fault`` when it begins a
+fault, and in the end an ``effect`` for each row that consumers left in their database.
 
 ``work`` says what a consumer does with the event: with ``follow`` it publishes one event, whose key
-is the first one's with ``>`` appended; with ``fail`` it enqueues that event and then fails, each
-time; with ``retry`` it fails at first, and follows then; with ``slow`` it takes too long at first.
-With ``effect`` in its intent it has an effect besides, once.
+is the original key with ``>`` appended; with ``fail`` it enqueues that event and then fails, every
+time; with ``retry`` it fails at first, then follows; with ``slow`` it takes too long at first.
+With ``effect`` in its intent the event also has one effect in the database.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = ["FOLLOW_ON", "MAX_ATTEMPTS", "Verdict", "check"]
 
 FOLLOW_ON = ">"
 MAX_ATTEMPTS = 3
-_SAME_CLOCK = 0.002  # seconds by which one process may read the time later than another
+_SAME_CLOCK = 0.002  # seconds by which two processes may read the time differently
 
 
 @dataclass
@@ -52,16 +52,16 @@ class Verdict:
     """The ledger.
 
     Attributes:
-        counts: by what is counted.
-        lost: committed events that came out nowhere, unless nobody had confirmed them and their
-            writer was killed; follow-on events, effects and dead letters that never came.
-        phantom: what came out though it was rolled back, was never committed, or follows from a
-            failed attempt.
-        renamed: keys that came out with another id than they were enqueued with, or with several.
-        disordered: what came out for the first time after something newer of its lane.
-        twice: effects of one event that are there more than once.
+        counts: the counts by name.
+        lost: committed events that were never delivered, unless their writer was killed before
+            they were confirmed; missing follow-on events, effects and dead letters.
+        phantom: delivered events that were rolled back, never committed, or enqueued by a failed
+            attempt.
+        renamed: keys delivered with several ids, or another than they were enqueued with.
+        disordered: events first delivered after a newer event of their lane.
+        twice: events with more than one effect.
         early: attempts that began before their delay was over.
-        endless: events that were tried more often than they may be, or given up earlier.
+        endless: events with more attempts than allowed, or given up too soon.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -75,7 +75,7 @@ class Verdict:
 
     @property
     def findings(self) -> dict[str, list[str]]:
-        """Everything that must not be, by kind."""
+        """The broken promises, by kind."""
         return {
             "lost": self.lost,
             "phantom": self.phantom,
@@ -95,12 +95,12 @@ class Verdict:
 def check(history: Sequence[Record]) -> Verdict:
     """Return the verdict on ``history``."""
     verdict = Verdict()
-    intents = {one.facts["key"]: one for one in history if one.what == "intent"}
+    intents = {each.facts["key"]: each for each in history if each.what == "intent"}
     committed = _units(history, "commit")
     rolled_back = _units(history, "rollback")
-    confirmed = {key for one in history if one.what == "confirm" for key in one.facts["keys"]}
-    killed = {one.facts["process"] for one in history if one.what == "killed"}
-    deliveries = [one for one in history if one.what == "delivery"]
+    confirmed = {key for each in history if each.what == "confirm" for key in each.facts["keys"]}
+    killed = {each.facts["process"] for each in history if each.what == "killed"}
+    deliveries = [each for each in history if each.what == "delivery"]
     places: dict[str, set[str]] = {}
     ids: dict[str, set[str]] = {}
     for delivery in deliveries:
@@ -117,7 +117,7 @@ def check(history: Sequence[Record]) -> Verdict:
                 verdict.counts["delivered"] += 1
                 _check_work(verdict, key, intent, places)
             elif intent.by in killed and key not in confirmed and not intent.facts.get("stored"):
-                verdict.counts["excused: unconfirmed, their writer killed"] += 1
+                verdict.counts["excused: unconfirmed, writer killed"] += 1
             else:
                 how = "confirmed" if key in confirmed else "committed"
                 verdict.lost.append(f"{key} was {how} and never came out")
@@ -131,7 +131,7 @@ def check(history: Sequence[Record]) -> Verdict:
 
     for key in sorted(places.keys() - intents.keys()):
         if not key.endswith(FOLLOW_ON) or key.removesuffix(FOLLOW_ON) not in intents:
-            verdict.phantom.append(f"{key} came out, which nobody enqueued")
+            verdict.phantom.append(f"{key} came out and was never enqueued")
         elif len(ids[key]) > 1:
             verdict.renamed.append(f"{key} has the ids {sorted(ids[key])}")
     _check_order(verdict, intents, deliveries)
@@ -147,11 +147,11 @@ def check(history: Sequence[Record]) -> Verdict:
 
 
 def _units(history: Iterable[Record], what: str) -> set[str]:
-    return {one.facts["unit"] for one in history if one.what == what}
+    return {each.facts["unit"] for each in history if each.what == what}
 
 
 def _check_work(verdict: Verdict, key: str, intent: Record, places: dict[str, set[str]]) -> None:
-    """Check what a consumer was to make of an event that has come out."""
+    """Check the results that a consumer owes for a delivered event."""
     work = intent.facts.get("work")
     follow_on = key + FOLLOW_ON
     if work in ("follow", "retry", "slow"):
@@ -160,12 +160,12 @@ def _check_work(verdict: Verdict, key: str, intent: Record, places: dict[str, se
         else:
             verdict.lost.append(f"{follow_on}, which follows from {key}, never came out")
         if "dead" in places[key]:
-            verdict.phantom.append(f"{key} is among the dead letters, though nothing was wrong")
+            verdict.phantom.append(f"{key} is among the dead letters, though its consumer succeeds")
     elif work == "fail":
         if "dead" not in places[key]:
-            verdict.lost.append(f"{key}, which its consumer failed, is not among the dead letters")
+            verdict.lost.append(f"{key}, whose consumer fails, is not among the dead letters")
         if follow_on in places:
-            verdict.phantom.append(f"{follow_on} came out, though its consumer failed")
+            verdict.phantom.append(f"{follow_on} came out, though the consumer of {key} fails")
 
 
 def _check_effects(
@@ -175,13 +175,13 @@ def _check_effects(
     places: dict[str, set[str]],
     history: Iterable[Record],
 ) -> None:
-    """Check what is in the consumers' database: once what was to be done, and nothing else."""
-    done = Counter(one.facts["key"] for one in history if one.what == "effect")
+    """Check the consumers' database: each effect that is owed, once, and no others."""
+    done = Counter(each.facts["key"] for each in history if each.what == "effect")
     verdict.counts["effects"] = len(done)
     for key, intent in intents.items():
         is_wanted = intent.facts["unit"] in committed and intent.facts.get("work") != "fail"
         if not is_wanted and key in done:
-            verdict.phantom.append(f"{key} was done, and was not to be")
+            verdict.phantom.append(f"{key} was done, but should not have been")
         elif is_wanted and intent.facts.get("effect") and key in places and key not in done:
             verdict.lost.append(f"{key} has no effect")
     verdict.twice += [f"{key} was done {times} times" for key, times in done.items() if times > 1]
@@ -190,37 +190,37 @@ def _check_effects(
 def _check_attempts(
     verdict: Verdict, history: Iterable[Record], deliveries: Iterable[Record]
 ) -> None:
-    """Check how often something was tried, and when."""
-    failed: dict[tuple[str, int], float] = {}  # when, at first, and with the delay on top
+    """Check the number of attempts, and their delays."""
+    failed: dict[tuple[str, int], float] = {}  # the first failure of an attempt, plus its delay
     begun: list[tuple[float, str, int]] = []
     fresh: Counter[str] = Counter()
     broken = 0
-    for one in history:
-        if one.what == "failed":
-            this = one.facts["key"], one.facts["attempt"]
-            failed[this] = min(failed.get(this, math.inf), one.at + one.facts["delay"])
-            fresh[one.facts["key"]] += this[1] == 1 and not one.facts["redelivered"]
-        elif one.what == "handling":
-            begun.append((one.at, one.facts["key"], one.facts["attempt"]))
-        elif one.what == "fault" and "broker" in one.facts["name"]:
-            broken += 1  # it may forget that it has delivered something
+    for each in history:
+        if each.what == "failed":
+            this = each.facts["key"], each.facts["attempt"]
+            failed[this] = min(failed.get(this, math.inf), each.at + each.facts["delay"])
+            fresh[each.facts["key"]] += this[1] == 1 and not each.facts["redelivered"]
+        elif each.what == "handling":
+            begun.append((each.at, each.facts["key"], each.facts["attempt"]))
+        elif each.what == "fault" and "broker" in each.facts["name"]:
+            broken += 1  # the broker may forget that it has delivered a message
     for at, key, attempt in begun:
         if attempt > MAX_ATTEMPTS:
-            verdict.endless.append(f"{key} was tried a time {attempt}")
+            verdict.endless.append(f"{key} had attempt {attempt} of {MAX_ATTEMPTS}")
         not_before = failed.get((key, attempt - 1))
         if not_before is not None and at < not_before - _SAME_CLOCK:
-            verdict.early.append(f"{key} was tried {not_before - at:.3f} s too early")
+            verdict.early.append(f"{key} was retried {not_before - at:.3f} s too early")
     verdict.counts["attempts"] = len(begun)
     verdict.counts["repeated attempts"] = sum(attempt > 1 for _, _, attempt in begun)
-    came = Counter(one.facts["key"] for one in deliveries if one.facts["where"] == "ledger")
+    came = Counter(each.facts["key"] for each in deliveries if each.facts["where"] == "ledger")
     for key, times in fresh.items():
-        # Whatever is published twice, by a publisher that has seen no confirm, begins twice.
+        # An event that was published twice, for want of a confirm, has two first attempts.
         if times > max(1, came[key]) + broken:
             verdict.endless.append(f"{key} failed {times} times as if it were the first")
-    for one in deliveries:
-        attempts = one.facts.get("attempts")
-        if one.facts["where"] == "dead" and attempts not in (None, MAX_ATTEMPTS):
-            verdict.endless.append(f"{one.facts['key']} was given up after {attempts} attempts")
+    for each in deliveries:
+        attempts = each.facts.get("attempts")
+        if each.facts["where"] == "dead" and attempts not in (None, MAX_ATTEMPTS):
+            verdict.endless.append(f"{each.facts['key']} was given up after {attempts} attempts")
 
 
 def _check_order(

@@ -1,4 +1,4 @@
-"""The application's database: what it says was committed is what was committed."""
+"""The application's database, which decides what was committed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["Database"]
 
 
 class Database:
-    """A PostgreSQL server, a proxy before it, and the tables in which applications leave rows.
+    """A PostgreSQL server, a proxy in front of it, and the tables of the applications.
 
     Attributes:
-        server: may be killed, paused and started again.
-        proxy: by way of which programs reach it.
+        server: the server; it may be killed, paused and restarted.
+        proxy: the proxy through which programs reach the server.
     """
 
     def __init__(self) -> None:
-        """Prepare; nothing runs yet."""
+        """Prepare the server; :meth:`start` starts it."""
         self.server = PrivatePostgreSQL()
         self.proxy: FaultProxy
 
     def start(self) -> Self:
-        """Start the server and its proxy, and make the tables."""
+        """Start the server and its proxy, and create the tables."""
         self.server.start()
         self._engine = create_engine(self.server.url, poolclass=NullPool)
         metadata.create_all(self._engine)
@@ -43,37 +43,37 @@ class Database:
         return self
 
     def stop(self) -> None:
-        """Stop both."""
+        """Stop the server and its proxy."""
         self.proxy.close()
         self.server.stop()
 
     def write_commits(self, history: Journal) -> None:
-        """Write a ``commit`` for every unit of work that has left its row."""
-        for (name,) in self._ask("SELECT name FROM units"):
+        """Write a ``commit`` for every unit of work whose row is in the database."""
+        for (name,) in self._query("SELECT name FROM units"):
             history.write("commit", unit=name)
 
     def write_effects(self, history: Journal) -> None:
-        """Write an ``effect`` for everything that consumers have done."""
-        for key, message_id in self._ask("SELECT of, id FROM effects"):
+        """Write an ``effect`` for every row that a consumer has inserted."""
+        for key, message_id in self._query("SELECT of, id FROM effects"):
             history.write("effect", key=key, id=message_id)
 
     def waiting(self) -> int:
-        """Return how many stored events are in the table, whatever their state."""
-        [(count,)] = self._ask("SELECT count(*) FROM outbox_events")
+        """Return the number of stored events in the table, in any state."""
+        [(count,)] = self._query("SELECT count(*) FROM outbox_events")
         return int(count)
 
-    def _ask(self, statement: str) -> list[Any]:
-        def ask() -> list[Any]:
+    def _query(self, statement: str) -> list[Any]:
+        def query() -> list[Any]:
             with self._engine.connect() as connection:
                 return list(connection.execute(text(statement)).all())
 
-        return _patiently(ask)
+        return _retrying(query)
 
 
-def _patiently(ask: Callable[[], list[Any]]) -> list[Any]:
+def _retrying(query: Callable[[], list[Any]]) -> list[Any]:
     for _ in range(50):
         try:
-            return ask()
-        except OperationalError:  # it is starting up
+            return query()
+        except OperationalError:  # the server may be starting
             time.sleep(0.1)
-    return ask()
+    return query()

@@ -1,4 +1,4 @@
-"""What can go wrong, and when it does."""
+"""The faults, and their random schedule."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["FAULTS", "Fault", "Planned", "plan"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that goes wrong.
+    """A kind of fault.
 
     Attributes:
-        name: what the ledger calls it.
-        begin: makes it happen.
-        end: mends it.
-        seconds: how long it lasts at least and at most.
-        track: faults of one track never overlap; those of two may.
+        name: the name in the ledger.
+        begin: a function that causes the fault.
+        end: a function that ends it.
+        seconds: the minimum and maximum duration.
+        track: the track; faults of one track never overlap, faults of different tracks may.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A fault at its time.
+    """A fault in the schedule.
 
     Attributes:
-        at: seconds after the begin.
-        until: when it is mended.
-        fault: what.
+        at: the seconds from the start until the fault begins.
+        until: the seconds from the start until it ends.
+        fault: the fault.
     """
 
     at: float
@@ -56,10 +56,10 @@ def plan(
     """Return a random schedule of ``seconds``, in order of ``at``.
 
     Args:
-        chance: decides.
-        seconds: every fault is mended by then.
-        faults: to choose from; all of them come before one comes again.
-        pause: seconds at least and at most between two faults of one track.
+        chance: the source of randomness.
+        seconds: the length of the schedule; every fault has ended by then.
+        faults: the faults to choose from; each happens once before any happens twice.
+        pause: the minimum and maximum seconds between two faults of one track.
     """
     planned = []
     for track in sorted({fault.track for fault in faults}):
@@ -75,7 +75,7 @@ def plan(
                 break
             planned.append(Planned(at, until, fault))
             at = until + chance.uniform(*pause)
-    return sorted(planned, key=lambda one: one.at)
+    return sorted(planned, key=lambda each: each.at)
 
 
 def _at_method(way: Way, class_id: int, method_id: int) -> Callable[[Frame], bool]:
@@ -95,7 +95,7 @@ def _unblock(ground: Ground) -> None:
 
 
 def _kill_holding_worker(ground: Ground) -> None:
-    """Kill the worker when it holds messages, since it may not publish what follows from them."""
+    """Kill the worker while it holds messages, since their follow-on events can't be published."""
     _block(ground)
     time.sleep(0.5)
     ground.stop("worker", "kill")
@@ -182,14 +182,14 @@ FAULTS: Sequence[Fault] = (
         for way in ("kill", "terminate")
     ),
 )
-"""All faults there are."""
+"""All faults."""
 
 
 def named(names: Iterable[str]) -> list[Fault]:
     """Return the faults with these names.
 
     Raises:
-        KeyError: there is none.
+        KeyError: no fault has that name.
     """
     by_name = {fault.name: fault for fault in FAULTS}
     return [by_name[name] for name in names]

@@ -1,4 +1,4 @@
-"""The proving ground: a broker, a proxy before it, programs, witnesses, and load on the servers."""
+"""The proving ground: a broker behind a proxy, programs, witnesses, and load on the servers."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _PARKED = "outbox.unroutable"
 _BOUND = 20  # messages in the queue that fills up
 _CONSUMED = ("orders", "tasks", "charges")
 _PAUSE = 0.05  # seconds between two requests
-_MOST_STORED = 300  # events in the database, and
-_MOST_CONSUMED = 1_500  # messages before the worker, until writers slow down
-_LOOK = 0.5  # seconds between two looks at how many there are
-_QUIET = 2.5  # seconds in which what is to be tried again is back in its queue
+_MOST_STORED = 300  # events in the database above which writers slow down
+_MOST_CONSUMED = 1_500  # messages in the worker's queues above which writers slow down
+_LOOK = 0.5  # seconds between two looks at these numbers
+_QUIET = 2.5  # seconds within which every retry is back in its queue
 
 
 class Ground:
-    """Everything that runs during one proof. Not thread-safe, but for what says so.
+    """Everything that runs during one proof. Not thread-safe, except methods that say so.
 
     Example:
         with Ground(broker, name, folder, seed=1) as ground:
@@ -58,18 +58,18 @@ class Ground:
         parking: bool = True,
         patience: float = 90.0,
     ) -> None:
-        """Prepare; nothing runs yet.
+        """Prepare a ground; entering it starts everything.
 
         Args:
-            broker: which runs.
-            name: of the exchange; the names of the queues begin with it.
-            folder: for the history and the programs' logs.
-            seed: of what is random.
-            kinds: of programs; ``database`` for one without a program that writes into it.
-            bug: planted in all of them, see :mod:`proving.bugs`.
-            parking: whether some events find no queue at times; the queue for these is the
-                broker's only one, so only one ground at a time can have it.
-            patience: seconds that the worker has in the end, until it is judged.
+            broker: a running broker.
+            name: the name of the exchange; the names of the queues begin with it.
+            folder: the folder for the history and the programs' logs.
+            seed: the seed of everything random.
+            kinds: the kinds of programs; ``database`` starts a database without its writer.
+            bug: the bug to plant in all programs, see :mod:`proving.bugs`.
+            parking: whether some events are unroutable at times; the broker has only one queue for
+                them, so only one ground at a time can use it.
+            patience: the seconds that the worker gets in the end to finish.
         """
         self.broker = broker
         self.name = name
@@ -88,7 +88,7 @@ class Ground:
         self._load: list[threading.Thread] = []
         self.programs: dict[str, Program] = {}
         queues = {f"{name}.ledger": "ledger"}
-        queues |= {f"{name}.{one}.dead": "dead" for one in _CONSUMED}
+        queues |= {f"{name}.{queue}.dead": "dead" for queue in _CONSUMED}
         if parking:
             queues[_PARKED] = "parked"
         self.ledger = Witness(broker.url, queues, Journal(folder, "ledger"))
@@ -97,9 +97,9 @@ class Ground:
 
     @property
     def database(self) -> Database:
-        """The database of the programs that have one."""
+        """The database of the programs."""
         if self._database is None:
-            raise RuntimeError("no program here has a database")
+            raise RuntimeError("this ground has no database")
         return self._database
 
     def __enter__(self) -> Self:
@@ -153,7 +153,7 @@ class Ground:
         if "worker" in self.programs:
             self.programs["worker"].start()
             for queue in self._consumed:
-                self._waiting(queue)  # until it is there
+                self._waiting(queue)  # wait until it exists
         for program in self.programs.values():
             program.start()
         self.ledger.start()
@@ -181,18 +181,18 @@ class Ground:
             self._database.stop()
 
     def heal(self) -> None:
-        """Let everything through on every way."""
+        """Let all proxies forward everything again."""
         self.proxy.heal()
         if self._database is not None:
             self._database.proxy.heal()
 
     def settle(self, timeout: float = 120.0) -> None:
-        """End the writers, let everything arrive, end the worker.
+        """End the writers, wait until everything has arrived, and end the worker.
 
-        Everything is mended by then.
+        All faults must have ended before.
 
         Raises:
-            RuntimeError: a program does not end as it should, or something does not arrive.
+            RuntimeError: a program doesn't end as it should, or something doesn't arrive.
         """
         deadline = time.monotonic() + timeout
         self._stop_load()
@@ -213,7 +213,7 @@ class Ground:
             self._let_finish(worker)
             if self._database is not None:
                 self._database.write_effects(Journal(self._folder, "effects"))
-        queues = ("ledger", "bounded", *(f"{one}.dead" for one in _CONSUMED))
+        queues = ("ledger", "bounded", *(f"{queue}.dead" for queue in _CONSUMED))
         self._until(
             lambda: (
                 time.monotonic() - max(self.ledger.last, self.bounded.last) > 1
@@ -223,7 +223,7 @@ class Ground:
         )
 
     def _let_finish(self, worker: Program) -> None:
-        """Let the worker do what there is, and end it."""
+        """Wait until the worker's queues are empty, and end it."""
         deadline = time.monotonic() + self._patience
         while time.monotonic() < deadline:
             worker.start()
@@ -233,7 +233,7 @@ class Ground:
                 if any(map(self._waiting, self._consumed)):
                     empty_since = time.monotonic()
             worker.terminate()
-            # What is left now was not acked: it goes on with that.
+            # Messages that are left were not acked: start the worker again to process them.
             if not any(map(self._waiting, self._consumed)):
                 return
 
@@ -244,7 +244,7 @@ class Ground:
         return kinds
 
     def stop(self, kind: str, way: str) -> None:
-        """Kill or terminate the program of that kind, if there is one. Thread-safe."""
+        """Kill or terminate the program of ``kind``, if there is one. Thread-safe."""
         program = self.programs.get(kind)
         if program is not None and way == "kill":
             program.kill(self.history)
@@ -252,7 +252,7 @@ class Ground:
             program.terminate()
 
     def start(self, kind: str) -> None:
-        """Start the program of that kind again, if there is one. Thread-safe."""
+        """Restart the program of ``kind``, if there is one. Thread-safe."""
         if kind in self.programs:
             self.programs[kind].start()
 
@@ -261,16 +261,17 @@ class Ground:
         self.proxy.delay = seconds
 
     def unbind(self) -> None:
-        """Take away the binding that some events need; with an exception while there is no broker.
+        """Remove the binding that some events need. Thread-safe.
 
-        Thread-safe.
+        Raises:
+            RuntimeError: the broker is unavailable.
         """
         self._on_broker(
             lambda channel: channel.queue_unbind(f"{self.name}.ledger", self.name, "shaky.*")
         )
 
     def bind(self) -> None:
-        """Bind again what was unbound. Thread-safe."""
+        """Restore the binding. Thread-safe."""
         self._on_broker(
             lambda channel: channel.queue_bind(f"{self.name}.ledger", self.name, "shaky.*")
         )
@@ -281,11 +282,11 @@ class Ground:
 
         def declare(channel: Any) -> None:
             channel.exchange_declare(self.name, "topic", durable=True)
-            # Classic queues: a young quorum queue does not always survive that its node is killed.
+            # Classic queues: a new quorum queue doesn't always survive a kill of its node.
             channel.queue_declare(ledger, durable=True)
             channel.queue_declare(bounded, durable=True, arguments=full)
-            for one in _CONSUMED:
-                dead = f"{self.name}.{one}.dead"
+            for queue in _CONSUMED:
+                dead = f"{self.name}.{queue}.dead"
                 channel.queue_declare(dead, durable=True, arguments={"x-queue-type": "quorum"})
             for topic in ("order.*", "task.*", "charge.*", "invoice.*", "shaky.*"):
                 channel.queue_bind(ledger, self.name, topic)
@@ -297,10 +298,10 @@ class Ground:
         self._on_broker(declare)
 
     def _waiting(self, queue: str, tries: int = 100) -> int:
-        found = self._on_broker(
+        declared = self._on_broker(
             lambda channel: channel.queue_declare(f"{self.name}.{queue}", passive=True), tries
         )
-        return int(found.method.message_count)
+        return int(declared.method.message_count)
 
     def _on_broker(self, action: Callable[[Any], Any], tries: int = 100) -> Any:
         parameters = pika.URLParameters(self.broker.url)
@@ -314,10 +315,10 @@ class Ground:
                 finally:
                     with contextlib.suppress(Exception):
                         connection.close()
-            except Exception as error:  # pika raises more than its own tree of exceptions
+            except Exception as error:  # pika also raises exceptions outside its tree
                 last = error
                 time.sleep(0.2)
-        raise RuntimeError(f"{self.broker.url} cannot be used") from last
+        raise RuntimeError(f"the broker at {self.broker.url} is unavailable") from last
 
     def _until(self, done: Callable[[], bool], deadline: float) -> None:
         while not done():
@@ -327,20 +328,20 @@ class Ground:
             time.sleep(0.1)
 
     def _keep_pace(self) -> None:
-        """Slow writers down while too much waits; while nobody can tell, all stays as it was."""
+        """Slow writers down while too much waits; keep the pace while the numbers are unknown."""
         consumed = self._consumed if "worker" in self._kinds else ()
         while not self._stopping.wait(_LOOK):
             try:
                 waiting = sum(self._waiting(queue, tries=1) for queue in consumed)
                 stored = self._database.waiting() if self._database is not None else 0
-            except Exception:  # one of them is away; pika raises more than its own tree
+            except Exception:  # one is unavailable; pika also raises exceptions outside its tree
                 continue
             for kind, pace in self._paces.items():
                 is_late = kind == "durable" and stored > _MOST_STORED
                 pace.set(slow=is_late or waiting > _MOST_CONSUMED)
 
     def _request(self, kind: str, port: int) -> None:
-        """Send requests, one in ten of which is broken off in the middle of the response."""
+        """Send requests, and abort one in ten in the middle of the response."""
         while not self._stopping.is_set():
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
             with contextlib.suppress(OSError, http.client.HTTPException):

@@ -1,4 +1,4 @@
-"""What happened, as the programs under proof wrote it down: append-only files, one a process."""
+"""The history that the programs under test write: append-only files, one per process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Record:
         by: the process that wrote it.
         what: ``intent``, ``commit``, ``rollback``, ``confirm``, ``delivery``, ``killed``,
             ``fault``.
-        facts: what else there is to say; see :mod:`proving.checker`.
+        facts: everything else; see :mod:`proving.checker`.
     """
 
     at: float
@@ -33,11 +33,11 @@ class Record:
 
 
 class Journal:
-    """Appends to the file of one process.
+    """The file of one process, to append to.
 
-    A record is one ``write()``: it is whole, or not there, wherever the process is killed. It is
-    not synchronised to the disk, since processes are killed here and machines are not.
-    Thread-safe, and safe over a fork as far as the child makes a journal of its own.
+    A record is one ``write()``, so it is complete or missing, whenever the process is killed. It
+    isn't synchronised to the disk, since only processes are killed here, not machines.
+    Thread-safe. After a fork the child must make a new journal.
     """
 
     def __init__(self, folder: Path, by: str) -> None:
@@ -55,7 +55,7 @@ class Journal:
 
 
 def read(folder: Path) -> list[Record]:
-    """Return all records: in the order of each process, process by process."""
+    """Return all records, process by process, each process's in order."""
     return [
         record for file in sorted(folder.glob("*.jsonl")) for record in _of_file(file, file.stem)
     ]

@@ -1,4 +1,4 @@
-"""How fast writers go on: slowly, while more waits than can be settled soon."""
+"""The pace of writers: slow while more waits than can be processed soon."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ _SLOWED = 20.0
 
 
 class Pace:
-    """The pace of one kind of writer, whose programs are told by a file in the history's folder.
+    """The pace of one kind of writer, kept as a file in the history's folder. Thread-safe.
 
-    How much a machine settles beside all the faults, nobody knows beforehand; what is left is
-    settled in the end, and a proof would take as long as its backlog is deep. Nobody stops: each
-    fault is to meet some of everything. Thread-safe.
+    How much a machine can process under faults isn't known in advance, and the rest must be
+    processed at the end, so an unlimited backlog would make a proof too long. Writers only slow
+    down and never stop, because each fault should hit all kinds of work.
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
-        """Know the pace of ``kind``; at first it is the full one."""
+        """Make the pace of ``kind``, at first full speed."""
         self._slowed = folder / f"{kind}.slowed"
 
     @property
     def factor(self) -> float:
-        """By what every pause of the writer is multiplied, 1 or more."""
+        """The factor by which the writer multiplies each pause, 1 or more."""
         return _SLOWED if self._slowed.exists() else 1.0
 
     def set(self, *, slow: bool) -> None:
-        """Change it."""
+        """Set the pace."""
         if slow:
             self._slowed.touch()
         else:

@@ -1,4 +1,4 @@
-"""Starts, stops and kills the programs under proof."""
+"""Starting, stopping and killing of the programs under test."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from proving.history import Journal
 
 __all__ = ["Program", "Server"]
 
-_GRACE = 60.0  # seconds for an orderly end: it may have to wait for the broker
+_GRACE = 60.0  # seconds for an orderly exit, which may have to wait for the broker
 
 
 class Program:
-    """One program, which is started again after each end. Thread-safe."""
+    """A program that can be restarted after each end. Thread-safe."""
 
     def __init__(
         self, kind: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path
@@ -33,7 +33,7 @@ class Program:
         self._changing = threading.Lock()
 
     def start(self) -> None:
-        """Start it, unless it runs."""
+        """Start the program, unless it is running."""
         with self._changing:
             if self.running:
                 return
@@ -49,14 +49,14 @@ class Program:
 
     @property
     def running(self) -> bool:
-        """Whether it runs."""
+        """Whether the program is running."""
         return self._process is not None and self._process.poll() is None
 
     def terminate(self) -> None:
-        """Ask it to end, and wait for that.
+        """Send SIGTERM, and wait until the program has ended.
 
         Raises:
-            RuntimeError: it does not end, or not with a success.
+            RuntimeError: it doesn't end, or its exit code isn't success.
         """
         with self._changing:
             process = self._process
@@ -68,11 +68,11 @@ class Program:
             except subprocess.TimeoutExpired:
                 self.end()
                 raise RuntimeError(f"{self.kind} did not end on SIGTERM: {self.log()}") from None
-            if code not in (0, -signal.SIGTERM):  # uvicorn ends by the signal it has handled
+            if code not in (0, -signal.SIGTERM):  # uvicorn re-raises the signal
                 raise RuntimeError(f"{self.kind} ended with {code}: {self.log()}")
 
     def kill(self, history: Journal) -> None:
-        """Kill the process that does the work, and write that down."""
+        """Kill the processes that do the work, and write that down."""
         with self._changing:
             pids = self._workers()
             for pid in pids:
@@ -83,13 +83,13 @@ class Program:
                 self._process.wait(_GRACE)
 
     def end(self) -> None:
-        """End it whatever it does, with all processes that it has started."""
+        """Kill the program with all processes that it has started."""
         if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(_GRACE)
 
     def log(self) -> str:
-        """Return the end of its output."""
+        """Return the last 4,000 characters of its output."""
         return (self._folder / f"{self.kind}.log").read_text(errors="replace")[-4000:]
 
     def _workers(self) -> list[int]:
@@ -97,7 +97,7 @@ class Program:
 
 
 class Server(Program):
-    """A server, or a supervisor, which may do its work in children of its own."""
+    """A server or supervisor, which may do its work in child processes."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Server(Program):
         *,
         children: int,
     ) -> None:
-        """Prepare it; up to so many ``children`` are killed in its place, and it replaces them."""
+        """Prepare it; a kill hits up to ``children`` child processes, or the server itself if 0."""
         super().__init__(kind, arguments, environment, folder)
         self._children = children
 
@@ -116,8 +116,8 @@ class Server(Program):
         own = super()._workers()
         if not self._children:
             return own
-        found = []
+        children = []
         for pid in own:
             listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-            found += [int(child) for child in listed.split()]
-        return found[: self._children]
+            children += [int(child) for child in listed.split()]
+        return children[: self._children]

@@ -1,8 +1,8 @@
-"""A proxy on loopback that does to a connection what networks do.
+"""A proxy on loopback that does to connections what networks do to them.
 
-Of AMQP it forwards whole frames (AMQP 0-9-1, section 2.3.5) in both directions, so that a frame of
-its own can be put between two others, and so that a connection can be cut at a chosen one. Of other
-protocols, such as PostgreSQL's, it forwards the pieces as they come.
+It forwards AMQP as whole frames (AMQP 0-9-1, section 2.3.5) in both directions, so that it can
+insert a frame between two others, and cut a connection at a chosen frame. It forwards other
+protocols, such as PostgreSQL's, in the pieces in which they arrive.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 _PROTOCOL_HEADER_SIZE = 8
 _START = struct.Struct(">BHI")
 _END = b"\xce"
-_HELD = 64  # pieces that one direction holds back before it stops reading
+_HELD = 64  # pieces that one direction buffers before it stops reading
 _METHOD = 1
 _START_OK = (10, 11)
 _NAME_FIELD = b"\x0fconnection_nameS"
@@ -48,15 +48,15 @@ class Way(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame; or the protocol header that a client begins with, or a piece of another protocol.
+    """A frame, the protocol header that a client begins with, or a piece of another protocol.
 
-    Of the latter two ``kind`` is 0.
+    For the latter two ``kind`` is 0.
 
     Attributes:
         way: its direction.
         kind: 1 method, 2 content header, 3 body, 8 heartbeat.
         channel: the channel's number.
-        data: all its bytes.
+        data: all bytes of the frame.
     """
 
     way: Way
@@ -66,28 +66,28 @@ class Frame:
 
     @property
     def method(self) -> tuple[int, int]:
-        """The numbers of class and method, as (60, 40) for Basic.Publish; (0, 0) for no method."""
+        """The class and method ids, such as (60, 40) for Basic.Publish; (0, 0) for other frames."""
         if self.kind != _METHOD:
             return 0, 0
-        found: tuple[int, int] = struct.unpack_from(">HH", self.data, _START.size)
-        return found
+        ids: tuple[int, int] = struct.unpack_from(">HH", self.data, _START.size)
+        return ids
 
 
 def method_frame(channel: int, class_id: int, method_id: int, arguments: bytes = b"") -> bytes:
-    """Return a method frame with ``arguments`` as they are encoded."""
+    """Return a method frame with the encoded ``arguments``."""
     payload = struct.pack(">HH", class_id, method_id) + arguments
     return _START.pack(_METHOD, channel, len(payload)) + payload + _END
 
 
 def channel_close(code: int, text: str, channel: int = 1) -> bytes:
-    """Return the frame with which a broker ends a channel."""
+    """Return the frame with which a broker closes a channel."""
     reason = text.encode()
     arguments = struct.pack(">HB", code, len(reason)) + reason + bytes(4)
     return method_frame(channel, 20, 40, arguments)
 
 
 def connection_close(code: int, text: str) -> bytes:
-    """Return the frame with which a broker ends a connection."""
+    """Return the frame with which a broker closes a connection."""
     reason = text.encode()
     return method_frame(0, 10, 50, struct.pack(">HB", code, len(reason)) + reason + bytes(4))
 
@@ -97,16 +97,16 @@ UNBLOCKED = method_frame(0, 10, 61)
 
 
 def _connection_name(start_ok: Frame) -> str:
-    """Return the name that a client gives its connection; empty, if none."""
-    _, found, rest = start_ok.data.partition(_NAME_FIELD)
-    if not found:
+    """Return the name that a client gives its connection, or an empty string."""
+    _, field, rest = start_ok.data.partition(_NAME_FIELD)
+    if not field:
         return ""
     [size] = struct.unpack_from(">I", rest)
     return rest[4 : 4 + size].decode(errors="replace")
 
 
 class FaultProxy:
-    """Stands before a broker on a port of its own. Thread-safe; runs a thread until closed.
+    """A proxy in front of a broker. Thread-safe; runs a thread until it is closed.
 
     Example:
         with FaultProxy(broker.url) as proxy:
@@ -115,7 +115,7 @@ class FaultProxy:
     """
 
     def __init__(self, url: str) -> None:
-        """Stand before the server at ``url``; the proxy's own URL differs in host and port."""
+        """Make a proxy for the server at ``url``; its :attr:`url` differs in host and port."""
         self._parts = urlsplit(url)
         self._split = _Frames if self._parts.scheme == "amqp" else _Pieces
         self._loop = asyncio.new_event_loop()
@@ -128,25 +128,25 @@ class FaultProxy:
         self._rule: Callable[[Frame], bool] | None = None
         self._cut = threading.Event()
         self.delay = 0.0
-        """Seconds that every frame takes in each direction, from the next one on."""
+        """The seconds by which each frame is delayed, in both directions, from the next one on."""
         self.accepted = 0
-        """Connections that clients have opened so far."""
+        """The number of connections that clients have opened so far."""
         self.port = 0
 
     @property
     def url(self) -> str:
-        """The broker's URL by way of the proxy."""
+        """The broker's URL through the proxy."""
         user, at, _ = self._parts.netloc.rpartition("@")
         return urlunsplit(self._parts._replace(netloc=f"{user}{at}127.0.0.1:{self.port}"))
 
     def start(self) -> Self:
-        """Listen."""
+        """Start the thread, and listen."""
         self._thread.start()
         self.heal()
         return self
 
     def close(self) -> None:
-        """Cut everything and end the thread."""
+        """Cut all connections, and end the thread."""
         self.cut()
         self._call(self._stop_listening())
         self._call(self._until_no_link())
@@ -165,25 +165,25 @@ class FaultProxy:
         self._call(self._cut_all())
 
     def cut_at(self, rule: Callable[[Frame], bool]) -> threading.Event:
-        """Reset everything in place of forwarding the first frame that ``rule`` is true for.
+        """Reset every connection instead of forwarding the first frame that matches ``rule``.
 
         Returns:
-            What is set when that has happened.
+            An event that is set when that has happened.
         """
         self._cut = threading.Event()
         self._rule = rule
         return self._cut
 
     def refuse(self) -> None:
-        """Cut everything, and refuse new connections."""
+        """Cut all connections, and refuse new ones."""
         self._call(self._stop_listening())
         self.cut()
 
     def black_hole(self, *ways: Way) -> None:
-        """Let nothing through in ``ways``, by default both; not even the end of a connection.
+        """Forward nothing in ``ways``, by default both: not even the end of a connection.
 
-        Connections are still accepted. What was sent meanwhile goes through when the link is
-        healed, as it would after a break that TCP outlives, unless the sender has given up by then.
+        Connections are still accepted. Data sent meanwhile is forwarded when the link is healed, as
+        after a network failure that TCP survives, unless the sender has given up by then.
         """
         self._call(self._close_gates(ways or tuple(Way)))
 
@@ -191,14 +191,14 @@ class FaultProxy:
         """Send ``frame`` to clients, between two frames of the broker.
 
         Args:
-            frame: all its bytes.
-            to: only to connections with this in the name that their client gave them
-                (``connection_name`` in Connection.Start-Ok).
+            frame: all bytes of the frame.
+            to: a text that the connection's name contains (``connection_name`` in
+                Connection.Start-Ok); other connections don't get the frame.
         """
         self._call(self._inject(frame, to))
 
     def heal(self) -> None:
-        """Let everything through again, at once, and accept connections."""
+        """Forward everything again, without delay, and accept connections."""
         self.delay = 0.0
         self._rule = None
         self._call(self._heal())
@@ -249,7 +249,7 @@ class FaultProxy:
                     tasks.create_task(self._forward(link, Way.DOWN, broker_reader, writer)),
                 ]
         except* OSError:
-            pass  # one of the two is gone, and then so is the other
+            pass  # one side is gone, so the other is closed too
         finally:
             link.reset()
             self._links.discard(link)
@@ -263,7 +263,7 @@ class FaultProxy:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        """Forward one direction until it ends, each piece not before its time."""
+        """Forward one direction until it ends, each piece when its delay is over."""
         held: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_HELD)
         given_up = False
 
@@ -281,7 +281,7 @@ class FaultProxy:
                         self._cut.set()
                         return
                     whole += frame.data
-                if whole:  # else the frame goes on in what comes next
+                if whole:  # else the rest of the frame is still to come
                     await held.put((time.monotonic() + self.delay, bytes(whole)))
             given_up = not self._open[way].is_set()
             await held.put((0.0, b""))
@@ -303,7 +303,7 @@ class FaultProxy:
 
 
 class _Link:
-    """One client's connection and its counterpart to the broker."""
+    """A client's connection, and the proxy's connection to the broker for it."""
 
     def __init__(self, client: asyncio.StreamWriter) -> None:
         self.client = client
@@ -312,20 +312,20 @@ class _Link:
         self.tasks: list[asyncio.Task[None]] = []
 
     def end(self) -> None:
-        """End it as the side that has ended did: what was forwarded still arrives."""
+        """Close both connections in order, so that forwarded data still arrives."""
         for writer in (self.client, self.broker):
             if writer is not None:
                 writer.close()
         self._cancel()
 
     def reset(self) -> None:
-        """End it with a reset."""
+        """Reset both connections."""
         for writer in (self.client, self.broker):
             if writer is not None and not writer.transport.is_closing():
                 with contextlib.suppress(OSError):
-                    found: socket.socket = writer.get_extra_info("socket")
+                    sock: socket.socket = writer.get_extra_info("socket")
                     linger = struct.pack("ii", 1, 0)
-                    found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                 writer.transport.abort()
         self._cancel()
 
@@ -335,18 +335,18 @@ class _Link:
 
 
 class _Pieces:
-    """Takes the bytes of one direction as they come."""
+    """The bytes of one direction, in the pieces in which they arrive."""
 
     def __init__(self, way: Way) -> None:
         self._way = way
 
     def feed(self, data: bytes) -> list[Frame]:
-        """Return ``data``."""
+        """Return ``data`` as one frame."""
         return [Frame(self._way, 0, 0, data)]
 
 
 class _Frames:
-    """Splits the bytes of one direction into frames."""
+    """The bytes of one direction, split into frames."""
 
     def __init__(self, way: Way) -> None:
         self._way = way
@@ -354,10 +354,10 @@ class _Frames:
         self._begun = way is Way.DOWN
 
     def feed(self, data: bytes) -> list[Frame]:
-        """Return the frames that are whole by now."""
+        """Return the frames that are complete now."""
         rest = self._rest
         rest += data
-        found = []
+        frames = []
         start = 0
         while True:
             kind, channel, size = 0, 0, _PROTOCOL_HEADER_SIZE
@@ -369,7 +369,7 @@ class _Frames:
             if len(rest) - start < size:
                 break
             self._begun = True
-            found.append(Frame(self._way, kind, channel, bytes(rest[start : start + size])))
+            frames.append(Frame(self._way, kind, channel, bytes(rest[start : start + size])))
             start += size
         del rest[:start]
-        return found
+        return frames

@@ -1,4 +1,4 @@
-"""Consumes with plain pika what has come out, and writes it down."""
+"""A consumer with plain pika, which writes down what is delivered."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _RETRY = 0.2
 class Witness:
     """Writes a ``delivery`` for each message of some queues, then acks it.
 
-    It connects to the broker itself, not by way of the proxy, as often as needed.
+    It connects to the broker directly, not through the proxy, and reconnects as often as needed.
     """
 
     def __init__(self, url: str, queues: Mapping[str, str], history: Journal) -> None:
-        """Prepare to consume ``queues``: the place that each stands for."""
+        """Prepare to consume ``queues``, a mapping of queue names to places in the history."""
         self._parameters = pika.URLParameters(url)
         self._queues = queues
         self._history = history
@@ -34,29 +34,29 @@ class Witness:
         self._consuming.set()
         self._thread = threading.Thread(target=self._run, name="witness")
         self.last = time.monotonic()
-        """When something came out for the last time, on the monotonic clock."""
+        """The time of the last delivery, on the monotonic clock."""
 
     def start(self) -> None:
-        """Begin."""
+        """Start consuming."""
         self._thread.start()
 
     def pause(self) -> None:
-        """Consume no more, so that queues fill up."""
+        """Stop consuming, so that queues fill up."""
         self._consuming.clear()
 
     def resume(self) -> None:
-        """Consume again."""
+        """Resume consuming."""
         self._consuming.set()
 
     def stop(self) -> None:
-        """End, once what was received is written down."""
+        """Stop when all received messages are written down."""
         self._stopping.set()
         self._consuming.set()
         self._thread.join(30)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            with contextlib.suppress(Exception):  # pika raises more than its own tree of them
+            with contextlib.suppress(Exception):  # pika also raises exceptions outside its tree
                 self._consume()
             self._stopping.wait(_RETRY)
 

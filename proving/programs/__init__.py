@@ -1,1 +1,1 @@
-"""The programs under proof: each runs as a process of its own, and uses outbox as anyone would."""
+"""The programs under test: each runs in a separate process, and uses outbox as any user would."""

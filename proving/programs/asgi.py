@@ -50,7 +50,7 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def sibling(unit: Unit, number: int) -> None:
-    """A block beside others in the same request: the middle one fails."""
+    """Run one of several concurrent blocks in a request; the middle one fails."""
     async with auto_publishing():
         inner = Unit(HISTORY, f"{unit.name.partition('/')[2]}/{number}", CHANCE)
         inner.enqueue_some()

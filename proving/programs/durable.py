@@ -23,11 +23,11 @@ PAUSE = 0.03  # seconds at most between two units
 
 
 class Failed(Exception):
-    """The unit of work was to fail."""
+    """The unit of work fails on purpose."""
 
 
 class Lane:
-    """A sequence of transactions, one after the other, whose events have one key."""
+    """A sequence of transactions whose events have the same key."""
 
     def __init__(self, number: int, engine: Engine) -> None:
         self.name = f"{HISTORY.by}/lane{number}"
@@ -37,7 +37,7 @@ class Lane:
         self._seq = 0
 
     def work(self) -> None:
-        """Do one transaction; what became of it the database knows."""
+        """Run one transaction; the database knows whether it was committed."""
         with contextlib.suppress(SQLAlchemyError, Failed), Session(self._engine) as session:
             unit = self._begin(session)
             self._fill(unit)
@@ -51,7 +51,7 @@ class Lane:
         self._units += 1
         name = f"{self.name.rpartition('/')[2]}/{self._units}"
         unit = Unit(HISTORY, name, self.chance, session=session, key=self.name)
-        # With the unit's own row, the database says in the end whether it was committed.
+        # This row shows at the end whether the unit was committed.
         session.execute(text("INSERT INTO units VALUES (:name)"), {"name": unit.name})
         return unit
 

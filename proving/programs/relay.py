@@ -1,4 +1,4 @@
-"""``outbox relay``, with the bug that is planted, if any."""
+"""``outbox relay``, with the planted bug, if any."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from proving.programs.unit import journal
 if __name__ == "__main__":
     journal("relay")
     code = main(["relay", "--ordered", "--lease", "8", "--shutdown-timeout", "20"])
-    # What it could not give back, with the database or the broker away, is the checker's to judge.
+    # If it couldn't release rows while a server was unavailable, the checker judges the result.
     sys.exit(exit_codes.SUCCESS if code == exit_codes.UNFINISHED else code)

@@ -20,11 +20,11 @@ PAUSE = 0.05  # seconds at most between two units
 
 
 class Failed(Exception):
-    """The unit of work was to fail."""
+    """The unit of work fails on purpose."""
 
 
 class Lane:
-    """A sequence of units, one after the other, whose events keep their order."""
+    """A sequence of units of work whose events keep their order."""
 
     def __init__(self, name: str) -> None:
         self.name = f"{HISTORY.by}/{name}"
@@ -38,7 +38,7 @@ class Lane:
         return Unit(HISTORY, f"{self.name.rpartition('/')[2]}/{self._units}", self.chance)
 
     def fill(self, unit: Unit) -> None:
-        """Enqueue the unit's events; in some units also those of a savepoint, or of a block."""
+        """Enqueue the unit's events, in some units also inside a savepoint or a block."""
         for _ in range(self.chance.randint(1, 4)):
             self._seq += 1
             unit.enqueue(self.name, self._seq)
@@ -60,7 +60,7 @@ class Lane:
             pass
 
     def end(self, unit: Unit) -> None:
-        """Decide what becomes of the unit, and write it down."""
+        """Commit the unit or roll it back, and write that down."""
         if self.chance.random() < 0.3:
             unit.roll_back()
             raise Failed
@@ -68,7 +68,7 @@ class Lane:
 
     @staticmethod
     def note(unit: Unit, report: PublishReport | None) -> None:
-        """Write down what the library says that it has published."""
+        """Write down which events the library reports as published."""
         if report is not None and report.published:
             unit.confirm([event.payload["key"] for event in report.published])
 

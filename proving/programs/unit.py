@@ -1,4 +1,4 @@
-"""One unit of work of a program under proof: what it enqueues, and what it writes down of it."""
+"""A unit of work in a program under test, which writes down what it enqueues."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _TARGETS = {
     "bounded": "bounded.thing",
 }
 _CONSUMED = ("order", "task", "charge")
-_WORK = {"fail": 0.05, "retry": 0.1, "slow": 0.012}  # and all others follow
+_WORK = {"fail": 0.05, "retry": 0.1, "slow": 0.012}  # all others follow
 
 
 def journal(kind: str) -> Journal:
-    """Begin the journal of this process; every program calls this first."""
+    """Plant the bug and return this process's journal; every program calls this first."""
     bugs.plant(os.environ.get("PROVE_BUG", ""))
     return Journal(_folder(), f"{kind}-{os.getpid()}")
 
 
 def pace(kind: str) -> Pace:
-    """Return the pace at which this process is to write."""
+    """Return the pace of this process."""
     return Pace(_folder(), kind)
 
 
@@ -45,8 +45,8 @@ class Unit:
     """A unit of work whose events are written down.
 
     Attributes:
-        name: unique in the history.
-        keys: of the events enqueued so far.
+        name: the name, unique in the history.
+        keys: the keys of the events enqueued so far.
     """
 
     def __init__(self, history: Journal, name: str, chance: random.Random, **options: Any) -> None:
@@ -60,8 +60,8 @@ class Unit:
         """Enqueue an event of a random kind.
 
         Args:
-            lane: where its order is promised; by default within this unit.
-            seq: its number in ``lane``; by default its number in this unit.
+            lane: the lane in which the order is promised; by default this unit.
+            seq: the event's number in ``lane``; by default its number in this unit.
         """
         kinds = os.environ["PROVE_KINDS"].split(",")
         kind = "order" if self._chance.random() < 0.6 else self._chance.choice(kinds)
@@ -91,7 +91,7 @@ class Unit:
             self.enqueue()
 
     def commit(self) -> None:
-        """Write down that the work has succeeded; what happens next is up to the library."""
+        """Write down that the work has succeeded; from now on the library owes its events."""
         self._history.write("commit", unit=self.name)
 
     def roll_back(self) -> None:

@@ -1,4 +1,4 @@
-"""Consumers that follow up, fail, fail at first, take too long, and do things once."""
+"""Consumers that publish follow-on events, fail, fail at first, are slow, and deduplicate."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from proving.programs.unit import journal
 
 HISTORY = journal("worker")
 NAME = os.environ["PROVE_NAME"]
-DELAY = 0.5  # seconds; RabbitMQ makes one of it
+DELAY = 0.5  # seconds; RabbitMQ rounds it up to 1
 TIMEOUT = 1.0
 RETRY = RetryPolicy(max_attempts=MAX_ATTEMPTS, delay=DELAY)
 
 
 class Failed(Exception):
-    """The attempt was to fail."""
+    """The attempt fails on purpose."""
 
 
 def begin(event: ReceivedEvent) -> None:
-    """Write the attempt down, and enqueue what follows."""
+    """Write the attempt down, and enqueue the follow-on event."""
     key = event.payload["key"]
     HISTORY.write("handling", key=key, attempt=event.attempt)
     enqueue_event({"key": key + FOLLOW_ON}, "invoice.made")
@@ -40,7 +40,7 @@ def is_slow(event: ReceivedEvent) -> bool:
 
 
 def fail(event: ReceivedEvent) -> None:
-    """Fail, if this attempt is to."""
+    """Raise if this attempt has to fail."""
     work = event.payload["work"]
     if work == "fail" or (work == "retry" and event.attempt == 1):
         raise Failed
@@ -48,9 +48,9 @@ def fail(event: ReceivedEvent) -> None:
 
 @contextlib.contextmanager
 def noting_failure(event: ReceivedEvent) -> Iterator[None]:
-    """Write down that the attempt fails, if that is what the library is about to be told.
+    """Write down that the attempt fails, if the library is about to see that failure.
 
-    Where the database breaks down at that moment, it is told of that, and counts no attempt.
+    If the database fails at that moment, the library sees that error, and counts no attempt.
     """
     try:
         yield
@@ -110,5 +110,5 @@ if "OUTBOX_DATABASE_URL" in os.environ:
                 session.execute(INSERT, {"of": event.payload["key"], "id": event.id})
                 time.sleep(0.005)
                 fail(event)
-                publish()  # before the commit, behind which nothing is repeated
+                publish()  # before the commit, after which no attempt would repeat it
                 session.commit()

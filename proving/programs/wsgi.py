@@ -46,7 +46,7 @@ def stream(unit: Unit, way: str) -> Iterator[bytes]:
         for _ in range(3):
             yield b"x" * 1000
             unit.enqueue()
-    except GeneratorExit:  # the client is gone: what has been done is done
+    except GeneratorExit:  # the client is gone, but the work has succeeded
         unit.commit()
         raise
     if way == "break":

@@ -1,1 +1,1 @@
-"""Benchmarks: measured side by side with peers in one run; absolute times drift, ratios stay."""
+"""Benchmarks side by side with peers in one run, since absolute times drift but ratios don't."""

@@ -1,4 +1,4 @@
-"""What collecting costs: ``enqueue_event`` beside ``json.dumps``, the middleware beside nothing.
+"""The cost of collecting: ``enqueue_event`` against ``json.dumps``, and an idle middleware.
 
 python -m benchmarks.collect
 """

@@ -1,10 +1,10 @@
-"""Consuming beside peers: a trivial handler, 20,000 messages, equal prefetch.
+"""Consuming compared with peers: a trivial handler, 20,000 messages, equal prefetch.
 
 python -m benchmarks.consume [--rounds N] [--only NAME,...] [--check]
 
-Every measurement is a process of its own, in turns, timed from the first message handled to the
-last one; then the queue is counted, which must be empty, and that of what was published, which must
-have a message for each. How each contender is set up is in ``benchmarks/peers/consuming``.
+The contenders take turns. Each measurement runs in a new process and is timed from the first to the
+last handled message. Afterwards the queue must be empty, and the queue of follow-on messages must
+have one for each. ``benchmarks/peers/consuming`` sets up the contenders.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ BOUNDS = (
     ("asyncio", "faststream", 1.5),
     ("threads, auto", "dramatiq, follow-on", 3),
 )
-"""Who is to be at least how many times as fast as whom."""
+"""The contender, the peer, and the minimum ratio of their speeds."""
 
 
 def idle(url: str) -> float:
-    """Return the seconds of CPU that an idle worker takes in 10 seconds, as a percentage."""
+    """Return the share of a core that an idle worker uses over 10 seconds, in percent."""
     from benchmarks.peers.consuming.outbox_ import make_worker
 
     class Idle(Consumer):
@@ -71,14 +71,14 @@ def idle(url: str) -> float:
 
 
 class Queues:
-    """The broker's queues, looked at between measurements."""
+    """The broker's queues, checked between measurements."""
 
     def __init__(self, url: str) -> None:
         self._connection: Any = pika.BlockingConnection(pika.URLParameters(f"{url}?heartbeat=0"))
         self.version: str = self._connection._impl.server_properties["version"]
 
     def declare(self) -> None:
-        """Declare the queue of what follows, as the workers declare theirs."""
+        """Declare the queue of follow-on messages, as the workers declare theirs."""
         channel = self._connection.channel()
         arguments = {"x-queue-type": "quorum"}
         channel.queue_declare(FOLLOW_ON, durable=True, arguments=arguments)
@@ -86,10 +86,10 @@ class Queues:
         channel.close()
 
     def check(self, contender: Contender, name: str, messages: int, sent: int) -> None:
-        """Raise unless the contender's queues hold what they must; a quorum queue may lag.
+        """Raise unless the contender's queues hold the expected messages; a quorum queue may lag.
 
-        It forgets acks that are written right before a channel is closed: a peer that ends so may
-        leave a prefetch behind.
+        A quorum queue ignores acks that are written just before a channel is closed, so a peer that
+        ends like this may leave up to a prefetch of messages.
         """
         wanted = {contender.queue: messages}
         if contender.sends_to:
@@ -114,14 +114,14 @@ class Queues:
         channel = self._connection.channel()
         try:
             count = int(channel.queue_declare(queue, passive=True).method.message_count)
-        except pika.exceptions.ChannelClosedByBroker:  # nobody has declared it yet
+        except pika.exceptions.ChannelClosedByBroker:  # not declared yet
             return 0
         channel.close()
         return count
 
 
 def measured(url: str, name: str) -> float:
-    """Return what the contender prints in a process of its own."""
+    """Run the contender in a new process; return the number that it prints."""
     command = [sys.executable, "-m", "benchmarks.consume", "--run", name, "--url", url]
     environment = {**os.environ, "dramatiq_queue_prefetch": str(PREFETCH)}
     done = subprocess.run(
@@ -131,7 +131,7 @@ def measured(url: str, name: str) -> float:
 
 
 def turn(url: str, queues: Queues, name: str) -> float:
-    """Measure one contender once; return its messages a second."""
+    """Measure a contender once; return its messages per second."""
     contender = CONTENDERS[name]
     queues.purge(contender.sends_to)
     queues.purge(contender.queue)
@@ -143,7 +143,7 @@ def turn(url: str, queues: Queues, name: str) -> float:
 
 
 def report(rates: Mapping[str, float]) -> None:
-    """Print what was measured."""
+    """Print the rates as tables."""
     for title, is_one in (
         ("a handler that does nothing", lambda one: not one.sends_to),
         (
@@ -180,7 +180,7 @@ def main() -> int:
     with PrivateBroker() as broker:
         queues = Queues(broker.url)
         print(machine(queues.version), flush=True)
-        idle_percent = measured(broker.url, IDLE)  # which declares the queue, too
+        idle_percent = measured(broker.url, IDLE)  # also declares the queue
         queues.declare()
         for number in range(options.rounds):
             for name in names:

@@ -1,10 +1,10 @@
-"""Delays over RabbitMQ: when events arrive that are to come some seconds from now.
+"""Delays over RabbitMQ: the lateness of events with a random delay.
 
 python -m benchmarks.delays [--events N] [--seconds N] [--check]
 
-All of them are published in one chunk, with random delays, over a broker that has no ladder yet.
-How late they are is told from the moment that was asked for, and from the end of the second that it
-is in, since delays are rounded up to whole seconds. A worker of outbox takes the times.
+All events are published in one chunk, to a broker without a delay ladder. Their lateness is
+measured from the requested moment, and from the end of its second, since delays are rounded up to
+whole seconds. A worker of outbox takes the times.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUEUE = "bench"
 
 
 def measure(url: str, events: int, seconds: float) -> tuple[list[tuple[float, float]], float]:
-    """Return how late each event was, after its moment and its second; how long publishing took."""
+    """Return each event's lateness after its moment and its second, and the publishing time."""
     arrived: dict[str, float] = {}
     all_here = threading.Event()
 

@@ -1,11 +1,11 @@
-"""The embedded transport: publishing and consuming on a file of SQLite.
+"""The embedded transport: publishing to and consuming from an SQLite file.
 
 python -m benchmarks.embedded [--rounds N] [--folder FOLDER] [--check]
 
-Publishing: ``publish()`` of JSON of 200 bytes from one thread, the commits on the disk
-(``synchronous=full``) and left to the system (``normal``). Consuming: one worker of 8 threads with
-a handler that does nothing; and together, what a worker does whose every message has a follow-on.
-Beside it what the disk does: a write of 20 KB with fsync, over and over.
+Publishing: ``publish()`` of 200 bytes of JSON from one thread, with commits synced to the disk
+(``synchronous=full``) or left to the operating system (``normal``). Consuming: one worker with 8
+threads and a handler that does nothing. Both: a worker that publishes a follow-on event for every
+message. For comparison: repeated writes of 20 KB with fsync.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _IDLE_SECONDS = 5.0
 
 
 def bound_to(url: str) -> None:
-    """Make the queue that everything goes to."""
+    """Declare and bind the queue that all events go to."""
 
     @consumer("bench", topics=["bench.#"])
     def nothing(event: ReceivedEvent) -> None: ...
@@ -48,7 +48,7 @@ def bound_to(url: str) -> None:
 
 
 def published(url: str, chunk: int) -> float:
-    """Return events per second."""
+    """Publish in chunks; return events per second."""
     count = max(200, min(MESSAGES, chunk * 200))
     events = [Event(id="1", target="bench", exchange="outbox", body=BODY)] * chunk
     with Publisher(url, unroutable="fail") as publisher:
@@ -60,7 +60,7 @@ def published(url: str, chunk: int) -> float:
 
 
 def consumed(url: str, count: int, act: Callable[[ReceivedEvent], None]) -> float:
-    """Return messages per second, the last of them settled."""
+    """Consume ``count`` messages; return messages per second, until the last is settled."""
     done = threading.Event()
     lock = threading.Lock()
     handled = 0
@@ -90,7 +90,7 @@ def follow_on(event: ReceivedEvent) -> None:
 
 
 def idle(url: str) -> float:
-    """Return what an idle worker takes of a core, in per cent."""
+    """Return the share of a core that an idle worker uses, in percent."""
 
     @consumer("bench.idle")
     def nothing(event: ReceivedEvent) -> None: ...
@@ -107,7 +107,7 @@ def idle(url: str) -> float:
 
 
 def synced(folder: Path) -> float:
-    """Return writes with fsync per second."""
+    """Return the number of writes with fsync per second."""
     path = folder / "synced"
     count = 100
     with path.open("wb") as file:
@@ -141,7 +141,7 @@ def main() -> int:
                     by_chunk[synchronous, chunk].append(published(url, chunk))
                     progress(f"round {number + 1}, {synchronous}: chunks of {chunk} published")
                     total += 1 + max(200, min(MESSAGES, chunk * 200)) // chunk * chunk
-                # "bench.first" has been consumed or not: it is not waited for.
+                # "bench.first" may still be in the queue, so it isn't counted.
                 rates[f"consumed, {synchronous}"].append(consumed(url, total, lambda event: None))
                 progress(f"round {number + 1}, {synchronous}: consumed")
             url = f"sqlite:///{folder}/{number}-follow-on.db"

@@ -1,9 +1,9 @@
-"""Memory: a million events, and two hundred reconnects.
+"""Memory use over a million events, and over two hundred reconnects.
 
 python -m benchmarks.memory [--check]
 
-The events go in chunks of 1,000 to a queue that keeps the last 10,000. The reconnects are forced by
-a proxy that resets the connection; between two of them an event is published.
+The events are published in chunks of 1,000 to a queue that keeps the last 10,000. A proxy forces
+the reconnects by resetting the connection; between two of them an event is published.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def reconnects(url: str) -> list[Bound]:
                 connected.clear()
                 proxy.cut()
                 publisher.publish(events)
-                publisher.drain(10)  # which tries the broker at once
+                publisher.drain(10)  # connects to the broker at once
                 connected.wait(10)
 
         publisher.publish(events)
@@ -103,7 +103,7 @@ def reconnects(url: str) -> list[Bound]:
 
 
 def main() -> int:
-    logging.getLogger("outbox").setLevel(logging.CRITICAL)  # 200 lost connections are meant
+    logging.getLogger("outbox").setLevel(logging.CRITICAL)  # 200 connections are lost on purpose
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail when a bound is missed")
     options = parser.parse_args()

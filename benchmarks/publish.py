@@ -1,10 +1,10 @@
-"""Publishing beside peers, in one run on one private broker.
+"""Publishing compared with peers, in one run on one private broker.
 
 python -m benchmarks.publish [--rounds N] [--check]
 
-Each round measures every contender at every size of chunk, in an order that rotates; the figures
-are medians over the rounds. After each measurement the queue is counted, so that nobody is fast by
-losing events, and emptied.
+Each round measures every contender with every chunk size, in rotating order; the figures are
+medians over the rounds. After each measurement the queue is counted, so that no contender is fast
+because it loses events, and emptied.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from benchmarks.tables import Bound, machine, median, print_bounds, progress, ta
 from outbox.testing.broker import PrivateBroker
 
 _EVENTS = {1: 500, 10: 3000, 100: 10_000, 1000: 20_000}
-"""Events in one measurement, by the size of its chunks."""
+"""The number of events in a measurement, by chunk size."""
 
-_SINGLE = 1000  # flushes of one event whose times are compared
+_SINGLE = 1000  # timed flushes of a single event
 _CALLERS, _CALLERS_CHUNK, _CALLERS_TIMES = 8, 10, 100
 _QUEUES: dict[str, dict[str, Any]] = {"quorum": {"x-queue-type": "quorum"}, "classic": {}}
 
 
 class Broker:
-    """The broker's side: one queue at a time behind the exchange."""
+    """The broker's exchange with one queue at a time."""
 
     def __init__(self, url: str) -> None:
         self._connection = pika.BlockingConnection(pika.URLParameters(f"{url}?heartbeat=600"))
@@ -48,14 +48,14 @@ class Broker:
         self.version = properties["version"]
 
     def use(self, queue: str) -> None:
-        """Have events go to ``queue`` alone, named by its type."""
+        """Route events only to ``queue``, which is named after its type."""
         for name in _QUEUES:
             self._channel.queue_delete(name)
         self._channel.queue_declare(queue, durable=True, arguments=_QUEUES[queue])
         self._channel.queue_bind(queue, EXCHANGE, "bench.#")
 
     def take(self, queue: str, expected: int) -> None:
-        """Check that as many events have arrived as were published, and remove them."""
+        """Check that all published events have arrived, and remove them."""
         deadline = time.monotonic() + 10
         while True:
             found = self._channel.queue_declare(queue, passive=True).method.message_count
@@ -72,7 +72,7 @@ class Broker:
 
 
 def rates(broker: Broker, url: str, queue: str, rounds: int) -> dict[tuple[str, int], float]:
-    """Return events per second by the contender's name and the size of its chunks."""
+    """Return events per second by contender name and chunk size."""
     peers: list[Peer] = [
         one(url)
         for one in (
@@ -100,7 +100,7 @@ def rates(broker: Broker, url: str, queue: str, rounds: int) -> dict[tuple[str, 
 
 
 def single_flush(broker: Broker, url: str, queue: str) -> tuple[float, float]:
-    """Return the median seconds of one event's flush: with pika, and with outbox, in turns."""
+    """Return the median seconds to flush a single event, with pika and with outbox, in turns."""
     pika_, outbox = PikaBlocking(url), Outbox(url)
     times: dict[Any, list[float]] = {pika_: [], outbox: []}
     for _ in range(_SINGLE):
@@ -113,7 +113,7 @@ def single_flush(broker: Broker, url: str, queue: str) -> tuple[float, float]:
 
 
 def callers(broker: Broker, url: str, queue: str, rounds: int) -> dict[str, float]:
-    """Return events per second of one thread, of eight threads, and of eight tasks."""
+    """Return events per second of one thread, eight threads, and eight tasks."""
     outbox = Outbox(url)
     chunk, times = _CALLERS_CHUNK, _CALLERS_TIMES
     ways: dict[str, tuple[int, Callable[[], float]]] = {

@@ -1,11 +1,11 @@
-"""The relay, from PostgreSQL to RabbitMQ, beside loops written by hand.
+"""The relay from PostgreSQL to RabbitMQ, compared with hand-written loops.
 
 python -m benchmarks.relay [--rows N] [--check]
 
-One private PostgreSQL and one private RabbitMQ. Each contender finds the same rows waiting, and
-afterwards the queue must hold as many events, and the table none. Then: what a claim of ready rows
-takes beside a million that are dead or for later; and how long a committed event takes to be in a
-consumer's hands at a steady 1,000 events a second.
+One private PostgreSQL and one private RabbitMQ. Each contender starts with the same waiting rows;
+afterwards the queue must hold that many events, and the table none. Then: the time of a claim when
+the table also has a million dead or scheduled rows; and the time from commit to consumer at a
+steady 1,000 events per second.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from outbox.testing.postgresql import PrivatePostgreSQL
 from outbox.transports.rabbitmq.amqp.encoder import Encoder
 
 _BATCH = 1000
-_ONE_BY_ONE = 3000  # rows for the loop that takes a round trip for each
+_ONE_BY_ONE = 3000  # rows for the loop with a round trip per row
 _STEADY, _SECONDS = 1000, 10
 
 _CLAIM = """
@@ -53,7 +53,7 @@ RETURNING outbox_events.seq, id, type, exchange, payload, content_type, occurred
 
 
 def fill(engine: Engine, rows: int) -> None:
-    """Store events that wait."""
+    """Fill the table with ``rows`` waiting events."""
     event = Event(id="", target=TARGET, exchange=EXCHANGE, body=BODY)
     values = values_of(event)
     with engine.begin() as connection:
@@ -71,7 +71,7 @@ def fill(engine: Engine, rows: int) -> None:
 
 
 def relay(database: str, broker: str) -> Callable[[], None]:
-    """Return a run of outbox's relay."""
+    """Return a function that runs outbox's relay once."""
     publisher = Publisher(broker, exchange=EXCHANGE)
     publisher.publish([])
     found = Relay(database, publisher)
@@ -83,7 +83,7 @@ def relay(database: str, broker: str) -> Callable[[], None]:
 
 
 def by_hand(database: str, broker: str) -> Callable[[], None]:
-    """Return a run of a loop on psycopg and frames: claim 1,000, send, wait for acks, delete."""
+    """Return a function that loops on psycopg and frames: claim 1,000, send, await acks, delete."""
     connection = psycopg.connect(_address(database))
     channel = RawSocket(broker)
 
@@ -114,7 +114,7 @@ def by_hand(database: str, broker: str) -> Callable[[], None]:
 
 
 def one_by_one(database: str, broker: str) -> Callable[[], None]:
-    """Return a run of a loop that publishes and marks each of 100 claimed rows by itself."""
+    """Return a function that loops over claims of 100 rows, and publishes and deletes each row."""
     connection = psycopg.connect(_address(database))
     channel = pika.BlockingConnection(pika.URLParameters(f"{broker}?heartbeat=600")).channel()
     channel.confirm_delivery()
@@ -137,7 +137,7 @@ def one_by_one(database: str, broker: str) -> Callable[[], None]:
 
 
 def claims(engine: Engine) -> float:
-    """Return how much slower a claim is when a million dead or scheduled rows are in the table."""
+    """Return the slowdown of a claim by a million dead or scheduled rows in the table."""
     store = Store(engine)
 
     def milliseconds() -> float:
@@ -175,7 +175,7 @@ def claims(engine: Engine) -> float:
 
 
 def consume(broker: str, queue: str, total: int, results: Any) -> None:
-    """Send when each of ``total`` events has arrived."""
+    """Consume ``total`` events, and send the time at which each has arrived."""
     arrived: list[tuple[int, float]] = []
     connection = pika.BlockingConnection(pika.URLParameters(f"{broker}?heartbeat=600"))
     channel = connection.channel()
@@ -193,14 +193,14 @@ def consume(broker: str, queue: str, total: int, results: Any) -> None:
 
 
 def relay_for_ever(database: str, broker: str) -> None:
-    """Relay until the process is killed."""
+    """Run a relay until the process is killed."""
     found = Relay(database, Publisher(broker, exchange=EXCHANGE))
     found.start()
     found.wait()
 
 
 def latency(database: str, broker: str, queue: str, *, fast_path: bool) -> float:
-    """Return the 99th percentile of commit to consumer, in ms, at 1,000 events a second."""
+    """Return the 99th percentile from commit to consumer in ms, at 1,000 events per second."""
     engine = create_engine(database)
     publisher = configure(
         broker, exchange=EXCHANGE, after_commit="publish" if fast_path else "nothing"
@@ -208,7 +208,7 @@ def latency(database: str, broker: str, queue: str, *, fast_path: bool) -> float
     publisher.publish([])
     committed: dict[int, float] = {}
     total = _STEADY * _SECONDS
-    # In processes of their own, as they would be; the clock is the machine's.
+    # Separate processes, as in production; the monotonic clock is the same for all of them.
     processes = multiprocessing.get_context("spawn")
     ours, theirs = processes.Pipe()
     consumer = processes.Process(target=consume, args=(broker, queue, total, theirs), daemon=True)
@@ -217,7 +217,7 @@ def latency(database: str, broker: str, queue: str, *, fast_path: bool) -> float
     relaying.start()
     ours.recv()
     begin = time.monotonic()
-    # Ten events a transaction, a hundred transactions a second.
+    # Ten events per transaction, a hundred transactions per second.
     for number in range(total // 10):
         due = begin + number / (_STEADY / 10)
         time.sleep(max(0.0, due - time.monotonic()))
@@ -234,8 +234,8 @@ def latency(database: str, broker: str, queue: str, *, fast_path: bool) -> float
     engine.dispose()
     if len(arrived) != total:
         raise RuntimeError(f"{len(arrived)} of {total} events arrived")
-    # It may be there before the commit has returned here.
-    steady = [one for one in arrived if one[0] >= _STEADY // 10]  # not its first second
+    # An event may arrive before its commit returns here, hence the max() below.
+    steady = [one for one in arrived if one[0] >= _STEADY // 10]  # without the first second
     taken = sorted(max(0.0, at - committed[number]) for number, at in steady)
     found = [taken[int(len(taken) * share)] * 1000 for share in (0.5, 0.99)]
     print(

@@ -1,10 +1,10 @@
-"""Storing events in a transaction: what it costs, beside the same rows as plain objects.
+"""The cost of storing events in a transaction, compared with the same rows as plain objects.
 
 python -m benchmarks.storing [--check]
 
 One private PostgreSQL. Each transaction inserts ten events, or ten plain mapped objects with the
-values of the events' rows into the same table. The publisher is in memory: what happens after
-the commit is no part of this.
+values of the events' rows into the same table. The publisher is in memory, so that what happens
+after the commit isn't measured.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def events(session: Session) -> None:
 
 
 def seconds(engine: Engine, act: Callable[[Session], None]) -> float:
-    """Return the seconds of one transaction, on the average of many."""
+    """Return the average seconds per transaction."""
     begin = time.perf_counter()
     for _ in range(_TRANSACTIONS):
         with Session(engine) as session:
@@ -67,7 +67,7 @@ def seconds(engine: Engine, act: Callable[[Session], None]) -> float:
 
 
 def cost(engine: Engine, after_commit: Any) -> float:
-    """Return what a transaction with ten events takes, in times of one with ten plain objects."""
+    """Return the ratio of a transaction with ten events to one with ten plain objects."""
     configure("memory://", after_commit=after_commit)
     taken: dict[Callable[[Session], None], list[float]] = {plain: [], events: []}
     for number in range(_ROUNDS + 1):
@@ -97,7 +97,7 @@ def main() -> int:
         bounds = [
             Bound("ten events: of ten plain objects", cost(engine, "nothing"), 1.3, at_most=True),
         ]
-        # Not what the transaction takes, but how much the publishing beside it slows the next one.
+        # Not the cost of the transaction, but how much the publishing slows down the next one.
         beside = cost(engine, "publish")
         print(f"beside the publishing of those before, without a pause: {beside:.2f}")
         engine.dispose()

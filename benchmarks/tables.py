@@ -17,7 +17,7 @@ def progress(text: str) -> None:
 
 
 def median(values: Iterable[float]) -> float:
-    """Return the median; 0 of nothing."""
+    """Return the median, or 0 if there are no values."""
     found = list(values)
     return statistics.median(found) if found else 0.0
 
@@ -30,13 +30,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A figure, and what it is to be.
+    """A measured value and its bound.
 
     Attributes:
-        what: it says.
-        value: as measured.
-        bound: the least, or with ``at_most`` the most that it may be.
-        at_most: which of them.
+        what: the meaning of the value.
+        value: the measured value.
+        bound: the minimum, or with ``at_most`` the maximum.
+        at_most: whether ``bound`` is the maximum.
     """
 
     what: str
@@ -46,12 +46,12 @@ class Bound:
 
     @property
     def ok(self) -> bool:
-        """Whether it is kept."""
+        """Whether the value is within its bound."""
         return self.value <= self.bound if self.at_most else self.value >= self.bound
 
 
 def print_bounds(bounds: Sequence[Bound]) -> bool:
-    """Print what was measured against what is wanted; return whether all of it is kept."""
+    """Print the values and their bounds; return whether all are within their bounds."""
     rows = [
         [
             one.what,
@@ -66,7 +66,7 @@ def print_bounds(bounds: Sequence[Bound]) -> bool:
 
 
 def machine(server: str) -> str:
-    """Return what was measured on."""
+    """Return a description of the machine and the software."""
     import os
 
     return (

@@ -1,4 +1,4 @@
-"""How the benchmarks time things."""
+"""Timing for the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def best(function: Callable[[], object], number: int, repeat: int = 7) -> float:
-    """Return the microseconds of one call: the best of ``repeat`` rounds of ``number`` calls."""
+    """Return the microseconds per call, the best of ``repeat`` rounds of ``number`` calls."""
     times = []
     for _ in range(repeat):
         gc.collect()
@@ -20,7 +20,7 @@ def best(function: Callable[[], object], number: int, repeat: int = 7) -> float:
 
 
 def side_by_side(functions: dict[str, Callable[[], object]], number: int) -> dict[str, float]:
-    """Time several functions in turns, so that a drift of the machine hits them alike."""
+    """Time several functions in turns, so that a drift of the machine affects all alike."""
     found = dict.fromkeys(functions, float("inf"))
     for _ in range(7):
         for name, function in functions.items():

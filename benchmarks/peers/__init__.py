@@ -1,8 +1,8 @@
-"""Other ways to publish and to consume, each as its own documentation has it done safely.
+"""Other ways to publish and to consume, each as safe as its documentation describes.
 
-Every publisher here does the same work: 200 bytes of JSON, persistent, mandatory, confirmed, to the
-same topic exchange and queue. Dramatiq differs where it must: it publishes its own, larger messages
-to its own classic queue, not mandatory.
+Every publisher does the same work: 200 bytes of JSON, persistent, mandatory, confirmed, to the same
+topic exchange and queue. Dramatiq differs where it must: it publishes its own, larger messages to
+its own classic queue, without the mandatory flag.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ assert len(BODY) == 200
 
 
 class Peer(Protocol):
-    """Something that publishes.
+    """A contender that publishes.
 
     Attributes:
-        name: what the table calls it.
-        chunks: the sizes of chunks that it is measured with.
-        queue: where its messages are to be found, if it is one of its own.
+        name: its name in the table.
+        chunks: the chunk sizes that it is measured with.
+        queue: the queue of its messages, if it isn't the common one.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""aio-pika, one by one and with ``asyncio.gather`` over a chunk."""
+"""aio-pika, one by one, and with ``asyncio.gather`` over a chunk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.peers import BODY, EXCHANGE, TARGET
 
 
 class AioPika:
-    """Awaits each confirm before the next event."""
+    """A publisher that awaits each confirm before the next event."""
 
     name = "aio-pika, one by one"
     chunks: tuple[int, ...] = (1,)
@@ -52,7 +52,7 @@ class AioPika:
 
 
 class AioPikaGathered(AioPika):
-    """Publishes a whole chunk side by side, and awaits all of its confirms."""
+    """A publisher that publishes a whole chunk concurrently, and awaits all of its confirms."""
 
     name = "aio-pika, gathered"
     chunks = (10, 100, 1000)

@@ -9,7 +9,7 @@ import dramatiq
 from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
 QUEUE = "bench_dramatiq"
-_PADDING = "x" * 40  # so that its whole message, envelope included, has some 200 bytes
+_PADDING = "x" * 40  # so that the whole message, with its envelope, has about 200 bytes
 
 
 class Dramatiq:

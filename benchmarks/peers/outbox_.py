@@ -1,4 +1,4 @@
-"""outbox itself: ``publish()`` of events collected before, and with ``enqueue_event``."""
+"""outbox: ``publish()`` of collected events, with and without ``enqueue_event``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Outbox:
         return time.perf_counter() - begin
 
     def publish_in_threads(self, chunk: int, times: int, threads: int) -> float:
-        """Publish ``times`` chunks in each of some threads; return the seconds taken."""
+        """Publish ``times`` chunks in each of ``threads`` threads; return the seconds taken."""
         started = [
             threading.Thread(target=self.publish, args=(chunk, times)) for _ in range(threads)
         ]
@@ -48,7 +48,7 @@ class Outbox:
         return time.perf_counter() - begin
 
     def publish_in_tasks(self, chunk: int, times: int, tasks: int) -> float:
-        """Publish ``times`` chunks in each of some tasks of one loop; return the seconds taken."""
+        """Publish ``times`` chunks in each of ``tasks`` tasks; return the seconds taken."""
         events = self.events[:chunk]
 
         async def task() -> None:

@@ -1,4 +1,4 @@
-"""pika's BlockingConnection: a round trip an event."""
+"""pika's BlockingConnection: one round trip per event."""
 
 from __future__ import annotations
 

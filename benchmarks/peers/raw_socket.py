@@ -1,6 +1,6 @@
-"""A raw socket that sends chunks as frames encoded beforehand, and waits for their acks.
+"""A raw socket that sends chunks of pre-encoded frames, and waits for their acks.
 
-No client can be faster by much: it neither encodes nor keeps account of anything but numbers.
+No client can be much faster: it encodes nothing while it is timed, and tracks only delivery tags.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RawSocket:
         return time.perf_counter() - begin
 
     def send(self, frames: list[bytes]) -> None:
-        """Send events as they are encoded, as one chunk, and wait for their acks."""
+        """Send encoded events as one chunk, and wait for their acks."""
         self._socket.sendall(b"".join(frames))
         self._sent += len(frames)
         self._wait_for_acks(len(frames))
@@ -71,7 +71,7 @@ class RawSocket:
         self._socket.close()
 
     def _wait_for_acks(self, chunk: int) -> None:
-        low = self._sent - chunk  # all numbers up to this one are acked
+        low = self._sent - chunk  # all tags up to this one are acked
         single: set[int] = set()
         while self._sent - low > len(single):
             class_id, method_id, tag, multiple = struct.unpack(">HHQB", self._method())

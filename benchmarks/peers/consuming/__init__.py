@@ -1,11 +1,11 @@
-"""Consumers side by side, each set up as its own documentation has it done safely.
+"""Consumers to compare, each as safe as its documentation describes.
 
-All of them have the same prefetch, ack a message when its handler has returned, keep no results and
-write no line a message. outbox, FastStream and the bare loops take the same messages, of 200 bytes
-of JSON, from the same quorum queue; Dramatiq and Celery take their own from classic queues of their
-own.
+All have the same prefetch, ack a message when its handler has returned, keep no results and don't
+log per message. outbox, FastStream and the bare loops consume the same messages, of 200 bytes of
+JSON, from the same quorum queue; Dramatiq and Celery consume their own messages from separate
+classic queues.
 
-Each contender is run in a process of its own, so its module is imported only there.
+Each contender runs in a new process, and its module is imported only there.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _PATIENCE = 300.0  # seconds
 
 
 class Countdown:
-    """Counts the messages handled, and times them from the first to the last. Thread-safe.
+    """The count of handled messages, timed from the first to the last. Thread-safe.
 
-    Connecting, declaring and whatever else a start takes is nobody's.
+    So connecting, declaring and the rest of the start aren't measured.
     """
 
     def __init__(self, messages: int, on_last: Callable[[], object] | None = None) -> None:
@@ -59,11 +59,11 @@ class Countdown:
 
     @property
     def rate(self) -> float:
-        """Messages a second."""
+        """The messages per second."""
         return (self._messages - 1) / (self._end - self._begin)
 
     def handle(self) -> None:
-        """Count one; a contender's whole handler."""
+        """Count a message; this is the whole handler of a contender."""
         with self._lock:
             if self._left == self._messages:
                 self._begin = time.perf_counter()
@@ -88,17 +88,17 @@ class Countdown:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Something that consumes.
+    """A contender that consumes.
 
     Attributes:
-        name: what the table calls it.
-        module: of this package.
-        function: there; called with a URL and the number of messages, it consumes them all and
-            returns how many it handled a second.
-        fill: a function of that module, called alike, that puts the messages into ``queue``; ""
-            for the messages that most share.
-        queue: that it consumes from.
-        sends_to: the queue of what it publishes, a message for each; "" for nothing.
+        name: its name in the table.
+        module: the module in this package.
+        function: the function in the module that consumes all messages; it takes a URL and the
+            number of messages, and returns messages per second.
+        fill: the function in the module that puts the messages into ``queue``, with the same
+            arguments; "" for the common messages.
+        queue: the queue that it consumes from.
+        sends_to: the queue of its follow-on messages, one for each message; "" if it has none.
         options: keyword arguments of the function.
     """
 
@@ -112,11 +112,11 @@ class Contender:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is outbox."""
+        """Whether the contender is outbox."""
         return self.module == "outbox_"
 
     def consume(self, url: str, messages: int) -> float:
-        """Consume them all; return how many a second."""
+        """Consume all messages; return messages per second."""
         rate: float = getattr(self._module(), self.function)(url, messages, **self.options)
         return rate
 
@@ -202,7 +202,7 @@ CONTENDERS = {
 
 
 def _fill(url: str, messages: int) -> None:
-    """Put messages like those of any publisher into the queue that the workers declare."""
+    """Put messages, as any publisher sends them, into the queue that the workers declare."""
     with Publisher(url, exchange=EXCHANGE) as publisher:
         event = Event(id="1", target=QUEUE, exchange=EXCHANGE, body=BODY)
         for _ in range(messages // 1000):

@@ -1,4 +1,4 @@
-"""A bare callback of aio-pika's that acks each message; its iterator takes somewhat longer."""
+"""A bare aio-pika callback that acks each message; aio-pika's iterator is somewhat slower."""
 
 from __future__ import annotations
 

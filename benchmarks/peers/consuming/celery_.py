@@ -1,4 +1,4 @@
-"""Celery's worker with its pool of threads; acks when a task is done, as the others do."""
+"""Celery's worker with its thread pool; like the others, it acks when a task is done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fill(url: str, messages: int) -> None:
 
     @app.task(name="task")
     def task(padding: str) -> None:
-        """Sent from here, and run elsewhere."""
+        """Do nothing here; another process runs the task."""
 
     for _ in range(messages):
         task.delay(_PADDING)
@@ -26,7 +26,7 @@ def fill(url: str, messages: int) -> None:
 
 
 def consume(url: str, messages: int) -> float:
-    logging.basicConfig(level=logging.WARNING)  # else it writes two lines a task
+    logging.basicConfig(level=logging.WARNING)  # else it logs two lines per task
     app = _app(url)
     countdown = Countdown(messages, _stop)
 
@@ -44,7 +44,7 @@ def consume(url: str, messages: int) -> float:
         without_mingle=True,
         without_heartbeat=True,
     )
-    worker.start()  # until it is stopped
+    worker.start()  # blocks until it is stopped
     countdown.wait()
     return countdown.rate
 

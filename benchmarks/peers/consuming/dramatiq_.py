@@ -1,4 +1,4 @@
-"""Dramatiq with ``confirm_delivery`` and the middleware that it has of itself."""
+"""Dramatiq with ``confirm_delivery`` and its default middleware."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dramatiq.brokers.rabbitmq import RabbitmqBroker
 
 from benchmarks.peers.consuming import DRAMATIQ_QUEUE, THREADS, Countdown
 
-_PADDING = "x" * 40  # so that its whole message, envelope included, has some 200 bytes
+_PADDING = "x" * 40  # so that the whole message, with its envelope, has about 200 bytes
 
 
 def fill(url: str, messages: int) -> None:
@@ -19,7 +19,7 @@ def fill_middle(url: str, messages: int) -> None:
 
 
 def consume(url: str, messages: int) -> float:
-    """Take what ``fill`` has put there."""
+    """Consume the messages from ``fill``."""
     countdown = Countdown(messages)
     broker = _broker(url)
 
@@ -31,13 +31,13 @@ def consume(url: str, messages: int) -> float:
 
 
 def consume_and_publish(url: str, messages: int, *, threads: int = THREADS) -> float:
-    """Take what ``fill_middle`` has put there, and send a message for each."""
+    """Consume the messages from ``fill_middle``, and send a message for each."""
     countdown = Countdown(messages)
     broker = _broker(url)
 
     @dramatiq.actor(broker=broker, queue_name=f"{DRAMATIQ_QUEUE}_last", actor_name="last")
     def last(padding: str) -> None:
-        raise NotImplementedError("nobody consumes these")
+        raise NotImplementedError("these are never consumed")
 
     @dramatiq.actor(broker=broker, queue_name=DRAMATIQ_QUEUE, actor_name="middle")
     def middle(padding: str) -> None:
@@ -63,11 +63,11 @@ def _run(
 
 
 def _fill(url: str, messages: int, name: str, queue: str) -> None:
-    broker = _broker(url, confirm=False)  # faster; they are counted afterwards
+    broker = _broker(url, confirm=False)  # faster; the messages are counted afterwards
 
     @dramatiq.actor(broker=broker, queue_name=queue, actor_name=name)
     def actor(padding: str) -> None:
-        """Sent from here, and run elsewhere."""
+        """Do nothing here; another process runs the actor."""
 
     for _ in range(messages):
         actor.send(_PADDING)

@@ -1,4 +1,4 @@
-"""FastStream's subscriber; it acks when the handler has returned, and logs nothing a message."""
+"""FastStream's subscriber, which acks when the handler has returned, without a log line each."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""outbox's worker, its messages on threads or as tasks.
+"""outbox's worker, with threads or with tasks.
 
-What is on in all of them: each message is decoded, has a context and a collector of its own, is
-asked for events left unpublished, and what it publishes is confirmed before it is acked.
+In all cases each message is decoded, gets a new context and collector, and is checked for
+unpublished events; its follow-on events are confirmed before it is acked.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Guarded(Consumer):
 
     @before
     def look(self, event: ReceivedEvent) -> None:
-        """Let everything through."""
+        """Let every message through."""
 
 
 def consume_guarded(url: str, messages: int) -> float:

@@ -20,6 +20,5 @@ def current_message() -> ReceivedEvent | None:
     return _current.get()
 
 
-def set_current_message(event: ReceivedEvent) -> None:
-    """Have ``event`` be the current message until the end of the present context."""
-    _current.set(event)
+set_current_message = _current.set
+"""Makes an event the current message until the end of this context."""

@@ -69,9 +69,6 @@ class Filters:
     after: tuple[str, ...] = ()
     around: tuple[str, ...] = ()
 
-    def __bool__(self) -> bool:
-        return bool(self.before or self.after or self.around)
-
 
 def filters_of(consumer: type, *, what: str) -> Filters:
     """Return the filters of a class: those of its bases first, without those that it skips.

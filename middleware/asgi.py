@@ -19,13 +19,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as ASGIScope
 from starlette.websockets import WebSocketDisconnect
 
 from outbox import Publisher
 from outbox.configuration import configured_publisher
 from outbox.middleware.request_collector import IsSuccess, RequestCollector, below_400
-from outbox.unit_of_work import scope
+from outbox.unit_of_work.unit_of_work import Scope
 
 __all__ = ["OutboxMiddleware"]
 
@@ -59,7 +60,7 @@ class OutboxMiddleware:
         self._publisher = publisher
         self._is_success = is_success
 
-    async def __call__(self, asgi_scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, asgi_scope: ASGIScope, receive: Receive, send: Send) -> None:
         """Serve one request, WebSocket connection or lifespan."""
         outer = asgi_scope.get(_MARKER)
         if outer is not None and not outer.closed:  # closed if an ended request is tried again
@@ -68,7 +69,7 @@ class OutboxMiddleware:
         kind = asgi_scope["type"]
         collector = RequestCollector(self._publisher, kind == "http")
         asgi_scope[_MARKER] = collector
-        token = scope.enter(collector, collector.buffer)
+        token = Scope.enter(collector, collector.buffer)
         try:
             if kind == "http":
                 await self._request(collector, asgi_scope, receive, send)
@@ -78,10 +79,10 @@ class OutboxMiddleware:
                 await self._lifespan(collector, asgi_scope, receive, send)
         finally:
             collector.close()
-            scope.leave(token)
+            Scope.leave(token)
 
     async def _request(
-        self, collector: RequestCollector, asgi_scope: Scope, receive: Receive, send: Send
+        self, collector: RequestCollector, asgi_scope: ASGIScope, receive: Receive, send: Send
     ) -> None:
         status = 0
 
@@ -103,7 +104,7 @@ class OutboxMiddleware:
                 collector.discard(f"the response's status is {status or 'not known'}")
 
     async def _websocket(
-        self, collector: RequestCollector, asgi_scope: Scope, receive: Receive, send: Send
+        self, collector: RequestCollector, asgi_scope: ASGIScope, receive: Receive, send: Send
     ) -> None:
         send_errors: list[OSError] = []
 
@@ -129,7 +130,7 @@ class OutboxMiddleware:
         await collector.publish_quietly_async()
 
     async def _lifespan(
-        self, collector: RequestCollector, asgi_scope: Scope, receive: Receive, send: Send
+        self, collector: RequestCollector, asgi_scope: ASGIScope, receive: Receive, send: Send
     ) -> None:
         received = False
 

@@ -9,9 +9,8 @@ from typing import Any, TypeAlias
 
 from outbox import EventCollector, Publisher, UsageError
 from outbox.backlog.notifier import ids
-from outbox.observer import installed_observer
-from outbox.unit_of_work.buffer import Buffer
-from outbox.unit_of_work.unit_of_work import UnitOfWork
+from outbox.observer import seam
+from outbox.unit_of_work.unit_of_work import Buffer, UnitOfWork
 
 __all__ = ["IsSuccess", "RequestCollector", "below_400"]
 
@@ -37,7 +36,7 @@ class RequestCollector(EventCollector):
 
     def __init__(self, publisher: Publisher | None, publishes_itself: bool) -> None:
         # EventCollector.__init__(), inlined, since every request creates a collector.
-        self._unit = UnitOfWork(publisher, installed_observer(), publishes_itself)
+        self._unit = UnitOfWork(publisher, seam.observer, publishes_itself)
         self._buffer = Buffer(self._unit)
 
     @property

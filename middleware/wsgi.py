@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from outbox import Publisher
 from outbox.middleware.request_collector import IsSuccess, RequestCollector, below_400
-from outbox.unit_of_work.scope import Scope, leave, present, resume
+from outbox.unit_of_work.unit_of_work import Scope
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -66,8 +66,8 @@ class OutboxMiddleware:
         wrapper = environ.get(_FILE_WRAPPER)
         if wrapper is not None and not isinstance(wrapper, (type, _FileWrapper)):
             environ[_FILE_WRAPPER] = _FileWrapper(wrapper)
-        scope = Scope(request, request.buffer, present())
-        token = resume(scope)
+        scope = Scope(request, request.buffer, Scope.present())
+        token = Scope.resume(scope)
         try:
             body = self.app(environ, request.start_response)
         except BaseException as error:
@@ -75,7 +75,7 @@ class OutboxMiddleware:
             request.close()
             raise
         finally:
-            leave(token)
+            Scope.leave(token)
         return request.respond(body, environ, scope)
 
 
@@ -194,7 +194,7 @@ class _Body:
         return self
 
     def __next__(self) -> bytes:
-        token = resume(self._scope)
+        token = Scope.resume(self._scope)
         try:
             if self._iterator is None:
                 self._iterator = iter(self._body)
@@ -206,15 +206,15 @@ class _Body:
             self._request.fail(error)
             raise
         finally:
-            self._scope = present()
-            leave(token)
+            self._scope = Scope.present()
+            Scope.leave(token)
 
     def close(self) -> None:
         """Close the application's body, once, and end the unit of work."""
         if self._closed:
             return
         self._closed = True
-        token = resume(self._scope)
+        token = Scope.resume(self._scope)
         try:
             _close(self._body)
             self._request.finish()
@@ -223,7 +223,7 @@ class _Body:
             raise
         finally:
             self._request.close()
-            leave(token)
+            Scope.leave(token)
 
 
 class _SizedBody(_Body):

@@ -8,7 +8,7 @@ from typing import Unpack
 
 from outbox import serializer
 from outbox.errors import NotConfigured, UsageError
-from outbox.observer import Observer, installed_observer
+from outbox.observer import Observer, seam
 from outbox.publisher import Publisher
 from outbox.settings import SettingOverrides
 from outbox.system import process
@@ -75,10 +75,10 @@ def default_publisher(observer: Observer | None = None) -> Publisher:
     with _lock:
         if (
             _publisher is None
-            and (observer or installed_observer()) is not None
+            and (observer or seam.observer) is not None
             and not os.environ.get("OUTBOX_URL")
         ):
-            return _stand_in_for(observer or installed_observer())
+            return _stand_in_for(observer or seam.observer)
         return _publisher or configure()
 
 

@@ -107,7 +107,8 @@ def make_event(
     Raises:
         InvalidEvent: see :meth:`outbox.EventCollector.enqueue_event`.
     """
-    check_name("target", target)
+    if not (isinstance(target, str) and target.isascii() and len(target) <= 255):
+        check_name("target", target)  # nearly every target is ASCII, and needs no encoding
     if not target:
         raise InvalidEvent("the target is empty; it is the routing key, such as 'order.placed'")
     try:

@@ -9,7 +9,7 @@ from outbox.event import Event
 from outbox.settings import Settings
 from outbox.transports.transport import Transport
 
-__all__ = ["Observer", "install_observer", "installed_observer"]
+__all__ = ["Observer", "seam"]
 
 
 class Observer(Protocol):
@@ -50,15 +50,18 @@ class Observer(Protocol):
         ...
 
 
-_installed: Observer | None = None
+class _Seam:
+    """Where an observer is installed.
+
+    Attributes:
+        observer: the observer of the whole process, or None.
+    """
+
+    __slots__ = ("observer",)
+
+    def __init__(self) -> None:
+        self.observer: Observer | None = None
 
 
-def installed_observer() -> Observer | None:
-    """Return the installed observer, or None."""
-    return _installed
-
-
-def install_observer(observer: Observer | None) -> None:
-    """Install ``observer`` for the whole process; None removes the current one."""
-    global _installed
-    _installed = observer
+seam = _Seam()
+"""Read for each event, so an attribute and not a function."""

@@ -18,7 +18,7 @@ from outbox.backlog.notifier import call_hook, ids
 from outbox.backlog.stats import Stats
 from outbox.errors import CollectorFull, InvalidEvent, UsageError
 from outbox.event import Event
-from outbox.observer import Observer, installed_observer
+from outbox.observer import Observer, seam
 from outbox.report import PublishReport
 from outbox.settings import SettingOverrides, Settings
 from outbox.system import process
@@ -71,7 +71,7 @@ class Publisher:
     @property
     def kept(self) -> tuple[Event, ...]:
         """The kept events, in the order they will be sent again."""
-        return self._transport().kept
+        return self._transport().backlog.kept
 
     @property
     def connected(self) -> bool:
@@ -81,9 +81,9 @@ class Publisher:
     def stats(self) -> Stats:
         """Return the publisher's counters, which are not all read at the same instant."""
         transport = self._transport()
-        tally = transport.tally
+        tally = transport.backlog.tally
         fates = dict(tally.fates)
-        kept, kept_bytes = transport.kept_size
+        kept, kept_bytes = transport.backlog.kept_size
         return Stats(
             connected=self.connected,
             kept=kept,
@@ -248,7 +248,7 @@ class Publisher:
         Raises:
             UsageError: ``other`` has no room for them, or cannot carry them; nothing has changed.
         """
-        kept = self._own_transport().kept
+        kept = self._own_transport().backlog.kept
         other.check_room(len(kept), sum(len(event.body) for event in kept))
         for event in kept:
             other.check_carries(event)
@@ -266,7 +266,7 @@ class Publisher:
 
     def check_room(self, more_events: int = 0, more_bytes: int = 0) -> None:
         """Raise CollectorFull if the kept events reach a limit: new work must not commit."""
-        events, size = self._transport().kept_size
+        events, size = self._transport().backlog.kept_size
         settings = self.settings
         full = max(
             (events + more_events) / (settings.max_kept or math.inf),
@@ -316,7 +316,7 @@ class Publisher:
         """
         transport = self._transport(observer)
         transport.start()
-        if transport.kept_size[0]:
+        if transport.backlog.kept_size[0]:
             self.check_room()
         else:
             self._half_full = False
@@ -334,7 +334,7 @@ class Publisher:
         self.close()
 
     def _transport(self, observer: Observer | None = None) -> Transport:
-        observer = observer or installed_observer()
+        observer = observer or seam.observer
         return self._own_transport() if observer is None else observer.transport_of(self.settings)
 
     def _own_transport(self) -> Transport:

@@ -79,7 +79,7 @@ def _one_buffer() -> None:
 
     def drop(self: Any, events: Any) -> Any:
         transport: Any = self.publisher._transport()
-        backlog = transport._backlog
+        backlog = transport.backlog
         waiting = [*backlog._elsewhere, *backlog._queue]
         backlog.give_fate([entry for entry in waiting if entry.kept], Fate.WITHDRAWN)
         return original(self, events)

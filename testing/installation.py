@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 from outbox import UsageError
 from outbox.configuration import publisher_if_any
-from outbox.observer import Observer, install_observer, installed_observer
+from outbox.observer import Observer, seam
 from outbox.settings import Settings
 from outbox.testing.collected_events import CollectedEvents
 from outbox.testing.live_broker import LiveBroker
 from outbox.testing.live_events import LiveEvents
 from outbox.testing.recorder import Recorder
-from outbox.unit_of_work import scope
+from outbox.unit_of_work.unit_of_work import Scope
 
 __all__ = ["live", "recorded"]
 
@@ -66,17 +66,17 @@ def live(url: str, where: str, *, strict: bool = False) -> Iterator[LiveEvents]:
 @contextmanager
 def _installed(observer: Observer, where: str) -> Iterator[None]:
     global _where
-    if installed_observer() is not None:
+    if seam.observer is not None:
         raise UsageError(
             f"this test's events are recorded or published live already, by "
             f"{_where or 'something else'}: {where} cannot do it too; use one of the two"
         )
-    outer = scope.present()
-    install_observer(observer)
+    outer = Scope.present()
+    seam.observer = observer
     _where = where
     try:
         yield
     finally:
-        scope.resume(outer)  # a block that the test has left open must not reach the next test
-        install_observer(None)
+        Scope.resume(outer)  # a block that the test has left open must not reach the next test
+        seam.observer = None
         _where = ""

@@ -14,10 +14,9 @@ from typing import Any
 
 from outbox import Event, PublishReport
 from outbox.backlog.chunk import Chunk, Fate
-from outbox.backlog.stats import Tally
 from outbox.consumers.received_event import Undecodable, decode
 from outbox.messages.delivery import Delivery, QueueSpec
-from outbox.observer import installed_observer
+from outbox.observer import seam
 from outbox.settings import Settings
 from outbox.system import process
 from outbox.testing.queue_reader import QueueReader
@@ -163,7 +162,7 @@ class LiveBroker:
     def kept(self) -> tuple[Event, ...]:
         """The events that the publishers keep."""
         transports = list(self._transports)
-        return tuple(event for _, transport in transports for event in transport.kept)
+        return tuple(event for _, transport in transports for event in transport.backlog.kept)
 
     # ------------------------------------------------------------------- for the testing kit
 
@@ -315,22 +314,11 @@ class _LiveTransport:
         self._inner = inner
         self.supports_delay = inner.supports_delay
         self.longest_delay = inner.longest_delay
+        self.backlog = inner.backlog
 
     @property
     def connected(self) -> bool:
         return self._inner.connected
-
-    @property
-    def kept(self) -> tuple[Event, ...]:
-        return self._inner.kept
-
-    @property
-    def kept_size(self) -> tuple[int, int]:
-        return self._inner.kept_size
-
-    @property
-    def tally(self) -> Tally:
-        return self._inner.tally
 
     @property
     def on_own_thread(self) -> bool:
@@ -362,7 +350,7 @@ _inherited: list[object] = []
 
 
 def _leave_to_parent() -> None:
-    observer = installed_observer()
+    observer = seam.observer
     if isinstance(observer, LiveBroker):
         observer.leave_to_parent()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from outbox import Event, Publisher
@@ -14,6 +15,7 @@ from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Steps
 from outbox.consumers.outcome import Again, Dead, Outcome, Return
+from outbox.consumers.worker.worker_context import MakeMessage
 from outbox.messages.delivery import Delivery
 from outbox.messages.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET
 from outbox.testing.live_broker import LiveBroker, event_of
@@ -158,12 +160,12 @@ class _Worker(Worker):
         broker: LiveBroker,
         note: Callable[[Delivered, str], None],
     ) -> None:
-        super().__init__(consumers, publisher=publisher, threads=1, concurrency=1)
-        self._broker = broker
+        self._broker = broker  # before: the worker asks for its message maker
         self._note = note
+        super().__init__(consumers, publisher=publisher, threads=1, concurrency=1)
 
-    def _make_message(self, consumer: Consumer, delivery: Delivery, services: Services) -> Message:
-        return _Message(consumer, delivery, services, self._broker, self._note)
+    def _message_maker(self) -> MakeMessage:
+        return partial(_Message, broker=self._broker, note=self._note)
 
 
 class _Message(Message):

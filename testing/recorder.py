@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from outbox import BrokerError, ConnectionLost, Event, UsageError
 from outbox.backlog.backlog import Backlog, News
 from outbox.backlog.chunk import Chunk, Fate
-from outbox.backlog.stats import Tally
 from outbox.configuration import configured_publisher
 from outbox.messages.topics import matches
 from outbox.settings import Settings
@@ -51,7 +50,7 @@ class Recorder:
         self._cleared: list[Event] = []
         self._pretended: dict[int, Fate] = {}
         self._parked: list[Event] = []
-        self._backlog = Backlog()
+        self.backlog = Backlog()
         self._left: int | None = None  # how many events are still confirmed; None for all
         self._error: BrokerError = ConnectionLost("the test has the broker away")
         self._unroutable: list[str] = []
@@ -105,17 +104,7 @@ class Recorder:
     @property
     def kept(self) -> tuple[Event, ...]:
         """The events kept while the broker is away, in order."""
-        return self._backlog.kept
-
-    @property
-    def kept_size(self) -> tuple[int, int]:
-        """How many events are kept, and the bytes of their bodies."""
-        return self._backlog.kept_size
-
-    @property
-    def tally(self) -> Tally:
-        """The counters so far."""
-        return self._backlog.tally
+        return self.backlog.kept
 
     def enqueued(self, event: Event) -> None:
         """Record an event that was collected."""
@@ -197,17 +186,17 @@ class Recorder:
         chunk = Chunk(events, keep=keep)
         entries = chunk.entries
         with self._lock:
-            self._backlog.up()  # each chunk tries the broker again
-            news = [self._backlog.add(chunk)]
-            waiting = self._backlog.take(sys.maxsize, 0)
+            self.backlog.up()  # each chunk tries the broker again
+            news = [self.backlog.add(chunk)]
+            waiting = self.backlog.take(sys.maxsize, 0)
             for entry in entries:
                 self._enqueued.pop(id(entry.event), None)
                 fate = self._fate_of(entry.event)
                 if fate is not None:
-                    news.append(self._backlog.give_fate([entry], *fate))
-            self._backlog.requeue(waiting)
+                    news.append(self.backlog.give_fate([entry], *fate))
+            self.backlog.requeue(waiting)
             if any(entry.fate is None for entry in entries):
-                news.append(self._backlog.down((), self._error))
+                news.append(self.backlog.down((), self._error))
         _resolve(*news)
         if self._crashes and events:
             raise SimulatedCrash
@@ -251,10 +240,10 @@ class Recorder:
 
     def _publish_kept(self) -> None:
         with self._lock:
-            self._backlog.up()
-            entries = self._backlog.take(sys.maxsize, 0)
+            self.backlog.up()
+            entries = self.backlog.take(sys.maxsize, 0)
             self._published += [entry.event for entry in entries]
-            news = self._backlog.give_fate(entries, Fate.PUBLISHED)
+            news = self.backlog.give_fate(entries, Fate.PUBLISHED)
         _resolve(news)
 
     def _copy(self, events: object) -> tuple[Event, ...]:

@@ -14,11 +14,11 @@ from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
 
 from outbox import Publisher, configuration
-from outbox.observer import installed_observer
+from outbox.observer import seam
 from outbox.sql import Store
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.postgresql import PostgreSQLMissing, PrivatePostgreSQL
-from outbox.unit_of_work import scope
+from outbox.unit_of_work.unit_of_work import Scope
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.places import Place, place_of
@@ -175,7 +175,7 @@ def publisher(amqp_url: str, name: str) -> Iterator[Publisher]:
 @pytest.fixture(autouse=True)
 def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No collector, publisher, setting, observer or thread of a test remains in the next."""
-    scope.resume(None)
+    Scope.resume(None)
     for variable in [one for one in os.environ if one.startswith("OUTBOX_")]:
         if not variable.startswith("OUTBOX_TEST_"):
             monkeypatch.delenv(variable)
@@ -184,7 +184,7 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     default = configuration.configured_publisher()
     if default is not None:
         default.close(0)
-    assert installed_observer() is None
+    assert seam.observer is None
     for thread in threading.enumerate():
         if thread.name.startswith("outbox-"):
             thread.join(5)

@@ -29,7 +29,7 @@ from outbox.consumers.outcome import (
     Unconfirmed,
 )
 from outbox.consumers.received_event import ReceivedEvent
-from outbox.unit_of_work import scope
+from outbox.unit_of_work.unit_of_work import Scope
 
 __all__ = ["Attempt", "result_of", "text_of"]
 
@@ -63,7 +63,7 @@ class Attempt:
             if self._entry is not None:
                 self._entry.leave()  # what callbacks commit is not the handler's
             left = self._collector.end()
-            scope.leave(token)
+            Scope.leave(token)
         if left and not isinstance(outcome, Ack):
             logger.debug("dropped with %r: %s", self._event.id, ids(left))
         return outcome
@@ -103,8 +103,9 @@ class Attempt:
                 return DUPLICATE
             if not consumer.auto_publish:  # else its events come after the handler's commit
                 entry.join()
-        if consumer.filters:
-            result = yield from self._around(consumer.filters.around)
+        filters = consumer.filters
+        if filters.before or filters.after or filters.around:
+            result = yield from self._around(filters.around)
         else:
             result = yield Call(consumer.process, (event,), consumer.time_limit)
         outcome = ACK if result is None else result
@@ -118,7 +119,7 @@ class Attempt:
     def _finish(self, done: Ack) -> Steps[Ack | Unconfirmed]:
         """Publish what the message has enqueued, and note that it is done."""
         collector, entry = self._collector, self._entry
-        if len(collector):
+        if collector.has_events:
             if not self._consumer.auto_publish:
                 raise UnpublishedEvents(tuple(event.id for event in collector.events))
             is_last = entry is None and "on_success" not in self._consumer.callbacks

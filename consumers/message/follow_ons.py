@@ -10,7 +10,7 @@ from outbox import Event, EventCollector, Publisher
 from outbox.backlog.chunk import Chunk
 from outbox.consumers.received_event import ReceivedEvent
 from outbox.ids import follow_on_id
-from outbox.unit_of_work import scope
+from outbox.unit_of_work.unit_of_work import Buffer, Scope, UnitOfWork
 
 __all__ = ["CallbackCollector", "MessageCollector"]
 
@@ -22,16 +22,23 @@ class MessageCollector(EventCollector):
 
     def __init__(self, publisher: Publisher, event: ReceivedEvent, *, auto_publish: bool) -> None:
         """Hold nothing yet; with ``auto_publish``, ``publish()`` is said by somebody else."""
-        super().__init__(publisher=publisher, make_id=_FollowOnIds(event))
-        self._unit.publishes_itself = auto_publish
+        # Every message makes one: what EventCollector's own __init__ does, without calling it.
+        self._unit = UnitOfWork(publisher, None, auto_publish, make_id=_FollowOnIds(event))
+        self._buffer = Buffer(self._unit)
 
-    def enter(self) -> Token[scope.Scope | None]:
-        """Make it current until ``scope.leave()``: what ``use()`` does, at half its price."""
-        return scope.enter(self, self._buffer)
+    @property
+    def has_events(self) -> bool:
+        """Whether events wait to be published."""
+        return bool(self._buffer.events)
+
+    def enter(self) -> Token[Scope | None]:
+        """Make it current until ``Scope.leave()``: what ``use()`` does, at half its price."""
+        return Scope.enter(self, self._buffer)
 
     def end(self) -> tuple[Event, ...]:
         """Drop what is left, and take nothing more."""
-        return self._drop(self._buffer.close())
+        left = self._buffer.close()
+        return self._drop(left) if left else ()
 
     def hand_over(self) -> Chunk:
         """Hand the events to the publisher without waiting for the confirms."""

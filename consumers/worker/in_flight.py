@@ -96,7 +96,9 @@ class Lives:
         if life is not None:
             return life
         work = self._work
-        if work.subscription.is_stale(delivery) or not work.begins():
+        if work.subscription.is_stale(delivery):
+            return None
+        if work.quota is not None and not work.quota.begin():
             return None
         self.any_begun = True
         message = work.make_message(work.consumers[delivery.queue], delivery, self._services)
@@ -109,6 +111,12 @@ class Lives:
         """
         self._left[life] = (time.monotonic() + self._timeout, chunk)
         chunk.on_reported(partial(self._on_reported, life))
+
+    def ends(self) -> None:
+        """Count a message that has ended; with the last one that is allowed, stop the worker."""
+        quota = self._work.quota
+        if quota is not None and quota.end():
+            self._work.on_used_up()
 
     def stop(self, deadline: float) -> bool:
         """Wait for the lives that were left, until ``deadline``; return whether all have ended.
@@ -164,7 +172,7 @@ class Lives:
         except BaseException:  # a bug of ours must end neither the thread nor the message
             logger.exception("could not handle message %r", life.message.delivery.message_id)
             self._work.give_back(life.message.delivery)
-        self._work.ends()
+        self.ends()
 
 
 def _refuse(step: Step) -> None:

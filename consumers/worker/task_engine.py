@@ -188,7 +188,7 @@ class TaskEngine:
         elif isinstance(result, Unconfirmed):
             self.lives.leave(life, result.chunk)
         else:
-            self._shared.ends()
+            self.lives.ends()
         if task in self._tasks:
             self._tasks.discard(task)
             self._room.release()

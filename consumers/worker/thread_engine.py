@@ -143,7 +143,7 @@ class ThreadEngine:
         if isinstance(result, Unconfirmed):
             self.lives.leave(life, result.chunk)
         else:
-            self._shared.ends()
+            self.lives.ends()
         return True
 
     def _live(
@@ -202,7 +202,7 @@ class ThreadEngine:
         except RuntimeError:  # there can be no more threads: somebody else gets the message
             message.abandon()
             self._shared.give_back(message.delivery)
-            self._shared.ends()
+            self.lives.ends()
             self._places.leave(to_late=goes_on)
             raise
 
@@ -213,7 +213,7 @@ class ThreadEngine:
         except BaseException:
             logger.exception("could not end message %r", message.delivery.message_id)
             self._shared.give_back(message.delivery)
-        self._shared.ends()
+        self.lives.ends()
         if goes_on:
             self._work()
         else:

@@ -18,9 +18,9 @@ from outbox.consumers.worker.assignment import Assignment
 from outbox.consumers.worker.dispatch_queue import make_arrivals
 from outbox.consumers.worker.task_engine import TaskEngine
 from outbox.consumers.worker.thread_engine import ThreadEngine
-from outbox.consumers.worker.worker_context import Quota, Work
+from outbox.consumers.worker.worker_context import MakeMessage, Quota, Work
 from outbox.messages.delivery import Delivery
-from outbox.observer import installed_observer
+from outbox.observer import seam
 from outbox.transports.registry import open_subscription
 
 __all__ = ["Worker"]
@@ -104,7 +104,7 @@ class Worker:
         self.publisher = publisher or default_publisher()
         settings = self.publisher.settings
         specs = assignment.specs(settings.exchange)
-        observer = installed_observer()
+        observer = seam.observer
         consumed = settings if observer is None else observer.consumed_with(settings)
         self._subscription = open_subscription(consumed, specs, self.prefetch)
         self._quota = None if max_messages is None else Quota(max_messages)
@@ -118,7 +118,7 @@ class Worker:
             inbox=open_inbox(settings, self.consumers.values()) if inbox is None else inbox,
             quota=self._quota,
             on_used_up=self._stopping.set,
-            make_message=self._make_message,
+            make_message=self._message_maker(),
             make_arrivals=lambda: make_arrivals(specs, self._subscription.out, self.prefetch),
         )
         self._threads = ThreadEngine(work, threads) if assignment.plain else None
@@ -187,10 +187,18 @@ class Worker:
         self._subscription.close()
         return finished
 
-    def _make_message(self, consumer: Consumer, delivery: Delivery, services: Services) -> Message:
-        if self._isolation is not None and not consumer.is_async:
-            return IsolatedMessage(consumer, delivery, services, self._isolation)
-        return Message(consumer, delivery, services)
+    def _message_maker(self) -> MakeMessage:
+        """Return what makes the message of a consumer, a delivery and its engine's services."""
+        isolation = self._isolation
+        if isolation is None:
+            return Message
+
+        def make(consumer: Consumer, delivery: Delivery, services: Services) -> Message:
+            if consumer.is_async:
+                return Message(consumer, delivery, services)
+            return IsolatedMessage(consumer, delivery, services, isolation)
+
+        return make
 
     def _engines(self) -> list[ThreadEngine | TaskEngine]:
         return [one for one in (self._threads, self._tasks) if one is not None]

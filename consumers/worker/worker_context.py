@@ -10,11 +10,14 @@ from outbox import Publisher
 from outbox.consumers.definition import Consumer
 from outbox.consumers.message.deduplication import Inbox
 from outbox.consumers.message.message import Message
+from outbox.consumers.message.services import Services
 from outbox.consumers.worker.dispatch_queue import Arrivals
 from outbox.messages.delivery import Delivery
 from outbox.transports.subscription import Subscription
 
-__all__ = ["Quota", "Work"]
+__all__ = ["MakeMessage", "Quota", "Work"]
+
+MakeMessage = Callable[[Consumer, Delivery, Services], Message]
 
 _REQUEUE = 0.5  # seconds
 
@@ -70,17 +73,8 @@ class Work:
     inbox: Inbox | None
     quota: Quota | None
     on_used_up: Callable[[], object]
-    make_message: Callable[..., Message]
+    make_message: MakeMessage
     make_arrivals: Callable[[], Arrivals]
-
-    def begins(self) -> bool:
-        """Return whether one more message may be begun."""
-        return self.quota is None or self.quota.begin()
-
-    def ends(self) -> None:
-        """Note that a message that was begun has ended."""
-        if self.quota is not None and self.quota.end():
-            self.on_used_up()
 
     def give_back(self, delivery: Delivery) -> None:
         """Have a message that could not be handled come again, soon."""

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, SessionTransaction, registry
 from outbox import sinks
 from outbox.errors import UsageError
 from outbox.event import Event
-from outbox.observer import installed_observer
+from outbox.observer import seam
 from outbox.publisher import Publisher
 from outbox.sql.commits import is_autocommit
 from outbox.sql.handover import Handover, handover_for
@@ -141,7 +141,7 @@ def _store_in_session(session: Session, stored: Event, publisher: Publisher | No
             "(sessionmaker(bind=engine), or binds={outbox.sql.events: engine})"
         ) from error
     _check(where)
-    observer = installed_observer()
+    observer = seam.observer
     handover = None
     # A session on the caller's connection is left to the relay: the caller's transaction may end
     # after the session's.

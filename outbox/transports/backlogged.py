@@ -5,7 +5,6 @@ from __future__ import annotations
 from outbox.backlog.backlog import Backlog
 from outbox.backlog.chunk import Chunk
 from outbox.backlog.notifier import Notifier
-from outbox.backlog.stats import Tally
 from outbox.errors import ConnectionLost
 from outbox.event import Event
 
@@ -16,33 +15,21 @@ class BackloggedTransport:
     """Answers from the backlog what a publisher asks of a ``Transport``.
 
     Those that inherit take from the backlog, and move events.
+
+    Attributes:
+        backlog: the entries without a fate.
     """
 
     def __init__(self, notify: Notifier) -> None:
         self._notify = notify
-        self._backlog = Backlog()
-
-    @property
-    def kept(self) -> tuple[Event, ...]:
-        """The events that are kept, oldest first."""
-        return self._backlog.kept
-
-    @property
-    def kept_size(self) -> tuple[int, int]:
-        """How many events are kept, and the bytes of their bodies."""
-        return self._backlog.kept_size
-
-    @property
-    def tally(self) -> Tally:
-        """What has been counted so far."""
-        return self._backlog.tally
+        self.backlog = Backlog()
 
     def release(self, chunk: Chunk) -> None:
         """Report ``chunk`` as it stands."""
-        self._notify(self._backlog.release(chunk))
+        self._notify(self.backlog.release(chunk))
 
     def _hand_over(self) -> tuple[Event, ...]:
         """Report every chunk, and return what is left: nothing moves any more."""
-        left, news = self._backlog.hand_over(ConnectionLost("the publisher was closed"))
+        left, news = self.backlog.hand_over(ConnectionLost("the publisher was closed"))
         self._notify(news)
         return left

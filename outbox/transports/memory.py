@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from outbox.backlog.backlog import Backlog
 from outbox.backlog.chunk import Chunk, Fate
 from outbox.backlog.notifier import Notifier
-from outbox.backlog.stats import Tally
 from outbox.event import Event
 from outbox.settings import Settings
 from outbox.url import BrokerURL
@@ -23,20 +22,13 @@ class MemoryTransport:
     supports_delay = True
     longest_delay = None
     connected = True
-    kept: tuple[Event, ...] = ()
-    kept_size = (0, 0)
     on_own_thread = False
 
     def __init__(self, url: BrokerURL, settings: Settings, notify: Notifier) -> None:
-        self._backlog = Backlog()
+        self.backlog = Backlog()
         self._notify = notify
         self._lock = threading.Lock()
         self.published: deque[Event] = deque(maxlen=100_000)
-
-    @property
-    def tally(self) -> Tally:
-        """What has been counted so far."""
-        return self._backlog.tally
 
     def start(self) -> None:
         """Do nothing: there is nothing to connect to."""
@@ -45,12 +37,12 @@ class MemoryTransport:
         """Publish ``events`` at once."""
         chunk = Chunk(events, keep=keep)
         entries = chunk.entries
-        news = self._backlog.add(chunk)
+        news = self.backlog.add(chunk)
         if entries:
             with self._lock:
                 self.published.extend(events)
-                self._backlog.take(len(entries), len(entries))
-            news = self._backlog.give_fate(entries, Fate.PUBLISHED)
+                self.backlog.take(len(entries), len(entries))
+            news = self.backlog.give_fate(entries, Fate.PUBLISHED)
         self._notify(news)
         return chunk
 

@@ -6,8 +6,8 @@ import datetime
 from collections.abc import Sequence
 from typing import Protocol
 
+from outbox.backlog.backlog import Backlog
 from outbox.backlog.chunk import Chunk
-from outbox.backlog.stats import Tally
 from outbox.event import Event
 
 __all__ = ["Transport"]
@@ -18,9 +18,11 @@ class Transport(Protocol):
 
     Attributes:
         supports_delay: whether events with ``deliver_at`` can be carried.
+        backlog: the entries without a fate; what is kept, and the counters.
     """
 
     supports_delay: bool
+    backlog: Backlog
 
     @property
     def longest_delay(self) -> datetime.timedelta | None:
@@ -30,21 +32,6 @@ class Transport(Protocol):
     @property
     def connected(self) -> bool:
         """Whether the broker can be reached now, as far as is known."""
-        ...
-
-    @property
-    def kept(self) -> tuple[Event, ...]:
-        """The events that are kept, oldest first."""
-        ...
-
-    @property
-    def kept_size(self) -> tuple[int, int]:
-        """How many events are kept, and the bytes of their bodies."""
-        ...
-
-    @property
-    def tally(self) -> Tally:
-        """What has been counted so far."""
         ...
 
     @property

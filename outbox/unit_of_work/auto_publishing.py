@@ -17,14 +17,12 @@ from typing import Any, ParamSpec, Self, TypeVar, cast, overload
 
 from outbox.backlog.notifier import ids
 from outbox.errors import UsageError
-from outbox.observer import installed_observer
+from outbox.observer import seam
 from outbox.publisher import Publisher, refuse_running_loop
 from outbox.report import PublishReport
 from outbox.system import process
-from outbox.unit_of_work import scope
-from outbox.unit_of_work.buffer import Buffer
 from outbox.unit_of_work.collector import EventCollector, set_console
-from outbox.unit_of_work.scope import Scope
+from outbox.unit_of_work.unit_of_work import Buffer, Scope
 
 __all__ = ["AutoPublishingEventCollector", "auto_publishing"]
 
@@ -154,7 +152,7 @@ class AutoPublishingEventCollector(EventCollector):
         """Return the innermost open buffer of the unit that this block joins, or None."""
         if self._token is not None or self._buffer.closed:
             raise UsageError("an auto_publishing block can be entered only once; create another")
-        present = scope.present()
+        present = Scope.present()
         if present is None:
             return None
         buffer, unit = present.buffer, present.buffer.unit
@@ -176,16 +174,16 @@ class AutoPublishingEventCollector(EventCollector):
     def _enter(self, outer: Buffer | None) -> Self:
         if outer is None:
             self._unit.publishes_itself = True
-            self._unit.observer = installed_observer()
+            self._unit.observer = seam.observer
         else:
             self._unit = outer.unit
             self._buffer = Buffer(outer.unit, outer)
-        self._token = scope.enter(self, self._buffer)
+        self._token = Scope.enter(self, self._buffer)
         return self
 
     def _leave(self) -> None:
         if self._token is not None:
-            scope.leave(self._token)
+            Scope.leave(self._token)
 
     def _succeed(self) -> bool:
         """Pass the events to the unit around the block; return whether to publish them instead."""

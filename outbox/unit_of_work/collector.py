@@ -20,15 +20,13 @@ from outbox.backlog.notifier import ids
 from outbox.errors import CollectorClosed, UsageError
 from outbox.event import Event, Headers, MakeId, Unroutable, make_event
 from outbox.header_values import check_name
-from outbox.observer import installed_observer
+from outbox.observer import seam
 from outbox.publisher import Publisher
 from outbox.report import PublishReport
 from outbox.settings import Settings
 from outbox.sinks import Sink
 from outbox.system import process
-from outbox.unit_of_work import scope
-from outbox.unit_of_work.buffer import Buffer, SavepointBuffer
-from outbox.unit_of_work.unit_of_work import UnitOfWork
+from outbox.unit_of_work.unit_of_work import Buffer, SavepointBuffer, Scope, UnitOfWork
 
 __all__ = [
     "clear_events",
@@ -109,7 +107,7 @@ class EventCollector:
         Outside any unit of work, create a collector for this thread or context, on which the
         application must call ``publish()``.
         """
-        present = scope.present()
+        present = Scope.present()
         if present is not None:
             collector: EventCollector = present.collector
             if collector._unit.pid == process.pid and collector._is_current():
@@ -122,12 +120,12 @@ class EventCollector:
     @contextmanager
     def use(cls, collector: EventCollector) -> Iterator[EventCollector]:
         """Make ``collector`` current for a ``with`` block; the caller publishes its events."""
-        collector._unit.observer = installed_observer()
-        token = scope.enter(collector, collector._buffer)
+        collector._unit.observer = seam.observer
+        token = Scope.enter(collector, collector._buffer)
         try:
             yield collector
         finally:
-            scope.leave(token)
+            Scope.leave(token)
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -260,7 +258,7 @@ class EventCollector:
         )
         if sink is not None:
             sink(event, publisher)
-            observer = unit.observer or installed_observer()
+            observer = unit.observer or seam.observer
             if observer is not None:
                 observer.stored_in_transaction(event)
         elif publisher is not None:
@@ -269,7 +267,7 @@ class EventCollector:
 
     def _collect(self, event: Event, publisher: Publisher) -> None:
         buffer = self._innermost()
-        observer = self._unit.observer or installed_observer()
+        observer = self._unit.observer or seam.observer
         if event.deliver_at is not None:
             publisher.check_carries(event, observer)
         if not buffer.events:
@@ -338,7 +336,7 @@ class EventCollector:
     @contextmanager
     def _savepoint(self) -> Iterator[EventCollector]:
         buffer = SavepointBuffer(self._unit, self._innermost())
-        token = scope.enter(self, buffer)
+        token = Scope.enter(self, buffer)
         try:
             yield self
         except BaseException:
@@ -350,12 +348,12 @@ class EventCollector:
                 if dropped:
                     logger.error("a savepoint outlived its unit of work; dropped: %s", ids(dropped))
         finally:
-            scope.leave(token)
+            Scope.leave(token)
 
     def _innermost(self) -> Buffer:
         """Return the innermost buffer of this context that is this collector's or nested in it."""
         own = self._buffer
-        present = scope.present()
+        present = Scope.present()
         while present is not None:
             buffer: Buffer | None = present.buffer
             while buffer is not None:
@@ -382,7 +380,7 @@ class EventCollector:
 
     def _drop(self, events: list[Event]) -> tuple[Event, ...]:
         if events:
-            observer = self._unit.observer or installed_observer()
+            observer = self._unit.observer or seam.observer
             if observer is not None:
                 observer.cleared(events)
             publisher = self._unit.publisher or configuration.configured_publisher()
@@ -414,14 +412,14 @@ class _LazyCollector(EventCollector):
 
     def __init__(self) -> None:
         super().__init__()
-        self._unit.observer = installed_observer()
+        self._unit.observer = seam.observer
         self._watched = False
 
     @classmethod
     def enter(cls) -> _LazyCollector:
         """Create a collector that is current in this context from now on."""
         collector = cls()
-        scope.begin(collector, collector._buffer)
+        Scope.begin(collector, collector._buffer)
         return collector
 
     def _collect(self, event: Event, publisher: Publisher) -> None:
@@ -439,7 +437,7 @@ class _LazyCollector(EventCollector):
         super()._collect(event, publisher)
 
     def _is_current(self) -> bool:
-        return self._unit.observer is installed_observer()
+        return self._unit.observer is seam.observer
 
 
 def _log_unpublished(buffer: Buffer) -> None:

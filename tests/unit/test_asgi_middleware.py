@@ -30,8 +30,8 @@ from outbox import (
     auto_publishing,
     enqueue_event,
 )
+from outbox.backlog.backlog import Backlog
 from outbox.backlog.chunk import Chunk
-from outbox.backlog.stats import Tally
 from outbox.middleware.asgi import OutboxMiddleware
 from outbox.testing import CollectedEvents
 
@@ -393,12 +393,10 @@ class SlowTransport:
     supports_delay = True
     longest_delay = None
     connected = True
-    kept = ()
-    kept_size = (0, 0)
     on_own_thread = False
-    tally = Tally()
 
     def __init__(self) -> None:
+        self.backlog = Backlog()
         self.chunks: list[Chunk] = []
         self.submitted = threading.Event()
 

@@ -33,7 +33,7 @@ from outbox import (
     publish_async,
 )
 from outbox.testing import CollectedEvents, recorded
-from outbox.unit_of_work import scope
+from outbox.unit_of_work.unit_of_work import Scope
 
 MAX_EVENTS = 8
 
@@ -404,7 +404,7 @@ def any_id(exchange: str, target: str, key: str | None, body: bytes) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Have a publisher of few events, and nothing said of what the tests do on purpose."""
-    scope.resume(None)
+    Scope.resume(None)
     loggers = [logging.getLogger(f"outbox.{name}") for name in ("collector", "publisher")]
     configure("memory://", max_events=MAX_EVENTS)
     with warnings.catch_warnings():

@@ -298,7 +298,7 @@ def test_an_object_that_has_every_attribute_is_not_taken_for_a_filter() -> None:
 
         def process(self, event: ReceivedEvent) -> None: ...
 
-    assert not Odd.filters
+    assert Odd.filters == Filters()
 
 
 @pytest.mark.parametrize("window", [3600, "1d", 0])

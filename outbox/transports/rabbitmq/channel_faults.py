@@ -50,20 +50,19 @@ class Verdict:
 
 
 class ChannelFaults:
-    """The suspects of one publisher. For one thread."""
+    """The suspects of one publisher. For one thread.
+
+    Attributes:
+        suspects: the number of events that must be sent one at a time; 0 in good times.
+    """
 
     def __init__(self) -> None:
-        self._suspects = 0
+        self.suspects = 0
         self._accused: Entry | None = None
-
-    @property
-    def isolating(self) -> bool:
-        """Whether events must be sent one at a time."""
-        return self._suspects > 0
 
     def answered(self, count: int) -> None:
         """Note that the broker has answered ``count`` events: they were not the cause."""
-        self._suspects = max(0, self._suspects - count)
+        self.suspects = max(0, self.suspects - count)
 
     def judge(self, entries: Sequence[Entry], code: int, text: str) -> Verdict:
         """Return what is to be done with ``entries``, all that were on their way; at least one.
@@ -74,12 +73,12 @@ class ChannelFaults:
             text: the code and the reply text, as one line.
         """
         if unroutable := [entry for entry in entries if _names_exchange(code, text, entry)]:
-            self._suspects = 0
+            self.suspects = 0
             others = set(entries).difference(unroutable)
             again = [entry for entry in entries if entry in others]
             return Verdict(again=again, unroutable=unroutable)
         if len(entries) > 1:
-            self._suspects = len(entries)
+            self.suspects = len(entries)
             return Verdict(again=entries)
         return self._judge_alone(entries, code)
 
@@ -91,7 +90,7 @@ class ChannelFaults:
             return Verdict(later=entries)
         if entry is not self._accused:
             self._accused = entry
-            self._suspects += 1
+            self.suspects += 1
             return Verdict(again=entries)
         self._accused = None
         if code == _NO_SUCH_EXCHANGE:

@@ -17,6 +17,7 @@ import pika.spec
 from outbox.errors import BrokerError, ConnectionLost
 from outbox.messages.dead_letters import restore_origin
 from outbox.messages.delivery import Delivery, QueueSpec
+from outbox.messages.headers import DELAY_EXCHANGE
 from outbox.settings import Settings
 from outbox.system.backoff import backoff
 from outbox.transports.rabbitmq import delay_ladder, pika_connection, topology
@@ -251,8 +252,10 @@ class RabbitMQSubscription:
 
     def _hand_out(self, delivery: Delivery) -> None:
         """Deliver a message, as one of the exchange that it was published to at first."""
-        restore_delayed(delivery)
-        restore_origin(delivery)
+        if delivery.headers and DELAY_EXCHANGE in delivery.headers:
+            restore_delayed(delivery)
+        if not delivery.exchange:  # what was replayed to one queue
+            restore_origin(delivery)
         self._out[delivery.queue] += 1
         self._deliver(delivery)
 

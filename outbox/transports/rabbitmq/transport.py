@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import time
 from collections.abc import Sequence
 
@@ -41,6 +42,7 @@ _WRITE_BYTES = 256 * 1024
 _WINDOW = 4 * _WRITE_EVENTS
 """Events that may be outstanding at a time: the broker stays busy while confirms travel."""
 
+_deliver_at = operator.attrgetter("event.deliver_at")
 _HURRY = 0.5  # seconds between two attempts to connect while somebody waits for the end
 
 
@@ -97,7 +99,7 @@ class RabbitMQTransport(BackloggedTransport):
         encode = self._encoder.encode
         chunk = Chunk(events, keep=keep, frames=[encode(event) for event in events])
         self._link.start()
-        self._notify(self._backlog.add(chunk))
+        self._notify(self.backlog.add(chunk))
         self._wake()
         return chunk
 
@@ -117,7 +119,7 @@ class RabbitMQTransport(BackloggedTransport):
         """
         deadline = time.monotonic() + timeout
         left = 0.0
-        while not self._backlog.wait_empty(min(left, _HURRY)):
+        while not self.backlog.wait_empty(min(left, _HURRY)):
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
@@ -149,7 +151,7 @@ class RabbitMQTransport(BackloggedTransport):
         self._blocked = False
         self._watched_since = None
         homeless, grounded = self._parking.closed(), self._delayer.closed()
-        self._notify(self._backlog.down([*homeless, *self._confirms.clear(), *grounded], error))
+        self._notify(self.backlog.down([*homeless, *self._confirms.clear(), *grounded], error))
         if was_connected:
             call_hook(self._settings.on_disconnected, error)
 
@@ -171,16 +173,16 @@ class RabbitMQTransport(BackloggedTransport):
         frame_max = channel.connection.params.frame_max
         if frame_max < self._encoder.frame_max:
             self._encoder.frame_max = frame_max
-            self._backlog.encode_anew(self._encoder.encode)
+            self.backlog.encode_anew(self._encoder.encode)
         self._channel = channel
         if self._connection is not None:
             self._connection.read_confirms(PUBLISH_CHANNEL, self._on_acks)
         self._link.ready()
         if not self._blocked:
-            self._backlog.up()
+            self.backlog.up()
         if not self._connection_serves:
             self._connection_serves = True
-            self._backlog.tally.connects += 1
+            self.backlog.tally.connects += 1
             call_hook(self._settings.on_connected, self._link.address)
         self._pump()
 
@@ -195,13 +197,13 @@ class RabbitMQTransport(BackloggedTransport):
             self._link.fail(ConnectionLost(f"the broker closed the channel: {why}"))
             return
         verdict = self._faults.judge(entries, reason.reply_code, why)
-        self._backlog.requeue(verdict.again)
+        self.backlog.requeue(verdict.again)
         if verdict.later:
             self._keep_apart(verdict.later, Nacked(f"the broker closed the channel: {why}"))
         if verdict.unroutable:
             self._handle_unroutable([(entry, why) for entry in verdict.unroutable])
         if verdict.rejected:
-            self._notify(self._backlog.give_fate(verdict.rejected, Fate.REJECTED, why))
+            self._notify(self.backlog.give_fate(verdict.rejected, Fate.REJECTED, why))
         self._link.later(0, self._open_channel)  # when pika has forgotten this one
 
     def _link_is_gone(self) -> bool:
@@ -213,19 +215,20 @@ class RabbitMQTransport(BackloggedTransport):
 
     def _pump(self) -> None:
         """Write what waits, as far as the window has room."""
-        while self._channel is not None and not self._blocked and self._backlog.queued:
-            room = (1 if self._faults.isolating else _WINDOW) - len(self._confirms)
+        while self._channel is not None and not self._blocked and self.backlog.queued:
+            room = (1 if self._faults.suspects else _WINDOW) - len(self._confirms)
             if room <= 0 or (room < _WRITE_EVENTS and len(self._confirms) > _WRITE_EVENTS):
                 break  # a fuller write comes with the next confirms
-            entries = self._backlog.take(min(room, _WRITE_EVENTS), _WRITE_BYTES)
+            entries = self.backlog.take(min(room, _WRITE_EVENTS), _WRITE_BYTES)
             if not entries:
                 break
-            entries = self._delayer.sendable(entries)
+            if any(map(_deliver_at, entries)):
+                entries = self._delayer.sendable(entries)
             if unsendable := [entry for entry in entries if not entry.frames]:
                 entries = [entry for entry in entries if entry.frames]
                 limit = self._encoder.frame_max
                 why = f"its headers do not fit into one frame of the broker's {limit} bytes"
-                self._notify(self._backlog.give_fate(unsendable, Fate.REJECTED, why))
+                self._notify(self.backlog.give_fate(unsendable, Fate.REJECTED, why))
             if not entries:
                 continue
             self._confirms.sent(entries)
@@ -283,17 +286,18 @@ class RabbitMQTransport(BackloggedTransport):
         self._pump()
 
     def _note_answer(self, answered: int) -> None:
-        self._faults.answered(answered)
+        if self._faults.suspects:
+            self._faults.answered(answered)
         if self._watched_since is not None:
             self._watched_since = time.monotonic()
-        self._backlog.confirmed()
+        self.backlog.confirmed()
 
     def _finish_confirmed(self, entries: Sequence[Entry]) -> None:
         to_park = [entry for entry in entries if entry.parked_as is not None]
         if to_park:
-            self._notify(self._backlog.give_fate(to_park, Fate.PARKED))
+            self._notify(self.backlog.give_fate(to_park, Fate.PARKED))
             entries = [entry for entry in entries if entry.parked_as is None]
-        self._notify(self._backlog.give_fate(entries, Fate.PUBLISHED))
+        self._notify(self.backlog.give_fate(entries, Fate.PUBLISHED))
 
     def _on_return(
         self,
@@ -315,8 +319,8 @@ class RabbitMQTransport(BackloggedTransport):
             (entry, reason) for entry, reason in unroutable if entry not in passed_over
         )
         for (fate, reason), entries in fates.items():
-            self._notify(self._backlog.give_fate(entries, fate, reason))
-        self._backlog.put_behind(to_park)  # group by group they keep their order
+            self._notify(self.backlog.give_fate(entries, fate, reason))
+        self.backlog.put_behind(to_park)  # group by group they keep their order
         self._send_again(mendable)
 
     def _send_again(self, entries: Sequence[Entry]) -> None:
@@ -324,7 +328,7 @@ class RabbitMQTransport(BackloggedTransport):
         at_once = [entry for entry in entries if not entry.attempts]
         for entry in at_once:
             entry.attempts = 1
-        self._backlog.requeue(at_once)
+        self.backlog.requeue(at_once)
         if len(at_once) < len(entries):
             refused = Nacked("delayed events come back: parts of the ladder are missing")
             self._keep_apart([entry for entry in entries if entry not in set(at_once)], refused)
@@ -342,7 +346,7 @@ class RabbitMQTransport(BackloggedTransport):
 
     def _keep_apart(self, entries: Sequence[Entry], error: BrokerError) -> None:
         """Send again, each after a back-off of its own, what the broker would not take for now."""
-        self._notify(self._backlog.refused(entries, error))
+        self._notify(self.backlog.refused(entries, error))
         for entry in entries:
             if entry.fate is None:
                 resend = functools.partial(self._resend, [entry])
@@ -350,7 +354,7 @@ class RabbitMQTransport(BackloggedTransport):
 
     def _resend(self, entries: Sequence[Entry]) -> None:
         """Send again what nothing stands in the way of any more."""
-        self._backlog.requeue(entries)
+        self.backlog.requeue(entries)
         self._pump()
 
     def _on_blocked(
@@ -359,12 +363,12 @@ class RabbitMQTransport(BackloggedTransport):
         reason = one_line(frame.method.reason)
         self._blocked = True
         logger.warning("the broker at %s takes no events: %r", self._link.address, reason)
-        self._notify(self._backlog.down((), Blocked(f"the broker takes no events: {reason}")))
+        self._notify(self.backlog.down((), Blocked(f"the broker takes no events: {reason}")))
 
     def _on_unblocked(self, _connection: object, _frame: object) -> None:
         self._blocked = False
         if self._watched_since is not None:
             self._watched_since = time.monotonic()
         if self._channel is not None:
-            self._backlog.up()
+            self.backlog.up()
             self._pump()

@@ -95,17 +95,17 @@ class SQLiteTransport(BackloggedTransport):
         # The bodies stand for what is written, as far as its size goes.
         chunk = Chunk(events, keep=keep, frames=[event.body for event in events])
         self.start()
-        self._notify(self._backlog.add(chunk))
+        self._notify(self.backlog.add(chunk))
         self._wake.set()
         return chunk
 
     def drain(self, timeout: float) -> bool:
         """Wait until every event has its fate, trying the file at once."""
-        if self._backlog.wait_empty(0):
+        if self.backlog.wait_empty(0):
             return True
         self._hurry = True
         self._wake.set()
-        return self._backlog.wait_empty(timeout)
+        return self.backlog.wait_empty(timeout)
 
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
         """Close the file and return what is left."""
@@ -142,7 +142,7 @@ class SQLiteTransport(BackloggedTransport):
             self._database.open()
             self._on_success()
             self._retry_apart()
-            while self._backlog.queued and not self._stopping:
+            while self.backlog.queued and not self._stopping:
                 self._write_next()
         except BrokerError as error:
             self._on_failure(error)
@@ -151,13 +151,13 @@ class SQLiteTransport(BackloggedTransport):
             self._on_failure(ConnectionLost(f"{self._address}: {error}"))
 
     def _write_next(self) -> None:
-        entries = self._backlog.take(_WRITE_EVENTS, _WRITE_BYTES)
+        entries = self.backlog.take(_WRITE_EVENTS, _WRITE_BYTES)
         if not entries:
             return
         try:
             self._write(entries)
         except BaseException:
-            self._backlog.requeue(entries)  # those of them that have no fate
+            self.backlog.requeue(entries)  # those of them that have no fate
             raise
 
     def _write(self, entries: Sequence[Entry]) -> None:
@@ -176,12 +176,12 @@ class SQLiteTransport(BackloggedTransport):
                 self._write(entries[half:])
             else:
                 why = f"it cannot be stored: {getattr(error, 'orig', None) or error}"
-                self._notify(self._backlog.give_fate(entries, Fate.REJECTED, why))
+                self._notify(self.backlog.give_fate(entries, Fate.REJECTED, why))
             return
         self._shared_file.wake()
-        self._backlog.confirmed()
+        self.backlog.confirmed()
         for (fate, reason), settled in plan.fates.items():
-            self._notify(self._backlog.give_fate(settled, fate, reason))
+            self._notify(self.backlog.give_fate(settled, fate, reason))
         if plan.homeless:
             self._keep_apart(plan.homeless)
 
@@ -197,7 +197,7 @@ class SQLiteTransport(BackloggedTransport):
     def _keep_apart(self, entries: Sequence[Entry]) -> None:
         logger.error("there is no queue %r to park events in", PARKING_QUEUE)
         refused = Nacked(f"there is no queue {PARKING_QUEUE!r} to park {len(entries)} event(s) in")
-        self._notify(self._backlog.refused(entries, refused))
+        self._notify(self.backlog.refused(entries, refused))
         now = time.monotonic()
         self._apart += [
             (now + backoff(one.attempts - 1), one) for one in entries if one.fate is None
@@ -208,21 +208,21 @@ class SQLiteTransport(BackloggedTransport):
         due = [entry for moment, entry in self._apart if moment <= now]
         if due:
             self._apart = [one for one in self._apart if one[0] > now]
-            self._backlog.requeue(due)
+            self.backlog.requeue(due)
 
     def _on_success(self) -> None:
         self._failures = 0
         if not self._connected:
             self._connected = True
-            self._backlog.up()
-            self._backlog.tally.connects += 1
+            self.backlog.up()
+            self.backlog.tally.connects += 1
             call_hook(self._settings.on_connected, self._address)
 
     def _on_failure(self, error: BrokerError) -> None:
         was_connected, self._connected = self._connected, False
         self._try_again_at = time.monotonic() + backoff(self._failures)
         self._failures += 1
-        self._notify(self._backlog.down((), error))
+        self._notify(self.backlog.down((), error))
         if was_connected or self._failures == 1:
             logger.warning("%s; trying again", error)
         if was_connected:

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pickle
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -324,3 +325,24 @@ def test_no_declaration_is_refused_by_any_version_of_the_broker() -> None:
     assert not every & {"exclusive", "auto_delete"}
     assert found["basic_qos"]
     assert not any("global" in one for options in found["basic_qos"] for one in options)
+
+
+def test_the_page_of_the_architecture_names_what_exists() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(
+        r"`((?:outbox|consumers|middleware|testing|tests)/[\w/]+\.py)(?:: ([^`]+))?`", page
+    )
+    assert len(named) > 60
+    for file, names in named:
+        path = ROOT / file
+        assert path.is_file(), file
+        defined = {
+            node.name: node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+        constants = set(re.findall(r"^(\w+)\b.* = ", path.read_text(), re.MULTILINE))
+        for name in filter(None, names.split(", ")):
+            assert set(name.split(".")) <= defined.keys() | constants, f"{file}: {name}"
+    for folder in re.findall(r"^   ([a-z_]+/[\w/]*) ", page, re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder

@@ -39,6 +39,8 @@ logger = logging.getLogger("outbox.consumer")
 class Attempt:
     """One attempt at a message, with its own collector and its own view of the inbox."""
 
+    __slots__ = ("_collector", "_consumer", "_entry", "_event", "_services")
+
     def __init__(self, consumer: Consumer, event: ReceivedEvent, services: Services) -> None:
         """Nothing is done yet."""
         self._consumer = consumer

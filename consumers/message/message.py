@@ -81,8 +81,7 @@ class Message:
             left: another worker gets it.
         """
         self._began = message_log.started(self.delivery)
-        result = yield from self.attempt()
-        return (yield from self._follow(result))
+        return (yield from self._follow((yield from self.attempt())))
 
     def confirmed(self, report: PublishReport) -> Steps[Outcome | Unconfirmed | None]:
         """Go on with a message that was ``Unconfirmed``, now that its chunk is reported.

@@ -212,11 +212,13 @@ class TaskEngine:
 
     async def _take_step(self, life: Life, step: Step) -> Any:
         match step:
-            case Call(function, arguments, timeout):
-                value = function(*arguments)
+            case Call():
+                value = step.function(*step.arguments)
                 if value is None or not inspect.isawaitable(value):
                     return value
-                return await (value if timeout is None else self._in_time(life, value, timeout))
+                if step.timeout is not None:
+                    value = self._in_time(life, value, step.timeout)
+                return await value
             case Confirm(chunk):
                 return await self.publisher.wait_for_async(chunk)
             case Blocking(function):

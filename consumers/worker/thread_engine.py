@@ -154,10 +154,10 @@ class ThreadEngine:
     def _take_step(self, message: Message, step: Step) -> object:
         try:
             match step:
-                case Call(function, arguments, timeout):
-                    if timeout is not None:
-                        return self._call_watched(message, step, timeout)
-                    return function(*arguments)
+                case Call():
+                    if step.timeout is not None:
+                        return self._call_watched(message, step, step.timeout)
+                    return step.function(*step.arguments)
                 case Confirm(chunk):
                     return self.publisher.wait_for(chunk)
                 case Blocking(function):

@@ -213,6 +213,14 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert (ROOT / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_prose_is_wrapped_at_100_columns(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for line in prose.split("\n"):
+        is_prose = not line.startswith(("|", "    ", "["))  # a table, code, a link's address
+        assert len(line) <= 100 or not is_prose or " " not in line.removeprefix("- "), line
+
+
 def test_the_readme_can_be_read_anywhere() -> None:
     page = (ROOT / "README.md").read_text()
     targets = re.findall(r"\]\(([^)]+)\)|^\[[\w-]+\]: (.*)$", page, re.MULTILINE)

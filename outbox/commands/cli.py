@@ -1,4 +1,4 @@
-"""``outbox``: the parser, and how errors become exit codes."""
+"""The command ``outbox``: its parser, and the exit codes of errors."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks is escaped
+        if hasattr(stream, "reconfigure"):  # escape what the encoding can't represent
             stream.reconfigure(errors="backslashreplace")
     try:
         code: int = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever reads, such as head, has had enough. Python would complain once more at exit.
+        # The reader, such as head, has closed the pipe. Python's flush at exit would fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.SUCCESS
     except OutboxError as error:
@@ -69,12 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         "--log-level",
         default="CRITICAL",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
-        help="least severe messages to log on standard error (default: CRITICAL; the command "
-        "reports its own errors)",
+        help="the lowest level to log to standard error (default: CRITICAL; the command reports "
+        "its errors in any case)",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for one in _SUB_COMMANDS:
-        one.add_parser(commands, common)
+    for sub_command in _SUB_COMMANDS:
+        sub_command.add_parser(commands, common)
     return parser
 
 

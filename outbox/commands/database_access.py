@@ -1,4 +1,4 @@
-"""What the commands about stored events have in common: the database, and how it fails."""
+"""Access to the database of stored events, with its errors in one line."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from outbox.errors import BrokerError, UsageError
 if TYPE_CHECKING:
     from outbox.sql import Store
 
-__all__ = ["DatabaseAway", "open_store", "told"]
+__all__ = ["DatabaseUnavailable", "open_store", "translate_errors"]
 
 
-class DatabaseAway(BrokerError):
-    """The database cannot be reached, or was lost on the way."""
+class DatabaseUnavailable(BrokerError):
+    """The database cannot be reached, or the connection was lost."""
 
 
 @contextlib.contextmanager
@@ -26,22 +26,22 @@ def open_store(options: argparse.Namespace, *, check: bool = True) -> Iterator[S
     """Yield the store that ``--database`` names.
 
     Args:
-        options: of the command line.
-        check: see first that the table is there.
+        options: the options of the command line.
+        check: True to check the table first.
 
     Raises:
         UsageError: no database is named, or it cannot be used.
-        DatabaseAway: it cannot be reached; raised in place of SQLAlchemy's errors.
+        DatabaseUnavailable: the database failed; raised instead of SQLAlchemy's errors.
     """
     url = options.database or os.environ.get(DATABASE_VARIABLE)
     if not url:
-        raise UsageError(f"name the database: --database URL, or {DATABASE_VARIABLE}")
+        raise UsageError(f"no database is named; pass --database URL, or set {DATABASE_VARIABLE}")
     from outbox.sql import Store
     from outbox.storage.engines import open_engine
 
     engine = open_engine(url)
     try:
-        with told():
+        with translate_errors():
             store = Store(engine)
             if check:
                 store.check()
@@ -51,11 +51,11 @@ def open_store(options: argparse.Namespace, *, check: bool = True) -> Iterator[S
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
-    """Tell errors of the database in a line, without statements and their parameters."""
+def translate_errors() -> Iterator[None]:
+    """Reduce database errors to one line, without the statement and its parameters."""
     from outbox.storage.failures import DatabaseError, reason_of
 
     try:
         yield
     except DatabaseError as error:
-        raise DatabaseAway(f"the database failed: {reason_of(error)}") from error
+        raise DatabaseUnavailable(f"the database failed: {reason_of(error)}") from error

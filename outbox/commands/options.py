@@ -14,17 +14,17 @@ DATABASE_VARIABLE = "OUTBOX_DATABASE_URL"
 class Version(argparse.Action):
     """The option ``--version``: prints the version and exits.
 
-    argparse's own action wants the version when the parser is made, and looking it up is slow.
+    argparse's action needs the version when the parser is created, and looking it up is slow.
     """
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        """Print it."""
+        """Print the version, and exit."""
         print(parser.prog, installed_version())
         parser.exit()
 
 
 def broker_option() -> argparse.ArgumentParser:
-    """Return a parser of the option ``--url``, for sub-commands to inherit."""
+    """Return a parent parser with the option ``--url``."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--url",
@@ -35,7 +35,7 @@ def broker_option() -> argparse.ArgumentParser:
 
 
 def database_option() -> argparse.ArgumentParser:
-    """Return a parser of the option ``--database``, for sub-commands to inherit."""
+    """Return a parent parser with the option ``--database``."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--database",
@@ -48,7 +48,7 @@ def database_option() -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """Return the positive integer that ``text`` is, for ``type=`` of an argument."""
+    """Parse a positive integer; for ``type=`` of an argument."""
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"invalid positive integer: {text!r}")
     return int(text)

@@ -24,9 +24,8 @@ __all__ = ["add_parser"]
 _LISTED = 50
 _MANY_RETURNS = 10
 _TOO_MANY_RETURNS = (
-    f"outbox: some messages have been given back to their queue {_MANY_RETURNS} times or more; "
-    "RabbitMQ 4.0 to 4.2 delete them after 20 times, unless the policy delivery-limit says "
-    "otherwise"
+    f"outbox: some messages have been requeued {_MANY_RETURNS} times or more; RabbitMQ 4.0 to 4.2 "
+    "deletes them after 20 times, unless a policy sets another delivery-limit"
 )
 
 _EXAMPLES = """\
@@ -38,12 +37,13 @@ examples:
   outbox parked replay --target 'order.#' --dry-run
       show where the parked events with a matching target would be published
   outbox parked replay --queue thumbnails.dead --reason 'ValueError'
-      send dead letters with this text in their reason back to the queue they died in
+      send dead letters with this text in their reason back to the queue they came from
   outbox parked purge --queue thumbnails.dead --id 0199f3a2-... --yes
       delete one message
 
-Replayed events keep their ids. A message leaves its queue only after the broker has confirmed the
-new one. If the command fails in between, the message isn't lost, but may be delivered twice.
+Replayed events keep their ids. A message is removed from its queue only after the broker has
+confirmed the new one. If the command fails in between, the message isn't lost, but may be delivered
+twice.
 
 exit codes: 0 done, 1 done in part (the rest is named and still in its queue) or cancelled at the
 prompt, 2 wrong usage or no such queue, 7 the broker cannot be reached, 130 interrupted by Ctrl-C
@@ -54,8 +54,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add ``parked`` to the sub-commands of ``outbox``.
 
     Args:
-        commands: what ``add_subparsers`` of the command has returned.
-        common: the options that every sub-command has.
+        commands: the result of ``add_subparsers``.
+        common: the parser of the options that all sub-commands share.
     """
     parked = commands.add_parser(
         "parked",
@@ -73,7 +73,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "list",
         parents=[common, broker, filters],
         help="show messages, without changing anything",
-        description="Show messages, oldest first. They go back to their queue in order.",
+        description="Show messages, oldest first, then requeue them in order.",
     )
     listing.add_argument(
         "--limit",
@@ -91,12 +91,13 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common, broker, filters],
         help="publish messages again to their original destination",
         description="Publish parked events to their original address, and dead letters to the "
-        "queue they died in. Messages that are refused there stay where they are.",
+        "queue they came from. Messages that cannot be published stay where they are.",
     )
     replay.add_argument(
         "--to-origin",
         action="store_true",
-        help="publish dead letters to their original address, for every queue bound to it",
+        help="publish dead letters to their original address, so that every queue bound there "
+        "receives them",
     )
     _limit_and_dry_run(replay, "replay")
     replay.set_defaults(run=_replay)
@@ -146,16 +147,16 @@ def _list(options: argparse.Namespace) -> int:
     with _open(options) as parked:
         for queue in queues:
             total = parked.count(queue)
-            bound = total if selection else min(total, options.limit)
+            limit = total if selection else min(total, options.limit)
             shown = 0
-            with parked.browse(queue, bound) as browsing:
+            with parked.browse(queue, limit) as browsing:
                 for message in itertools.islice(_selected(browsing, selection), options.limit):
                     shown += 1
                     if options.json:
                         print(json_line(_as_json(message, payload=options.payload)))
                     else:
                         print(_as_text(message, payload=options.payload))
-            # Beside JSON, for people; alone, as the last line of the list.
+            # Standard output has one JSON object per line, for programs: the total isn't one.
             print(
                 f"{queue}: {_messages(total)}, {shown} shown",
                 file=sys.stderr if options.json else sys.stdout,
@@ -175,7 +176,7 @@ def _replay(options: argparse.Namespace) -> int:
                         reason = parked.obstacle(message, to_origin=options.to_origin)
                         left += reason is not None
                         done += reason is None
-                        _tell_plan(message, reason, to_origin=options.to_origin)
+                        _print_plan(message, reason, to_origin=options.to_origin)
                     continue
                 outcome = parked.replay(chosen, to_origin=options.to_origin)
                 browsing.remove(outcome.done)
@@ -184,10 +185,12 @@ def _replay(options: argparse.Namespace) -> int:
                 for message, reason in outcome.left:
                     print(f"not replayed: {_named(message)}: {printable(reason)}", file=sys.stderr)
                 if outcome.error is not None:
-                    print(f"{_messages(done)} replayed before that", file=sys.stderr)
+                    print(f"{_messages(done)} replayed before the error", file=sys.stderr)
                     raise outcome.error
-    what = "would be replayed" if options.dry_run else "replayed"
-    print(f"{queue}: {_messages(total)}, {done} {what}, {left} cannot be")
+    replayed, failed = (
+        ("would be replayed", "would fail") if options.dry_run else ("replayed", "failed")
+    )
+    print(f"{queue}: {_messages(total)}, {done} {replayed}, {left} {failed}")
     return exit_codes.UNFINISHED if left else exit_codes.SUCCESS
 
 
@@ -200,8 +203,8 @@ def _purge(options: argparse.Namespace) -> int:
         print("nothing was deleted", file=sys.stderr)
         return exit_codes.UNFINISHED
     done = 0
-    # Connected anew, since nobody answers heartbeats while a person thinks; what has come
-    # meanwhile is not what the person was asked about.
+    # Reconnect: nothing answered heartbeats during the prompt. Browse only as many messages as the
+    # prompt named: those that have arrived since were not agreed to.
     with _open(options) as parked, parked.browse(queue, total) as browsing:
         for chosen in _chosen(browsing, selection, options.limit):
             done += len(chosen)
@@ -217,10 +220,10 @@ def _purge(options: argparse.Namespace) -> int:
 
 def _confirmed(queue: str, total: int, options: argparse.Namespace) -> bool:
     if not sys.stdin.isatty():
-        raise UsageError("purge deletes messages for good: confirm with --yes, or try --dry-run")
-    some = "those selected of " if _selection(options) or options.limit else ""
+        raise UsageError("purge deletes messages permanently; confirm with --yes, or try --dry-run")
+    some = "the selected ones of " if _selection(options) or options.limit else ""
     try:
-        answer = input(f"Delete {some}the {_messages(total)} in {queue!r} for good? [y/N] ")
+        answer = input(f"Delete {some}the {_messages(total)} in {queue!r} permanently? [y/N] ")
     except EOFError:  # Ctrl-D
         return False
     return answer.strip().lower() in ("y", "yes")
@@ -233,7 +236,7 @@ def _open(options: argparse.Namespace) -> ParkedQueues:
 def _queues(options: argparse.Namespace) -> list[str]:
     queues = list(dict.fromkeys(options.queue or [PARKING_QUEUE]))
     for queue in queues:
-        # What other queues hold is on its way, and not for this command to take.
+        # Messages in other queues are still to be delivered: this command must not take them.
         if queue != PARKING_QUEUE and not queue.endswith(dead_letter_queue("")):
             raise UsageError(
                 f"{queue!r} is neither {PARKING_QUEUE!r} nor a dead-letter queue; "
@@ -245,7 +248,7 @@ def _queues(options: argparse.Namespace) -> list[str]:
 def _one_queue(options: argparse.Namespace) -> str:
     queues = _queues(options)
     if len(queues) > 1:
-        raise UsageError("give one --queue; only list takes several")
+        raise UsageError("give only one --queue; only list takes several")
     return queues[0]
 
 
@@ -260,7 +263,7 @@ def _selected(browsing: Browsing, selection: Selection) -> Iterator[ParkedMessag
 def _chosen(
     browsing: Browsing, selection: Selection, limit: int | None
 ) -> Iterator[Sequence[ParkedMessage]]:
-    """Yield what is selected of each window, up to ``limit`` altogether."""
+    """Yield the selected messages of each window, at most ``limit`` in all."""
     left = limit
     warned = False
     for window in browsing.windows():
@@ -284,9 +287,9 @@ def _named(message: ParkedMessage) -> str:
     return printable(message.id) if message.id else "a message without an id"
 
 
-def _tell_plan(message: ParkedMessage, reason: str | None, *, to_origin: bool) -> None:
+def _print_plan(message: ParkedMessage, reason: str | None, *, to_origin: bool) -> None:
     if reason is not None:
-        print(f"not to be replayed: {_named(message)}: {printable(reason)}")
+        print(f"would not replay {_named(message)}: {printable(reason)}")
     else:
         destination = message.destination(to_origin=to_origin)
         print(f"would replay {_named(message)} to {printable(str(destination))}")
@@ -299,7 +302,7 @@ def _as_text(message: ParkedMessage, *, payload: bool) -> str:
         + (f"  {message.attempts} attempt(s)" if message.attempts is not None else ""),
         f"    {printable(message.reason or '')}"
         if message.reason is not None
-        else "    a message of another client's: nothing tells why it is here",
+        else "    no reason recorded; the message comes from another client",
     ]
     if payload:
         name, text = payload_text(message.body)
@@ -308,11 +311,11 @@ def _as_text(message: ParkedMessage, *, payload: bool) -> str:
 
 
 def _origin(origin: Address | None) -> str:
-    return printable(str(origin)) if origin is not None else "from nowhere known"
+    return printable(str(origin)) if origin is not None else "unknown address"
 
 
 def _as_json(message: ParkedMessage, *, payload: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "queue": message.queue,
         "kind": message.kind,
         "id": message.id or None,
@@ -328,5 +331,5 @@ def _as_json(message: ParkedMessage, *, payload: bool) -> dict[str, Any]:
     }
     if payload:
         name, text = payload_text(message.body)
-        found[name] = text
-    return found
+        fields[name] = text
+    return fields

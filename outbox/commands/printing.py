@@ -1,4 +1,4 @@
-"""Text for a terminal, whatever the data are."""
+"""Output of arbitrary data: text that is safe on a terminal, and JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["json_line", "payload_text", "printable"]
 
 
 def printable(text: str) -> str:
-    """Return ``text`` on one line, with escapes for what would move or colour a terminal's cursor.
+    """Return ``text`` on one line, escaping everything that could control a terminal.
 
     Control characters, line and paragraph separators, direction marks, unassigned and private
     characters and lone surrogates are escaped as in Python's string literals.
@@ -19,18 +19,18 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
 
 
 def json_line(values: Mapping[str, Any]) -> str:
     """Return ``values`` as one line of JSON in ASCII, without control characters."""
-    # The one that JSON does not escape by itself is DEL.
+    # json.dumps escapes every control character except DEL.
     return json.dumps(values, ensure_ascii=True).replace("\x7f", "\\u007f")
 
 
 def payload_text(body: bytes) -> tuple[str, str]:
-    """Return a name and a text for ``body``: ``payload``, or ``payload_base64`` if not UTF-8."""
+    """Return a key and the text for ``body``: ``payload``, or ``payload_base64`` if not UTF-8."""
     try:
         return "payload", body.decode()
     except UnicodeDecodeError:

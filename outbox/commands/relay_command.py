@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from outbox import exit_codes
-from outbox.commands.database_access import open_store, told
+from outbox.commands.database_access import open_store, translate_errors
 from outbox.commands.options import broker_option, database_option, positive
 from outbox.publisher import Publisher
 from outbox.system.signals import Signals
@@ -30,21 +30,22 @@ examples:
   outbox relay --once
       publish the events that are due, and exit
 
-The first SIGTERM or SIGINT waits for confirms that are due; the second exits at once. Nothing is
-lost either way: unconfirmed events are published again, with the same ids.
+On the first SIGTERM or SIGINT the relay exits after waiting for outstanding confirms; on the second
+it exits at once. Nothing is lost either way: unconfirmed events are published again, with the same
+ids.
 
-exit codes: 0 stopped in order, 1 some events were not confirmed in time or --once was stopped, 2
-wrong usage or no such table, 7 the database or the broker cannot be reached, 130 exited on a second
-signal
+exit codes: 0 stopped as requested, 1 some events were not confirmed in time or --once was stopped,
+2 wrong usage or no such table, 7 the database or the broker cannot be reached, 130 stopped at once
+by a second signal
 """
 
-_POLL = 0.1  # seconds within which a signal is noticed
-_TOLD = 1.0  # seconds between two lines on a terminal
-_LOGGED = 60.0  # seconds between two lines in a log
+_POLL = 0.1  # seconds, at most, until a signal is noticed
+_TERMINAL_INTERVAL = 1.0  # seconds between updates of the line on a terminal
+_LOG_INTERVAL = 60.0  # seconds between log lines
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add ``relay`` to the sub-commands of ``outbox``; see ``parked.add_parser``."""
+    """Add ``relay`` to the sub-commands of ``outbox``; see ``parked_command.add_parser``."""
     relay = commands.add_parser(
         "relay",
         parents=[common, broker_option(), database_option()],
@@ -84,7 +85,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if logging.getLogger().level == logging.CRITICAL:
-        logging.getLogger().setLevel(logging.INFO)  # it is a service: its log is what one sees
+        logging.getLogger().setLevel(logging.INFO)  # a service shows what it does only in its log
     signals = Signals(second_exits=exit_codes.INTERRUPTED)
     signals.begin()
     with open_store(options) as store:
@@ -103,7 +104,7 @@ def _run(options: argparse.Namespace) -> int:
             run = _publish_once if options.once else _serve
             return run(relay, signals, options.shutdown_timeout)
         finally:
-            publisher.close(0)  # what it has not confirmed has been given back
+            publisher.close(0)  # the relay has released the unconfirmed events
 
 
 def _serve(relay: Relay, signals: Signals, timeout: float) -> int:
@@ -112,7 +113,7 @@ def _serve(relay: Relay, signals: Signals, timeout: float) -> int:
     logger.info("relaying")
     while not signals.asked:
         relay.wait(_POLL)
-        progress.tell()
+        progress.update()
     finished = relay.stop(timeout)
     progress.end()
     logger.info("stopped; %s events published", f"{_confirmed(relay):,}")
@@ -121,14 +122,14 @@ def _serve(relay: Relay, signals: Signals, timeout: float) -> int:
 
 def _publish_once(relay: Relay, signals: Signals, timeout: float) -> int:
     progress = _Progress(relay)
-    # On another thread, so that this one sees signals while that one waits.
+    # run_once() blocks: on another thread, so that this one notices signals meanwhile.
     with ThreadPoolExecutor(1) as executor:
         published = executor.submit(relay.run_once)
         while not signals.asked and not wait([published], _POLL).done:
-            progress.tell()
+            progress.update()
         if signals.asked:
             relay.ask_to_stop(timeout)
-        with told():
+        with translate_errors():
             count = published.result()
     progress.end()
     print(f"{count:,} event{'' if count == 1 else 's'} published")
@@ -136,30 +137,30 @@ def _publish_once(relay: Relay, signals: Signals, timeout: float) -> int:
 
 
 class _Progress:
-    """How it goes: on a terminal in one line that is rewritten, otherwise in the log."""
+    """The progress: on a terminal one line that is overwritten, otherwise log lines."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
         self._on_terminal = sys.stderr.isatty()
-        self._every = _TOLD if self._on_terminal else _LOGGED
-        self._then, self._before = time.monotonic(), 0
+        self._interval = _TERMINAL_INTERVAL if self._on_terminal else _LOG_INTERVAL
+        self._shown_at, self._shown = time.monotonic(), 0
 
-    def tell(self) -> None:
-        """Tell, if the time has come."""
+    def update(self) -> None:
+        """Show the progress, unless it was shown a moment ago."""
         now = time.monotonic()
-        if now - self._then < self._every:
+        if now - self._shown_at < self._interval:
             return
         published = _confirmed(self._relay)
-        rate = (published - self._before) / (now - self._then)
+        rate = (published - self._shown) / (now - self._shown_at)
         if self._on_terminal:
             sys.stderr.write(f"\r\x1b[K{published:,} events published, {rate:,.0f} a second ")
             sys.stderr.flush()
-        elif published != self._before:
+        elif published != self._shown:
             logger.info("%s events published, %s a second", f"{published:,}", f"{rate:,.0f}")
-        self._then, self._before = now, published
+        self._shown_at, self._shown = now, published
 
     def end(self) -> None:
-        """Leave the line as it is."""
+        """End the line on the terminal."""
         if self._on_terminal:
             sys.stderr.write("\n")
 

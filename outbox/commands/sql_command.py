@@ -1,4 +1,4 @@
-"""``outbox sql``: makes the table of stored events, shows how, and checks it."""
+"""``outbox sql``: creates the table of stored events, prints its DDL, and checks it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["add_parser"]
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add ``sql`` to the sub-commands of ``outbox``; see ``parked.add_parser``."""
+    """Add ``sql`` to the sub-commands of ``outbox``; see ``parked_command.add_parser``."""
     sql = commands.add_parser(
         "sql",
         help="create or check the table of stored events",
@@ -25,8 +25,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     create = actions.add_parser(
         "create",
         parents=[common, database],
-        help="create the table unless it exists",
-        description="Create the table and its indexes unless they exist. For migrations use "
+        help="create the table if it doesn't exist",
+        description="Create the table and its indexes if they don't exist. For migrations use "
         "outbox.sql.metadata, or the output of `outbox sql ddl`.",
     )
     create.set_defaults(run=_create)
@@ -51,9 +51,9 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _create(options: argparse.Namespace) -> int:
     with open_store(options, check=False) as store:
-        made = store.create()
+        created = store.create()
         store.check()
-    print("the table outbox_events was made" if made else "the table outbox_events is there")
+    print(f"the table outbox_events {'was created' if created else 'already exists'}")
     return exit_codes.SUCCESS
 
 
@@ -66,5 +66,5 @@ def _ddl(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     with open_store(options):
-        print("the table outbox_events is as it should be")
+        print("the table outbox_events is complete")
     return exit_codes.SUCCESS

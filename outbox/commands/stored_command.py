@@ -1,4 +1,4 @@
-"""``outbox status``, ``retry`` and ``purge``: what is in the table of stored events."""
+"""``outbox status``, ``retry`` and ``purge``: show and manage stored events."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ be reached, 130 interrupted by Ctrl-C
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add the three to the sub-commands of ``outbox``; see ``parked.add_parser``."""
+    """Add these sub-commands to ``outbox``; see ``parked_command.add_parser``."""
     database = database_option()
     status = commands.add_parser(
         "status",
@@ -78,30 +78,30 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _status(options: argparse.Namespace) -> int:
     with open_store(options) as store:
-        found = store.status()
+        status = store.status()
     if options.json:
         print(
             json_line(
                 {
-                    "waiting": found.waiting,
-                    "scheduled": found.scheduled,
-                    "leased": found.leased,
-                    "oldest": found.oldest,
-                    "dead": sum(found.dead.values()),
-                    "dead_by_reason": found.dead,
-                    "queues": found.queues,
+                    "waiting": status.waiting,
+                    "scheduled": status.scheduled,
+                    "leased": status.leased,
+                    "oldest": status.oldest,
+                    "dead": sum(status.dead.values()),
+                    "dead_by_reason": status.dead,
+                    "queues": status.queues,
                 }
             )
         )
         return exit_codes.SUCCESS
-    age = "" if found.oldest is None else f", the oldest for {_duration(found.oldest)}"
-    print(f"{_events(found.waiting)} waiting{age}")
-    print(f"{_events(found.scheduled)} scheduled for later")
-    print(f"{_events(found.leased)} on the way")
-    print(f"{_events(sum(found.dead.values()))} dead")
-    for reason, count in found.dead.items():
+    age = "" if status.oldest is None else f", the oldest for {_duration(status.oldest)}"
+    print(f"{_events(status.waiting)} waiting{age}")
+    print(f"{_events(status.scheduled)} scheduled for later")
+    print(f"{_events(status.leased)} in flight")
+    print(f"{_events(sum(status.dead.values()))} dead")
+    for reason, count in status.dead.items():
         print(f"    {count}: {printable(reason)}")
-    for queue, count in found.queues.items():
+    for queue, count in status.queues.items():
         if queue:
             print(f"queue {printable(queue)}: {_events(count)}")
     return exit_codes.SUCCESS
@@ -112,8 +112,8 @@ def _retry(options: argparse.Namespace) -> int:
     with open_store(options) as store:
         chosen = _chosen(options, store)
         if options.dry_run:
-            return _tell("would be due again", chosen)
-        return _done("due again", store.retry([one[0] for one in chosen]))
+            return _print_plan("would be due again", chosen)
+        return _done("due again", store.retry([seq for seq, *_ in chosen]))
 
 
 def _purge(options: argparse.Namespace) -> int:
@@ -121,11 +121,11 @@ def _purge(options: argparse.Namespace) -> int:
     with open_store(options) as store:
         chosen = _chosen(options, store)
         if options.dry_run:
-            return _tell("would be deleted", chosen)
+            return _print_plan("would be deleted", chosen)
         if chosen and not options.yes and not _confirmed(len(chosen)):
             print("nothing was deleted", file=sys.stderr)
             return exit_codes.UNFINISHED
-        return _done("deleted", store.purge([one[0] for one in chosen]))
+        return _done("deleted", store.purge([seq for seq, *_ in chosen]))
 
 
 def _check_selection(options: argparse.Namespace) -> None:
@@ -134,13 +134,13 @@ def _check_selection(options: argparse.Namespace) -> None:
 
 
 def _chosen(options: argparse.Namespace, store: Any) -> list[tuple[int, str, str, str]]:
-    found: list[tuple[int, str, str, str]] = store.dead(
+    chosen: list[tuple[int, str, str, str]] = store.dead(
         ids=options.id, reason=options.reason, target=options.target, limit=options.limit
     )
-    return found
+    return chosen
 
 
-def _tell(what: str, chosen: list[tuple[int, str, str, str]]) -> int:
+def _print_plan(what: str, chosen: list[tuple[int, str, str, str]]) -> int:
     for _, id, target, reason in chosen:
         print(f"{printable(id)}  {printable(target)}  {printable(reason)}")
     return _done(what, len(chosen))
@@ -153,9 +153,9 @@ def _done(what: str, count: int) -> int:
 
 def _confirmed(count: int) -> bool:
     if not sys.stdin.isatty():
-        raise UsageError("purge deletes events for good: confirm with --yes, or try --dry-run")
+        raise UsageError("purge deletes events permanently; confirm with --yes, or try --dry-run")
     try:
-        answer = input(f"Delete {_events(count)} for good? [y/N] ")
+        answer = input(f"Delete {_events(count)} permanently? [y/N] ")
     except EOFError:  # Ctrl-D
         return False
     return answer.strip().lower() in ("y", "yes")

@@ -80,11 +80,11 @@ def test_outbox_parked_lists_replays_and_deletes(place: SQLitePlace) -> None:
 
     with reading(place, "orders", ["order.*"]) as reader:
         replayed = parked(place, "replay", "--target", "order.*", "--limit", "1")
-        assert "3 messages, 1 replayed, 0 cannot be" in replayed.stdout, replayed.stderr
+        assert "3 messages, 1 replayed, 0 failed" in replayed.stdout, replayed.stderr
         assert [one.message_id for one in reader.get()] == [events[0].id]
     left = parked(place, "replay")
     assert left.returncode == exit_codes.UNFINISHED
-    assert "2 messages, 1 replayed, 1 cannot be" in left.stdout
+    assert "2 messages, 1 replayed, 1 failed" in left.stdout
     assert "312 NO_ROUTE" in left.stderr
 
     purged = parked(place, "purge", "--yes")

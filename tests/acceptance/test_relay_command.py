@@ -232,7 +232,7 @@ def test_a_missing_table_is_reported_with_advice(start: Start, tmp_path: Path) -
 def test_a_missing_database_names_the_option(start: Start) -> None:
     code, _, errors = ended(start(OUTBOX_DATABASE_URL=""))
     assert code == exit_codes.USAGE
-    assert "--database URL, or OUTBOX_DATABASE_URL" in errors
+    assert "--database URL, or set OUTBOX_DATABASE_URL" in errors
 
 
 def test_a_missing_broker_names_the_option(start: Start, store: Store) -> None:

@@ -57,7 +57,7 @@ def test_the_status_shows_waiting_and_dead_events_with_reasons(run: Run, graves:
     assert done.stdout.splitlines() == [
         done.stdout.splitlines()[0],
         "2 events scheduled for later",
-        "1 event on the way",
+        "1 event in flight",
         "5 events dead",
         "    3: too large\\x1b[2J",
         "    2: unroutable: 312 NO_ROUTE",
@@ -142,7 +142,7 @@ def test_purge_on_a_terminal_asks_first(
     os.close(terminal)
     os.close(controller)
     assert done.returncode == code
-    assert "Delete 5 events for good? [y/N]" in done.stdout
+    assert "Delete 5 events permanently? [y/N]" in done.stdout
     assert len(dead(graves)) == left
 
 
@@ -174,9 +174,9 @@ def test_the_table_is_created_once_and_checked(run: Run, database_url: str) -> N
     missing = run("sql", "check")
     assert missing.returncode == exit_codes.USAGE
     assert "outbox sql create" in missing.stderr
-    assert run("sql", "create").stdout == "the table outbox_events was made\n"
-    assert run("sql", "create").stdout == "the table outbox_events is there\n"
-    assert run("sql", "check").stdout == "the table outbox_events is as it should be\n"
+    assert run("sql", "create").stdout == "the table outbox_events was created\n"
+    assert run("sql", "create").stdout == "the table outbox_events already exists\n"
+    assert run("sql", "check").stdout == "the table outbox_events is complete\n"
     store = opened(database_url)
     with store.engine.begin() as connection:
         connection.execute(text("DROP INDEX outbox_events_due"))

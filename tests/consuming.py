@@ -127,7 +127,7 @@ class Command:
 
     def workers(self) -> list[int]:
         """Return the ids of all worker processes that were begun."""
-        found = re.findall(r"\(process (\d+)\) begins", self.text())
+        found = re.findall(r"\(process (\d+)\) started", self.text())
         return [int(one) for one in found]
 
     def consuming(self, count: int) -> list[int]:

@@ -30,9 +30,9 @@ examples:
   outbox-consume shop.consumers --reload
       during development, restart whenever a source file changes
 
-The first SIGTERM or SIGINT stops the command in order: it takes no new messages, running ones have
-the shutdown timeout to finish, and the rest go back to their queue. The second stops it at once.
-With worker processes, SIGHUP replaces them one by one with new ones that import everything again.
+On the first SIGTERM or SIGINT the command takes no new messages, gives running ones the shutdown
+timeout to finish, and requeues the rest. On the second it exits at once. With worker processes,
+SIGHUP replaces them one by one with new ones that import everything again.
 
 exit codes: 0 all messages settled, 1 some did not finish in time, 2 wrong usage, 3 stopped at once
 by a second signal
@@ -40,7 +40,7 @@ by a second signal
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="outbox-consume",
         description="Run consumers until stopped by a signal.",
@@ -72,8 +72,8 @@ def _add_consuming(group: argparse._ArgumentGroup) -> None:
         "--queue",
         action="append",
         metavar="QUEUE[,QUEUE]...",
-        help="run only the consumers of these queues, and process all messages of each before any "
-        "of the next; repeat the option for queues without an order between them",
+        help="run only the consumers of these queues, and process all messages of a queue before "
+        "any of the next; repeat the option for queues of equal rank",
     )
     group.add_argument(
         "-t",
@@ -81,14 +81,14 @@ def _add_consuming(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="messages that sync consumers process at a time, per process (default: 8)",
+        help="messages that sync consumers process at the same time, per process (default: 8)",
     )
     group.add_argument(
         "--concurrency",
         type=int,
         default=100,
         metavar="N",
-        help="messages that async consumers process at a time, per process (default: 100)",
+        help="messages that async consumers process at the same time, per process (default: 100)",
     )
     group.add_argument(
         "--isolate",
@@ -99,8 +99,8 @@ def _add_consuming(group: argparse._ArgumentGroup) -> None:
         "--prefetch",
         type=int,
         metavar="N",
-        help="messages of each queue that the broker sends ahead, per process (default: four per "
-        "thread, at least 50; twice the concurrency for async consumers)",
+        help="messages of each queue that the broker delivers ahead, per process (default: four "
+        "per thread, at least 50; twice the concurrency for async consumers)",
     )
     group.add_argument(
         "--shutdown-timeout",
@@ -130,7 +130,7 @@ def _add_processes(group: argparse._ArgumentGroup) -> None:
         "--max-memory",
         type=_size,
         metavar="SIZE",
-        help="restart a worker process that uses more resident memory: 300M, 2G, or bytes",
+        help="restart a worker process whose resident memory exceeds SIZE: 300M, 2G, or bytes",
     )
     group.add_argument(
         "--max-age",
@@ -151,13 +151,13 @@ def _add_log(group: argparse._ArgumentGroup) -> None:
         "--log-level",
         default="INFO",
         choices=("DEBUG", "INFO", "WARNING", "ERROR"),
-        help="least severe messages to log; INFO has a line for every message (default: INFO)",
+        help="the lowest level to log; INFO logs a line for every message (default: INFO)",
     )
     group.add_argument(
         "--log-format",
         default="text",
         choices=tuple(logs.FORMATS),
-        help="default: text",
+        help="the format of log lines (default: text)",
     )
 
 
@@ -188,7 +188,7 @@ def _timeout(text: str) -> float:
 
 
 def _scaled(text: str, units: dict[str, int]) -> float:
-    """Return the number that ``text`` is in the unit at its end; NaN for anything else."""
+    """Parse a number that may end in a unit; return NaN for anything else."""
     unit = text[-1:] if text[-1:] in units else ""
     try:
         return float(text.removesuffix(unit)) * units[unit]

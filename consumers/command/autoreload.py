@@ -1,4 +1,4 @@
-"""A worker that starts again when a source file changes."""
+"""``--reload``: restarts the worker when a source file changes."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ __all__ = ["run_reloading"]
 
 logger = logging.getLogger("outbox.consumer")
 
-_LOOK_EVERY = 200  # milliseconds between two looks at the modules outside the watched folders
-_POLL = 0.2  # seconds within which a signal is noticed while there is no worker
+_CHECK_EVERY = 200  # milliseconds between checks of the modules outside the watched folders
+_POLL = 0.2  # seconds, at most, until a signal is noticed while no worker runs
 
 
 def run_reloading(work: Callable[[], int], stop: Stop, timeout: float) -> int:
     """Run ``work`` until a source file changes.
 
-    A worker that cannot start, since a file is wrong, waits for the next change.
+    If the worker cannot start, for example because of a syntax error, wait for the next change.
 
     Args:
-        work: runs the worker until ``stop`` is asked, and returns its exit code.
-        stop: is asked when a file has changed; begun here when the worker cannot start.
-        timeout: seconds for the worker to end after a change; then the process exits at once.
+        work: the function that runs the worker until ``stop``, and returns its exit code.
+        stop: the stop to request after a change; its ``begin()`` is called if the worker fails.
+        timeout: the seconds that the worker has to end after a change; then the process exits.
 
     Returns:
-        An exit code: ``RECYCLED`` when a file has changed.
+        The exit code: ``RECYCLED`` if a file has changed.
 
     Raises:
         MissingExtra: watchfiles is not installed.
@@ -41,7 +41,7 @@ def run_reloading(work: Callable[[], int], stop: Stop, timeout: float) -> int:
         try:
             code = work()
         except BaseException:  # whatever the application's modules raise
-            logger.exception("the worker cannot run")
+            logger.exception("the worker has failed")
         if not stop.asked and code != exit_codes.RECYCLED:
             logger.warning("waiting for a source file to change")
             stop.begin()
@@ -53,16 +53,16 @@ def run_reloading(work: Callable[[], int], stop: Stop, timeout: float) -> int:
 
 
 class _Watcher:
-    """A thread that asks for a stop when a source file changes.
+    """A thread that requests a stop when a source file changes.
 
-    The worker keeps the main thread: an application may handle signals.
+    The worker keeps the main thread, since only there can an application handle signals.
 
     Attributes:
         changed: set when a file has changed.
     """
 
     def __init__(self, stop: Stop, timeout: float) -> None:
-        """Start watching: a change after this call is noticed."""
+        """Start watching; any change after this call is noticed."""
         try:
             import watchfiles
         except ImportError as error:
@@ -75,14 +75,14 @@ class _Watcher:
         self._ended = threading.Event()
         self._watching = threading.Event()
         self._is_source = watchfiles.PythonFilter()
-        # Every batch, filtered by nothing, is a chance to look at the other modules. watchfiles
-        # logs each, at INFO: also a log in the working directory, which would then never end.
+        # Unfiltered, so that every batch, even an empty one, leads to a check of the other modules.
+        # watchfiles logs each batch at INFO: a log file in a watched folder would cause the next.
         logging.getLogger("watchfiles").setLevel(logging.WARNING)
         self._batches = watchfiles.watch(
             *_folders(),
             watch_filter=None,
             stop_event=self._ended,
-            rust_timeout=_LOOK_EVERY,
+            rust_timeout=_CHECK_EVERY,
             yield_on_timeout=True,
             ignore_permission_denied=True,
         )
@@ -97,20 +97,20 @@ class _Watcher:
         try:
             path = self._next_changed()
         except OSError as error:  # such as too few inotify watches
-            logger.error("changes of source files are not noticed: %s", error)
+            logger.error("cannot watch source files; changes will go unnoticed: %s", error)
             return
         finally:
             self._watching.set()
         if path is None:
             return
-        logger.info("%s has changed: starting again", path)
+        logger.info("%s has changed; restarting", path)
         self.changed.set()
         self._stop.ask()
         if not self._ended.wait(self._timeout):
             os._exit(exit_codes.RECYCLED)
 
     def _next_changed(self) -> str | None:
-        """Wait for a change; return the file, or None at the end."""
+        """Wait for a change; return the path of the file, or None after ``close()``."""
         times: dict[str, float] = {}
         for changes in self._batches:
             paths = [path for change, path in changes if self._is_source(change, path)]
@@ -122,14 +122,14 @@ class _Watcher:
 
 
 def _folders() -> list[str]:
-    """Return the working directory and the folders that Python imports from, but not its own."""
-    own = (sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix)
-    imported_from = {path for path in sys.path if os.path.isdir(path) and not path.startswith(own)}
-    return sorted({os.getcwd(), *imported_from})
+    """Return the working directory, and the folders of ``sys.path`` outside Python's own."""
+    python = (sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix)
+    folders = {path for path in sys.path if os.path.isdir(path) and not path.startswith(python)}
+    return sorted({os.getcwd(), *folders})
 
 
 def _newer_module(times: dict[str, float]) -> str | None:
-    """Return the file of an imported module that has changed since ``times`` first had it."""
+    """Return the file of an imported module that has changed since ``times`` recorded it."""
     for module in list(sys.modules.values()):
         path: str | None = getattr(module, "__file__", None)
         if path is not None:

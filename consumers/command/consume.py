@@ -1,4 +1,4 @@
-"""``outbox-consume``: runs consumers until it is told to stop."""
+"""``outbox-consume``: runs consumers until it is stopped."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ logger = logging.getLogger("outbox.consumer")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code, one of ``outbox.exit_codes``.
 
-    With worker processes those run the same command as this process does, in interpreters of their
-    own: a program that calls ``main`` is run again in each, from its beginning.
+    Worker processes run the same command line as this process, each in a new interpreter: a program
+    that calls ``main`` runs again in each of them, from its beginning.
     """
     parent = Parent.inherited()
     options = make_parser().parse_args(arguments)
@@ -48,23 +48,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return worker_main.run(
         options,
         Signals(second_exits=exit_codes.KILLED),
-        on_stopping=lambda: _end_within(options.shutdown_timeout + MARGIN),
+        on_stopping=lambda: _exit_within(options.shutdown_timeout + MARGIN),
     )
 
 
-def _end_within(seconds: float) -> None:
-    """End this process by force when it takes longer, as a parent would a worker process.
+def _exit_within(seconds: float) -> None:
+    """Force this process to exit if it takes longer, as a parent does with a worker process.
 
-    An interpreter waits at its end for the threads of executors, and so for whatever a cancelled
-    ``asyncio.to_thread`` still does.
+    At its end the interpreter waits for the threads of executors, and so for the function that a
+    cancelled ``asyncio.to_thread`` still runs.
     """
 
-    def end() -> None:
+    def force_exit() -> None:
         time.sleep(seconds)
-        logger.error("it has not ended in time: by force, then")
+        logger.error("shutdown timed out; exiting forcibly")
         os._exit(exit_codes.UNFINISHED)
 
-    threading.Thread(target=end, name="outbox-end", daemon=True).start()
+    threading.Thread(target=force_exit, name="outbox-end", daemon=True).start()
 
 
 def _is_supervised(options: argparse.Namespace) -> bool:

@@ -1,4 +1,4 @@
-"""When a worker process has done enough, and is to be replaced by a new one."""
+"""The limits of a worker process: on reaching one, it is replaced."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from outbox.system.resident_memory import resident_bytes
 
 __all__ = ["Limits", "Recycling"]
 
-_LOOK_EVERY = 1.0
-"""Seconds between two looks at the memory."""
+_CHECK_EVERY = 1.0
+"""Seconds between checks of the memory."""
 
 _JITTER = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a process may do before it is replaced; None for no limit.
+    """The limits at which a process is replaced; None for no limit.
 
     Attributes:
-        messages: how many it processes, 1 or more.
-        memory: bytes of resident size.
-        age: seconds that it lives. Each process stops up to a tenth earlier, at random, so that
-            those that were started together do not stop together.
+        messages: the number of messages that it processes, 1 or more.
+        memory: the resident size in bytes.
+        age: the seconds that it lives. Each process stops up to a tenth earlier, at random, so that
+            processes started together don't stop together.
     """
 
     messages: int | None = None
@@ -36,9 +36,9 @@ class Limits:
 
 
 class Recycling:
-    """Says when one process has reached its age, or its memory. Without a clock of its own.
+    """The check of one process against its limits of age and memory. Reads no clock.
 
-    Messages the worker counts itself: not one more than allowed may begin.
+    The worker itself counts messages, since it must not begin one too many.
     """
 
     def __init__(
@@ -49,34 +49,35 @@ class Recycling:
         resident: Callable[[], int] | None = None,
         fraction: float | None = None,
     ) -> None:
-        """Begin to watch at ``now``.
+        """Start the age at ``now``.
 
         Args:
             limits: the limits.
-            now: seconds of any clock that does not go back.
-            resident: returns the resident size in bytes; the default is this process's.
-            fraction: of the age's jitter, 0 to 1; by default at random.
+            now: the time in seconds, on any clock that doesn't go back.
+            resident: the function that returns the resident size in bytes; the default returns this
+                process's.
+            fraction: the fraction of the jitter to apply, 0 to 1; the default is random.
         """
         self._limits = limits
         self._resident = resident or resident_bytes
-        self._look_at = now
+        self._check_at = now
         jitter = random.random() if fraction is None else fraction
         self._until = None if limits.age is None else now + limits.age * (1 - _JITTER * jitter)
 
     def reason(self, now: float, *, has_worked: bool) -> str | None:
-        """Return why the process is to stop, or None.
+        """Return the reason why the process must stop, or None.
 
         Args:
-            now: the present.
-            has_worked: whether a message was begun. Before that a process is not replaced for its
-                memory: its successor would need as much, and none would ever work.
+            now: the time, on the same clock.
+            has_worked: whether a message has begun. Until then memory doesn't count: a successor
+                would use as much, and no process would ever begin a message.
         """
         if self._until is not None and now >= self._until:
-            return "it has reached its age"
+            return "maximum age reached"
         limit = self._limits.memory
-        if limit is not None and has_worked and now >= self._look_at:
-            self._look_at = now + _LOOK_EVERY
+        if limit is not None and has_worked and now >= self._check_at:
+            self._check_at = now + _CHECK_EVERY
             size = self._resident()
             if size > limit:
-                return f"it takes {size / 2**20:.0f} MiB of memory"
+                return f"memory limit exceeded ({size / 2**20:.0f} MiB)"
         return None

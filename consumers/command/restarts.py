@@ -1,4 +1,4 @@
-"""How soon a worker process that has died is replaced. Pure: times come in, delays go out."""
+"""The delays before dead worker processes are replaced. Pure: no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from outbox.system.backoff import backoff
 __all__ = ["Restarts"]
 
 _HEALTHY = 60.0
-"""Seconds of life after which an end is no longer taken for one more of the same."""
+"""Seconds that a process must live for its death to begin a new count."""
 
 _LOOP = 3
 
 
 class Restarts:
-    """The ends of the processes in one place, one after the other.
+    """The deaths of the processes in one slot.
 
     Attributes:
-        in_a_row: how many have died young, the last one included.
+        in_a_row: the number of early deaths in a row, the latest included.
     """
 
     def __init__(self, delay: Callable[[int], float] = backoff) -> None:
-        """Begin with none; ``delay`` returns the seconds to wait after the n-th end, from 0."""
+        """Start with none; ``delay(n)`` returns the seconds to wait after ``n`` earlier deaths."""
         self._delay = delay
         self.in_a_row = 0
 
     def died(self, lived: float) -> float:
-        """Return the seconds to wait before the next one, which follows one of ``lived`` seconds.
+        """Count a death after ``lived`` seconds; return the seconds to wait before the next start.
 
-        0.5 doubling to 30, with jitter; from the beginning again after one that lived for a minute.
+        0.5, doubling up to 30, with jitter; back to 0.5 if the process lived for a minute.
         """
         if lived >= _HEALTHY:
             self.in_a_row = 0
@@ -38,5 +38,5 @@ class Restarts:
 
     @property
     def looping(self) -> bool:
-        """Whether it looks as if the next one would die as well."""
+        """Whether the next process is likely to die as well."""
         return self.in_a_row >= _LOOP

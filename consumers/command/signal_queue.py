@@ -1,4 +1,4 @@
-"""The signals that a supervisor has got, and the pipe by which they end its waits."""
+"""The signals that a supervisor has received, and the pipe through which they end its waits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["SignalQueue"]
 
 
 class SignalQueue:
-    """Holds signals until the main thread handles them.
+    """The signals that the main thread has yet to handle.
 
-    Only a pipe wakes a ``select``: a signal handler alone does not end a wait (PEP 475).
+    A signal handler alone doesn't end a ``select`` (PEP 475); a byte in a pipe does.
     """
 
     def __init__(self) -> None:
-        """Hold nothing yet; handle no signal."""
+        """Create an empty queue; ``open()`` installs the handlers."""
         self._signals: deque[int] = deque()
         self._woken = -1
 
@@ -27,7 +27,7 @@ class SignalQueue:
     def open(self) -> Iterator[None]:
         """Handle SIGTERM, SIGINT, SIGHUP and SIGCHLD in a ``with`` block, on the main thread."""
         handled = [signal.SIGTERM, signal.SIGINT, signal.SIGCHLD]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             handled.append(signal.SIGHUP)
         self._woken, wake = os.pipe()
         for end in (self._woken, wake):
@@ -44,16 +44,16 @@ class SignalQueue:
             os.close(wake)
 
     def take(self) -> Iterator[int]:
-        """Iterate over the signals to handle; SIGCHLD, which only ends a wait, is left out."""
+        """Remove and yield the signals, except SIGCHLD, which only ends a wait."""
         while self._signals:
             yield self._signals.popleft()
 
     def fileno(self) -> int:
-        """Return the descriptor that can be read when a signal has arrived."""
+        """Return the descriptor that becomes readable when a signal arrives."""
         return self._woken
 
     def clear_wake_up(self) -> None:
-        """Let the next ``select`` wait again."""
+        """Empty the pipe, so that the next ``select`` waits again."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._woken, 4096)
 

@@ -1,4 +1,4 @@
-"""A worker process that a supervisor has started: it reports to it, and stops when it dies."""
+"""A worker process under a supervisor: reports to it, and stops if it dies."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ __all__ = ["MARGIN", "READY", "STOPPING", "run", "stop_with"]
 logger = logging.getLogger("outbox.consumer")
 
 READY, STOPPING = b"r", b"s"
-"""What a worker process reports: that it consumes, and that it has begun to stop."""
+"""The reports of a worker process: it consumes; it has begun to stop."""
 
 MARGIN = 10.0
-"""Seconds beyond the shutdown timeout after which a worker process that stops is ended by force.
+"""Seconds beyond the shutdown timeout after which a stopping worker process is killed.
 
-In them it closes its connections and drains its publisher, which are bounded, too.
+They cover closing its connections and draining its publisher, which have timeouts as well.
 """
 
 
 def run(options: argparse.Namespace, parent: Parent) -> int:
     """Run a worker process; return its exit code.
 
-    Signals are idempotent in it: a terminal, or systemd, sends them to the parent and to its
-    children, and so does the parent. It is the parent that ends a worker at once.
+    A repeated signal has no effect on it: a terminal or systemd may signal both the parent and its
+    children, to which the parent sends a signal as well. Only the parent kills a worker at once.
     """
-    # As long as there is nothing to finish.
+    # Until the worker starts there is nothing to finish: a signal ends the process.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent's to act on
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent handles it
     stop = Signals(second_exits=None)
     stop_with(parent, stop, options.shutdown_timeout + MARGIN)
 
@@ -54,11 +54,11 @@ def run(options: argparse.Namespace, parent: Parent) -> int:
 
 
 def stop_with(parent: Parent, stop: Stop, grace: float) -> None:
-    """Ask ``stop`` when the parent dies, and end this process ``grace`` seconds after that."""
+    """Request a stop when the parent dies; exit forcibly ``grace`` seconds later."""
 
-    def stop_in_order() -> None:
-        logger.warning("the parent process is gone: stopping")
+    def stop_gracefully() -> None:
+        logger.warning("the parent process has died; stopping")
         stop.ask()
         time.sleep(grace)
 
-    parent.when_gone(stop_in_order)
+    parent.when_gone(stop_gracefully)

@@ -1,4 +1,4 @@
-"""One worker process, from its consumers' import to its end."""
+"""The work of one process, from importing the consumers to its exit code."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["run"]
 logger = logging.getLogger("outbox.consumer")
 
 _POLL = 0.2
-"""Seconds until a signal is seen, at the most."""
+"""Seconds, at most, until a signal is noticed."""
 _FIRST_POLL = 0.05
-"""Likewise, until messages come."""
+"""Likewise, until the worker consumes."""
 
 
 def run(
@@ -34,16 +34,16 @@ def run(
     on_ready: Callable[[], None] = lambda: None,
     on_stopping: Callable[[], None] = lambda: None,
 ) -> int:
-    """Consume until ``stop`` is asked for, or a limit is reached.
+    """Consume until ``stop`` is requested, or a limit is reached.
 
     Args:
-        options: what ``arguments`` has parsed.
-        stop: is asked several times a second.
-        on_ready: is called when messages come, for the first time.
-        on_stopping: is called when it ends.
+        options: the parsed command line.
+        stop: the request to stop, which is checked several times a second.
+        on_ready: the function to call when the worker begins to consume.
+        on_stopping: the function to call when the worker begins to stop.
 
     Returns:
-        One of ``outbox.exit_codes``.
+        The exit code, one of ``outbox.exit_codes``.
     """
     limits = limits_of(options)
     try:
@@ -71,16 +71,16 @@ def run(
                 if worker.is_consuming and not is_ready:
                     is_ready = True
                     on_ready()
-                    _tell(worker)
+                    _log_start(worker)
                 if stopped:
                     if worker.used_up:
-                        reason = f"it has processed {limits.messages} messages"
+                        reason = f"{limits.messages} messages processed"
                     break
                 reason = recycling.reason(time.monotonic(), has_worked=worker.has_worked)
                 if reason is not None:
                     break
             on_stopping()
-            logger.info("stopping: %s", reason or "as asked")
+            logger.info("stopping: %s", reason or "shutdown requested")
         finally:
             finished = worker.stop(options.shutdown_timeout)
             publisher.close()
@@ -92,7 +92,7 @@ def run(
     return exit_codes.SUCCESS if finished else exit_codes.UNFINISHED
 
 
-def _tell(worker: Worker) -> None:
+def _log_start(worker: Worker) -> None:
     logger.info(
         "consuming %s with %d thread(s), %d task(s), prefetch %d",
         ", ".join(map(repr, worker.consumers)),
@@ -111,7 +111,7 @@ def _isolation(options: argparse.Namespace) -> Isolation | None:
 
 
 def _resident(isolation: Isolation | None) -> Callable[[], int]:
-    """Return what tells the size of the largest process in which handlers may leak."""
+    """Return a function for the resident size of the largest process that runs handlers."""
     if isolation is None:
         return resident_bytes
     return lambda: max(resident_bytes(), isolation.largest())

@@ -1,4 +1,4 @@
-"""A worker process, as its supervisor knows it."""
+"""A worker process, as seen by its supervisor."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["WorkerProcess"]
 
 
 class WorkerProcess(ChildProcess):
-    """One process, from its start to its end. Used by one thread.
+    """One process, from start to exit. Used by one thread.
 
     Attributes:
-        place: the number of its place, from 1; those that follow it have the same.
+        slot: the number of its slot, from 1; its successors have the same.
         ready: whether it has reported that it consumes.
-        kill_at: on the monotonic clock, when it is ended by force; None unless it stops.
+        kill_at: the time on the monotonic clock at which to kill it; None unless it is stopping.
     """
 
-    def __init__(self, place: int, command: Sequence[str], *, with_input: bool) -> None:
-        """Start ``command``, the same for all, in the place of this number.
+    def __init__(self, slot: int, command: Sequence[str], *, with_input: bool) -> None:
+        """Start ``command`` in the slot with this number.
 
         Raises:
-            OSError: it cannot be started.
+            OSError: the command cannot be started.
         """
-        self.place = place
+        self.slot = slot
         self.ready = False
         self.kill_at: float | None = None
         self._began = time.monotonic()
@@ -38,16 +38,16 @@ class WorkerProcess(ChildProcess):
 
     @property
     def age(self) -> float:
-        """The seconds since its start."""
+        """The seconds since it was started."""
         return time.monotonic() - self._began
 
     @property
     def status(self) -> int | None:
-        """The descriptor that is readable when it reports something; None when it never will."""
+        """The descriptor that becomes readable when it reports something; None once it can't."""
         return self._status if self._status >= 0 else None
 
     def listen(self, grace: float) -> None:
-        """Take note of what it reports; when it stops by itself it has ``grace`` seconds."""
+        """Read its reports; once it has begun to stop, it has ``grace`` seconds."""
         if self._status < 0:
             return
         try:
@@ -58,16 +58,16 @@ class WorkerProcess(ChildProcess):
             self._stop_listening()
         self.ready |= READY in reported
         if STOPPING in reported:
-            self._leave(grace)
+            self._set_deadline(grace)
 
     def terminate(self, grace: float) -> None:
-        """Ask it to end within ``grace`` seconds; no second time."""
+        """Ask it to exit within ``grace`` seconds; only the first call has an effect."""
         if self.kill_at is None:
-            self._leave(grace)
+            self._set_deadline(grace)
             self._process.send_signal(signal.SIGTERM)
 
     def close(self) -> None:
-        """Let go of it, and listen no more."""
+        """Close both pipes; if the process still runs, it stops."""
         self._stop_listening()
         super().close()
 
@@ -76,9 +76,9 @@ class WorkerProcess(ChildProcess):
             os.close(self._status)
             self._status = -1
 
-    def _leave(self, grace: float) -> None:
+    def _set_deadline(self, grace: float) -> None:
         if self.kill_at is None:
             self.kill_at = time.monotonic() + grace
 
     def __str__(self) -> str:
-        return f"worker {self.place} (process {self.pid})"
+        return f"worker {self.slot} (process {self.pid})"

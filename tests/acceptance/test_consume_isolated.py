@@ -222,7 +222,7 @@ def test_a_process_that_leaks_is_replaced_with_its_worker(command: Command, name
     command.write(MODULE.format(name=name).replace("timeout = 1\n", "timeout = None\n"))
     command.start("--isolate", "process", "-t", "1", "--max-memory", "200M")
     [leaks] = command.publish("leak")
-    command.wait_for("it takes [0-9]+ MiB of memory")
+    command.wait_for(r"memory limit exceeded \([0-9]+ MiB\)")
     [follows] = command.publish("follow")
     wait_until(lambda: [one for one, _ in command.did()] == [leaks, follows])
     assert len({pid for _, pid in command.did()}) == 2

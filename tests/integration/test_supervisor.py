@@ -86,7 +86,7 @@ time.sleep(60)
 """)
     driven.wait_for("here")
     assert driven.stop() == exit_codes.UNFINISHED
-    assert "has not ended in time: it is killed" in driven.log()
+    assert "did not exit in time; killing it" in driven.log()
     assert "was killed by SIGKILL" in driven.log()
 
 
@@ -98,8 +98,8 @@ parent.tell(READY)
 parent.tell(STOPPING)
 time.sleep(60)
 """)
-    driven.wait_for("has not ended in time: it is killed")
-    driven.wait_for(" begins", 2)
+    driven.wait_for("did not exit in time; killing it")
+    driven.wait_for(" started", 2)
     driven.stop()
 
 

@@ -59,7 +59,7 @@ def test_the_age_has_a_jitter_of_a_tenth_and_is_never_exceeded(fraction: float) 
     recycling = Recycling(Limits(age=100.0), 1000.0, fraction=fraction)
     age = 100.0 - 10.0 * fraction
     assert recycling.reason(1000.0 + age - 0.01, has_worked=False) is None
-    assert recycling.reason(1000.0 + age, has_worked=False) == "it has reached its age"
+    assert recycling.reason(1000.0 + age, has_worked=False) == "maximum age reached"
 
 
 def test_memory_is_checked_once_a_second_and_after_the_first_message() -> None:
@@ -70,7 +70,7 @@ def test_memory_is_checked_once_a_second_and_after_the_first_message() -> None:
     assert recycling.reason(0.2, has_worked=True) is None
     assert recycling.reason(1.1, has_worked=True) is None
     assert len(sizes) == 1
-    assert recycling.reason(1.3, has_worked=True) == "it takes 301 MiB of memory"
+    assert recycling.reason(1.3, has_worked=True) == "memory limit exceeded (301 MiB)"
 
 
 def test_the_resident_size_follows_what_is_allocated() -> None:

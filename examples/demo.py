@@ -1,9 +1,9 @@
-"""Shows outbox at work: ``python -m examples.demo``, or ``scripts/demo`` which sets all up first.
+"""Demonstrates outbox: ``scripts/demo``, or ``python -m examples.demo`` if all is installed.
 
-Starts a web server and a worker as processes of their own, which share a file of SQLite, sends
-real HTTP requests, kills the worker and starts another. With --rabbitmq they share a private
-RabbitMQ, and it is the broker that is killed and comes back. A witness with its own queue sees
-every event. Exits with 0 only if every step was observed.
+Starts a web server and a worker as separate processes that share an SQLite file, sends real HTTP
+requests, kills the worker and starts another. With --rabbitmq they share a private RabbitMQ
+instead, which is killed and restarted. A witness with its own queue sees every event. Exits with 0
+only if every step was observed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Failed(Exception):
 
 def main() -> int:
     options = _parser().parse_args()
-    logging.disable()  # the witness loses its connection, as everything does
+    logging.disable()  # of the witness, which loses its connection with the broker
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     try:
@@ -51,7 +51,7 @@ def main() -> int:
             for number, name in enumerate(options.apps or ["flask", "fastapi"]):
                 demo.show(name, trouble=number == 0)
             demo.finish()
-        say("All of it was observed.")
+        say("Every step was observed.")
     except (Failed, BrokerMissing, TimeoutError) as error:
         say(f"NOT OBSERVED: {error}")
         return 1
@@ -66,14 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rabbitmq",
         action="store_true",
-        help="on a private RabbitMQ, which must be installed, in place of a file of SQLite",
+        help="use a private RabbitMQ, which must be installed, instead of an SQLite file",
     )
     parser.add_argument(
         "--app",
         dest="apps",
         action="append",
         choices=("flask", "fastapi"),
-        help="only the Flask application (under gunicorn), or the FastAPI one (under uvicorn)",
+        help="run only the Flask application (under gunicorn), or the FastAPI one (under uvicorn)",
     )
     parser.add_argument(
         "--consumers",
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class Demo:
-    """The processes, and one run of the story for each web application."""
+    """The processes, and the story, which runs once for each web application."""
 
     def __init__(self, stack: ExitStack, consumers: str) -> None:
         self._stack = stack
@@ -106,7 +106,7 @@ class Demo:
             "XDG_RUNTIME_DIR": str(self._folder),  # where gunicorn puts its control socket
         }
         self._worker = self._start_worker("worker")
-        # A quorum queue that is younger than a moment may not survive the kill to come.
+        # A quorum queue may not survive if the broker is killed right after creating it.
         self._queues_made_at = time.monotonic()
 
     def _prepare(self) -> str:
@@ -123,47 +123,47 @@ class Demo:
         return worker
 
     def show(self, name: str, *, trouble: bool) -> None:
-        """Tell the story with one web application, with somebody's death or without."""
+        """Run the story with one web application; with ``trouble``, a process is killed."""
         port = free_port()
         with self._web_server(name, port) as server:
             orders = f"http://127.0.0.1:{port}/orders"
 
             step("an order is placed")
             status, answer, _ = post(orders, item="book", amount="12.50")
-            expect(status == 201, f"the request answers 201, not {status}")
+            expect(status == 201, f"the request is answered with 201, not {status}")
             order = answer["order_id"]
             placed = self._witness.next("order.placed")
-            expect(placed["order_id"] == order, "the event is the order's")
+            expect(placed["order_id"] == order, "the event belongs to the order")
             say(f"  HTTP 201; published: order.placed {placed}")
             sent = self._witness.next("invoice.sent")
-            expect(sent == {"order_id": order}, "the follow-on event is the order's")
+            expect(sent == {"order_id": order}, "the follow-on event belongs to the order")
             say(f"  consumed; the follow-on event: invoice.sent {sent}")
             self._worker.logs(f"order {order} is in the books")
-            say("  and consumed in its turn")
+            say("  and consumed as well")
 
-            step("a payment is refused, and the order rolled back")
+            step("a payment is refused, and the order is rolled back")
             status, answer, _ = post(orders, item="yacht", amount="1000000")
-            expect(status == 402, f"the request answers 402, not {status}")
+            expect(status == 402, f"the request is answered with 402, not {status}")
             expect(self._witness.is_quiet(1.0), "nothing was published")
             say(f"  HTTP 402, {answer['error']}; nothing was published")
 
             if trouble:
                 self._trouble(orders)
 
-            step("the web server is told to stop")
+            step("the web server gets SIGTERM")
             code = server.stop()
-            # uvicorn, having shut down in order, ends by the signal that it was sent.
-            in_order = 0 if name == "flask" else -signal.SIGTERM
-            expect(code in (0, in_order), f"the {name} server ends in order, not with {code}")
+            # uvicorn, after a graceful shutdown, kills itself with the signal that it received.
+            graceful = 0 if name == "flask" else -signal.SIGTERM
+            expect(code in (0, graceful), f"the {name} server stops gracefully, not with {code}")
             server.logs("Shutting down" if name == "flask" else "Finished server process")
-            say("  it has ended in order")
+            say("  it stopped gracefully")
 
     def _place_five(self, orders: str) -> tuple[list[int], list[float]]:
-        """Place five orders; return them, and how many milliseconds each took."""
+        """Place five orders; return their ids, and the milliseconds that each took."""
         placed, times = [], []
         for number in range(5):
             status, answer, seconds = post(orders, item=f"lamp {number}", amount="30")
-            expect(status == 201, f"a request meanwhile answers 201, not {status}")
+            expect(status == 201, f"a request meanwhile is answered with 201, not {status}")
             placed.append(answer["order_id"])
             times.append(seconds * 1000)
         say(f"  five orders meanwhile: HTTP 201 after {', '.join(f'{ms:.0f}' for ms in times)} ms")
@@ -171,22 +171,22 @@ class Demo:
 
     def _see_arrive(self, placed: list[int]) -> None:
         arrived = {self._witness.next("order.placed", 30)["order_id"] for _ in placed}
-        expect(arrived == set(placed), "these are the five orders")
+        expect(arrived == set(placed), "the events belong to the five orders")
         say(f"  all five arrived: orders {sorted(arrived)}")
 
     def _see_consumed(self, placed: list[int]) -> None:
         invoiced = {self._witness.next("invoice.sent", 30)["order_id"] for _ in placed}
-        expect(invoiced == set(placed), "an invoice followed from each")
+        expect(invoiced == set(placed), "each led to an invoice")
         for order in placed:
             self._worker.logs(f"order {order} is in the books")
-        say("  and were consumed, each with its follow-on event")
+        say("  and were consumed, each with a follow-on event")
 
     def finish(self) -> None:
         """Stop the worker."""
-        step("the worker is told to stop")
+        step("the worker gets SIGTERM")
         code = self._worker.stop()
         expect(code == 0, f"the worker exits with 0, not {code}")
-        say("  it has exited with 0")
+        say("  it exited with 0")
 
     @contextmanager
     def _web_server(self, name: str, port: int) -> Iterator[Process]:
@@ -223,11 +223,11 @@ class Demo:
 
 
 class DemoOnSQLite(Demo):
-    """Without a server; the worker is killed."""
+    """The demo on an SQLite file; the worker is killed."""
 
     def _prepare(self) -> str:
         url = f"sqlite:///{self._folder / 'outbox.db'}"
-        step(f"no server starts: events are in {url}")
+        step(f"no broker is needed: events are in {url}")
         return url
 
     def _trouble(self, orders: str) -> None:
@@ -240,7 +240,7 @@ class DemoOnSQLite(Demo):
 
 
 class DemoOnRabbitMQ(Demo):
-    """On a private broker, which is killed."""
+    """The demo on a private broker, which is killed."""
 
     def _prepare(self) -> str:
         step("a private RabbitMQ starts")
@@ -253,11 +253,11 @@ class DemoOnRabbitMQ(Demo):
         time.sleep(max(0.0, self._queues_made_at + 3 - time.monotonic()))
         self._broker.kill()
         placed, times = self._place_five(orders)
-        expect(times[0] < 1000, "the first of them answers within a second")
-        # The first may be the one that notices; whoever comes later must not wait at all.
-        expect(sum(times[1:]) < QUICK_MS, f"the others answer within {QUICK_MS} ms together")
+        expect(times[0] < 1000, "the first of them is answered within a second")
+        # The first may notice the lost connection and wait; later ones must not wait at all.
+        expect(sum(times[1:]) < QUICK_MS, f"the others are answered within {QUICK_MS} ms in all")
 
-        step("the broker comes back, and nobody sends a request")
+        step("the broker is restarted, and no further request is sent")
         self._broker.start()
         self._see_arrive(placed)
         self._see_consumed(placed)
@@ -279,7 +279,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the demo alone, which then stops them
+                start_new_session=True,  # only the demo gets Ctrl-C, and stops the others
             )
 
     @property
@@ -302,26 +302,26 @@ class Process:
 
     def tail(self) -> str:
         lines = self.log.splitlines()[-15:]
-        return "\n".join([f"--- the end of the {self._name}'s log:", *lines])
+        return "\n".join([f"--- the end of the log of the {self._name}:", *lines])
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill it, like a crash."""
         self._child.kill()
         self._child.wait(10)
 
     def stop(self) -> int:
-        """Ask it to end, by its own id; return its exit code."""
+        """Send it SIGTERM, wait, and return its exit code."""
         if self.running:
             self._child.send_signal(signal.SIGTERM)
             try:
                 self._child.wait(20)
-            except subprocess.TimeoutExpired:  # its code, -9, is then no success
+            except subprocess.TimeoutExpired:  # the exit code is then -9: a failure
                 self._child.kill()
         return self._child.wait(10)
 
 
 class Witness(Consumer):
-    """Sees every event that is published."""
+    """The consumer that sees every published event."""
 
     queue = "demo.witness"
     topics = ("#",)
@@ -332,9 +332,9 @@ class Witness(Consumer):
 
     @contextmanager
     def watching(self, url: str) -> Iterator[None]:
-        """Consume from ``url``."""
+        """Consume from ``url`` in a ``with`` block."""
         with Publisher(url) as publisher:
-            worker = Worker([self], publisher=publisher, threads=1)  # one: it needs no lock
+            worker = Worker([self], publisher=publisher, threads=1)  # one needs no lock
             worker.start()
             try:
                 deadline = time.monotonic() + 20
@@ -346,12 +346,12 @@ class Witness(Consumer):
                 worker.stop(5)
 
     def process(self, event: ReceivedEvent) -> None:
-        if event.id not in self._ids:  # it may be delivered twice
+        if event.id not in self._ids:  # an event may be delivered twice
             self._ids.add(event.id)
             self._seen.append((event.target, event.payload))
 
     def next(self, target: str, timeout: float = 20) -> Any:
-        """Return the payload of the next event to ``target``."""
+        """Wait for the next event to ``target``; return its payload."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             for index, (seen, payload) in enumerate(self._seen):
@@ -367,7 +367,7 @@ class Witness(Consumer):
 
 
 def post(url: str, **form: str) -> tuple[int, Any, float]:
-    """Return status, decoded answer and seconds of a POST."""
+    """Send a POST; return the status, the decoded answer and the seconds that it took."""
     data = urllib.parse.urlencode(form).encode()
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     begin = time.perf_counter()
@@ -378,7 +378,7 @@ def post(url: str, **form: str) -> tuple[int, Any, float]:
         status, body = error.code, error.read()
         error.close()
     except OSError as error:
-        raise Failed(f"the web server answers, without {error!r}") from error
+        raise Failed(f"the web server answers, instead of {error!r}") from error
     return status, json.loads(body), time.perf_counter() - begin
 
 
@@ -398,7 +398,7 @@ def answers(port: int) -> bool:
 
 
 def interrupt(_number: int, _frame: FrameType | None) -> None:
-    """End the demo; a second signal does not disturb the cleaning up."""
+    """End the demo; ignore further signals, so that they don't disturb the clean-up."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt

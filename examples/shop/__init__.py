@@ -1,1 +1,1 @@
-"""A shop: orders are placed over HTTP, invoices follow from them."""
+"""A shop: it takes orders over HTTP, and sends an invoice for each."""

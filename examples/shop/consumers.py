@@ -1,4 +1,4 @@
-"""What follows from an order: ``outbox-consume examples.shop.consumers``."""
+"""The shop's consumers: ``outbox-consume examples.shop.consumers``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger("shop")
 
 
 class Invoices(Consumer):
-    """Sends an invoice for each order, and says so."""
+    """Sends an invoice for each order, and publishes an event about it."""
 
     queue = "shop.invoices"
     topics = ("order.placed",)

@@ -1,4 +1,4 @@
-"""The shop's own business: orders in SQLite, and an event for each."""
+"""The shop's orders: rows in SQLite, and an event for each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PaymentRefused(Exception):
 
 @contextmanager
 def transaction() -> Iterator[sqlite3.Connection]:
-    """Commit at the end, or roll back."""
+    """Commit at the end of the ``with`` block, or roll back if it raises."""
     with closing(sqlite3.connect(os.environ.get("SHOP_DATABASE", "shop.db"))) as connection:
         connection.execute(
             "CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY, item TEXT, amount TEXT)"
@@ -26,7 +26,7 @@ def transaction() -> Iterator[sqlite3.Connection]:
 
 
 def place_order(item: str, amount: str) -> int:
-    """Store an order and tell the world, both or neither."""
+    """Store an order and enqueue its event: both succeed, or neither."""
     with transaction() as connection:
         cursor = connection.execute(
             "INSERT INTO orders (item, amount) VALUES (?, ?)", (item, amount)

@@ -79,9 +79,9 @@ def test_the_demo_tells_its_story(tmp_path: Path, arguments: list[str], death: s
         "nothing was published",
         "five orders meanwhile: HTTP 201",
         "all five arrived",
-        "it has ended in order",
-        "it has exited with 0",
-        "All of it was observed.",
+        "it stopped gracefully",
+        "it exited with 0",
+        "Every step was observed.",
     ):
         assert observed in output
     assert "\033" not in output

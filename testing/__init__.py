@@ -1,4 +1,4 @@
-"""Tools to test code that uses outbox; the pytest plugin offers them as fixtures."""
+"""Tools for testing code that uses outbox; the pytest plugin offers them as fixtures."""
 
 from outbox.testing.assertions import EventAssertions, Matches
 from outbox.testing.broker import BrokerMissing, PrivateBroker

@@ -17,7 +17,7 @@ _SHOWN = 10
 
 
 class Criteria(TypedDict, total=False):
-    """Further properties of an event; see :class:`outbox.testing.matching.Wanted`."""
+    """Further criteria for an event; see :class:`outbox.testing.matching.Wanted`."""
 
     headers: Mapping[str, Any] | None
     key: str | EllipsisType | None
@@ -29,7 +29,7 @@ class Criteria(TypedDict, total=False):
 
 
 class Matches(tuple[Event, ...]):
-    """Several events that match, in order."""
+    """The events that match an assertion, in order."""
 
     __slots__ = ()
 
@@ -37,14 +37,14 @@ class Matches(tuple[Event, ...]):
         __tracebackhide__ = True
         if name in Event.__dataclass_fields__ or name == "payload":
             raise AssertionError(
-                f"{len(self)} events match, so there is no one {name}: narrow the assertion, "
-                "say times=1, or take one of them"
+                f"{len(self)} events match, so there is no single {name}: narrow the assertion, "
+                "pass times=1, or pick an event by its index"
             )
         raise AttributeError(name)
 
 
 class States(Protocol):
-    """Events by what became of them, each tuple in order."""
+    """The events by state, each tuple in order."""
 
     @property
     def published(self) -> tuple[Event, ...]: ...  # noqa: D102
@@ -69,7 +69,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _also(published: _Method, state: str, what: str) -> _Method:
-    """Return the method that asserts of another state what ``assert_published`` asserts."""
+    """Return a method like ``assert_published`` for events in another state."""
 
     def method(
         self: EventAssertions,
@@ -89,15 +89,14 @@ def _also(published: _Method, state: str, what: str) -> _Method:
 
 
 class EventAssertions:
-    """Everything the code under test enqueued, and what became of it. Thread-safe.
+    """The events that the code under test enqueued, by state. Thread-safe.
 
     Attributes:
-        strict: whether the test fails in the end if an event was published that no assertion has
-            matched.
+        strict: whether the test fails at its end if a published event was matched by no assertion.
     """
 
     def __init__(self, states: States, *, strict: bool = False) -> None:
-        """Answer from ``states``."""
+        """Make assertions about the events in ``states``."""
         self._states = states
         self._matched: set[int] = set()
         self.strict = strict
@@ -106,32 +105,32 @@ class EventAssertions:
 
     @property
     def published(self) -> tuple[Event, ...]:
-        """The published events, in that order."""
+        """The published events, in order of publishing."""
         return self._states.published
 
     @property
     def cleared(self) -> tuple[Event, ...]:
-        """The events dropped by a failure or by ``clear_events()``, in that order."""
+        """The events dropped by a failure or by ``clear_events()``, in order of dropping."""
         return self._states.dropped
 
     @property
     def pending(self) -> tuple[Event, ...]:
-        """The events that are neither published nor dropped yet, in order of enqueueing."""
+        """The events neither published nor dropped yet, in order of enqueueing."""
         return self._states.pending
 
     @property
     def kept(self) -> tuple[Event, ...]:
-        """The events that a publisher keeps because the broker is away, in order."""
+        """The events that a publisher keeps while the broker is unavailable, in order."""
         return self._states.kept
 
     @property
     def stored(self) -> tuple[Event, ...]:
-        """The events stored in a transaction of the application's database, in that order."""
+        """The events stored in the application's transactions, in order of storing."""
         return self._states.stored
 
     @property
     def parked(self) -> tuple[Event, ...]:
-        """The events parked because no queue is bound for them, in that order."""
+        """The events parked because they were unroutable, in order of parking."""
         return self._states.parked
 
     def __repr__(self) -> str:
@@ -167,18 +166,20 @@ class EventAssertions:
 
         Args:
             target: the routing key or a topic pattern (``*`` one word, ``#`` any number).
-            payload: what the decoded payload must be. Of objects only the members given are
-                compared, at every depth; a compiled regular expression matches any text that it is
-                found in, a function what it is true of, and anything with ``==`` what it equals.
-            times: how many events must match; by default at least one.
-            **criteria: ``headers`` that must be present, compared likewise; ``key``, ``priority``,
-                ``exchange``; ``delay`` in seconds or ``deliver_at``, to the ``tolerance`` (1 s).
+            payload: the expected payload, compared with the decoded one. Objects are compared only
+                by the members given, at every depth; a compiled regular expression matches any text
+                that it is found in, a function any value that it returns true for, and anything
+                with ``==`` what it equals.
+            times: the number of events that must match; by default at least one.
+            **criteria: ``headers`` that the event must have, compared likewise; ``key``,
+                ``priority``, ``exchange``; ``delay`` in seconds or ``deliver_at``, within the
+                ``tolerance`` (1 s).
 
         Returns:
-            The event; or all that match, in order, if there are several or ``times`` is not 1.
+            The event if exactly one matches; otherwise all that match, in order.
 
         Raises:
-            AssertionError: the message shows the events there are, nearest first.
+            AssertionError: too few or too many match; the message lists the events, closest first.
         """
         __tracebackhide__ = True
         return self._assert("published", _wanted(target, payload, criteria), times)
@@ -191,10 +192,10 @@ class EventAssertions:
     def assert_not_published(
         self, target: str, payload: Any = ..., **criteria: Unpack[Criteria]
     ) -> None:
-        """Assert that no matching event was published; the arguments as in ``assert_published``.
+        """Assert that no matching event was published; for arguments see ``assert_published``.
 
         Raises:
-            AssertionError: the message shows them.
+            AssertionError: the message lists the matching events.
         """
         __tracebackhide__ = True
         wanted = _wanted(target, payload, criteria)
@@ -209,7 +210,7 @@ class EventAssertions:
         """Assert that no event was published.
 
         Raises:
-            AssertionError: the message shows them.
+            AssertionError: the message lists the published events.
         """
         __tracebackhide__ = True
         if self.published:
@@ -222,26 +223,26 @@ class EventAssertions:
         """Assert that every published event was matched by an earlier assertion.
 
         Raises:
-            AssertionError: the message shows those that were not.
+            AssertionError: the message lists the others.
         """
         __tracebackhide__ = True
         others = [event for event in self.published if id(event) not in self._matched]
         if others:
             raise AssertionError(
-                f"expected nothing else, found {len(others)} more published event(s)\n"
-                + _lines("published, and matched by no assertion", others)
+                f"expected every published event to match an assertion, but {len(others)} did not\n"
+                + _lines("published, but not matched", others)
             )
 
     def assert_published_in_order(self, *targets: str) -> Matches:
-        """Assert that events to these targets or patterns were published one after the other.
+        """Assert that events to these targets or patterns were published in this order.
 
-        Others may be in between.
+        Other events may come in between.
 
         Returns:
             The events, one for each target.
 
         Raises:
-            AssertionError: the message shows the order in which they were published.
+            AssertionError: the message shows the actual order.
         """
         __tracebackhide__ = True
         for _ in self._looks():
@@ -253,18 +254,20 @@ class EventAssertions:
             after = f" after {matching[-1].target!r}" if matching else ""
             order = ", ".join(repr(event.target) for event in published) or "nothing"
             missing = targets[len(matching)]
-            raise AssertionError(f"no event to {missing!r}{after}; published were {order}")
+            raise AssertionError(
+                f"expected a published event to {missing!r}{after}; published in order: {order}"
+            )
         self._matched.update(map(id, matching))
         return Matches(matching)
 
     def check_strict(self) -> None:
-        """At the end of a strict test, assert that every published event was matched."""
+        """Assert at the end of a strict test that every published event was matched."""
         __tracebackhide__ = True
         if self.strict:
             self.assert_nothing_else_published()
 
     def _looks(self) -> Iterator[None]:
-        """Yield as often as an assertion may look for its event, at least once."""
+        """Yield before each look for the events of an assertion, at least once."""
         yield
 
     def _all(self) -> dict[str, tuple[Event, ...]]:
@@ -285,9 +288,10 @@ class EventAssertions:
             if matching if times is None else len(matching) == times:
                 break
         else:
-            number = "at least 1" if times is None else str(times)
+            number = "at least 1" if times is None else times
+            noun = "event" if times in (None, 1) else "events"
             raise AssertionError(
-                f"expected {number} {state} event(s) to {wanted}, found {len(matching)}\n"
+                f"expected {number} {state} {noun} to {wanted}, found {len(matching)}\n"
                 + _overview(states, state, wanted, matching)
             )
         self._matched.update(map(id, matching))
@@ -297,9 +301,9 @@ class EventAssertions:
 _TITLES: dict[str, str] = {
     "pending": "pending (not published yet)",
     "cleared": "cleared (dropped)",
-    "kept": "kept (the broker was away)",
+    "kept": "kept (the broker is unavailable)",
     "stored": "stored (in a transaction)",
-    "parked": "parked (no queue was bound)",
+    "parked": "parked (unroutable)",
 }
 
 
@@ -307,9 +311,10 @@ def _wanted(target: str, payload: Any, criteria: Criteria) -> Wanted:
     __tracebackhide__ = True
     for name in criteria:
         if name not in Criteria.__annotations__:
-            close = difflib.get_close_matches(name, [*Criteria.__annotations__, "times"], 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"an event has no {name!r} to compare{hint}")
+            names = [*Criteria.__annotations__, "times"]
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(names)}"
+            raise TypeError(f"{name!r} is not a criterion of an assertion; {hint}")
     return Wanted(target, payload, **criteria)
 
 
@@ -329,19 +334,19 @@ def _in_order(events: Sequence[Event], targets: Sequence[str]) -> list[Event]:
 def _overview(
     states: Mapping[str, Sequence[Event]], asked: str, wanted: Wanted, matching: Sequence[Event]
 ) -> str:
-    """Show the events there are, the nearest to the wanted one first, and how it differs."""
+    """List the events by state, the closest first, and show how the closest one differs."""
     order = [asked, *(state for state in states if state != asked)]
     parts = []
     for state in order:
-        nearest = sorted(states[state], key=wanted.distance)
-        if nearest:
-            parts.append(_lines(_TITLES.get(state, state), nearest))
+        events = sorted(states[state], key=wanted.distance)
+        if events:
+            parts.append(_lines(_TITLES.get(state, state), events))
     others = [event for event in states[asked] if event not in matching]
     if others and not matching:
         difference = wanted.difference(min(others, key=wanted.distance))
         if difference:
-            parts.append(f"wanted (-) and nearest (+):\n{difference}")
-    return "\n".join(parts) or "nothing was enqueued at all"
+            parts.append(f"wanted (-) and closest (+):\n{difference}")
+    return "\n".join(parts) or "no event was enqueued"
 
 
 def _lines(state: str, events: Sequence[Event]) -> str:

@@ -1,4 +1,4 @@
-"""A private RabbitMQ node: for tests, demonstrations and benchmarks that want the real thing."""
+"""A private RabbitMQ node for tests, demos and benchmarks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from outbox.testing.servers import (
 __all__ = ["BrokerMissing", "PrivateBroker"]
 
 _PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
-_EPMD_NAMES = b"\x00\x01n"  # a request for the nodes that it knows: NAMES_REQ
+_EPMD_NAMES = b"\x00\x01n"  # NAMES_REQ: a request for the registered nodes
 _STOP_TIMEOUT = 20.0  # seconds
 
 _CONFIG = """\
@@ -32,9 +32,9 @@ log.file.level = warning
 log.console = false
 """
 
-# Loopback only; and no port mapper but ours: one that Erlang starts by itself outlives the node.
+# Loopback only, and with our own port mapper: one that Erlang starts would outlive the node.
 _KERNEL = "-kernel inet_dist_use_interface {127,0,0,1} -start_epmd false"
-# Two schedulers that sleep at once when there is nothing to do: an idle node costs no CPU.
+# Two schedulers without busy waiting, so that an idle node uses no CPU.
 _SCHEDULERS = "+S 2:2 +sbwt none +sbwtdcpu none +sbwtdio none"
 
 _VHOSTS = 16
@@ -50,7 +50,7 @@ end || Name <- [{names}]].
 
 
 def _names(urls: Sequence[str]) -> str:
-    """Return the virtual hosts of ``urls`` as Erlang's binaries."""
+    """Return the virtual hosts of ``urls`` as Erlang binaries."""
     return ", ".join(f'<<"{url.rpartition("/")[2]}">>' for url in urls)
 
 
@@ -65,11 +65,11 @@ class BrokerMissing(ServerMissing):
 
 
 class PrivateBroker(PrivateServer):
-    """A RabbitMQ node with its own name, ports, data and logs, on 127.0.0.1 and in a folder.
+    """A RabbitMQ node on free ports of 127.0.0.1, with its data and logs in a temporary folder.
 
-    A node takes about 5 seconds to start and one to stop. It and its port mapper (epmd) are
-    children of this process and end with it: at its exit, and where there is ``setpriv`` (Linux)
-    also when it is killed, which leaves only the temporary folder behind. Not thread-safe.
+    It takes about 5 seconds to start and one to stop. The node and its port mapper (epmd) are
+    children of this process and end with it: when it exits and, if ``setpriv`` is installed
+    (Linux), also when it is killed, which leaves only the folder behind. Not thread-safe.
 
     Example:
         with PrivateBroker() as broker:
@@ -79,13 +79,13 @@ class PrivateBroker(PrivateServer):
     _name = "RabbitMQ"
 
     def __init__(self, *, directory: Path | None = None) -> None:
-        """Find a server; nothing is started yet.
+        """Find the installed server, without starting it.
 
         Args:
-            directory: where the temporary folder is made; by default the system's place for such.
+            directory: the parent of the temporary folder; by default the system's default.
 
         Raises:
-            BrokerMissing: there is none.
+            BrokerMissing: RabbitMQ isn't installed.
         """
         super().__init__(directory=directory)
         server = find_rabbitmq()
@@ -103,7 +103,7 @@ class PrivateBroker(PrivateServer):
         return f"amqp://guest:guest@127.0.0.1:{self.port}/"
 
     def shut_down(self) -> None:
-        """Stop the node in an orderly way; its data stay."""
+        """Shut the node down cleanly; it keeps its data."""
         if self._process is not None:
             self._signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -122,30 +122,30 @@ class PrivateBroker(PrivateServer):
         self._empty, self._used = [], []
 
     def ctl(self, *arguments: str, timeout: float = 60.0) -> str:
-        """Run ``rabbitmqctl`` against the node and return what it prints; it takes a second or two.
+        """Run ``rabbitmqctl`` on the node and return its output; this takes a second or two.
 
         Raises:
-            subprocess.CalledProcessError: it failed.
+            subprocess.CalledProcessError: the command failed.
         """
         return self._run([str(self._server.with_name("rabbitmqctl")), *arguments], timeout)
 
     def empty_url(self) -> str:
-        """Return the URL of a virtual host with nothing in it, never returned before.
+        """Return the URL of an empty virtual host, a new one at each call.
 
-        They are made sixteen at a time, which takes a second; the other fifteen calls take none.
+        They are created sixteen at a time, so one call in sixteen takes a second.
 
         Raises:
-            subprocess.CalledProcessError: the node could not make them.
+            subprocess.CalledProcessError: the node couldn't create them.
         """
         if not self._empty:
             made = [f"{self.url}{uuid.uuid4().hex}" for _ in range(_VHOSTS)]
-            # rabbitmqctl's own commands would be two for each, and a second each.
+            # rabbitmqctl's commands would be two for each host, and each takes a second.
             self.ctl("eval", _MAKE_VHOSTS.format(names=_names(made), dropped=_names(self._used)))
             self._empty, self._used = made, []
         return self._empty.pop()
 
     def give_back(self, url: str) -> None:
-        """Take back a URL of ``empty_url``: its virtual host is deleted when others are made."""
+        """Take back a URL of ``empty_url``; creating more virtual hosts deletes this one."""
         self._used.append(url)
 
     def _prepare(self, folder: Path) -> None:
@@ -155,7 +155,7 @@ class PrivateBroker(PrivateServer):
         (folder / "plugins").write_text("[].\n")
         paths = {
             "RABBITMQ_CONFIG_FILE": "rabbitmq.conf",
-            # There are none of these three: the machine's own, in /etc, are not for this node.
+            # These three files don't exist: the node must not read the machine's, in /etc.
             "RABBITMQ_ADVANCED_CONFIG_FILE": "advanced.config",
             "RABBITMQ_CONFIG_FILES": "conf.d",
             "RABBITMQ_CONF_ENV_FILE": "none",
@@ -169,7 +169,7 @@ class PrivateBroker(PrivateServer):
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": str(self._epmd_port),
             "RABBITMQ_NODENAME": f"outbox-{self.port}@localhost",
-            # The script then becomes the Erlang machine, rather than its parent.
+            # With this the script becomes the Erlang VM (exec) instead of its parent.
             "RABBITMQ_ALLOW_INPUT": "true",
             "RABBITMQ_DIST_PORT": str(distribution),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"-noinput {_SCHEDULERS} {_KERNEL}",

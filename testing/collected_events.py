@@ -17,31 +17,30 @@ __all__ = ["CollectedEvents"]
 
 
 class CollectedEvents(EventAssertions):
-    """Everything the code under test enqueued, and what became of it.
+    """The events that the code under test enqueued, by state.
 
-    For one test it replaces every publisher: nothing reaches a broker. Payloads have been through
+    For one test it replaces every publisher: nothing reaches a broker. Payloads have gone through
     the real serializer. Thread-safe.
 
     Attributes:
-        strict: whether the test fails in the end if an event was published that no assertion has
-            matched.
+        strict: whether the test fails at its end if a published event was matched by no assertion.
     """
 
     def __init__(self, recorder: Recorder, *, strict: bool = False) -> None:
-        """Answer from what ``recorder`` has recorded; the fixture does this."""
+        """Make assertions about what ``recorder`` has recorded; the fixture calls this."""
         super().__init__(recorder, strict=strict)
         self._recorder = recorder
         self._delivery = RecordedDelivery(lambda: recorder.published, self._publisher)
 
-    # --------------------------------------------------------------- transactions pretended
+    # --------------------------------------------------------------- simulated transactions
 
     def commit(self) -> tuple[Event, ...]:
         """Publish everything that is pending or stored, as if its unit of work had succeeded.
 
-        For code whose transaction a test never commits.
+        Use it for code whose transaction is never committed in a test.
 
         Returns:
-            The events that this published.
+            The events that it published.
         """
         events = (*self.pending, *self.stored)
         self._recorder.pretend(events, success=True)
@@ -51,7 +50,7 @@ class CollectedEvents(EventAssertions):
         """Drop everything that is pending or stored, as if its unit of work had failed.
 
         Returns:
-            The events that this dropped.
+            The events that it dropped.
         """
         events = (*self.pending, *self.stored)
         self._recorder.pretend(events, success=False)
@@ -59,7 +58,7 @@ class CollectedEvents(EventAssertions):
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
-        """Drop what was enqueued in the block and is pending or stored, if the block raises."""
+        """If the block raises, drop the events enqueued in it that are pending or stored."""
         before = {id(event) for event in (*self.pending, *self.stored)}
         try:
             yield
@@ -69,34 +68,35 @@ class CollectedEvents(EventAssertions):
             self._recorder.pretend(dropped, success=False)
             raise
 
-    # ------------------------------------------------------------------------- failures
+    # --------------------------------------------------------------- simulated failures
 
     def fail_publish(
         self, after: int = 0, error: BrokerError | None = None
     ) -> AbstractContextManager[None]:
-        """Return a block in which only ``after`` events are confirmed; the rest is kept.
+        """Return a context manager in which only ``after`` events are confirmed; others are kept.
 
-        When the block ends, the broker is back, and what was kept is published. In a consumer,
-        where nothing is kept, ``publish()`` raises.
+        When its block ends, the broker is available again, and the kept events are published. In a
+        consumer, where nothing is kept, ``publish()`` raises.
 
         Args:
-            after: how many events the broker still confirms.
-            error: what the reports say; by default that the connection was lost.
+            after: the number of events that the broker still confirms.
+            error: the error in the reports; by default a lost connection.
         """
         return self._recorder.failing(after, error)
 
     def broker_down(self) -> AbstractContextManager[None]:
-        """Return a block in which the broker is away: everything is kept until its end."""
+        """Return a context manager with the broker unavailable: events are kept until its end."""
         return self._recorder.failing(0, None)
 
     def unroutable(self, target: str) -> AbstractContextManager[None]:
-        """Return a block in which no queue is bound for ``target``, a key or a pattern."""
+        """Return a context manager that makes events to ``target``, or a pattern, unroutable."""
         return self._recorder.unroutable(target)
 
     def crash_after_confirm(self) -> AbstractContextManager[None]:
-        """Return a block in which the process dies right after the broker has confirmed a chunk.
+        """Return a context manager in which the process "crashes" once a chunk is confirmed.
 
-        ``outbox.testing.SimulatedCrash`` is raised where the code publishes: no ``Exception``.
+        ``outbox.testing.SimulatedCrash``, which isn't an ``Exception``, is raised where the code
+        publishes.
         """
         return self._recorder.crashing()
 
@@ -105,17 +105,17 @@ class CollectedEvents(EventAssertions):
     def deliver(
         self, *consumers: type[Consumer] | Consumer, raise_errors: bool = True
     ) -> list[Delivered]:
-        """Have ``consumers`` process what was published for them and not delivered to them yet.
+        """Have ``consumers`` process the messages published for them and not delivered yet.
 
-        Each message is handled as in a worker: decoded from its bytes, in a new context, its
-        follow-on events published, a failure among the dead letters.
+        Each message is processed as in a worker: decoded from its bytes, in a new context, its
+        follow-on events published, dead-lettered on failure.
 
         Args:
             *consumers: classes or instances; an event goes to each whose queue or topics match.
-            raise_errors: raise what a handler raises, once its outcome is settled.
+            raise_errors: whether to raise a handler's exception, once its message is settled.
 
         Returns:
-            The messages delivered, in order, each with its outcome and follow-on events.
+            The delivered messages, in order, each with its outcome and follow-on events.
         """
         __tracebackhide__ = True
         return self._delivery.deliver(consumers, raise_errors=raise_errors)
@@ -123,10 +123,10 @@ class CollectedEvents(EventAssertions):
     def deliver_all(
         self, *consumers: type[Consumer] | Consumer, raise_errors: bool = True
     ) -> list[Delivered]:
-        """Deliver until nothing is left to deliver, follow-on events too.
+        """Deliver until no messages are left, including those of follow-on events.
 
         Raises:
-            AssertionError: after 100 rounds there is still something to deliver.
+            AssertionError: messages are left after 100 rounds.
         """
         __tracebackhide__ = True
         return self._delivery.deliver_all(consumers, raise_errors=raise_errors)
@@ -143,9 +143,9 @@ class CollectedEvents(EventAssertions):
 
         Args:
             consumer: a class or an instance.
-            payload: of the message; it goes through the real serializer.
-            raise_errors: raise what the handler raises.
-            **options: ``target`` (by default the consumer's queue), and those of
+            payload: the message's payload; it goes through the real serializer.
+            raise_errors: whether to raise the handler's exception.
+            **options: ``target`` (by default the consumer's queue), and the options of
                 ``enqueue_event()``.
         """
         __tracebackhide__ = True

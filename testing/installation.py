@@ -1,4 +1,4 @@
-"""Installs the observer of a test, a recorder or a live broker; one at a time."""
+"""Installs a test's observer, a recorder or a live broker; one at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from outbox.unit_of_work.unit_of_work import Scope
 __all__ = ["live", "recorded"]
 
 _where = ""
-"""Where the installed observer comes from, for people."""
+"""The test or place that installed the observer, for error messages."""
 
 
 @contextmanager
@@ -26,11 +26,11 @@ def recorded(where: str, *, strict: bool = False) -> Iterator[CollectedEvents]:
     """Record every event of the process in the block, instead of publishing it.
 
     Args:
-        where: the name of the test or place that asks for this, for people.
-        strict: see :class:`outbox.testing.CollectedEvents`; the caller checks it in the end.
+        where: the name of the calling test or place, for messages.
+        strict: see :class:`outbox.testing.CollectedEvents`; the caller checks it at the end.
 
     Raises:
-        UsageError: another block is active already; the message names both places.
+        UsageError: another block is already active; the message names both places.
     """
     recorder = Recorder(where)
     with _installed(recorder, where):
@@ -45,13 +45,14 @@ def live(url: str, where: str, *, strict: bool = False) -> Iterator[LiveEvents]:
     """Have every publisher and worker of the process use the broker at ``url`` in the block.
 
     Args:
-        url: of a broker, or virtual host, that nothing else uses: ``amqp://`` or ``sqlite://``.
-        where: the name of the test or place that asks for this, for people.
-        strict: see :class:`outbox.testing.LiveEvents`; the caller checks it in the end.
+        url: the URL of a broker or virtual host that nothing else uses; ``amqp://`` or
+            ``sqlite://``.
+        where: the name of the calling test or place, for messages.
+        strict: see :class:`outbox.testing.LiveEvents`; the caller checks it at the end.
 
     Raises:
-        UsageError: another block is active already; the message names both places.
-        AssertionError: the broker does not answer.
+        UsageError: another block is already active; the message names both places.
+        AssertionError: the broker doesn't answer.
     """
     broker = LiveBroker(url, where)
     with _installed(broker, where):
@@ -68,8 +69,8 @@ def _installed(observer: Observer, where: str) -> Iterator[None]:
     global _where
     if seam.observer is not None:
         raise UsageError(
-            f"this test's events are recorded or published live already, by "
-            f"{_where or 'something else'}: {where} cannot do it too; use one of the two"
+            f"this test's events are already recorded, or published live, by "
+            f"{_where or 'something else'}: {where} cannot do so too; use only one of them"
         )
     outer = Scope.present()
     seam.observer = observer

@@ -37,23 +37,23 @@ Address = tuple[str, str, str]
 class LiveBroker:
     """An observer that makes every publisher and worker of the process use the test's broker.
 
-    Events published to an exchange are read back from a queue that is bound to all of it. Events
-    sent straight to a queue, and delayed ones, count as arrived when the broker confirms them.
+    Events published to an exchange are read back from a queue bound to it with ``#``. Events sent
+    straight to a queue, and delayed ones, count as arrived when the broker confirms them.
     Thread-safe.
 
     Attributes:
-        url: of the broker.
-        changed: notified whenever an event arrives, or a message is settled.
+        url: the URL of the broker.
+        changed: the condition that is notified when an event arrives or a message is settled.
     """
 
     hands_over = True
 
     def __init__(self, url: str, where: str) -> None:
-        """Connect nothing yet.
+        """Make a live broker, not connected yet.
 
         Args:
-            url: of a broker that nothing else uses.
-            where: the name of the test or place that asks for this, for people.
+            url: the URL of a broker that nothing else uses.
+            where: the name of the calling test or place, for messages.
         """
         self.url = url
         self.changed = threading.Condition()
@@ -119,10 +119,10 @@ class LiveBroker:
 
     @property
     def published(self) -> tuple[Event, ...]:
-        """The published events, as they arrived and in that order.
+        """The published events as they arrived, in order of arrival.
 
         Raises:
-            AssertionError: something was confirmed, and has not arrived after 30 seconds.
+            AssertionError: a confirmed event has not arrived within 30 seconds.
         """
         return self._copy(self._published)
 
@@ -139,7 +139,7 @@ class LiveBroker:
 
     @property
     def pending(self) -> tuple[Event, ...]:
-        """The events that were neither published nor dropped yet."""
+        """The events neither published nor dropped yet."""
         with self.changed:
             return tuple(self._pending.values())
 
@@ -153,7 +153,7 @@ class LiveBroker:
 
     @property
     def parked(self) -> tuple[Event, ...]:
-        """The events parked because no queue was bound for them."""
+        """The events parked because they were unroutable."""
         with self.changed:
             self._take_stock()
             return tuple(self._parked)
@@ -167,7 +167,7 @@ class LiveBroker:
     # ------------------------------------------------------------------- for the testing kit
 
     def read_back(self, exchanges: Iterable[str]) -> None:
-        """Read back all that is published to ``exchanges`` from now on."""
+        """Read back every event published to ``exchanges`` from now on."""
         for exchange in exchanges:
             if exchange and exchange not in self._readers:
                 with self._opening:
@@ -190,7 +190,7 @@ class LiveBroker:
         """Publish ``events`` straight to queues, without counting them as the test's.
 
         Raises:
-            PublishFailed: the broker did not take them.
+            PublishFailed: the broker didn't accept them.
         """
         self._control.submit(events, keep=False).future.result(_ARRIVAL_TIMEOUT).raise_for_failure()
 
@@ -210,24 +210,24 @@ class LiveBroker:
         self._reports_of_thread().append(chunk.future)
 
     def take_published_here(self) -> tuple[Event, ...]:
-        """Return the events that this thread has published since the last call."""
+        """Return the events that this thread has published since its last call."""
         futures = self._reports_of_thread()
         reports = [future.result() for future in futures if future.done()]
         futures.clear()
         return tuple(event for report in reports for event in report.published)
 
     def has_ended(self, events: Sequence[Event]) -> bool:
-        """Return whether the test is over, and if so log that ``events`` are too late."""
+        """Return whether the test is over; if so, log that ``events`` are too late."""
         if self._ended:
             logger.warning(
-                "%d event(s) came when the test was over that their unit of work began in, %s",
+                "ignoring %d late event(s): their unit of work began in a test that is over, %s",
                 len(events),
                 self._where,
             )
         return self._ended
 
     def end(self) -> None:
-        """Disconnect; later events go nowhere."""
+        """Disconnect; later events are ignored."""
         handover: Any = sys.modules.get("outbox.sql.handover")
         if handover is not None:
             handover.drain()
@@ -240,7 +240,7 @@ class LiveBroker:
             self._control.close()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: open new connections to publish; the parent reads what arrives."""
+        """In a forked child, open new connections to publish; the parent reads what arrives."""
         _inherited.append((self._transports, list(self._readers.values()), self._control))
         self.changed = threading.Condition()
         self._opening = threading.Lock()
@@ -273,7 +273,8 @@ class LiveBroker:
             while missing := self._take_stock():
                 if not self.changed.wait(max(0.0, deadline - time.monotonic())):
                     raise AssertionError(
-                        f"the broker has confirmed events that never arrived: {sorted(missing)}"
+                        "the broker confirmed events that did not arrive within "
+                        f"{_ARRIVAL_TIMEOUT:g} s (id, exchange, target): {sorted(missing)}"
                     )
             return tuple(events)
 
@@ -286,7 +287,7 @@ class LiveBroker:
             self._present.append(event)
 
     def _take_stock(self) -> Counter[Address]:
-        """Note the fates that are known by now; return what is confirmed and has not arrived."""
+        """Note the fates known by now; return the confirmed events that have not arrived."""
         waiting, self._unreported = self._unreported, []
         for future in waiting:
             if not future.done():
@@ -307,7 +308,7 @@ class LiveBroker:
 
 
 class _LiveTransport:
-    """A transport to the test's broker that notes what goes through it."""
+    """A transport to the test's broker that notes the events it publishes."""
 
     def __init__(self, broker: LiveBroker, inner: Transport) -> None:
         self._broker = broker
@@ -346,7 +347,7 @@ class _LiveTransport:
 
 
 _inherited: list[object] = []
-"""The parent's connections: never collected, so that their sockets are never closed."""
+"""The parent's connections, kept in a forked child so that it never closes their sockets."""
 
 
 def _leave_to_parent() -> None:
@@ -359,7 +360,7 @@ process.after_fork(_leave_to_parent)
 
 
 def event_of(delivery: Delivery) -> Event:
-    """Return ``delivery`` as an event, also where it cannot be decoded."""
+    """Return ``delivery`` as an event, even if it can't be decoded."""
     try:
         return decode(delivery)
     except Undecodable:

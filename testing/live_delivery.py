@@ -1,4 +1,4 @@
-"""Runs a real worker on what a live test published, until nothing is left to process."""
+"""Runs a real worker on the messages of a live test until it has processed them all."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _STOP_TIMEOUT = 5.0
 
 
 class LiveDelivery:
-    """Counts for each queue what is to be processed and what was settled. Not thread-safe.
+    """Counts the messages to process and the settled ones of each queue. Not thread-safe.
 
     Events published before a consumer's queue existed are put into that queue first.
     """
 
     def __init__(self, broker: LiveBroker) -> None:
-        """Deliver the events on ``broker``."""
+        """Deliver the messages of ``broker``."""
         self._broker = broker
         self._queues: set[str] = set()
         self._put: Counter[str] = Counter()
@@ -47,7 +47,7 @@ class LiveDelivery:
         raise_errors: bool,
         timeout: float,
     ) -> list[Delivered]:
-        """Deliver until nothing is left; see ``LiveEvents.deliver_all``."""
+        """Deliver until no messages are left; see ``LiveEvents.deliver_all``."""
         __tracebackhide__ = True
         instances = instances_of(consumers)
         publisher = _publisher()
@@ -90,7 +90,7 @@ class LiveDelivery:
     def _put_into(self, queue: str, events: Iterable[Event], *, missed: bool = False) -> None:
         copies = [_copy(event, queue) for event in events]
         self._broker.put(copies)
-        if not missed:  # what was missed is counted where it was published
+        if not missed:  # missed events are counted where they were published
             self._put[queue] += len(copies)
 
     def _work(
@@ -115,7 +115,7 @@ class LiveDelivery:
                     raise error
                 if worker.wait(0) or time.monotonic() > deadline:
                     raise AssertionError(
-                        f"after {timeout:g} s it is not quiet: {', '.join(unfinished)}"
+                        f"messages are left after {timeout:g} s: {', '.join(unfinished)}"
                         + _last(self._delivered[begin:])
                     )
                 with self._broker.changed:
@@ -128,8 +128,8 @@ class LiveDelivery:
         return self._delivered[begin:]
 
     def _unfinished(self, consumers: Sequence[Consumer], publisher: Publisher) -> list[str]:
-        """Describe the queues in which something is left to process."""
-        # In this order: the follow-ons of a message are present before it is settled.
+        """Describe the queues with messages left to process."""
+        # Before `present`: follow-ons are present once their message is settled, so none is missed.
         settled = Counter(self._settled)
         present = self._broker.present
         unfinished = []
@@ -151,7 +151,7 @@ class LiveDelivery:
 
 
 class _Worker(Worker):
-    """A worker that notes what became of each message; one thread, so that they have an order."""
+    """A worker that notes the outcome of each message; its single thread keeps them in order."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class _Worker(Worker):
 
 
 class _Message(Message):
-    """A message that notes what became of it."""
+    """A message that notes its outcome."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class _Message(Message):
     def settle(self, outcome: Outcome) -> Steps[Outcome | None]:
         follow_ons = self._broker.take_published_here()
         settled = yield from super().settle(outcome)
-        self._broker.take_published_here()  # a dead letter follows from nothing
+        self._broker.take_published_here()  # a dead letter isn't a follow-on event
         done = Delivered(event_of(self.delivery), self.consumer, outcome, follow_ons)
         self._note(done, self.delivery.queue)
         return settled
@@ -206,7 +206,8 @@ def _last(delivered: Sequence[Delivered]) -> str:
     if not delivered:
         return ""
     last = delivered[-1]
-    return f"; {last.event!r} led to {[event.target for event in last.follow_ons]}"
+    targets = [event.target for event in last.follow_ons]
+    return f"; the last one processed was {last.event!r}, with follow-on events to {targets}"
 
 
 def _copy(event: Event, queue: str) -> Event:

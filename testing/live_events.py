@@ -20,19 +20,18 @@ class LiveEvents(EventAssertions):
     """The events that the code under test published to a broker, as they arrived there.
 
     For one test, every publisher and every worker of the process uses that broker, whatever its
-    URL says. Assertions that want an event wait for it, for ``patience`` seconds, since threads and
-    other processes may publish it. Thread-safe, but for ``deliver_all`` and ``perform``.
+    URL says. Assertions that expect an event wait up to ``patience`` seconds for it, since threads
+    and other processes may publish it. Thread-safe, except for ``deliver_all`` and ``perform``.
 
     Attributes:
-        strict: whether the test fails in the end if an event was published that no assertion has
-            matched.
-        patience: seconds.
+        strict: whether the test fails at its end if a published event was matched by no assertion.
+        patience: the seconds that an assertion waits for its events, at most; 2.0 by default.
     """
 
     patience: float = 2.0
 
     def __init__(self, broker: LiveBroker, *, strict: bool = False) -> None:
-        """Answer from what ``broker`` has; the fixture does this."""
+        """Make assertions about the events on ``broker``; the fixture calls this."""
         super().__init__(broker, strict=strict)
         self._broker = broker
         self._delivery = LiveDelivery(broker)
@@ -44,7 +43,7 @@ class LiveEvents(EventAssertions):
 
     @property
     def environ(self) -> dict[str, str]:
-        """The environment, for another process that is to publish to the test's broker."""
+        """The environment for another process that should publish to the test's broker."""
         return {**os.environ, "OUTBOX_URL": self.url}
 
     def deliver_all(
@@ -53,21 +52,21 @@ class LiveEvents(EventAssertions):
         raise_errors: bool = True,
         timeout: float = 30.0,
     ) -> list[Delivered]:
-        """Run a worker of ``consumers`` until all that was published is processed, follow-ons too.
+        """Run a worker with ``consumers`` until all events are processed, follow-on ones too.
 
-        It is a ``Worker`` of one thread, stopped at the end. Events published before a consumer's
+        It is a ``Worker`` with one thread, stopped at the end. Events published before a consumer's
         queue existed are put into that queue first.
 
         Args:
             *consumers: classes or instances; an event goes to each whose queue or topics match.
-            raise_errors: raise the first error that a handler raises, once its message is settled.
-            timeout: seconds.
+            raise_errors: whether to raise a handler's first exception, once its message is settled.
+            timeout: the seconds to wait at most.
 
         Returns:
-            The messages delivered, in order, each with its outcome and follow-on events.
+            The delivered messages, in order, each with its outcome and follow-on events.
 
         Raises:
-            AssertionError: something is left after ``timeout`` seconds.
+            AssertionError: messages are left after ``timeout`` seconds.
         """
         __tracebackhide__ = True
         return self._delivery.deliver_all(consumers, raise_errors=raise_errors, timeout=timeout)
@@ -95,10 +94,10 @@ class LiveEvents(EventAssertions):
 
         Args:
             consumer: a class or an instance.
-            payload: of the message; it goes through the real serializer.
-            raise_errors: raise what the handler raises.
-            timeout: seconds.
-            **options: ``target`` (by default the consumer's queue), and those of
+            payload: the message's payload; it goes through the real serializer.
+            raise_errors: whether to raise the handler's exception.
+            timeout: the seconds to wait at most.
+            **options: ``target`` (by default the consumer's queue), and the options of
                 ``enqueue_event()``.
         """
         __tracebackhide__ = True

@@ -1,4 +1,4 @@
-"""Matches events against what a test wants, and shows how they differ. No state, no I/O."""
+"""Matches events against a test's criteria, and shows how they differ. No state, no I/O."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Wanted:
     Attributes:
         target: the routing key or a topic pattern.
         payload: see :func:`contains`; or a function of the payload.
-        headers: that must be present, compared likewise.
+        headers: the headers that must be present, compared likewise.
         key: the event's key.
         priority: the event's priority.
         exchange: the exchange that it goes to.
-        delay: seconds, or a timedelta, between enqueueing and delivery; None for none.
-        deliver_at: the instant from which it may be delivered; None for none.
-        tolerance: seconds by which the last two may be off.
+        delay: the seconds, or the timedelta, between enqueueing and delivery; None for no delay.
+        deliver_at: the time from which it may be delivered; None for at once.
+        tolerance: the seconds by which the last two may be off.
     """
 
     target: str
@@ -68,14 +68,14 @@ class Wanted:
         )
 
     def distance(self, event: Event) -> tuple[float, ...]:
-        """Return how far ``event`` is from a match, the nearer the smaller."""
+        """Return a sort key for ``event``: the closer to a match, the smaller."""
         alike = 1.0 if matches(self.target, event.target) else _alike(self.target, event.target)
         if self.payload is ... or callable(self.payload):
             return -alike, 0.0
         return -alike, -_alike(describe(self.payload), describe(payload_of(event)))
 
     def difference(self, event: Event) -> str:
-        """Return the lines in which ``event`` differs; empty where no difference can be shown."""
+        """Return a diff from these properties to ``event``; empty if it shows no difference."""
         wanted: dict[str, Any] = {"target": self.target}
         actual: dict[str, Any] = {"target": event.target}
         if matches(self.target, event.target):
@@ -133,9 +133,9 @@ class Wanted:
 def contains(actual: Any, wanted: Any) -> bool:
     """Return whether ``actual`` matches ``wanted``.
 
-    Of objects only the members that ``wanted`` names are compared, at every depth. A compiled
-    regular expression matches any text in which it is found, a function any value that it is true
-    of (a LookupError or TypeError counts as false), and anything with ``==`` what it equals.
+    Objects are compared only by the members in ``wanted``, at every depth. A compiled regular
+    expression matches any text in which it is found, a function any value that it returns true for
+    (a LookupError or TypeError counts as false), and anything with ``==`` what it equals.
     """
     if isinstance(wanted, Mapping):
         return isinstance(actual, Mapping) and all(
@@ -153,13 +153,13 @@ def contains(actual: Any, wanted: Any) -> bool:
     if _is_predicate(wanted):
         try:
             return bool(wanted(actual))
-        except (LookupError, TypeError):  # it was written for events of another shape
+        except (LookupError, TypeError):  # it expects payloads of another shape
             return False
     return bool(wanted == actual)
 
 
 def payload_of(event: Event) -> Any:
-    """Return the payload of ``event``, or a placeholder if it cannot be decoded."""
+    """Return the payload of ``event``, or a placeholder if it can't be decoded."""
     try:
         return event.payload
     except (UsageError, ValueError):
@@ -167,7 +167,7 @@ def payload_of(event: Event) -> Any:
 
 
 class Undecoded:
-    """The placeholder for a payload that cannot be decoded; equal to nothing."""
+    """The placeholder for a payload that can't be decoded; it equals nothing."""
 
     def __init__(self, event: Event) -> None:
         self._text = f"<{len(event.body)} bytes of {event.content_type or 'no content type'}>"
@@ -177,7 +177,7 @@ class Undecoded:
 
 
 def describe(value: Any) -> str:
-    """Return ``value`` in a line of at most 300 characters."""
+    """Return ``value`` as one line, cut off after 300 characters."""
     try:
         text = json.dumps(value, ensure_ascii=False, sort_keys=True)
     except (TypeError, ValueError):
@@ -186,7 +186,7 @@ def describe(value: Any) -> str:
 
 
 def _is_predicate(wanted: Any) -> bool:
-    # A callable that defines ==, such as those of unittest.mock, stands for a value.
+    # A callable that defines ==, such as unittest.mock's, is compared as a value.
     equals: Any = type(wanted).__eq__
     return callable(wanted) and equals is object.__eq__
 
@@ -196,7 +196,7 @@ def _alike(text: str, other: str) -> float:
 
 
 def _like(actual: Any, wanted: Any) -> Any:
-    """Return the members of ``actual`` that ``wanted`` has, and ``wanted`` where they agree."""
+    """Reduce ``actual`` to what ``wanted`` compares, so that a diff shows real differences only."""
     if isinstance(wanted, Mapping) and isinstance(actual, Mapping):
         return {
             name: _like(actual[name], value) for name, value in wanted.items() if name in actual

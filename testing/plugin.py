@@ -19,8 +19,8 @@ from outbox.testing.live_events import LiveEvents
 __all__ = ["collected_events", "embedded_events", "live_events", "outbox_broker"]
 
 _MARKER = (
-    "collected_events(strict=False): with strict=True the test fails if an event was published "
-    "that no assertion has matched; also for live_events and embedded_events"
+    "collected_events(strict=False): with strict=True the test fails if a published event was "
+    "matched by no assertion; also for live_events and embedded_events"
 )
 _FIXTURES = ("collected_events", "live_events", "embedded_events")
 
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Register the setting."""
     parser.addini(
-        "outbox_strict", "collected_events are strict in every test", type="bool", default=False
+        "outbox_strict", "make collected_events strict in every test", type="bool", default=False
     )
 
 
@@ -41,9 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def collected_events(request: pytest.FixtureRequest) -> Iterator[CollectedEvents]:
     """Collect the test's events instead of publishing them, for assertions about them.
 
-    For the whole process, so that threads, tasks and publishers that the code makes are included;
-    pytest runs one test at a time in a process, also under pytest-xdist. It needs no broker, and
-    leaves nothing to the next test.
+    It collects in the whole process, including the threads, tasks and publishers that the code
+    makes; pytest runs one test at a time in a process, also under pytest-xdist. It needs no broker,
+    and leaves nothing behind for the next test.
     """
     with recorded(_where(request), strict=_is_strict(request)) as collected:
         yield collected
@@ -53,15 +53,15 @@ def collected_events(request: pytest.FixtureRequest) -> Iterator[CollectedEvents
 def outbox_broker() -> Iterator[PrivateBroker]:
     """A private RabbitMQ for the session, or for each worker of pytest-xdist.
 
-    Started when a test first asks for it, on a free loopback port, and stopped at the end. Where no
-    server is installed, the test is skipped; where ``CI`` is set, it fails.
+    It is started when a test first requests it, on a free loopback port, and stopped at the end. If
+    RabbitMQ isn't installed, the test is skipped; if ``CI`` is set, it fails.
     """
     try:
         broker = PrivateBroker()
     except BrokerMissing as error:
         message = (
-            f"the fixture outbox_broker starts a RabbitMQ, and {error}; the fixture "
-            "embedded_events needs no server"
+            f"the fixture outbox_broker needs RabbitMQ: {error}; the fixture embedded_events "
+            "needs no server"
         )
         if os.environ.get("CI"):
             pytest.fail(message, pytrace=False)
@@ -76,7 +76,7 @@ def live_events(
 ) -> Iterator[LiveEvents]:
     """Publish the test's events to a private RabbitMQ, for assertions about what arrived.
 
-    Every publisher and worker of the process uses a virtual host made for the test.
+    Every publisher and worker of the process uses a virtual host created for the test.
     """
     url = outbox_broker.start().empty_url()
     with live(url, _where(request), strict=_is_strict(request)) as published:
@@ -86,10 +86,10 @@ def live_events(
 
 @pytest.fixture
 def embedded_events(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LiveEvents]:
-    """Publish the test's events to a SQLite file, for assertions about what arrived.
+    """Publish the test's events to an SQLite file, for assertions about what arrived.
 
-    Every publisher and worker of the process uses a file made for the test. It needs no server,
-    but the extra ``[sql]``.
+    Every publisher and worker of the process uses a file created for the test. It needs the extra
+    ``[sql]``, but no server.
     """
     try:
         import outbox.sql  # noqa: F401  # says which extra is missing
@@ -102,7 +102,7 @@ def embedded_events(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Fail a strict test in which events were published that no assertion has matched."""
+    """Fail a strict test if a published event was matched by no assertion."""
     result = yield
     for name in _FIXTURES:
         events = getattr(item, "funcargs", {}).get(name)

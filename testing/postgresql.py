@@ -1,4 +1,4 @@
-"""A private PostgreSQL server: for tests and benchmarks of the durable outbox."""
+"""A private PostgreSQL server for tests and benchmarks of the durable outbox."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class PostgreSQLMissing(ServerMissing):
 class PrivatePostgreSQL(PrivateServer):
     """A PostgreSQL server on a free port of 127.0.0.1, with its data in a temporary folder.
 
-    It takes about 2 seconds to start. Every user of this machine may connect, as ``postgres`` and
-    without a password. It ends with this process. Root's runs as the user ``postgres``, since
-    PostgreSQL refuses to run as root. Not thread-safe.
+    It takes about 2 seconds to start, and ends with this process. Every user of this machine can
+    connect as ``postgres`` without a password. Started by root, it runs as the user ``postgres``,
+    since PostgreSQL refuses to run as root. Not thread-safe.
 
     Example:
         with PrivatePostgreSQL() as server:
@@ -55,14 +55,14 @@ class PrivatePostgreSQL(PrivateServer):
     """
 
     _name = "PostgreSQL"
-    # After SIGKILL its other processes would hold the port and the data for a while.
+    # After SIGKILL its child processes would hold the port and the data for a while.
     _kill_with = signal.SIGQUIT
 
     def __init__(self) -> None:
-        """Find a server; nothing is started yet.
+        """Find the installed server, without starting it.
 
         Raises:
-            PostgreSQLMissing: there is none.
+            PostgreSQLMissing: PostgreSQL isn't installed.
         """
         super().__init__(user="postgres" if os.geteuid() == 0 else None)
         programs = find_postgresql()
@@ -88,13 +88,13 @@ class PrivatePostgreSQL(PrivateServer):
         return [str(self._programs / "postgres"), "-D", str(folder / "data")]
 
     def _answers(self) -> bool:
-        """Return whether it asks for authentication ("R"); while it starts it answers "E"."""
+        """Return whether it requests authentication ("R"); while starting, it answers "E"."""
         return first_byte(self.port, _STARTUP) == b"R"
 
     def _signal(self, number: int) -> None:
         super()._signal(number)
         if number in (signal.SIGSTOP, signal.SIGCONT):
-            # Each of its processes leads a session, and the server passes on only other signals.
+            # Each child leads its own session, and the server doesn't pass these two signals on.
             children = Path(f"/proc/{self.pid}/task/{self.pid}/children")
             for pid in children.read_text().split() if children.exists() else ():
                 with contextlib.suppress(ProcessLookupError):

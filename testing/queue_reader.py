@@ -22,8 +22,8 @@ _TIMEOUT = 20.0
 class QueueReader:
     """Passes on the messages that arrive in a queue. Thread-safe.
 
-    A greeting is sent to the queue by name. When it returns, the queue is being consumed from, and
-    so has all its bindings.
+    A greeting is sent to the queue by name. Its arrival shows that the queue is being consumed
+    from, and so has all its bindings.
     """
 
     def __init__(
@@ -32,12 +32,13 @@ class QueueReader:
         spec: QueueSpec,
         arrived: Callable[[Delivery], None] | None,
     ) -> None:
-        """Connect nothing yet.
+        """Make a reader, not connected yet.
 
         Args:
-            settings: of the broker.
-            spec: the queue; it is declared as a worker would.
-            arrived: called with each message, on the transport's thread; None to acknowledge none.
+            settings: the settings for the broker.
+            spec: the queue, which is declared as a worker would declare it.
+            arrived: the callback for each message, on the transport's thread; None to leave the
+                messages unacknowledged.
         """
         self._spec = spec
         self._arrived = arrived
@@ -49,13 +50,13 @@ class QueueReader:
         self._refused = ""
 
     def open(self, transport: Transport) -> bool:
-        """Declare the queue and consume from it, greeting it over ``transport``.
+        """Declare the queue and consume from it, with the greeting sent over ``transport``.
 
         Returns:
             Whether the queue existed before.
 
         Raises:
-            AssertionError: the broker does not answer, or refuses the queue.
+            AssertionError: the broker doesn't answer, or refuses the queue.
         """
         deadline = time.monotonic() + _TIMEOUT
         existed = self._greet(transport, deadline)
@@ -66,13 +67,13 @@ class QueueReader:
             greeted = self._greet(transport, deadline)
         while not self._refused and not self._bound.wait(0.1):
             if time.monotonic() > deadline:
-                raise AssertionError(f"the queue {self._spec.name!r} was not bound in time")
+                raise AssertionError(f"queue {self._spec.name!r} was not bound in {_TIMEOUT:g} s")
         if self._refused:
-            raise AssertionError(f"the broker refused {self._spec.name!r}: {self._refused}")
+            raise AssertionError(f"the broker refused queue {self._spec.name!r}: {self._refused}")
         return existed
 
     def close(self) -> None:
-        """Stop consuming; what was not acknowledged goes back to the queue."""
+        """Stop consuming; unacknowledged messages go back to the queue."""
         self._subscription.cancel()
         self._subscription.close()
 
@@ -82,9 +83,9 @@ class QueueReader:
             report = chunk.future.result(max(0.0, deadline - time.monotonic()))
         except TimeoutError:
             transport.release(chunk)
-            raise AssertionError("the broker of this test does not answer") from None
+            raise AssertionError(f"the test's broker did not answer in {_TIMEOUT:g} s") from None
         if report.error is not None and time.monotonic() > deadline:
-            raise AssertionError(f"the broker of this test fails: {report.error}")
+            raise AssertionError(f"publishing to the test's broker failed: {report.error}")
         return bool(report.published)
 
     def _on_delivery(self, delivery: Delivery) -> None:

@@ -1,4 +1,4 @@
-"""Runs real consumers on recorded events, each message handled as in a worker."""
+"""Runs real consumers on recorded events, processing each message as a worker does."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Delivered:
         event: the event, as it was published.
         consumer: the consumer that processed it.
         outcome: ``Ack``, ``Dead`` with its reason, ``Return`` or ``Hold``.
-        follow_ons: the events that it published, in that order.
+        follow_ons: the events that it published, in order.
     """
 
     event: Event
@@ -48,7 +48,7 @@ class Delivered:
 
     @property
     def dead(self) -> bool:
-        """Whether it went to the dead letters."""
+        """Whether it was dead-lettered."""
         return isinstance(self.outcome, Dead)
 
 
@@ -58,7 +58,7 @@ class RecordedDelivery:
     def __init__(
         self, published: Callable[[], tuple[Event, ...]], publisher: Callable[[], Publisher]
     ) -> None:
-        """Deliver what ``published`` returns; follow-ons go through what ``publisher`` returns."""
+        """Deliver the events that ``published()`` returns; follow-ons go to ``publisher()``."""
         self._published = published
         self._publisher = publisher
         self._done: set[tuple[int, str]] = set()
@@ -67,7 +67,7 @@ class RecordedDelivery:
     def deliver(
         self, consumers: Sequence[type[Consumer] | Consumer], *, raise_errors: bool
     ) -> list[Delivered]:
-        """Deliver what is published now; see ``CollectedEvents.deliver``."""
+        """Deliver the events published so far; see ``CollectedEvents.deliver``."""
         __tracebackhide__ = True
         instances = instances_of(consumers)
         publisher = self._publisher()
@@ -85,7 +85,7 @@ class RecordedDelivery:
     def deliver_all(
         self, consumers: Sequence[type[Consumer] | Consumer], *, raise_errors: bool
     ) -> list[Delivered]:
-        """Deliver until nothing is left; see ``CollectedEvents.deliver_all``."""
+        """Deliver until no messages are left; see ``CollectedEvents.deliver_all``."""
         __tracebackhide__ = True
         results: list[Delivered] = []
         for _ in range(_ROUNDS):
@@ -94,8 +94,9 @@ class RecordedDelivery:
                 return results
             results += more
         raise AssertionError(
-            f"after {_ROUNDS} rounds events still follow from events: {results[-1].event!r} led "
-            f"to {[event.target for event in results[-1].follow_ons]}"
+            f"events still follow from events after {_ROUNDS} rounds; the last was "
+            f"{results[-1].event!r}, with follow-on events to "
+            f"{[event.target for event in results[-1].follow_ons]}"
         )
 
     def perform(
@@ -142,7 +143,7 @@ class RecordedDelivery:
 
 
 def instances_of(consumers: Sequence[type[Consumer] | Consumer]) -> list[Consumer]:
-    """Return ``consumers`` with an instance for each class."""
+    """Return ``consumers`` with each class replaced by an instance."""
     return [consumer() if isinstance(consumer, type) else consumer for consumer in consumers]
 
 
@@ -158,7 +159,7 @@ def event_for(
 def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> Outcome:
     """Process a message in a new context, and return its outcome.
 
-    A handler runs as in a worker: without an event loop, or as a task in one.
+    The handler runs as in a worker: a function without an event loop, a coroutine as a task.
     """
     engine = InlineEngine(publisher)
     message = Message(consumer, delivery, engine)
@@ -173,12 +174,12 @@ def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> O
         asyncio.get_running_loop()
     except RuntimeError:
         return context.run(process)
-    with ThreadPoolExecutor(1) as elsewhere:  # the test itself is a coroutine
-        return elsewhere.submit(context.run, process).result()
+    with ThreadPoolExecutor(1) as executor:  # the test itself is a coroutine
+        return executor.submit(context.run, process).result()
 
 
 def is_bound(consumer: Consumer, event: Event, publisher: Publisher) -> bool:
-    """Return whether the broker would have put ``event`` into the consumer's queue."""
+    """Return whether the broker would route ``event`` to the consumer's queue."""
     if event.target == dead_letter_queue(consumer.queue):
         return False
     if not event.exchange:

@@ -1,4 +1,4 @@
-"""Records every event of the process instead of publishing it; fails where a test says so."""
+"""Records every event of the process instead of publishing it, and simulates failures."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ logger = logging.getLogger("outbox.testing")
 
 
 class SimulatedCrash(BaseException):
-    """The simulated death of the process right after the broker has confirmed.
+    """A simulated crash of the process, right after the broker has confirmed a chunk.
 
-    ``except Exception`` does not catch it, as it would not catch the real thing.
+    ``except Exception`` doesn't catch it, as it wouldn't catch a real crash.
     """
 
 
 class Recorder:
     """An observer (``outbox.observer``) that is also the transport of every publisher. Thread-safe.
 
-    It does not depend on context variables: events of bare threads, of tasks and of explicit
+    It doesn't depend on context variables: events of plain threads, of tasks and of explicit
     publishers are recorded alike.
     """
 
@@ -52,7 +52,7 @@ class Recorder:
         self._parked: list[Event] = []
         self.backlog = Backlog()
         self._left: int | None = None  # how many events are still confirmed; None for all
-        self._error: BrokerError = ConnectionLost("the test has the broker away")
+        self._error: BrokerError = ConnectionLost("the connection was lost (simulated by the test)")
         self._unroutable: list[str] = []
         self._crashes = False
 
@@ -61,14 +61,14 @@ class Recorder:
         return self
 
     def consumed_with(self, settings: Settings) -> Settings:
-        """Refuse: nothing is published that a worker could consume.
+        """Refuse, since a worker would have nothing to consume.
 
         Raises:
             UsageError: always.
         """
         raise UsageError(
-            "events are recorded here, not published: a worker has nothing to consume; have them "
-            "processed with deliver_all(), or publish them really, with the fixture live_events"
+            "this test's events are recorded, not published, so a worker has nothing to consume: "
+            "process them with deliver_all(), or really publish them, with the fixture live_events"
         )
 
     @property
@@ -88,17 +88,17 @@ class Recorder:
 
     @property
     def published(self) -> tuple[Event, ...]:
-        """The published events, in that order."""
+        """The published events, in order of publishing."""
         return self._copy(self._published)
 
     @property
     def parked(self) -> tuple[Event, ...]:
-        """The events parked because no queue was bound for them."""
+        """The events parked because they were unroutable."""
         return self._copy(self._parked)
 
     @property
     def dropped(self) -> tuple[Event, ...]:
-        """The events dropped by a rollback or by ``clear_events()``, in that order."""
+        """The events dropped by a rollback or by ``clear_events()``, in order of dropping."""
         return self._copy(self._cleared)
 
     @property
@@ -110,7 +110,7 @@ class Recorder:
         """Record an event that was collected."""
         if self._ended:
             logger.warning(
-                "the event %r came when the test was over that its unit of work began in, %s",
+                "late event %r: its unit of work began in a test that is over, %s",
                 event.id,
                 self._where,
             )
@@ -132,7 +132,7 @@ class Recorder:
                     self._cleared.append(event)
 
     def pretend(self, events: Sequence[Event], *, success: bool) -> None:
-        """Record events as published or dropped, whatever becomes of their unit of work."""
+        """Record events as published or dropped, whatever happens to their unit of work."""
         with self._lock:
             for event in events:
                 self._enqueued.pop(id(event), None)
@@ -160,7 +160,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def unroutable(self, target: str) -> Iterator[None]:
-        """Have no queue bound for events to ``target``, until the end of the block."""
+        """Make events to ``target`` unroutable until the end of the block."""
         self._unroutable.append(target)
         try:
             yield
@@ -169,7 +169,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def crashing(self) -> Iterator[None]:
-        """Raise :class:`SimulatedCrash` when a chunk has been confirmed, in the block."""
+        """Raise :class:`SimulatedCrash` in the block whenever a chunk has been confirmed."""
         self._crashes = True
         try:
             yield
@@ -182,7 +182,7 @@ class Recorder:
         """Do nothing: there is nothing to connect to."""
 
     def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
-        """Record what becomes of ``events``, at once."""
+        """Record the fates of ``events`` at once."""
         chunk = Chunk(events, keep=keep)
         entries = chunk.entries
         with self._lock:
@@ -203,18 +203,18 @@ class Recorder:
         return chunk
 
     def release(self, chunk: Chunk) -> None:
-        """Do nothing: no caller ever waits."""
+        """Do nothing: callers never wait."""
 
     def drain(self, timeout: float) -> bool:
         """Return whether nothing is kept."""
         return not self.kept
 
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
-        """Return nothing: what is kept is the test's."""
+        """Return no events: the kept ones belong to the test."""
         return ()
 
     def _fate_of(self, event: Event) -> tuple[Fate, str] | None:
-        """Return the fate of ``event``, and its reason; None while the broker is away."""
+        """Return the fate of ``event``, and its reason; None while the broker is unavailable."""
         if id(event) in self._pretended:
             return self._pretended[id(event)], ""
         if self._left is not None:
@@ -252,7 +252,7 @@ class Recorder:
 
 
 def _resolve(*changes: News) -> None:
-    """Resolve the reported chunks; call it unlocked, since their callbacks may publish."""
+    """Resolve the reported chunks; call it without the lock: callbacks may publish."""
     for news in changes:
         for chunk, report in news.reports:
             chunk.resolve(report)

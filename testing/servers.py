@@ -1,6 +1,6 @@
-"""Private servers: where they are installed, free ports, and their life from start to stop.
+"""Private servers: finding installed ones, choosing free ports, starting and stopping.
 
-Imports nothing of outbox: the scripts use it before anything is installed.
+Imports nothing from outbox, since the scripts use it before anything is installed.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ __all__ = [
 _RABBITMQ = ("/usr/lib/rabbitmq/lib", "/usr/local/lib/rabbitmq", "/opt/homebrew/opt/rabbitmq")
 _POSTGRESQL = ("/usr/lib/postgresql", "/usr/local/pgsql", "/opt/homebrew/opt")
 
-# Below what systems give to outgoing connections (Linux from 32768, others from 49152): while a
-# server is dead, none of those can take its port, nor a client connect to itself there.
+# Below the ports of outgoing connections (Linux from 32768, others from 49152): while a server is
+# dead, none of those can take its port, and no client can connect to itself there.
 _PORTS = range(20000, 32768)
 
 _OUTPUT = "server.log"
 _STOP_TIMEOUT = 20.0  # seconds
-_TELLS_STOPPED = hasattr(os, "waitid")  # not on macOS before Python 3.13
+_CAN_AWAIT_STOP = hasattr(os, "waitid")  # not on macOS before Python 3.13
 
 
 def find_rabbitmq() -> Path | None:
     """Return RabbitMQ's own start script, or None.
 
-    Not the wrapper on the PATH, which on Debian switches to the user ``rabbitmq``: the script in
-    RabbitMQ's library folder runs as the caller.
+    It isn't the wrapper on the PATH, which on Debian switches to the user ``rabbitmq``: the script
+    in RabbitMQ's library folder runs as the caller.
     """
     for library in map(Path, _RABBITMQ):
         scripts = [*library.glob("rabbitmq_server-*/sbin/rabbitmq-server")]
@@ -57,7 +57,7 @@ def find_rabbitmq() -> Path | None:
 
 
 def find_postgresql() -> Path | None:
-    """Return the folder of PostgreSQL's programs, of the newest version there is, or None."""
+    """Return the folder with the programs of the newest PostgreSQL installed, or None."""
     for library in map(Path, _POSTGRESQL):
         programs = [*library.glob("bin/initdb"), *library.glob("*/bin/initdb")]
         if programs:
@@ -72,7 +72,7 @@ def _number(name: str) -> float:
 
 @contextlib.contextmanager
 def free_ports(count: int) -> Iterator[list[int]]:
-    """Yield free loopback ports, taken until the end of the block so that they differ."""
+    """Yield free loopback ports, bound until the end of the block so that they differ."""
     with contextlib.ExitStack() as stack:
         ports: list[int] = []
         for port in random.sample(_PORTS, len(_PORTS)):
@@ -86,7 +86,7 @@ def free_ports(count: int) -> Iterator[list[int]]:
 
 
 def first_byte(port: int, request: bytes) -> bytes:
-    """Send ``request`` to a server on this machine; return how its answer begins, b"" if none."""
+    """Send ``request`` to a local server; return the first byte of its answer, b"" if none."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as link:
         link.sendall(request)
         return link.recv(1)
@@ -100,31 +100,31 @@ class ServerMissing(RuntimeError):
 class PrivateServer(ABC):
     """A server on free ports of 127.0.0.1, with its data in a temporary folder.
 
-    It ends with this process: at its exit, and where there is ``setpriv`` (Linux) also when it is
-    killed, which leaves only the folder behind. Not thread-safe.
+    It ends with this process: when that exits and, if ``setpriv`` is installed (Linux), also when
+    it is killed, which leaves only the folder behind. Not thread-safe.
 
-    A subclass names the server and its command, writes its configuration (``_prepare``), and knows
-    how to ask whether it is up (``_answers``).
+    A subclass names the server and its command, writes its configuration (``_prepare``), and checks
+    whether it is up (``_answers``).
 
     Attributes:
-        port: where it listens; 0 before the first start.
+        port: the port that it listens on; 0 before the first start.
     """
 
     _name: str
-    """For people, and in small letters for the name of the folder."""
+    """The server's name for messages and, in lower case, for the folder."""
     _kill_with = signal.SIGKILL
-    """Ends the server at once, and with it every process that it has started."""
+    """The signal that ends the server and all its child processes at once."""
 
     def __init__(self, *, directory: Path | None = None, user: str | None = None) -> None:
-        """Start nothing yet.
+        """Make a server, not started yet.
 
         Args:
-            directory: where the temporary folder is made; by default the system's place for such.
-            user: whom the server runs as, where that is not the caller; only root can choose.
+            directory: the parent of the temporary folder; by default the system's default.
+            user: the user that the server runs as, if not the caller's; only root can choose.
         """
         self._directory = directory
         self._user = user
-        # The kernel ends the server when the *thread* that started it ends, so one is kept.
+        # The kernel ends the server when the *thread* that started it ends, so keep that thread.
         self._starter = ThreadPoolExecutor(1, "private-server")
         self._folder: Path | None = None
         self._owner = 0
@@ -134,21 +134,22 @@ class PrivateServer(ABC):
 
     @property
     def pid(self) -> int:
-        """The server's process id; 0 while it does not run."""
+        """The server's process id; 0 while it isn't running."""
         return self._process.pid if self._process is not None and self.running else 0
 
     @property
     def running(self) -> bool:
-        """Whether the server's process runs."""
+        """Whether the server's process is running."""
         return self._process is not None and self._process.poll() is None
 
     def start(self, timeout: float = 60.0) -> Self:
         """Start the server and wait until it answers, at most ``timeout`` seconds.
 
-        A server that runs already is left as it is. One that fails to start leaves nothing behind.
+        A server that is already running is left as it is. One that fails to start leaves nothing
+        behind.
 
         Raises:
-            TimeoutError: it does not answer, or has ended; the message ends with its log.
+            TimeoutError: it didn't answer, or has exited; the message ends with its log.
         """
         if not self.running:
             self._process = None
@@ -160,7 +161,7 @@ class PrivateServer(ABC):
         return self
 
     def kill(self) -> None:
-        """Stop the server as a power cut would; its data stay."""
+        """Stop the server as a power cut would; it keeps its data."""
         if self._process is not None:
             self._signal(self._kill_with)
             self._process.wait(_STOP_TIMEOUT)
@@ -171,10 +172,10 @@ class PrivateServer(ABC):
         self.start(timeout)
 
     def pause(self) -> None:
-        """Freeze the server: connections stay, nothing answers. It is frozen when this returns."""
+        """Freeze the server, and return once it is: connections stay open, nothing answers."""
         self._signal(signal.SIGSTOP)
         deadline = time.monotonic() + _STOP_TIMEOUT
-        while _TELLS_STOPPED and self.running and time.monotonic() < deadline:
+        while _CAN_AWAIT_STOP and self.running and time.monotonic() < deadline:
             if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG) is not None:
                 return
             time.sleep(0.001)
@@ -194,7 +195,7 @@ class PrivateServer(ABC):
             self._folder = None
 
     def log_tail(self, size: int = 4000) -> str:
-        """Return the last ``size`` characters of what the server has printed and logged."""
+        """Return the last ``size`` characters of the server's output and logs."""
         if self._folder is None:
             return ""
         logs = [self._folder / _OUTPUT, *sorted((self._folder / "log").glob("*.log"))]
@@ -214,7 +215,7 @@ class PrivateServer(ABC):
 
     @abstractmethod
     def _command(self, folder: Path) -> list[str]:
-        """Return the program of the server, and its arguments."""
+        """Return the command line of the server."""
 
     @abstractmethod
     def _answers(self) -> bool:
@@ -227,15 +228,15 @@ class PrivateServer(ABC):
         self._wait_for(self._answers, deadline)
 
     def _signal(self, number: int) -> None:
-        """Signal the server's session: its process, and those that it started."""
+        """Send a signal to the server's session: its process, and those that it started."""
         if self._process is not None and self.running:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)  # self.pid may be 0 by now: this process
+                os.killpg(self._process.pid, number)  # self.pid may be 0 by now: our own group
 
     # ---------------------------------------------------------------------- for the subclasses
 
     def _spawn(self, command: Sequence[str], output: IO[bytes] | int) -> subprocess.Popen[bytes]:
-        """Start a process in a new session, which ends when this process does."""
+        """Start a process in a new session; it ends when this process does."""
         setpriv = shutil.which("setpriv")
         death_signal = self._kill_with.name.removeprefix("SIG")
         prefix = [setpriv, "--pdeathsig", death_signal] if setpriv else []
@@ -252,10 +253,10 @@ class PrivateServer(ABC):
         ).result()
 
     def _run(self, command: Sequence[str], timeout: float = 60.0) -> str:
-        """Run a program of the server's to its end, and return what it prints.
+        """Run one of the server's programs to completion, and return its output.
 
         Raises:
-            subprocess.CalledProcessError: it failed.
+            subprocess.CalledProcessError: the program failed.
         """
         return subprocess.run(
             command,
@@ -272,7 +273,7 @@ class PrivateServer(ABC):
         while not answers():
             status = None if self._process is None else self._process.poll()
             if status is not None or time.monotonic() > deadline:
-                how = "does not answer" if status is None else f"ended with status {status}"
+                how = "does not answer" if status is None else f"exited with status {status}"
                 raise TimeoutError(f"{self._name} on port {self.port} {how}:\n{self.log_tail()}")
             time.sleep(0.02)
 
@@ -291,5 +292,5 @@ class PrivateServer(ABC):
         return folder
 
     def _stop_at_exit(self) -> None:
-        if os.getpid() == self._owner:  # and not a fork of it
+        if os.getpid() == self._owner:  # not in a fork, which must leave the server running
             self.stop()

@@ -1,4 +1,4 @@
-"""The pytest fixture ``collected_events``, for test cases of ``unittest`` and Django."""
+"""The fixture ``collected_events`` for test cases of ``unittest`` and Django."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ class CollectedEventsMixin(unittest.TestCase):
 
     Attributes:
         collected_events: see :class:`outbox.testing.CollectedEvents`.
-        strict_events: whether a test fails if an event was published that no assertion has
-            matched.
+        strict_events: whether a test fails if a published event was matched by no assertion.
     """
 
     collected_events: CollectedEvents
     strict_events = False
 
     def setUp(self) -> None:
-        """Start to collect."""
+        """Start collecting events."""
         super().setUp()
         block = recorded(self.id(), strict=self.strict_events)
         self.collected_events = block.__enter__()

@@ -83,7 +83,7 @@ def test_a_failure_shows_how_the_nearest_event_differs(collected_events: Collect
     place(2)
     with pytest.raises(AssertionError) as caught:
         collected_events.assert_published("order.placed", {"id": 2, "name": "order 3"}, priority=1)
-    difference = str(caught.value).partition("wanted (-) and nearest (+):\n")[2]
+    difference = str(caught.value).partition("wanted (-) and closest (+):\n")[2]
     assert '-     "name": "order 3"' in difference
     assert '+     "name": "order 2"' in difference
     assert '-   "priority": 1' in difference
@@ -109,7 +109,7 @@ def test_events_are_asserted_in_order(collected_events: CollectedEvents) -> None
         place(number, target)
     found = collected_events.assert_published_in_order("a.*", "b", "a.*")
     assert [event.target for event in found] == ["a.x", "b", "a.y"]
-    with pytest.raises(AssertionError, match="no event to 'b' after 'a\\.y'"):
+    with pytest.raises(AssertionError, match="expected a published event to 'b' after 'a\\.y'"):
         collected_events.assert_published_in_order("a.y", "b")
 
 
@@ -119,7 +119,7 @@ def test_nothing_else_means_events_that_no_assertion_has_matched(
     place(1)
     place(2, "extra")
     collected_events.assert_published("order.placed")
-    with pytest.raises(AssertionError, match="found 1 more published"):
+    with pytest.raises(AssertionError, match="to match an assertion, but 1 did not"):
         collected_events.assert_nothing_else_published()
     collected_events.assert_published("extra")
     collected_events.assert_nothing_else_published()
@@ -469,7 +469,7 @@ def test_a_strict_test_fails_for_events_that_no_assertion_has_matched(
     )
     result = pytester.runpytest_subprocess("-p", "no:randomly", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=2, failed=1)
-    result.stdout.fnmatch_lines(["*found 1 more published event(s)*", "*'overlooked' 2*"])
+    result.stdout.fnmatch_lines(["*to match an assertion, but 1 did not*", "*'overlooked' 2*"])
     pytester.makeini("[pytest]\noutbox_strict = true\n")
     result = pytester.runpytest_subprocess("-p", "no:randomly", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=1, failed=2)
@@ -494,4 +494,4 @@ def test_a_strict_test_case_fails_for_unmatched_events_too() -> None:
     result = unittest.TestResult()
     Strict().run(result)
     [(_, output)] = result.failures
-    assert "expected nothing else" in output
+    assert "expected every published event to match an assertion" in output

@@ -36,12 +36,12 @@ class Message:
 
 
 def properties_of(**named: Any) -> Any:
-    """Return AMQP properties with these names."""
+    """Return the AMQP properties ``named``."""
     return pika.BasicProperties(**named)  # type: ignore[no-untyped-call]
 
 
 def properties_of_event(event: Event, app_id: str = "") -> Any:
-    """Return what the frames of ``event`` are to say, for pika's own encoder."""
+    """Return the properties expected in the frames of ``event``, for pika's encoder."""
     return properties_of(
         content_type=event.content_type,
         headers=headers_on_the_wire(event),
@@ -55,7 +55,7 @@ def properties_of_event(event: Event, app_id: str = "") -> Any:
 
 
 class Inspector:
-    """A separate blocking connection, reopened when the broker was away."""
+    """A separate blocking connection, reopened after an outage of the broker."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -99,26 +99,26 @@ class Inspector:
         return name
 
     def clean_up(self, *, queue: str = "", exchange: str = "") -> None:
-        """Remove these at the end."""
+        """Delete this queue or exchange at the end."""
         self._queues += [queue] if queue else []
         self._exchanges += [exchange] if exchange else []
 
     def get(self, queue: str, timeout: float = 10.0) -> Message:
         """Take the next message, waiting for it."""
-        found = self.messages(queue, 1, timeout)
-        assert found, f"nothing arrived in {queue} within {timeout} s"
-        return found[0]
+        messages = self.messages(queue, 1, timeout)
+        assert messages, f"nothing arrived in {queue} within {timeout} s"
+        return messages[0]
 
     def messages(self, queue: str, count: int, timeout: float = 10.0) -> list[Message]:
         """Take up to ``count`` messages, waiting for them; fewer if time runs out."""
-        found: list[Message] = []
+        messages: list[Message] = []
         deadline = time.monotonic() + timeout
-        while len(found) < count:
+        while len(messages) < count:
             method, properties, body = self._retry(
                 lambda: self.channel.basic_get(queue, auto_ack=True)
             )
             if method is not None:
-                found.append(
+                messages.append(
                     Message(
                         body, properties, method.routing_key, method.exchange, method.redelivered
                     )
@@ -127,14 +127,14 @@ class Inspector:
                 break
             else:
                 time.sleep(0.01)
-        return found
+        return messages
 
     def all(self, queue: str) -> list[Message]:
-        """Take what is in the queue now."""
+        """Take the messages that are in the queue now."""
         return self.messages(queue, 1 << 30, 0.2)
 
     def publish(self, queue: str, body: bytes, exchange: str = "", properties: Any = None) -> None:
-        """Publish as some other client would."""
+        """Publish as a client other than outbox would."""
         self._retry(
             lambda: self.channel.basic_publish(
                 exchange, queue, body, properties or properties_of(delivery_mode=2)
@@ -155,14 +155,14 @@ class Inspector:
                 time.sleep(0.02)
 
     def count(self, queue: str) -> int:
-        """Return how many messages wait in the queue."""
-        found = self._retry(lambda: self.channel.queue_declare(queue, passive=True))
-        return int(found.method.message_count)
+        """Return the number of messages that wait in the queue."""
+        declared = self._retry(lambda: self.channel.queue_declare(queue, passive=True))
+        return int(declared.method.message_count)
 
     def consumers(self, queue: str) -> int:
-        """Return how many consumers the queue has."""
-        found = self._retry(lambda: self.channel.queue_declare(queue, passive=True))
-        return int(found.method.consumer_count)
+        """Return the number of consumers that the queue has."""
+        declared = self._retry(lambda: self.channel.queue_declare(queue, passive=True))
+        return int(declared.method.consumer_count)
 
     def close(self) -> None:
         for queue in dict.fromkeys(self._queues):
@@ -173,7 +173,7 @@ class Inspector:
 
 
 class Unwritten:
-    """A header's value as the bytes that pika would not write."""
+    """A header value as raw bytes, such as pika itself wouldn't write."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -181,7 +181,7 @@ class Unwritten:
     @classmethod
     @contextlib.contextmanager
     def written(cls) -> Iterator[None]:
-        """Have pika write them anyway."""
+        """Make pika write such values in the block."""
         original: Any = pika.data.encode_value
 
         def encode_value(pieces: list[bytes], value: Any) -> int:

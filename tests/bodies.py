@@ -87,4 +87,4 @@ BODIES: dict[str, App] = {
     "tuple": _returning(lambda: (b"one",)),
     "write": _write,
 }
-"""By what is particular about them."""
+"""The applications, by what is special about each."""

@@ -15,12 +15,12 @@ Run = Callable[..., Done]
 
 
 def outbox_command(*arguments: str) -> list[str]:
-    """Return the command line."""
+    """Return the command line of ``outbox``."""
     return [sys.executable, "-m", "outbox", *arguments]
 
 
 def run_outbox(*arguments: str, variables: dict[str, str] | None = None, **options: Any) -> Done:
-    """Run it to its end without a terminal, with ``variables`` in its environment."""
+    """Run ``outbox`` to completion, without a terminal, with ``variables`` in its environment."""
     return subprocess.run(
         outbox_command(*arguments),
         env={**os.environ, **(variables or {})},

@@ -24,8 +24,8 @@ from tests.amqp import Inspector
 from tests.places import Place, place_of
 from tests.relaying import opened
 
-# Properties are tried quickly by default, the same way each time where a change is judged, and
-# at length with HYPOTHESIS_PROFILE=thorough or --hypothesis-profile thorough.
+# Properties are tried quickly by default, with the same examples each time in CI, and at length
+# with HYPOTHESIS_PROFILE=thorough or --hypothesis-profile thorough.
 hypothesis.settings.register_profile("quick", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile(
@@ -40,7 +40,7 @@ def _started() -> PrivateBroker:
     try:
         return PrivateBroker().start()
     except BrokerMissing as error:
-        # Where a broker was named on purpose, what needs one that it may kill is skipped.
+        # If a broker is named explicitly, even CI skips the tests that need one they may kill.
         reason = f"{error}; or set OUTBOX_TEST_AMQP_URL to one that runs"
         if "CI" in os.environ and not os.environ.get("OUTBOX_TEST_AMQP_URL"):
             pytest.fail(reason)
@@ -58,7 +58,7 @@ def _started_postgresql() -> PrivatePostgreSQL:
 
 @pytest.fixture(scope="session")
 def outbox_broker() -> Iterator[PrivateBroker]:
-    """The testing kit's fixture, with our own rule for where there is no server."""
+    """The testing kit's fixture, with this project's rule for a missing server."""
     broker = _started()
     yield broker
     broker.stop()
@@ -67,9 +67,9 @@ def outbox_broker() -> Iterator[PrivateBroker]:
 @pytest.fixture(scope="session")
 def amqp_url(request: pytest.FixtureRequest) -> str:
     """A broker for all tests that leave it alive."""
-    given = os.environ.get("OUTBOX_TEST_AMQP_URL")
-    if given:
-        return given
+    url = os.environ.get("OUTBOX_TEST_AMQP_URL")
+    if url:
+        return url
     broker = request.getfixturevalue("outbox_broker")
     assert isinstance(broker, PrivateBroker)
     return broker.url
@@ -85,7 +85,7 @@ def mortal_broker() -> Iterator[PrivateBroker]:
 
 @pytest.fixture
 def private_broker(mortal_broker: PrivateBroker) -> PrivateBroker:
-    """The mortal broker, alive, whatever the tests before have done to it."""
+    """The mortal broker, running, even if an earlier test has killed it."""
     if not mortal_broker.running:
         mortal_broker.start()
     return mortal_broker
@@ -109,7 +109,7 @@ def mortal_postgresql() -> Iterator[PrivatePostgreSQL]:
 
 @pytest.fixture
 def postgresql_url(postgresql: PrivatePostgreSQL) -> Iterator[str]:
-    """The test's own empty database."""
+    """An empty PostgreSQL database that no other test uses."""
     database = f"test_{uuid.uuid4().hex[:12]}"
     admin = create_engine(postgresql.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     with admin.connect() as connection:
@@ -121,34 +121,34 @@ def postgresql_url(postgresql: PrivatePostgreSQL) -> Iterator[str]:
 
 @pytest.fixture(params=["postgresql", "sqlite"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database: each test that asks for it runs on both."""
+    """An empty database: each test that uses it runs on both kinds."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/events.db"
-    found: str = request.getfixturevalue("postgresql_url")
-    return found
+    url: str = request.getfixturevalue("postgresql_url")
+    return url
 
 
 @pytest.fixture
 def store(database_url: str) -> Iterator[Store]:
-    """A store with its table, in each database."""
-    found = opened(database_url)
-    yield found
-    found.engine.dispose()
+    """A store with its table, in each kind of database."""
+    store = opened(database_url)
+    yield store
+    store.engine.dispose()
 
 
 @pytest.fixture
 def postgresql_store(postgresql_url: str) -> Iterator[Store]:
-    """A store with its table, in PostgreSQL alone."""
-    found = opened(postgresql_url)
-    yield found
-    found.engine.dispose()
+    """A store with its table, in PostgreSQL only."""
+    store = opened(postgresql_url)
+    yield store
+    store.engine.dispose()
 
 
 @pytest.fixture
 def proxy(amqp_url: str) -> Iterator[FaultProxy]:
-    """The test's own proxy in front of the broker, whose faults affect no other test."""
-    with FaultProxy(amqp_url) as found:
-        yield found
+    """A proxy in front of the broker, whose faults affect only this test."""
+    with FaultProxy(amqp_url) as proxy:
+        yield proxy
 
 
 @pytest.fixture
@@ -159,17 +159,17 @@ def name() -> str:
 
 @pytest.fixture
 def inspector(amqp_url: str) -> Iterator[Inspector]:
-    """Looks at the broker with plain pika, and removes what it declared."""
-    found = Inspector(amqp_url)
-    yield found
-    found.close()
+    """An inspector of the broker, which deletes what it has declared at the end."""
+    inspector = Inspector(amqp_url)
+    yield inspector
+    inspector.close()
 
 
 @pytest.fixture
 def publisher(amqp_url: str, name: str) -> Iterator[Publisher]:
-    """A publisher with its own exchange."""
-    with Publisher(amqp_url, exchange=name) as found:
-        yield found
+    """A publisher with an exchange that no other test uses."""
+    with Publisher(amqp_url, exchange=name) as publisher:
+        yield publisher
 
 
 @pytest.fixture(autouse=True)
@@ -193,5 +193,5 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(params=["rabbitmq", "sqlite"])
 def place(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Place:
-    """Where events go: each test that asks for it runs with every one that can be consumed from."""
+    """A place for events: each test that uses it runs on every transport with consumers."""
     return place_of(request.param, request, name, tmp_path)

@@ -1,4 +1,4 @@
-"""``outbox-consume`` as its users run it, on a module whose consumer does what messages say."""
+"""``outbox-consume`` as its users run it, with a consumer that does what its messages say."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Command:
             **os.environ,
             "OUTBOX_URL": self.place.url,
             "OUTBOX_EXCHANGE": self.place.exchange,
-            "PYTHONDONTWRITEBYTECODE": "1",  # a module may change twice within its time's unit
+            "PYTHONDONTWRITEBYTECODE": "1",  # a module may change twice within its mtime's unit
         }
         command = ["outbox.consumers", "work", "--log-format", "json", *arguments]
         with self._log.open("wb") as log:
@@ -80,9 +80,9 @@ class Command:
             )
 
     def publish(self, *commands: str) -> list[str]:
-        """Have the consumer do something; return the ids of the messages."""
+        """Publish ``commands`` to the consumer; return the ids of the messages."""
         events = events_for(self._publisher, [self.queue] * len(commands), exchange="")
-        made = [
+        messages = [
             type(event)(
                 id=event.id,
                 target=event.target,
@@ -92,14 +92,14 @@ class Command:
             )
             for event, do in zip(events, commands, strict=True)
         ]
-        # Until the queue is there nothing is published, and then all of it.
-        wait_until(lambda: self._publisher.publish(made[:1], keep=False).ok, 20)
-        if made[1:]:
-            self._publisher.publish(made[1:]).raise_for_failure()
-        return [event.id for event in made]
+        # Until the queue exists nothing is published; after that, everything is.
+        wait_until(lambda: self._publisher.publish(messages[:1], keep=False).ok, 20)
+        if messages[1:]:
+            self._publisher.publish(messages[1:]).raise_for_failure()
+        return [event.id for event in messages]
 
     def did(self, word: str = "done") -> list[tuple[str, int]]:
-        """Return what messages were done, and by which process."""
+        """Return the id of each message with this note, and the process that handled it."""
         path = self.folder / "done"
         rows = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
         return [(row[1], int(row[2])) for row in rows if row[0] == word]
@@ -111,14 +111,14 @@ class Command:
         return self._log.read_text(errors="replace")
 
     def lines(self, logger: str = "outbox.consumer.processes") -> list[str]:
-        found: list[dict[str, Any]] = []
+        records: list[dict[str, Any]] = []
         for line in self.text().splitlines():
             with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return [one["message"] for one in found if one["logger"] == logger]
+                records.append(json.loads(line))
+        return [record["message"] for record in records if record["logger"] == logger]
 
     def wait_for(self, pattern: str, count: int = 1, timeout: float = 20) -> list[Any]:
-        """Wait until the log has ``count`` matches; return them."""
+        """Wait until the log has ``count`` matches of ``pattern``; return all of them."""
         try:
             wait_until(lambda: len(re.findall(pattern, self.text())) >= count, timeout)
         except AssertionError:
@@ -126,12 +126,11 @@ class Command:
         return re.findall(pattern, self.text())
 
     def workers(self) -> list[int]:
-        """Return the ids of all worker processes that were begun."""
-        found = re.findall(r"\(process (\d+)\) started", self.text())
-        return [int(one) for one in found]
+        """Return the ids of all worker processes that have begun."""
+        return [int(pid) for pid in re.findall(r"\\(process (\\d+)\\) started", self.text())]
 
     def consuming(self, count: int) -> list[int]:
-        """Wait until ``count`` workers have started to consume, in all."""
+        """Wait until ``count`` workers in all have started to consume; return their ids."""
         self.wait_for('"consuming ', count)
         return self.workers()
 
@@ -140,11 +139,11 @@ class Command:
         return self.process.wait(timeout)
 
     def left(self) -> int:
-        """Return how many messages the queue has."""
+        """Return the number of messages in the queue."""
         return self.place.count(self.queue)
 
     def close(self) -> None:
         self._publisher.close(0)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: it and its workers
+            os.killpg(self.process.pid, signal.SIGKILL)  # its session: itself and its workers
         self.process.wait(10)

@@ -11,11 +11,11 @@ __all__ = ["Base", "Effect", "Line", "Order", "targets"]
 
 
 class Base(DeclarativeBase):
-    """The application's own tables."""
+    """The tables of the application."""
 
 
 class Order(Base):
-    """What the application commits beside its events."""
+    """A row that the application commits together with its events."""
 
     __tablename__ = "orders"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -23,7 +23,7 @@ class Order(Base):
 
 
 class Line(Base):
-    """Refers to an order, which is checked when the transaction commits."""
+    """A line of an order, with a foreign key that is checked at the commit."""
 
     __tablename__ = "lines"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -33,7 +33,7 @@ class Line(Base):
 
 
 class Effect(Base):
-    """What a handler does."""
+    """The effect of a handler: a row for each message handled."""
 
     __tablename__ = "effects"
     id: Mapped[int] = mapped_column(primary_key=True)

@@ -18,14 +18,14 @@ TESTS = re.compile(r"^- `tests/.*\n", re.MULTILINE)
 
 
 def hazards_of(test: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
-    """The ids in the test's ``@pytest.mark.hazard(...)``."""
+    """Yield the ids in the test's ``@pytest.mark.hazard(...)``."""
     for decorator in test.decorator_list:
         if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.hazard":
             yield from (ast.literal_eval(argument) for argument in decorator.args)
 
 
 def marked_tests() -> dict[str, list[str]]:
-    """The tests of each hazard, by file and in the order in which they stand there."""
+    """Return the tests of each hazard, by file and in the order of the file."""
     tests = defaultdict(list)
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.parse(path.read_text()).body:
@@ -36,7 +36,7 @@ def marked_tests() -> dict[str, list[str]]:
 
 
 def with_tests(page: str) -> str:
-    """``page`` with the marked tests at the end of each section."""
+    """Return ``page`` with the marked tests at the end of each section."""
     tests = marked_tests()
 
     def section(match: re.Match[str]) -> str:

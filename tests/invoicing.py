@@ -1,4 +1,4 @@
-"""An application's consumers, for tests of the testing kits."""
+"""An application's consumers, for tests of the testing kit."""
 
 from __future__ import annotations
 

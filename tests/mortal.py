@@ -32,15 +32,15 @@ __all__ = ["POINTS", "Job", "running"]
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker has to do.
+    """A job for a worker.
 
     Attributes:
-        url, exchange, queue: where its messages are; follow-ons go to ``<queue>-next``.
-        database: of the effects and the inbox.
+        url, exchange, queue: the place of its messages; follow-ons go to ``<queue>-next``.
+        database: the URL of the database with the effects and the inbox.
         is_async: whether its consumer is a coroutine.
         deduplicate: whether it uses the inbox.
-        point: where it kills itself; empty for nowhere.
-        on_connection: whether its handler works on a connection, and with no session.
+        point: the point at which it kills itself, a key of ``POINTS``; empty for none.
+        on_connection: whether its handler uses a connection instead of a session.
     """
 
     url: str
@@ -55,16 +55,16 @@ class Job:
 
 @contextmanager
 def running(job: Job) -> Iterator[ForkServerProcess]:
-    """Run the worker; stop it at the end, when it must exit cleanly or be dead already."""
+    """Run the worker; at the end stop it, and check that it exits cleanly or was killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # otherwise each one imports everything again
+    context.set_forkserver_preload([__name__])  # otherwise each process imports everything again
     stop = context.Event()
     process = context.Process(target=_work, args=(job, stop))
     process.start()
     try:
         yield process
     finally:
-        if process.exitcode is None:  # one that was killed may have held the event's lock
+        if process.exitcode is None:  # a killed process may have held the event's lock
             stop.set()
         process.join(15)
         if process.is_alive():
@@ -77,9 +77,9 @@ def _work(job: Job, stop: Any) -> None:
     if job.point:
         POINTS[job.point]()
     engine = create_engine(job.database, poolclass=NullPool)
-    chosen = _coroutine(job) if job.is_async else _function(job, engine)
+    consumer = _coroutine(job) if job.is_async else _function(job, engine)
     with Publisher(job.url, exchange=job.exchange) as publisher:
-        worker = Worker([chosen], publisher=publisher, threads=2, inbox=Inbox(engine))
+        worker = Worker([consumer], publisher=publisher, threads=2, inbox=Inbox(engine))
         worker.start()
         stop.wait()
         assert worker.stop(10)
@@ -169,17 +169,17 @@ def _after(owner: Any, name: str) -> None:
     original = getattr(owner, name)
 
     def call(*arguments: Any, **options: Any) -> Any:
-        found = original(*arguments, **options)
-        if asyncio.iscoroutine(found):
-            return _and_die(found)
+        result = original(*arguments, **options)
+        if asyncio.iscoroutine(result):
+            return _await_and_die(result)
         _die()
-        return found
+        return result
 
     setattr(owner, name, call)
 
 
-async def _and_die(found: Any) -> Any:
-    await found
+async def _await_and_die(coroutine: Any) -> Any:
+    await coroutine
     _die()
 
 
@@ -189,7 +189,7 @@ def _is_done(_: Any, outcome: object) -> bool:
 
 def _when_acked() -> None:
     for subscription in (RabbitMQSubscription, SQLiteSubscription):
-        _after(subscription, "ack")  # the transport writes it later
+        _after(subscription, "ack")  # the transport sends the ack later
 
 
 def _when_a_copy_is_confirmed() -> None:

@@ -1,4 +1,4 @@
-"""Places where events can go, behind one interface, for what all transports promise."""
+"""Places for events, behind one interface, for tests of what all transports promise."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = [
 
 
 class Place(Protocol):
-    """A broker, or what stands for one."""
+    """A broker, or an SQLite file instead of one."""
 
     url: str
     exchange: str
@@ -49,7 +49,7 @@ class Place(Protocol):
     def publisher(self, **settings: Unpack[SettingOverrides]) -> Publisher: ...
 
     def bind(self, queue: str, exchange: str, *patterns: str) -> None:
-        """Make a queue and bind it, as some other process would."""
+        """Create a queue and bind it, as another process would."""
         ...
 
     def count(self, queue: str) -> int: ...
@@ -68,7 +68,7 @@ class _Place:
 
 
 class RabbitMQPlace(_Place):
-    """A RabbitMQ, and the test's own exchange in it."""
+    """A RabbitMQ broker, with an exchange for the test."""
 
     def __init__(self, url: str, exchange: str, inspector: Inspector) -> None:
         super().__init__(url, exchange)
@@ -88,7 +88,7 @@ class RabbitMQPlace(_Place):
 
 
 class SQLitePlace(_Place):
-    """A file."""
+    """An SQLite file."""
 
     def __init__(self, path: str, exchange: str) -> None:
         super().__init__(f"sqlite:///{path}", exchange)
@@ -112,11 +112,11 @@ class SQLitePlace(_Place):
         return int(self.execute(statement, queue)[0][0])
 
     def will_clean_up(self, queue: str) -> None:
-        """Nothing is left: the file is the test's own."""
+        """Do nothing: the file belongs to the test alone."""
 
 
 def place_of(kind: str, request: pytest.FixtureRequest, name: str, folder: Path) -> Place:
-    """Return the place of a test: ``sqlite`` for a file in ``folder``, ``rabbitmq``."""
+    """Return a test's place: for ``sqlite`` a file in ``folder``, for ``rabbitmq`` the broker."""
     if kind == "sqlite":
         return SQLitePlace(str(folder / "outbox.db"), name)
     amqp_url: str = request.getfixturevalue("amqp_url")
@@ -125,7 +125,7 @@ def place_of(kind: str, request: pytest.FixtureRequest, name: str, folder: Path)
 
 
 class Reader:
-    """Takes messages of one queue, as they are."""
+    """Takes the messages of one queue as the broker delivers them."""
 
     def __init__(self, subscription: Subscription) -> None:
         self._subscription = subscription
@@ -134,32 +134,32 @@ class Reader:
         subscription.start(self._arrived.put, self.refused.append)
 
     def take(self, count: int, *, timeout: float = 10.0) -> list[Delivery]:
-        """Return the next messages, which must come; they are not settled."""
+        """Return the next ``count`` messages without settling them; fail if they don't arrive."""
         return self._next(count, timeout, settle=False)
 
     def _next(self, count: int, timeout: float, *, settle: bool) -> list[Delivery]:
         deadline = time.monotonic() + timeout
-        found: list[Delivery] = []
-        while len(found) < count:
+        deliveries: list[Delivery] = []
+        while len(deliveries) < count:
             try:
-                one = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
+                delivery = self._arrived.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                raise AssertionError(f"{len(found)} of {count} messages came") from None
+                raise AssertionError(f"{len(deliveries)} of {count} messages arrived") from None
             if settle:
-                self._subscription.ack(one)
-            found.append(one)
-        return found
+                self._subscription.ack(delivery)
+            deliveries.append(delivery)
+        return deliveries
 
     def get(self, count: int = 1, *, timeout: float = 10.0) -> list[Delivery]:
-        """Return the next messages, and settle them."""
+        """Return the next ``count`` messages, and ack them."""
         return self._next(count, timeout, settle=True)
 
     def requeue(self, delivery: Delivery, delay: float = 0.0) -> None:
-        """Give one back."""
+        """Return a delivery to its queue."""
         self._subscription.requeue(delivery, delay)
 
     def close(self) -> None:
-        """Give back what was taken and not settled."""
+        """Stop consuming; deliveries that were not settled return to the queue."""
         self._subscription.cancel()
         self._subscription.close()
 
@@ -174,9 +174,9 @@ def reading(
     again: bool = False,
     max_priority: int | None = None,
 ) -> Iterator[Reader]:
-    """Consume from a queue bound to the place's exchange, made unless it is there (``again``)."""
-    for one in (name, dead_letter_queue(name)):
-        place.will_clean_up(one)
+    """Consume from a queue bound to the place's exchange; create it unless ``again``."""
+    for queue_name in (name, dead_letter_queue(name)):
+        place.will_clean_up(queue_name)
     declare = "never" if again else "create"
     settings = Settings.load(place.url, {"exchange": place.exchange, "declare": declare})
     kind: QueueType = "quorum" if max_priority is None else "classic"
@@ -186,11 +186,11 @@ def reading(
     reader = Reader(open_subscription(settings, [spec], prefetch))
     try:
         if not again:
-            # It is bound when it is consumed from; what goes to it by its name reaches no other.
+            # It is bound once it is consumed from, as an event to it alone shows.
             with place.publisher(unroutable="ignore") as publisher:
-                begin = events_for(publisher, [name], exchange="")
-                # A queue that is just being declared refuses: it must not be sent again later.
-                wait_until(lambda: publisher.publish(begin, keep=False).published)
+                greeting = events_for(publisher, [name], exchange="")
+                # A queue still being declared may nack it; kept, it would be sent again later.
+                wait_until(lambda: publisher.publish(greeting, keep=False).published)
             reader.get(1)
         yield reader
     finally:
@@ -198,7 +198,7 @@ def reading(
 
 
 def events_for(publisher: Publisher, targets: Sequence[str], **options: Any) -> list[Event]:
-    """Return an event to each target, not published yet; the payload is its number, from 0."""
+    """Return an unpublished event for each target; its payload has its number ``n``, from 0."""
     collector = EventCollector(publisher=publisher)
     return [
         collector.enqueue_event({"n": n}, target, **options) for n, target in enumerate(targets)
@@ -206,7 +206,7 @@ def events_for(publisher: Publisher, targets: Sequence[str], **options: Any) -> 
 
 
 def parked_in(place: Place) -> ParkedQueues:
-    """Return what ``outbox parked`` sees."""
+    """Return the parked queues as ``outbox parked`` opens them."""
     return open_parked_queues(Settings.load(place.url, {"exchange": place.exchange}))
 
 
@@ -216,21 +216,21 @@ def selected(place: Place, queue: str) -> list[ParkedMessage]:
 
 
 def replay(place: Place, queue: str, *, to_origin: bool = False) -> list[str]:
-    """Replay all of a queue, as the command does; return why some could not be."""
-    left: list[str] = []
+    """Replay all messages of a queue, as the command does; return the reasons of failures."""
+    reasons: list[str] = []
     with parked_in(place) as parked, parked.browse(queue, parked.count(queue)) as browsing:
         for window in browsing.windows():
             outcome = parked.replay(window, to_origin=to_origin)
             browsing.remove(outcome.done)
-            left += [reason for _, reason in outcome.left]
-    return left
+            reasons += [reason for _, reason in outcome.left]
+    return reasons
 
 
 @contextlib.contextmanager
 def working(
     publisher: Publisher, *consumers: Consumer | type[Consumer], **options: Any
 ) -> Iterator[Worker]:
-    """Run a worker over queues that have been made."""
+    """Run a worker on queues that exist already."""
     worker = Worker(consumers, publisher=publisher, **{"threads": 2, **options})
     worker.start()
     try:
@@ -240,6 +240,6 @@ def working(
 
 
 def made(place: Place, queue: str, *topics: str, max_priority: int | None = None) -> str:
-    """Make a consumer's queue with its dead letters, and nothing in them."""
+    """Create a consumer's queue and its dead-letter queue, both empty; return its name."""
     with reading(place, queue, topics, max_priority=max_priority):
         return queue

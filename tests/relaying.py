@@ -22,7 +22,7 @@ def opened(url: str) -> Store:
 
 @contextlib.contextmanager
 def running(relay: Relay, timeout: float = 10.0) -> Iterator[Relay]:
-    """Have ``relay`` run within the block."""
+    """Run ``relay`` within the block."""
     relay.start()
     try:
         yield relay
@@ -31,15 +31,15 @@ def running(relay: Relay, timeout: float = 10.0) -> Iterator[Relay]:
 
 
 def an_event(number: int, exchange: str, target: str = "a", **options: Any) -> Event:
-    """Return an event that is known by its number."""
+    """Return an event whose id and body contain its number."""
     return Event(id=f"e{number}", target=target, exchange=exchange, body=b"%d" % number, **options)
 
 
 def many(count: int, exchange: str, **options: Any) -> list[Event]:
-    """Return ``count`` events, from 0 on."""
+    """Return ``count`` events, numbered from 0."""
     return [an_event(number, exchange, **options) for number in range(count)]
 
 
 def is_empty(store: Store) -> bool:
-    """Return whether every stored event is published, or dead."""
+    """Return whether every stored event is published or dead."""
     return not store.status().queues

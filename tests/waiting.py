@@ -1,4 +1,4 @@
-"""Waiting for what has no event to wait for."""
+"""Polling for conditions that signal nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> float:
-    """Wait until it is true, and return the seconds that took."""
+    """Wait until ``condition()`` is true; return the seconds that it took."""
     begin = time.monotonic()
     while not condition():
         assert time.monotonic() - begin < timeout

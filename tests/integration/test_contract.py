@@ -369,7 +369,7 @@ def test_no_more_messages_than_the_prefetch_are_delivered_at_a_time(
     with reading(place, name, prefetch=3) as reader:
         publisher.publish(events_for(publisher, [name] * 5))
         reader.take(3)
-        with pytest.raises(AssertionError, match="0 of 1 messages came"):
+        with pytest.raises(AssertionError, match="0 of 1 messages arrived"):
             reader.take(1, timeout=0.3)
     wait_until(lambda: place.count(name) == 5)
 

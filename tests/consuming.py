@@ -127,7 +127,7 @@ class Command:
 
     def workers(self) -> list[int]:
         """Return the ids of all worker processes that have begun."""
-        return [int(pid) for pid in re.findall(r"\\(process (\\d+)\\) started", self.text())]
+        return [int(pid) for pid in re.findall(r"\(process (\d+)\) started", self.text())]
 
     def consuming(self, count: int) -> list[int]:
         """Wait until ``count`` workers in all have started to consume; return their ids."""

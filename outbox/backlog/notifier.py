@@ -31,23 +31,23 @@ def ids(events: Iterable[Event]) -> str:
 
 
 def _addresses(events: Iterable[Event]) -> str:
-    """Return the different addresses of ``events`` for a log line, the first 20 of them."""
+    """Return the first 20 distinct addresses of ``events``, for a log line."""
     addresses = list(dict.fromkeys((event.target, event.exchange) for event in events))
     more = f" and {len(addresses) - _NAMED} more" if len(addresses) > _NAMED else ""
     return ", ".join(f"{to!r} on exchange {on!r}" for to, on in addresses[:_NAMED]) + more
 
 
 class Notifier:
-    """Resolves futures, calls hooks, writes the log. Thread-safe.
+    """Resolves futures, calls hooks and writes log lines. Thread-safe.
 
-    To be called without the backlog's lock: a hook may call the publisher.
+    Call it without holding the backlog's lock, since a hook may call the publisher.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     def __call__(self, news: News) -> None:
-        """Pass ``news`` on; a hook that raises is logged and stops nobody."""
+        """Apply ``news``; an exception in a hook is logged, and stops nothing else."""
         for chunk, report in news.reports:
             chunk.resolve(report)
         if self._settings.on_confirmed is not None:
@@ -56,7 +56,7 @@ class Notifier:
                     call_hook(self._settings.on_confirmed, len(report.published), chunk.took)
         if news.kept:
             logger.warning(
-                "%d event(s) kept, to be retried: %s; %s",
+                "%d event(s) kept, retrying in the background: %s; %s",
                 len(news.kept),
                 ids(news.kept),
                 news.error,
@@ -69,18 +69,18 @@ class Notifier:
         for event, reason in news.rejected:
             by_reason.setdefault(reason, []).append(event)
         for reason, events in by_reason.items():
-            logger.error("%d event(s) rejected, %r: %s", len(events), reason, ids(events))
+            logger.error("giving up %d event(s), %r: %s", len(events), reason, ids(events))
         for event, reason in news.rejected:
             call_hook(self._settings.on_rejected, event, reason)
 
 
 def call_hook(hook: Callable[..., object] | None, *arguments: object) -> None:
-    """Call ``hook``, if there is one; what it raises is logged, and stops nothing else."""
+    """Call ``hook``, if there is one; an exception in it is logged, and stops nothing else."""
     if hook is None:
         return
     try:
         hook(*arguments)
     except BaseException as error:  # a hook's sys.exit() must not end the link's thread
-        logger.exception("the hook %r raised", hook)
+        logger.exception("hook %r raised; continuing", hook)
         if isinstance(error, KeyboardInterrupt):
             raise

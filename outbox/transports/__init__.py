@@ -1,1 +1,1 @@
-"""The transports: three protocols, and one package for each back end."""
+"""The transports: three protocols, and an implementation for each kind of broker."""

@@ -1,4 +1,4 @@
-"""What transports have in common whose events wait in a backlog until they are confirmed."""
+"""The base class of transports that hold events in a backlog until they are confirmed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ __all__ = ["BackloggedTransport"]
 
 
 class BackloggedTransport:
-    """Answers from the backlog what a publisher asks of a ``Transport``.
-
-    Those that inherit take from the backlog, and move events.
+    """The part of a ``Transport`` that the backlog answers; subclasses move the events.
 
     Attributes:
         backlog: the entries without a fate.
@@ -25,11 +23,11 @@ class BackloggedTransport:
         self.backlog = Backlog()
 
     def release(self, chunk: Chunk) -> None:
-        """Report ``chunk`` as it stands."""
+        """Report ``chunk`` now: its caller's timeout is over."""
         self._notify(self.backlog.release(chunk))
 
     def _hand_over(self) -> tuple[Event, ...]:
-        """Report every chunk, and return what is left: nothing moves any more."""
-        left, news = self.backlog.hand_over(ConnectionLost("the publisher was closed"))
+        """Report every chunk, close the backlog, and return the events that are left."""
+        remaining, news = self.backlog.hand_over(ConnectionLost("the publisher was closed"))
         self._notify(news)
-        return left
+        return remaining

@@ -1,4 +1,4 @@
-"""``memory://``: events that go nowhere, for tests and for development without a broker."""
+"""``memory://``: a transport without a broker, for tests and development."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["MemoryTransport", "Transport"]
 
 
 class MemoryTransport:
-    """Confirms at once; remembers the last 100,000 events in ``published``. Thread-safe."""
+    """Confirms at once, and keeps the last 100,000 events in ``published``. Thread-safe."""
 
     supports_delay = True
     longest_delay = None
@@ -31,7 +31,7 @@ class MemoryTransport:
         self.published: deque[Event] = deque(maxlen=100_000)
 
     def start(self) -> None:
-        """Do nothing: there is nothing to connect to."""
+        """Do nothing: there is no connection."""
 
     def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
         """Publish ``events`` at once."""
@@ -47,14 +47,14 @@ class MemoryTransport:
         return chunk
 
     def release(self, chunk: Chunk) -> None:
-        """Do nothing: no caller ever waits."""
+        """Do nothing: ``submit`` has reported every chunk."""
 
     def drain(self, timeout: float) -> bool:
-        """Return True: nothing is ever left."""
+        """Return True: every event has its fate."""
         return True
 
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
-        """Return nothing: nothing is ever left."""
+        """Return an empty tuple: every event has its fate."""
         return ()
 
 

@@ -12,14 +12,14 @@ __all__ = ["Browsing", "ParkedQueues"]
 
 
 class Browsing(Protocol):
-    """Messages of one queue that are held, in order, until they are removed or given back."""
+    """Messages of one queue, in order, until they are removed or returned to it."""
 
     def windows(self) -> Iterator[Sequence[ParkedMessage]]:
-        """Take the messages window by window, each message once."""
+        """Yield the messages window by window, each message once."""
         ...
 
     def remove(self, messages: Sequence[ParkedMessage]) -> None:
-        """Delete messages of the window that was taken last."""
+        """Delete ``messages``, which are from the last window."""
         ...
 
 
@@ -31,17 +31,17 @@ class ParkedQueues(Protocol):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
     def count(self, queue: str) -> int:
-        """Return how many messages wait in ``queue``."""
+        """Return the number of messages waiting in ``queue``."""
         ...
 
     def browse(self, queue: str, bound: int) -> AbstractContextManager[Browsing]:
-        """Hold up to ``bound`` messages of ``queue`` for a block; what is left then goes back."""
+        """Browse up to ``bound`` messages of ``queue`` in a block; the rest then goes back."""
         ...
 
     def obstacle(self, message: ParkedMessage, *, to_origin: bool) -> str | None:
-        """Return why a replay of ``message`` would fail, as far as that can be told beforehand."""
+        """Return why a replay of ``message`` would fail, as far as that is known beforehand."""
         ...
 
     def replay(self, messages: Sequence[ParkedMessage], *, to_origin: bool) -> ReplayResult:
-        """Publish ``messages``, confirmed; they stay where they are until they are removed."""
+        """Publish ``messages`` and wait for the confirms; ``Browsing.remove`` deletes them."""
         ...

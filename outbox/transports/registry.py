@@ -1,4 +1,4 @@
-"""Which transport a URL names. Adding one means adding a line to the table."""
+"""The table of transports, by URL scheme. A new transport needs a line here."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ _PACKAGES = {
     "memory": "outbox.transports.memory",
     "sqlite": "outbox.transports.sqlite",
 }
-"""Where the doors of a scheme are: ``Transport``, and if it can be consumed from ``Subscription``
-and ``ParkedQueues``. Imported when used, so that nobody needs the drivers of the others."""
+"""The package of each scheme. It has the class ``Transport``, and if it can be consumed from,
+``Subscription`` and ``ParkedQueues``. It is imported on first use, so that an application needs
+only the drivers it uses."""
 
 
 def open_transport(settings: Settings) -> Transport:
@@ -33,14 +34,14 @@ def open_transport(settings: Settings) -> Transport:
 
     Raises:
         NotConfigured: there is no URL.
-        UsageError: the URL cannot be used, or not with the threads that there are.
+        UsageError: the URL is invalid, or a publisher's thread can't work in this process.
     """
     if settings.url is None:
         raise NotConfigured
     url = BrokerURL.parse(settings.url)
     if url.scheme != "memory":
         check_threads()
-    transport: Transport = _door(url, "Transport")(url, settings, Notifier(settings))
+    transport: Transport = _class_for(url, "Transport")(url, settings, Notifier(settings))
     return transport
 
 
@@ -50,18 +51,18 @@ def open_subscription(
     """Return a subscription to ``queues`` at ``settings.url``, not yet started.
 
     Args:
-        settings: of the publisher of the same broker.
-        queues: to consume from.
-        prefetch: how many messages of each queue may be out at a time, 1 to 65535.
+        settings: the settings of the publisher for the same broker.
+        queues: the queues to consume from.
+        prefetch: the maximum of unsettled messages per queue, 1 to 65535.
 
     Raises:
-        UsageError: the URL cannot be consumed from.
+        UsageError: the URL is invalid, or its transport can't be consumed from.
     """
     url = BrokerURL.parse(settings.url or "")
-    door = _door(url, "Subscription")
-    if door is None:
+    subscription_class = _class_for(url, "Subscription")
+    if subscription_class is None:
         raise UsageError(f"{url.scheme}:// cannot be consumed from; use amqp:// or sqlite://")
-    subscription: Subscription = door(url, settings, queues, prefetch)
+    subscription: Subscription = subscription_class(url, settings, queues, prefetch)
     return subscription
 
 
@@ -70,20 +71,18 @@ def open_parked_queues(settings: Settings) -> ParkedQueues:
 
     Raises:
         NotConfigured: there is no URL.
-        UsageError: the URL cannot be used, or its transport has no such queues.
+        UsageError: the URL is invalid, or its transport has no such queues.
     """
     if settings.url is None:
         raise NotConfigured
     url = BrokerURL.parse(settings.url)
-    door = _door(url, "ParkedQueues")
-    if door is None:
-        raise UsageError(
-            f"{url.scheme}:// has no queues to look into from outside; use amqp:// or sqlite://"
-        )
-    parked_queues: ParkedQueues = door(url, settings)
+    parked_class = _class_for(url, "ParkedQueues")
+    if parked_class is None:
+        raise UsageError(f"{url.scheme}:// has no parked messages; use amqp:// or sqlite://")
+    parked_queues: ParkedQueues = parked_class(url, settings)
     return parked_queues
 
 
-def _door(url: BrokerURL, name: str) -> Any:
-    """Return the class ``name`` of the transport that ``url`` names, or None if it has none."""
+def _class_for(url: BrokerURL, name: str) -> Any:
+    """Return the class ``name`` of the transport for ``url``, or None if it has none."""
     return getattr(importlib.import_module(_PACKAGES[url.scheme]), name, None)

@@ -11,47 +11,47 @@ __all__ = ["Subscription"]
 
 
 class Subscription(Protocol):
-    """Consumes from some queues, reconnecting by itself. Thread-safe."""
+    """Consumes from a worker's queues, and reconnects automatically. Thread-safe."""
 
     def start(self, deliver: Callable[[Delivery], None], refused: Callable[[str], None]) -> None:
-        """Begin to consume.
+        """Start consuming.
 
         Args:
-            deliver: called for each message, on the transport's thread; must not block.
-            refused: called with the broker's reason when it will not have a queue as it is
-                declared, before anything was ever consumed.
+            deliver: the callback for each message, on the transport's thread; it must not block.
+            refused: the callback for the broker's reason to refuse a declaration, called only
+                before the first successful start.
         """
         ...
 
     @property
     def is_consuming(self) -> bool:
-        """Whether messages come as soon as there are any; not while the broker is away."""
+        """Whether messages are delivered as they arrive; False while the broker is unavailable."""
         ...
 
     def ack(self, delivery: Delivery) -> None:
-        """Tell the broker that ``delivery`` is done; nothing happens if it is stale."""
+        """Ack ``delivery``; do nothing if it is stale."""
         ...
 
     def requeue(self, delivery: Delivery, delay: float) -> None:
-        """Give ``delivery`` back to its queue, after ``delay`` seconds."""
+        """Requeue ``delivery`` after ``delay`` seconds; do nothing if it is stale."""
         ...
 
     def out(self, queue: str) -> int:
-        """How many messages of ``queue`` were handed out and are not settled, about."""
+        """Return the approximate number of unsettled deliveries from ``queue``."""
         ...
 
     def is_stale(self, delivery: Delivery) -> bool:
-        """Whether ``delivery`` can no longer be settled: it will be delivered again."""
+        """Return whether ``delivery`` can no longer be settled, and will be redelivered."""
         ...
 
     def declare_again(self) -> None:
-        """Declare the queues anew: one of them was found missing."""
+        """Declare the queues again, because one of them is missing."""
         ...
 
     def cancel(self) -> None:
-        """Take no further deliveries; those that are out can still be settled. Waits a little."""
+        """Stop the deliveries, waiting briefly; unsettled ones can still be settled."""
         ...
 
     def close(self) -> None:
-        """Settle what was settled, give back the rest, and disconnect."""
+        """Send what was settled, return the other deliveries to their queues, and disconnect."""
         ...

@@ -1,4 +1,4 @@
-"""What a publisher needs of a transport."""
+"""The protocol of a transport: how a publisher hands over events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Transport"]
 
 
 class Transport(Protocol):
-    """One process's way to a broker. Thread-safe; never used by another process.
+    """A process's connection to a broker. Thread-safe; never used by another process.
 
     Attributes:
         supports_delay: whether events with ``deliver_at`` can be carried.
@@ -26,7 +26,7 @@ class Transport(Protocol):
 
     @property
     def longest_delay(self) -> datetime.timedelta | None:
-        """How far ahead ``deliver_at`` may be when an event is enqueued; None for any time."""
+        """The longest time from enqueueing an event to its ``deliver_at``; None for no limit."""
         ...
 
     @property
@@ -40,19 +40,19 @@ class Transport(Protocol):
         ...
 
     def start(self) -> None:
-        """Begin to connect in the background, unless that has begun."""
+        """Start connecting in the background, unless that has started."""
         ...
 
     def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
-        """Take ``events`` over and return at once; the chunk's future gets the report."""
+        """Accept ``events`` and return at once; the chunk's future gets the report."""
         ...
 
     def release(self, chunk: Chunk) -> None:
-        """Resolve the chunk's future now: the caller's time is up."""
+        """Report ``chunk`` now: its caller's timeout is over."""
         ...
 
     def drain(self, timeout: float) -> bool:
-        """Wait until every event has its fate, at most ``timeout`` seconds; return whether so."""
+        """Wait at most ``timeout`` seconds until all events have a fate; return whether they do."""
         ...
 
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:

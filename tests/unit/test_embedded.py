@@ -66,8 +66,8 @@ def test_durability_is_full_unless_the_url_says_otherwise() -> None:
         ("sqlite://", "names no file"),
         ("sqlite:///", "names no file"),
         ("sqlite:///:memory:", "names no file"),
-        ("sqlite:////o.db?mode=ro", "the option 'mode' of the sqlite URL is not known"),
-        ("sqlite:////o.db?synchronous=off", "synchronous=off in the sqlite URL is none of full"),
+        ("sqlite:////o.db?mode=ro", "unknown option 'mode' in the sqlite URL"),
+        ("sqlite:////o.db?synchronous=off", "invalid synchronous=off in the sqlite URL; use full"),
         ("sqlite:////o.db?synchronous", "not name=value pairs"),
     ],
 )
@@ -151,7 +151,7 @@ def test_without_a_parking_queue_nothing_is_parked() -> None:
     found = plan(EVENT, lost)
     assert found.parks
     found.park_nothing()
-    assert [entry.event for entry in found.homeless] == [lost]
+    assert [entry.event for entry in found.without_queue] == [lost]
     assert [row["id"] for row in found.rows] == ["1"]
     assert list(found.fates) == [(Fate.PUBLISHED, "")]
 
@@ -274,7 +274,7 @@ def test_only_errors_of_the_database_itself_count_as_its_failure() -> None:
     [
         (sqlite3.SQLITE_BUSY, Blocked, "another process has kept /o.db locked"),
         (sqlite3.SQLITE_BUSY | 2 << 8, Blocked, "another process"),
-        (sqlite3.SQLITE_FULL, Blocked, "there is no room for /o.db"),
+        (sqlite3.SQLITE_FULL, Blocked, "no space left for /o.db"),
         (sqlite3.SQLITE_IOERR | 3 << 8, ConnectionLost, "/o.db cannot be used: broken"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A leased row as a worker gets it, and as a dead letter."""
+"""Claimed rows as deliveries and as dead letters."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from outbox.storage.store import Claimed
 __all__ = ["DELIVERY_LIMIT", "delivery_of", "is_deadly", "letter_of_deadly"]
 
 DELIVERY_LIMIT = 20
-"""How often a message may be lost with its worker; RabbitMQ 4 has the same for quorum queues."""
+"""The number of times a message may be lost with its worker, as in RabbitMQ 4's quorum queues."""
 
 
 def delivery_of(row: Claimed, tag: int) -> Delivery:
-    """Return the message of ``row``."""
+    """Return ``row`` as a delivery with this tag."""
     delivery = as_delivered(row.event, row.queue, tag, redelivered=row.deliveries > 1)
     restore_origin(delivery)
     return delivery
 
 
 def is_deadly(row: Claimed) -> bool:
-    """Return whether ``row`` was delivered too often without anybody settling it.
+    """Return whether ``row`` was delivered too often without being settled.
 
-    What a worker gave back counts as an attempt: it is not the message that ended the worker.
+    A requeued delivery doesn't count: its message did not bring the worker down.
     """
     return row.deliveries - 1 - row.attempts >= DELIVERY_LIMIT
 
 
 def letter_of_deadly(row: Claimed) -> Event:
-    """Return the dead letter in place of a deadly row."""
+    """Return the dead letter that replaces a deadly row."""
     delivery = delivery_of(row, 0)
     return dead_letter(
         delivery,
-        f"delivered {DELIVERY_LIMIT} times, and each time its worker ended, "
-        "or lost it, before it was settled",
+        f"delivered {DELIVERY_LIMIT} times, and each time the worker died or lost its lease "
+        "before settling it",
         attempts=delivery.attempt,
         first_failure=delivery.first_failure,
     )

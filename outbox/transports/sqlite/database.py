@@ -1,4 +1,4 @@
-"""One connection to the file of the embedded transport."""
+"""A connection to the file of the embedded transport."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ __all__ = ["Database"]
 _T = TypeVar("_T")
 
 _PATIENCE = 10.0
-"""Seconds for which other processes' transactions are waited for."""
+"""The longest wait for transactions of other processes, in seconds."""
 
 _SLICE = 0.25
-"""Seconds of that between two looks whether the waiting is still wanted."""
+"""The seconds after which such a wait checks whether to give up."""
 
 
 class Database:
-    """Opens the file when it is needed, and anew after a failure. For one thread.
+    """Opens the file when needed, and again after a failure. For one thread.
 
-    Another file at the same path, put there while this one was open, is noticed.
+    It also reopens the file if another one has replaced it at the same path.
     """
 
     def __init__(self, location: Location, given_up: Callable[[], bool] = lambda: False) -> None:
-        """See that the file can be made; nothing is connected yet.
+        """Check that the file can be created; nothing is connected yet.
 
         Args:
-            location: of the file.
-            given_up: whether to wait no longer for other processes.
+            location: the location of the file.
+            given_up: a function that returns whether to stop waiting for others.
 
         Raises:
-            UsageError: the path is a symbolic link, no plain file, or somebody else's.
+            UsageError: the path is a symbolic link, not a regular file, or another user's.
         """
         self.path = location.path
         self._location = location
@@ -64,25 +64,26 @@ class Database:
 
     @property
     def store(self) -> Store:
-        """The events in it."""
+        """The store of the events in the file."""
         return self._store
 
     def open(self) -> None:
-        """Open the file and make its tables, unless that is done.
+        """Open the file and create its tables, unless it is open.
 
         Raises:
-            BrokerError: it cannot be used now; the cause is a UsageError where that will stay so.
+            BrokerError: the file can't be used now; the cause is a UsageError if retrying is
+                useless.
         """
         with self._turn():
             self._opened()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """Write, alone, and commit at the end of the block.
+        """Run a block as the only writer, and commit at its end.
 
         Raises:
-            BrokerError: the file cannot be written now, or stayed locked for 10 s; nothing has
-                changed, unless the failure came with the commit.
+            BrokerError: the file can't be written now, or stayed locked for 10 s; nothing has
+                changed, unless the commit itself failed.
         """
         with self._turn():
             connection = self._opened()
@@ -90,10 +91,10 @@ class Database:
                 yield connection
 
     def changed(self) -> bool:
-        """Return whether others have committed since this was last asked (True at first).
+        """Return whether other connections have committed since the last call (True at first).
 
         Raises:
-            BrokerError: the file cannot be used now.
+            BrokerError: the file can't be used now.
         """
         with self._turn():
             version: int = self._raw_opened().execute("PRAGMA data_version").fetchone()[0]
@@ -101,28 +102,28 @@ class Database:
         return version != before
 
     def due_in(self, queue: str) -> float | None:
-        """Return in how many seconds something in ``queue`` is due; None if there is nothing.
+        """Return the seconds until a row of ``queue`` is due; None if the queue is empty.
 
-        0 or less: something waits now. Leased rows count, since they are due if nobody settles
-        them. Needs no lock.
+        0 or less means that a row is due now. Leased rows count, because they are due again when
+        their lease ends. Takes no write lock.
 
         Raises:
-            BrokerError: the file cannot be used now.
+            BrokerError: the file can't be used now.
         """
         with self._turn():
-            found = self._raw_opened().execute(_DUE_IN, {"queue": queue}).fetchone()[0]
-        return None if found is None else float(found)
+            seconds = self._raw_opened().execute(_DUE_IN, {"queue": queue}).fetchone()[0]
+        return None if seconds is None else float(seconds)
 
     def close(self) -> None:
         """Close the connection, if it is open."""
-        # In turn: the process must not fork in the middle of it.
-        turn = self._shared_file.turn.acquire(timeout=_SLICE)
-        self.let_go()
-        if turn:
+        # Holding the turn keeps the process from forking while the connection is being closed.
+        has_turn = self._shared_file.turn.acquire(timeout=_SLICE)
+        self.disconnect()
+        if has_turn:
             self._shared_file.turn.release()
 
-    def let_go(self) -> None:
-        """Close the connection, if it is open, it being our turn."""
+    def disconnect(self) -> None:
+        """Close the connection, if it is open; the caller has the turn."""
         connection, self._connection = self._connection, None
         self._raw = self._identity = self._version = None
         with contextlib.suppress(*DATABASE_ERRORS):
@@ -139,15 +140,15 @@ class Database:
     def _opened(self) -> Connection:
         if self._connection is not None and self._identity == self._identity_now():
             return self._connection
-        self.let_go()
+        self.disconnect()
         if self.path in _unsafe:
             raise UsageError(
-                f"{self.path} was open when this process was forked, and cannot be used safely "
-                "in it; publish nothing before the fork (uWSGI: lazy-apps = true)"
+                f"{self.path} was open when this process was forked, so it is unsafe to use here; "
+                "publish nothing before the fork (uWSGI: lazy-apps = true)"
             )
         self._engine = self._make_engine()
         self._store = Store(self._engine)
-        # The first connection turns the write-ahead log on, which needs the file for itself.
+        # The first connection turns on the write-ahead log, which needs exclusive access.
         connection = self._patiently(self._engine.connect)
         try:
             with self._patiently(connection.begin):
@@ -168,12 +169,13 @@ class Database:
 
     def _identity_now(self) -> tuple[int, int] | None:
         try:
-            found = os.stat(self.path, follow_symlinks=False)
+            status = os.stat(self.path, follow_symlinks=False)
         except FileNotFoundError:
             return None
-        return found.st_dev, found.st_ino
+        return status.st_dev, status.st_ino
 
     def _patiently(self, function: Callable[[], _T]) -> _T:
+        """Call ``function``, again and again while another process has the file locked."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             begin = time.monotonic()
@@ -181,10 +183,10 @@ class Database:
                 return function()
             except DATABASE_ERRORS as error:
                 now = time.monotonic()
-                waits = not self._given_up() and not self._shared_file.to_fork
-                if not is_busy(error) or not waits or now > deadline:
+                may_wait = not self._given_up() and not self._shared_file.to_fork
+                if not is_busy(error) or not may_wait or now > deadline:
                     raise
-                if now - begin < _SLICE:  # SQLite did not wait where that could be a deadlock
+                if now - begin < _SLICE:  # SQLite fails at once if waiting could be a deadlock
                     time.sleep(0.01)
 
     @contextlib.contextmanager
@@ -207,29 +209,31 @@ class Database:
         except BrokerError:
             raise
         except UsageError as error:
-            self.let_go()
+            self.disconnect()
             raise ConnectFailed(str(error)) from error
         except DATABASE_ERRORS as error:
             if not is_failure(error):
                 raise
             if not is_busy(error):
-                self.let_go()
+                self.disconnect()
             raise of_database(error, self.path) from error
 
     def _leave_to_parent(self) -> None:
-        """In a forked child: never touch a connection of the parent's, not even to close it.
+        """Abandon the parent's connection in a forked child, without closing it.
 
-        There is one only where no hook could run before the fork (uWSGI), or a disk hangs.
+        Even closing it is unsafe here (https://www.sqlite.org/howtocorrupt.html, 2.6), so the extra
+        references keep it from being collected. There is one only if no hook ran before the fork
+        (uWSGI), or a disk hangs.
         """
         if self._connection is None:
             return
         _unsafe.add(self.path)
-        for one in (self._raw, self._connection, self._engine):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+        for inherited in (self._raw, self._connection, self._engine):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
         self._connection = self._raw = None
 
 
-# The earliest of each rank, found by seeking in the index of what is due, however much waits.
+# The earliest row of each rank, by index seeks: the cost doesn't grow with the number of rows.
 _DUE_IN = """
 WITH RECURSIVE ranks(rank) AS (
     SELECT max(rank) FROM outbox_events WHERE queue = :queue AND dead_at IS NULL
@@ -249,12 +253,12 @@ FROM ranks WHERE rank IS NOT NULL
 _made: weakref.WeakSet[Database] = weakref.WeakSet()
 
 _unsafe: set[str] = set()
-"""Paths of files that were open when this process was forked: it would have no locks on them."""
+"""Paths of files that were open when this process was forked: SQLite's locks on them don't work."""
 
 
 def _leave_all_to_parent() -> None:
-    for one in list(_made):
-        one._leave_to_parent()
+    for database in list(_made):
+        database._leave_to_parent()
 
 
 process.after_fork(_leave_all_to_parent)

@@ -1,4 +1,9 @@
-"""The rows that a worker has in its hands, and until when they are its own."""
+"""The rows a worker has claimed, and the times to extend their leases.
+
+All rows share one deadline: they are extended together, well before the oldest lease ends. Once a
+lease may have ended, another worker may have claimed the row, so the delivery becomes stale and is
+never settled here: settling it could delete a row that another worker is processing.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +15,24 @@ from outbox.storage.store import Claimed
 __all__ = ["LEASE", "Leases"]
 
 LEASE = 30.0
-"""Seconds after which what a worker had is delivered again, when the worker is gone."""
+"""Seconds until the messages of a worker that died are redelivered."""
 
 _EXTEND_AFTER = LEASE / 3
 
 
 class Leases:
-    """Numbers rows in the order in which they are taken, and forgets those that are lost.
+    """The claimed rows by delivery tag, numbered in the order they are taken.
 
-    Changed on one thread; may be asked by others. No I/O; ``now`` is on any steady clock.
+    Changed on one thread, read on any. No I/O; ``now`` is the time of any monotonic clock.
     """
 
     def __init__(self, prefetch: int) -> None:
-        """Hold nothing; at most ``prefetch`` rows of each queue at a time."""
+        """Start with no rows; allow at most ``prefetch`` of each queue at a time."""
         self._prefetch = prefetch
         self._rows: dict[int, Claimed] = {}
         self._of_queue: Counter[str] = Counter()
         self._last_tag = 0
-        self._since = 0.0  # when all of them were leased at the latest
+        self._since = 0.0  # all present leases began at this time or later
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -37,11 +42,11 @@ class Leases:
 
     @property
     def rows(self) -> list[Claimed]:
-        """What is held, in the order in which it was taken."""
+        """The rows, in the order they were taken."""
         return list(self._rows.values())
 
     def take(self, row: Claimed, now: float) -> int:
-        """Hold ``row``, leased at ``now``; return its number."""
+        """Add ``row``, leased at ``now``, and return its delivery tag."""
         if not self._rows:
             self._since = now
         self._last_tag += 1
@@ -50,41 +55,41 @@ class Leases:
         return self._last_tag
 
     def get(self, tag: int) -> Claimed | None:
-        """Return the row of a number, if it is still held."""
+        """Return the row with this tag, or None if it was settled or lost."""
         return self._rows.get(tag)
 
     def drop(self, tags: Iterable[int]) -> None:
-        """Hold these no longer."""
+        """Remove the rows with these tags."""
         for tag in tags:
             row = self._rows.pop(tag, None)
             if row is not None:
                 self._of_queue[row.queue] -= 1
 
     def held(self, queue: str) -> int:
-        """Return how many rows of ``queue`` are held."""
+        """Return the number of claimed rows of ``queue``."""
         return self._of_queue[queue]
 
     def free(self, queue: str) -> int:
-        """Return how many rows of ``queue`` may be taken now."""
+        """Return the number of rows of ``queue`` that may be claimed now."""
         return self._prefetch - self._of_queue[queue]
 
     def extend_in(self, now: float) -> float | None:
-        """Return in how many seconds the leases are to be extended; None if there are none."""
+        """Return the seconds until the leases have to be extended; None if there are none."""
         return self._since + _EXTEND_AFTER - now if self._rows else None
 
-    def extended(self, left: set[int], now: float) -> int:
-        """Note that at ``now`` the leases of the rows ``left`` were extended, and no others.
+    def extended(self, seqs: set[int], now: float) -> int:
+        """Note that at ``now`` exactly the leases of the rows ``seqs`` were extended.
 
         Returns:
-            How many rows somebody else has got meanwhile.
+            The number of rows that other workers have claimed meanwhile; they are removed.
         """
-        lost = [tag for tag, row in self._rows.items() if row.seq not in left]
+        lost = [tag for tag, row in self._rows.items() if row.seq not in seqs]
         self.drop(lost)
         self._since = now
         return len(lost)
 
     def end(self, now: float) -> int:
-        """Forget all if their leases may have ended; return how many there were."""
+        """Remove all rows if their leases may have ended; return the number of rows."""
         if not self._rows or now < self._since + LEASE:
             return 0
         count = len(self._rows)

@@ -1,4 +1,4 @@
-"""From a ``sqlite://`` URL to the file and how it is written."""
+"""The file that a ``sqlite://`` URL names, and how it is written."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SYNCHRONOUS = {"full": "FULL", "normal": "NORMAL"}
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where events are.
+    """The place of the events.
 
     Attributes:
-        path: of the file, absolute.
-        synchronous: ``FULL``: what is committed outlives a power cut; ``NORMAL``: a power cut may
-            take the last transactions.
+        path: the absolute path of the file.
+        synchronous: ``FULL`` if commits survive a power failure; ``NORMAL`` if a power failure may
+            undo the last ones.
     """
 
     path: str
@@ -29,20 +29,20 @@ class Location:
 
     @classmethod
     def of(cls, url: BrokerURL) -> Self:
-        """Return what ``sqlite:///file.db?synchronous=full`` names.
+        """Return the location for a URL such as ``sqlite:///file.db?synchronous=full``.
 
         Raises:
-            UsageError: it names no file, or has an option that is not known.
+            UsageError: the URL names no file, or has an unknown option.
         """
         unknown = [name for name in url.options if name != "synchronous"]
         if unknown:
             raise UsageError(
-                f"the option {unknown[0]!r} of the sqlite URL is not known; it takes synchronous"
+                f"unknown option {unknown[0]!r} in the sqlite URL; the only option is synchronous"
             )
         chosen = url.options.get("synchronous", "full")
         if chosen not in _SYNCHRONOUS:
             raise UsageError(
-                f"synchronous={chosen} in the sqlite URL is none of {', '.join(_SYNCHRONOUS)}"
+                f"invalid synchronous={chosen} in the sqlite URL; use {' or '.join(_SYNCHRONOUS)}"
             )
         if url.path in ("", ":memory:"):
             raise UsageError("the sqlite URL names no file; use sqlite:///outbox.db")

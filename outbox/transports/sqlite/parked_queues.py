@@ -37,11 +37,11 @@ _WINDOW_BYTES = 16 * MIB
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class StoredMessage(ParkedMessage):
-    """A parked message and its row.
+    """A parked message with its row.
 
     Attributes:
         seq: the row's number.
-        event: as it is stored.
+        event: the event in the row.
     """
 
     seq: int
@@ -49,7 +49,7 @@ class StoredMessage(ParkedMessage):
 
 
 def _read(row: Any) -> StoredMessage:
-    """Return the message of a row."""
+    """Return the message in a row."""
     event = event_of(row)
     return StoredMessage(
         queue=row.queue,
@@ -63,16 +63,16 @@ def _read(row: Any) -> StoredMessage:
 
 
 def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Event | str:
-    """Return what is published when ``message`` is replayed, or why it cannot be.
+    """Return the event to publish for a replay of ``message``, or why it can't be replayed.
 
-    The same id, body and headers, without what parking or dying has added. A dead letter that goes
-    back to one queue says in headers where it was published to first.
+    It has the same id, body and headers, without the headers of parking or dead-lettering. A dead
+    letter that goes back to a single queue has its original address in headers.
     """
     destination = message.destination(to_origin=to_origin)
     if isinstance(destination, str):
         return destination
     if not isinstance(message, StoredMessage):
-        return "it is not of this file"
+        return "it is not from this file"
     headers = {
         name: value
         for name, value in message.event.headers.items()
@@ -87,21 +87,21 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Event | str:
 
 
 class SQLiteParkedQueues:
-    """The parking and dead-letter queues of one file. For one thread.
+    """The parking and dead-letter queues in one file. For one thread.
 
-    What is looked at is not held: a message is taken out of its queue in the transaction that puts
-    it elsewhere, if it is still there, and in nobody's hands.
+    Browsing holds no messages. A replay deletes a message in the transaction that publishes it, if
+    it is still in its queue and not leased.
     """
 
     def __init__(self, url: BrokerURL, settings: Settings) -> None:
-        """Find the file; nothing is connected yet.
+        """Check that the file exists; nothing is connected yet.
 
         Raises:
-            UsageError: there is no such file, or it cannot be used.
+            UsageError: the file doesn't exist or can't be used.
         """
         location = Location.of(url)
         if not Path(location.path).exists():
-            raise UsageError(f"there is no file {location.path}")
+            raise UsageError(f"no file {location.path}")
         self._database = Database(location)
         self._shared_file = shared_file_at(location.path)
         self._routes = Routes()
@@ -111,7 +111,7 @@ class SQLiteParkedQueues:
         """Open the file.
 
         Raises:
-            BrokerError: it cannot be used now.
+            BrokerError: the file can't be used now.
         """
         self._database.open()
         return self
@@ -120,42 +120,42 @@ class SQLiteParkedQueues:
         self._database.close()
 
     def count(self, queue: str) -> int:
-        """Return how many messages wait in ``queue``.
+        """Return the number of messages waiting in ``queue``.
 
         Raises:
-            UsageError: there is no such queue.
-            BrokerError: the file cannot be used now.
+            UsageError: the queue doesn't exist.
+            BrokerError: the file can't be used now.
         """
         with self._database.transaction() as connection:
             self._routes.update(routing.load(connection))
-            found: int = connection.execute(
+            count: int = connection.execute(
                 select(func.count()).select_from(events).where(_waits_in(queue))
             ).scalar_one()
         if not self._routes.has_queue(queue):
             raise UsageError(f"{self._database.path} has no queue {queue!r}")
-        return found
+        return count
 
     @contextlib.contextmanager
     def browse(self, queue: str, bound: int) -> Iterator[_Browser]:
-        """Look at up to ``bound`` messages of ``queue``: none that comes in from now on."""
+        """Browse up to ``bound`` messages of ``queue``, without those that arrive meanwhile."""
         self._moved.clear()
         yield _Browser(self._database, queue, bound, self._moved)
 
     def obstacle(self, message: ParkedMessage, *, to_origin: bool) -> str | None:
-        """Return why a replay of ``message`` would fail."""
-        found = replayed(message, to_origin=to_origin)
-        if isinstance(found, str):
-            return found
-        return None if self._routes.queues(found.exchange, found.target) else _UNROUTABLE
+        """Return why a replay of ``message`` would fail, or None."""
+        event = replayed(message, to_origin=to_origin)
+        if isinstance(event, str):
+            return event
+        return None if self._routes.queues(event.exchange, event.target) else _UNROUTABLE
 
     def replay(self, messages: Sequence[ParkedMessage], *, to_origin: bool) -> ReplayResult:
-        """Move ``messages`` in one transaction: a message is in one place or the other.
+        """Publish and delete ``messages`` in one transaction.
 
         Raises:
-            BrokerError: the file cannot be used now; nothing was replayed.
+            BrokerError: the file can't be used now; nothing was replayed.
         """
         done: list[ParkedMessage] = []
-        left: list[tuple[ParkedMessage, str]] = []
+        failed: list[tuple[ParkedMessage, str]] = []
         with self._database.transaction() as connection:
             self._routes.update(routing.load(connection))
             for message in messages:
@@ -163,15 +163,15 @@ class SQLiteParkedQueues:
                 if reason is None:
                     done.append(message)
                 else:
-                    left.append((message, reason))
+                    failed.append((message, reason))
         self._shared_file.wake()
-        self._moved.update(one.seq for one in done if isinstance(one, StoredMessage))
-        return ReplayResult(tuple(done), tuple(left))
+        self._moved.update(message.seq for message in done if isinstance(message, StoredMessage))
+        return ReplayResult(tuple(done), tuple(failed))
 
     def _move(
         self, message: ParkedMessage, connection: Connection, *, to_origin: bool
     ) -> str | None:
-        """Put ``message`` where it is to go; return why not, if so."""
+        """Move ``message`` to its destination; return None, or the reason why that failed."""
         event = replayed(message, to_origin=to_origin)
         if isinstance(event, str):
             return event
@@ -179,15 +179,15 @@ class SQLiteParkedQueues:
         if not queues:
             return _UNROUTABLE
         if not connection.execute(select(events.c.seq).where(_is_still(message))).scalar():
-            return "somebody else has it, or has had it"
-        # The old row goes last, so that its number is not given to a new one.
+            return "it is no longer in its queue, or it is leased"
+        # The old row is deleted last, so that its number isn't reused for a new row.
         self._database.store.put_rows(rows_of(event, queues), connection=connection)
         connection.execute(delete(events).where(_is_still(message)))
         return None
 
 
 class _Browser:
-    """Reads messages of one queue window by window. For one thread."""
+    """Reads the messages of one queue window by window. For one thread."""
 
     def __init__(self, database: Database, queue: str, bound: int, moved: set[int]) -> None:
         self._database = database
@@ -196,40 +196,40 @@ class _Browser:
         self._moved = moved
 
     def windows(self) -> Iterator[Sequence[StoredMessage]]:
-        """Read the messages that were there at the beginning, each once, oldest first.
+        """Yield the messages that were in the queue at the start, each once, oldest first.
 
         Raises:
-            BrokerError: the file cannot be used now.
+            BrokerError: the file can't be used now.
         """
         row = events.c
         waits = _waits_in(self._queue)
         with self._database.transaction() as connection:
             last = connection.execute(select(func.max(row.seq)).where(waits)).scalar()
-        left, after = self._bound, 0
-        while left > 0 and last is not None:
+        remaining, after = self._bound, 0
+        while remaining > 0 and last is not None:
             with self._database.transaction() as connection:
                 sizes = connection.execute(
                     select(row.seq, func.length(row.payload))
                     .where(waits, row.seq > after, row.seq <= last)
                     .order_by(row.seq)
-                    .limit(min(_WINDOW, left))
+                    .limit(min(_WINDOW, remaining))
                 ).all()
                 if not sizes:
                     return
                 after = _end_of_window([(seq, size) for seq, size in sizes])
-                found = connection.execute(
+                rows = connection.execute(
                     select(events)
                     .where(waits, row.seq >= sizes[0][0], row.seq <= after)
                     .order_by(row.seq)
                 ).all()
-            left -= len(found)
-            yield [_read(one) for one in found]
+            remaining -= len(rows)
+            yield [_read(row) for row in rows]
 
     def remove(self, messages: Sequence[ParkedMessage]) -> None:
-        """Delete ``messages``, unless a replay has done so, or somebody has them now.
+        """Delete ``messages``, except those that a replay has moved or that are leased now.
 
         Raises:
-            BrokerError: the file cannot be used now; nothing was deleted.
+            BrokerError: the file can't be used now; nothing was deleted.
         """
         with self._database.transaction() as connection:
             for message in messages:
@@ -238,7 +238,7 @@ class _Browser:
 
 
 def _end_of_window(sizes: Sequence[tuple[int, int]]) -> int:
-    """Return the number of the last row that fits; at least of the first."""
+    """Return the number of the last row that fits into a window of bytes, at least the first."""
     total = 0
     end = sizes[0][0]
     for seq, size in sizes:
@@ -251,8 +251,8 @@ def _end_of_window(sizes: Sequence[tuple[int, int]]) -> int:
 
 def _waits_in(queue: str) -> ColumnElement[bool]:
     row = events.c
-    in_no_hands = or_(row.lease_token.is_(None), row.available_at <= now())
-    return and_(row.queue == queue, row.dead_at.is_(None), in_no_hands)
+    not_leased = or_(row.lease_token.is_(None), row.available_at <= now())
+    return and_(row.queue == queue, row.dead_at.is_(None), not_leased)
 
 
 def _is_still(message: ParkedMessage) -> ColumnElement[bool]:

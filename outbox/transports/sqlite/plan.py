@@ -1,4 +1,4 @@
-"""What becomes of the events of one transaction: rows for queues, and their fates."""
+"""Plans one transaction: the rows to write for its events, and the fates of their entries."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from outbox.transports.sqlite.routing import Routes
 __all__ = ["NO_ROUTE", "Plan", "rows_of"]
 
 NO_ROUTE = "312 NO_ROUTE"
-"""What RabbitMQ says of an event that no queue is bound for (AMQP 0-9-1, basic.return)."""
+"""RabbitMQ's reason for an unroutable event (AMQP 0-9-1, basic.return)."""
 
 
 class Plan:
-    """Rows to write, and what is to be told when they are. No I/O.
+    """The rows to write, and the fates to give once they are committed. No I/O.
 
     Attributes:
-        rows: in the order of the events, one for each queue that gets one.
-        fates: entries by their fate and its reason, in order.
-        homeless: entries to be parked, for which there is no queue to park them in.
+        rows: the rows in the order of the events, one for each of an event's queues.
+        fates: the entries by fate and reason, in order.
+        without_queue: entries to park, while the parking queue doesn't exist.
     """
 
     def __init__(self, entries: Sequence[Entry], routes: Routes, policy: Unroutable) -> None:
         """Plan for ``entries``.
 
         Args:
-            entries: in order.
-            routes: to their queues.
-            policy: for what is unroutable and has no policy of its own.
+            entries: the entries to write, in order.
+            routes: the routes to queues.
+            policy: the policy for unroutable events that don't set one.
         """
         self.rows: list[dict[str, Any]] = []
         self.fates: dict[tuple[Fate, str], list[Entry]] = {}
-        self.homeless: list[Entry] = []
+        self.without_queue: list[Entry] = []
         published: list[Entry] = []
         for entry in entries:
             event = entry.event
@@ -53,7 +53,7 @@ class Plan:
     def _unroutable(self, entry: Entry, policy: Unroutable) -> None:
         fate, reason = Fate.IGNORED, f"unroutable: {NO_ROUTE}"
         if policy == "park":
-            # A person will look at it: it is there at once, whenever it was to be delivered.
+            # Parked events are for people to look at, so even a delayed one appears at once.
             entry.parked_as = dataclasses.replace(parked(entry.event, NO_ROUTE), deliver_at=None)
             self.rows += rows_of(entry.parked_as, (PARKING_QUEUE,))
             fate, reason = Fate.PARKED, ""
@@ -63,12 +63,12 @@ class Plan:
 
     @property
     def parks(self) -> bool:
-        """Whether something is to be parked."""
+        """Whether any event is to be parked."""
         return (Fate.PARKED, "") in self.fates
 
     def park_nothing(self) -> None:
-        """Park nothing: there is no queue to park in."""
-        self.homeless = self.fates.pop((Fate.PARKED, ""), [])
+        """Move the entries to park to ``without_queue``: the parking queue doesn't exist."""
+        self.without_queue = self.fates.pop((Fate.PARKED, ""), [])
         self.rows = [row for row in self.rows if row["queue"] != PARKING_QUEUE]
 
 

@@ -1,7 +1,7 @@
-"""Routes events to queues: the table of bindings in the file, and the routes made of it.
+"""Routes events to queues: the table of bindings in the file, and lookups in it.
 
-A topic exchange and its bindings, as RabbitMQ has them. A queue exists if it is bound to the
-exchange ``""`` by its name.
+Exchanges are topic exchanges, as in RabbitMQ. A queue exists if it is bound to the exchange ``""``
+by its name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from outbox.messages.topics import matches
 
 __all__ = ["add", "Binding", "bindings", "create", "load", "of_queue", "Routes"]
 
-_CACHED = 10_000  # addresses; targets may be made of user data
+_CACHED = 10_000  # addresses; limited because targets may contain user data
 
 _metadata = MetaData()
 
@@ -31,7 +31,7 @@ bindings = Table(
 
 
 class Binding(NamedTuple):
-    """A row of the table: a queue gets what is published to an exchange with matching targets."""
+    """A row of the table: ``queue`` gets the events on ``exchange`` whose target matches."""
 
     queue: str
     exchange: str
@@ -44,7 +44,7 @@ def of_queue(name: str) -> Binding:
 
 
 def create(connection: Connection) -> None:
-    """Create the table unless it is there."""
+    """Create the table unless it exists."""
     _metadata.create_all(connection)
 
 
@@ -54,13 +54,13 @@ def load(connection: Connection) -> list[Binding]:
 
 
 def add(connection: Connection, new: Sequence[Binding]) -> None:
-    """Add bindings; those that are there stay."""
+    """Add bindings, except those that exist."""
     values = [binding._asdict() for binding in new]
     connection.execute(insert(bindings).on_conflict_do_nothing(), values)
 
 
 class Routes:
-    """Routes as a topic exchange does, and the exchange ``""`` to queues by their names.
+    """Finds the queues for an event: by topic, or by name on the exchange ``""``.
 
     For one thread; no I/O.
     """
@@ -71,7 +71,7 @@ class Routes:
         self._cache: dict[tuple[str, str], tuple[str, ...]] = {}
 
     def update(self, bindings: Sequence[Binding]) -> None:
-        """Route by these from now on."""
+        """Use these bindings from now on."""
         new = frozenset(bindings)
         if new == self._bindings:
             return
@@ -82,11 +82,11 @@ class Routes:
         self._cache.clear()
 
     def has_queue(self, name: str) -> bool:
-        """Return whether there is a queue of this name."""
+        """Return whether the queue ``name`` exists."""
         return of_queue(name) in self._bindings
 
     def queues(self, exchange: str, target: str) -> tuple[str, ...]:
-        """Return the queues that get an event, each once, by name; empty if none does."""
+        """Return the names of the queues for an event, sorted, each once; empty if unroutable."""
         if not exchange:
             return (target,) if self.has_queue(target) else ()
         address = (exchange, target)

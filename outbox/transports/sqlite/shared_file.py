@@ -1,12 +1,13 @@
-"""One file, shared by all of this process that use it: they take turns, and wake each other.
+"""A file shared by all its users in this process: they take turns, and wake each other.
 
-SQLite lets other connections try again and again until a writer is done; between processes there
-is nothing better. Within one, whoever waits is next.
+While a connection writes, SQLite makes the others poll. Between processes that is unavoidable;
+within a process a lock passes the turn on at once.
 
-Before the process forks, all connections are closed; parent and child open new ones. SQLite's locks
-are POSIX's, which a child does not inherit, but its notes of them it does: a connection that the
-child opens beside an inherited one would have no locks, and another process could take the log away
-under it (https://www.sqlite.org/howtocorrupt.html, 2.6).
+All connections are closed before the process forks, and opened again by parent and child. SQLite
+uses POSIX locks, which a child doesn't inherit; but it inherits SQLite's record of them. If it
+opened the file while it has an inherited connection, SQLite would think that it holds locks which
+it doesn't, and another process could remove the log under it
+(https://www.sqlite.org/howtocorrupt.html, 2.6).
 """
 
 from __future__ import annotations
@@ -22,20 +23,21 @@ __all__ = ["SharedFile", "shared_file_at"]
 
 
 class Closable(Protocol):
-    """What has the file open."""
+    """A user of the file, with a connection that can be closed before a fork."""
 
-    def let_go(self) -> None:
-        """Close it, it being the caller's turn; it is opened anew when it is needed."""
+    def disconnect(self) -> None:
+        """Close the connection; the caller has the turn. It is reopened when needed."""
         ...
 
 
 class SharedFile:
-    """One file, as this process uses it. Thread-safe.
+    """One file and its users in this process. Thread-safe.
 
     Attributes:
-        turn: held by the one who uses the file.
-        to_fork: the process waits for its turn to fork: who waits for other processes lets it.
-        members: those who may have the file open.
+        turn: the lock to hold while using the file.
+        to_fork: whether the process waits for the turn in order to fork; the holder must then stop
+            waiting for other processes.
+        members: the users that may have the file open.
     """
 
     def __init__(self) -> None:
@@ -45,7 +47,7 @@ class SharedFile:
         self._listeners: frozenset[threading.Event] = frozenset()
 
     def listen(self, event: threading.Event) -> None:
-        """Have ``event`` set when something was published."""
+        """Set ``event`` whenever events are published, until :meth:`stop_listening`."""
         self._listeners |= {event}
 
     def stop_listening(self, event: threading.Event) -> None:
@@ -53,7 +55,7 @@ class SharedFile:
         self._listeners -= {event}
 
     def wake(self) -> None:
-        """Set the events of all who listen: something was published."""
+        """Set the events of all listeners, because events were published."""
         for event in self._listeners:
             event.set()
 
@@ -63,39 +65,39 @@ _by_path: dict[str, SharedFile] = {}
 
 
 def shared_file_at(path: str) -> SharedFile:
-    """Return the shared file at ``path``, the same one for all of this process."""
+    """Return the shared file at ``path``: the same object for all callers in this process."""
     with _lock:
         return _by_path.setdefault(path, SharedFile())
 
 
 _held: list[SharedFile] = []
-_LONGEST_WAIT = 10.0  # seconds: then a disk does not answer, and the child gets no file
+_LONGEST_WAIT = 10.0  # seconds; after that the disk hangs, and the child can't use the file
 
 
 def _before_fork() -> None:
-    for one in list(_by_path.values()):
-        one.to_fork = True
-        if one.turn.acquire(timeout=_LONGEST_WAIT):
-            _held.append(one)
-            for member in list(one.members):
-                member.let_go()
+    for file in list(_by_path.values()):
+        file.to_fork = True
+        if file.turn.acquire(timeout=_LONGEST_WAIT):
+            _held.append(file)
+            for member in list(file.members):
+                member.disconnect()
 
 
 def _after_fork_in_parent() -> None:
-    for one in _by_path.values():
-        one.to_fork = False
+    for file in _by_path.values():
+        file.to_fork = False
     while _held:
         _held.pop().turn.release()
 
 
-def _begin_anew() -> None:
-    """In a forked child: a thread that is not there any more may have held any of the locks."""
+def _reset_after_fork() -> None:
+    """Replace all locks in a forked child: a thread that the child lacks may have held them."""
     global _lock
     _lock = threading.Lock()
     _by_path.clear()
     _held.clear()
 
 
-process.after_fork(_begin_anew)
+process.after_fork(_reset_after_fork)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)

@@ -1,4 +1,4 @@
-"""The one table that turns SQLite's exceptions into outbox's."""
+"""The only place where SQLite's exceptions become outbox's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from outbox.errors import Blocked, BrokerError, ConnectionLost
 __all__ = ["DATABASE_ERRORS", "is_busy", "is_failure", "of_database"]
 
 DATABASE_ERRORS = (DBAPIError, sqlite3.Error, OSError)
-"""What reading and writing may raise."""
+"""The exceptions that reading and writing may raise."""
 
 _FAILURES = (
     (OperationalError, InternalError, DatabaseError),
@@ -20,8 +20,8 @@ _FAILURES = (
 
 
 def is_failure(error: BaseException) -> bool:
-    """Return whether it is the database's failure, and not about what was to be written."""
-    # DatabaseError itself (a damaged file), not what is derived from it: bad data, bad statements.
+    """Return whether the database failed, as opposed to the data or statement being bad."""
+    # DatabaseError itself is a damaged file; its other subclasses are bad data and bad statements.
     return isinstance(error, OSError) or any(
         isinstance(error, (operational, internal)) or type(error) is other
         for operational, internal, other in _FAILURES
@@ -34,20 +34,20 @@ def is_busy(error: BaseException) -> bool:
 
 
 def of_database(error: BaseException, path: str) -> BrokerError:
-    """Return what to tell of ``error``, with it as the cause."""
+    """Return outbox's error for ``error``, which becomes its cause."""
     cause = getattr(error, "orig", None) or error
-    found: BrokerError
+    broker_error: BrokerError
     if is_busy(error):
-        found = Blocked(f"another process has kept {path} locked: {cause}")
+        broker_error = Blocked(f"another process has kept {path} locked: {cause}")
     elif _code(error) == sqlite3.SQLITE_FULL:
-        found = Blocked(f"there is no room for {path}: {cause}")
+        broker_error = Blocked(f"no space left for {path}: {cause}")
     else:
-        found = ConnectionLost(f"{path} cannot be used: {cause}")
-    found.__cause__ = error
-    return found
+        broker_error = ConnectionLost(f"{path} cannot be used: {cause}")
+    broker_error.__cause__ = error
+    return broker_error
 
 
 def _code(error: BaseException) -> int:
     cause = getattr(error, "orig", None) or error
     code = getattr(cause, "sqlite_errorcode", 0) or 0
-    return int(code) & 0xFF  # without what extends it (https://www.sqlite.org/rescode.html)
+    return int(code) & 0xFF  # the primary result code (https://www.sqlite.org/rescode.html)

@@ -1,4 +1,4 @@
-"""Consumes from the file."""
+"""Consumes from the file: claims rows, extends their leases, settles them."""
 
 from __future__ import annotations
 
@@ -33,35 +33,36 @@ logger = logging.getLogger("outbox.consumer")
 _FIRST_POLL, _LONGEST_POLL = 0.01, 0.1
 _POLL_GROWTH = 1.3
 _LOOK_AGAIN = 1.0
-"""Seconds after which what is due is looked up whatever was noticed: the clock may be set."""
+"""Seconds after which due rows are looked up in any case: the system's clock may have been set."""
 
 _LONGEST_PAUSE = 2.0
-"""Seconds after a failure: the leases have to be extended as soon as that is possible."""
+"""The longest back-off in seconds: short, because the leases have to be extended in time."""
 
 _CANCEL_TIMEOUT = 2.0
 _CLOSE_TIMEOUT = 3.0
 
 
 class _Done(NamedTuple):
-    """What a worker wants to become of a message: ``delay`` is None for an ack."""
+    """A settlement to write: an ack if ``delay`` is None, else a requeue in ``delay`` seconds."""
 
     tag: int
     delay: float | None
 
 
 class SQLiteSubscription:
-    """One thread for all queues of a worker: it settles and claims, in one transaction a turn.
+    """Settles and claims rows for all queues of a worker, on one thread.
 
-    Handlers run elsewhere. Everything below the line runs on that thread.
+    Each turn is one transaction. Handlers run elsewhere. The methods below the line run on that
+    thread.
     """
 
     def __init__(
         self, url: BrokerURL, settings: Settings, queues: Sequence[QueueSpec], prefetch: int
     ) -> None:
-        """See that the file can be made; nothing is connected yet.
+        """Check that the file can be created; nothing is connected yet.
 
         Raises:
-            UsageError: the URL has an option that is not known, or the file cannot be used.
+            UsageError: the URL has an unknown option, or the file can't be used.
         """
         location = Location.of(url)
         self._settings = settings
@@ -73,8 +74,8 @@ class SQLiteSubscription:
             location, lambda: self._stopping and time.monotonic() > self._give_up_at
         )
         self._shared_file = shared_file_at(location.path)
-        self._deliver: Callable[[Delivery], None] = _nowhere
-        self._refused: Callable[[str], None] = _nowhere
+        self._deliver: Callable[[Delivery], None] = _not_started
+        self._refused: Callable[[str], None] = _not_started
         self._wake = threading.Event()
         self._cancelling = False
         self._cancelled = threading.Event()
@@ -87,7 +88,7 @@ class SQLiteSubscription:
         self._look_at = 0.0
 
     def start(self, deliver: Callable[[Delivery], None], refused: Callable[[str], None]) -> None:
-        """Declare and consume, for as long as it is not cancelled."""
+        """Declare the queues and consume, until :meth:`cancel`."""
         self._deliver = deliver
         self._refused = refused
         self._shared_file.listen(self._wake)
@@ -96,41 +97,41 @@ class SQLiteSubscription:
 
     @property
     def is_consuming(self) -> bool:
-        """Whether the queues are declared and the last look into the file went well."""
+        """Whether the queues are declared and the last turn succeeded."""
         return self._has_consumed and not self._failures
 
     def ack(self, delivery: Delivery) -> None:
-        """Have ``delivery`` deleted soon, together with others."""
+        """Delete the row of ``delivery`` soon, together with others."""
         self._done.append(_Done(delivery.tag, None))
         self._wake.set()
 
     def requeue(self, delivery: Delivery, delay: float) -> None:
-        """Have ``delivery`` given back soon, due in ``delay`` seconds."""
+        """Release the row of ``delivery`` soon, due in ``delay`` seconds."""
         self._done.append(_Done(delivery.tag, delay))
         self._wake.set()
 
     def out(self, queue: str) -> int:
-        """How many leases there are on rows of ``queue``."""
+        """Return the number of leased rows of ``queue``."""
         return self._leases.held(queue)
 
     def is_stale(self, delivery: Delivery) -> bool:
-        """Whether the lease of ``delivery`` was lost."""
+        """Return whether the lease of ``delivery`` was lost."""
         return delivery.tag not in self._leases
 
     def declare_again(self) -> None:
-        """Declare all queues."""
+        """Declare all queues again, soon."""
         self._to_declare = True
         self._wake.set()
 
     def cancel(self) -> None:
-        """Claim nothing more, from when this returns; waits 2 seconds at the most."""
+        """Stop claiming, and wait at most 2 seconds until that takes effect."""
         self._cancelling = True
         self._wake.set()
         if self._thread is not None:
             self._cancelled.wait(_CANCEL_TIMEOUT)
 
     def close(self) -> None:
-        """Settle what was settled, give back the rest to its place, and close the file."""
+        """Write the settlements, return the other rows to their places, and close the file."""
         self._shared_file.stop_listening(self._wake)
         self._give_up_at = time.monotonic() + _CLOSE_TIMEOUT - 1.0
         self._cancelling = self._stopping = True
@@ -150,22 +151,24 @@ class SQLiteSubscription:
                     self._failures = 0
             except (BrokerError, UsageError) as error:
                 self._on_failure(error)
-            except Exception as error:  # a bug of ours must not end the consuming
-                logger.exception("could not consume from %s", self._database.path)
+            except Exception as error:  # a bug in outbox must not end the thread
+                logger.exception(
+                    "unexpected error while consuming from %s; retrying", self._database.path
+                )
                 self._on_failure(ConnectionLost(str(error)))
         self._give_back()
         self._database.close()
         self._cancelled.set()
 
     def _wait(self) -> None:
-        """Return when there is something to do."""
+        """Wait until there is something to do."""
         while True:
             self._wake.clear()
             if self._cancelling:
                 self._cancelled.set()
             now = time.monotonic()
             extend_in = self._leases.extend_in(now)
-            hungry = not self._cancelling and any(
+            has_room = not self._cancelling and any(
                 self._leases.free(queue.name) > 0 for queue in self._queues
             )
             if (
@@ -173,21 +176,23 @@ class SQLiteSubscription:
                 or self._done
                 or self._to_declare
                 or (extend_in is not None and extend_in <= 0)
-                or (hungry and self._finds_something(now))
+                or (has_room and self._is_due(now))
             ):
                 return
-            pauses = [one for one in (extend_in, *self._pauses(now, hungry)) if one is not None]
+            pauses = [
+                pause for pause in (extend_in, *self._pauses(now, has_room)) if pause is not None
+            ]
             if self._wake.wait(min(pauses, default=None)):
                 self._look_at = 0.0
 
-    def _pauses(self, now: float, hungry: bool) -> tuple[float | None, ...]:
-        if not hungry:
+    def _pauses(self, now: float, has_room: bool) -> tuple[float | None, ...]:
+        if not has_room:
             return ()
         self._poll, poll = min(_LONGEST_POLL, self._poll * _POLL_GROWTH), self._poll
         return poll, max(0.0, self._look_at - now)
 
-    def _finds_something(self, now: float) -> bool:
-        """Return whether something waits; it is looked up when there is a reason to."""
+    def _is_due(self, now: float) -> bool:
+        """Return whether a row is due, looking it up only if the answer may have changed."""
         if not self._database.changed() and now < self._look_at:
             return False
         due = [
@@ -195,7 +200,7 @@ class SQLiteSubscription:
             for queue in self._queues
             if self._leases.free(queue.name) > 0
         ]
-        soonest = min((one for one in due if one is not None), default=_LOOK_AGAIN)
+        soonest = min((seconds for seconds in due if seconds is not None), default=_LOOK_AGAIN)
         self._look_at = now + min(max(soonest, 0.0), _LOOK_AGAIN)
         return soonest <= 0
 
@@ -210,17 +215,20 @@ class SQLiteSubscription:
                 if declaring:
                     self._declare(connection)
                 self._settle(done, connection)
-                left = self._extend(connection) if extending else set()
+                leased = self._extend(connection) if extending else set()
                 claimed = [] if self._cancelling else self._claim(done, connection)
                 deadly = [row for row in claimed if is_deadly(row)]
-                self._bury(deadly, connection)
+                self._dead_letter(deadly, connection)
         except BaseException:
+            # Rolled back: the next turn does all of it. So the leases change only after the commit.
             self._done.extendleft(reversed(done))
             self._to_declare |= declaring
             raise
-        self._leases.drop(one.tag for one in done)
-        if extending and (lost := self._leases.extended(left, now)):
-            logger.warning("%d message(s) were not held in time, and others have them", lost)
+        self._leases.drop(settlement.tag for settlement in done)
+        if extending and (lost := self._leases.extended(leased, now)):
+            logger.warning(
+                "lost %d message(s): their leases ended, and other workers have claimed them", lost
+            )
         if claimed:
             self._poll = _FIRST_POLL
         self._look_at = 0.0
@@ -229,36 +237,36 @@ class SQLiteSubscription:
                 self._deliver(delivery_of(row, self._leases.take(row, now)))
         for row in deadly:
             logger.error(
-                "message %r of %r was never settled: it is in the dead letters",
+                "dead-lettered message %r of %r: it was delivered too often without being settled",
                 row.event.id,
                 row.queue,
             )
 
     def _declare(self, connection: Connection) -> None:
-        """See to the queues.
+        """Create the queues, or check that they exist.
 
         Raises:
-            UsageError: one is not there and may not be made.
+            UsageError: a queue is missing and must not be created.
         """
         names = [
             name for queue in self._queues for name in (dead_letter_queue(queue.name), queue.name)
         ]
         if self._settings.declare == "create":
-            found = [routing.of_queue(name) for name in names]
+            bindings = [routing.of_queue(name) for name in names]
             for queue in self._queues:
                 if queue.exchange:
-                    found += [
+                    bindings += [
                         Binding(queue.name, queue.exchange, topic)
                         for topic in dict.fromkeys((queue.name, *queue.topics))
                     ]
-            routing.add(connection, found)
+            routing.add(connection, bindings)
         else:
             if self._settings.declare == "never":
                 names = [queue.name for queue in self._queues]
-            there = set(routing.load(connection))
-            missing = [name for name in names if routing.of_queue(name) not in there]
+            existing = set(routing.load(connection))
+            missing = [name for name in names if routing.of_queue(name) not in existing]
             if missing:
-                raise UsageError(f"NOT_FOUND - there is no queue {missing[0]!r}")
+                raise UsageError(f"NOT_FOUND - no queue {missing[0]!r}")
 
     def _settle(self, done: Sequence[_Done], connection: Connection) -> None:
         store = self._database.store
@@ -283,25 +291,25 @@ class SQLiteSubscription:
 
     def _claim(self, done: Sequence[_Done], connection: Connection) -> list[Claimed]:
         store = self._database.store
-        rows = (self._leases.get(tag) for tag in {one.tag for one in done})
+        rows = (self._leases.get(tag) for tag in {settlement.tag for settlement in done})
         settled = Counter(row.queue for row in rows if row is not None)
-        found: list[Claimed] = []
+        claimed: list[Claimed] = []
         for queue in self._queues:
             free = self._leases.free(queue.name) + settled[queue.name]
             if free > 0:
-                found += store.claim(free, queue=queue.name, lease=LEASE, connection=connection)
-        return found
+                claimed += store.claim(free, queue=queue.name, lease=LEASE, connection=connection)
+        return claimed
 
-    def _bury(self, rows: Sequence[Claimed], connection: Connection) -> None:
+    def _dead_letter(self, rows: Sequence[Claimed], connection: Connection) -> None:
         for row in rows:
             letter = letter_of_deadly(row)
             self._database.store.put_rows(rows_of(letter, (letter.target,)), connection=connection)
         self._database.store.complete(rows, connection=connection)
 
     def _give_back(self) -> None:
-        """Settle what was settled, and give back the rest."""
+        """Write the settlements that wait, and release the other rows."""
         done = list(self._done)
-        settled = {one.tag for one in done}
+        settled = {settlement.tag for settlement in done}
         try:
             if not len(self._leases):
                 return
@@ -312,23 +320,25 @@ class SQLiteSubscription:
                     self._leases.rows, failed=True, in_place=True, connection=connection
                 )
         except BrokerError as error:
-            logger.warning("what was not settled comes again after %.0f s: %s", LEASE, error)
+            logger.warning(
+                "cannot release messages; they will be redelivered after %.0f s: %s", LEASE, error
+            )
 
     def _on_failure(self, error: OutboxError) -> None:
         if UsageError in (type(error), type(error.__cause__)) and not self._has_consumed:
             self._refused(str(error))
         if not self._failures:
-            logger.error("cannot consume: %s; trying again", error)
+            logger.error("cannot consume: %s; retrying", error)
         if lost := self._leases.end(time.monotonic()):
-            logger.warning("%d message(s) could not be held, and will come again", lost)
+            logger.warning("lost %d message(s) (leases ended); they will be redelivered", lost)
         until = time.monotonic() + min(_LONGEST_PAUSE, backoff(self._failures))
         self._failures += 1
-        while not self._stopping and (left := until - time.monotonic()) > 0:
+        while not self._stopping and (remaining := until - time.monotonic()) > 0:
             if self._cancelling:
                 self._cancelled.set()
-            self._wake.wait(min(left, 0.1))
+            self._wake.wait(min(remaining, 0.1))
             self._wake.clear()
 
 
-def _nowhere(_: Any) -> None:
+def _not_started(_: Any) -> None:
     raise ConnectionLost("the subscription was not started")

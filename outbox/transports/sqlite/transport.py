@@ -1,4 +1,4 @@
-"""Publishes into the file: the shell around backlog, plan and database."""
+"""Publishes to the file: the I/O around backlog, plan and database."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ _WRITE_BYTES = 16 * MIB
 _CLOSE_TIMEOUT = 2.0
 
 _FAULTS_OF_EVENTS = (StatementError, ValueError, TypeError, AttributeError, ArithmeticError)
-"""What writing raises of an event that no row can hold; ``enqueue_event`` makes none."""
+"""Exceptions about an event that fits no row; ``enqueue_event`` makes no such event."""
 
 
 class SQLiteTransport(BackloggedTransport):
-    """One thread that writes whatever waits, of any number of callers, in one transaction.
+    """Writes the events of all callers on one thread, as many as wait in one transaction.
 
-    Everything whose name begins with ``_on`` or stands below the line runs on that thread.
+    The methods below the line and those named ``_on…`` run on that thread.
     """
 
     supports_delay = True
     longest_delay = None
 
     def __init__(self, url: BrokerURL, settings: Settings, notify: Notifier) -> None:
-        """See that the file can be made; nothing is connected yet.
+        """Check that the file can be created; nothing is connected yet.
 
         Raises:
-            UsageError: the URL has an option that is not known, or the file cannot be used.
+            UsageError: the URL has an unknown option, or the file can't be used.
         """
         super().__init__(notify)
         location = Location.of(url)
@@ -68,20 +68,20 @@ class SQLiteTransport(BackloggedTransport):
         self._connected = False
         self._failures = 0
         self._try_again_at = 0.0
-        self._apart: list[tuple[float, Entry]] = []
+        self._backing_off: list[tuple[float, Entry]] = []  # with the times to retry them
 
     @property
     def connected(self) -> bool:
-        """Whether the file could be written when that was last tried."""
+        """Whether the last attempt to write the file succeeded."""
         return self._connected
 
     @property
     def on_own_thread(self) -> bool:
-        """Whether the caller is a hook, called on the thread that writes."""
+        """Whether the caller is a hook on the writing thread."""
         return threading.current_thread() is self._thread
 
     def start(self) -> None:
-        """Begin to open the file in the background, unless that has begun."""
+        """Start opening the file in the background, unless that has started."""
         if self._thread is not None:
             return
         with self._starting:
@@ -91,8 +91,8 @@ class SQLiteTransport(BackloggedTransport):
                 self._thread = thread
 
     def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
-        """Take ``events`` over."""
-        # The bodies stand for what is written, as far as its size goes.
+        """Accept ``events`` and return at once; the chunk's future gets the report."""
+        # Rows are made on the writing thread; as frames, the bodies only count for size limits.
         chunk = Chunk(events, keep=keep, frames=[event.body for event in events])
         self.start()
         self._notify(self.backlog.add(chunk))
@@ -100,7 +100,7 @@ class SQLiteTransport(BackloggedTransport):
         return chunk
 
     def drain(self, timeout: float) -> bool:
-        """Wait until every event has its fate, trying the file at once."""
+        """Wait until every event has its fate, retrying at once; return whether all do."""
         if self.backlog.wait_empty(0):
             return True
         self._hurry = True
@@ -108,16 +108,16 @@ class SQLiteTransport(BackloggedTransport):
         return self.backlog.wait_empty(timeout)
 
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
-        """Close the file and return what is left."""
+        """Close the file and return the events that are left."""
         with self._starting:
             self._stopping = True
         self._wake.set()
         if self._thread is not None and not self.on_own_thread:
-            # A disk that does not answer is not waited for.
+            # The timeout is for a disk that hangs.
             self._thread.join(_CLOSE_TIMEOUT)
         return self._hand_over()
 
-    # ------------------------------------------------------------------ on the thread that writes
+    # --------------------------------------------------------------------- on the writing thread
 
     def _run(self) -> None:
         while not self._stopping:
@@ -127,27 +127,27 @@ class SQLiteTransport(BackloggedTransport):
         self._database.close()
 
     def _pause(self) -> float | None:
-        """Return the seconds until something is to be tried again; None for no such thing."""
-        moments = [moment for moment, _ in self._apart]
+        """Return the seconds until the next retry; None if there is nothing to retry."""
+        times = [due_at for due_at, _ in self._backing_off]
         if self._failures:
-            moments.append(self._try_again_at)
-        return max(0.0, min(moments) - time.monotonic()) if moments else None
+            times.append(self._try_again_at)
+        return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _turn(self) -> None:
-        """Write what waits, unless the last failure is too recent."""
+        """Write the queued entries, unless the last failure is too recent."""
         if self._failures and not self._hurry and time.monotonic() < self._try_again_at:
             return
         self._hurry = False
         try:
             self._database.open()
             self._on_success()
-            self._retry_apart()
+            self._requeue_due()
             while self.backlog.queued and not self._stopping:
                 self._write_next()
         except BrokerError as error:
             self._on_failure(error)
-        except Exception as error:  # a bug of ours must end neither the thread nor the events
-            logger.exception("could not write to %s", self._address)
+        except Exception as error:  # a bug in outbox must neither end the thread nor lose events
+            logger.exception("unexpected error while writing to %s; retrying", self._address)
             self._on_failure(ConnectionLost(f"{self._address}: {error}"))
 
     def _write_next(self) -> None:
@@ -157,17 +157,17 @@ class SQLiteTransport(BackloggedTransport):
         try:
             self._write(entries)
         except BaseException:
-            self.backlog.requeue(entries)  # those of them that have no fate
+            self.backlog.requeue(entries)  # skips those that have a fate
             raise
 
     def _write(self, entries: Sequence[Entry]) -> None:
-        """Write ``entries``, in one transaction unless one of them cannot be written at all."""
+        """Write ``entries`` in one transaction, or in halves to find one that can't be stored."""
         try:
             with self._database.transaction() as connection:
                 self._routes.update(routing.load(connection))
                 plan = Plan(entries, self._routes, self._settings.unroutable)
                 if plan.parks and not self._make_parking_queue(connection):
-                    plan.park_nothing()
+                    plan.park_nothing()  # the other events must not wait for the queue
                 self._database.store.put_rows(plan.rows, connection=connection)
         except _FAULTS_OF_EVENTS as error:
             if len(entries) > 1:
@@ -175,18 +175,18 @@ class SQLiteTransport(BackloggedTransport):
                 self._write(entries[:half])
                 self._write(entries[half:])
             else:
-                why = f"it cannot be stored: {getattr(error, 'orig', None) or error}"
+                why = f"cannot be stored: {getattr(error, 'orig', None) or error}"
                 self._notify(self.backlog.give_fate(entries, Fate.REJECTED, why))
             return
         self._shared_file.wake()
         self.backlog.confirmed()
         for (fate, reason), settled in plan.fates.items():
             self._notify(self.backlog.give_fate(settled, fate, reason))
-        if plan.homeless:
-            self._keep_apart(plan.homeless)
+        if plan.without_queue:
+            self._set_aside(plan.without_queue)
 
     def _make_parking_queue(self, connection: Connection) -> bool:
-        """See to a queue for what is parked; return whether there is one."""
+        """Create the parking queue if necessary and allowed; return whether it exists."""
         if self._routes.has_queue(PARKING_QUEUE):
             return True
         if self._settings.declare != "create":
@@ -194,20 +194,21 @@ class SQLiteTransport(BackloggedTransport):
         routing.add(connection, [routing.of_queue(PARKING_QUEUE)])
         return True
 
-    def _keep_apart(self, entries: Sequence[Entry]) -> None:
-        logger.error("there is no queue %r to park events in", PARKING_QUEUE)
-        refused = Nacked(f"there is no queue {PARKING_QUEUE!r} to park {len(entries)} event(s) in")
-        self._notify(self.backlog.refused(entries, refused))
+    def _set_aside(self, entries: Sequence[Entry]) -> None:
+        """Keep ``entries`` outside the queue for their back-off: someone may create the queue."""
+        logger.error("cannot park %d event(s): no queue %r", len(entries), PARKING_QUEUE)
+        error = Nacked(f"cannot park {len(entries)} event(s): no queue {PARKING_QUEUE!r}")
+        self._notify(self.backlog.refused(entries, error))
         now = time.monotonic()
-        self._apart += [
-            (now + backoff(one.attempts - 1), one) for one in entries if one.fate is None
+        self._backing_off += [
+            (now + backoff(entry.attempts - 1), entry) for entry in entries if entry.fate is None
         ]
 
-    def _retry_apart(self) -> None:
+    def _requeue_due(self) -> None:
         now = time.monotonic()
-        due = [entry for moment, entry in self._apart if moment <= now]
+        due = [entry for due_at, entry in self._backing_off if due_at <= now]
         if due:
-            self._apart = [one for one in self._apart if one[0] > now]
+            self._backing_off = [waiting for waiting in self._backing_off if waiting[0] > now]
             self.backlog.requeue(due)
 
     def _on_success(self) -> None:
@@ -224,6 +225,6 @@ class SQLiteTransport(BackloggedTransport):
         self._failures += 1
         self._notify(self.backlog.down((), error))
         if was_connected or self._failures == 1:
-            logger.warning("%s; trying again", error)
+            logger.warning("%s; retrying", error)
         if was_connected:
             call_hook(self._settings.on_disconnected, error)

@@ -1,7 +1,7 @@
-"""A message's properties and headers as the bytes they came in.
+"""A message's properties and headers as the bytes in which they were received.
 
-What is to be sent on as it came is never decoded, but taken apart where its parts begin and end
-(AMQP 0-9-1, section 2.3.5.2).
+A message to send on unchanged is never decoded, only split into its parts (AMQP 0-9-1, section
+2.3.5.2).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NAMES = (
     "app_id",
     "cluster_id",
 )
-"""In the order in which they are written; the first one's flag is the highest bit."""
+"""The properties in the order they are written; the flag of the first is the highest bit."""
 
 _FIXED = {"delivery_mode": 1, "priority": 1, "timestamp": 8}  # bytes; the others are short strings
 
@@ -42,16 +42,16 @@ _BASIC = 60
 
 
 class MalformedHeader(ValueError):
-    """These bytes are not a content header."""
+    """The bytes aren't a content header."""
 
 
 @dataclass(frozen=True, slots=True)
 class ContentHeader:
-    """What stands between a message's address and its body. Immutable.
+    """The properties and headers of a message, encoded. Immutable.
 
     Attributes:
         properties: the encoded values by name (``message_id`` and so on), without ``headers``.
-        headers: the entries of the header table in their order: name, encoded value.
+        headers: the entries of the header table in order: name, encoded value.
     """
 
     properties: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
@@ -59,10 +59,10 @@ class ContentHeader:
 
     @classmethod
     def parse(cls, payload: bytes) -> Self:
-        """Return the payload of a header frame taken apart.
+        """Return the content header in the payload of a header frame.
 
         Raises:
-            MalformedHeader: it is not one, or not of the class Basic.
+            MalformedHeader: the payload is malformed, or not of the class Basic.
         """
         try:
             kind, _, _, flags = _START.unpack_from(payload)
@@ -83,13 +83,13 @@ class ContentHeader:
         except (MalformedTable, struct.error, IndexError) as error:
             raise MalformedHeader(str(error)) from error
         if at > len(payload):
-            raise MalformedHeader("it ends in the middle of a value")
+            raise MalformedHeader("the data ends in the middle of a value")
         if at < len(payload):
             raise MalformedHeader(f"{len(payload) - at} byte(s) too many")
         return cls(properties, headers)
 
     def encode(self, body_size: int) -> bytes:
-        """Return the payload of a header frame, for a body of so many bytes."""
+        """Return the payload of a header frame for a body of ``body_size`` bytes."""
         flags = 0
         parts = []
         for number, name in enumerate(_NAMES):
@@ -103,12 +103,12 @@ class ContentHeader:
         return _START.pack(_BASIC, 0, body_size, flags) + b"".join(parts)
 
     def text(self, name: str) -> str | None:
-        """Return a property that is a short string, or None; what is not UTF-8 is replaced."""
+        """Return the property ``name``, a short string, or None; invalid UTF-8 is replaced."""
         data = self.properties.get(name)
         return None if data is None else data[1:].decode(errors="replace")
 
     def header(self, name: str) -> Any:
-        """Return a header decoded, or None where it is missing or makes no sense."""
+        """Return the header ``name`` decoded, or None if it is missing or malformed."""
         wanted = name.encode()
         for encoded_name, value in self.headers:
             if encoded_name == wanted:
@@ -119,20 +119,20 @@ class ContentHeader:
         return None
 
     def without(self, unwanted: Callable[[str], bool]) -> Self:
-        """Return it without the headers whose name is ``unwanted``."""
+        """Return a copy without the headers whose name is ``unwanted``."""
         kept = [entry for entry in self.headers if not unwanted(entry[0].decode(errors="replace"))]
         return dataclasses.replace(self, headers=tuple(kept))
 
     def with_text(self, **properties: str) -> Self:
-        """Return it with these properties, each a short string of at most 255 bytes."""
+        """Return a copy with these properties, each a short string of at most 255 bytes."""
         encoded = {name: short_string(value) for name, value in properties.items()}
         return dataclasses.replace(self, properties={**self.properties, **encoded})
 
     def with_headers(self, added: Iterable[tuple[str, str]]) -> Self:
-        """Return it with these headers, text, behind the others."""
+        """Return a copy with these text headers after the others."""
         encoded = [(name.encode(), field_table.encode_value(value)) for name, value in added]
         return dataclasses.replace(self, headers=(*self.headers, *encoded))
 
     def persistent(self) -> Self:
-        """Return it with the delivery mode 2."""
+        """Return a copy with delivery mode 2."""
         return dataclasses.replace(self, properties={**self.properties, "delivery_mode": b"\x02"})

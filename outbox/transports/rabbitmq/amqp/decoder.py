@@ -1,9 +1,9 @@
-"""Reads messages and confirms straight from the bytes: what comes by the ten thousand a second.
+"""Decodes deliveries directly from bytes, at tens of thousands a second.
 
-pika makes three frame objects and a properties object of every delivery, and looks up callbacks for
-each of them; here a delivery is read in one pass (AMQP 0-9-1, sections 2.3.5, 4.2 and 1.8). What is
-out of the ordinary is left to pika: a body of several frames, frames of others in between,
-anything that cannot be read.
+pika creates three frame objects and a properties object for each delivery, and looks up callbacks
+for each of them; here a delivery is decoded in one pass (AMQP 0-9-1, sections 2.3.5, 4.2 and 1.8).
+Unusual cases are left to pika: a body of several frames, frames of other channels in between, and
+anything malformed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ __all__ = ["BASIC_ACK", "BASIC_DELIVER", "LEAVE", "WAIT", "delivery_at"]
 
 BASIC_ACK = 60 << 16 | 80
 BASIC_DELIVER = 60 << 16 | 60
-"""Class and method as one number, as they begin a method frame's payload."""
+"""Class and method as one number, the start of a method frame's payload."""
 
 WAIT = 0
-"""Not all of it is there yet."""
+"""The delivery is incomplete so far."""
 LEAVE = -1
-"""It is left to pika."""
+"""The delivery is left to pika."""
 
-_WORTH_WAITING = 64 * 1024  # bytes of a body; a larger one pika puts together piece by piece
+_WORTH_WAITING = 64 * 1024  # bytes; pika assembles a larger body frame by frame
 
 _HEADER, _BODY, _END = 2, 3, 0xCE
 _tag_and_size = struct.Struct(">QBB").unpack_from  # tag, redelivered, size of the exchange's name
@@ -41,17 +41,17 @@ def delivery_at(
     """Return the delivery whose Basic.Deliver frame begins at ``offset``, and where it ends.
 
     Args:
-        buffer: begins wherever; the Basic.Deliver frame is whole.
-        offset: of that frame.
-        generation: of the channel.
-        queues: by consumer tag.
+        buffer: received bytes, with the complete Basic.Deliver frame.
+        offset: the offset of that frame.
+        generation: the generation of the channel.
+        queues: the queues by consumer tag.
 
     Returns:
-        The offset behind the delivery and the delivery; or WAIT or LEAVE, and None.
+        The offset after the delivery, and the delivery; or WAIT or LEAVE, and None.
     """
     try:
         return _delivery_at(buffer, offset, generation, queues)
-    except Exception:  # of whatever kind: pika says what is wrong with it
+    except Exception:  # malformed in some way, which pika will report
         return LEAVE, None
 
 
@@ -96,7 +96,7 @@ def _delivery_at(
 
     at += _HEADER_SIZE
     content_type = content_encoding = message_id = headers = priority = timestamp = None
-    if flags & 1:  # more flags follow, which no property of this class has
+    if flags & 1:  # more flags follow; the class Basic has none
         return LEAVE, None
     if flags & 0x8000:
         end = at + 1 + buffer[at]

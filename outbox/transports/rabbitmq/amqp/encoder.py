@@ -1,9 +1,9 @@
 """Encodes events as AMQP 0-9-1 frames, once, in the caller's thread.
 
-``docs/wire-format.md`` says what is written, AMQP 0-9-1 sections 2.3.5 and 4.2 how. A message is
-three frames: Basic.Publish, its content header, its body; a body over one frame takes several.
-Everything up to the body is constant for one address but for a few numbers and the id, so it is
-one ``struct.pack`` into a template.
+``docs/wire-format.md`` defines the content, AMQP 0-9-1 sections 2.3.5 and 4.2 the encoding. A
+message is three frames: Basic.Publish, content header, body; a large body takes several. All bytes
+before the body are the same for one address, except a few numbers and the id, so they are one
+``struct.pack`` with a template.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PUBLISH_CHANNEL = 1
 """Frames carry their channel's number; events are always published on this one."""
 
 _FRAME_END = b"\xce"
-_FRAME_OVERHEAD = 8  # type, channel and size before the payload, the end mark behind it
+_FRAME_OVERHEAD = 8  # type, channel and size before the payload, the end mark after it
 _METHOD, _HEADER, _BODY = 1, 2, 3
 
 _CONTENT_TYPE, _HEADERS, _DELIVERY_MODE, _PRIORITY = 1 << 15, 1 << 13, 1 << 12, 1 << 11
@@ -42,8 +42,8 @@ class Encoder:
     """Encodes events for one publisher. Thread-safe.
 
     Attributes:
-        frame_max: bytes of the largest frame, its overhead included; what the broker has
-            negotiated (Connection.Tune), once that is known.
+        frame_max: the size of the largest frame in bytes, with its overhead; the negotiated size
+            (Connection.Tune) once that is known.
     """
 
     def __init__(self, app_id: str = "", frame_max: int = 131_072) -> None:
@@ -52,9 +52,9 @@ class Encoder:
         self._templates: dict[tuple[str, str, str, int | None, int], _Template] = {}
 
     def encode(self, event: Event) -> bytes:
-        """Return the frames of ``event``, joined; empty when its properties do not fit into one.
+        """Return the frames of ``event``, joined; empty if its properties don't fit into a frame.
 
-        Over a larger one the broker closes the connection, whatever else is on its way there.
+        The broker would close the connection because of a larger one.
         """
         event_id = event.id.encode()
         if event.headers or event.key is not None:
@@ -69,12 +69,12 @@ class Encoder:
                 event.priority,
                 len(event_id),
             )
-            found = self._templates.get(layout)
-            if found is None:
-                if len(self._templates) >= _TEMPLATES:  # targets made of user data
+            cached = self._templates.get(layout)
+            if cached is None:
+                if len(self._templates) >= _TEMPLATES:  # targets may contain user data
                     self._templates.clear()
-                found = self._templates[layout] = self._template(event, len(event_id))[0]
-            template = found
+                cached = self._templates[layout] = self._template(event, len(event_id))[0]
+            template = cached
         seconds = event.occurred_at.timestamp()
         body = event.body
         size = len(body)
@@ -84,7 +84,7 @@ class Encoder:
         return head[: -_FRAME_OVERHEAD + 1] + self._body_frames(body)
 
     def frames(self, exchange: str, target: str, header: bytes, body: bytes) -> bytes:
-        """Return the frames of a message whose header frame has the payload ``header``, joined."""
+        """Return the frames of a message, joined; ``header`` is the payload of its header frame."""
         method = _BASIC_PUBLISH + short_string(exchange) + short_string(target) + _MANDATORY
         return b"".join(
             (
@@ -107,9 +107,9 @@ class Encoder:
         return b"".join(pieces)
 
     def _template(self, event: Event, id_size: int) -> tuple[_Template, int]:
-        """Return what packs (body size, occurred at in µs, id, timestamp in s, body size).
+        """Return a template, and the size of its content header frame in bytes.
 
-        And the bytes of the content header's frame.
+        The template packs (body size, occurred at in µs, id, timestamp in s, body size).
         """
         target = short_string(event.target)
         method = _BASIC_PUBLISH + short_string(event.exchange) + target + _MANDATORY

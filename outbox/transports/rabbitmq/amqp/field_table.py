@@ -1,14 +1,14 @@
-"""Field tables, in which headers travel: names, and values each behind the letter of its type.
+"""Field tables, the encoding of headers: names and values, each value with a type letter.
 
-Whoever reads or writes one does so here (AMQP 0-9-1, section 4.2.5, with the field types of
-RabbitMQ's errata). There are three ways to read, since three things are wanted:
+All encoding and decoding of tables is here (AMQP 0-9-1, section 4.2.5, with the field types of
+RabbitMQ's errata). There are three ways to read a table, for three purposes:
 
-- ``read`` makes a dict of a delivery's headers in one pass. What is common it reads by itself, the
-  rest is what pika makes of it: a consumer gets the same headers whichever of the two read them.
-- ``split`` only finds where the entries begin and end, so that they can be sent on as they came.
-  pika's idea of a value is not the value: it reads a double as a whole number, and cannot read a
-  date beyond the year 9999 at all.
-- ``decode`` reads one value that ``split`` has found.
+- ``read`` decodes a delivery's headers to a dict in one pass. It decodes common types itself, and
+  the others with pika, so that a consumer gets the same headers from both decoders.
+- ``split`` only finds the boundaries of the entries, so that they can be sent on unchanged. pika's
+  decoding loses information: it reads a double as an integer, and can't read a date beyond the year
+  9999 at all.
+- ``decode`` decodes one value from ``split``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 Entry = tuple[bytes, bytes]
-"""A name, and the encoded value with the letter of its type."""
+"""A name, and the encoded value with its type letter."""
 
 _FIXED: dict[bytes, struct.Struct] = {
     b"b": struct.Struct(">b"),
@@ -52,7 +52,7 @@ _FIXED: dict[bytes, struct.Struct] = {
     b"V": struct.Struct(""),  # nothing
     b"D": struct.Struct(">Bi"),  # a decimal: the scale, the number
 }
-_SIZED = b"SxAF"  # text, bytes, a list, a table: their size, then what they hold
+_SIZED = b"SxAF"  # text, bytes, a list, a table: the size, then the content
 
 _DEEPEST = 20
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
@@ -65,22 +65,22 @@ _unpack_long = _FIXED[b"l"].unpack_from
 
 
 class MalformedTable(ValueError):
-    """These bytes are not a field table, or not a value of one."""
+    """The bytes aren't a field table, or not a value of one."""
 
 
 def short_string(text: str) -> bytes:
-    """Return ``text``, at most 255 bytes in UTF-8, behind its size."""
+    """Return ``text``, at most 255 bytes in UTF-8, preceded by its size."""
     data = text.encode()
     return bytes([len(data)]) + data
 
 
 def encode_entry(name: str, value: Any) -> bytes:
-    """Return an entry of a table."""
+    """Return an encoded entry of a table."""
     return short_string(name) + encode_value(value)
 
 
 def encode_value(value: Any) -> bytes:
-    """Return ``value`` behind the letter of its type."""
+    """Return ``value`` encoded, preceded by its type letter."""
     match value:
         case None:
             return b"V"
@@ -129,7 +129,7 @@ def read(buffer: bytes, at: int) -> tuple[dict[str, Any], int]:
         else:
             table[name], at = pika.data.decode_value(buffer, end)
     if at != limit:
-        raise ValueError("a table that ends elsewhere than it says")
+        raise ValueError("the table does not end where its size says")
     return table, at
 
 
@@ -137,7 +137,7 @@ def split(data: bytes, at: int) -> tuple[tuple[Entry, ...], int]:
     """Return the entries of the table that begins at ``at``, and where it ends.
 
     Raises:
-        MalformedTable, struct.error, IndexError: it is not a table.
+        MalformedTable, struct.error, IndexError: the bytes aren't a table.
     """
     start = at + _size.size
     end = start + _unpack_size(data, at)[0]
@@ -150,45 +150,45 @@ def split(data: bytes, at: int) -> tuple[tuple[Entry, ...], int]:
         entries.append((_part(data, at + 1, value), _part(data, value, behind)))
         at = behind
     if at != end:
-        raise MalformedTable("a table's last value is longer than the table")
+        raise MalformedTable("the last value is longer than its table")
     return tuple(entries), end
 
 
 def join(entries: Iterable[Entry]) -> bytes:
-    """Return the table that ``entries`` make."""
+    """Return the encoded table of ``entries``."""
     table = b"".join(bytes([len(name)]) + name + value for name, value in entries)
     return _pack_size(len(table)) + table
 
 
 def decode(value: bytes) -> Any:
-    """Return what ``value`` says; text that is not UTF-8 is replaced, a timestamp is aware.
+    """Return ``value`` decoded; invalid UTF-8 is replaced, a timestamp is aware.
 
     Raises:
-        ValueError, OverflowError, struct.error, IndexError: it makes no sense.
+        ValueError, OverflowError, struct.error, IndexError: the value is malformed.
     """
     return _decoded(value, 0, 0)[0]
 
 
 def _part(data: bytes, start: int, end: int) -> bytes:
     if end > len(data):
-        raise MalformedTable("it ends in the middle of a value")
+        raise MalformedTable("the data ends in the middle of a value")
     return data[start:end]
 
 
 def _end(data: bytes, at: int) -> int:
-    """Return where the value ends whose type stands at ``at``."""
+    """Return the end of the value whose type letter is at ``at``."""
     kind = data[at : at + 1]
     if kind and kind in _SIZED:
         return int(at + 1 + _size.size + _unpack_size(data, at + 1)[0])
     if kind not in _FIXED:
-        raise MalformedTable(f"the field type {kind!r}")
+        raise MalformedTable(f"unknown field type {kind!r}")
     return at + 1 + _FIXED[kind].size
 
 
 def _decoded(data: bytes, at: int, depth: int) -> tuple[Any, int]:
-    """Return the value whose type stands at ``at``, and where it ends."""
+    """Return the value whose type letter is at ``at``, and where it ends."""
     if depth > _DEEPEST:
-        raise MalformedTable("tables in tables in tables")
+        raise MalformedTable(f"values nested more than {_DEEPEST} deep")
     kind, end = data[at : at + 1], _end(data, at)
     if kind in _FIXED:
         numbers = _FIXED[kind].unpack_from(data, at + 1)

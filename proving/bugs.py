@@ -165,10 +165,10 @@ def _random_follow_on_ids() -> None:
 
 
 def _nack_is_ack() -> None:
-    def keep_apart(self: Any, entries: Any, error: Any) -> None:
+    def set_aside(self: Any, entries: Any, error: Any) -> None:
         self._finish_confirmed(entries)
 
-    RabbitMQTransport._keep_apart = keep_apart  # type: ignore[method-assign]
+    RabbitMQTransport._set_aside = set_aside  # type: ignore[method-assign]
 
 
 def _returned_is_published() -> None:

@@ -277,7 +277,7 @@ def test_a_delayed_event_whose_queue_is_gone_when_due_is_parked_and_can_be_repla
     with parked_in(place) as parked, parked.browse(PARKING_QUEUE, 1) as browsing:
         [[message]] = browsing.windows()
         assert (message.kind, message.id, message.origin) == ("parked", event.id, ("", name))
-        assert message.reason == "when its time came there was no such queue"
+        assert message.reason == "its queue did not exist when it was due"
         assert message.at is not None
         outcome = parked.replay([message], to_origin=False)
         browsing.remove(outcome.done)
@@ -414,7 +414,7 @@ def test_a_ladder_with_other_arguments_is_reported_and_the_delayed_events_are_ke
     report = publisher.publish([event, plain])
     assert report.kept == (event,)
     assert "inequivalent arg 'x-message-ttl' for queue 'outbox.delay.20'" in str(report.error)
-    assert "the ladder for delayed events cannot be made" in caplog.text
+    assert "cannot declare the delay ladder" in caplog.text
     publisher.close(0)
 
 

@@ -402,7 +402,7 @@ def test_a_missing_or_exclusively_consumed_queue_is_reported(
         queues.count("nowhere.dead")
     inspector.channel.basic_consume(dead, lambda *_: None, exclusive=True)
     with (
-        pytest.raises(UsageError, match="refuses: 403"),
+        pytest.raises(UsageError, match="refused: 403"),
         queues.browse(dead, 1) as browsing,
     ):
         list(browsing.windows())

@@ -73,8 +73,8 @@ def test_priorities_a_quorum_queue_does_not_support_are_refused_before_it_is_dec
     if tuple(map(int, properties["version"].split(".")[:2])) >= (4, 3):
         pytest.skip("this broker has them")
     error = refused(publisher, consumer_of(name, queue_type="quorum"))
-    assert "is to be a quorum queue with priorities up to 10" in error
-    assert "leave queue_type out for a classic queue" in error
+    assert "asks for a quorum queue with priorities up to 10" in error
+    assert "omit queue_type for a classic queue" in error
     with pytest.raises(pika.exceptions.ChannelClosedByBroker, match="NOT_FOUND"):
         inspector._connection.channel().queue_declare(name, passive=True)
     place.bind(f"{name}-all", name, "#")

@@ -20,11 +20,11 @@ def entries_of(*ids: str, exchange: str = "e") -> list[Entry]:
 def test_of_several_events_all_are_suspects_until_as_many_are_answered() -> None:
     faults = ChannelFaults()
     entries = entries_of("a", "b", "c")
-    isolating = [faults.suspects > 0]
+    isolating = [faults.to_isolate > 0]
     assert faults.judge(entries, *REFUSED) == Verdict(again=entries)
     for answered in (0, 2, 1):
         faults.answered(answered)
-        isolating.append(faults.suspects > 0)
+        isolating.append(faults.to_isolate > 0)
     assert isolating == [False, True, True, False]
 
 
@@ -36,7 +36,7 @@ def test_an_event_is_rejected_only_when_it_closes_the_channel_alone_and_twice() 
     assert faults.judge(alone, *REFUSED) == Verdict(again=alone)
     assert faults.judge(alone, *REFUSED) == Verdict(rejected=alone)
     faults.answered(1)
-    assert not faults.suspects
+    assert not faults.to_isolate
 
 
 def test_one_that_another_was_accused_after_has_to_close_it_twice_again() -> None:
@@ -51,7 +51,7 @@ def test_the_brokers_own_trouble_costs_an_event_a_back_off_and_no_more() -> None
     alone = entries_of("a")
     for _ in range(5):
         assert faults.judge(alone, *INTERNAL) == Verdict(later=alone)
-        assert not faults.suspects
+        assert not faults.to_isolate
 
 
 def test_events_to_an_exchange_that_is_reported_missing_are_unroutable_and_others_go_on() -> None:
@@ -60,7 +60,7 @@ def test_events_to_an_exchange_that_is_reported_missing_are_unroutable_and_other
     faults.judge(fine, *REFUSED)
     mixed = [lost[0], fine[0], lost[1], fine[1]]
     assert faults.judge(mixed, *MISSING) == Verdict(again=fine, unroutable=lost)
-    assert not faults.suspects
+    assert not faults.to_isolate
 
 
 @pytest.mark.parametrize("text", ["404 NOT_FOUND", "404 NOT_FOUND - no exchange 'other' in vhost"])

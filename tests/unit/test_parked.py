@@ -150,7 +150,7 @@ def test_a_message_dead_lettered_by_the_broker_is_replayed_without_the_brokers_h
     headers = {"x-death": [death], "x-delivery-count": 1, "x-first-death-queue": "orders", "a": 1}
     message = foreign("orders.dead", headers=headers, message_id="7", correlation_id="c")
     assert (message.kind, message.died_in, message.attempts) == ("dead", "orders", 3)
-    assert message.reason == "the broker gave it up: delivery_limit"
+    assert message.reason == "dead-lettered by the broker: delivery_limit"
     assert message.at == "2026-01-02T00:00:00+00:00"
     assert message.returns == 1
     again = replayed(message)

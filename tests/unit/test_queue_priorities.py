@@ -64,7 +64,7 @@ def test_classic_queues_have_priorities_in_every_version(version: tuple[int, ...
 @pytest.mark.parametrize(
     ("version", "highest", "expected"),
     [
-        ((3, 10), 1, "in RabbitMQ 3.10 these have no priorities; leave queue_type out"),
+        ((3, 10), 1, "in RabbitMQ 3.10 quorum queues have no priorities; omit queue_type"),
         ((3, 13), 10, "no priorities"),
         ((4, 0), 10, "have two, up to 4 and above, and deliver them in turns"),
         ((4, 2), 10, "have two"),

@@ -114,9 +114,9 @@ def test_a_part_is_declared_once_until_everything_is_forgotten() -> None:
 def test_once_a_minute_everything_but_the_destination_queues_is_checked() -> None:
     ladder = Ladder()
     ladder.made([*way_of("shop", "a", 1), *way_of("", "invoices", 1)], 100.0)
-    assert ladder.to_look_after(159.0) == []
-    assert ladder.to_look_after(160.0) == way_of("shop", "a", 1)
-    assert ladder.to_look_after(161.0) == []
+    assert ladder.parts_to_recheck(159.0) == []
+    assert ladder.parts_to_recheck(160.0) == way_of("shop", "a", 1)
+    assert ladder.parts_to_recheck(161.0) == []
 
 
 def test_queues_named_by_user_data_do_not_pile_up() -> None:

@@ -1,4 +1,4 @@
-"""Which acks to write for the messages that are done."""
+"""The acks to write for deliveries that are done."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Acks", "Done"]
 
 
 class Done:
-    """Deliveries that are done, until their acks are written. No I/O.
+    """The deliveries that are done and wait for their acks. No I/O.
 
-    Any thread adds; the link's thread takes, then pauses, so that the acks of a short time go out
-    together. It is woken for the first delivery after a pause, and in a pause once a quarter of the
-    prefetch is done: the broker must not run out of room for more.
+    Any thread adds; the link's thread takes, then pauses to gather the next acks. It is woken for
+    the first delivery after a pause, and during a pause when a quarter of the prefetch is done, so
+    that the broker can go on delivering.
     """
 
     def __init__(self, prefetch: int) -> None:
@@ -25,7 +25,7 @@ class Done:
         self._hurried = False
 
     def add(self, delivery: Delivery) -> bool:
-        """Add one; return whether the link's thread must be woken to take."""
+        """Add ``delivery``; return whether to wake the link's thread to take."""
         self._waiting.append(delivery)
         if not self._woken:
             self._woken = True
@@ -36,31 +36,31 @@ class Done:
         return False
 
     def take(self) -> list[Delivery]:
-        """Take all out. A pause begins, unless one has already."""
-        self._hurried = False  # before: what is added from now on may be left behind
+        """Take all deliveries out, and begin a pause unless one has begun."""
+        self._hurried = False  # first: this may miss deliveries added from now on
         waiting = self._waiting
         return [waiting.popleft() for _ in range(len(waiting))]
 
     def end_pause(self) -> bool:
-        """End the pause; return whether to take what has come meanwhile, in a pause again."""
-        self._woken = False  # before looking: who adds after that finds it
+        """End the pause; return whether to take what was added meanwhile, and pause again."""
+        self._woken = False  # before the check: a delivery added after it wakes the thread
         self._woken = bool(self._waiting)
         return self._woken
 
 
 class Acks:
-    """The deliveries of one channel that the broker still waits for. For one thread; no I/O.
+    """The unsettled deliveries of one channel. For one thread; no I/O.
 
-    A channel numbers its deliveries from 1 on. One ack may speak for all up to a number
-    (``multiple``), but only when none below it is still being worked on. A number is settled at
-    most once: the broker closes the channel over a second time.
+    A channel numbers its deliveries from 1. One ack can cover all numbers up to its own
+    (``multiple``), but only if none of them is still being processed. A number must be settled at
+    most once: the broker closes the channel the second time.
 
-    What is above one that is worked on needs an ack of its own, unless that one is done soon. So
-    such acks are held back, until the next call.
+    A delivery above one that is still being processed needs a separate ack, unless the lower one is
+    done soon. So such acks are held back until the next call.
     """
 
     def __init__(self) -> None:
-        self._settled: set[int] = set()  # those above the lowest that is not settled
+        self._settled: set[int] = set()  # the settled numbers above the lowest unsettled one
         self._lowest = 1
         self._held: list[int] = []
 
@@ -73,21 +73,21 @@ class Acks:
         """Settle ``tags`` and return the acks to write: (number, multiple), ascending.
 
         Args:
-            tags: that are done.
-            hold: whether any may be held back, until another call.
+            tags: the numbers of deliveries that are done.
+            hold: whether acks may be held back until the next call.
         """
         new = sorted(tag for tag in tags if self.settle(tag, advance=False))
         due, may_wait = (self._held, new) if hold else ([*self._held, *new], [])
         self._advance()
-        # Below the lowest all are settled: the highest one there speaks for the others. It must
-        # itself be outstanding, or the broker takes it for an unknown number.
+        # All below the lowest are settled, so one ack with the highest of these covers them. That
+        # number must not have been acked before, or the broker rejects it as unknown.
         together = sorted(tag for tag in (*due, *may_wait) if tag < self._lowest)
         acks = [(together[-1], len(together) > 1)] if together else []
         self._held = [tag for tag in may_wait if tag > self._lowest]
         return acks + [(tag, False) for tag in sorted(due) if tag > self._lowest]
 
     def settle(self, tag: int, *, advance: bool = True) -> bool:
-        """Settle one by other means than an ack; return False if it had been settled before."""
+        """Note that ``tag`` is settled other than by an ack; return False if it already was."""
         if tag < self._lowest or tag in self._settled:
             return False
         self._settled.add(tag)

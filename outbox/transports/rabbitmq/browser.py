@@ -1,18 +1,17 @@
-"""Holds the messages of a parking or dead-letter queue, to look at, send on or delete.
+"""Holds the messages of a parking or dead-letter queue while they are listed, replayed or deleted.
 
 The rules:
 
-1.  A message is deleted by an ack alone. Whatever ends this process or its connection, the broker
-    puts back what was held and not acked.
-2.  What is looked at stays held until the end, so that no message is seen twice in one run. It is
-    taken in windows; a channel that holds something from its window is left as it is, and the next
-    window has a channel of its own.
-3.  The acks of a window are one transaction (AMQP 0-9-1, class Tx). A quorum queue takes 32
-    settlements at a time from a channel and has the others wait there; those are gone when the
-    channel is closed. A transaction is one settlement, however many messages it is about.
-4.  At the end what is held goes back in order: channel after channel is closed. RabbitMQ 4.3 counts
-    that as a failed delivery, of which a quorum queue by default allows 20, and a nack it does not
-    count: there it is a nack.
+1.  Only an ack deletes a message. However this process or its connection ends, the broker requeues
+    the messages that were held and not acked.
+2.  Messages stay held until the end, so that none is seen twice in one run. They are taken in
+    windows; while a channel holds messages of its window, the next window uses another channel.
+3.  The acks of a window are one transaction (AMQP 0-9-1, class Tx). A quorum queue accepts 32
+    settlements at a time from a channel; the others wait in the channel, and are lost when it is
+    closed. A transaction is one settlement, however many messages it covers.
+4.  At the end the messages are returned in order, by closing one channel after the other. RabbitMQ
+    4.3 counts that as a failed delivery, of which a quorum queue by default allows 20, but it
+    doesn't count a nack: there the messages are nacked.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ __all__ = ["Browser", "broker_errors", "next_window"]
 _FIRST_WINDOW, _LARGEST_WINDOW = 100, 1000
 _WINDOW_BYTES = 16 * 1024 * 1024
 _IDLE = 0.2
-"""Seconds without a message, after which the broker is asked whether there are any."""
+"""Seconds without a message, after which to ask the broker whether there are any."""
 
 _PATIENCE = 10.0
-"""Seconds without a message, while the broker says that there are some, until that is an error."""
+"""Seconds without a message from a queue that isn't empty, after which browsing fails."""
 
 _GIVING_BACK = 1.0
 _NACKS_DO_NOT_COUNT = (4, 3)
@@ -48,9 +47,9 @@ _NOT_FOUND = 404
 
 
 def next_window(messages: int, size: int) -> int:
-    """Return how many messages to take at a time, after so many of ``size`` bytes together.
+    """Return the size of the next window, after one of ``messages`` with ``size`` bytes in total.
 
-    1 to 1,000; as many as 16 MiB would hold of that kind.
+    1 to 1,000: the number of messages of the same average size that fit into 16 MiB.
     """
     if not messages:
         return _FIRST_WINDOW
@@ -63,13 +62,13 @@ class Browser:
     def __init__(
         self, connection: pika_connection.BlockingConnection, address: str, queue: str, bound: int
     ) -> None:
-        """Hold nothing yet.
+        """Make a browser that holds no messages yet.
 
         Args:
-            connection: open; to be closed by the caller, after :meth:`give_back`.
-            address: of the broker, for errors.
-            queue: to take from.
-            bound: how many messages to take at the most.
+            connection: an open connection, which the caller closes after :meth:`give_back`.
+            address: the broker's address, for errors.
+            queue: the queue to take messages from.
+            bound: the maximum of messages to take.
         """
         self._connection = connection
         self._address = address
@@ -78,36 +77,36 @@ class Browser:
         self._channel: BlockingChannel | None = None
         self._holding: list[BlockingChannel] = []
         self._acks = Acks()
-        self._held = 0  # by the channel
-        self._held_before = 0  # by those that are left as they are
+        self._held = 0  # messages held by the current channel
+        self._held_before = 0  # messages held by earlier channels
 
     def windows(self) -> Iterator[Sequence[HeldMessage]]:
-        """Take the messages window by window, each once, until the bound or the end of the queue.
+        """Yield messages window by window, each once, until the limit or the end of the queue.
 
         Raises:
-            BrokerError: the connection is lost, or the broker has messages and delivers none.
+            BrokerError: the connection was lost, or the broker has messages but delivers none.
             UsageError: the broker refuses to deliver from the queue.
         """
-        left = self._bound
+        remaining = self._bound
         size = _FIRST_WINDOW
-        while left > 0:
+        while remaining > 0:
             with self._broker_errors():
-                window = self._take(min(size, left))
+                window = self._take(min(size, remaining))
             if not window:
                 return
-            left -= len(window)
-            size = next_window(len(window), sum(len(one.body) for one in window))
+            remaining -= len(window)
+            size = next_window(len(window), sum(len(message.body) for message in window))
             yield window
 
     def remove(self, messages: Sequence[ParkedMessage]) -> None:
-        """Delete ``messages``, which are of the window that was taken last.
+        """Delete ``messages``, which are from the last window.
 
         Raises:
-            BrokerError: the connection is lost; some may come back.
+            BrokerError: the connection was lost; the messages may still be in the queue.
         """
         if not messages or self._channel is None:
             return
-        tags = [one.tag for one in messages if isinstance(one, HeldMessage)]
+        tags = [message.tag for message in messages if isinstance(message, HeldMessage)]
         with self._broker_errors():
             for tag, multiple in self._acks.done(tags, hold=False):
                 self._channel.basic_ack(tag, multiple)
@@ -115,10 +114,10 @@ class Browser:
         self._held -= len(tags)
 
     def give_back(self) -> None:
-        """Give back all that is held, in order; a lost connection has done so by itself.
+        """Return the held messages to the queue, in order.
 
-        A quorum queue does so a moment after it was told. Who looks next should see them: that
-        moment is waited for, a second at the most, since others may take them at once.
+        A quorum queue requeues them with a delay. This waits until they are in the queue again, so
+        that the next command sees them, but at most a second: another consumer may take them.
         """
         held, self._held_before = self._held_before + self._held, 0
         channels = [*self._holding, *([self._channel] if self._channel else [])]
@@ -143,7 +142,7 @@ class Browser:
 
     def _take(self, count: int) -> list[HeldMessage]:
         channel = self._next_channel()
-        # A new consumer each time: the limit is a consumer's own, and fixed when it begins.
+        # A new consumer for each window, since its prefetch is fixed when it starts.
         channel.basic_qos(prefetch_count=count)
         window: list[HeldMessage] = []
 
@@ -157,20 +156,20 @@ class Browser:
 
         consumer = channel.basic_consume(self._queue, receive)
         empty = 0
-        heard = time.monotonic()
+        last_message = time.monotonic()
         while len(window) < count and empty < 2:
             before = len(window)
             self._connection.process_data_events(_IDLE)
             if len(window) > before:
-                empty, heard = 0, time.monotonic()
+                empty, last_message = 0, time.monotonic()
             elif not self._waiting(channel):
-                # Asked on the same channel, so that what was delivered before comes before the
-                # answer; and once more, since the broker may have been just about to deliver.
+                # Asked on the same channel, so that earlier deliveries arrive before the answer;
+                # and asked twice, because the broker may have been about to deliver.
                 empty += 1
-            elif time.monotonic() - heard > _PATIENCE:
+            elif time.monotonic() - last_message > _PATIENCE:
                 raise ConnectionLost(
-                    f"the queue {self._queue!r} has messages and has delivered none for "
-                    f"{_PATIENCE:.0f} s; another consumer may be its single active one"
+                    f"the broker delivered none of the messages in queue {self._queue!r} for "
+                    f"{_PATIENCE:.0f} s; another consumer may be its single active consumer"
                 )
         channel.basic_cancel(consumer)
         self._held += len(window)
@@ -205,7 +204,7 @@ def _read(
 
 @contextlib.contextmanager
 def broker_errors(address: str, queue: str = "") -> Iterator[None]:
-    """Turn what pika raises, which is more than its own exceptions, into outbox's errors."""
+    """Turn the exceptions that pika raises, not all of them its own, into outbox's errors."""
     try:
         yield
     except OutboxError:
@@ -214,7 +213,7 @@ def broker_errors(address: str, queue: str = "") -> Iterator[None]:
         if error.reply_code == _NOT_FOUND and queue:
             raise UsageError(f"the broker at {address} has no queue {queue!r}") from error
         raise UsageError(
-            f"the broker at {address} refuses: {error.reply_code} {error.reply_text!r}"
+            f"the broker at {address} refused: {error.reply_code} {error.reply_text!r}"
         ) from error
     except (pika.exceptions.AMQPError, OSError, AssertionError, IndexError) as error:
         raise pika_errors.connection_lost(error, address) from error

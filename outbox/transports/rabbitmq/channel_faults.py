@@ -1,17 +1,17 @@
-"""Finds the event over which the broker closed the channel, and spares all others. No I/O.
+"""Finds the event that made the broker close the channel, and saves all others. No I/O.
 
-The broker says what was wrong, not with which message (AMQP 0-9-1, Channel.Close), so that one
-event that it does not accept takes the channel from all that are on their way. The rules:
+The broker says what was wrong, but not with which message (AMQP 0-9-1, Channel.Close). So one event
+that it doesn't accept closes the channel for all events in flight. The rules:
 
-1.  Events to an exchange whose absence the broker reports by name are unroutable. All others are
-    sent again.
-2.  Otherwise, of several events any may be the cause. They are *suspects*: sent again one at a
-    time, until as many events have been answered.
-3.  One that was alone on its way is *accused*. It is given up when the channel is closed over it a
-    second time: the first time may have been about something else, such as a permission that was
-    missing for a moment.
-4.  A code that is not about messages is the broker's own trouble: no event is given up for it. The
-    one that was alone on its way is tried again after a back-off.
+1.  If the broker names a missing exchange, the events for that exchange are unroutable. All others
+    are sent again.
+2.  Otherwise any event in flight may be the cause. If there are several, they are sent again one by
+    one, until as many events have been answered.
+3.  An event that was in flight alone is sent again once, and given up if the channel is closed a
+    second time: the first time may have had another cause, such as a permission that was missing
+    for a moment.
+4.  A reply code that isn't about messages is a failure of the broker, for which no event is given
+    up. An event that was in flight alone is retried after a back-off.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ logger = logging.getLogger("outbox.publisher")
 
 _NO_SUCH_EXCHANGE = 404
 _FAULTS_OF_MESSAGES = frozenset((311, 403, _NO_SUCH_EXCHANGE, 406))
-"""Reply codes that may be about the message; others (541, say) are the broker's own trouble."""
+"""Reply codes that may be about a message; others, such as 541, are failures of the broker."""
 
 
 @dataclass(slots=True)
 class Verdict:
-    """What is to be done with each event that was on its way when the channel was closed.
+    """The decision about the entries that were in flight when the channel was closed.
 
     Attributes:
-        again: to be sent again at once, in this order.
-        later: to be sent again after a back-off.
-        unroutable: to an exchange that does not exist.
-        rejected: never to be sent again.
+        again: entries to send again at once, in this order.
+        later: entries to send again after a back-off.
+        unroutable: entries for an exchange that doesn't exist.
+        rejected: entries to give up.
     """
 
     again: Sequence[Entry] = field(default_factory=list)
@@ -50,56 +50,58 @@ class Verdict:
 
 
 class ChannelFaults:
-    """The suspects of one publisher. For one thread.
+    """Decides about the entries of a publisher whose channel was closed. For one thread.
 
     Attributes:
-        suspects: the number of events that must be sent one at a time; 0 in good times.
+        to_isolate: the number of entries to send one by one until the cause is known.
     """
 
     def __init__(self) -> None:
-        self.suspects = 0
-        self._accused: Entry | None = None
+        self.to_isolate = 0
+        self._failed_alone: Entry | None = None  # the last entry that was sent alone and failed
 
     def answered(self, count: int) -> None:
-        """Note that the broker has answered ``count`` events: they were not the cause."""
-        self.suspects = max(0, self.suspects - count)
+        """Note that the broker has answered ``count`` entries: they were not the cause."""
+        self.to_isolate = max(0, self.to_isolate - count)
 
     def judge(self, entries: Sequence[Entry], code: int, text: str) -> Verdict:
-        """Return what is to be done with ``entries``, all that were on their way; at least one.
+        """Return what to do with ``entries``: all that were in flight, at least one.
 
         Args:
-            entries: in the order in which they were sent.
+            entries: the entries in the order they were sent.
             code: the broker's reply code.
-            text: the code and the reply text, as one line.
+            text: the code and the reply text, in one line.
         """
         if unroutable := [entry for entry in entries if _names_exchange(code, text, entry)]:
-            self.suspects = 0
+            self.to_isolate = 0  # the cause is known
             others = set(entries).difference(unroutable)
             again = [entry for entry in entries if entry in others]
             return Verdict(again=again, unroutable=unroutable)
         if len(entries) > 1:
-            self.suspects = len(entries)
+            # Counting answers suffices: the cause itself reaches _judge_alone(), all others are
+            # answered, so isolation ends after exactly these entries.
+            self.to_isolate = len(entries)
             return Verdict(again=entries)
         return self._judge_alone(entries, code)
 
     def _judge_alone(self, entries: Sequence[Entry], code: int) -> Verdict:
         [entry] = entries
-        logger.debug("the broker closed the channel over %r", entry.event)
+        logger.debug("the broker closed the channel because of %r", entry.event)
         self.answered(1)
         if code not in _FAULTS_OF_MESSAGES:
             return Verdict(later=entries)
-        if entry is not self._accused:
-            self._accused = entry
-            self.suspects += 1
+        if entry is not self._failed_alone:
+            self._failed_alone = entry
+            self.to_isolate += 1
             return Verdict(again=entries)
-        self._accused = None
+        self._failed_alone = None
         if code == _NO_SUCH_EXCHANGE:
             return Verdict(unroutable=entries)
         return Verdict(rejected=entries)
 
 
 def _names_exchange(code: int, text: str, entry: Entry) -> bool:
-    """Return whether it is the exchange of ``entry`` that the broker does not have."""
+    """Return whether the broker reports that the exchange of ``entry`` is missing."""
     exchange = entry.sent_as.exchange
     return (
         bool(exchange)

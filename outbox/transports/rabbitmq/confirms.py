@@ -1,9 +1,8 @@
-"""Which event a confirm speaks of.
+"""Matches the broker's answers with entries.
 
-The broker numbers what a channel publishes from 1 on (Confirm.Select) and answers with
-Basic.Ack or Basic.Nack: in any order, singly, or with ``multiple`` for all numbers up to one that
-are still outstanding. An event that no queue takes comes back first, as Basic.Return, which has no
-number; its Ack follows.
+A channel's messages are numbered from 1 (Confirm.Select). The broker answers with Basic.Ack or
+Basic.Nack in any order: for one number, or with ``multiple`` for all outstanding numbers up to one.
+An unroutable message is first returned (Basic.Return, which has no number) and then acked.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ class Confirms:
         self._lowest = 1
         self._next = 1
         self._returned: dict[int, str] = {}
-        self._by_address: dict[_Address, deque[int]] | None = None  # made when it is needed
+        self._by_address: dict[_Address, deque[int]] | None = None  # built at the first return
 
     def __len__(self) -> int:
         return len(self._outstanding)
 
     def sent(self, entries: Sequence[Entry]) -> None:
-        """Note that ``entries`` go out next, in this order."""
+        """Number ``entries``, which are sent next, in this order."""
         first = self._next
         self._next = first + len(entries)
         self._outstanding.update(zip(range(first, self._next), entries, strict=True))
@@ -43,9 +42,9 @@ class Confirms:
             self._index(self._by_address, zip(range(first, self._next), entries, strict=True))
 
     def returned(self, event_id: str, exchange: str, target: str, reason: str) -> bool:
-        """Note that the broker gave an event back; return whether one is outstanding.
+        """Note that the broker returned an event; return whether such an event is outstanding.
 
-        Of several with the same id and address it is the first that has not come back.
+        If several have the same id and address, it is the first that hasn't been returned yet.
         """
         if self._by_address is None:
             self._by_address = {}
@@ -61,41 +60,41 @@ class Confirms:
     def confirmed(
         self, answers: Iterable[tuple[int, int]]
     ) -> tuple[list[Entry], list[tuple[Entry, str]]]:
-        """Return what some confirms speak of: entries, and apart those that came back, and why.
+        """Return the answered entries, and separately those that were returned, with the reason.
 
-        A number that is not outstanding is passed over; 0 with ``multiple`` means all.
+        Numbers that aren't outstanding are ignored; 0 with ``multiple`` means all.
 
         Args:
-            answers: (number, whether ``multiple``), in the order in which they came.
+            answers: pairs of a number and ``multiple``, in the order received.
         """
         pop = self._outstanding.pop
         returned = self._returned
         entries: list[Entry] = []
-        came_back: list[tuple[Entry, str]] = []
+        unroutable: list[tuple[Entry, str]] = []
         for tag, multiple in answers:
             tags: Iterable[int] = (tag,)
             if multiple:
                 end = min(tag + 1 if tag else self._next, self._next)
                 tags = range(self._lowest, end)
                 self._lowest = max(self._lowest, end)
-            for one in tags:
-                entry = pop(one, None)
+            for number in tags:
+                entry = pop(number, None)
                 if entry is None:
                     continue
-                if returned and one in returned:
-                    came_back.append((entry, returned.pop(one)))
+                if returned and number in returned:
+                    unroutable.append((entry, returned.pop(number)))
                 else:
                     entries.append(entry)
         if not self._outstanding:
             self._lowest = self._next
             self._by_address = None
-        return entries, came_back
+        return entries, unroutable
 
     def clear(self) -> list[Entry]:
-        """Return all that is outstanding, in the order in which it was sent, and start anew."""
-        left = [entry for _, entry in self._in_order()]
+        """Return the outstanding entries in the order sent, and reset for a new channel."""
+        outstanding = [entry for _, entry in self._in_order()]
         self._reset()
-        return left
+        return outstanding
 
     def _in_order(self) -> list[tuple[int, Entry]]:
         return sorted(self._outstanding.items(), key=lambda item: item[0])

@@ -1,16 +1,17 @@
-"""Delays over RabbitMQ: a ladder of queues, and how an event is written to go down it. No I/O.
+"""The delay ladder: the queues through which a delayed event descends in RabbitMQ. No I/O.
 
-The delay, in whole seconds, is written in binary, a header a bit. Level n has an exchange and a
-queue whose messages die after 2ⁿ seconds. The exchange of level n looks at bit n: where it is set
-the message waits in the level's queue and dies into the level below, otherwise it goes there at
-once. Below level 0 is the exchange that hands out what is due::
+The delay, in whole seconds, is written in binary, one header per bit. Level n has an exchange and a
+queue whose messages expire after 2ⁿ seconds. The exchange of level n looks at bit n: if it is set,
+the message waits in the level's queue, and from there is dead-lettered to the level below; if not,
+it goes to that level at once. Below level 0, an exchange routes events that are due::
 
     5 s, 101   level 2 ──► queue, 4 s ──► level 1 ──► level 0 ──► queue, 1 s ──► due ──► exchange
 
-All messages of a queue wait equally long: none ever waits behind one of a longer delay. These are
-NServiceBus' delay queues, but for one thing: there the bits are the first words of the routing key,
-which the broker cannot take off again. Here the exchanges match headers, and the routing key is the
-event's own from the first exchange to the last (``docs/decisions/0006-delays-over-rabbitmq.md``).
+All messages in a queue wait for the same time, because RabbitMQ expires messages only at the head
+of a queue: a short delay would otherwise wait behind a long one. These are NServiceBus's delay
+queues with one difference: there the bits are the first words of the routing key, which the broker
+can't remove. Here the exchanges match headers, so the event keeps its routing key all the way
+(``docs/decisions/0006-delays-over-rabbitmq.md``).
 
 Below: the names, the event on the ladder, the parts that it needs, the steps that declare them.
 """
@@ -53,19 +54,19 @@ LONGEST_DELAY = datetime.timedelta(seconds=(1 << LEVELS) - 1)
 """Eight and a half years."""
 
 PREFIX = "outbox.delay."
-"""Of all names."""
+"""The prefix of all names."""
 
 DUE = f"{PREFIX}due"
-"""Below level 0: a headers exchange that looks at the header with the event's own exchange."""
+"""Below level 0: a headers exchange that routes by the header with the event's exchange."""
 
 QUEUES = f"{PREFIX}queues"
-"""Stands in for the default exchange, to which nothing can be bound."""
+"""A substitute for the default exchange, to which no exchange can be bound."""
 
 LOST = f"{PREFIX}lost"
-"""Where the two above send what they have no binding for: to the parking queue."""
+"""Where the two above send messages that match no binding: to the parking queue."""
 
 SINK = f"{PREFIX}sink"
-"""Gets a copy of all that goes to an exchange, and drops it. See decision 6."""
+"""Gets a copy of each event due for an exchange, and drops it. See decision 6."""
 
 _SECOND = datetime.timedelta(seconds=1)
 _RECORD = ("x-death", "x-first-death-", "x-last-death-")
@@ -75,7 +76,7 @@ _DESTINATIONS = 10_000
 
 
 def level(number: int) -> str:
-    """Return the name of a level's exchange, and of its queue."""
+    """Return the name of a level's exchange and of its queue."""
     return f"{PREFIX}{number:02}"
 
 
@@ -85,16 +86,16 @@ def bit_header(number: int) -> str:
 
 
 def seconds_left(deliver_at: datetime.datetime, now: datetime.datetime) -> int:
-    """Return the whole seconds until ``deliver_at``, rounded up; 0 when the time has come."""
+    """Return the whole seconds until ``deliver_at``, rounded up; 0 if the event is due."""
     return max(0, math.ceil((deliver_at - now) / _SECOND))
 
 
 def delayed(event: Event, seconds: int) -> Event:
-    """Return what is published instead of ``event``, for it to be delivered in ``seconds``.
+    """Return the event to publish instead of ``event``, to deliver it in ``seconds``.
 
     Args:
-        event: as it is to be delivered.
-        seconds: 1 to 2²⁸-1.
+        event: the event to deliver.
+        seconds: the delay, 1 to 2²⁸-1.
     """
     bits = range(seconds.bit_length())
     return dataclasses.replace(
@@ -110,11 +111,11 @@ def delayed(event: Event, seconds: int) -> Event:
 
 
 def restore_delayed(delivery: Delivery) -> None:
-    """Give a message that was delayed its exchange, and take off what the delay has added.
+    """Restore the exchange of a message that was delayed, and remove the headers of the delay.
 
-    That is our headers and the broker's record of the queues it has died in on its way: it is not
-    a dead letter, and a broker that gets the record back may believe it (RabbitMQ 4.0 release
-    notes, x-death).
+    These are outbox's, and the broker's record of the ladder's queues as dead-lettering queues. The
+    message isn't a dead letter, and a broker that gets the record back may act on it (RabbitMQ 4.0
+    release notes, x-death).
     """
     headers: Mapping[str, Any] | None = delivery.headers
     if headers and isinstance(exchange := headers.get(DELAY_EXCHANGE), str):
@@ -132,8 +133,8 @@ class Part(NamedTuple):
     Attributes:
         kind: ``base``, ``level``, ``queue`` (of a level), or a destination: ``to exchange``,
             ``to queue``.
-        name: of the destination.
-        number: of the level.
+        name: the name of the destination.
+        number: the number of the level.
     """
 
     kind: str
@@ -142,17 +143,17 @@ class Part(NamedTuple):
 
     @property
     def is_destination(self) -> bool:
-        """Whether it leads to what is not outbox's own, and may not exist."""
+        """Whether the part is a binding to a queue or exchange of the application."""
         return self.kind in ("to exchange", "to queue")
 
 
 def levels_of(seconds: int) -> list[int]:
-    """Return the levels at which an event waits that is delayed by ``seconds``, from the top."""
+    """Return the levels, highest first, at which an event delayed by ``seconds`` waits."""
     return [number for number in reversed(range(seconds.bit_length())) if seconds >> number & 1]
 
 
 def way_of(exchange: str, target: str, seconds: int) -> list[Part]:
-    """Return the parts that an event needs, those first that others build on."""
+    """Return the parts that an event needs, in the order they must be declared."""
     return [
         Part("base"),
         *(Part("level", number=number) for number in range(seconds.bit_length())),
@@ -162,33 +163,33 @@ def way_of(exchange: str, target: str, seconds: int) -> list[Part]:
 
 
 class Ladder:
-    """The parts that are there, as far as one connection knows. For one thread."""
+    """The parts that exist, as far as one connection knows. For one thread."""
 
     def __init__(self) -> None:
-        self._there: dict[Part, None] = {}  # in the order in which they were made
+        self._there: dict[Part, None] = {}  # in the order they were declared
         self._looked_at = 0.0
 
     def lacks(self, way: Iterable[Part]) -> list[Part]:
-        """Return those of the parts that are not there, in the order given."""
+        """Return the parts that aren't known to exist, in the order given."""
         return [part for part in way if part not in self._there]
 
     def made(self, parts: Iterable[Part], now: float) -> None:
-        """Note that ``parts`` are there; the ``now`` of any steady clock."""
+        """Note that ``parts`` exist; ``now`` is the time of any monotonic clock."""
         if not self._there:
             self._looked_at = now
-        if len(self._there) > _DESTINATIONS:  # targets made of user data
+        if len(self._there) > _DESTINATIONS:  # targets may contain user data
             self.forget()
         self._there.update(dict.fromkeys(parts))
 
     def forget(self) -> None:
-        """Know nothing: another connection, or a part was found missing."""
+        """Forget all parts, for a new connection or because a part is missing."""
         self._there.clear()
 
-    def to_look_after(self, now: float) -> list[Part]:
-        """Return all parts but queues to be reached once a minute, and else nothing.
+    def parts_to_recheck(self, now: float) -> list[Part]:
+        """Return all parts except destination queues once a minute, otherwise an empty list.
 
-        A part that was deleted in the middle goes unnoticed by events that enter above or below
-        it; the messages above wait until it is there again.
+        A publisher notices that a part is missing only if an event enters the ladder there.
+        Messages above the part wait until it exists again.
         """
         if not self._there or now - self._looked_at < _FRESH:
             return []
@@ -197,7 +198,7 @@ class Ladder:
 
 
 def steps_of(part: Part) -> list[Step]:
-    """Return the steps that make a part."""
+    """Return the steps that declare a part."""
     match part.kind:
         case "base":
             return _base()
@@ -212,10 +213,10 @@ def steps_of(part: Part) -> list[Step]:
 
 
 def way_to_queue(queue: str, mode: Declare) -> list[Step]:
-    """Return the steps by which a consumer's queue gets what is delayed on its way to it.
+    """Return the steps that bind a consumer's queue, so that it gets its delayed messages.
 
-    A queue that is deleted loses its bindings. With those of its consumer it gets this one again,
-    for what is on the ladder at that time.
+    A deleted queue loses its bindings. Its consumer restores this one with the others, for the
+    messages on the ladder at that time.
     """
     return [*_queues(), *steps_of(Part("to queue", queue))] if mode == "create" else []
 
@@ -255,8 +256,8 @@ def _queue(number: int) -> list[Step]:
         "x-queue-type": "quorum",
         "x-message-ttl": 1000 << number,
         "x-dead-letter-exchange": _below(number),
-        # What dies is confirmed below before it is gone here. Without this overflow the broker
-        # would take the strategy for at-most-once, and say so nowhere (quorum queues guide).
+        # An expired message is confirmed below before it is deleted here. Without this overflow the
+        # broker would silently fall back to at-most-once (quorum queues guide).
         "x-dead-letter-strategy": "at-least-once",
         "x-overflow": "reject-publish",
     }

@@ -1,4 +1,4 @@
-"""Sends delayed events down the ladder, and sees to it that the ladder is there."""
+"""Sends delayed events down the delay ladder, and creates the missing parts of it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ Entries = Sequence[Entry]
 
 
 class Delayer:
-    """The delayed entries of one publisher, on their way to the channel. For the link's thread.
+    """The delayed entries of one publisher, until they can be sent. For the link's thread.
 
-    Entries whose way is not known to be there are *grounded* until it is made, on a channel of its
-    own; others overtake them meanwhile.
+    If parts that an entry needs aren't known to exist, it waits in ``_grounded`` until they have
+    been declared on a separate channel; other entries overtake it meanwhile. Declarations run one
+    after the other (``_busy``), so that each part is declared once for all entries that need it.
     """
 
     def __init__(
@@ -42,22 +43,23 @@ class Delayer:
         encoder: Encoder,
         mode: Declare,
         made: Callable[[Entries], None],
-        no_way: Callable[[Entries, str], None],
+        no_destination: Callable[[Entries, str], None],
         refused: Callable[[Entries, BrokerError], None],
     ) -> None:
-        """Know of no connection yet.
+        """Start without a connection.
 
         Args:
-            encoder: of the publisher.
-            mode: whether anything is made.
-            made: called with entries whose way is there now, in order.
-            no_way: called with entries to a queue or exchange that is not there, and the reason.
-            refused: called with entries whose way could not be made for now.
+            encoder: the publisher's encoder.
+            mode: whether parts may be created.
+            made: the callback for entries whose parts exist now, in order.
+            no_destination: the callback for entries whose queue or exchange doesn't exist, with
+                the reason.
+            refused: the callback for entries whose parts could not be created.
         """
         self._encoder = encoder
         self._creates = mode == "create"
         self._made = made
-        self._no_way = no_way
+        self._no_destination = no_destination
         self._refused = refused
         self._ladder = Ladder()
         self._connection: pika_connection.Connection | None = None
@@ -65,11 +67,11 @@ class Delayer:
         self._busy = False
 
     def opened(self, connection: pika_connection.Connection) -> None:
-        """Use a new connection, to a broker of which nothing is known."""
+        """Use a new connection; nothing is known about the parts on its broker."""
         self._connection = connection
 
     def closed(self) -> list[Entry]:
-        """Forget the connection; return what was grounded, in order."""
+        """Forget the connection; return the entries waiting for the ladder, in order."""
         grounded = list(self._grounded)
         self._connection = None
         self._grounded.clear()
@@ -78,9 +80,9 @@ class Delayer:
         return grounded
 
     def sendable(self, entries: list[Entry]) -> list[Entry]:
-        """Return those of ``entries`` that can be sent now, each written for the time it has left.
+        """Return those of ``entries`` that can be sent now, encoded for the time they have left.
 
-        The others are given to ``made`` once their way is there.
+        The others are passed to ``made`` once their parts exist.
         """
         later = [one for one in entries if one.event.deliver_at is not None and not one.parked_as]
         if not later:
@@ -102,10 +104,10 @@ class Delayer:
             self._make_next()
         return [entry for entry in entries if entry not in grounded]
 
-    def may_be_mended(self, entry: Entry) -> bool:
-        """Return whether ``entry`` came back because a part of the ladder is missing.
+    def needs_ladder(self, entry: Entry) -> bool:
+        """Return whether ``entry`` was returned because a part of the ladder is missing.
 
-        Then the ladder is made anew before anything is sent down it again.
+        If so, all parts count as missing, and are declared before the next delayed entry is sent.
         """
         if entry.sent_as is not entry.delayed_as or not self._creates:
             return False
@@ -113,7 +115,11 @@ class Delayer:
         return True
 
     def _make_next(self) -> None:
-        """Make what grounded entries lack: all parts of the ladder, then each destination."""
+        """Declare what waiting entries need: all parts of the ladder, then each destination.
+
+        Destinations come last, one by one: a missing one fails the declaration, and must not hold
+        up the entries for other destinations.
+        """
         lacking = [part for way in self._grounded.values() for part in self._ladder.lacks(way)]
         rungs = [part for part in dict.fromkeys(lacking) if not part.is_destination]
         if rungs:
@@ -124,13 +130,13 @@ class Delayer:
             entries = list(self._grounded)
             self._grounded.clear()
             self._made(entries)
-        elif old := self._ladder.to_look_after(time.monotonic()):
+        elif old := self._ladder.parts_to_recheck(time.monotonic()):
             self._make(old, self._on_refused)
 
     def _make(self, parts: list[Part], refused: Callable[[list[Part], str], None]) -> None:
         connection = self._connection
         if connection is None or not connection.is_open:
-            return  # the connection's end brings back what is grounded
+            return  # closed() returns the waiting entries when the connection ends
         self._busy = True
         steps = [step for part in parts for step in steps_of(part)]
         done = functools.partial(self._on_made, connection, parts, refused)
@@ -154,18 +160,18 @@ class Delayer:
             self._make_next()
 
     def _on_refused(self, _parts: list[Part], refused: str) -> None:
-        logger.error("the ladder for delayed events cannot be made: %s", refused)
+        logger.error("cannot declare the delay ladder: %s", refused)
         self._ladder.forget()
         entries = list(self._grounded)
         self._grounded.clear()
         if entries:
-            self._refused(entries, Nacked(f"the ladder for delayed events: {refused}"))
+            self._refused(entries, Nacked(f"cannot declare the delay ladder: {refused}"))
 
     def _on_destination_refused(self, parts: list[Part], refused: str) -> None:
         if not refused.startswith("NOT_FOUND") or f"'{PREFIX}" in refused:
             self._on_refused(parts, refused)
             return
-        theirs = [entry for entry, way in self._grounded.items() if parts[0] in way]
-        for entry in theirs:
+        entries = [entry for entry, way in self._grounded.items() if parts[0] in way]
+        for entry in entries:
             del self._grounded[entry]
-        self._no_way(theirs, f"404 {refused}")
+        self._no_destination(entries, f"404 {refused}")

@@ -1,4 +1,9 @@
-"""Keeps one connection to a broker open, on one daemon thread of its own."""
+"""Keeps a connection to a broker open, on a daemon thread.
+
+Only that thread uses the connection, since pika isn't thread-safe. A failure may be reported twice:
+by the code that noticed it, and some turns of the loop later by pika's callbacks. So a connection
+that is given up is detached from the link first, and callbacks of a detached one are ignored.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +28,21 @@ _CLOSING_TURNS = 50
 
 
 class Session(Protocol):
-    """What a link serves. All methods are called on the link's thread."""
+    """The user of a link's connections. All methods are called on the link's thread."""
 
     def opened(self, connection: pika_connection.Connection) -> None:
-        """Begin to use a new connection; call ``link.ready()`` once it serves its purpose."""
+        """Start using a new connection; call ``link.ready()`` once it does its work."""
         ...
 
     def closed(self, error: BrokerError) -> None:
-        """Forget the connection: it ended, or an attempt to open one failed."""
+        """Forget the connection: it was lost, or could not be opened."""
         ...
 
 
 class Link:
-    """One connection at a time, reopened with back-off for as long as the link is not stopped.
+    """One connection at a time, reopened with back-off until the link is stopped.
 
-    ``start``, ``call`` and ``stop`` may be called from any thread; everything else only on the
-    link's own.
+    ``start``, ``call`` and ``stop`` may be called from any thread, all else only on the link's.
     """
 
     def __init__(
@@ -47,9 +51,9 @@ class Link:
         self._hosts = hosts
         self._session = session
         self._name = name
-        self._loop: pika_connection.Loop  # made at the start: it holds sockets
+        self._loop: pika_connection.Loop  # set by start(), because it opens sockets
         self._services: pika_connection.IOServices
-        self._thread: threading.Thread | None = None  # likewise: threads may yet be patched
+        self._thread: threading.Thread | None = None  # set by start(): gevent may patch until then
         self._start_lock = threading.Lock()
         self._connection: pika_connection.Connection | None = None
         self._host = 0
@@ -69,10 +73,10 @@ class Link:
         return f"{parameters.host}:{parameters.port}"
 
     def start(self) -> None:
-        """Start the thread and begin to connect, unless that has been done.
+        """Start the thread, which connects, unless that has been done.
 
         Raises:
-            UsageError: the threads that there are by now would not do.
+            UsageError: a thread can't work in this process, or must not be started yet.
         """
         if self._thread is None:
             with self._start_lock:
@@ -85,39 +89,43 @@ class Link:
                     self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                     try:
                         self._thread.start()
-                    except RuntimeError:  # there can be no more threads; the next caller tries
+                    except RuntimeError:  # too many threads; the next caller tries again
                         self._thread = None
                         self._loop.close()
                         raise
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have ``function`` called on the link's thread, soon; never, if it was not started."""
+        """Call ``function`` soon on the link's thread; do nothing if it wasn't started."""
         if self._thread is not None:
             self._loop.add_callback_threadsafe(function)
 
     def later(self, delay: float, function: Callable[[], None]) -> None:
-        """Have ``function`` called in ``delay`` seconds, whatever becomes of the connection."""
+        """Call ``function`` in ``delay`` seconds, even if the connection is lost meanwhile."""
         self._loop.call_later(delay, function)
 
     def ready(self) -> None:
-        """Note that the connection serves its purpose: the back-off starts anew."""
+        """Reset the back-off, because the connection does its work.
+
+        An open connection alone isn't enough: if each one failed right after it was opened, the
+        link would never back off.
+        """
         self._failures = 0
 
     def fail(self, error: BrokerError) -> None:
-        """Give the connection up and open another one after the back-off."""
+        """Give up the connection, and open another one after the back-off."""
         connection, self._connection = self._connection, None
         if connection is not None and not connection.is_closed:
             pika_connection.abort(connection, error)
         self._lost(error)
 
     def hurry(self) -> None:
-        """Connect now rather than at the end of the back-off."""
+        """Connect now, not at the end of the back-off."""
         if self._reconnect is not None:
             self._loop.remove_timeout(self._reconnect)  # type: ignore[arg-type]
             self._connect()
 
     def stop(self, *, graceful: bool = True) -> None:
-        """Close the connection and end the thread, within about 2 seconds."""
+        """Close the connection and end the thread, waiting at most 3 seconds."""
         with self._start_lock:
             self._stopping = True
             thread = self._thread
@@ -131,11 +139,11 @@ class Link:
             try:
                 self._loop.start()
             except pika_connection.Forked:
-                # All that is open is the parent's. Nor can it end: threading, which has forgotten
-                # it at the fork, would complain.
+                # All open sockets are the parent's. The greenlet can't even end: threading, which
+                # forgot it at the fork, would raise.
                 threading.Event().wait()
-            except BaseException as error:  # a bug, ours or pika's, must not end publishing
-                logger.exception("the connection to %s is given up", self.address)
+            except BaseException as error:  # a bug in outbox or pika must not end publishing
+                logger.exception("unexpected error with %s; reconnecting", self.address)
                 self.fail(pika_errors.connection_lost(error, self.address))
             else:
                 break
@@ -176,12 +184,13 @@ class Link:
         if self._stopping:
             self._end()
             return
+        # Hosts are tried one after the other without a pause; the back-off follows the last one.
         self._host += 1
-        round_trips, position = divmod(self._failures, len(self._hosts))
-        delay = backoff(round_trips) if position == len(self._hosts) - 1 else 0.0
+        rounds, position = divmod(self._failures, len(self._hosts))
+        delay = backoff(rounds) if position == len(self._hosts) - 1 else 0.0
         self._failures += 1
         level = logging.WARNING if self._failures == 1 else logging.DEBUG
-        logger.log(level, "%s; the next attempt is in %.1f s", error, delay)
+        logger.log(level, "%s; retrying in %.1f s", error, delay)
         self._session.closed(error)
         if self._reconnect is None:
             self._reconnect = self._loop.call_later(delay, self._connect)
@@ -191,7 +200,7 @@ class Link:
         if connection is None or not connection.is_open:
             self._end()
             return
-        self._loop.call_later(_CLOSE_TIMEOUT, self._end)
+        self._loop.call_later(_CLOSE_TIMEOUT, self._end)  # the broker may never answer
         connection.close()
 
     def _end(self) -> None:
@@ -201,7 +210,7 @@ class Link:
         self._finish(connection, _CLOSING_TURNS)
 
     def _finish(self, connection: pika.SelectConnection | None, turns: int) -> None:
-        """End the loop, once pika has closed what it has opened: that takes some turns of it."""
+        """End the loop once pika has closed its sockets, which takes some turns of the loop."""
         if connection is None or connection.is_closed or not turns:
             self._loop.stop()
         else:
@@ -209,10 +218,10 @@ class Link:
 
 
 def quiet_pika() -> None:
-    """Keep pika's own log quiet, unless the application has set its level.
+    """Silence pika's logger, unless the application has set its level.
 
-    pika writes several lines and tracebacks at ERROR for each attempt to connect; what matters of
-    them is in ours.
+    pika logs several lines and tracebacks at ERROR for each attempt to connect; outbox logs the
+    reason in one line.
     """
     driver = logging.getLogger("pika")
     if driver.level == logging.NOTSET:

@@ -1,4 +1,4 @@
-"""From a broker URL to what pika wants to know."""
+"""Turns a broker URL into pika's connection parameters."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _TLS_OPTIONS = ("cafile", "certfile", "keyfile")
 def connection_parameters(
     url: BrokerURL, settings: Settings, role: str
 ) -> list[pika.ConnectionParameters]:
-    """Return the parameters for every host of ``url``, in its order.
+    """Return the parameters for each host of ``url``, in its order.
 
-    Certificates are always verified, and the host's name with them.
+    Certificates and their host names are always verified.
 
     Args:
         url: an ``amqp`` or ``amqps`` URL. Options: ``cafile`` (PEM of the authorities to trust
-            instead of the system's), ``certfile`` and ``keyfile`` (the client's own, PEM).
-        settings: for the heartbeat, the timeouts and the name.
-        role: what the connection is for; it becomes a part of its name.
+            instead of the system's), ``certfile`` and ``keyfile`` (the client's, PEM).
+        settings: the settings with the heartbeat, the timeouts and the name.
+        role: the purpose of the connection, which becomes a part of its name.
 
     Raises:
-        UsageError: an option is not known or its file cannot be read.
+        UsageError: an option is unknown, or its file can't be read.
     """
     unknown = [name for name in url.options if name not in _TLS_OPTIONS]
     if unknown or (url.options and url.scheme == "amqp"):
         raise UsageError(
-            f"the option {next(iter(unknown or url.options))!r} of the {url.scheme} URL is not "
-            f"known; amqps takes {', '.join(_TLS_OPTIONS)}"
+            f"unknown option {next(iter(unknown or url.options))!r} in the {url.scheme} URL; "
+            f"amqps has the options {', '.join(_TLS_OPTIONS)}"
         )
     context = _tls_context(url.options) if url.scheme == "amqps" else None
     return [

@@ -30,7 +30,7 @@ _NOT_FOUND = 404
 
 
 class VerbatimEncoder(Encoder):
-    """Encodes replayed messages with the properties that they have. Thread-safe."""
+    """Encodes replayed messages with their original properties. Thread-safe."""
 
     def encode(self, event: Event) -> bytes:
         """Return the frames of ``event``, joined."""
@@ -41,14 +41,15 @@ class VerbatimEncoder(Encoder):
 
 
 class RabbitMQParkedQueues:
-    """One connection to hold messages with, and at the first replay another to publish with.
+    """The parking and dead-letter queues of a broker. For one thread.
 
-    For one thread. A context manager: connects at its beginning.
+    A context manager: entering it opens the connection that holds messages. The first replay opens
+    another one to publish with.
     """
 
     def __init__(self, url: BrokerURL, settings: Settings) -> None:
         self._url = url
-        # The exchanges are those of the messages: none is made here.
+        # Replays go to the messages' exchanges; none must be created here.
         self._settings = dataclasses.replace(settings, declare="never", unroutable="fail")
         self._hosts = connection_parameters(url, self._settings, "parked")
         self._connection: pika_connection.BlockingConnection | None = None
@@ -60,7 +61,7 @@ class RabbitMQParkedQueues:
         """Connect to the first host that answers.
 
         Raises:
-            ConnectFailed: none does; the message is about the last one.
+            ConnectFailed: no host does; the message is about the last one.
         """
         quiet_pika()
         for number, host in enumerate(self._hosts):
@@ -74,8 +75,8 @@ class RabbitMQParkedQueues:
         raise failure
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Ctrl-C may have come in the middle of a call of pika's, which is then in no state to say
-        # goodbye; the broker takes the end of the connection for one.
+        # Ctrl-C may have interrupted pika in the middle of a call, so that it can't do the closing
+        # handshake; for the broker, the end of the socket is enough.
         interrupted = kind is not None and not issubclass(kind, Exception)
         transport, self._transport = self._transport, None
         if transport is not None:
@@ -89,22 +90,22 @@ class RabbitMQParkedQueues:
             self._connection.close()
 
     def count(self, queue: str) -> int:
-        """Return how many messages wait in ``queue``.
+        """Return the number of messages waiting in ``queue``.
 
         Raises:
-            UsageError: there is no such queue, or it may not be looked at.
-            BrokerError: the connection is lost.
+            UsageError: the queue doesn't exist, or access is denied.
+            BrokerError: the connection was lost.
         """
         with self._channel(queue) as channel:
             return int(channel.queue_declare(queue, passive=True).method.message_count)
 
     @contextlib.contextmanager
     def browse(self, queue: str, bound: int) -> Iterator[Browser]:
-        """Hold up to ``bound`` messages of ``queue`` for a block; what is left then goes back.
+        """Hold up to ``bound`` messages of ``queue`` for a block; the rest then goes back.
 
         Raises:
             UsageError: the broker refuses to deliver from the queue.
-            BrokerError: the connection is lost: what was held goes back by itself.
+            BrokerError: the connection was lost; the broker has requeued the messages.
         """
         browser = Browser(self._opened, self._address, queue, bound)
         try:
@@ -113,55 +114,55 @@ class RabbitMQParkedQueues:
             with contextlib.suppress(OutboxError):
                 browser.give_back()
             raise
-        # Whatever else ends the process, Ctrl-C for one, ends the connection: that gives back, too.
+        # Anything else, such as Ctrl-C, ends the connection, which requeues the messages as well.
         browser.give_back()
 
     def obstacle(self, message: ParkedMessage, *, to_origin: bool) -> str | None:
-        """Return why a replay of ``message`` would fail, as far as that can be told beforehand.
+        """Return why a replay of ``message`` would fail, as far as that is known beforehand.
 
-        A missing exchange is found out here: published to, it would close the channel and leave
-        in doubt what else was on its way (AMQP 0-9-1, basic.publish).
+        This detects a missing exchange: publishing to it would close the channel, and nothing would
+        be known about the other messages in flight (AMQP 0-9-1, basic.publish).
         """
-        found = replayed(message, to_origin=to_origin)
-        return found if isinstance(found, str) else self._missing(found.exchange)
+        event = replayed(message, to_origin=to_origin)
+        return event if isinstance(event, str) else self._missing(event.exchange)
 
     def replay(self, messages: Sequence[ParkedMessage], *, to_origin: bool) -> ReplayResult:
         """Publish ``messages`` as one chunk and wait for the confirms, answering heartbeats.
 
-        When the connection for publishing is lost, the outcome has the ``error``; what was not
-        confirmed until then is neither done nor left.
+        If the connection for publishing is lost, the result has the ``error``; messages without a
+        confirm are then neither ``done`` nor ``left``.
 
         Raises:
-            BrokerError: the connection that holds the messages is lost.
+            BrokerError: the connection that holds the messages was lost.
         """
-        left: list[tuple[ParkedMessage, str]] = []
+        failed: list[tuple[ParkedMessage, str]] = []
         events = []
         for message in messages:
-            found = replayed(message, to_origin=to_origin)
-            reason = found if isinstance(found, str) else self._missing(found.exchange)
-            if isinstance(found, Replayed) and reason is None:
-                events.append(found)
+            event = replayed(message, to_origin=to_origin)
+            reason = event if isinstance(event, str) else self._missing(event.exchange)
+            if isinstance(event, Replayed) and reason is None:
+                events.append(event)
             else:
-                left.append((message, str(reason)))
+                failed.append((message, str(reason)))
         if not events:
-            return ReplayResult((), tuple(left))
+            return ReplayResult((), tuple(failed))
         future = self._publisher().submit(events, keep=False).future
-        # A callback that does nothing ends the waiting.
+        # An empty callback wakes process_data_events() once the report is there.
         future.add_done_callback(lambda _: self._opened.add_callback_threadsafe(lambda: None))
         with broker_errors(self._address):
             while not future.done():
                 self._opened.process_data_events(1.0)
         report = future.result()
         lost = report.error if not isinstance(report.error, Nacked) else None
-        for event, why in report.rejected:
-            if isinstance(event, Replayed) and (lost is None or why != f"withdrawn: {lost}"):
-                left.append((event.message, why.removeprefix("withdrawn: ")))
-        done = tuple(one.message for one in report.published if isinstance(one, Replayed))
-        return ReplayResult(done, tuple(left), lost)
+        for rejected, why in report.rejected:
+            if isinstance(rejected, Replayed) and (lost is None or why != f"withdrawn: {lost}"):
+                failed.append((rejected.message, why.removeprefix("withdrawn: ")))
+        done = tuple(event.message for event in report.published if isinstance(event, Replayed))
+        return ReplayResult(done, tuple(failed), lost)
 
     def _publisher(self) -> RabbitMQTransport:
         if self._transport is None:
-            # The host that has answered is the first to be tried.
+            # Begin with the host that has answered.
             hosts = (*self._url.hosts[self._host :], *self._url.hosts[: self._host])
             url = dataclasses.replace(self._url, hosts=hosts)
             self._transport = RabbitMQTransport(
@@ -170,7 +171,7 @@ class RabbitMQParkedQueues:
         return self._transport
 
     def _missing(self, exchange: str) -> str | None:
-        """Return what the broker says of an exchange that it does not have, or None."""
+        """Return the broker's reply if ``exchange`` doesn't exist, or None."""
         if exchange not in self._exchanges:
             self._exchanges[exchange] = None
             with broker_errors(self._address):

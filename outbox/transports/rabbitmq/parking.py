@@ -1,13 +1,13 @@
-"""Decides what becomes of unroutable events, and sees that there is a queue to park them in.
+"""Decides the fates of unroutable events, and creates the parking queue when it is missing.
 
 The rules:
 
-1.  An event's own policy, or the publisher's, says whether it is parked, rejected or ignored.
-2.  To park an event is to publish it to the parking queue instead. It counts as parked when the
-    broker has confirmed it there, and until then as one that is on its way.
-3.  An event that comes back even from there is *homeless*: the parking queue does not exist. The
-    queue is made, if it may be, on a channel that nothing else uses; then the event is sent again.
-    Otherwise it is tried again after a back-off, since someone may make the queue.
+1.  The event's policy, by default the publisher's, says whether it is parked, rejected or ignored.
+2.  An event is parked by publishing it to the parking queue instead. Its fate is *parked* once the
+    broker has confirmed that; until then it is in flight.
+3.  If an event is returned from there too, the parking queue doesn't exist. If allowed, the queue
+    is created on a separate channel, and the event is sent again. Otherwise the event is retried
+    after a back-off, because someone may create the queue.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ class Parking:
         made: Callable[[Entries], None],
         refused: Callable[[Entries], None],
     ) -> None:
-        """Know of no connection yet.
+        """Start without a connection.
 
         Args:
-            encoder: of the publisher.
-            settings: for the policy, and for whether anything is made.
-            made: called with homeless entries when the parking queue is there, in order.
-            refused: called with homeless entries for which it could not be made for now.
+            encoder: the publisher's encoder.
+            settings: the policy, and whether queues may be created.
+            made: the callback for waiting entries, in order, once the parking queue exists.
+            refused: the callback for waiting entries when it could not be created.
         """
         self._encoder = encoder
         self._settings = settings
         self._made = made
         self._refused = refused
         self._connection: pika_connection.Connection | None = None
-        self._homeless: list[Entry] = []
+        self._waiting: list[Entry] = []
         self._making_queue = False
 
     def opened(self, connection: pika_connection.Connection) -> None:
@@ -59,30 +59,30 @@ class Parking:
         self._connection = connection
 
     def closed(self) -> list[Entry]:
-        """Forget the connection; return what was homeless, in order."""
+        """Forget the connection; return the entries waiting for the parking queue, in order."""
         self._connection = None
         self._making_queue = False
-        homeless, self._homeless = self._homeless, []
-        return homeless
+        waiting, self._waiting = self._waiting, []
+        return waiting
 
     def sort(
         self, unroutable: Iterable[tuple[Entry, str]]
     ) -> tuple[dict[tuple[Fate, str], list[Entry]], list[Entry]]:
-        """Decide about entries that no queue would have, each given with the broker's reason.
+        """Decide about unroutable entries, each given with the broker's reason.
 
-        Those that come back from the parking queue are taken over, and given to ``made`` or to
+        Entries that were returned from the parking queue wait here, and are passed to ``made`` or
         ``refused`` later.
 
         Returns:
-            The entries that have their fate now, by it and its reason; and the entries to be sent,
-            which are written for the parking queue now.
+            The entries with a fate, by fate and reason; and the entries to send, now encoded for
+            the parking queue.
         """
         fates: dict[tuple[Fate, str], list[Entry]] = {}
         to_park: list[Entry] = []
         for entry, reason in unroutable:
             policy = entry.event.unroutable or self._settings.unroutable
             if entry.parked_as is not None:
-                self._homeless.append(entry)
+                self._waiting.append(entry)
             elif policy == "park":
                 entry.parked_as = parked(entry.event, reason)
                 entry.frames = self._encoder.encode(entry.parked_as)
@@ -90,7 +90,7 @@ class Parking:
             else:
                 fate = Fate.IGNORED if policy == "ignore" else Fate.REJECTED
                 fates.setdefault((fate, f"unroutable: {reason}"), []).append(entry)
-        if self._homeless:
+        if self._waiting:
             self._make_queue()
         return fates, to_park
 
@@ -102,9 +102,12 @@ class Parking:
 
     def _on_declared(self, refused: str | None) -> None:
         self._making_queue = False
-        entries, self._homeless = self._homeless, []
+        entries, self._waiting = self._waiting, []
         if refused is None and self._settings.declare == "create":
             self._made(entries)
         else:
-            logger.error("there is no queue %r to park events in: %s", PARKING_QUEUE, refused)
+            why = refused or f"not created, as declare={self._settings.declare!r}"
+            logger.error(
+                "cannot park %d event(s): no queue %r: %s", len(entries), PARKING_QUEUE, why
+            )
             self._refused(entries)

@@ -1,10 +1,10 @@
-"""All that outbox needs of pika beyond its public interface.
+"""Uses pika beyond its public interface, for speed and robustness.
 
 pika's public ``basic_publish`` encodes a message and sends its three frames one by one; here a
-whole window of events that were encoded beforehand goes out as one write. pika reads 4 KiB at a
-time and makes several objects of every frame; here confirms and deliveries are read in one pass.
+whole window of events, encoded beforehand, is one write. pika reads 4 KiB at a time and creates
+several objects per frame; here confirms and deliveries are decoded in one pass.
 
-That takes fifteen private names. No other module of outbox uses one:
+This takes fifteen private names, which no other module of outbox uses:
 
 - of a connection ``_output_marshaled_frames``, ``_terminate_stream``, ``_proto_connection_made``,
   ``_adapter_emit_data``, ``_on_data_available``, ``_read_frame``, ``_frame_buffer`` and
@@ -13,8 +13,8 @@ That takes fifteen private names. No other module of outbox uses one:
 - of a blocking connection ``_impl``, and ``_impl_class``, an argument;
 - of a loop ``_poller``, and of that ``_dispatch_fd_events``.
 
-There is no way around them, so pika is pinned to the versions in which
-``tests/unit/test_pika_names.py`` finds them all.
+pika has no public equivalent, so it is pinned to the versions in which
+``tests/unit/test_pika_names.py`` finds all of them.
 """
 
 from __future__ import annotations
@@ -56,30 +56,30 @@ __all__ = [
 
 
 def publish(channel: pika.channel.Channel, entries: Sequence[Entry]) -> None:
-    """Send ``entries`` on ``channel``, whose number is the one in their frames."""
+    """Send ``entries`` on ``channel``; their frames must contain its number."""
     connection: Any = channel.connection
     connection._output_marshaled_frames([b"".join([entry.frames for entry in entries])])
 
 
 def abort(connection: pika.SelectConnection, error: Exception) -> None:
     """End ``connection`` at once, without the closing handshake that a dead peer never answers."""
-    with contextlib.suppress(Exception):  # it is given up whatever its state
+    with contextlib.suppress(Exception):  # it may be in any state, and is given up anyway
         connection._terminate_stream(error)
 
 
 class Connection(pika.SelectConnection):
-    """A connection that reads masses of frames by itself, and survives some that pika does not.
+    """A connection that decodes frequent frames quickly, and survives some that pika doesn't.
 
     Any client may send a timestamp beyond the year 9999, or tables nested a thousand deep. pika
-    raises while it reads such a frame, and gives the connection up: the broker would deliver the
-    message again over the next one, for ever. Here it arrives with no properties but a content
-    encoding that nobody knows, so that it goes to the dead letters.
+    raises while it decodes such a frame, and gives up the connection: the broker would redeliver
+    the message over the next one, forever. Here the message arrives without properties except an
+    unknown content encoding, so that it is dead-lettered.
 
-    What is to be sent goes to the socket at once, as far as it takes it; pika would first wait for
-    a turn of the loop. What is there is read in one go, not 4 KiB at a time until a read fails.
+    Data is sent to the socket at once, as far as the socket accepts it; pika would wait for a turn
+    of the loop. Available data is read at once, not 4 KiB at a time until a read fails.
 
-    Confirms and deliveries of one channel can be read without pika (:mod:`decoder`); the others'
-    frames, and all other frames of that channel, take pika's way, in order.
+    Confirms and deliveries of one channel can be decoded without pika (:mod:`decoder`); all other
+    frames go to pika, in order.
     """
 
     _plain = False
@@ -92,11 +92,11 @@ class Connection(pika.SelectConnection):
     def read_confirms(
         self, channel: int, on_confirms: Callable[[Sequence[tuple[int, int]]], None]
     ) -> None:
-        """Have the Basic.Acks of ``channel`` read here, and given on by the bunch.
+        """Decode the Basic.Acks of ``channel`` here, and pass them on in groups.
 
         Args:
-            channel: its number.
-            on_confirms: called with (delivery tag, multiple) of each, in order.
+            channel: the number of the channel.
+            on_confirms: the callback for a group: (delivery tag, multiple) of each, in order.
         """
         self._swift_channel = channel
         self._on_confirms = on_confirms
@@ -108,7 +108,7 @@ class Connection(pika.SelectConnection):
         queues: Mapping[bytes, str],
         on_delivery: Callable[[Delivery], None],
     ) -> None:
-        """Have the deliveries of ``channel`` to the consumer tags in ``queues`` read here."""
+        """Decode the deliveries of ``channel`` to the consumer tags in ``queues`` here."""
         self._swift_channel = channel
         self._generation = generation
         self._queues = queues
@@ -116,16 +116,16 @@ class Connection(pika.SelectConnection):
 
     @property
     def version(self) -> tuple[int, ...]:
-        """The broker's major and minor version, or nothing where it does not tell."""
+        """The broker's major and minor version; empty if unknown."""
         return _version_of(self)
 
     def read_all_with_pika(self) -> None:
-        """Read nothing here any more."""
+        """Leave all frames to pika again."""
         self._swift_channel = 0
 
     def _proto_connection_made(self, transport: Any) -> None:
         self._plain = type(getattr(transport, "_sock", None)) is socket.socket
-        if self._plain:  # TLS may hold back what the loop knows nothing of: it is read as pika does
+        if self._plain:  # TLS may buffer data that the loop doesn't see: there, read as pika does
             transport._MAX_RECV_BYTES = _READ
             transport._MAX_CONSUME_BYTES = 1
         super()._proto_connection_made(transport)
@@ -133,7 +133,7 @@ class Connection(pika.SelectConnection):
     def _adapter_emit_data(self, data: bytes) -> None:
         transport: Any = self._transport
         if self._plain and transport is not None and not transport.get_write_buffer_size():
-            with contextlib.suppress(OSError):  # pika meets it again, and knows what to do
+            with contextlib.suppress(OSError):  # pika gets the same error, and handles it
                 sent = transport._sock.send(data)
                 if sent == len(data):
                     return
@@ -158,10 +158,10 @@ class Connection(pika.SelectConnection):
                 [method] = _METHOD.unpack_from(buffer, offset + _FRAME_START.size)
             if method == decoder.BASIC_ACK and self._on_confirms is not None:
                 confirms.append(_CONFIRM.unpack_from(buffer, offset + _FRAME_START.size + 4))
-                self.bytes_received += behind - offset  # the heartbeat's sign of life
+                self.bytes_received += behind - offset  # pika's heartbeat check counts these
                 offset = behind
                 continue
-            if confirms and self._on_confirms is not None:
+            if confirms and self._on_confirms is not None:  # before any later frame is handled
                 self._on_confirms(confirms)
                 confirms = []
             if method == decoder.BASIC_DELIVER and self._on_delivery is not None:
@@ -184,7 +184,7 @@ class Connection(pika.SelectConnection):
     def _read_frame(self) -> Any:
         try:
             return super()._read_frame()
-        except pika.exceptions.InvalidFrameError:  # of the stream, not of what is in it
+        except pika.exceptions.InvalidFrameError:  # the framing is broken, not a frame's content
             raise
         except Exception:
             kind, channel, size = _FRAME_START.unpack_from(self._frame_buffer)
@@ -197,19 +197,19 @@ class Connection(pika.SelectConnection):
 
 
 class BlockingConnection(pika.BlockingConnection):
-    """A blocking connection that survives the same, and tells the broker's version."""
+    """A blocking connection that survives the same frames, and knows the broker's version."""
 
     def __init__(self, parameters: pika.ConnectionParameters) -> None:
-        """Connect; ``content_header`` takes the properties of what is delivered over it."""
+        """Connect; ``content_header`` works with the properties of its deliveries."""
         super().__init__(parameters, _impl_class=_VerbatimConnection)  # type: ignore[arg-type]
 
     @property
     def version(self) -> tuple[int, ...]:
-        """The broker's major and minor version, or nothing where it does not tell."""
+        """The broker's major and minor version; empty if unknown."""
         return _version_of(self._impl)
 
     def abandon(self) -> None:
-        """End it at once, whatever an interrupted call has left it in."""
+        """End the connection at once, whatever state an interrupted call has left it in."""
         abort(self._impl, ConnectionLost("the connection was abandoned"))
         for _ in range(3):  # pika closes the socket some turns of its loop later
             with contextlib.suppress(Exception):
@@ -217,7 +217,7 @@ class BlockingConnection(pika.BlockingConnection):
 
 
 class _VerbatimConnection(Connection):
-    """A connection that hands out, beside a message's properties, the bytes they were read from."""
+    """A connection that adds to a message's properties the bytes they were decoded from."""
 
     def _read_frame(self) -> Any:
         end, frame = super()._read_frame()
@@ -228,13 +228,13 @@ class _VerbatimConnection(Connection):
 
 
 def _version_of(connection: Any) -> tuple[int, ...]:
-    found = (connection.server_properties or {}).get("version", "")
-    numbers = re.match(r"(\d+)\.(\d+)", found) if isinstance(found, str) else None
+    version = (connection.server_properties or {}).get("version", "")
+    numbers = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
     return tuple(map(int, numbers.groups())) if numbers else ()
 
 
 def content_header(properties: pika.BasicProperties) -> bytes:
-    """Return the payload of the header frame that ``properties`` were read from."""
+    """Return the payload of the header frame from which ``properties`` were decoded."""
     return bytes(getattr(properties, _PAYLOAD, b""))
 
 
@@ -242,21 +242,22 @@ UNREADABLE = "unreadable-properties"
 _READ = 64 * 1024
 _PAYLOAD = "outbox_payload"
 _FRAME_START = struct.Struct(">BHI")  # AMQP 0-9-1, section 2.3.5: type, channel, size
-_METHOD = struct.Struct(">I")  # its class and method
+_METHOD = struct.Struct(">I")  # class and method
 _CONFIRM = struct.Struct(">QB")  # Basic.Ack: delivery tag, multiple
-_BODY_SIZE = struct.Struct(">Q")  # behind the class and the weight, section 2.3.5.2
+_BODY_SIZE = struct.Struct(">Q")  # after class and weight, section 2.3.5.2
 
 
 class Forked(BaseException):
-    """Raised out of a loop in a forked child, which has inherited it together with its greenlet."""
+    """Raised by a loop in a forked child that has inherited it together with its greenlet."""
 
 
 class Loop(IOLoop):
-    """pika's loop, which in a forked child ends without having touched anything.
+    """pika's loop, made to stop in a forked child before it touches any socket.
 
-    A thread is not there in a child; the greenlet that gevent or eventlet make of it is. It would
-    read what the broker sends to the parent, confirms for instance, and take the parent's wake-up
-    calls. It is stopped between waiting and dispatching, where pika has no public name.
+    A child doesn't inherit threads, but it does inherit the greenlets that gevent or eventlet use
+    for them. Such a greenlet would read the broker's data for the parent, such as confirms, and the
+    parent's wake-ups. It is stopped between waiting and dispatching, where pika has only private
+    names.
     """
 
     def __init__(self) -> None:
@@ -267,20 +268,20 @@ class Loop(IOLoop):
             setattr(self._poller, "_dispatch_fd_events", self._dispatch_unless_forked)  # noqa: B010
 
     def _dispatch_unless_forked(self, events: dict[int, int]) -> None:
-        # In every turn, with or without events: timers come after it.
+        # pika calls this in each turn, even without events, and before it runs timers.
         if process.pid != self._pid:
             raise Forked
         self._dispatch(events)
 
 
 class IOServices(SelectorIOServicesAdapter):
-    """pika's I/O services, but for two things.
+    """pika's I/O services, with two changes.
 
-    Host names are resolved on the calling thread. pika starts a thread for each look-up, which
-    Python 3.12 and later refuse once the interpreter is shutting down: kept events could no longer
-    be sent at exit. The calling thread has nothing else to do while there is no connection.
+    Host names are resolved on the calling thread. pika starts a thread for each lookup, which
+    Python 3.12 and later refuse while the interpreter shuts down: kept events could no longer be
+    sent at exit. The calling thread has nothing else to do without a connection.
 
-    A socket that could not be connected is closed, rather than left to the garbage collector.
+    A socket that can't be connected is closed, not left to the garbage collector.
     """
 
     def connect_socket(
@@ -308,26 +309,26 @@ class IOServices(SelectorIOServicesAdapter):
         proto: int = 0,
         flags: int = 0,
     ) -> nbio_interface.AbstractIOReference:
-        """Resolve now and report in the loop's next turn."""
+        """Resolve now, and report in the loop's next turn."""
         try:
-            found: Any = socket.getaddrinfo(host, port, family, socktype, proto, flags)
+            result: Any = socket.getaddrinfo(host, port, family, socktype, proto, flags)
         except Exception as error:
-            found = error
-        look_up = _LookUp()
-        self.get_native_ioloop().add_callback(lambda: look_up.report(on_done, found))
-        return look_up
+            result = error
+        lookup = _Lookup()
+        self.get_native_ioloop().add_callback(lambda: lookup.report(on_done, result))
+        return lookup
 
 
-class _LookUp(nbio_interface.AbstractIOReference):
+class _Lookup(nbio_interface.AbstractIOReference):
     def __init__(self) -> None:
         self._cancelled = False
 
     def cancel(self) -> bool:
-        was = self._cancelled
+        was_cancelled = self._cancelled
         self._cancelled = True
-        return not was
+        return not was_cancelled
 
-    def report(self, on_done: Callable[..., None], found: Any) -> None:
+    def report(self, on_done: Callable[..., None], result: Any) -> None:
         if not self._cancelled:
             self._cancelled = True
-            on_done(found)
+            on_done(result)

@@ -1,4 +1,4 @@
-"""What a parked message tells of itself, and what it becomes when it is replayed.
+"""Reads parked messages, and makes the events that replay them.
 
 No I/O: bytes in, bytes out. ``docs/wire-format.md`` lists the headers.
 """
@@ -31,10 +31,10 @@ class HeldMessage(ParkedMessage):
     """A parked message that a channel holds.
 
     Attributes:
-        header: as it came, or None where that makes no sense.
-        readable: whether the driver could read its properties: what comes back from the broker
-            is told apart by them.
-        tag: its number on the channel that holds it.
+        header: the content header as received, or None if it is malformed.
+        readable: whether pika could read its properties. The broker's returns are identified by
+            them, so an unreadable message can't be replayed.
+        tag: its delivery tag on the channel that holds it.
     """
 
     header: ContentHeader | None
@@ -44,11 +44,11 @@ class HeldMessage(ParkedMessage):
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False, kw_only=True)
 class Replayed(Event):
-    """What is published in place of a parked message.
+    """The event that replays a parked message.
 
     Attributes:
-        message: the parked one.
-        header: its properties and headers as they are to be written.
+        message: the parked message.
+        header: the properties and headers to write.
     """
 
     message: ParkedMessage
@@ -58,7 +58,7 @@ class Replayed(Event):
 def read(
     queue: str, header: ContentHeader | None, body: bytes, tag: int, *, readable: bool
 ) -> HeldMessage:
-    """Return the message that was found in ``queue``."""
+    """Return a message that was delivered from ``queue``."""
     header_or_empty = header or ContentHeader()
     fields = (
         fields_of(queue, header_or_empty.header)
@@ -80,12 +80,12 @@ def read(
 
 
 def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Replayed | str:
-    """Return what is published when ``message`` is replayed, or why it cannot be.
+    """Return the event to publish for a replay of ``message``, or why it can't be replayed.
 
-    The same id, body, properties and headers, byte for byte, but for: what parking or dying has
-    added; what the broker has written, or would act on; ``type``, where parking has changed it;
-    and the delivery mode, which is always persistent. A dead letter that goes back to one queue
-    says in headers where it was published to first.
+    It has the same id, body, properties and headers, byte for byte, except: the headers of parking
+    or dead-lettering; headers that the broker wrote or would act on; ``type``, if parking changed
+    it; and the delivery mode, which is always persistent. A dead letter that goes back to a single
+    queue has its original address in headers.
     """
     destination = message.destination(to_origin=to_origin)
     if isinstance(destination, str):
@@ -105,7 +105,7 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Replayed | s
         if message.origin is not None and message.origin != destination:
             header = header.with_headers(origin_headers(message.origin).items())
     if message.header.text("type") == message.queue and message.origin is not None:
-        # What outbox publishes has its routing key for a type: here it became the queue's name.
+        # outbox sets the type to the routing key, which parking changed to the queue's name.
         header = header.with_text(type=message.origin.target)
     return Replayed(
         id=message.id,
@@ -119,7 +119,7 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Replayed | s
 
 
 def _lost_on_the_ladder(queue: str, header: ContentHeader) -> dict[str, Any] | None:
-    """Return what is known of a delayed event that the broker has parked by itself."""
+    """Return the fields of a delayed event that the ladder itself has parked."""
     exchange, target = header.header(DELAY_EXCHANGE), header.text("type")
     if queue != PARKING_QUEUE or not isinstance(exchange, str) or target is None:
         return None
@@ -130,14 +130,14 @@ def _lost_on_the_ladder(queue: str, header: ContentHeader) -> dict[str, Any] | N
     return {
         "kind": "parked",
         "origin": Address(exchange, target),
-        "reason": "when its time came there was no such queue",
+        "reason": "its queue did not exist when it was due",
         "at": None if at is None else at.isoformat(),
         "attempts": None,
     }
 
 
 def _dead_by_broker(header: ContentHeader) -> dict[str, Any] | None:
-    """Return what RabbitMQ's own header tells; its newest entry is the first (DLX guide)."""
+    """Return the fields from the header x-death, whose first entry is the newest (DLX guide)."""
     match header.header("x-death"):
         case [{"queue": str(queue)} as death, *_]:
             pass
@@ -147,7 +147,7 @@ def _dead_by_broker(header: ContentHeader) -> dict[str, Any] | None:
     origin = origin_of(header.header)
     match death.get("routing-keys"):
         case [str(target), *_] if origin is None and isinstance(exchange, str):
-            # What was delayed came to its queue by way of the ladder.
+            # A delayed event entered its queue from the ladder, not from its exchange.
             delayed_to = header.header(DELAY_EXCHANGE)
             origin = Address(delayed_to if isinstance(delayed_to, str) else exchange, target)
     count = death.get("count")
@@ -155,7 +155,7 @@ def _dead_by_broker(header: ContentHeader) -> dict[str, Any] | None:
         "kind": "dead",
         "died_in": queue,
         "origin": origin,
-        "reason": f"the broker gave it up: {reason}",
+        "reason": f"dead-lettered by the broker: {reason}",
         "at": at.isoformat() if hasattr(at, "isoformat") else None,
         "attempts": count if isinstance(count, int) else None,
     }

@@ -1,4 +1,9 @@
-"""Consumes from RabbitMQ queues."""
+"""Consumes from RabbitMQ queues.
+
+Delivery tags are valid only on the channel that delivered them, so each channel is a *generation*.
+When a channel is lost, its deliveries are stale, and the broker redelivers them. Settling a stale
+tag on a new channel would ack another message, or close the channel.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +30,7 @@ from outbox.transports.rabbitmq.acks import Acks, Done
 from outbox.transports.rabbitmq.delay_ladder import restore_delayed
 from outbox.transports.rabbitmq.link import Link
 from outbox.transports.rabbitmq.parameters import connection_parameters
-from outbox.transports.rabbitmq.pika_errors import told
+from outbox.transports.rabbitmq.pika_errors import reply_of
 from outbox.url import BrokerURL
 
 __all__ = ["RabbitMQSubscription"]
@@ -34,20 +39,19 @@ logger = logging.getLogger("outbox.consumer")
 
 _CANCEL_TIMEOUT = 2.0
 _ACK_PAUSE = 0.002
-"""Seconds from one writing of acks to the next: waking the link for each message costs more than
-all else that is done about its ack, and after the pause one ack speaks for many."""
+"""Seconds between two writes of acks: waking the link for each message costs more than the rest of
+its ack, and after the pause one ack covers many messages."""
 _MANY_ACKS = 16
 _SETTLING = 0.2
-"""Seconds that a broker has for so many acks before the channel is closed: it passes 32 at a time
-on to a quorum queue, and forgets the others with the channel (rabbit_fifo_client of 3.10)."""
+"""Seconds to wait after more acks than that before the channel is closed: the broker passes 32 at a
+time to a quorum queue, and drops the others with the channel (rabbit_fifo_client of 3.10)."""
 
 
 class RabbitMQSubscription:
-    """One connection and one channel for all queues of a worker.
+    """Consumes from all queues of a worker over one channel.
 
-    Handlers run elsewhere: the link's thread only hands deliveries out and writes acks, so that
-    heartbeats are answered however long a handler takes. Everything whose name begins with ``_on``
-    runs on that thread, as do the methods below the line.
+    Handlers run elsewhere: the link's thread only hands out deliveries and writes acks, so that it
+    answers heartbeats however long a handler takes. The methods below the line run on that thread.
     """
 
     def __init__(
@@ -59,8 +63,8 @@ class RabbitMQSubscription:
         self._link = Link(
             connection_parameters(url, settings, "consumer"), self, name="outbox-consumer"
         )
-        self._deliver: Callable[[Delivery], None] = _nowhere
-        self._refused: Callable[[str], None] = _nowhere
+        self._deliver: Callable[[Delivery], None] = _not_started
+        self._refused: Callable[[str], None] = _not_started
         self._connection: pika_connection.Connection | None = None
         self._channel: pika.channel.Channel | None = None
         self._generation = 0
@@ -72,12 +76,12 @@ class RabbitMQSubscription:
         self._cancelled = threading.Event()
         self._cancelling = False
         self._has_consumed = False
-        self._consumers = 0  # that the broker has confirmed on the channel
+        self._consumers = 0  # those that the broker has confirmed on the channel
         self._failures = 0
-        self._attempt = 0  # of beginning to consume: what an earlier one has left is ignored
+        self._attempt = 0  # numbers the attempts to consume; callbacks of earlier ones are ignored
 
     def start(self, deliver: Callable[[Delivery], None], refused: Callable[[str], None]) -> None:
-        """Connect, declare and consume, for as long as it is not cancelled."""
+        """Connect, declare the queues and consume, until :meth:`cancel`."""
         self._deliver = deliver
         self._refused = refused
         self._link.start()
@@ -88,33 +92,33 @@ class RabbitMQSubscription:
         return self._channel is not None and self._consumers == len(self._queues)
 
     def ack(self, delivery: Delivery) -> None:
-        """Have ``delivery`` acked soon, together with others."""
+        """Ack ``delivery`` soon, together with others."""
         if self._done.add(delivery):
             self._link.call(self._on_done)
 
     def requeue(self, delivery: Delivery, delay: float) -> None:
-        """Have ``delivery`` rejected with requeue in ``delay`` seconds."""
+        """Requeue ``delivery`` in ``delay`` seconds."""
         self._link.call(lambda: self._link.later(delay, lambda: self._reject(delivery)))
 
     def out(self, queue: str) -> int:
-        """How many messages of ``queue`` have come over the channel and were not settled on it."""
+        """Return the number of unsettled deliveries from ``queue`` on the channel."""
         return self._out[queue]
 
     def is_stale(self, delivery: Delivery) -> bool:
-        """Whether the channel of ``delivery`` is gone."""
+        """Return whether the channel of ``delivery`` is closed."""
         return self._channel is None or delivery.generation != self._generation
 
     def declare_again(self) -> None:
-        """Declare all queues on the present connection."""
+        """Declare all queues on the current connection."""
         self._link.call(self._declare_again)
 
     def cancel(self) -> None:
-        """Cancel the consumers and wait for the broker's answer, 2 seconds at the most."""
+        """Cancel the consumers, and wait at most 2 seconds for the broker's answer."""
         self._link.call(self._cancel)
         self._cancelled.wait(_CANCEL_TIMEOUT)
 
     def close(self) -> None:
-        """Write the acks that wait, and close the connection, which gives back all else."""
+        """Write the waiting acks and close the connection, which requeues all other deliveries."""
         written = threading.Event()
         self._link.call(lambda: self._finish(written))
         if self._channel is not None:
@@ -124,12 +128,12 @@ class RabbitMQSubscription:
     # ------------------------------------------------------------------ on the link's thread
 
     def opened(self, connection: pika_connection.Connection) -> None:
-        """Declare the queues, then consume."""
+        """Use a new connection: declare the queues, then consume."""
         self._connection = connection
         self._begin()
 
     def closed(self, error: BrokerError) -> None:
-        """Forget the channel: what is out can no longer be settled."""
+        """Forget the channel, whose deliveries can no longer be settled."""
         self._connection = None
         self._forget_channel()
         if self._cancelling:
@@ -172,14 +176,14 @@ class RabbitMQSubscription:
     def _cannot_consume(self, reason: str) -> None:
         if not self._has_consumed:
             self._refused(reason)
-        logger.error("cannot consume: %s", reason)
+        logger.error("cannot consume: %s; retrying", reason)
         self._begin_later()
 
     def _begin_later(self) -> None:
         attempt = self._attempt
 
         def begin() -> None:
-            if attempt == self._attempt:  # else a new connection has begun by itself
+            if attempt == self._attempt:  # else a new connection has already begun another one
                 self._begin()
 
         self._link.later(backoff(self._failures), begin)
@@ -251,17 +255,17 @@ class RabbitMQSubscription:
         return receive
 
     def _hand_out(self, delivery: Delivery) -> None:
-        """Deliver a message, as one of the exchange that it was published to at first."""
+        """Deliver a message with the address to which it was first published."""
         if delivery.headers and DELAY_EXCHANGE in delivery.headers:
             restore_delayed(delivery)
-        if not delivery.exchange:  # what was replayed to one queue
+        if not delivery.exchange:  # perhaps a dead letter that was replayed to this queue
             restore_origin(delivery)
         self._out[delivery.queue] += 1
         self._deliver(delivery)
 
     def _on_cancelled_by_broker(self, channel: pika.channel.Channel) -> None:
-        """The queue is gone, or moved: begin anew on another channel (AMQP 0-9-1, basic.cancel)."""
-        logger.warning("the broker cancelled a consumer; consuming anew")
+        """Consume again on another channel: a queue was deleted or moved (basic.cancel)."""
+        logger.warning("the broker cancelled a consumer; consuming again")
         if channel is self._channel:
             self._forget_channel()
             if channel.is_open:
@@ -275,7 +279,7 @@ class RabbitMQSubscription:
             reason, pika.exceptions.ChannelClosedByBroker
         ):
             return
-        logger.warning("the broker closed the consumers' channel: %s", told(reason))
+        logger.warning("the broker closed the consumers' channel: %s; retrying", reply_of(reason))
         if channel is self._channel:
             self._forget_channel()
         self._begin_later()
@@ -291,7 +295,7 @@ class RabbitMQSubscription:
         self._link.later(max(0.0, self._settled_at - time.monotonic()), written.set)
 
     def _on_done(self) -> None:
-        """Write the acks that wait; those that come within the pause wait for its end."""
+        """Write the waiting acks; those added during the pause wait for its end."""
         if not self._pausing:
             self._pausing = True
             self._link.later(_ACK_PAUSE, self._on_pause_over)
@@ -321,7 +325,7 @@ class RabbitMQSubscription:
             return
         if self._acks.settle(delivery.tag):
             self._out[delivery.queue] -= 1
-            # Not nack: RabbitMQ 4.3 does not count those against a quorum queue's delivery limit.
+            # Not a nack: RabbitMQ 4.3 doesn't count nacks against a quorum queue's delivery limit.
             channel.basic_reject(delivery.tag, requeue=True)
 
     def _cancel(self) -> None:
@@ -342,9 +346,9 @@ class RabbitMQSubscription:
 
 
 def _text(value: Any) -> Any:
-    """Return a short string as text: pika leaves it as bytes where it is not UTF-8."""
+    """Return a short string as text: pika leaves it as bytes if it isn't UTF-8."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
-def _nowhere(_: Any) -> None:
+def _not_started(_: Any) -> None:
     raise ConnectionLost("the subscription was not started")

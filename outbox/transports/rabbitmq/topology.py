@@ -1,7 +1,7 @@
-"""Declares exchanges, queues and bindings, on a channel of its own.
+"""Declares exchanges, queues and bindings, on a separate channel.
 
-A declaration that the broker refuses closes the channel it was made on (AMQP 0-9-1, 404 and 406);
-nothing else uses this one.
+The broker closes the channel of a declaration that it refuses (AMQP 0-9-1, 404 and 406), so nothing
+else may use that channel.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _QUORUM_HAS_PRIORITIES = (4, 3)
 _HIGHEST_OF_QUORUM = 31
 
 Step = Callable[[pika.channel.Channel, Callable[[Any], None]], None]
-"""Makes one declaration on a channel and has the callback called with the broker's answer."""
+"""A function that makes one declaration on a channel, and the callback for the broker's answer."""
 
 
 def exchange(name: str, mode: Declare) -> list[Step]:
     """Return the steps that declare the durable topic exchange ``name``.
 
-    The default exchange and the broker's own (``amq.*``) are never declared.
+    The default exchange and the predefined ones (``amq.*``) are never declared.
     """
     if mode == "never" or not name or name.startswith("amq."):
         return []
@@ -52,9 +52,9 @@ def exchange(name: str, mode: Declare) -> list[Step]:
 def queue(spec: QueueSpec, mode: Declare) -> list[Step]:
     """Return the steps that declare a consumer's queue, its dead-letter queue and its bindings.
 
-    Both are durable, and quorum queues unless the consumer's is to have priorities
-    (``docs/decisions/0003-queue-arguments.md`` says why, and why their arguments must never change;
-    ``0007-priorities.md`` tells of the others).
+    Both are durable; the dead-letter queue is always a quorum queue
+    (``docs/decisions/0003-queue-arguments.md`` says why, and why the arguments must never change;
+    ``0007-priorities.md`` is about queues with priorities).
     """
     if mode == "never":
         return []
@@ -86,35 +86,35 @@ def queue(spec: QueueSpec, mode: Declare) -> list[Step]:
 
 
 def obstacle(spec: QueueSpec, version: tuple[int, ...]) -> str | None:
-    """Return why a broker cannot give a queue its priorities, or None if it can, or may.
+    """Return why a broker can't give a queue its priorities, or None if it can or that is unknown.
 
-    Asked for where the broker would give the messages in another order and say nothing.
+    This is checked because the broker accepts such a queue, and then ignores the priorities.
 
     Args:
         spec: the queue.
-        version: the broker's major and minor version; empty where it does not tell.
+        version: the broker's major and minor version; empty if unknown.
     """
     if spec.max_priority is None or spec.queue_type == "classic" or not version:
         return None
-    told = f"the queue {spec.name!r} is to be a quorum queue with priorities up to "
-    told += f"{spec.max_priority}, and in RabbitMQ {'.'.join(map(str, version))} "
-    advice = "leave queue_type out for a classic queue, which has them"
+    problem = f"queue {spec.name!r} asks for a quorum queue with priorities up to "
+    problem += f"{spec.max_priority}, but in RabbitMQ {'.'.join(map(str, version))} "
+    advice = "omit queue_type for a classic queue, which supports them"
     if version < _QUORUM_HAS_TWO_PRIORITIES:
-        return f"{told}these have no priorities; {advice}"
+        return f"{problem}quorum queues have no priorities; {advice}"
     if version < _QUORUM_HAS_PRIORITIES:
         return (
-            f"{told}these have two, up to 4 and above, and deliver them in turns; leave "
-            f"max_priority out if that will do, or {advice}"
+            f"{problem}quorum queues have two, up to 4 and above, and deliver them in turns; omit "
+            f"max_priority if that is enough, or {advice}"
         )
     if spec.max_priority > _HIGHEST_OF_QUORUM:
-        return f"{told}these have priorities up to {_HIGHEST_OF_QUORUM}; {advice}"
+        return f"{problem}quorum queues have priorities up to {_HIGHEST_OF_QUORUM}; {advice}"
     return None
 
 
 def parking_queue(name: str, mode: Declare) -> list[Step]:
-    """Return the step that declares the durable quorum queue for events that no queue would have.
+    """Return the step that declares the durable quorum queue for unroutable events.
 
-    Only where declaring is asked for; elsewhere it is there already, or it is not.
+    There is none unless ``mode`` is ``create``: a passive declaration would be of no use.
     """
     if mode != "create":
         return []
@@ -133,9 +133,9 @@ def declare(
     steps: Sequence[Step],
     done: Callable[[str | None], None],
 ) -> None:
-    """Take ``steps`` one after the other; then call ``done``, with what the broker refused, if so.
+    """Run ``steps`` one after the other; then call ``done`` with None or the broker's refusal.
 
-    ``done`` is not called when the connection ends first.
+    ``done`` isn't called if the connection ends first.
     """
     if not steps:
         done(None)

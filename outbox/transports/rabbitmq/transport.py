@@ -1,4 +1,4 @@
-"""Publishes over RabbitMQ: the shell around backlog, confirms and link."""
+"""Publishes over RabbitMQ: the I/O around backlog, confirms and link."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from outbox.transports.rabbitmq.delayer import Delayer
 from outbox.transports.rabbitmq.link import Link
 from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.transports.rabbitmq.parking import Parking
-from outbox.transports.rabbitmq.pika_errors import one_line, told
+from outbox.transports.rabbitmq.pika_errors import one_line, reply_of
 from outbox.url import BrokerURL
 
 __all__ = ["RabbitMQTransport"]
@@ -40,18 +40,17 @@ logger = logging.getLogger("outbox.publisher")
 _WRITE_EVENTS = 1000
 _WRITE_BYTES = 256 * 1024
 _WINDOW = 4 * _WRITE_EVENTS
-"""Events that may be outstanding at a time: the broker stays busy while confirms travel."""
+"""The maximum of unconfirmed events: enough to keep the broker busy while confirms travel."""
 
 _deliver_at = operator.attrgetter("event.deliver_at")
-_HURRY = 0.5  # seconds between two attempts to connect while somebody waits for the end
+_HURRY = 0.5  # seconds between two attempts to connect during drain()
 
 
 class RabbitMQTransport(BackloggedTransport):
-    """One connection, one channel in confirm mode, any number of callers.
+    """Publishes the events of all callers over one channel in confirm mode.
 
-    ``submit`` encodes in the caller's thread and wakes the link's thread, which writes, counts
-    confirms and resolves futures. Everything whose name begins with ``_on`` runs on that thread,
-    as do the methods below the line.
+    ``submit`` encodes in the caller's thread and wakes the link's thread, which writes, takes
+    confirms and resolves futures. The methods below the line run on that thread.
     """
 
     supports_delay = True
@@ -68,8 +67,8 @@ class RabbitMQTransport(BackloggedTransport):
             connection_parameters(url, settings, "publisher"), self, name="outbox-publisher"
         )
         self._connection: pika_connection.Connection | None = None
-        self._channel: pika.channel.Channel | None = None  # None unless it may be written to
-        self._connection_serves = False  # it has had a channel to publish on
+        self._channel: pika.channel.Channel | None = None  # set while it can be written to
+        self._connection_serves = False  # whether a channel was opened on this connection
         self._woken = False
         self._watched_since: float | None = None
         self._watching = False
@@ -77,25 +76,25 @@ class RabbitMQTransport(BackloggedTransport):
         self._faults = ChannelFaults()
         self._parking = Parking(self._encoder, settings, self._resend, self._on_nacked)
         self._delayer = Delayer(
-            self._encoder, settings.declare, self._resend, self._on_no_way, self._keep_apart
+            self._encoder, settings.declare, self._resend, self._on_no_destination, self._set_aside
         )
 
     @property
     def connected(self) -> bool:
-        """Whether a channel is open and the broker reads from it."""
+        """Whether a channel is open and the broker doesn't block it."""
         return self._channel is not None and not self._blocked
 
     @property
     def on_own_thread(self) -> bool:
-        """Whether the caller is a hook, called on the link's thread."""
+        """Whether the caller is a hook on the link's thread."""
         return self._link.on_thread
 
     def start(self) -> None:
-        """Begin to connect in the background, unless that has begun."""
+        """Start connecting in the background, unless that has started."""
         self._link.start()
 
     def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
-        """Encode ``events`` and take them over; whatever raises, raises before that."""
+        """Encode and accept ``events``; after an exception, none of them was accepted."""
         encode = self._encoder.encode
         chunk = Chunk(events, keep=keep, frames=[encode(event) for event in events])
         self._link.start()
@@ -108,33 +107,34 @@ class RabbitMQTransport(BackloggedTransport):
             if not self._woken:
                 self._woken = True
                 self._link.call(self._on_wake)
-        except BaseException:  # a signal's handler raised: the next caller must wake the link
+        except BaseException:  # raised by a signal handler: let the next caller wake the link
             self._woken = False
             raise
 
     def drain(self, timeout: float) -> bool:
-        """Wait until every event has its fate, trying the broker at once and again and again.
+        """Wait until every event has its fate; return whether all do.
 
-        There is an end to the waiting: after a long outage the back-off would outlast it.
+        Meanwhile the link reconnects every 0.5 s: after a long outage, its back-off would be longer
+        than ``timeout``.
         """
         deadline = time.monotonic() + timeout
-        left = 0.0
-        while not self.backlog.wait_empty(min(left, _HURRY)):
-            left = deadline - time.monotonic()
-            if left <= 0:
+        remaining = 0.0
+        while not self.backlog.wait_empty(min(remaining, _HURRY)):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 return False
             self._link.call(self._link.hurry)
         return True
 
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
-        """Close the connection and return what is left."""
+        """Close the connection and return the events that are left."""
         self._link.stop(graceful=graceful)
         return self._hand_over()
 
     # ------------------------------------------------------------------ on the link's thread
 
     def opened(self, connection: pika_connection.Connection) -> None:
-        """Declare the exchange, then open the channel."""
+        """Declare the exchange, then open a channel."""
         self._connection = connection
         self._parking.opened(connection)
         self._delayer.opened(connection)
@@ -144,20 +144,22 @@ class RabbitMQTransport(BackloggedTransport):
         topology.declare(connection, steps, self._on_declared)
 
     def closed(self, error: BrokerError) -> None:
-        """Take back what was outstanding, and open the circuit."""
+        """Put the entries in flight back into the queue, and open the circuit."""
         was_connected = self._connection_serves
         self._connection_serves = False
         self._connection = self._channel = None
         self._blocked = False
         self._watched_since = None
-        homeless, grounded = self._parking.closed(), self._delayer.closed()
-        self._notify(self.backlog.down([*homeless, *self._confirms.clear(), *grounded], error))
+        # Oldest first: entries returned by the broker, those in flight, those not sent yet.
+        parking, delayed = self._parking.closed(), self._delayer.closed()
+        self._notify(self.backlog.down([*parking, *self._confirms.clear(), *delayed], error))
         if was_connected:
             call_hook(self._settings.on_disconnected, error)
 
     def _on_declared(self, refused: str | None) -> None:
         if refused is not None:
-            logger.error("the exchange %r is not as declared: %s", self._settings.exchange, refused)
+            # Publish all the same: the exchange may exist with another type or other arguments.
+            logger.error("cannot declare the exchange %r: %s", self._settings.exchange, refused)
         self._open_channel()
 
     def _open_channel(self) -> None:
@@ -188,23 +190,24 @@ class RabbitMQTransport(BackloggedTransport):
 
     def _on_channel_closed(self, channel: pika.channel.Channel, reason: Exception) -> None:
         if not isinstance(reason, pika.exceptions.ChannelClosedByBroker) or self._link_is_gone():
-            return  # the connection's own end is reported to closed()
+            return  # the link calls closed() when the connection ends
         self._channel = None
         if self._connection is not None:
             self._connection.read_all_with_pika()
-        entries, why = self._confirms.clear(), told(reason)
+        entries, why = self._confirms.clear(), reply_of(reason)
         if not entries:
             self._link.fail(ConnectionLost(f"the broker closed the channel: {why}"))
             return
         verdict = self._faults.judge(entries, reason.reply_code, why)
         self.backlog.requeue(verdict.again)
         if verdict.later:
-            self._keep_apart(verdict.later, Nacked(f"the broker closed the channel: {why}"))
+            self._set_aside(verdict.later, Nacked(f"the broker closed the channel: {why}"))
         if verdict.unroutable:
             self._handle_unroutable([(entry, why) for entry in verdict.unroutable])
         if verdict.rejected:
             self._notify(self.backlog.give_fate(verdict.rejected, Fate.REJECTED, why))
-        self._link.later(0, self._open_channel)  # when pika has forgotten this one
+        # In the loop's next turn: until then pika still has the closed channel under this number.
+        self._link.later(0, self._open_channel)
 
     def _link_is_gone(self) -> bool:
         return self._connection is None or not self._connection.is_open
@@ -214,11 +217,11 @@ class RabbitMQTransport(BackloggedTransport):
         self._pump()
 
     def _pump(self) -> None:
-        """Write what waits, as far as the window has room."""
+        """Write queued entries until the window is full."""
         while self._channel is not None and not self._blocked and self.backlog.queued:
-            room = (1 if self._faults.suspects else _WINDOW) - len(self._confirms)
+            room = (1 if self._faults.to_isolate else _WINDOW) - len(self._confirms)
             if room <= 0 or (room < _WRITE_EVENTS and len(self._confirms) > _WRITE_EVENTS):
-                break  # a fuller write comes with the next confirms
+                break  # the next confirms make room for a larger write
             entries = self.backlog.take(min(room, _WRITE_EVENTS), _WRITE_BYTES)
             if not entries:
                 break
@@ -227,7 +230,7 @@ class RabbitMQTransport(BackloggedTransport):
             if unsendable := [entry for entry in entries if not entry.frames]:
                 entries = [entry for entry in entries if entry.frames]
                 limit = self._encoder.frame_max
-                why = f"its headers do not fit into one frame of the broker's {limit} bytes"
+                why = f"its headers do not fit into one frame of at most {limit} bytes"
                 self._notify(self.backlog.give_fate(unsendable, Fate.REJECTED, why))
             if not entries:
                 continue
@@ -235,7 +238,7 @@ class RabbitMQTransport(BackloggedTransport):
             pika_connection.publish(self._channel, entries)
         if len(self._confirms) and self._watched_since is None:
             self._watched_since = time.monotonic()
-            if not self._watching:  # one may be left of an earlier connection
+            if not self._watching:  # the timer of an earlier connection may still be running
                 self._watch()
 
     @property
@@ -243,7 +246,7 @@ class RabbitMQTransport(BackloggedTransport):
         return min(1.0, self._settings.stall_timeout / 4) or 0.1
 
     def _on_watch(self) -> None:
-        """Give the link up when it has been silent for too long with events outstanding."""
+        """Reconnect if the broker has confirmed nothing for too long with events in flight."""
         self._watching = False
         if self._watched_since is None:
             return
@@ -265,7 +268,7 @@ class RabbitMQTransport(BackloggedTransport):
     def _on_confirm(
         self, frame: pika.frame.Method[pika.spec.Basic.Ack | pika.spec.Basic.Nack]
     ) -> None:
-        """Take what comes by way of pika: every Nack, and where it reads all frames, every Ack."""
+        """Take an answer from pika: every Nack, and an Ack only if pika reads all frames."""
         method = frame.method
         if not isinstance(method, pika.spec.Basic.Nack):
             self._on_acks([(method.delivery_tag, method.multiple)])
@@ -286,7 +289,7 @@ class RabbitMQTransport(BackloggedTransport):
         self._pump()
 
     def _note_answer(self, answered: int) -> None:
-        if self._faults.suspects:
+        if self._faults.to_isolate:
             self._faults.answered(answered)
         if self._watched_since is not None:
             self._watched_since = time.monotonic()
@@ -309,43 +312,42 @@ class RabbitMQTransport(BackloggedTransport):
         reason = f"{method.reply_code} {one_line(method.reply_text)}"
         event_id = properties.message_id or ""
         if not self._confirms.returned(event_id, method.exchange, method.routing_key, reason):
-            logger.warning("an event came back that is not outstanding: %r", event_id)
+            logger.warning("ignoring returned event %r, which is not in flight", event_id)
 
     def _handle_unroutable(self, unroutable: Sequence[tuple[Entry, str]]) -> None:
-        """Park, reject or ignore what no queue would have, each with the broker's reason."""
-        mendable = [entry for entry, _ in unroutable if self._delayer.may_be_mended(entry)]
-        passed_over = set(mendable)
+        """Park, reject or ignore unroutable entries, each with the broker's reason."""
+        from_ladder = [entry for entry, _ in unroutable if self._delayer.needs_ladder(entry)]
+        excluded = set(from_ladder)
         fates, to_park = self._parking.sort(
-            (entry, reason) for entry, reason in unroutable if entry not in passed_over
+            (entry, reason) for entry, reason in unroutable if entry not in excluded
         )
         for (fate, reason), entries in fates.items():
             self._notify(self.backlog.give_fate(entries, fate, reason))
-        self.backlog.put_behind(to_park)  # group by group they keep their order
-        self._send_again(mendable)
+        self.backlog.put_behind(to_park)  # at the end, where successive groups keep their order
+        self._send_again(from_ladder)
 
     def _send_again(self, entries: Sequence[Entry]) -> None:
-        """Send again what came back from the ladder of delays: at once, but only once at once."""
+        """Send entries returned from the delay ladder again: first at once, then with back-off."""
         at_once = [entry for entry in entries if not entry.attempts]
         for entry in at_once:
             entry.attempts = 1
         self.backlog.requeue(at_once)
         if len(at_once) < len(entries):
-            refused = Nacked("delayed events come back: parts of the ladder are missing")
-            self._keep_apart([entry for entry in entries if entry not in set(at_once)], refused)
+            error = Nacked("delayed events were returned: parts of the delay ladder are missing")
+            self._set_aside([entry for entry in entries if entry not in set(at_once)], error)
 
-    def _on_no_way(self, entries: Sequence[Entry], reason: str) -> None:
-        """Deal with delayed events to what the broker does not have."""
+    def _on_no_destination(self, entries: Sequence[Entry], reason: str) -> None:
+        """Treat delayed entries as unroutable, because their queue or exchange is missing."""
         for entry in entries:
             entry.delayed_as = None
         self._handle_unroutable([(entry, reason) for entry in entries])
         self._pump()
 
     def _on_nacked(self, entries: Sequence[Entry]) -> None:
-        why = f"the broker refused {len(entries)} event(s) for now (basic.nack)"
-        self._keep_apart(entries, Nacked(why))
+        self._set_aside(entries, Nacked(f"the broker nacked {len(entries)} event(s) (basic.nack)"))
 
-    def _keep_apart(self, entries: Sequence[Entry], error: BrokerError) -> None:
-        """Send again, each after a back-off of its own, what the broker would not take for now."""
+    def _set_aside(self, entries: Sequence[Entry], error: BrokerError) -> None:
+        """Keep ``entries`` outside the queue, and send each again after its back-off."""
         self._notify(self.backlog.refused(entries, error))
         for entry in entries:
             if entry.fate is None:
@@ -353,7 +355,7 @@ class RabbitMQTransport(BackloggedTransport):
                 self._link.later(backoff(entry.attempts - 1), resend)
 
     def _resend(self, entries: Sequence[Entry]) -> None:
-        """Send again what nothing stands in the way of any more."""
+        """Send ``entries`` again now."""
         self.backlog.requeue(entries)
         self._pump()
 
@@ -362,8 +364,8 @@ class RabbitMQTransport(BackloggedTransport):
     ) -> None:
         reason = one_line(frame.method.reason)
         self._blocked = True
-        logger.warning("the broker at %s takes no events: %r", self._link.address, reason)
-        self._notify(self.backlog.down((), Blocked(f"the broker takes no events: {reason}")))
+        logger.warning("the broker at %s blocks publishers: %r", self._link.address, reason)
+        self._notify(self.backlog.down((), Blocked(f"the broker blocks publishers: {reason}")))
 
     def _on_unblocked(self, _connection: object, _frame: object) -> None:
         self._blocked = False

@@ -1,4 +1,4 @@
-"""``python -m outbox.consumers`` is the command ``outbox-consume``."""
+"""Entry point of ``python -m outbox.consumers``, the command ``outbox-consume``."""
 
 import sys
 

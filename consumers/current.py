@@ -1,4 +1,4 @@
-"""The message that is being processed here: of this thread's context, or task's."""
+"""The message that is being processed in the current context, of a thread or a task."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _current: ContextVar[ReceivedEvent | None] = ContextVar("outbox_message", defaul
 
 
 def current_message() -> ReceivedEvent | None:
-    """Return the message whose ``process`` this is part of, or None.
+    """Return the message that the calling code is processing, or None.
 
-    Tasks know it, and so do threads that were given a copy of the context, as those of
-    ``asyncio.to_thread`` are; a bare ``threading.Thread`` does not.
+    Tasks inherit it, and so do threads that run in a copy of the context, such as those of
+    ``asyncio.to_thread``; a bare ``threading.Thread`` does not.
     """
     return _current.get()
 

@@ -1,4 +1,4 @@
-"""Filters: methods of a consumer that run around ``process``, inherited by its subclasses."""
+"""Filters: methods of a consumer that run around ``process``; subclasses inherit them."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ _KIND = "_outbox_filter"
 
 
 def before(method: F) -> F:
-    """Have ``method(self, event)`` called before ``process``.
+    """Call ``method(self, event)`` before ``process``.
 
-    What it returns other than None is the message's outcome, such as ``REJECT``: neither the
-    filters behind it nor ``process`` are called. What it raises counts as if ``process`` had.
+    If it returns anything but None, that is the message's outcome, such as ``REJECT``: neither the
+    filters after it nor ``process`` are called. An exception counts as one of ``process``.
     """
     _mark(method, "before")
     return method
 
 
 def after(method: F) -> F:
-    """Have ``method(self, event)`` called when ``process`` has succeeded.
+    """Call ``method(self, event)`` after ``process`` has succeeded.
 
-    Events that it enqueues are follow-ons like those of ``process``, and what it raises counts as
-    if ``process`` had. The last one defined is called first.
+    Events it enqueues are follow-on events like those of ``process``, and an exception counts as
+    one of ``process``. The last filter defined is called first.
     """
     _mark(method, "after")
     return method
 
 
 def around(method: F) -> F:
-    """Have ``method(self, event)``, a generator with a single ``yield``, run around ``process``.
+    """Run ``method(self, event)``, a generator with a single ``yield``, around ``process``.
 
-    Filters of kind *before* and *after* are inside, too. What ``process`` raises is raised at the
-    ``yield``, a timeout included; one that does not raise it on makes the message a success. In a
-    consumer of asyncio it may be an asynchronous generator. The first one defined is the outermost.
+    It also encloses the *before* and *after* filters. Their exceptions and those of ``process``, a
+    timeout included, are raised at the ``yield``; a filter that swallows one makes the message a
+    success. In an asyncio consumer it may be an asynchronous generator. The first filter defined is
+    the outermost.
     """
     make: Any = (
         contextlib.asynccontextmanager(method)
@@ -50,11 +51,11 @@ def around(method: F) -> F:
         else contextlib.contextmanager(method)
     )
     if not inspect.isasyncgenfunction(method) and not inspect.isgeneratorfunction(method):
-        raise UsageError(f"{method.__qualname__} is around process(), but has no yield")
+        raise UsageError(f"{method.__qualname__} is an @around filter, but has no yield")
     make.is_async = inspect.isasyncgenfunction(method)
     _mark(make, "around")
-    found: F = make
-    return found
+    marked: F = make
+    return marked
 
 
 def _mark(method: Any, kind: str) -> None:
@@ -63,7 +64,7 @@ def _mark(method: Any, kind: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """A consumer's filters: the names of its methods, in the order in which they are called."""
+    """The filters of a consumer: names of its methods, in the order they are called."""
 
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
@@ -71,37 +72,37 @@ class Filters:
 
 
 def filters_of(consumer: type, *, what: str) -> Filters:
-    """Return the filters of a class: those of its bases first, without those that it skips.
+    """Return the filters of a class: inherited ones first, without those that it skips.
 
-    A method that overrides one of them is a filter in its place, of the same kind unless it says
-    otherwise. ``skip`` names those that are left out, from the class that says so on down.
+    A method that overrides a filter takes over its position, and its kind unless it is decorated.
+    ``skip`` leaves filters out of the class that names them, and of its subclasses.
 
     Raises:
-        UsageError: ``skip`` names what is no filter, or a filter is no method; begins with
-            ``what``.
+        UsageError: ``skip`` names something that is not a filter, or a filter is not a method; the
+            message begins with ``what``.
     """
-    found: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     known: set[str] = set()
     for base in reversed(consumer.__mro__):
         for name, member in vars(base).items():
             kind = getattr(member, _KIND, None)
-            if isinstance(kind, str):  # an object may have any attribute that it is asked for
-                found[name] = kind
+            if isinstance(kind, str):  # some objects, such as mocks, have every attribute
+                kinds[name] = kind
                 known.add(name)
         skipped = vars(base).get("skip", ())
         if isinstance(skipped, str):
             raise UsageError(f"{what}: skip is {skipped!r}, not a list of names")
         for name in skipped:
-            found.pop(name, None)  # a base may have skipped it: [*Base.skip, "one_more"]
+            kinds.pop(name, None)  # a base may have skipped it: [*Base.skip, "one_more"]
             if name not in known:
-                raise UsageError(f"{what}: skip names {name!r}, which is no filter that it has")
-    for name, kind in found.items():
+                raise UsageError(f"{what}: skip names {name!r}, which is not one of its filters")
+    for name, kind in kinds.items():
         if not callable(getattr(consumer, name)):
-            raise UsageError(f"{what}: {name} is a filter, and no method: to leave it out, skip it")
+            raise UsageError(f"{what}: {name} is a filter, but not a method; to omit it, use skip")
         if kind == "around" and getattr(getattr(consumer, name), _KIND, None) != kind:
             raise UsageError(f"{what}: {name} overrides a filter and needs @around itself")
 
-    def of(kind: str) -> tuple[str, ...]:
-        return tuple(name for name, one in found.items() if one == kind)
+    def of(wanted: str) -> tuple[str, ...]:
+        return tuple(name for name, kind in kinds.items() if kind == wanted)
 
     return Filters(of("before"), tuple(reversed(of("after"))), of("around"))

@@ -1,8 +1,7 @@
-"""The log of ``outbox-consume``: every line that belongs to a message carries the message's id.
+"""The log of ``outbox-consume``: every line about a message carries the message's id.
 
-A library never configures logging for its user: nothing here does so but :func:`set_up`, which the
-command calls. Whoever has a configuration of logging of their own puts :class:`MessageFilter` on
-its handlers.
+A library must not configure logging for its user: only :func:`set_up` does so, and only the command
+calls it. If you configure logging yourself, add :class:`MessageFilter` to your handlers.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ _CARRIED = ("message_id", "queue", "attempt", "duration")
 
 
 class MessageFilter(logging.Filter):
-    """Gives every record ``message_id``, ``queue`` and ``attempt`` of the message it belongs to.
+    """A filter that adds ``message_id``, ``queue`` and ``attempt`` of the message to every record.
 
-    And ``duration``, in seconds, where the record tells the end of a message. It lets every record
-    pass. Put it on a handler: a logger's filters do not see what comes from the loggers below it.
-    And on the handler that is called in the thread that logs: on a ``QueueHandler``, rather than on
-    those that its listener feeds. Without a message they are ``""``, ``""``, 0 and 0.0, so that a
-    format can name them; what a record has already is left alone. Ids come from outside: control
+    The record of a message's end also gets ``duration``, in seconds. Every record passes. Add the
+    filter to a handler: a logger's filters don't see the records of the loggers below it. It must
+    be the handler that runs in the thread that logs: a ``QueueHandler``, not the handlers behind
+    its listener. Without a message the values are ``""``, ``""``, 0 and 0.0, so that a format can
+    name them; attributes that a record already has are kept. Ids come from outside: control
     characters in them are escaped.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Complete ``record``; return True."""
-        own = getattr(record, "outbox_message", None)
-        if own is None:
+        values = getattr(record, "outbox_message", None)
+        if values is None:
             event = current_message()
-            own = _NONE if event is None else _described(event)
-        for name, value in own.items():
+            values = _NONE if event is None else _described(event)
+        for name, value in values.items():
             record.__dict__.setdefault(name, value)
         if not (isinstance(record.message_id, str) and record.message_id.isprintable()):  # type: ignore[attr-defined]
             record.message_id = repr(record.message_id).strip("'\"")  # type: ignore[attr-defined]
@@ -63,25 +62,25 @@ class TextFormatter(logging.Formatter):
         )
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return the line; those of the worker itself tell the id anyway."""
+        """Return the line, with the id in brackets unless the worker's text has it already."""
         message_id = getattr(record, "message_id", "")
-        told = not message_id or hasattr(record, "outbox_message")
-        record.__dict__["of_message"] = "" if told else f" [{message_id}]"
+        is_in_text = not message_id or hasattr(record, "outbox_message")
+        record.__dict__["of_message"] = "" if is_in_text else f" [{message_id}]"
         return super().formatMessage(record)
 
 
 class JSONFormatter(logging.Formatter):
-    """An object of JSON a line, in ASCII.
+    """One JSON object per line, in ASCII.
 
-    ``time`` (ISO 8601, UTC, to the microsecond), ``level``, ``logger``, ``process`` and
-    ``message``; where there is a message of a queue, ``message_id``, ``queue`` and ``attempt``; in
-    the line that tells its end, ``duration`` in seconds; with an exception, ``exc_info``, the
-    traceback as text.
+    Its keys are ``time`` (ISO 8601, UTC, to the microsecond), ``level``, ``logger``, ``process``
+    and ``message``; for a message of a queue, ``message_id``, ``queue`` and ``attempt``; in the
+    line about its end, ``duration`` in seconds; with an exception, ``exc_info``, the traceback as
+    text.
     """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return ``record`` as a line."""
-        found: dict[str, object] = {
+        values: dict[str, object] = {
             "time": _time(record.created),
             "level": record.levelname,
             "logger": record.name,
@@ -91,24 +90,24 @@ class JSONFormatter(logging.Formatter):
         for name in _CARRIED:
             value = getattr(record, name, None)
             if value:
-                found[name] = round(value, 6) if isinstance(value, float) else value
+                values[name] = round(value, 6) if isinstance(value, float) else value
         if record.exc_info and not record.exc_text:
             record.exc_text = self.formatException(record.exc_info)
         if record.exc_text:
-            found["exc_info"] = record.exc_text
+            values["exc_info"] = record.exc_text
         if record.stack_info:
-            found["stack_info"] = self.formatStack(record.stack_info)
-        return json.dumps(found, ensure_ascii=True, default=str)
+            values["stack_info"] = self.formatStack(record.stack_info)
+        return json.dumps(values, ensure_ascii=True, default=str)
 
 
 FORMATS: dict[str, type[logging.Formatter]] = {"text": TextFormatter, "json": JSONFormatter}
-"""What ``--log-format`` may be."""
+"""The formatters, by the value of ``--log-format``."""
 
 
 def set_up(level: str, form: str) -> None:
-    """Have the process log to standard error, from ``level`` on, in one of :data:`FORMATS`.
+    """Log to standard error, from ``level`` up, in one of :data:`FORMATS`.
 
-    In JSON, warnings and exceptions that nobody catches become lines of the log, too.
+    In JSON, warnings and uncaught exceptions become lines of the log, too.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(FORMATS[form]())
@@ -127,7 +126,7 @@ def _log_uncaught(
         sys.__excepthook__(kind, error, traceback)
         return
     logging.getLogger("outbox.consumer").critical(
-        "the process ends: %s", kind.__qualname__, exc_info=(kind, error, traceback)
+        "uncaught %s; exiting", kind.__qualname__, exc_info=(kind, error, traceback)
     )
 
 
@@ -135,7 +134,7 @@ def _log_uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
     if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
         name = "" if args.thread is None else args.thread.name
         logging.getLogger("outbox.consumer").critical(
-            "the thread %r ends: %s", name, args.exc_type.__qualname__, exc_info=args.exc_value
+            "uncaught %s in thread %r", args.exc_type.__qualname__, name, exc_info=args.exc_value
         )
 
 

@@ -1,4 +1,4 @@
-"""Outcomes: what is to become of a message; ``Message.settle`` acts on them."""
+"""Outcomes of messages and attempts; ``Message.settle`` acts on them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 REQUEUE_DELAY = 1.0
-"""Seconds that a message is held before it goes back to its queue: requeueing at once is a loop."""
+"""Seconds before a message returns to its queue: requeueing at once would be a busy loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Ack:
     """Done: the broker may forget the message.
 
     Attributes:
-        duplicate: it had been done before, and was not processed.
+        duplicate: whether it had been done before, and was not processed.
     """
 
     duplicate: bool = False
@@ -48,12 +48,12 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """An attempt has failed; the consumer's retry policy decides what follows.
+    """A failed attempt; the consumer's retry policy decides what follows.
 
     Attributes:
-        error: what was raised.
-        is_done: the handler's transaction has been committed all the same: another attempt would
-            be passed over.
+        error: the exception.
+        is_done: whether the handler's transaction was committed all the same: another attempt
+            would be skipped as a duplicate.
     """
 
     error: BaseException
@@ -62,12 +62,12 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Unconfirmed:
-    """An attempt has succeeded if the broker confirms its follow-on events.
+    """An attempt that succeeds if the broker confirms its follow-on events.
 
-    Nothing of the application is left to call then: another message may begin meanwhile.
+    No application code is left to call, so another message may start meanwhile.
 
     Attributes:
-        chunk: the follow-on events, on their way.
+        chunk: the follow-on events, submitted.
     """
 
     chunk: Chunk
@@ -75,13 +75,13 @@ class Unconfirmed:
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """To be tried again: a copy comes to the queue in ``delay`` seconds.
+    """Retry: a copy of the message reaches the queue in ``delay`` seconds.
 
     Attributes:
-        delay: seconds.
-        error: the exception behind it.
-        attempts: that there were, this one included.
-        first_failure: when the first of them failed.
+        delay: the delay in seconds.
+        error: the exception of the failed attempt.
+        attempts: the number of attempts so far, this one included.
+        first_failure: the time at which the first of them failed.
     """
 
     delay: float
@@ -92,14 +92,14 @@ class Again:
 
 @dataclass(frozen=True, slots=True)
 class Dead:
-    """To the dead letters, with a reason.
+    """Dead letter: the message goes to its queue's dead letters, with a reason.
 
     Attributes:
-        reason: what is wrong, for whoever reads the dead letters.
-        error: the exception behind it, if there is one.
-        attempts: that there were, this one included.
-        first_failure: when the first of them failed; None for the present.
-        is_done: as of ``Failed``.
+        reason: the reason, for the people who read the dead letters.
+        error: the exception, if there is one.
+        attempts: the number of attempts, this one included.
+        first_failure: the time at which the first of them failed; None for now.
+        is_done: as in ``Failed``.
     """
 
     reason: str
@@ -111,45 +111,45 @@ class Dead:
 
 @dataclass(frozen=True, slots=True)
 class Return:
-    """Back to its queue, after ``delay`` seconds."""
+    """Requeue: the message returns to its queue after ``delay`` seconds."""
 
     delay: float = REQUEUE_DELAY
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Not the message's fault: held, and processed again when what it needs is back.
+    """Not the message's fault: it is held, and processed again once broker and database are back.
 
     Attributes:
-        error: of the broker, or of a database.
+        error: the error of the broker, or of a database.
     """
 
     error: Exception
 
     @property
     def is_brokers(self) -> bool:
-        """Whether the broker takes no events; a database otherwise."""
+        """Whether the broker is unavailable; False if a database is."""
         return isinstance(self.error, BrokerError)
 
 
 Outcome: TypeAlias = Ack | Again | Dead | Return | Hold
 
 ACK = Ack()
-"""Returned by ``process()``: done. None says the same."""
+"""Returned by ``process()``: done. None means the same."""
 
 DUPLICATE = Ack(duplicate=True)
 
 REJECT = Dead("rejected by the consumer")
-"""Returned by ``process()``: to the dead letters."""
+"""Returned by ``process()``: dead-letter the message."""
 
 REQUEUE = Return()
-"""Returned by ``process()``: back to the queue, to be tried again in a second."""
+"""Returned by ``process()``: return the message to its queue, to be tried again in a second."""
 
 
 class Reject(Exception):
-    """Raised by ``process()``: this message cannot be handled, now or later.
+    """Raised by ``process()``: the message cannot be handled, now or later.
 
-    It goes to the queue's dead letters, with the reason; the events of its processing are dropped.
+    It goes to the queue's dead letters, with the reason; its follow-on events are dropped.
     """
 
     def __init__(self, reason: str = REJECT.reason) -> None:
@@ -158,32 +158,32 @@ class Reject(Exception):
 
 
 class Requeue(Exception):
-    """Raised by ``process()``: back to the queue, to be tried again in a second.
+    """Raised by ``process()``: return the message to its queue, to be tried again in a second.
 
-    For what is not the message's fault and will pass. It counts as no failure, and nothing limits
-    how often it happens.
+    For temporary problems that are not the message's fault. It doesn't count as a failed attempt,
+    and may happen any number of times.
     """
 
 
 class ProcessTimeout(TimeoutError):
-    """An attempt took longer than the consumer's ``timeout``: a failed one."""
+    """A failed attempt: it took longer than the consumer's ``timeout``."""
 
     @classmethod
     def after(cls, seconds: float, doing: str = "") -> ProcessTimeout:
-        """Return one that tells how long it was given, and ``doing`` what."""
+        """Return an error that names the time limit and, if given, what exceeded it."""
         return cls(f"it took more than {seconds:g} s{doing and f' to {doing}'}")
 
 
 class ProcessDied(Exception):
-    """The process in which an attempt ran has ended: a failed one."""
+    """A failed attempt: the subprocess in which it ran has ended."""
 
 
 class RemoteError(Exception):
-    """What an attempt in another process has raised.
+    """The exception of an attempt in another process.
 
     Attributes:
         kind: the name of the exception's class.
-        traceback: as text.
+        traceback: the traceback, as text.
     """
 
     def __init__(self, kind: str, traceback: str) -> None:
@@ -196,16 +196,16 @@ class RemoteError(Exception):
 
 
 class HandlerExit(Exception):
-    """A handler raised what is no ``Exception``, such as KeyboardInterrupt: a failed attempt."""
+    """A failed attempt: the handler raised a bare BaseException, such as KeyboardInterrupt."""
 
 
 def of_handler(error: BaseException) -> BaseException:
-    """Return what a handler has raised as something that ends its attempt, and nothing else.
+    """Return a handler's exception in a form that ends its attempt, and nothing else.
 
-    To the engine such an exception means its own end, or its generator's.
+    Raised as it is, a bare BaseException would end the engine, or the generator of steps.
     """
     if isinstance(error, Exception | SystemExit):
         return error
-    found = HandlerExit(f"the handler raised {type(error).__qualname__}")
-    found.__cause__ = error
-    return found
+    handler_exit = HandlerExit(f"the handler raised {type(error).__qualname__}")
+    handler_exit.__cause__ = error
+    return handler_exit

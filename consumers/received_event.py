@@ -18,23 +18,22 @@ _RESERVED = "outbox-"
 
 
 class Undecodable(Exception):
-    """A message that no consumer can be given; the text says why."""
+    """A message that cannot be decoded for a consumer; the text says why."""
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class ReceivedEvent(Event):
     """An event as a consumer gets it.
 
-    What the sender left out: ``id`` is then a new one each time the message is delivered, and
-    ``occurred_at`` the time of receipt. ``headers`` are the sender's, without outbox's own; they
-    come from outside and may hold anything. What a broker has written about the message's way is
-    not among them.
+    If the sender left them out, ``id`` is new at each delivery, and ``occurred_at`` is the time of
+    receipt. ``headers`` are the sender's, without those of outbox and the broker; they come from
+    outside and may hold anything.
 
     Attributes:
-        queue: where it was consumed from.
-        attempt: 1 for the first attempt to process it.
-        redelivered: whether it may have been delivered before; a hint, no more.
-        first_failure: when the first attempt failed, if there was one before this.
+        queue: the queue it was consumed from.
+        attempt: the number of this attempt, 1 for the first.
+        redelivered: whether it may have been delivered before; only a hint.
+        first_failure: the time at which the first attempt failed; None if this is the first.
     """
 
     queue: str = ""
@@ -45,29 +44,32 @@ class ReceivedEvent(Event):
 
     @property
     def payload(self) -> Any:
-        """The payload, decoded once: consumers of the event share it."""
+        """The payload, decoded only once: every access returns the same object."""
         return self._payload
 
 
 def decode(delivery: Delivery) -> ReceivedEvent:
-    """Return ``delivery`` as an event. Nothing is imported, and nothing of it is executed.
+    """Return ``delivery`` as an event. Nothing in it is imported or executed.
 
-    A message without a content type is taken for JSON.
+    A message without a content type is decoded as JSON.
 
     Raises:
-        Undecodable: the message is compressed, nothing decodes its content type, the body is
-            not what the content type says, or its headers are nested too deeply.
+        Undecodable: the message is compressed, no serializer is registered for its content type,
+            the body is not valid for it, or the headers are nested too deeply.
     """
     content_type = delivery.content_type or JSONSerializer.content_type
     if delivery.content_encoding not in (None, "", "utf-8", "UTF-8", "identity"):
-        raise Undecodable(f"its content encoding {delivery.content_encoding!r} is not known")
+        raise Undecodable(f"its content encoding {delivery.content_encoding!r} is not supported")
     serializer = serializer_for(content_type)
     if serializer is None:
-        raise Undecodable(f"nothing decodes its content type {content_type!r}")
+        raise Undecodable(
+            f"no serializer is registered for {content_type!r}; "
+            "pass one to configure(serializer=...)"
+        )
     try:
         payload = serializer.decode(delivery.body)
     except Exception as error:
-        raise Undecodable(f"its body is not {content_type}: {error}") from error
+        raise Undecodable(f"its body is not valid {content_type}: {error}") from error
     headers = delivery.headers or {}
     try:
         senders = {name: _plain(value) for name, value in headers.items() if _is_senders(name)}
@@ -93,7 +95,7 @@ def decode(delivery: Delivery) -> ReceivedEvent:
 
 
 def _plain(value: Any) -> Any:
-    """Return ``value`` without the driver's own number types."""
+    """Return ``value`` with plain ints instead of the driver's subclasses."""
     match value:
         case bool():
             return value

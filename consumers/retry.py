@@ -1,4 +1,4 @@
-"""Retries: how often a failed attempt is repeated, and after which time."""
+"""Retries: how often a failed attempt is repeated, and after which delay."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ Delay = float | datetime.timedelta | Callable[[int], float]
 class Retry(Exception):
     """Raised by ``process()``: this attempt has failed; try again.
 
-    It counts as an attempt of the consumer's :class:`RetryPolicy`, or of the default one where the
-    consumer has none: after the last one the message goes to the dead letters.
+    It counts as an attempt of the consumer's :class:`RetryPolicy`, or of the default policy if the
+    consumer has none: after the last one the message is dead-lettered.
     """
 
     def __init__(
-        self, reason: str = "to be retried", *, delay: float | datetime.timedelta | None = None
+        self, reason: str = "retry requested", *, delay: float | datetime.timedelta | None = None
     ) -> None:
-        """Give the reason, for the log and the dead letters.
+        """Create the exception.
 
         Args:
-            reason: for people.
-            delay: seconds, or a timedelta, in place of the policy's delay; 0 or more.
+            reason: the reason, for the log and the dead letters.
+            delay: seconds, or a timedelta, instead of the policy's delay; 0 or more.
 
         Raises:
-            UsageError: the delay is out of its bounds.
+            UsageError: the delay is out of range.
         """
         super().__init__(reason)
         self.delay = None if delay is None else seconds_of(delay)
@@ -44,31 +44,31 @@ class Retry(Exception):
 def exponential(
     first: float, *, factor: float = 2.0, max: float = 3600.0, jitter: bool = True
 ) -> Callable[[int], float]:
-    """Return delays that grow: ``first``, ``first * factor``, and so on up to ``max`` seconds.
+    """Return growing delays: ``first``, ``first * factor``, and so on up to ``max`` seconds.
 
     Args:
         first: seconds after the first failed attempt, more than 0.
         factor: 1 or more.
         max: seconds, ``first`` or more.
-        jitter: take a random time between half of each delay and all of it, so that messages that
-            failed together do not come again together.
+        jitter: True for a random time between half of each delay and all of it, so that messages
+            that failed together are not retried together.
 
     Raises:
-        UsageError: a number is out of its bounds.
+        UsageError: a number is out of range.
     """
     if not 0 < first < math.inf:
-        raise UsageError(f"first is {first!r}, not more than 0 seconds")
+        raise UsageError(f"first is {first!r}; it must be more than 0 seconds")
     if not 1 <= factor < math.inf:
         raise UsageError(f"factor is {factor!r}, not 1 or more")
     if not first <= max <= _LONGEST:
-        raise UsageError(f"max is {max!r}, not {first!r} seconds or more, nor ten years at most")
+        raise UsageError(f"max is {max!r}; it must be from {first!r} seconds to ten years")
 
     def delay(attempts: int) -> float:
         try:
-            found = min(first * factor ** (attempts - 1), max)
+            seconds = min(first * factor ** (attempts - 1), max)
         except OverflowError:
-            found = max
-        return found * random.uniform(0.5, 1) if jitter else found
+            seconds = max
+        return seconds * random.uniform(0.5, 1) if jitter else seconds
 
     return delay
 
@@ -78,17 +78,16 @@ _DEFAULT_DELAY = exponential(1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """What is done about a failed attempt, timeouts included. Immutable; may be shared.
+    """A policy for failed attempts, timeouts included. Immutable; may be shared.
 
-    A retried message waits in its queue's transport, not in the worker, and counts attempts in a
-    header of its own. What the worker or the broker had to do with (a lost connection, a stop) is
-    no attempt.
+    A retried message waits in the transport, not in the worker; a header counts its attempts. A
+    lost connection, or a worker that stops, doesn't count as an attempt.
 
     Attributes:
-        max_attempts: in all, the first one included; 1 or more.
-        delay: until the next attempt. Over RabbitMQ it is rounded up to whole seconds.
-        on: the exceptions after which it is tried again.
-        give_up_on: those after which it is not, although ``on`` names them.
+        max_attempts: the number of attempts, the first included; 1 or more.
+        delay: the delay before the next attempt. Over RabbitMQ it is rounded up to whole seconds.
+        on: the exceptions after which to try again.
+        give_up_on: exceptions after which not to try again, even if ``on`` includes them.
     """
 
     max_attempts: int = 5
@@ -100,10 +99,10 @@ class RetryPolicy:
         """Check the arguments.
 
         Raises:
-            UsageError: names what is wrong.
+            UsageError: an argument is invalid; the message names it.
         """
         if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int):
-            raise UsageError(f"max_attempts is {self.max_attempts!r}, not a number")
+            raise UsageError(f"max_attempts is {self.max_attempts!r}, not an int")
         if self.max_attempts < 1:
             raise UsageError(f"max_attempts is {self.max_attempts}, not 1 or more")
         if not callable(self.delay):
@@ -113,18 +112,18 @@ class RetryPolicy:
             kinds = tuple(value) if isinstance(value, Iterable) else (value,)
             for kind in kinds:
                 if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-                    raise UsageError(f"{name} has {kind!r}, which is no exception class")
+                    raise UsageError(f"{name} has {kind!r}, which is not an exception class")
             object.__setattr__(self, name, kinds)
 
     def delay_after(self, error: BaseException, attempts: int) -> float | None:
         """Return the seconds until the next attempt, or None to give up.
 
         Args:
-            error: what the last attempt raised.
-            attempts: how many there were, 1 or more.
+            error: the exception of the last attempt.
+            attempts: the number of attempts so far, 1 or more.
 
         Raises:
-            Exception: whatever a ``delay`` of the user's own raises.
+            Exception: a user-defined ``delay`` function raised it.
         """
         if attempts >= self.max_attempts:
             return None
@@ -140,7 +139,7 @@ def seconds_of(delay: float | datetime.timedelta) -> float:
     """Return a delay in seconds.
 
     Raises:
-        UsageError: it is none, negative, or more than ten years.
+        UsageError: it is not a number or timedelta, is negative, or is more than ten years.
     """
     seconds = delay.total_seconds() if isinstance(delay, datetime.timedelta) else delay
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):

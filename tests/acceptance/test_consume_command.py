@@ -282,7 +282,7 @@ first = consumer("{first}", exchange="{name}")(note)
     ("arguments", "expected"),
     [
         (["no_such_module"], "there is no module 'no_such_module'"),
-        (["work:Nobody"], "work:Nobody is no consumer"),
+        (["work:Nobody"], "work:Nobody is not a consumer"),
         (["work", "-Q", "nowhere"], "no consumer has the queue 'nowhere'"),
         (["work", "-Q", "nowhere,elsewhere"], "no consumer has the queue 'nowhere'"),
         (["work", "--url", "amqp://u:hunter2/@h"], "cannot be parsed"),

@@ -128,6 +128,6 @@ def test_the_error_that_ends_the_process_is_a_line_of_json_too(tmp_path: Path) -
         check=False,
     )
     [line] = [json.loads(line) for line in done.stderr.splitlines()]
-    assert (line["level"], line["message"]) == ("CRITICAL", "the process ends: RuntimeError")
+    assert (line["level"], line["message"]) == ("CRITICAL", "uncaught RuntimeError; exiting")
     assert line["exc_info"].endswith("RuntimeError: broken")
     assert done.returncode == 1

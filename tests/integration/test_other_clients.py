@@ -67,7 +67,7 @@ def test_a_message_published_by_kombu_is_consumed(
     assert first.priority == 3
     assert second.id  # it brought none
     reason = letter.properties.headers["outbox-dead-reason"]
-    assert reason == "undecodable: its content encoding 'binary' is not known"  # of a pickle
+    assert reason == "undecodable: its content encoding 'binary' is not supported"  # of a pickle
 
 
 def test_a_message_published_by_kombu_is_retried_and_keeps_its_headers(

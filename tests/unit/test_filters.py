@@ -150,12 +150,12 @@ def test_a_filter_may_be_overridden_by_another_kind_of_filter() -> None:
 
 
 def test_a_filter_can_be_overridden_only_by_a_method() -> None:
-    with pytest.raises(UsageError, match="Wrong: check is a filter, and no method"):
+    with pytest.raises(UsageError, match="Wrong: check is a filter, but not a method"):
         type("Wrong", (Child,), {"check": None})
 
 
 def test_wrong_skips_and_wrong_overrides_of_filters_are_refused() -> None:
-    with pytest.raises(UsageError, match="Wrong: skip names 'nothing', which is no filter"):
+    with pytest.raises(UsageError, match="Wrong: skip names 'nothing', which is not one of its"):
         type("Wrong", (Child,), {"skip": ["nothing"]})
     with pytest.raises(UsageError, match="skip is 'check', not a list"):
         type("Wrong", (Child,), {"skip": "check"})
@@ -203,7 +203,7 @@ def test_a_plain_consumer_has_no_asynchronous_filter() -> None:
     async def check(self: Any, event: ReceivedEvent) -> None: ...
 
     members = {"check": before(check), "process": lambda self, event: None, "queue": "q"}
-    with pytest.raises(UsageError, match=r"check\(\) is asynchronous, and process\(\) is not"):
+    with pytest.raises(UsageError, match=r"check\(\) is asynchronous, but process\(\) is not"):
         type("Wrong", (Consumer,), members)
 
 

@@ -114,7 +114,7 @@ def test_queues_in_one_option_are_ordered_but_those_in_several_options_are_not(
 @pytest.mark.parametrize(
     ("groups", "expected"),
     [
-        (["high,lwo"], "no consumer has the queue 'lwo'; there are 'a,b', 'high'"),
+        (["high,lwo"], "no consumer has the queue 'lwo'; the queues are 'a,b', 'high'"),
         (["high,"], "no consumer has the queue ''"),
         (["high,low,high"], "twice"),
         (["high,low", "low"], "twice"),

@@ -1,6 +1,6 @@
 """The subprocess that runs handlers for a worker (``--isolate process``).
 
-Started by ``process_pool``. It gets deliveries over a socket, and sends back their outcomes.
+``process_pool`` starts it. It receives deliveries over a socket, and sends back their outcomes.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ __all__ = ["main"]
 
 
 def main(parent: Parent) -> int:
-    """Process what comes over the parent's channel until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, meant for the other process
+    """Process the deliveries from the parent's channel until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker process decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parent.when_gone(_kill_group)
     connection = Connection(parent.channel)
     orders: Orders = connection.recv()
     logs.set_up(orders.log_level, orders.log_format)
     publisher = configure(orders.url)
-    consumers = {one.queue: one for one in load(orders.consumers)}
+    consumers = {consumer.queue: consumer for consumer in load(orders.consumers)}
     engine = InlineEngine(publisher, open_inbox(publisher.settings, consumers.values()))
-    connection.send(None)
+    connection.send(None)  # ready: what it imports doesn't count towards a handler's time limit
     while True:
         try:
             delivery: Delivery = connection.recv()
@@ -52,26 +52,26 @@ def main(parent: Parent) -> int:
 
 
 def _portable(outcome: Outcome) -> Outcome:
-    """Return ``outcome`` without the application's own exceptions, which may not travel."""
+    """Return ``outcome`` without the application's exceptions, which may not be picklable."""
     match outcome:
         case Again(error=error):
-            return dataclasses.replace(outcome, error=_told(error))
+            return dataclasses.replace(outcome, error=_remote(error))
         case Dead(error=error) if error is not None:
-            return dataclasses.replace(outcome, error=_told(error))
-        case Hold(error=BrokerError()):
+            return dataclasses.replace(outcome, error=_remote(error))
+        case Hold(error=BrokerError()):  # Hold.is_brokers must still be true in the worker
             return Hold(ConnectionLost(str(outcome.error)))
         case Hold():
-            return Hold(_told(outcome.error))
+            return Hold(_remote(outcome.error))
     return outcome
 
 
-def _told(error: BaseException) -> RemoteError:
+def _remote(error: BaseException) -> RemoteError:
     return RemoteError(type(error).__qualname__, traceback_of(error))
 
 
 def _kill_group() -> None:
-    """Kill this process and what its handlers have started: its message is redelivered."""
-    if os.getpgrp() == os.getpid():
+    """Kill this process and the programs its handlers started; its message is redelivered."""
+    if os.getpgrp() == os.getpid():  # otherwise the group isn't ours to kill
         os.killpg(0, signal.SIGKILL)
 
 

@@ -1,8 +1,9 @@
-"""Handlers in processes of their own, which can be killed when their time is over.
+"""The worker's side of isolation: handlers in subprocesses, which can be killed on timeout.
 
-Each thread of the worker has one such process, started at its first message. The process runs an
-attempt as a thread would, its follow-on events included, and sends back what became of it; the
-message is settled here.
+Each thread of the worker has one subprocess, started at the thread's first message. The subprocess
+runs an attempt as a thread would, follow-on events and callbacks included, and sends back the
+outcome. It never talks to the subscription: the worker settles the message. So a subprocess may die
+at any point, and its message is still unsettled.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ from outbox.system.resident_memory import resident_bytes
 __all__ = ["Isolation", "IsolatedMessage", "Orders"]
 
 _COMMAND = [sys.executable, "-m", "outbox.consumers.isolation.process_main"]
-_START = 60.0  # seconds that a process has to import the application
-_FINISH = 10.0  # seconds that those which are idle have to publish what their callbacks have left
-_LOOK_EVERY = 1.0  # seconds between two looks whether one that says nothing is still there
+_START = 60.0  # seconds for a subprocess to import the application
+_FINISH = 10.0  # seconds for idle subprocesses to publish the events that their callbacks left
+_LOOK_EVERY = 1.0  # seconds between two checks whether a silent subprocess is still running
 
 
 class _NotStarted(Exception):
-    """A process could not be started, or could not import the application."""
+    """A subprocess could not be started, or could not import the application."""
 
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What a process is told at its start.
+    """The configuration of a subprocess, sent to it when it starts.
 
     Attributes:
-        consumers: ``MODULE[:ATTR]`` each.
-        url: of the broker; None for ``OUTBOX_URL``.
-        log_level: of its log.
+        consumers: the consumers to import, each as ``MODULE[:ATTR]``.
+        url: the broker URL; None for ``OUTBOX_URL``.
+        log_level: the level from which it logs.
         log_format: ``text`` or ``json``.
     """
 
@@ -58,26 +59,26 @@ class Orders:
 
 
 class Isolation:
-    """Runs attempts in other processes. Thread-safe."""
+    """A pool of subprocesses, one per thread, that run attempts. Thread-safe."""
 
     def __init__(self, orders: Orders) -> None:
-        """Start nothing yet."""
+        """Create the pool, without starting subprocesses yet."""
         self._orders = orders
         self._children: dict[threading.Thread, _Child] = {}
         self._lock = threading.Lock()
         self._ended = False
 
     def attempt(self, delivery: Delivery, limit: float | None) -> Outcome:
-        """Return what became of ``delivery`` in this thread's process.
+        """Process ``delivery`` once in this thread's subprocess, and return the outcome.
 
         Args:
             delivery: the message.
-            limit: seconds; then the process is killed.
+            limit: seconds after which the subprocess is killed, or None.
 
         Raises:
-            ProcessTimeout: it was.
-            ProcessDied: the process has ended by itself.
-            _NotStarted: it never came so far as to process anything.
+            ProcessTimeout: the subprocess exceeded the limit and was killed.
+            ProcessDied: the subprocess ended without an answer.
+            _NotStarted: the subprocess never became ready to process a message.
             Abandoned: the worker has stopped meanwhile.
         """
         child = self._child()
@@ -86,18 +87,18 @@ class Isolation:
                 child.wait_until_ready(self._orders)
             return child.attempt(delivery, limit)
         except BaseException:
-            self._forget(child)
-            if self._ended:
+            self._forget(child)  # the next message must not get a late answer to this one
+            if self._ended:  # then end() killed it, which isn't the message's failure
                 raise Abandoned from None
             raise
 
     def largest(self) -> int:
-        """Return the resident size of the largest of the processes, in bytes."""
+        """Return the resident size of the largest subprocess, in bytes."""
         with self._lock:
             return max((resident_bytes(child.pid) for child in self._children.values()), default=0)
 
     def end(self) -> None:
-        """Kill the processes that are in a handler, and have the others end."""
+        """Kill the subprocesses that are in a handler, and let the idle ones exit."""
         with self._lock:
             self._ended = True
             children = list(self._children.values())
@@ -106,7 +107,7 @@ class Isolation:
                 child.kill()
             else:
                 child.finish()
-        deadline = time.monotonic() + _FINISH  # of all: they end beside each other
+        deadline = time.monotonic() + _FINISH  # for all: they exit in parallel
         for child in children:
             if child.wait(max(0.0, deadline - time.monotonic())) is None:
                 child.kill()
@@ -115,15 +116,15 @@ class Isolation:
     def _child(self) -> _Child:
         thread = threading.current_thread()
         with self._lock:
-            found = self._children.get(thread)
+            child = self._children.get(thread)
             if self._ended:
                 raise Abandoned
-            if found is None:
+            if child is None:
                 try:
-                    found = self._children[thread] = _Child()
+                    child = self._children[thread] = _Child()
                 except OSError as error:
-                    raise _NotStarted(f"no process can be started: {error}") from error
-        return found
+                    raise _NotStarted(f"cannot start a subprocess: {error}") from error
+        return child
 
     def _forget(self, child: _Child) -> None:
         with self._lock:
@@ -132,10 +133,11 @@ class Isolation:
 
 
 class _Child(ChildProcess):
-    """One process. For one thread, but for ``kill``.
+    """One subprocess. Used by one thread only, except for ``kill``.
 
-    It leads a process group, in which is what its handlers start: a program that a handler waits
-    for ends with the handler. What is to outlive it is started in another session.
+    It leads a process group, which includes the programs that its handlers start: a program that a
+    handler waits for is killed with the handler. Start a program in another session if it must
+    outlive the subprocess.
     """
 
     def __init__(self) -> None:
@@ -150,7 +152,7 @@ class _Child(ChildProcess):
             self._connection.send(orders)
             self._receive(_START, "import the application")
         except (ProcessTimeout, ProcessDied, OSError) as error:
-            raise _NotStarted(f"no process can run handlers: {error}") from error
+            raise _NotStarted(f"no subprocess can run handlers: {error}") from error
         self.ready = True
 
     def attempt(self, delivery: Delivery, limit: float | None) -> Outcome:
@@ -159,9 +161,9 @@ class _Child(ChildProcess):
             self._connection.send(delivery)
         except OSError:
             raise self._died() from None
-        found: Outcome = self._receive(math.inf if limit is None else limit, "process a message")
+        outcome: Outcome = self._receive(math.inf if limit is None else limit, "process a message")
         self.busy = False
-        return found
+        return outcome
 
     def finish(self) -> None:
         with contextlib.suppress(OSError):
@@ -177,23 +179,23 @@ class _Child(ChildProcess):
         super().close()
 
     def _receive(self, limit: float, what: str) -> Outcome:
-        found: Outcome
+        outcome: Outcome
         try:
             in_time = self._wait(limit)
             if in_time:
-                found = self._connection.recv()
+                outcome = self._connection.recv()
         except (EOFError, OSError):
             raise self._died() from None
         if not in_time:
             raise ProcessTimeout.after(limit, what)
-        return found
+        return outcome
 
     def _wait(self, limit: float) -> bool:
-        """Wait for an answer; return whether it has come in time.
+        """Wait for an answer; return whether it arrived in time.
 
         Raises:
-            EOFError: the process has ended. While one that it has forked is there, that does not
-                end the connection.
+            EOFError: the subprocess has ended. A process that it forked may hold the connection
+                open, so the end of the connection alone doesn't show it.
         """
         deadline = time.monotonic() + limit
         while not self._connection.poll(min(_LOOK_EVERY, max(0, deadline - time.monotonic()))):
@@ -206,40 +208,40 @@ class _Child(ChildProcess):
     def _died(self) -> ProcessDied:
         code = self.wait(5)
         if code is None:
-            return ProcessDied("the process that ran it says nothing any more")
-        told = f"signal {-code}" if code < 0 else f"exit code {code}"
-        return ProcessDied(f"the process that ran it has ended with {told}")
+            return ProcessDied("its subprocess closed the connection, but did not exit")
+        status = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return ProcessDied(f"its subprocess ended with {status}")
 
 
 class IsolatedMessage(Message):
-    """A message whose attempts run in another process."""
+    """A message whose attempts run in a subprocess."""
 
     def __init__(
         self, consumer: Consumer, delivery: Delivery, services: Services, isolation: Isolation
     ) -> None:
-        """Nothing is done yet."""
+        """Create the message, without processing it yet."""
         super().__init__(consumer, delivery, services)
         self._isolation = isolation
         self._is_concluded = False
 
     def attempt(self) -> Steps[Outcome | Failed]:
-        """Have the message processed once, and concluded, if that comes to an end."""
+        """Process the message once in a subprocess, which also concludes it, if it survives."""
         self._is_concluded = False
         arguments = (self.delivery, self.consumer.time_limit)
         try:
             outcome: Outcome = yield Call(self._isolation.attempt, arguments)
-        except _NotStarted as error:  # nothing that the message could help
+        except _NotStarted as error:  # not the message's fault
             return Hold(error)
         except (ProcessTimeout, ProcessDied) as error:
             with contextlib.suppress(Undecodable):
-                self.event = decode(self.delivery)
+                self.event = decode(self.delivery)  # for the callbacks, which run here now
                 set_current_message(self.event)
             return Failed(error)
         self._is_concluded = True
         return outcome
 
     def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
-        """Conclude what the other process could not."""
+        """Conclude the message if the subprocess could not."""
         if self._is_concluded and not isinstance(result, Failed):
             return result
         return (yield from super().conclude(result))

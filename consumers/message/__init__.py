@@ -1,1 +1,1 @@
-"""The life of one message, from its delivery to its settlement."""
+"""The life of a message, from its delivery to its settlement."""

@@ -10,7 +10,7 @@ from typing import Any
 from outbox import BrokerError, PublishFailed, UnpublishedEvents
 from outbox.backlog.notifier import ids
 from outbox.consumers.definition import Consumer
-from outbox.consumers.message.databases import is_away, refreshers
+from outbox.consumers.message.databases import is_unavailable, refreshers
 from outbox.consumers.message.deduplication import InboxEntry
 from outbox.consumers.message.follow_ons import MessageCollector
 from outbox.consumers.message.services import Services
@@ -37,12 +37,16 @@ logger = logging.getLogger("outbox.consumer")
 
 
 class Attempt:
-    """One attempt at a message, with its own collector and its own view of the inbox."""
+    """One attempt at a message, with a collector and an inbox entry for itself.
+
+    A late attempt goes on beside the one that replaces it. As they share neither, it can be shut
+    out with ``revoke()`` and ``close()``.
+    """
 
     __slots__ = ("_collector", "_consumer", "_entry", "_event", "_services")
 
     def __init__(self, consumer: Consumer, event: ReceivedEvent, services: Services) -> None:
-        """Nothing is done yet."""
+        """Create the attempt, without running it yet."""
         self._consumer = consumer
         self._event = event
         self._services = services
@@ -59,27 +63,27 @@ class Attempt:
             outcome = yield from self._handle()
             if isinstance(outcome, Ack) and not outcome.duplicate:
                 outcome = yield from self._finish(outcome)
-        except (Exception, SystemExit) as error:  # a handler's sys.exit() is no worker's end
+        except (Exception, SystemExit) as error:  # sys.exit() in a handler must not end the worker
             outcome = yield from self._fail(error)
         finally:
             if self._entry is not None:
-                self._entry.leave()  # what callbacks commit is not the handler's
-            left = self._collector.end()
+                self._entry.leave()  # a transaction of a callback must not note the message
+            dropped = self._collector.end()
             Scope.leave(token)
-        if left and not isinstance(outcome, Ack):
-            logger.debug("dropped with %r: %s", self._event.id, ids(left))
+        if dropped and not isinstance(outcome, Ack):
+            logger.debug("dropped the follow-on events of %r: %s", self._event.id, ids(dropped))
         return outcome
 
     def revoke(self) -> bool:
-        """Have the inbox note nothing from now on; return whether it is too late. Thread-safe."""
+        """Stop the inbox from noting the message; return whether it is too late. Thread-safe."""
         return self._entry is not None and self._entry.give_up()
 
     def close(self) -> None:
-        """Publish nothing from now on. Thread-safe."""
+        """Drop the collected events, and refuse further ones. Thread-safe."""
         self._collector.end()
 
     def _handle(self) -> Steps[Outcome]:
-        """Process the message, with fresh connections, which are left again where it is done."""
+        """Process the message with fresh database connections, and clean them up afterwards."""
         calls = refreshers(is_async=self._consumer.is_async)
         yield from self._refresh(calls)
         try:
@@ -94,8 +98,8 @@ class Attempt:
         for refresh in calls:
             try:
                 yield Call(refresh)
-            except Exception:  # of a connection that is broken already
-                logger.debug("a connection could not be closed", exc_info=True)
+            except Exception:  # the connection is broken already
+                logger.debug("could not close a database connection", exc_info=True)
 
     def _process(self) -> Steps[Outcome]:
         consumer, event, services = self._consumer, self._event, self._services
@@ -103,7 +107,9 @@ class Attempt:
             entry = self._entry = services.inbox.entry(consumer, event)
             if (yield Blocking(entry.is_done)):
                 return DUPLICATE
-            if not consumer.auto_publish:  # else its events come after the handler's commit
+            # With auto_publish, events are published after the handler's commit: if that noted the
+            # message, a crash in between would lose them.
+            if not consumer.auto_publish:
                 entry.join()
         filters = consumer.filters
         if filters.before or filters.after or filters.around:
@@ -119,7 +125,7 @@ class Attempt:
         return outcome
 
     def _finish(self, done: Ack) -> Steps[Ack | Unconfirmed]:
-        """Publish what the message has enqueued, and note that it is done."""
+        """Publish the events that ``process`` left, and note that the message is done."""
         collector, entry = self._collector, self._entry
         if collector.has_events:
             if not self._consumer.auto_publish:
@@ -137,7 +143,7 @@ class Attempt:
         return done
 
     def _fail(self, error: BaseException) -> Steps[Outcome | Failed]:
-        """Return the result of an attempt that failed; the message may be done all the same."""
+        """Return the result of a failed attempt; the message may be done all the same."""
         result, entry = result_of(error), self._entry
         if entry is None:
             return result
@@ -148,9 +154,9 @@ class Attempt:
         if isinstance(result, Failed):
             try:
                 if (yield Blocking(entry.is_done)):
-                    return DUPLICATE  # another one was faster, and what this one did was taken back
-            except Exception:  # it has failed, then
-                logger.debug("the inbox could not be asked", exc_info=True)
+                    return DUPLICATE  # another attempt was faster, and this one was rolled back
+            except Exception:  # unknown: the attempt counts as failed
+                logger.debug("could not query the inbox", exc_info=True)
         return result
 
     def _around(self, names: Sequence[str]) -> Steps[Any]:
@@ -162,7 +168,7 @@ class Attempt:
         yield Call(manager.__aenter__ if is_async else manager.__enter__)
         try:
             result = yield from self._around(names[1:])
-        except GeneratorExit:
+        except GeneratorExit:  # the steps were closed: no further one can be taken
             raise
         except BaseException as error:
             if not (yield Call(end, (type(error), error, error.__traceback__))):
@@ -185,27 +191,27 @@ class Attempt:
 
 
 def result_of(error: BaseException) -> Outcome | Failed:
-    """Return what an exception makes of an attempt."""
+    """Return the result of an attempt that raised ``error``."""
     match error:
         case Reject():
             return Dead(error.reason, error)
         case Requeue():
             return Return()
         case PublishFailed() if error.report.error is None:
-            return Dead(f"a follow-on was rejected: {text_of(error)}", error)
+            return Dead(f"a follow-on event was rejected: {text_of(error)}", error)
         case UnpublishedEvents():
             return Dead(f"{type(error).__qualname__}: {text_of(error)}", error)
         case BrokerError():
             return Hold(error)
-        case Exception() if is_away(error):
+        case Exception() if is_unavailable(error):
             return Hold(error)
         case _:
             return Failed(error)
 
 
 def text_of(error: BaseException) -> str:
-    """Return the text of ``error``, which may be unsound: it is the application's own."""
+    """Return the text of ``error``; with an application's exception, even that may fail."""
     try:
         return str(error)
     except Exception as why:
-        return f"(its text cannot be told: {type(why).__qualname__})"
+        return f"(text unavailable: {type(why).__qualname__})"

@@ -1,4 +1,4 @@
-"""Copies of a message: its dead letter with the reason, and the one for its next attempt."""
+"""Copies of a message: its dead letter, and the copy for its next attempt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HERE = str(Path(__file__).parent)
 
 
 def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
-    """Return the event to publish to the queue's dead letters, with what ``outcome`` says."""
+    """Return the dead letter of ``delivery``, with the reason and the error of ``outcome``."""
     error = outcome.error
     return dead_letters.dead_letter(
         delivery,
@@ -36,13 +36,13 @@ def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
 
 
 def retry_copy(delivery: Delivery, outcome: Again) -> Event | None:
-    """Return the event that brings the message back to its queue for the next attempt.
+    """Return the copy that returns the message to its queue for the next attempt.
 
     It is delivered as the message was: with its id, body, headers, exchange and target. None if
-    its sender's headers leave no room for ours, or are nested too deeply.
+    the sender's headers leave no room for outbox's, or are nested too deeply.
     """
     try:
-        own = senders_headers(delivery)
+        headers = senders_headers(delivery)
     except NotCarried:
         return None
     added = {
@@ -52,7 +52,7 @@ def retry_copy(delivery: Delivery, outcome: Again) -> Event | None:
     }
     at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=outcome.delay)
     return copy_of(
-        delivery, delivery.queue, {**own, **added}, deliver_at=at if outcome.delay else None
+        delivery, delivery.queue, {**headers, **added}, deliver_at=at if outcome.delay else None
     )
 
 
@@ -61,22 +61,22 @@ def _kind(error: BaseException) -> str:
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the end of the traceback, 4,000 characters at most, without the engine's own frames.
+    """Return the end of the traceback, at most 4,000 characters, without the engine's frames.
 
-    What the exception was raised from is there, too.
+    It includes the exceptions that ``error`` was raised from.
     """
     try:
         return error.traceback if isinstance(error, RemoteError) else _traceback_of(error)
-    except Exception as why:  # the application's own exception, which need not be sound
-        return f"(its traceback cannot be told: {type(why).__qualname__})"
+    except Exception as why:  # an application's exception may fail at anything
+        return f"(traceback unavailable: {type(why).__qualname__})"
 
 
 def _traceback_of(error: BaseException) -> str:
-    found = traceback.TracebackException.from_exception(error, max_group_width=5, max_group_depth=3)
-    one: traceback.TracebackException | None = found
-    while one is not None:
-        theirs = [frame for frame in one.stack if not frame.filename.startswith(_HERE)]
-        one.stack = traceback.StackSummary.from_list(theirs[-_FRAMES:])
-        one = one.__cause__ or one.__context__
-    text = "".join(found.format()).rstrip()
+    last = traceback.TracebackException.from_exception(error, max_group_width=5, max_group_depth=3)
+    part: traceback.TracebackException | None = last
+    while part is not None:
+        theirs = [frame for frame in part.stack if not frame.filename.startswith(_HERE)]
+        part.stack = traceback.StackSummary.from_list(theirs[-_FRAMES:])
+        part = part.__cause__ or part.__context__
+    text = "".join(last.format()).rstrip()
     return text if len(text) <= _LONGEST_TRACEBACK else f"...{text[3 - _LONGEST_TRACEBACK :]}"

@@ -1,4 +1,4 @@
-"""Deduplication: the inbox, in which consumers note what they have done."""
+"""Deduplication: the inbox, in which consumers note the messages that they have done."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ logger = logging.getLogger("outbox.consumer")
 
 
 class InboxEntry(Protocol):
-    """What an inbox knows of one message and one consumer."""
+    """The entry of an inbox for one message and one consumer."""
 
     @property
     def committed(self) -> bool:
-        """Whether the handler's own transaction has noted it."""
+        """Whether the handler's transaction has noted the message."""
         ...
 
     def is_done(self) -> bool:
@@ -31,7 +31,7 @@ class InboxEntry(Protocol):
         ...
 
     def join(self) -> None:
-        """Have it noted in the handler's own transaction, if it has one. Waits for nothing."""
+        """Note the message in the handler's transaction, if there will be one. Doesn't block."""
         ...
 
     def leave(self) -> None:
@@ -39,46 +39,46 @@ class InboxEntry(Protocol):
         ...
 
     def note(self) -> None:
-        """Note that it is done, unless the handler's transaction has. Waits for the database."""
+        """Note the message, unless the handler's transaction has. Waits for the database."""
         ...
 
     def give_up(self) -> bool:
-        """Have nothing noted any more: a transaction that would do so fails. Thread-safe.
+        """Prevent any note from now on: a transaction that would make one fails. Thread-safe.
 
         Returns:
-            Whether it is too late for that: a transaction has noted it, or is just about to.
+            Whether it is too late: a transaction has noted the message, or is just about to.
         """
         ...
 
 
 class Inbox(Protocol):
-    """Remembers which messages a consumer has done."""
+    """A record of the messages that consumers have done."""
 
     def entry(self, consumer: Consumer, event: ReceivedEvent) -> InboxEntry:
-        """Return what is known of ``event``; asks nobody yet."""
+        """Return the entry of ``event``, without a look at the database yet."""
         ...
 
 
 def open_inbox(settings: Settings, consumers: Iterable[Consumer]) -> Inbox | None:
     """Return the inbox that ``consumers`` need; None if none of them deduplicates.
 
-    It is in the database ``OUTBOX_DATABASE_URL``, or in the file of SQLite that is consumed from.
+    It is in the database ``OUTBOX_DATABASE_URL``, or else in the SQLite file that is consumed from.
 
-    A database that is away is no error: messages are held for as long as it is.
+    An unavailable database is not an error: messages are held until it is back.
 
     Raises:
-        UsageError: nobody names a database, or its table is missing.
+        UsageError: there is no database for it, or the table is missing.
         MissingExtra: SQLAlchemy or the database's driver is not installed.
     """
-    needing = [one for one in consumers if one.deduplicate]
-    if not needing:
+    deduplicating = [consumer for consumer in consumers if consumer.deduplicate]
+    if not deduplicating:
         return None
     url = os.environ.get("OUTBOX_DATABASE_URL")
     broker = BrokerURL.parse(settings.url or "memory://")
     if not url and broker.scheme != "sqlite":
         raise UsageError(
-            f"the consumer of {needing[0].queue!r} deduplicates, and nobody says where: set "
-            "OUTBOX_DATABASE_URL, or give Worker(inbox=outbox.sql.Inbox(engine))"
+            f"the consumer of {deduplicating[0].queue!r} deduplicates, which needs a database; set "
+            "OUTBOX_DATABASE_URL, or pass Worker(inbox=outbox.sql.Inbox(engine))"
         )
     from outbox import sql
     from outbox.storage.engines import open_sqlite
@@ -88,8 +88,11 @@ def open_inbox(settings: Settings, consumers: Iterable[Consumer]) -> Inbox | Non
         inbox = sql.Inbox(url)
         try:
             inbox.check()
-        except DatabaseError as error:  # messages are held until it is there
-            logger.warning("the inbox cannot be looked at for now: %s", reason_of(error))
+        except DatabaseError as error:
+            logger.warning(
+                "the inbox is unavailable; messages are held until it is back: %s",
+                reason_of(error),
+            )
         return inbox
 
     inbox = sql.Inbox(open_sqlite(os.path.abspath(broker.path)))

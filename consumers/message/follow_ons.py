@@ -16,12 +16,12 @@ __all__ = ["CallbackCollector", "MessageCollector"]
 
 
 class MessageCollector(EventCollector):
-    """The collector of one message: its events' ids follow from the message's."""
+    """The collector of one message, whose events' ids derive from the message's id."""
 
     __slots__ = ()
 
     def __init__(self, publisher: Publisher, event: ReceivedEvent, *, auto_publish: bool) -> None:
-        """Hold nothing yet; with ``auto_publish``, ``publish()`` is said by somebody else."""
+        """Create an empty collector; with ``auto_publish``, the attempt publishes its events."""
         # Every message makes one: what EventCollector's own __init__ does, without calling it.
         self._unit = UnitOfWork(publisher, None, auto_publish, make_id=_FollowOnIds(event))
         self._buffer = Buffer(self._unit)
@@ -32,21 +32,21 @@ class MessageCollector(EventCollector):
         return bool(self._buffer.events)
 
     def enter(self) -> Token[Scope | None]:
-        """Make it current until ``Scope.leave()``: what ``use()`` does, at half its price."""
+        """Make it current until ``Scope.leave()``: what ``use()`` does, at half the cost."""
         return Scope.enter(self, self._buffer)
 
     def end(self) -> tuple[Event, ...]:
-        """Drop what is left, and take nothing more."""
-        left = self._buffer.close()
-        return self._drop(left) if left else ()
+        """Drop the remaining events, refuse further ones, and return what was dropped."""
+        dropped = self._buffer.close()
+        return self._drop(dropped) if dropped else ()
 
     def hand_over(self) -> Chunk:
-        """Hand the events to the publisher without waiting for the confirms."""
+        """Submit the events, without waiting for the confirms."""
         return self._hand_over(self._innermost(), self.publisher)
 
 
 class CallbackCollector(MessageCollector):
-    """The collector of a callback: the message's fate is decided, so its events are kept."""
+    """The collector of a callback: the outcome is decided already, so its events are kept."""
 
     __slots__ = ()
 
@@ -56,10 +56,10 @@ class CallbackCollector(MessageCollector):
 
 
 class _FollowOnIds:
-    """Ids that a second run of the same message makes again. Thread-safe.
+    """Event ids that stay the same when the message is processed again. Thread-safe.
 
-    An id follows from the message, the queue, and all that makes the event what it is: a different
-    event never gets it. Of identical events in one run each has a number.
+    An id derives from the message, the queue, and everything that identifies the event: a different
+    event never gets it. Identical events in one attempt are numbered.
     """
 
     def __init__(self, event: ReceivedEvent) -> None:

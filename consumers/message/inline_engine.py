@@ -1,4 +1,4 @@
-"""The engine of messages that are settled elsewhere: by another process, or by a test."""
+"""An engine for messages that are settled elsewhere: by another process, or by a test."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ __all__ = ["InlineEngine"]
 
 
 class InlineEngine:
-    """Runs one attempt of a message here and now; see ``Services`` for its attributes."""
+    """An engine that runs one attempt in its caller; see ``Services`` for its attributes."""
 
     is_stopping = True
     overlaps = False
 
     def __init__(self, publisher: Publisher, inbox: Inbox | None = None) -> None:
-        """Have follow-on events published by ``publisher``."""
+        """Create an engine whose messages publish with ``publisher``."""
         self.publisher = publisher
         self.inbox = inbox
 
     @property
     def subscription(self) -> Subscription:
-        """There is none."""
+        """Not available; raises a RuntimeError."""
         raise RuntimeError("the message is settled elsewhere")
 
     def conclude(self, message: Message) -> Outcome:
-        """Process ``message`` once, and return what is to become of it.
+        """Process ``message`` once, and return its outcome.
 
-        The limit of its time is not watched here.
+        Its consumer's timeout is not enforced here.
         """
         return call(_conclusion(message), self._take)
 
     async def conclude_async(self, message: Message) -> Outcome:
-        """Process the message of an asynchronous consumer in this task; see :meth:`conclude`."""
+        """Process ``message`` once in this task, and return its outcome; enforces the timeout."""
         return await drive(_conclusion(message), self._take_async)
 
     def _take(self, step: Step) -> Any:
@@ -76,5 +76,5 @@ class InlineEngine:
 def _conclusion(message: Message) -> Steps[Outcome]:
     result = yield from message.attempt()
     if isinstance(result, Unconfirmed):
-        raise RuntimeError("nothing here waits for the confirms of a message")
+        raise RuntimeError("an inline engine can't finish an unconfirmed message")
     return (yield from message.conclude(result))

@@ -1,10 +1,12 @@
-"""The life of a message, from its delivery to its end. No I/O of its own; shared by every engine.
+"""The life of a message, from delivery to settlement. Does no I/O; shared by every engine.
 
-It is written as generators of *steps*: what is to be done next. An engine does it, waiting or
-awaiting, and sends the result back. So there is one life, and it knows nothing of threads, tasks or
-processes.
+It is written as generators of *steps*. An engine takes a step, waiting or awaiting, and sends the
+result back. So there is only one life, which knows nothing of threads, tasks or processes.
 
-decode, look into the inbox, filters and ``process``, follow-on events, callbacks, settle.
+The order is: decode, check the inbox, run filters and ``process``, publish follow-on events, note
+the message in the inbox (unless the handler's transaction has), call back, settle. The ack comes
+last, after the confirms of the follow-on events, or of the copy that replaces a failed message: a
+crash in between may duplicate a message, but can't lose it.
 """
 
 from __future__ import annotations
@@ -46,23 +48,23 @@ __all__ = ["Message"]
 
 logger = logging.getLogger("outbox.consumer")
 
-_PAUSE = 0.5  # seconds between two looks whether the broker takes events again
-_LONGEST_PAUSE = 30.0  # seconds, while a database is away
-_FOR_RETRY = RetryPolicy()
+_PAUSE = 0.5  # seconds between two checks whether the broker is available again
+_LONGEST_PAUSE = 30.0  # seconds, while a database is unavailable
+_DEFAULT_POLICY = RetryPolicy()  # after Retry, if the consumer has no policy
 
 
 class Message:
-    """One message in the hands of a worker.
+    """A message that a worker processes.
 
     Attributes:
-        consumer: that processes it.
-        delivery: as it came.
-        event: decoded; None until then.
-        is_given_up: whether somebody else ends it in the place of its attempt.
+        consumer: the consumer that processes it.
+        delivery: the delivery, as it arrived.
+        event: the decoded event; None until then.
+        is_given_up: whether ``give_up()`` ends the message instead of its attempt.
     """
 
     def __init__(self, consumer: Consumer, delivery: Delivery, services: Services) -> None:
-        """Nothing is done yet. A message without an id gets one, for as long as it is here."""
+        """Create the message, without processing it yet. Without an id it gets a temporary one."""
         delivery.message_id = delivery.message_id or new_id()
         self.consumer = consumer
         self.delivery = delivery
@@ -77,14 +79,14 @@ class Message:
         """Process the message and settle it.
 
         Returns:
-            What became of it; ``Unconfirmed`` if ``confirmed()`` is to go on with it; None if it is
-            left: another worker gets it.
+            The outcome; ``Unconfirmed`` if ``confirmed()`` must follow when the chunk is reported;
+            None if the message is left unsettled, to be redelivered.
         """
         self._began = message_log.started(self.delivery)
         return (yield from self._follow((yield from self.attempt())))
 
     def confirmed(self, report: PublishReport) -> Steps[Outcome | Unconfirmed | None]:
-        """Go on with a message that was ``Unconfirmed``, now that its chunk is reported.
+        """Continue an ``Unconfirmed`` message, now that its chunk is reported.
 
         Returns:
             See :meth:`live`.
@@ -96,25 +98,26 @@ class Message:
         return (yield from self._follow(ACK))
 
     def give_up(self, error: BaseException) -> Steps[Outcome | None]:
-        """End the message in the place of an attempt that goes on and cannot be stopped.
+        """End the message instead of its attempt, which goes on and can't be stopped.
 
-        That attempt publishes nothing from now on, commits nothing that the inbox would note, and
-        must not settle.
+        From now on the attempt can publish nothing, can't commit a transaction that would note the
+        message in the inbox, and must not settle.
         """
         self.abandon()
         if self.event is not None:
             set_current_message(self.event)
         attempt = self._attempt
+        # If the late attempt's commit won the race, a retry would be skipped as a duplicate.
         result = Failed(error, is_done=attempt is not None and attempt.revoke())
         if attempt is not None:
             attempt.close()
-        if self._is_anothers(result):
+        if self._is_lost(result):
             return None
         outcome = yield from self.conclude(result)
         return (yield from self.settle(outcome))
 
     def abandon(self) -> None:
-        """Leave the message to whoever gives it up. Thread-safe."""
+        """Leave the message to :meth:`give_up`. Thread-safe."""
         self.is_given_up = True
         if self._attempt is not None:
             self._attempt.revoke()
@@ -130,35 +133,35 @@ class Message:
         return (yield from self._attempt.run())
 
     def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
-        """Decide what follows from an attempt, and tell the consumer."""
+        """Decide what follows from an attempt, and call the consumer's callbacks."""
         consumer, event = self.consumer, self.event
         outcome = self._decide(result) if isinstance(result, Failed) else result
-        if isinstance(result, Dead) and event is not None:  # at once, but perhaps not at first
+        if isinstance(result, Dead) and event is not None:  # rejected, maybe after failed attempts
             outcome = dataclasses.replace(
                 result, attempts=event.attempt, first_failure=event.first_failure
             )
-        told = consumer.callbacks
-        if event is None or not told:  # undecodable: there is nothing that it could be told
+        callbacks = consumer.callbacks
+        if event is None or not callbacks:  # an undecodable message has no event to call them with
             return outcome
         if isinstance(result, Failed):
-            if isinstance(result.error, ProcessTimeout) and "on_timeout" in told:
+            if isinstance(result.error, ProcessTimeout) and "on_timeout" in callbacks:
                 yield from self._call_back(event, consumer.on_timeout, event)
-            if "on_failure" in told:
+            if "on_failure" in callbacks:
                 yield from self._call_back(event, consumer.on_failure, event, result.error)
-        if isinstance(outcome, Dead) and "on_dead" in told:
+        if isinstance(outcome, Dead) and "on_dead" in callbacks:
             yield from self._call_back(event, consumer.on_dead, event, outcome.reason)
-        if outcome is not DUPLICATE and isinstance(outcome, Ack) and "on_success" in told:
+        if outcome is not DUPLICATE and isinstance(outcome, Ack) and "on_success" in callbacks:
             yield from self._call_back(event, consumer.on_success, event)
         return outcome
 
     def settle(self, outcome: Outcome) -> Steps[Outcome | None]:
-        """Do with the delivery what ``outcome`` says: the one place that settles messages."""
+        """Settle the delivery as ``outcome`` says: the one place that settles messages."""
         subscription, delivery = self._services.subscription, self.delivery
         copy: Event | None = None
         if isinstance(outcome, Again):
             copy = retry_copy(delivery, outcome)
             if copy is None:
-                reason = "its headers cannot be sent again with a retry's"
+                reason = "its headers are too large, or nested too deeply, to send a copy for retry"
                 outcome = Dead(reason, outcome.error, outcome.attempts)
         if isinstance(outcome, Dead):
             copy = dead_letter(delivery, outcome)
@@ -175,9 +178,9 @@ class Message:
     def _follow(
         self, result: Outcome | Failed | Unconfirmed
     ) -> Steps[Outcome | Unconfirmed | None]:
-        """Do what follows from an attempt; where that is another attempt, from that one, too."""
+        """Act on the result of an attempt, and of further attempts while the message is held."""
         while not isinstance(result, Unconfirmed):
-            if self.is_given_up or self._is_anothers(result):
+            if self.is_given_up or self._is_lost(result):
                 return None
             outcome = yield from self.conclude(result)
             if not isinstance(outcome, Hold):
@@ -190,15 +193,19 @@ class Message:
             result = yield from self.attempt()
         return result
 
-    def _is_anothers(self, result: Outcome | Failed) -> bool:
-        """Return whether it comes again anyway: then a copy of it would be one too many."""
-        if not self._is_left(result):
+    def _is_lost(self, result: Outcome | Failed) -> bool:
+        """Return whether the message will be redelivered anyway: a copy would duplicate it."""
+        if not self._is_left_to_broker(result):
             return False
-        logger.info("message %r is no longer ours: it comes again", self.delivery.message_id)
+        logger.info(
+            "lost message %r (channel closed); it will be redelivered", self.delivery.message_id
+        )
         return True
 
-    def _is_left(self, result: Outcome | Failed) -> bool:
-        """Return whether somebody else gets the message, and does with it what is to be done."""
+    def _is_left_to_broker(self, result: Outcome | Failed) -> bool:
+        """Return whether the message is redelivered, and that delivery does all that is left."""
+        # Redelivered, a message that is done may be skipped as a duplicate: its callbacks, log line
+        # and dead letter belong to this delivery, stale or not.
         if isinstance(result, Ack) or (isinstance(result, Failed | Dead) and result.is_done):
             return False
         return self._services.subscription.is_stale(self.delivery)
@@ -209,17 +216,19 @@ class Message:
         first = (event and event.first_failure) or datetime.datetime.now(datetime.UTC)
         reason = f"{type(error).__qualname__}: {text_of(error)}"
         if failed.is_done:
-            # Somebody has to see to what is missing.
+            # A retry would be skipped as a duplicate: a person must finish what is missing.
             reason = f"failed after its transaction had been committed: {reason}"
             return Dead(reason, error, attempts, first, is_done=True)
         policy = self.consumer.retry
         if policy is None and isinstance(error, Retry):
-            policy = _FOR_RETRY
+            policy = _DEFAULT_POLICY
         if policy is not None:
             try:
                 delay = policy.delay_after(error, attempts)
-            except Exception as wrong:  # in a delay of the user's own
-                logger.exception("the retry policy of %r failed", self.consumer)
+            except Exception as wrong:  # a user-defined delay raised it
+                logger.exception(
+                    "the retry policy of %r failed; dead-lettering the message", self.consumer
+                )
                 error.add_note(f"and then the retry policy failed: {wrong!r}")
                 delay = None
             if delay is not None:
@@ -229,7 +238,7 @@ class Message:
     def _call_back(
         self, event: ReceivedEvent, call: Callable[..., Any], *arguments: Any
     ) -> Steps[None]:
-        """Call back; what that enqueues is published and kept like a request's."""
+        """Call a callback, and publish what it enqueues; unconfirmed events are kept."""
         collector = CallbackCollector(self._services.publisher, event, auto_publish=True)
         with EventCollector.use(collector):
             try:
@@ -242,7 +251,7 @@ class Message:
                 collector.end()
 
     def _send_on(self, copy: Event, outcome: Outcome) -> Steps[Outcome | None]:
-        """Publish what takes the message's place, and ack it when that is confirmed."""
+        """Publish the copy that replaces the message, and only ack it when that is confirmed."""
         services = self._services
         while True:
             chunk = services.publisher.submit_chunk([copy], keep=False)
@@ -250,19 +259,23 @@ class Message:
             if report.ok:
                 services.subscription.ack(self.delivery)
                 return outcome
-            logger.error("%r is not published yet: %s", copy, report)
+            logger.error("could not publish %r, retrying: %s", copy, report)
             if report.error is None:
-                services.subscription.declare_again()  # somebody deleted the queue
+                services.subscription.declare_again()  # unroutable: its queue was deleted
             if not (yield from self._until_ready(_PAUSE, outcome)):
                 if isinstance(outcome, Dead) and outcome.is_done:
-                    logger.error("%r of a message that is done is lost: %s", copy, outcome.reason)
+                    logger.error(
+                        "lost the dead letter %r of a message that is done: %s",
+                        copy,
+                        outcome.reason,
+                    )
                 return None
 
     def _until_ready(self, seconds: float, outcome: Outcome) -> Steps[bool]:
-        """Wait so long, and for the broker; return False if the message is no longer ours."""
+        """Wait ``seconds``, then for the broker; return False if the message must be left."""
         services = self._services
         yield Pause(seconds)
-        while not services.is_stopping and not self._is_left(outcome):
+        while not services.is_stopping and not self._is_left_to_broker(outcome):
             if services.publisher.connected:
                 return True
             yield Pause(_PAUSE)

@@ -1,4 +1,4 @@
-"""One line in the log for every message: what became of it, and how long that took."""
+"""One log line per message: its outcome, and how long that took."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from outbox.messages.delivery import Delivery
 __all__ = ["ended", "started"]
 
 logger = logging.getLogger("outbox.consumer.messages")
-"""Apart from ``outbox.consumer``, so that its many lines can be switched off alone."""
+"""Separate from ``outbox.consumer``, so that its many lines can be switched off alone."""
 
 
 def started(delivery: Delivery) -> float:
-    """Note that ``delivery`` is about to be processed; return the time, for :func:`ended`."""
+    """Log that ``delivery`` is about to be processed; return the time, for :func:`ended`."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug(
             "message %r of %r started",
@@ -28,7 +28,7 @@ def started(delivery: Delivery) -> float:
 
 
 def ended(delivery: Delivery, outcome: Outcome, began: float) -> None:
-    """Log what becomes of ``delivery``: INFO, WARNING if it failed, ERROR if it is dead."""
+    """Log the outcome of ``delivery``: INFO, WARNING if it failed, ERROR if dead-lettered."""
     level = _LEVELS.get(type(outcome), logging.INFO)
     if not logger.isEnabledFor(level):
         return
@@ -54,31 +54,31 @@ _LEVELS: dict[type, int] = {Again: logging.WARNING, Dead: logging.ERROR}
 def _fate(outcome: Outcome) -> str:
     match outcome:
         case Ack(duplicate=True):
-            return "had been done before"
+            return "skipped as a duplicate"
         case Ack():
             return "finished"
         case Again():
             return "failed"
         case Dead():
-            return "goes to the dead letters"
+            return "dead-lettered"
         case Return():
-            return "is given back"
+            return "requeued"
     return type(outcome).__name__.lower()
 
 
 def _why(outcome: Outcome) -> str:
     match outcome:
         case Again():
-            return f"; again in {outcome.delay:.1f} s"
+            return f"; retry in {outcome.delay:.1f} s"
         case Dead():
             return f": {outcome.reason!r}"
     return ""
 
 
 def _extra(delivery: Delivery, duration: float) -> dict[str, dict[str, Any]]:
-    """Return what ``MessageFilter`` gives to the lines of a handler: here nobody is inside of one.
+    """Return the attributes that ``MessageFilter`` adds; these lines may be logged anywhere.
 
-    Under one name, since logging refuses those that a record has already.
+    They are under one key, since logging refuses keys that a record already has.
     """
     message = {
         "message_id": delivery.message_id or "",

@@ -1,4 +1,4 @@
-"""What a message needs of the engine that runs it."""
+"""The services that an engine provides to the messages it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Services"]
 
 
 class Services(Protocol):
-    """What a message needs of the engine that runs it, beside having its steps taken."""
+    """The services of an engine to its messages, besides taking their steps."""
 
     @property
     def publisher(self) -> Publisher:
@@ -21,20 +21,20 @@ class Services(Protocol):
 
     @property
     def subscription(self) -> Subscription:
-        """Where the messages come from."""
+        """The subscription that delivers the messages."""
         ...
 
     @property
     def inbox(self) -> Inbox | None:
-        """What has been done, or None without a database for that."""
+        """The inbox, or None if no consumer deduplicates."""
         ...
 
     @property
     def is_stopping(self) -> bool:
-        """Whether nothing that can wait is to be done any more."""
+        """Whether the worker is stopping: a message that would have to wait is left."""
         ...
 
     @property
     def overlaps(self) -> bool:
-        """Whether another message may begin while the last events of one are being confirmed."""
+        """Whether another message may start while the last events of one are being confirmed."""
         ...

@@ -1,4 +1,4 @@
-"""Steps: what a message asks its engine to do next, and the loops that have it done."""
+"""Steps, which a message asks its engine to take, and the loops that take them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 
 class Call(NamedTuple):
-    """Call the application.
+    """A call of application code.
 
     Attributes:
-        function: what it returns may have to be awaited.
-        arguments: of the call.
-        timeout: seconds, or None.
+        function: the function; its result may have to be awaited.
+        arguments: the arguments of the call.
+        timeout: the time limit in seconds, or None.
     """
 
     function: Callable[..., Any]
@@ -41,19 +41,19 @@ class Call(NamedTuple):
 
 
 class Confirm(NamedTuple):
-    """Wait for the report of ``chunk``, which is the result."""
+    """A wait for the report of ``chunk``, which is the result of the step."""
 
     chunk: Chunk
 
 
 class Blocking(NamedTuple):
-    """Call ``function``, which waits for a database."""
+    """A call of ``function``, which blocks on a database."""
 
     function: Callable[[], Any]
 
 
 class Pause(NamedTuple):
-    """Wait for ``seconds``, or until the worker stops."""
+    """A wait for ``seconds``, or until the worker stops."""
 
     seconds: float
 
@@ -63,19 +63,19 @@ Steps: TypeAlias = Generator[Step, Any, T]
 
 
 class Abandoned(BaseException):
-    """Raised by a step when the worker has stopped: the message is left, and delivered again."""
+    """Raised by a step when the worker has stopped: the message is left, and redelivered."""
 
 
 class HandlerCancelled(Exception):
-    """A handler ended by a cancellation that did not come from the worker: a failed attempt."""
+    """A failed attempt: its handler was cancelled, but not by the worker."""
 
 
 def call(steps: Steps[T], take: Callable[[Step], Any]) -> T:
-    """Take ``steps`` here and now, and return their result.
+    """Take ``steps`` in this thread, and return their result.
 
     Args:
-        steps: of a message.
-        take: does what a step says. What it raises is raised in the steps.
+        steps: the steps of a message.
+        take: takes one step and returns its result; its exceptions are raised in the steps.
     """
     value: Any = None
     error: BaseException | None = None
@@ -100,10 +100,10 @@ async def drive(
     """Take ``steps`` in this task, and return their result.
 
     Args:
-        steps: of a message.
-        take: does what a step says. What it raises is raised in the steps.
-        may_end: whether a cancellation of the task is to end it. Otherwise it was the handler's own
-            doing, and has failed.
+        steps: the steps of a message.
+        take: takes one step and returns its result; its exceptions are raised in the steps.
+        may_end: returns whether a cancellation of the task ends it. Otherwise the handler caused
+            the cancellation, and the attempt has failed.
     """
     task = asyncio.current_task()
 
@@ -125,22 +125,23 @@ async def drive(
             if ends():
                 error = raised
             else:
+                # A cancellation that is left counted would make ends() true in later steps.
                 while task is not None and task.uncancel():
                     pass
-                error = HandlerCancelled("the handler was cancelled, and not by the worker")
+                error = HandlerCancelled("the handler was cancelled, but not by the worker")
                 error.__cause__ = raised
         except BaseException as raised:
             error = of_handler(raised)
-            if ends():  # it is what the handler has made of its cancellation
+            if ends():  # the handler turned its cancellation into another exception
                 error = asyncio.CancelledError()
                 error.__cause__ = raised
 
 
 async def cancelled_in_time(value: Awaitable[Any], seconds: float) -> Any:
-    """Await ``value``, and cancel it when it takes longer.
+    """Await ``value``, and cancel it after ``seconds``.
 
     Raises:
-        ProcessTimeout: it was cancelled, whatever it has made of that.
+        ProcessTimeout: it was cancelled, even if it has swallowed the cancellation.
     """
     try:
         async with asyncio.timeout(seconds) as limit:

@@ -103,7 +103,7 @@ def test_every_line_of_text_about_a_message_has_its_id_and_none_is_forged(
     assert log.count("shop: [a] in ") == 2
     assert log.count(r"shop: [b\nERROR root: forged] in ") == 2
     assert "outbox.consumer.messages: message 'a' of 'orders' finished after 0." in log
-    assert "goes to the dead letters after 0." in log
+    assert "dead-lettered after 0." in log
     assert "\nERROR root: forged" not in log
     assert "SECRET-BODY" not in log
 
@@ -113,7 +113,7 @@ def test_above_level_info_messages_are_not_logged_one_by_one(
 ) -> None:
     log = consume(place, tmp_path, "--log-level", "WARNING")
     assert "message 'a'" not in log
-    assert "goes to the dead letters" in log
+    assert "dead-lettered" in log
 
 
 def test_the_error_that_ends_the_process_is_a_line_of_json_too(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from outbox.consumers.message.databases import is_away
+from outbox.consumers.message.databases import is_unavailable
 from outbox.testing.postgresql import PrivatePostgreSQL
 from outbox.testing.servers import free_ports
 
@@ -57,7 +57,7 @@ def test_a_database_that_refuses_connections_counts_as_away(
         pass
     with pytest.raises(Exception) as raised:
         connect(f"postgresql://somebody@127.0.0.1:{port}/nothing")
-    assert is_away(raised.value)
+    assert is_unavailable(raised.value)
 
 
 @pytest.mark.parametrize("through", ["PyMySQL", "SQLAlchemy"])
@@ -69,8 +69,10 @@ def test_a_mariadb_that_refuses_connections_counts_as_away(through: str) -> None
             pymysql.connect(host="127.0.0.1", port=port, user="somebody")
         else:
             create_engine(f"mysql+pymysql://somebody@127.0.0.1:{port}/nothing").connect()
-    assert is_away(raised.value)
-    assert not is_away(pymysql.OperationalError(1213, "a deadlock, which is a failed attempt"))
+    assert is_unavailable(raised.value)
+    assert not is_unavailable(
+        pymysql.OperationalError(1213, "a deadlock, which is a failed attempt")
+    )
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
@@ -92,7 +94,7 @@ def test_a_database_that_ends_a_connection_counts_as_away(
     for _ in range(2):
         with pytest.raises(Exception) as raised:
             connection.cursor().execute("SELECT 1")
-        assert is_away(raised.value)
+        assert is_unavailable(raised.value)
 
 
 def test_a_wrong_statement_is_a_failure_of_the_message(postgresql_url: str) -> None:
@@ -101,11 +103,11 @@ def test_a_wrong_statement_is_a_failure_of_the_message(postgresql_url: str) -> N
         connection = module.connect(url.render_as_string(hide_password=False))
         with pytest.raises(module.Error) as raised:
             connection.cursor().execute("SELECT nothing")
-        assert not is_away(raised.value)
+        assert not is_unavailable(raised.value)
         connection.close()
 
 
 def test_a_socket_of_the_handler_is_not_taken_for_a_database() -> None:
     with pytest.raises(OSError) as raised:
         raise ConnectionRefusedError
-    assert not is_away(raised.value)
+    assert not is_unavailable(raised.value)

@@ -422,7 +422,7 @@ def test_without_a_database_a_consumer_that_deduplicates_is_refused(
     def act(event: ReceivedEvent) -> None: ...
 
     with Publisher(amqp_url) as publisher:
-        with pytest.raises(UsageError, match="set OUTBOX_DATABASE_URL, or give Worker"):
+        with pytest.raises(UsageError, match="set OUTBOX_DATABASE_URL, or pass Worker"):
             Worker([act], publisher=publisher)
         monkeypatch.setenv("OUTBOX_DATABASE_URL", f"sqlite:///{tmp_path}/none.db")
         with pytest.raises(
@@ -441,7 +441,7 @@ def test_a_database_that_is_away_at_the_start_is_waited_for(
 
     with Publisher(amqp_url) as publisher:
         Worker([act], publisher=publisher)
-    assert "the inbox cannot be looked at for now" in caplog.text
+    assert "the inbox is unavailable" in caplog.text
 
 
 def test_the_inbox_of_a_sqlite_transport_is_in_its_file(tmp_path: Path, name: str) -> None:

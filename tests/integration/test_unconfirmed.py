@@ -169,7 +169,7 @@ def test_a_follow_on_that_the_broker_rejects_dead_letters_its_message(
     with reading(place, dead_letter_queue(name), again=True) as letters:
         [letter] = letters.get()
     assert letter.message_id == sent[0].id
-    assert "a follow-on was rejected" in (letter.headers or {})["outbox-dead-reason"]
+    assert "a follow-on event was rejected" in (letter.headers or {})["outbox-dead-reason"]
     assert place.count(name) == 0
 
 

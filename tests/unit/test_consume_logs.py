@@ -141,8 +141,8 @@ def test_a_line_of_json_has_the_time_in_utc_and_the_traceback_as_text(output: An
     ("outcome", "level", "expected"),
     [
         (ACK, "INFO", "message 'm-1' of 'orders' finished after 0."),
-        (REQUEUE, "INFO", "message 'm-1' of 'orders' is given back after 0."),
-        (Dead("no\nway"), "ERROR", "message 'm-1' of 'orders' goes to the dead letters after 0."),
+        (REQUEUE, "INFO", "message 'm-1' of 'orders' requeued after 0."),
+        (Dead("no\nway"), "ERROR", "message 'm-1' of 'orders' dead-lettered after 0."),
     ],
 )
 def test_the_end_of_a_message_is_a_line_with_its_duration(

@@ -87,4 +87,4 @@ def test_an_exception_whose_traceback_cannot_be_formatted_still_leaves_a_dead_le
             raise ValueError("none")
 
     headers = dead_letter(delivery({}), Dead("why", Unsound())).headers
-    assert headers["outbox-dead-traceback"] == "(its traceback cannot be told: ValueError)"
+    assert headers["outbox-dead-traceback"] == "(traceback unavailable: ValueError)"

@@ -1,4 +1,4 @@
-"""The assignment of a worker: its consumers, their queues and how much of them, all checked."""
+"""The assignment of a worker: its consumers, their queues and its limits, all checked."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _MOST_PREFETCH = 65535  # AMQP 0-9-1, basic.qos: a short integer
 
 
 class Assignment:
-    """What a worker is to process, and how much of it at a time.
+    """The consumers of a worker, and the number of messages it takes at a time.
 
     Attributes:
-        consumers: by the name of their queue.
+        consumers: the consumers, by the name of their queue.
         plain: whether there are consumers for threads.
         asynchronous: whether there are consumers for tasks.
-        prefetch: how many messages of each queue the broker sends ahead.
+        prefetch: the number of messages of each queue that the broker sends ahead.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class Assignment:
         max_messages: int | None,
         ranks: Mapping[str, int] | None,
     ) -> None:
-        """Check what ``Worker`` is given; see there.
+        """Check the arguments of ``Worker``; see there.
 
         Raises:
-            UsageError: names the consumer or the number, and what is wrong.
+            UsageError: an argument is invalid; the message names the consumer or the number.
         """
         self.consumers = _by_queue(consumers)
         self._ranks = ranks or {}
@@ -47,7 +47,7 @@ class Assignment:
                 raise UsageError(f"{name} is {number!r}, not 1 or more")
         for queue in self._ranks:
             if queue not in self.consumers:
-                raise UsageError(f"ranks has {queue!r}, which no consumer takes messages of")
+                raise UsageError(f"ranks has the queue {queue!r}, which no consumer has")
         self.plain = any(not consumer.is_async for consumer in self.consumers.values())
         self.asynchronous = any(consumer.is_async for consumer in self.consumers.values())
         if prefetch is None:
@@ -59,11 +59,11 @@ class Assignment:
             raise UsageError(f"prefetch is {prefetch}, not 1 to {_MOST_PREFETCH}")
         if max_messages is not None and max_messages < 1:
             raise UsageError(f"max_messages is {max_messages}, not 1 or more")
-        # More than are to be processed would only be given back.
+        # Messages beyond max_messages would only be requeued.
         self.prefetch = prefetch if max_messages is None else min(prefetch, max_messages)
 
     def specs(self, exchange: str) -> list[QueueSpec]:
-        """Return the queues by rank; those whose consumer names none are bound to ``exchange``."""
+        """Return the queues by rank, bound to ``exchange`` unless their consumer names another."""
         specs = [
             dataclasses.replace(consumer.spec(exchange), rank=self._ranks.get(queue, 0))
             for queue, consumer in self.consumers.items()
@@ -78,7 +78,7 @@ def _by_queue(consumers: Iterable[Consumer | type[Consumer]]) -> dict[str, Consu
         if not consumer.queue:
             raise UsageError(f"the consumer {type(consumer).__qualname__} names no queue")
         if consumer.queue in by_queue:
-            raise UsageError(f"two consumers want the queue {consumer.queue!r}")
+            raise UsageError(f"two consumers have the queue {consumer.queue!r}")
         check_process(consumer)
         by_queue[consumer.queue] = consumer
     if not by_queue:

@@ -1,4 +1,4 @@
-"""Watches over calls that have a time limit, and tells when one takes too long."""
+"""A watch over calls with a time limit, which calls back when one exceeds it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger("outbox.consumer")
 
 
 class Ticket:
-    """One call that is being watched."""
+    """A call that is being watched."""
 
     __slots__ = ("deadline", "on_expired")
 
@@ -24,30 +24,30 @@ class Ticket:
 
 
 class Watch:
-    """Calls back, on a thread of its own, for calls that take too long. Thread-safe.
+    """A watch over calls, with a thread that calls back for late ones. Thread-safe.
 
-    Either a call has left in time or it has expired, never both. The thread is there from the
-    first call on until :meth:`close`.
+    A call either leaves in time or expires, never both: whichever removes its ticket first, under
+    the lock, decides. The thread runs from the first call until :meth:`close`.
 
-    Nearly all calls leave long before their time. So nothing is kept of those that have left, and
-    the thread sleeps until the earliest of those that ran when it last looked could be late.
+    Nearly all calls leave long before their deadline. So a call that leaves doesn't wake the
+    thread, which sleeps until the earliest deadline that was known when it last looked.
     """
 
     def __init__(self) -> None:
-        """Nothing is watched yet."""
+        """Create the watch, without starting its thread yet."""
         self._lock = threading.Lock()
         self._earlier = threading.Condition(self._lock)
         self._running: set[Ticket] = set()
-        self._next_look = math.inf  # no later than the deadline of any that runs
+        self._next_look = math.inf  # no later than the deadline of any running call
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def enter(self, seconds: float, on_expired: Callable[[], None]) -> Ticket:
-        """Begin to watch a call.
+        """Start watching a call.
 
         Args:
-            seconds: that it has.
-            on_expired: called when they are over, on the watch's thread; must be quick.
+            seconds: the time limit of the call.
+            on_expired: called when the limit is exceeded, on the watch's thread; must be quick.
         """
         ticket = Ticket(time.monotonic() + seconds, on_expired)
         with self._lock:
@@ -57,14 +57,14 @@ class Watch:
         return ticket
 
     def leave(self, ticket: Ticket) -> bool:
-        """End watching; return whether the call was in time."""
+        """Stop watching a call; return whether it was in time."""
         with self._lock:
             in_time = ticket in self._running
             self._running.discard(ticket)
         return in_time
 
     def close(self) -> None:
-        """End the thread; nothing expires any more."""
+        """End the thread; no call expires any more."""
         with self._lock:
             self._closed = True
             self._earlier.notify()
@@ -86,16 +86,16 @@ class Watch:
             for ticket in late:
                 try:
                     ticket.on_expired()
-                except Exception:  # there can be no more threads, for instance
-                    logger.exception("a call that takes too long could not be told")
+                except Exception:  # for instance, no more threads can be started
+                    logger.exception("could not give up a late call")
 
     def _wait_for_late(self) -> list[Ticket]:
-        while not self._closed and (left := self._next_look - time.monotonic()) > 0:
-            self._earlier.wait(None if left == math.inf else left)
+        while not self._closed and (remaining := self._next_look - time.monotonic()) > 0:
+            self._earlier.wait(None if remaining == math.inf else remaining)
         if self._closed:
             return []
         now = time.monotonic()
-        late = sorted((one for one in self._running if one.deadline <= now), key=_deadline)
+        late = sorted((ticket for ticket in self._running if ticket.deadline <= now), key=_deadline)
         self._running.difference_update(late)
         self._next_look = min(map(_deadline, self._running), default=math.inf)
         return late

@@ -1,12 +1,12 @@
-"""Arrivals: messages that have been delivered to a worker and that it has not begun yet.
+"""Arrivals: messages that have been delivered to a worker, and that it has not started yet.
 
-Where queues have an order (``-Q high,medium,low``), the messages of a queue begin only when none of
-a queue before it waits: neither here, nor, as far as a worker can know, in the broker. That sends
-so many messages of a queue ahead and no more (the prefetch): while that window is well filled there
-may be others behind it, and for a moment after it was, more may be on their way.
+If queues have an order (``-Q high,medium,low``), a message starts only while no message of an
+earlier queue waits: neither here nor, as far as a worker can know, in the broker. The broker sends
+at most the prefetch of a queue ahead: while that window is at least half full, more messages may
+wait behind it, and for a moment after that, more may be on their way.
 
-Where a queue has priorities, its messages begin in their order: those that came ahead of a more
-urgent one, and wait here, let it pass.
+If a queue has priorities, its messages start in the order of their priority: while they wait here,
+a more urgent one that arrives later overtakes them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from outbox.messages.delivery import Delivery, QueueSpec
 __all__ = ["Arrivals", "OrderedArrivals", "make_arrivals"]
 
 _ON_ITS_WAY = 0.25
-"""Seconds in which a broker answers an ack with the next message, on any network worth a worker."""
+"""Seconds within which a broker answers an ack with the next message, on any usable network."""
 
 
 class Arrivals(Protocol):
-    """Takes deliveries on one thread and hands them out to others. Thread-safe."""
+    """A queue from the thread that receives deliveries to those that process them. Thread-safe."""
 
     def put(self, delivery: Delivery | None) -> None:
-        """Take a delivery; None tells one of the threads to end."""
+        """Add a delivery, or None to end one of the threads."""
         ...
 
     def get(self) -> Delivery | None:
@@ -42,20 +42,24 @@ class Arrivals(Protocol):
 def make_arrivals(
     queues: Sequence[QueueSpec], out: Callable[[str], int], prefetch: int
 ) -> Arrivals:
-    """Return what holds the messages of ``queues``.
+    """Return the arrivals for the messages of ``queues``.
 
     Args:
-        queues: with their ranks and priorities; without any, messages are handed out as they come.
-        out: tells how many messages of a queue the broker has sent that are not settled.
-        prefetch: of each queue.
+        queues: the queues; if all ranks are equal and there are no priorities, messages are handed
+            out in the order of arrival.
+        out: returns the number of messages that the broker has sent of a queue and that are not
+            settled.
+        prefetch: the prefetch of each queue.
     """
-    if len({one.rank for one in queues}) == 1 and all(one.max_priority is None for one in queues):
+    if len({spec.rank for spec in queues}) == 1 and all(
+        spec.max_priority is None for spec in queues
+    ):
         return queue.SimpleQueue()
     return OrderedArrivals(queues, out, prefetch)
 
 
 class OrderedArrivals:
-    """Hands out deliveries by the rank of their queue, then by priority, then as they came."""
+    """Arrivals ordered by the rank of their queue, then by priority, then by arrival."""
 
     def __init__(
         self,
@@ -65,8 +69,8 @@ class OrderedArrivals:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Hold nothing yet; see :func:`make_arrivals`."""
-        self._specs: Mapping[str, QueueSpec] = {one.name: one for one in queues}
+        """Create empty arrivals; see :func:`make_arrivals`."""
+        self._specs: Mapping[str, QueueSpec] = {spec.name: spec for spec in queues}
         self._out = out
         self._filled = max(1, prefetch // 2)
         self._clock = clock
@@ -78,7 +82,7 @@ class OrderedArrivals:
         self._filled_at = dict.fromkeys(self._specs, 0.0)
 
     def put(self, delivery: Delivery | None) -> None:
-        """Take a delivery; with None one of the threads gets None, ahead of what waits."""
+        """Add a delivery; None makes one of the threads get None, ahead of what waits."""
         with self._changed:
             if delivery is None:
                 self._ends += 1
@@ -93,7 +97,7 @@ class OrderedArrivals:
             self._changed.notify()
 
     def get(self) -> Delivery | None:
-        """Wait for the next delivery that may begin, or None."""
+        """Wait for the next delivery that may start, or None."""
         with self._changed:
             while True:
                 if self._ends:
@@ -103,23 +107,25 @@ class OrderedArrivals:
                 if self._waiting:
                     wait = self._wait_for_better(self._waiting[0][0])
                     if wait <= 0:
-                        found = heapq.heappop(self._waiting)[-1]
-                        if self._waiting:  # whoever was woken for it may have waited for better
+                        next_delivery = heapq.heappop(self._waiting)[-1]
+                        # This thread may have used up the notification of a delivery that is still
+                        # here, as each put() wakes only one thread.
+                        if self._waiting:
                             self._changed.notify()
-                        return found
+                        return next_delivery
                 self._changed.wait(wait)
 
     def _note(self, delivery: Delivery) -> None:
         now = self._clock()
         if delivery.generation != self._generation:
-            # The first message over a connection: those of other queues are on their way.
+            # The first message of a connection: those of other queues may be on their way.
             self._generation = delivery.generation
             self._filled_at = dict.fromkeys(self._specs, now)
         elif self._out(delivery.queue) >= self._filled:
             self._filled_at[delivery.queue] = now
 
     def _wait_for_better(self, rank: int) -> float:
-        """Return for how many seconds a message of ``rank`` is not to begin; 0 or less for none."""
+        """Return the seconds until a message of ``rank`` may start; 0 or less if it may now."""
         if not rank:
             return 0.0
         now = self._clock()

@@ -1,6 +1,6 @@
-"""The messages that an engine has begun, also those that no thread or task works on.
+"""The messages that an engine has started, including those that no thread or task works on.
 
-A message that is ``Unconfirmed`` is held here while its thread or task goes on with another one.
+An ``Unconfirmed`` message waits here while its thread or task goes on with another message.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ logger = logging.getLogger("outbox.consumer")
 
 
 class Life:
-    """A message that was begun; one thread or task at a time works on it.
+    """A message that was started; one thread or task at a time works on it.
 
     Attributes:
-        message: itself.
-        steps: to be taken next.
-        context: in which they are taken.
+        message: the message.
+        steps: the steps to take next.
+        context: the context to take them in.
     """
 
     __slots__ = ("context", "message", "steps")
@@ -42,39 +42,39 @@ class Life:
     def __init__(
         self, message: Message, steps: Steps[Outcome | Unconfirmed | None], context: Context
     ) -> None:
-        """Nothing is done yet."""
+        """Create the life, without taking a step yet."""
         self.message = message
         self.steps = steps
         self.context = context
 
 
 class Lives:
-    """Begins lives, and holds those that are left until their chunk is reported. Thread-safe.
+    """The lives of an engine, including those that wait until their chunk is reported. Thread-safe.
 
-    Those whose events are all confirmed end on a thread of its own. The others have to be seen to:
-    their deliveries come to the engine once more. There are no more of them than messages that the
-    broker sends ahead.
+    Those whose events are all confirmed end on this object's thread, where only an ack is left to
+    do. The others may call the application or wait: their deliveries are put into the engine once
+    more. There are at most as many waiting lives as the broker sends messages ahead.
 
     Attributes:
-        any_begun: whether a message was.
+        any_begun: whether a message was started.
     """
 
     def __init__(self, work: Work, services: Services, put: Callable[[Delivery], object]) -> None:
-        """Hold nothing yet.
+        """Create the collection, without any life yet.
 
         Args:
-            work: of the engine.
-            services: of the engine.
-            put: has the engine take a delivery as if it were new.
+            work: the context of the engine.
+            services: the services of the engine.
+            put: puts a delivery into the engine as if it were new.
         """
         self.any_begun = False
         self._work = work
         self._services = services
         self._put = put
         self._timeout = work.publisher.settings.timeout
-        self._left: dict[Life, tuple[float, Chunk]] = {}  # until when, in that order
+        self._unconfirmed: dict[Life, tuple[float, Chunk]] = {}  # with the deadline, in its order
         self._stopping = False
-        self._none_left = threading.Event()
+        self._all_confirmed = threading.Event()
         self._reported: queue.SimpleQueue[tuple[Life, PublishReport] | None] = queue.SimpleQueue()
         self._put_again: dict[Delivery, Life] = {}
 
@@ -83,14 +83,14 @@ class Lives:
         threading.Thread(target=self._run, name="outbox-worker-confirms", daemon=True).start()
 
     def of(self, delivery: Delivery, context: Context) -> Life | None:
-        """Return the life to begin or to go on with.
+        """Return the life to start or to go on with.
 
-        None if there is nothing to do: it has been given back, or will be when the subscription
-        closes.
+        None if there is nothing to do: the message has been requeued, or will be when the
+        subscription closes.
 
         Args:
-            delivery: which message.
-            context: a copy of it is the new life's.
+            delivery: the delivery of the message.
+            context: the context that a new life gets a copy of.
         """
         life = self._put_again.pop(delivery, None)
         if life is not None:
@@ -105,11 +105,11 @@ class Lives:
         return Life(message, message.live(), context.copy())
 
     def leave(self, life: Life, chunk: Chunk) -> None:
-        """Hold ``life`` until ``chunk`` is reported, or its time is over.
+        """Hold ``life`` until ``chunk`` is reported, or its timeout is over.
 
-        Its context must have been left.
+        Call it outside the life's context, which another thread may enter at once.
         """
-        self._left[life] = (time.monotonic() + self._timeout, chunk)
+        self._unconfirmed[life] = (time.monotonic() + self._timeout, chunk)
         chunk.on_reported(partial(self._on_reported, life))
 
     def ends(self) -> None:
@@ -119,14 +119,15 @@ class Lives:
             self._work.on_used_up()
 
     def stop(self, deadline: float) -> bool:
-        """Wait for the lives that were left, until ``deadline``; return whether all have ended.
+        """Wait for the unconfirmed lives, until ``deadline``; return whether all have ended.
 
-        The others stay where they are: their messages come again.
+        The messages of the others are redelivered.
         """
         self._stopping = True
-        finished = not self._left or self._none_left.wait(max(0.0, deadline - time.monotonic()))
+        remaining = max(0.0, deadline - time.monotonic())
+        finished = not self._unconfirmed or self._all_confirmed.wait(remaining)
         self._reported.put(None)
-        self._left.clear()
+        self._unconfirmed.clear()
         return finished and not self._put_again
 
     def _on_reported(self, life: Life, report: PublishReport) -> None:
@@ -137,19 +138,19 @@ class Lives:
         look_at = time.monotonic() + pause
         while True:
             with contextlib.suppress(queue.Empty):
-                one = self._reported.get(timeout=pause)
-                if one is None:
+                reported = self._reported.get(timeout=pause)
+                if reported is None:
                     return
-                self._go_on(*one)
+                self._go_on(*reported)
             if time.monotonic() >= look_at:
                 self._report_late()
                 look_at = time.monotonic() + pause
 
     def _report_late(self) -> None:
-        """Have the chunks reported whose time is over, as waiting for them would have."""
+        """Report the chunks whose timeout is over, as a waiting caller would have done."""
         now = time.monotonic()
-        for until, chunk in list(self._left.values()):
-            if until > now:
+        for deadline, chunk in list(self._unconfirmed.values()):
+            if deadline > now:
                 break
             self._work.publisher.wait_for(chunk, 0)
 
@@ -157,23 +158,23 @@ class Lives:
         life.steps = life.message.confirmed(report)
         if report.ok:
             self._end(life)
-            self._left.pop(life, None)
+            self._unconfirmed.pop(life, None)
         else:
             delivery = life.message.delivery
             self._put_again[delivery] = life
-            self._left.pop(life, None)  # before: it may soon be left again
+            self._unconfirmed.pop(life, None)  # before put(): the engine may leave it here again
             self._put(delivery)
-        if self._stopping and not self._left:
-            self._none_left.set()
+        if self._stopping and not self._unconfirmed:
+            self._all_confirmed.set()
 
     def _end(self, life: Life) -> None:
         try:
             life.context.run(call, life.steps, _refuse)
-        except BaseException:  # a bug of ours must end neither the thread nor the message
+        except BaseException:  # a bug in outbox must end neither the thread nor the message
             logger.exception("could not handle message %r", life.message.delivery.message_id)
             self._work.give_back(life.message.delivery)
         self.ends()
 
 
 def _refuse(step: Step) -> None:
-    raise RuntimeError(f"nothing is left to do for a confirmed message, but it asks for {step!r}")
+    raise RuntimeError(f"a confirmed message must not ask for another step, but did: {step!r}")

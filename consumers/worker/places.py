@@ -1,4 +1,4 @@
-"""The places of an engine's threads, and what becomes of them when handlers are late."""
+"""The places of an engine's threads, and how they pass on when handlers are late."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ __all__ = ["Places"]
 
 
 class Places:
-    """Counts the places that threads work in. Thread-safe.
+    """A counter of the places that threads work in. Thread-safe.
 
-    A thread in a handler whose time is over is late: it loses its place to a successor, for as many
-    late threads as there are places. Beyond that a place stays free until one of them comes back.
+    A thread whose handler exceeded its timeout is late: it loses its place to a successor, for as
+    many late threads as there are places. Beyond that, a place stays free until any late thread
+    comes back. So there are never more threads than twice the places, however many handlers hang.
 
     Attributes:
-        late: how many threads are in handlers whose time is over.
+        late: the number of threads in handlers that exceeded their timeout.
     """
 
     def __init__(self, count: int) -> None:
-        """Have ``count`` places, all empty."""
+        """Create ``count`` places, all empty."""
         self.late = 0
         self._count = count
         self._taken = 0
-        self._free = 0  # of late threads without a successor
+        self._free = 0  # the places for late threads that come back
         self._changed = threading.Condition()
 
     def take_all(self) -> None:
-        """Have a thread in every place."""
+        """Fill every place."""
         self._taken = self._count
 
     def leave(self, *, to_late: bool = False) -> None:
-        """Empty a place; with ``to_late`` the next late thread that comes back takes it."""
+        """Empty a place; with ``to_late``, the next late thread that comes back takes it."""
         with self._changed:
             self._taken -= 1
             self._free += to_late
             self._changed.notify_all()
 
     def lose(self) -> bool:
-        """Note that a thread is late; return whether its successor goes on in its place."""
+        """Note that a thread is late; return whether its successor takes over its place."""
         with self._changed:
             self.late += 1
             goes_on = self.late <= self._count
@@ -55,9 +56,9 @@ class Places:
             return True
 
     def wait_until_empty(self, timeout: float) -> bool:
-        """Wait until nothing works any more, at most ``timeout`` seconds; return whether so.
+        """Wait at most ``timeout`` seconds until every place is empty; return whether they are.
 
-        Threads cannot be waited for: meanwhile others may take the places of late ones.
+        Joining the threads would not do: meanwhile, successors may take over late threads' places.
         """
         with self._changed:
             return self._changed.wait_for(lambda: not self._taken, timeout)

@@ -1,4 +1,4 @@
-"""The engine of asynchronous consumers: tasks of one event loop, on a thread of its own."""
+"""The engine of asynchronous consumers: tasks of one event loop, on a separate thread."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ __all__ = ["TaskEngine"]
 logger = logging.getLogger("outbox.consumer")
 
 _Task: TypeAlias = "asyncio.Task[Outcome | Unconfirmed | None]"
-_CANCELLED = 1.0  # seconds that a cancelled task has
+_CANCELLED = 1.0  # seconds for a cancelled task to end
 
 
 class TaskEngine:
-    """Runs the messages of asynchronous consumers as tasks.
+    """An engine that runs the messages of asynchronous consumers as tasks.
 
-    The loop knows nothing of the broker: deliveries come in from the subscription's thread, and
-    acks go back to it. A handler that is cancelled at the end leaves its message to others.
+    The loop does no I/O with the broker: deliveries come from the subscription's thread, and acks
+    go back to it. The message of a handler that is cancelled at the end is redelivered.
 
-    A handler that goes on although it was cancelled when its time was over is late, as on a thread:
-    its message is given up, and another one takes its place, for as many late ones as there are
-    places.
+    A handler that goes on after its timeout although it was cancelled is *late*, as on a thread: a
+    successor task ends its message, and takes over its place, for as many late handlers as there
+    are places.
 
     Attributes:
         publisher, subscription, inbox: see ``Services``.
-        overlaps: not with a concurrency of 1, which has its messages one after the other.
-        lives: of the messages that were begun.
+        overlaps: False with a concurrency of 1, which processes messages one after the other.
+        lives: the messages that were started.
     """
 
     def __init__(self, work: Work, concurrency: int) -> None:
-        """Nothing runs yet."""
+        """Create the engine, without starting its loop yet."""
         self.publisher = work.publisher
         self.subscription = work.subscription
         self.inbox = work.inbox
@@ -63,12 +63,12 @@ class TaskEngine:
         self._concurrency = concurrency
         self._waiting: deque[Delivery] = deque()
         self._woken = False
-        found = work.make_arrivals()
-        self._ordered = found if isinstance(found, OrderedArrivals) else None
+        arrivals = work.make_arrivals()
+        self._ordered = arrivals if isinstance(arrivals, OrderedArrivals) else None
         self._room = threading.Semaphore(concurrency)
         self._tasks: set[_Task] = set()
         self._late: set[_Task] = set()
-        self._loop: asyncio.AbstractEventLoop  # made when it starts, as is what belongs to it
+        self._loop: asyncio.AbstractEventLoop  # set by its thread, as is _stopping
         self._stopping: asyncio.Event
         self._deadline = 0.0
         self._finished = True
@@ -80,12 +80,12 @@ class TaskEngine:
 
     @property
     def late(self) -> int:
-        """How many handlers go on although they were cancelled when their time was over."""
+        """The number of handlers that go on although their timeout has cancelled them."""
         return len(self._late)
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the engine is."""
+        """Whether the engine is stopping."""
         return self._stopping.is_set()
 
     def start(self) -> None:
@@ -101,7 +101,7 @@ class TaskEngine:
             pump.start()
 
     def put(self, delivery: Delivery) -> None:
-        """Have a message processed when there is room. Thread-safe."""
+        """Add a message, to be processed when there is room. Thread-safe."""
         if self._ordered is not None:
             self._ordered.put(delivery)
             return
@@ -111,24 +111,24 @@ class TaskEngine:
             self._call(self._dispatch)
 
     def ask_to_stop(self, deadline: float) -> None:
-        """Begin no further message, and cancel at ``deadline`` what runs. Thread-safe."""
+        """Start no further message, and cancel the running ones at ``deadline``. Thread-safe."""
         self._deadline = deadline
         if self._ready.is_set():
             self._call(self._stopping.set)
             if self._ordered is not None:
                 self._ordered.put(None)
-                self._room.release()  # if it waits for that
+                self._room.release()  # the pump may be waiting for room
 
     def stop(self, deadline: float) -> bool:
         """Wait for the messages being processed, until ``deadline``; return whether all finished.
 
-        After ``ask_to_stop``. What is not finished then is cancelled: the message is left to
-        others.
+        Call ``ask_to_stop`` first. Handlers that have not finished then are cancelled, and their
+        messages redelivered.
         """
         if not self._ready.is_set():
             return True
         is_over = self._over.wait(max(0.0, deadline - time.monotonic()) + _CANCELLED + 1)
-        self._thread.join(_CANCELLED)  # longer only while late handlers do not end
+        self._thread.join(_CANCELLED)  # the thread outlives that only if handlers don't end
         return self.lives.stop(deadline) and self._finished and is_over
 
     def _call(self, function: Any) -> None:
@@ -153,7 +153,7 @@ class TaskEngine:
         self._over.set()
 
     def _pump(self, arrivals: OrderedArrivals) -> None:
-        """Take each message no earlier than there is room for it: a better one may come."""
+        """Take a message only when there is room for it: a more urgent one may still arrive."""
         while True:
             self._room.acquire()
             delivery = arrivals.get()
@@ -167,7 +167,7 @@ class TaskEngine:
             self._begin(self._waiting.popleft())
 
     def _begin(self, delivery: Delivery) -> None:
-        # What is not begun is given back when the subscription closes, or was already.
+        # A message that isn't started is requeued when the subscription closes, or was already.
         life = None if self.is_stopping else self.lives.of(delivery, self._context)
         if life is None:
             self._room.release()
@@ -184,7 +184,7 @@ class TaskEngine:
         self._late.discard(task)
         result = None if task.cancelled() else task.result()
         if was_late:
-            pass  # its successor ends the message
+            pass  # the successor ends the message
         elif isinstance(result, Unconfirmed):
             self.lives.leave(life, result.chunk)
         else:
@@ -196,16 +196,16 @@ class TaskEngine:
                 self._dispatch()
 
     async def _handle(self, life: Life) -> Outcome | Unconfirmed | None:
-        """Take the steps of a message; return what they return."""
+        """Take the steps of a message, and return their result."""
         delivery = life.message.delivery
         try:
             take_step = functools.partial(self._take_step, life)
             return await drive(life.steps, take_step, lambda: self.is_stopping)
         except asyncio.CancelledError:
-            if not self.is_stopping:  # somebody else has cancelled it: it must come again
+            if not self.is_stopping:  # not the worker's doing: the message must not be stuck here
                 self._shared.give_back(delivery)
             raise
-        except BaseException:  # a bug of ours must end neither the loop nor the message
+        except BaseException:  # a bug in outbox must end neither the loop nor the message
             logger.exception("could not handle message %r", delivery.message_id)
             self._shared.give_back(delivery)
         return None
@@ -238,12 +238,12 @@ class TaskEngine:
             late.cancel()
 
     def _on_late(self, life: Life, task: _Task, seconds: float) -> None:
-        """Give a message up whose handler goes on although it was cancelled."""
+        """Give up a message whose handler goes on although it was cancelled."""
         self._late.add(task)
         message = life.message
         logger.error(
-            "message %r of %r takes more than %.1f s and is given up; its handler was cancelled, "
-            "and goes on",
+            "message %r of %r exceeded its timeout of %.1f s and is given up; its handler was "
+            "cancelled, but goes on",
             message.delivery.message_id,
             message.delivery.queue,
             seconds,
@@ -255,4 +255,4 @@ class TaskEngine:
             self._tasks.discard(task)
             self._tasks.add(successor)
         else:
-            logger.error("%d handlers are late: the worker has a task less", len(self._late))
+            logger.error("%d handlers are late; the worker is a task short", len(self._late))

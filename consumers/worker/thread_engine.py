@@ -1,7 +1,11 @@
 """The engine of plain consumers: a pool of threads, each with one message at a time.
 
-A thread that has nothing left to do for a message but to wait for confirms goes on with another
-one; the first is then in ``lives``.
+A thread that has nothing left to do for a message but wait for confirms goes on with another
+message; the first is then held in ``lives``.
+
+A thread can't be stopped. So a handler that exceeds its timeout is *late*: its message is given up
+and ended by a *successor*, a new thread that usually takes over the late thread's place. The watch
+decides, for each call, whether it ended in time or its successor ends the message; never both do.
 """
 
 from __future__ import annotations
@@ -37,24 +41,23 @@ logger = logging.getLogger("outbox.consumer")
 
 
 class _Late(BaseException):
-    """Raised in the life of a message when its step has ended after its time."""
+    """Raised in the steps of a message when a call ends after its timeout."""
 
 
 class ThreadEngine:
-    """Runs the messages of plain consumers on threads.
+    """An engine that runs the messages of plain consumers on threads.
 
-    A handler that takes longer than its time cannot be stopped. Its message is given up, and its
-    thread's place is taken by another one: for as many late threads as there are places. Beyond
-    that places are lost until one of them comes back.
+    Successors take over the places of late threads, for as many late threads as there are places.
+    Beyond that, a place stays empty until a late thread comes back.
 
     Attributes:
         publisher, subscription, inbox: see ``Services``.
-        overlaps: not with a single thread, which has its messages one after the other.
-        lives: of the messages that were begun.
+        overlaps: False with a single thread, which processes its messages one after the other.
+        lives: the messages that were started.
     """
 
     def __init__(self, work: Work, threads: int) -> None:
-        """Nothing runs yet."""
+        """Create the engine, without starting threads yet."""
         self.publisher = work.publisher
         self.subscription = work.subscription
         self.inbox = work.inbox
@@ -70,12 +73,12 @@ class ThreadEngine:
 
     @property
     def late(self) -> int:
-        """How many threads are in handlers whose time is over."""
+        """The number of threads in handlers that exceeded their timeout."""
         return self._places.late
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the engine is."""
+        """Whether the engine is stopping."""
         return self._stopping.is_set()
 
     def start(self) -> None:
@@ -87,20 +90,20 @@ class ThreadEngine:
             self._start_thread(f"outbox-worker-{number}", self._work)
 
     def put(self, delivery: Delivery) -> None:
-        """Have a message processed when a thread is free."""
+        """Add a message, to be processed when a thread is free."""
         self._waiting.put(delivery)
 
     def ask_to_stop(self, _deadline: float) -> None:
-        """Begin no further message."""
+        """Start no further message."""
         self._stopping.set()
-        for _ in range(2 * self._size):  # of late threads' successors, too
+        for _ in range(2 * self._size):  # enough for all threads, late ones included
             self._waiting.put(None)
 
     def stop(self, deadline: float) -> bool:
         """Wait for the messages being processed, until ``deadline``; return whether all finished.
 
-        After ``ask_to_stop``. Those that are late have been given up before, and are not waited
-        for.
+        Call ``ask_to_stop`` first. It does not wait for late handlers: their messages have been
+        given up already.
         """
         finished = self._places.wait_until_empty(max(0.0, deadline - time.monotonic()))
         finished = self.lives.stop(deadline) and finished
@@ -122,7 +125,7 @@ class ThreadEngine:
     def _process(self, delivery: Delivery) -> bool:
         """Process a message; return whether this thread still has its place."""
         if self._stopping.is_set():
-            return True  # it is given back when the subscription closes
+            return True  # the message is requeued when the subscription closes
         life = self.lives.of(delivery, self._context)
         return True if life is None else self._go_on(life)
 
@@ -133,12 +136,12 @@ class ThreadEngine:
         try:
             result = life.context.run(self._live, message, life.steps)
         except (_Late, Abandoned):
-            pass  # somebody else ends it, or gets it when the subscription closes
-        except BaseException:  # a bug of ours must end neither the thread nor the message
+            pass  # its successor ends it, or it is redelivered when the subscription closes
+        except BaseException:  # a bug in outbox must end neither the thread nor the message
             logger.exception("could not handle message %r", delivery.message_id)
             if not message.is_given_up:
                 self._shared.give_back(delivery)
-        if message.is_given_up:  # also where a filter has swallowed that it is late
+        if message.is_given_up:  # even if an around filter has swallowed _Late
             return self._places.come_back()
         if isinstance(result, Unconfirmed):
             self.lives.leave(life, result.chunk)
@@ -167,7 +170,7 @@ class ThreadEngine:
         except (_Late, Abandoned):
             raise
         except BaseException as error:
-            raise of_handler(error)  # noqa: B904  it has its cause, or is the error itself
+            raise of_handler(error)  # noqa: B904  it has a cause, or is the error itself
 
     def _call_watched(self, message: Message, step: Call, seconds: float) -> object:
         late = partial(self._on_late, message, threading.current_thread(), seconds)
@@ -176,7 +179,7 @@ class ThreadEngine:
             result: object = step.function(*step.arguments)
         except BaseException as error:
             if not self._watch.leave(ticket):
-                message.abandon()  # whoever gives it up may not have begun yet
+                message.abandon()  # the successor may not have done so yet
                 raise _Late from error
             raise
         if not self._watch.leave(ticket):
@@ -187,19 +190,19 @@ class ThreadEngine:
     def _on_late(self, message: Message, thread: threading.Thread, seconds: float) -> None:
         goes_on = self._places.lose()
         logger.error(
-            "message %r of %r takes more than %.1f s and is given up; its handler cannot be "
-            "stopped, and goes on in the thread %s",
+            "message %r of %r exceeded its timeout of %.1f s and is given up; its handler can't be "
+            "stopped, and goes on in thread %s",
             message.delivery.message_id,
             message.delivery.queue,
             seconds,
             thread.name,
         )
         if not goes_on:
-            logger.error("%d handlers are late: the worker has a thread less", self.late)
+            logger.error("%d handlers are late; the worker is a thread short", self.late)
         error = ProcessTimeout.after(seconds)
         try:
             self._start_thread(thread.name, partial(self._succeed, message, error, goes_on))
-        except RuntimeError:  # there can be no more threads: somebody else gets the message
+        except RuntimeError:  # no more threads can be started: requeue the message instead
             message.abandon()
             self._shared.give_back(message.delivery)
             self.lives.ends()
@@ -207,7 +210,7 @@ class ThreadEngine:
             raise
 
     def _succeed(self, message: Message, error: ProcessTimeout, goes_on: bool) -> None:
-        """End a message whose handler is late, and work in that thread's place."""
+        """End a message whose handler is late, and take over its thread's place."""
         try:
             self._context.copy().run(self._live, message, message.give_up(error))
         except BaseException:

@@ -29,26 +29,26 @@ logger = logging.getLogger("outbox.consumer")
 
 
 class Worker:
-    """Runs consumers until it is stopped: plain ones on threads, asynchronous ones as tasks.
+    """A worker, which runs plain consumers on threads and asynchronous ones as tasks.
 
-    A message is acked when it has been processed and its follow-on events are confirmed, on
-    another connection. While the broker takes no events, or a database is away, messages are held,
-    not failed. The link to the broker is reopened for as long as the worker runs.
+    A message is acked after it has been processed and its follow-on events have been confirmed, on
+    another connection. While the broker or a database is unavailable, messages are held, not
+    failed. The worker reconnects to the broker until it is stopped.
 
-    A plain handler that takes longer than its consumer's ``timeout`` cannot be stopped. Its message
-    is given up, another thread takes its place, and what it publishes from then on is refused: so
-    it may still be running beside the next attempt. As many late handlers as there are threads are
-    replaced; beyond that the worker has a thread less until one of them ends. Coroutines are
-    cancelled.
+    A plain handler that exceeds its consumer's ``timeout`` can't be stopped. Its message is given
+    up, a new thread replaces its thread, and what it publishes from then on is refused: so it may
+    still be running beside the next attempt. As many late handlers as there are threads are
+    replaced; each further one leaves the worker a thread short until a late handler ends.
+    Coroutines are cancelled.
 
     ``start``, ``stop`` and ``wait`` may be called from any thread, but not from a signal handler.
 
     Attributes:
-        consumers: by the name of their queue.
-        publisher: of the follow-on events and dead letters.
-        threads: how many messages of plain consumers are processed at a time.
-        concurrency: how many messages of asynchronous consumers are.
-        prefetch: how many messages of each queue the broker sends ahead.
+        consumers: the consumers, by the name of their queue.
+        publisher: the publisher of follow-on events and dead letters.
+        threads: the number of messages of plain consumers processed at a time.
+        concurrency: the number of messages of asynchronous consumers processed at a time.
+        prefetch: the number of messages of each queue that the broker sends ahead.
     """
 
     def __init__(
@@ -64,30 +64,31 @@ class Worker:
         inbox: Inbox | None = None,
         isolation: Isolation | None = None,
     ) -> None:
-        """Make a worker; nothing is connected yet.
+        """Create a worker, without connecting yet.
 
         Args:
-            consumers: classes or instances, one a queue.
-            publisher: of the follow-on events and dead letters; its URL is consumed from. The
-                default is the process's own.
-            threads: how many messages of plain consumers are processed at a time, 1 or more.
-            concurrency: how many messages of asynchronous consumers are, 1 or more.
-            prefetch: how many messages of each queue the broker sends ahead, 1 to 65535. The
-                default keeps the worker busy while acks travel: four a thread, at least 50, and
-                twice the concurrency where there are asynchronous consumers. Lower it when messages
+            consumers: the consumers, as classes or instances, one per queue.
+            publisher: the publisher of follow-on events and dead letters; the worker consumes from
+                its URL. The default is the process's.
+            threads: the number of messages of plain consumers processed at a time, 1 or more.
+            concurrency: the number of messages of asynchronous consumers processed at a time, 1 or
+                more.
+            prefetch: the number of messages of each queue that the broker sends ahead, 1 to 65535.
+                The default keeps the worker busy while acks travel: four per thread, at least 50,
+                and twice the concurrency if there are asynchronous consumers. Lower it if messages
                 take long, so that other workers get their share.
-            max_messages: how many messages are processed, 1 or more; then ``wait`` returns True,
-                and the worker is to be stopped. None for no limit.
-            ranks: of queues, from 0 on, which is that of all others: no message is begun while one
-                of a queue with a lower rank waits.
-            inbox: remembers what consumers that ``deduplicate`` have done; the default is one in
+            max_messages: the number of messages to process, 1 or more; then ``wait`` returns True,
+                and the caller should stop the worker. None for no limit.
+            ranks: the ranks of queues, 0 or more, 0 by default; a message starts only while no
+                message of a lower-ranked queue waits.
+            inbox: the record of what consumers that ``deduplicate`` have done; the default is in
                 the database ``OUTBOX_DATABASE_URL``, or in the file that is consumed from.
-            isolation: runs plain handlers in processes of their own.
+            isolation: the subprocesses for plain handlers; None to run them on the threads.
 
         Raises:
             UsageError: there is no consumer, two have the same queue, one has no ``process`` that
-                takes an event, one deduplicates and there is no database for that, or a number is
-                out of range.
+                takes an event, one deduplicates without a database for that, or a number is out of
+                range.
         """
         assignment = Assignment(
             consumers,
@@ -126,33 +127,33 @@ class Worker:
 
     @property
     def has_worked(self) -> bool:
-        """Whether a message was begun."""
+        """Whether a message was started."""
         return any(engine.lives.any_begun for engine in self._engines())
 
     @property
     def used_up(self) -> bool:
-        """Whether all the messages that it may process have been."""
+        """Whether the worker has processed ``max_messages`` messages."""
         return self._quota is not None and self._quota.used_up
 
     @property
     def late(self) -> int:
-        """How many handlers go on although their time is over."""
+        """The number of handlers that go on after their timeout."""
         return sum(engine.late for engine in self._engines())
 
     @property
     def is_consuming(self) -> bool:
-        """Whether messages come as soon as there are any."""
+        """Whether the broker delivers messages as soon as there are any."""
         return self._subscription.is_consuming
 
     def start(self) -> None:
-        """Begin to consume, in the background."""
+        """Start consuming, in the background."""
         for engine in self._engines():
             engine.start()
         self.publisher.make_ready()
         self._subscription.start(self._receiver(), self._on_refused)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the worker is asked to stop, at most ``timeout`` seconds; return whether so.
+        """Wait at most ``timeout`` seconds for a reason to stop; return whether there is one.
 
         Raises:
             UsageError: the broker has a queue or exchange with other arguments; its message
@@ -160,15 +161,15 @@ class Worker:
         """
         stopped = self._stopping.wait(timeout)
         if self._refused:
-            raise UsageError(f"the broker refused what the consumers declare: {self._refused}")
+            raise UsageError(f"cannot consume: {self._refused}")
         return stopped
 
     def stop(self, timeout: float = 30.0) -> bool:
-        """Take no more messages, finish those being processed, give back the rest, disconnect.
+        """Start no more messages, finish those being processed, requeue the rest, disconnect.
 
         Args:
-            timeout: seconds that the messages being processed have. What is not finished then is
-                delivered again, later; coroutines are cancelled.
+            timeout: seconds for the messages being processed to finish. The others are redelivered
+                later; coroutines are cancelled.
 
         Returns:
             Whether all of them finished.
@@ -183,7 +184,9 @@ class Worker:
             self._isolation.end()
         finished = all(ends)
         if not finished:
-            logger.warning("some messages did not finish within %.1f s: they come again", timeout)
+            logger.warning(
+                "some messages did not finish within %.1f s; they will be redelivered", timeout
+            )
         self._subscription.close()
         return finished
 
@@ -201,7 +204,7 @@ class Worker:
         return make
 
     def _engines(self) -> list[ThreadEngine | TaskEngine]:
-        return [one for one in (self._threads, self._tasks) if one is not None]
+        return [engine for engine in (self._threads, self._tasks) if engine is not None]
 
     def _receiver(self) -> Callable[[Delivery], None]:
         if self._tasks is None or self._threads is None:

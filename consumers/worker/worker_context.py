@@ -1,4 +1,4 @@
-"""What the engines of a worker share: consumers, publisher, subscription, inbox and quota."""
+"""The context shared by a worker's engines: consumers, publisher, subscription, inbox and quota."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REQUEUE = 0.5  # seconds
 
 
 class Quota:
-    """Counts messages up to a bound. Thread-safe."""
+    """A counter of messages, up to a limit. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         """Allow ``limit`` messages, 1 or more."""
@@ -34,11 +34,11 @@ class Quota:
 
     @property
     def used_up(self) -> bool:
-        """Whether all messages that are allowed have ended."""
+        """Whether all allowed messages have ended."""
         return self._ended >= self._limit
 
     def begin(self) -> bool:
-        """Return whether one more message may be begun."""
+        """Return whether one more message may start, and count it."""
         with self._lock:
             if self._begun >= self._limit:
                 return False
@@ -46,7 +46,7 @@ class Quota:
             return True
 
     def end(self) -> bool:
-        """Note that a message has ended; return whether it was the last one that is allowed."""
+        """Note that a message has ended; return whether it was the last allowed one."""
         with self._lock:
             self._ended += 1
             return self._ended == self._limit
@@ -54,17 +54,17 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Whose messages are processed, and with what.
+    """The consumers of a worker, and everything needed to process their messages.
 
     Attributes:
-        consumers: by the name of their queue.
-        publisher: of follow-on events, retries and dead letters.
-        subscription: where the messages come from.
-        inbox: what has been done, or None.
-        quota: how many messages may be begun, or None for any number.
+        consumers: the consumers, by the name of their queue.
+        publisher: the publisher of follow-on events, retries and dead letters.
+        subscription: the subscription that delivers the messages.
+        inbox: the inbox, or None.
+        quota: the quota of messages, or None for any number.
         on_used_up: called when the last message of the quota has ended.
-        make_message: makes what is taken through its life.
-        make_arrivals: makes what holds messages until they begin, in the order of their queues.
+        make_message: creates a message from a consumer, a delivery and services.
+        make_arrivals: creates the queue in which messages wait until they start.
     """
 
     consumers: Mapping[str, Consumer]
@@ -77,5 +77,5 @@ class Work:
     make_arrivals: Callable[[], Arrivals]
 
     def give_back(self, delivery: Delivery) -> None:
-        """Have a message that could not be handled come again, soon."""
+        """Requeue a message that the engine failed to handle."""
         self.subscription.requeue(delivery, _REQUEUE)

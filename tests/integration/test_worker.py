@@ -519,7 +519,7 @@ def test_wrong_consumers_are_refused_where_they_are_defined() -> None:
     with pytest.raises(UsageError, match="names no queue"):
         consumer("")(lambda event: None)
     publisher = Publisher("amqp://127.0.0.1:1/")
-    with pytest.raises(UsageError, match="two consumers want the queue 'explicit'"):
+    with pytest.raises(UsageError, match="two consumers have the queue 'explicit'"):
         Worker([Explicit, Explicit], publisher=publisher)
     with pytest.raises(UsageError, match="at least one consumer"):
         Worker([], publisher=publisher)
@@ -531,7 +531,7 @@ def test_wrong_consumers_are_refused_where_they_are_defined() -> None:
     alone: Any = lambda: None  # noqa: E731
     with pytest.raises(UsageError, match="must take one argument"):
         Worker([consumer("alone")(alone)], publisher=publisher)
-    with pytest.raises(UsageError, match="no consumer takes messages of"):
+    with pytest.raises(UsageError, match="which no consumer has"):
         Worker([Explicit], publisher=publisher, ranks={"typo": 1})
     with pytest.raises(UsageError, match="threads is '8'"):
         Worker([Explicit], publisher=publisher, threads="8")  # type: ignore[arg-type]

@@ -110,4 +110,4 @@ def test_a_callback_that_raises_does_not_end_the_watch(
     watch.enter(0.01, fail)
     watch.enter(0.05, reported.set)
     assert reported.wait(5)
-    assert "could not be told" in caplog.text
+    assert "could not give up a late call" in caplog.text

@@ -57,7 +57,7 @@ REFUSED = {
     "a thread beside which it forks": (
         f"import os; os.environ['OUTBOX_URL'] = {URL!r}\n"
         "import outbox; outbox.enqueue_event(1, 'x')",
-        "set py-call-uwsgi-fork-hooks = true (or lazy-apps), or publish in workers alone",
+        "set py-call-uwsgi-fork-hooks = true (or lazy-apps), or publish only in workers",
     ),
 }
 

@@ -12,7 +12,7 @@ from outbox import OutboxError, configure, exit_codes
 from outbox.consumers.command.arguments import limits_of
 from outbox.consumers.command.limits import Recycling
 from outbox.consumers.discovery import load, selected
-from outbox.consumers.isolation.process_pool import Isolation, Orders
+from outbox.consumers.isolation.process_pool import Orders, ProcessPool
 from outbox.consumers.worker.worker import Worker
 from outbox.system.resident_memory import resident_bytes
 from outbox.system.signals import Stop
@@ -102,15 +102,15 @@ def _log_start(worker: Worker) -> None:
     )
 
 
-def _isolation(options: argparse.Namespace) -> Isolation | None:
+def _isolation(options: argparse.Namespace) -> ProcessPool | None:
     if options.isolate is None:
         return None
-    return Isolation(
+    return ProcessPool(
         Orders(tuple(options.consumers), options.url, options.log_level, options.log_format)
     )
 
 
-def _resident(isolation: Isolation | None) -> Callable[[], int]:
+def _resident(isolation: ProcessPool | None) -> Callable[[], int]:
     """Return a function for the resident size of the largest process that runs handlers."""
     if isolation is None:
         return resident_bytes

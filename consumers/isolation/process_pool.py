@@ -29,7 +29,7 @@ from outbox.messages.delivery import Delivery
 from outbox.system.child_process import ChildProcess
 from outbox.system.resident_memory import resident_bytes
 
-__all__ = ["Isolation", "IsolatedMessage", "Orders"]
+__all__ = ["ProcessPool", "IsolatedMessage", "Orders"]
 
 _COMMAND = [sys.executable, "-m", "outbox.consumers.isolation.process_main"]
 _START = 60.0  # seconds for a subprocess to import the application
@@ -58,7 +58,7 @@ class Orders:
     log_format: str
 
 
-class Isolation:
+class ProcessPool:
     """A pool of subprocesses, one per thread, that run attempts. Thread-safe."""
 
     def __init__(self, orders: Orders) -> None:
@@ -217,7 +217,7 @@ class IsolatedMessage(Message):
     """A message whose attempts run in a subprocess."""
 
     def __init__(
-        self, consumer: Consumer, delivery: Delivery, services: Services, isolation: Isolation
+        self, consumer: Consumer, delivery: Delivery, services: Services, isolation: ProcessPool
     ) -> None:
         """Create the message, without processing it yet."""
         super().__init__(consumer, delivery, services)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["Ticket", "Watch"]
+__all__ = ["Ticket", "Deadlines"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -23,7 +23,7 @@ class Ticket:
         self.on_expired = on_expired
 
 
-class Watch:
+class Deadlines:
     """A watch over calls, with a thread that calls back for late ones. Thread-safe.
 
     A call either leaves in time or expires, never both: whichever removes its ticket first, under

@@ -1,4 +1,4 @@
-"""Arrivals: messages that have been delivered to a worker, and that it has not started yet.
+"""DispatchQueue: messages that have been delivered to a worker, and that it has not started yet.
 
 If queues have an order (``-Q high,medium,low``), a message starts only while no message of an
 earlier queue waits: neither here nor, as far as a worker can know, in the broker. The broker sends
@@ -21,13 +21,13 @@ from typing import Protocol
 
 from outbox.messages.delivery import Delivery, QueueSpec
 
-__all__ = ["Arrivals", "OrderedArrivals", "make_arrivals"]
+__all__ = ["DispatchQueue", "OrderedDispatchQueue", "make_dispatch_queue"]
 
 _ON_ITS_WAY = 0.25
 """Seconds within which a broker answers an ack with the next message, on any usable network."""
 
 
-class Arrivals(Protocol):
+class DispatchQueue(Protocol):
     """A queue from the thread that receives deliveries to those that process them. Thread-safe."""
 
     def put(self, delivery: Delivery | None) -> None:
@@ -39,9 +39,9 @@ class Arrivals(Protocol):
         ...
 
 
-def make_arrivals(
+def make_dispatch_queue(
     queues: Sequence[QueueSpec], out: Callable[[str], int], prefetch: int
-) -> Arrivals:
+) -> DispatchQueue:
     """Return the arrivals for the messages of ``queues``.
 
     Args:
@@ -55,11 +55,11 @@ def make_arrivals(
         spec.max_priority is None for spec in queues
     ):
         return queue.SimpleQueue()
-    return OrderedArrivals(queues, out, prefetch)
+    return OrderedDispatchQueue(queues, out, prefetch)
 
 
-class OrderedArrivals:
-    """Arrivals ordered by the rank of their queue, then by priority, then by arrival."""
+class OrderedDispatchQueue:
+    """DispatchQueue ordered by the rank of their queue, then by priority, then by arrival."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class OrderedArrivals:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Create empty arrivals; see :func:`make_arrivals`."""
+        """Create empty arrivals; see :func:`make_dispatch_queue`."""
         self._specs: Mapping[str, QueueSpec] = {spec.name: spec for spec in queues}
         self._out = out
         self._filled = max(1, prefetch // 2)

@@ -20,10 +20,10 @@ from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Step, Steps, call
 from outbox.consumers.outcome import Outcome, Unconfirmed
-from outbox.consumers.worker.worker_context import Work
+from outbox.consumers.worker.worker_context import WorkerContext
 from outbox.messages.delivery import Delivery
 
-__all__ = ["Life", "Lives"]
+__all__ = ["Life", "InFlight"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -48,7 +48,7 @@ class Life:
         self.context = context
 
 
-class Lives:
+class InFlight:
     """The lives of an engine, including those that wait until their chunk is reported. Thread-safe.
 
     Those whose events are all confirmed end on this object's thread, where only an ack is left to
@@ -59,7 +59,9 @@ class Lives:
         any_begun: whether a message was started.
     """
 
-    def __init__(self, work: Work, services: Services, put: Callable[[Delivery], object]) -> None:
+    def __init__(
+        self, work: WorkerContext, services: Services, put: Callable[[Delivery], object]
+    ) -> None:
         """Create the collection, without any life yet.
 
         Args:

@@ -24,9 +24,9 @@ from outbox.consumers.message.steps import (
     drive,
 )
 from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed
-from outbox.consumers.worker.dispatch_queue import OrderedArrivals
-from outbox.consumers.worker.in_flight import Life, Lives
-from outbox.consumers.worker.worker_context import Work
+from outbox.consumers.worker.dispatch_queue import OrderedDispatchQueue
+from outbox.consumers.worker.in_flight import InFlight, Life
+from outbox.consumers.worker.worker_context import WorkerContext
 from outbox.messages.delivery import Delivery
 
 __all__ = ["TaskEngine"]
@@ -50,10 +50,10 @@ class TaskEngine:
     Attributes:
         publisher, subscription, inbox: see ``Services``.
         overlaps: False with a concurrency of 1, which processes messages one after the other.
-        lives: the messages that were started.
+        in_flight: the messages that were started.
     """
 
-    def __init__(self, work: Work, concurrency: int) -> None:
+    def __init__(self, work: WorkerContext, concurrency: int) -> None:
         """Create the engine, without starting its loop yet."""
         self.publisher = work.publisher
         self.subscription = work.subscription
@@ -63,8 +63,8 @@ class TaskEngine:
         self._concurrency = concurrency
         self._waiting: deque[Delivery] = deque()
         self._woken = False
-        arrivals = work.make_arrivals()
-        self._ordered = arrivals if isinstance(arrivals, OrderedArrivals) else None
+        arrivals = work.make_dispatch_queue()
+        self._ordered = arrivals if isinstance(arrivals, OrderedDispatchQueue) else None
         self._room = threading.Semaphore(concurrency)
         self._tasks: set[_Task] = set()
         self._late: set[_Task] = set()
@@ -76,7 +76,7 @@ class TaskEngine:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="outbox-worker-loop", daemon=True)
         self._context = contextvars.Context()
-        self.lives = Lives(work, self, self.put)
+        self.in_flight = InFlight(work, self, self.put)
 
     @property
     def late(self) -> int:
@@ -91,7 +91,7 @@ class TaskEngine:
     def start(self) -> None:
         """Start the loop; messages run in copies of the caller's context."""
         self._context = contextvars.copy_context()
-        self.lives.start()
+        self.in_flight.start()
         self._thread.start()
         self._ready.wait()
         if self._ordered is not None:
@@ -129,7 +129,7 @@ class TaskEngine:
             return True
         is_over = self._over.wait(max(0.0, deadline - time.monotonic()) + _CANCELLED + 1)
         self._thread.join(_CANCELLED)  # the thread outlives that only if handlers don't end
-        return self.lives.stop(deadline) and self._finished and is_over
+        return self.in_flight.stop(deadline) and self._finished and is_over
 
     def _call(self, function: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -152,7 +152,7 @@ class TaskEngine:
             await asyncio.wait(self._tasks, timeout=_CANCELLED)
         self._over.set()
 
-    def _pump(self, arrivals: OrderedArrivals) -> None:
+    def _pump(self, arrivals: OrderedDispatchQueue) -> None:
         """Take a message only when there is room for it: a more urgent one may still arrive."""
         while True:
             self._room.acquire()
@@ -168,7 +168,7 @@ class TaskEngine:
 
     def _begin(self, delivery: Delivery) -> None:
         # A message that isn't started is requeued when the subscription closes, or was already.
-        life = None if self.is_stopping else self.lives.of(delivery, self._context)
+        life = None if self.is_stopping else self.in_flight.of(delivery, self._context)
         if life is None:
             self._room.release()
             return
@@ -186,9 +186,9 @@ class TaskEngine:
         if was_late:
             pass  # the successor ends the message
         elif isinstance(result, Unconfirmed):
-            self.lives.leave(life, result.chunk)
+            self.in_flight.leave(life, result.chunk)
         else:
-            self.lives.ends()
+            self.in_flight.ends()
         if task in self._tasks:
             self._tasks.discard(task)
             self._room.release()

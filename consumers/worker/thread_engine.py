@@ -29,10 +29,10 @@ from outbox.consumers.message.steps import (
     call,
 )
 from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed, of_handler
-from outbox.consumers.worker.deadlines import Watch
-from outbox.consumers.worker.in_flight import Life, Lives
+from outbox.consumers.worker.deadlines import Deadlines
+from outbox.consumers.worker.in_flight import InFlight, Life
 from outbox.consumers.worker.places import Places
-from outbox.consumers.worker.worker_context import Work
+from outbox.consumers.worker.worker_context import WorkerContext
 from outbox.messages.delivery import Delivery
 
 __all__ = ["ThreadEngine"]
@@ -53,10 +53,10 @@ class ThreadEngine:
     Attributes:
         publisher, subscription, inbox: see ``Services``.
         overlaps: False with a single thread, which processes its messages one after the other.
-        lives: the messages that were started.
+        in_flight: the messages that were started.
     """
 
-    def __init__(self, work: Work, threads: int) -> None:
+    def __init__(self, work: WorkerContext, threads: int) -> None:
         """Create the engine, without starting threads yet."""
         self.publisher = work.publisher
         self.subscription = work.subscription
@@ -65,10 +65,10 @@ class ThreadEngine:
         self.overlaps = threads > 1
         self._size = threads
         self._places = Places(threads)
-        self._waiting = work.make_arrivals()
+        self._waiting = work.make_dispatch_queue()
         self._stopping = threading.Event()
-        self._watch = Watch()
-        self.lives = Lives(work, self, self.put)
+        self._deadlines = Deadlines()
+        self.in_flight = InFlight(work, self, self.put)
         self._context = contextvars.Context()
 
     @property
@@ -85,7 +85,7 @@ class ThreadEngine:
         """Start the threads; messages run in copies of the caller's context."""
         self._context = contextvars.copy_context()
         self._places.take_all()
-        self.lives.start()
+        self.in_flight.start()
         for number in range(1, self._size + 1):
             self._start_thread(f"outbox-worker-{number}", self._work)
 
@@ -106,8 +106,8 @@ class ThreadEngine:
         given up already.
         """
         finished = self._places.wait_until_empty(max(0.0, deadline - time.monotonic()))
-        finished = self.lives.stop(deadline) and finished
-        self._watch.close()
+        finished = self.in_flight.stop(deadline) and finished
+        self._deadlines.close()
         return finished
 
     def _start_thread(self, name: str, run: Callable[[], None]) -> None:
@@ -126,7 +126,7 @@ class ThreadEngine:
         """Process a message; return whether this thread still has its place."""
         if self._stopping.is_set():
             return True  # the message is requeued when the subscription closes
-        life = self.lives.of(delivery, self._context)
+        life = self.in_flight.of(delivery, self._context)
         return True if life is None else self._go_on(life)
 
     def _go_on(self, life: Life) -> bool:
@@ -144,9 +144,9 @@ class ThreadEngine:
         if message.is_given_up:  # even if an around filter has swallowed _Late
             return self._places.come_back()
         if isinstance(result, Unconfirmed):
-            self.lives.leave(life, result.chunk)
+            self.in_flight.leave(life, result.chunk)
         else:
-            self.lives.ends()
+            self.in_flight.ends()
         return True
 
     def _live(
@@ -174,15 +174,15 @@ class ThreadEngine:
 
     def _call_watched(self, message: Message, step: Call, seconds: float) -> object:
         late = partial(self._on_late, message, threading.current_thread(), seconds)
-        ticket = self._watch.enter(seconds, late)
+        ticket = self._deadlines.enter(seconds, late)
         try:
             result: object = step.function(*step.arguments)
         except BaseException as error:
-            if not self._watch.leave(ticket):
+            if not self._deadlines.leave(ticket):
                 message.abandon()  # the successor may not have done so yet
                 raise _Late from error
             raise
-        if not self._watch.leave(ticket):
+        if not self._deadlines.leave(ticket):
             message.abandon()
             raise _Late
         return result
@@ -205,7 +205,7 @@ class ThreadEngine:
         except RuntimeError:  # no more threads can be started: requeue the message instead
             message.abandon()
             self._shared.give_back(message.delivery)
-            self.lives.ends()
+            self.in_flight.ends()
             self._places.leave(to_late=goes_on)
             raise
 
@@ -216,7 +216,7 @@ class ThreadEngine:
         except BaseException:
             logger.exception("could not end message %r", message.delivery.message_id)
             self._shared.give_back(message.delivery)
-        self.lives.ends()
+        self.in_flight.ends()
         if goes_on:
             self._work()
         else:

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Mapping
 from outbox import Publisher, UsageError
 from outbox.configuration import default_publisher
 from outbox.consumers.definition import Consumer
-from outbox.consumers.isolation.process_pool import IsolatedMessage, Isolation
+from outbox.consumers.isolation.process_pool import IsolatedMessage, ProcessPool
 from outbox.consumers.message.deduplication import Inbox, open_inbox
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
 from outbox.consumers.worker.assignment import Assignment
-from outbox.consumers.worker.dispatch_queue import make_arrivals
+from outbox.consumers.worker.dispatch_queue import make_dispatch_queue
 from outbox.consumers.worker.task_engine import TaskEngine
 from outbox.consumers.worker.thread_engine import ThreadEngine
-from outbox.consumers.worker.worker_context import MakeMessage, Quota, Work
+from outbox.consumers.worker.worker_context import MakeMessage, Quota, WorkerContext
 from outbox.messages.delivery import Delivery
 from outbox.observer import seam
 from outbox.transports.registry import open_subscription
@@ -62,7 +62,7 @@ class Worker:
         max_messages: int | None = None,
         ranks: Mapping[str, int] | None = None,
         inbox: Inbox | None = None,
-        isolation: Isolation | None = None,
+        isolation: ProcessPool | None = None,
     ) -> None:
         """Create a worker, without connecting yet.
 
@@ -112,7 +112,7 @@ class Worker:
         self._isolation = isolation
         self._stopping = threading.Event()
         self._refused = ""
-        work = Work(
+        work = WorkerContext(
             consumers=self.consumers,
             publisher=self.publisher,
             subscription=self._subscription,
@@ -120,7 +120,9 @@ class Worker:
             quota=self._quota,
             on_used_up=self._stopping.set,
             make_message=self._message_maker(),
-            make_arrivals=lambda: make_arrivals(specs, self._subscription.out, self.prefetch),
+            make_dispatch_queue=lambda: make_dispatch_queue(
+                specs, self._subscription.out, self.prefetch
+            ),
         )
         self._threads = ThreadEngine(work, threads) if assignment.plain else None
         self._tasks = TaskEngine(work, concurrency) if assignment.asynchronous else None
@@ -128,7 +130,7 @@ class Worker:
     @property
     def has_worked(self) -> bool:
         """Whether a message was started."""
-        return any(engine.lives.any_begun for engine in self._engines())
+        return any(engine.in_flight.any_begun for engine in self._engines())
 
     @property
     def used_up(self) -> bool:

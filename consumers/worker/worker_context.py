@@ -11,11 +11,11 @@ from outbox.consumers.definition import Consumer
 from outbox.consumers.message.deduplication import Inbox
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
-from outbox.consumers.worker.dispatch_queue import Arrivals
+from outbox.consumers.worker.dispatch_queue import DispatchQueue
 from outbox.messages.delivery import Delivery
 from outbox.transports.subscription import Subscription
 
-__all__ = ["MakeMessage", "Quota", "Work"]
+__all__ = ["MakeMessage", "Quota", "WorkerContext"]
 
 MakeMessage = Callable[[Consumer, Delivery, Services], Message]
 
@@ -53,7 +53,7 @@ class Quota:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class WorkerContext:
     """The consumers of a worker, and everything needed to process their messages.
 
     Attributes:
@@ -64,7 +64,7 @@ class Work:
         quota: the quota of messages, or None for any number.
         on_used_up: called when the last message of the quota has ended.
         make_message: creates a message from a consumer, a delivery and services.
-        make_arrivals: creates the queue in which messages wait until they start.
+        make_dispatch_queue: creates the queue in which messages wait until they start.
     """
 
     consumers: Mapping[str, Consumer]
@@ -74,7 +74,7 @@ class Work:
     quota: Quota | None
     on_used_up: Callable[[], object]
     make_message: MakeMessage
-    make_arrivals: Callable[[], Arrivals]
+    make_dispatch_queue: Callable[[], DispatchQueue]
 
     def give_back(self, delivery: Delivery) -> None:
         """Requeue a message that the engine failed to handle."""

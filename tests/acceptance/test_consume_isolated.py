@@ -233,7 +233,7 @@ def test_processes_that_do_not_end_are_waited_for_at_the_same_time(
     (tmp_path / "leaving.py").write_text(MODULE.format(name=name))
     monkeypatch.setattr(process_pool, "_FINISH", 1.0)
     orders = process_pool.Orders(["leaving"], f"sqlite:///{tmp_path}/outbox.db", "INFO", "text")
-    isolated = process_pool.Isolation(orders)
+    isolated = process_pool.ProcessPool(orders)
     event = Event(id="7", target=name, exchange="", body=b'{"do": "leave a thread"}')
     delivery = as_delivered(event, name, 1, redelivered=False)
 

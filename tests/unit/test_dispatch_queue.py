@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from outbox.consumers.worker import dispatch_queue
-from outbox.consumers.worker.dispatch_queue import OrderedArrivals, make_arrivals
+from outbox.consumers.worker.dispatch_queue import OrderedDispatchQueue, make_dispatch_queue
 from outbox.messages.delivery import Delivery, QueueSpec
 from tests.waiting import wait_until
 
@@ -43,25 +43,25 @@ def out() -> Counter[str]:
     return Counter()
 
 
-def ordered(clock: Clock, out: Counter[str], *specs: QueueSpec) -> OrderedArrivals:
+def ordered(clock: Clock, out: Counter[str], *specs: QueueSpec) -> OrderedDispatchQueue:
     """Return arrivals whose first message came a while ago."""
-    found = OrderedArrivals(specs, out.__getitem__, 10, clock=clock)
+    found = OrderedDispatchQueue(specs, out.__getitem__, 10, clock=clock)
     found.put(message(specs[0].name))
     found.get()
     clock.now += 10
     return found
 
 
-def begins(found: OrderedArrivals) -> bool:
+def begins(found: OrderedDispatchQueue) -> bool:
     """Return whether the first waiting message may start now."""
     return found._wait_for_better(found._waiting[0][0]) <= 0
 
 
 def test_without_ranks_or_priorities_messages_start_in_order_of_arrival() -> None:
     same = [HIGH, QueueSpec("other", (), "")]
-    assert isinstance(make_arrivals(same, lambda name: 0, 10), queue.SimpleQueue)
-    assert isinstance(make_arrivals([HIGH, LOW], lambda name: 0, 10), OrderedArrivals)
-    assert isinstance(make_arrivals([URGENT], lambda name: 0, 10), OrderedArrivals)
+    assert isinstance(make_dispatch_queue(same, lambda name: 0, 10), queue.SimpleQueue)
+    assert isinstance(make_dispatch_queue([HIGH, LOW], lambda name: 0, 10), OrderedDispatchQueue)
+    assert isinstance(make_dispatch_queue([URGENT], lambda name: 0, 10), OrderedDispatchQueue)
 
 
 def test_the_lower_rank_starts_first_and_each_queue_keeps_its_order(
@@ -139,7 +139,7 @@ def test_a_thread_waiting_for_a_preferred_queue_gets_its_message_and_another_tak
     None
 ):
     out: Counter[str] = Counter()
-    found = OrderedArrivals([HIGH, LOW], out.__getitem__, 10)
+    found = OrderedDispatchQueue([HIGH, LOW], out.__getitem__, 10)
     got: list[str] = []
 
     def take() -> None:
@@ -158,7 +158,7 @@ def test_a_thread_waiting_for_a_preferred_queue_gets_its_message_and_another_tak
 
 def test_a_stopped_thread_ends_even_if_messages_are_waiting() -> None:
     out = Counter(high=10)
-    found = OrderedArrivals([HIGH, LOW], out.__getitem__, 10)
+    found = OrderedDispatchQueue([HIGH, LOW], out.__getitem__, 10)
     ended = threading.Event()
 
     def take() -> None:

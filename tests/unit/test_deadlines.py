@@ -9,24 +9,24 @@ from collections.abc import Iterator
 
 import pytest
 
-from outbox.consumers.worker.deadlines import Watch
+from outbox.consumers.worker.deadlines import Deadlines
 
 
 @pytest.fixture
-def watch() -> Iterator[Watch]:
-    watch = Watch()
+def watch() -> Iterator[Deadlines]:
+    watch = Deadlines()
     yield watch
     watch.close()
 
 
-def test_a_call_that_takes_too_long_is_reported_and_has_not_left_in_time(watch: Watch) -> None:
+def test_a_call_that_takes_too_long_is_reported_and_has_not_left_in_time(watch: Deadlines) -> None:
     late = threading.Event()
     ticket = watch.enter(0.01, late.set)
     assert late.wait(10)
     assert not watch.leave(ticket)
 
 
-def test_a_call_that_leaves_in_time_is_never_reported(watch: Watch) -> None:
+def test_a_call_that_leaves_in_time_is_never_reported(watch: Deadlines) -> None:
     reported: list[str] = []
     other = threading.Event()
     left = watch.enter(0.05, lambda: reported.append("left"))
@@ -36,14 +36,14 @@ def test_a_call_that_leaves_in_time_is_never_reported(watch: Watch) -> None:
     assert reported == []
 
 
-def test_a_time_limit_shorter_than_earlier_ones_is_honoured(watch: Watch) -> None:
+def test_a_time_limit_shorter_than_earlier_ones_is_honoured(watch: Deadlines) -> None:
     late = threading.Event()
     watch.enter(3600, lambda: None)
     watch.enter(0.01, late.set)
     assert late.wait(10)
 
 
-def test_a_call_is_watched_after_a_longer_one_has_left(watch: Watch) -> None:
+def test_a_call_is_watched_after_a_longer_one_has_left(watch: Deadlines) -> None:
     late = threading.Event()
     assert watch.leave(watch.enter(0.02, lambda: None))
     watch.enter(0.05, late.set)
@@ -51,7 +51,7 @@ def test_a_call_is_watched_after_a_longer_one_has_left(watch: Watch) -> None:
 
 
 def test_calls_that_are_late_together_are_reported_in_order_of_their_deadlines(
-    watch: Watch,
+    watch: Deadlines,
 ) -> None:
     reported: list[int] = []
     busy, go_on, done = threading.Event(), threading.Event(), threading.Event()
@@ -76,7 +76,7 @@ def test_calls_that_are_late_together_are_reported_in_order_of_their_deadlines(
 
 
 @pytest.mark.hazard("G4")
-def test_nothing_is_kept_of_a_call_that_left_long_before_its_deadline(watch: Watch) -> None:
+def test_nothing_is_kept_of_a_call_that_left_long_before_its_deadline(watch: Deadlines) -> None:
     class Message:
         def on_late(self) -> None:
             raise AssertionError("it left in time")
@@ -89,7 +89,7 @@ def test_nothing_is_kept_of_a_call_that_left_long_before_its_deadline(watch: Wat
     assert gone() is None
 
 
-def test_nothing_expires_after_closing(watch: Watch) -> None:
+def test_nothing_expires_after_closing(watch: Deadlines) -> None:
     ticket = watch.enter(3600, lambda: None)
     [thread] = [one for one in threading.enumerate() if one.name == "outbox-worker-watch"]
     watch.close()
@@ -100,7 +100,7 @@ def test_nothing_expires_after_closing(watch: Watch) -> None:
 
 @pytest.mark.hazard("G4")
 def test_a_callback_that_raises_does_not_end_the_watch(
-    watch: Watch, caplog: pytest.LogCaptureFixture
+    watch: Deadlines, caplog: pytest.LogCaptureFixture
 ) -> None:
     reported = threading.Event()
 

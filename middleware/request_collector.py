@@ -30,19 +30,17 @@ class RequestCollector(EventCollector):
 
     Its methods act on the whole unit of work, whatever block is open where they are called: a block
     that the application never ended must not hold back the rest of the request.
+
+    Attributes:
+        buffer: the buffer of the whole request.
     """
 
-    __slots__ = ()
+    __slots__ = ("buffer",)
 
     def __init__(self, publisher: Publisher | None, publishes_itself: bool) -> None:
         # EventCollector.__init__(), inlined, since every request creates a collector.
         self._unit = UnitOfWork(publisher, seam.observer, publishes_itself)
-        self._buffer = Buffer(self._unit)
-
-    @property
-    def buffer(self) -> Buffer:
-        """The buffer of the whole request."""
-        return self._buffer
+        self.buffer = self._buffer = Buffer(self._unit)
 
     def publish_quietly(self) -> None:
         """Publish, and log any failure: it never fails the response.
@@ -85,8 +83,9 @@ class RequestCollector(EventCollector):
 
     def close(self) -> None:
         """End the unit of work: a late ``enqueue_event`` raises ``CollectorClosed``."""
-        lost = self._drop(self.buffer.close())
+        lost = self.buffer.close()
         if lost:
+            self._drop(lost)
             logger.error("%d event(s) lost at the end of a request: %s", len(lost), ids(lost))
 
     def _held(self) -> str:

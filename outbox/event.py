@@ -13,7 +13,7 @@ from outbox.header_values import _checked_headers, check_name
 from outbox.ids import new_id
 from outbox.serializer import Serializer, serializer_for
 
-__all__ = ["Event", "Headers", "make_event", "MakeId", "Unroutable"]
+__all__ = ["Event", "Headers", "MakeId", "Unroutable", "make_event"]
 
 Headers = Mapping[str, Any]
 Unroutable = Literal["park", "fail", "ignore"]

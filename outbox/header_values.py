@@ -11,7 +11,7 @@ from typing import Any
 
 from outbox.errors import InvalidEvent
 
-__all__ = ["check_name", "MAX_HEADER_BYTES", "MAX_HEADER_DEPTH", "plain_table"]
+__all__ = ["MAX_HEADER_BYTES", "MAX_HEADER_DEPTH", "check_name", "plain_table"]
 
 MAX_HEADER_BYTES = 120_000
 """The maximum encoded size of an event's headers: a content header is one frame (AMQP 0-9-1,

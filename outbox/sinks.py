@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from outbox.event import Event
     from outbox.publisher import Publisher
 
-__all__ = ["bind", "bound", "remove", "Sink"]
+__all__ = ["Sink", "bind", "bound", "remove"]
 
 Sink = Callable[["Event", "Publisher | None"], None]
 """A function that stores an event in an open transaction, with the process's publisher, if any."""

@@ -42,8 +42,8 @@ def run(options: argparse.Namespace, parent: Parent) -> int:
         return worker_main.run(
             options,
             stop,
-            on_ready=lambda: parent.tell(READY),
-            on_stopping=lambda: parent.tell(STOPPING),
+            on_ready=lambda: parent.report(READY),
+            on_stopping=lambda: parent.report(STOPPING),
         )
 
     if not options.reload:

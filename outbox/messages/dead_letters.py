@@ -1,7 +1,7 @@
-"""Dead letters and parked events: what their headers say, written and read.
+"""Dead letters and parked events: their headers, written and read.
 
-What a consumer could not handle goes to its queue's dead letters; what no queue would have goes to
-a queue of parked events, with its address. ``docs/wire-format.md`` lists the headers.
+A message that a consumer gave up on goes to the dead letters of its queue; an event that no queue
+is bound for goes to the parking queue. ``docs/wire-format.md`` lists the headers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _LONGEST_REASON = 2_000  # characters
 
 _ADDED: dict[Kind, str] = {"parked": PARKED_PREFIX, "dead": DEAD_PREFIX}
 
-# A replayed dead letter begins anew.
+# A replayed dead letter starts over: it has no attempts yet.
 _OF_AN_ATTEMPT = (ORIGIN_EXCHANGE, ORIGIN_TARGET, ATTEMPT, FIRST_FAILURE)
 
 Header = Callable[[str], Any]
@@ -77,16 +77,16 @@ def dead_letter(
 ) -> Event:
     """Return the event to publish to the dead letters of the message's queue.
 
-    It has the message's own body, content type, id, and headers, but for those that the broker
-    would act on.
+    It keeps the message's id, body, content type and headers, except those that the broker would
+    act on.
 
     Args:
         delivery: the message.
-        reason: why it goes there; cut at 2,000 characters.
-        attempts: how many there were.
-        first_failure: when the first of them failed (aware); None for the present.
+        reason: the reason, cut at 2,000 characters.
+        attempts: the number of attempts.
+        first_failure: the time when the first of them failed (aware); None for now.
         error: the class of the exception, if there was one.
-        traceback: of the exception; left out where there is no room for it.
+        traceback: the traceback of the exception; left out if it doesn't fit.
     """
     now = datetime.datetime.now(datetime.UTC)
     added: dict[str, Any] = {
@@ -116,9 +116,9 @@ def dead_letter(
 
 
 def parked(event: Event, reason: str) -> Event:
-    """Return what is published to the parking queue in place of ``event``.
+    """Return the event to publish to the parking queue instead of ``event``.
 
-    The same id, body and headers, with its address and ``reason`` in headers of their own.
+    It has the same id, body and headers, and headers with its address and the ``reason``.
     """
     return dataclasses.replace(
         event,
@@ -139,14 +139,14 @@ def fields_of(queue: str, header: Header) -> dict[str, Any] | None:
 
     None if it has no such headers.
     """
-    # What was parked may die in the hands of a consumer of the parking queue, and has both.
+    # A consumer of the parking queue may dead-letter a parked event, which then has both.
     if queue == PARKING_QUEUE:
         return _parked(header) or _dead(header)
     return _dead(header) or _parked(header)
 
 
 def is_kept_on_replay(kind: Kind, name: str) -> bool:
-    """Return whether a message of ``kind`` still has the header ``name`` when it is replayed."""
+    """Return whether a message of ``kind`` keeps the header ``name`` when it is replayed."""
     added = _ADDED.get(kind)
     return not (
         is_brokers_own(name)
@@ -157,24 +157,24 @@ def is_kept_on_replay(kind: Kind, name: str) -> bool:
 
 
 def encoding_of(header: Header) -> str | None:
-    """Return the content encoding that a dead letter had as a message, if it had one."""
+    """Return the content encoding of the original message, if it had one."""
     return _text(header, DEAD_CONTENT_ENCODING)
 
 
 def origin_headers(origin: Address) -> dict[str, str]:
-    """Return the headers that say where a message was published to first."""
+    """Return the headers that hold the address a message was first published to."""
     return {ORIGIN_EXCHANGE: origin.exchange, ORIGIN_TARGET: origin.target}
 
 
 def origin_of(header: Header) -> Address | None:
-    """Return where a replayed dead letter was published to first, if its headers say so."""
+    """Return the address a replayed dead letter was first published to, if its headers have it."""
     exchange = _text(header, ORIGIN_EXCHANGE)
     target = _text(header, ORIGIN_TARGET)
     return None if exchange is None or target is None else Address(exchange, target)
 
 
 def restore_origin(delivery: Delivery) -> None:
-    """Give a dead letter that was replayed to its one queue the address that it had at first."""
+    """Give a dead letter that was replayed to its queue the address it was first published to."""
     if delivery.headers and not delivery.exchange and delivery.target == delivery.queue:
         origin = origin_of(delivery.headers.get)
         if origin is not None:

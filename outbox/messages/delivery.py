@@ -18,12 +18,12 @@ from outbox.messages.headers import (
 )
 
 __all__ = [
-    "as_delivered",
-    "dead_letter_queue",
     "Delivery",
-    "headers_on_the_wire",
     "QueueSpec",
     "QueueType",
+    "as_delivered",
+    "dead_letter_queue",
+    "headers_on_the_wire",
 ]
 
 
@@ -97,13 +97,13 @@ class Delivery:
 
     @property
     def attempt(self) -> int:
-        """The number of this attempt, from 1 on; what has no such header is at the first one."""
+        """The number of this attempt, from 1; without the header it is the first."""
         attempt = (self.headers or {}).get(ATTEMPT)
         return attempt if type(attempt) is int and attempt > 0 else 1
 
     @property
     def first_failure(self) -> datetime.datetime | None:
-        """When the first attempt failed (aware), if there was one before this."""
+        """The time of the first failed attempt (aware), if there was one before this."""
         text = (self.headers or {}).get(FIRST_FAILURE)
         if not isinstance(text, str):
             return None
@@ -115,10 +115,10 @@ class Delivery:
 
     @property
     def occurred_at(self) -> datetime.datetime:
-        """When the event was enqueued (aware); the present where the message does not say."""
+        """The time the event was enqueued (aware); now, if the message doesn't say."""
         microseconds = (self.headers or {}).get(HEADER_OCCURRED_AT)
         try:
-            # A date beyond the year 9999, or before the epoch, says nothing.
+            # A date after the year 9999, or before the epoch, is ignored.
             if isinstance(microseconds, int) and microseconds >= 0:
                 return _EPOCH + datetime.timedelta(microseconds=microseconds)
             if isinstance(self.timestamp, int) and self.timestamp >= 0:

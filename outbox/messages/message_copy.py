@@ -1,6 +1,6 @@
-"""A copy of a message, to be published to another queue or to its own again.
+"""Copies of messages: for the dead letters, or for a retry in the same queue.
 
-Any client may have sent the message: what it holds is made such that it can be written again.
+Any client may have sent the message, so its values are made writable first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["NotCarried", "copy_of", "senders_headers", "writable"]
 
 
 class NotCarried(Exception):
-    """The sender's headers cannot be sent on; the text says why."""
+    """The sender's headers can't be copied; the text is the reason."""
 
 
 def copy_of(
@@ -30,15 +30,15 @@ def copy_of(
     *,
     deliver_at: datetime.datetime | None = None,
 ) -> Event:
-    """Return the event that brings the message to ``queue``, through the default exchange.
+    """Return the event that copies the message to ``queue``, through the default exchange.
 
-    It has the message's own id, body, content type, priority and time.
+    It keeps the message's id, body, content type, priority and time.
 
     Args:
         delivery: the message.
-        queue: its name.
-        headers: all that the copy is to have.
-        deliver_at: not to be delivered before this instant (aware).
+        queue: the name of the queue.
+        headers: all headers of the copy.
+        deliver_at: the earliest time of its delivery (aware).
     """
     return Event(
         id=_short(delivery.message_id or new_id()),
@@ -55,10 +55,10 @@ def copy_of(
 
 
 def senders_headers(delivery: Delivery) -> dict[str, Any]:
-    """Return the headers that can be sent on: without the broker's own.
+    """Return the headers to copy: all but the broker's.
 
     Raises:
-        NotCarried: there would be no room beside them, or they are nested too deeply.
+        NotCarried: they leave no room for ours, or are nested too deeply.
     """
     headers = delivery.headers or {}
     try:
@@ -72,17 +72,17 @@ def senders_headers(delivery: Delivery) -> dict[str, Any]:
 
 
 def writable(text: str) -> str:
-    """Return ``text`` as something that can be written in UTF-8."""
+    """Return ``text`` with everything replaced that UTF-8 can't encode."""
     return text.encode(errors="replace").decode()
 
 
 def _short(text: str) -> str:
-    """Return as much of ``text`` as is a short string: with what replaces bytes it has grown."""
+    """Return as much of ``text`` as fits into a short string; replaced bytes made it longer."""
     return text.encode()[:255].decode(errors="ignore")
 
 
 def _carried(value: Any) -> Any:
-    """Return a header's value as one that can be written again, whatever its sender made of it."""
+    """Return a header's value in a type that can be written again, whatever its sender used."""
     match value:
         case None | bool() | bytes():
             return value

@@ -14,7 +14,7 @@ Kind = Literal["parked", "dead", "foreign"]
 
 
 class Address(NamedTuple):
-    """Where a message is published to; the exchange ``""`` is the broker's default exchange."""
+    """The address a message is published to; ``""`` is the broker's default exchange."""
 
     exchange: str
     target: str

@@ -1,7 +1,7 @@
-"""A child process that ends when its parent does, as either of the two knows the other.
+"""A child process that ends when its parent does, seen from both sides.
 
-The child inherits two descriptors. One is the reading end of a pipe to which nothing is ever
-written: it ends with the parent, however that dies. Over the other, the channel, they talk.
+The child inherits two descriptors. The lifeline is the reading end of a pipe to which nothing is
+ever written: it closes when the parent dies, however that happens. The channel carries messages.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _VARIABLE = "_OUTBOX_PARENT"
 
 
 class ChildProcess:
-    """A child, as its parent knows it.
+    """A child, seen from its parent.
 
-    It runs in a fresh interpreter: a fork would take over what the parent's threads hold and what
-    its libraries have open, and on macOS ends in a crash.
+    It runs in a fresh interpreter: a fork would inherit locks that the parent's threads hold and
+    connections that its libraries have open, and on macOS it crashes.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ChildProcess:
             command: the program and its arguments.
             channel: the child's end of the channel; closed here in any case.
             with_input: whether the child gets the parent's standard input, for a debugger.
-            leads_group: whether it leads a process group, in which is what it starts.
+            leads_group: whether it leads a process group, which includes the processes it starts.
 
         Raises:
             OSError: it cannot be started.
@@ -68,43 +68,43 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self._process.pid
 
     def code(self) -> int | None:
-        """Return what it has exited with, a signal's number as a negative one, or None."""
+        """Return the exit code, the negative number of a signal, or None while it runs."""
         return self._process.poll()
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for its end, at most ``timeout`` seconds; return what ``code`` does."""
+        """Wait for the end, at most ``timeout`` seconds; return what ``code()`` returns."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
         return self._process.returncode
 
     def kill(self) -> None:
-        """End it at once, with its process group if it leads one."""
+        """Kill the child, with its process group if it leads one."""
         if self._leads_group:
-            # First: as long as its leader was not waited for, its number is not used again.
+            # The group first: until its leader is waited for, the number can't be reused.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()
 
     def close(self) -> None:
-        """Let go of it: if it still runs, it ends as if this process had died."""
+        """Close the lifeline: a child that still runs ends as if this process had died."""
         held, self._held = self._held, -1
         if held >= 0:
             os.close(held)
 
 
 class Parent:
-    """The parent, as its child knows it.
+    """The parent, seen from its child.
 
     Attributes:
         channel: the descriptor of the child's end of the channel.
     """
 
     def __init__(self, lifeline: int, channel: int) -> None:
-        """Take over the descriptors; processes that are started from here do not inherit them."""
+        """Take the descriptors over; processes started from here don't inherit them."""
         os.set_inheritable(lifeline, False)
         os.set_inheritable(channel, False)
         self._lifeline = lifeline
@@ -112,20 +112,20 @@ class Parent:
 
     @classmethod
     def inherited(cls) -> Parent | None:
-        """Return the parent that has started this process as a child, or None; only once."""
+        """Return the parent if this process was started as a child, else None; only once."""
         descriptors = os.environ.pop(_VARIABLE, "")
         if not descriptors:
             return None
         lifeline, _, channel = descriptors.partition(":")
         return cls(int(lifeline), int(channel))
 
-    def tell(self, what: bytes) -> None:
-        """Write ``what`` to the channel."""
+    def report(self, status: bytes) -> None:
+        """Write ``status`` to the channel."""
         with contextlib.suppress(OSError):  # the parent is dead: when_gone() notices that
-            os.write(self.channel, what)
+            os.write(self.channel, status)
 
     def when_gone(self, action: Callable[[], object]) -> None:
-        """When the parent dies, call ``action`` on a thread, and then end this process at once."""
+        """Call ``action`` on a thread when the parent dies, then exit this process at once."""
 
         def watch() -> None:
             os.read(self._lifeline, 1)

@@ -29,10 +29,10 @@ from outbox.system import process
 from outbox.unit_of_work.unit_of_work import Buffer, SavepointBuffer, Scope, UnitOfWork
 
 __all__ = [
-    "clear_events",
-    "enqueue_event",
     "EventCollector",
     "EventOptions",
+    "clear_events",
+    "enqueue_event",
     "publish",
     "publish_async",
     "sink_of",

@@ -80,7 +80,7 @@ def test_a_worker_that_does_not_exit_in_time_is_killed(
 ) -> None:
     driven = drive("""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-parent.tell(READY)
+parent.report(READY)
 print("here", file=sys.stderr, flush=True)
 time.sleep(60)
 """)
@@ -94,8 +94,8 @@ def test_a_worker_that_does_not_exit_when_recycled_is_killed_and_replaced(
     drive: Callable[..., Driven],
 ) -> None:
     driven = drive("""
-parent.tell(READY)
-parent.tell(STOPPING)
+parent.report(READY)
+parent.report(STOPPING)
 time.sleep(60)
 """)
     driven.wait_for("did not exit in time; killing it")
@@ -115,7 +115,7 @@ def test_a_program_that_cannot_be_started_is_retried_slowly(
 def test_a_crash_of_one_worker_does_not_touch_the_others(drive: Callable[..., Driven]) -> None:
     driven = drive(
         """
-parent.tell(READY)
+parent.report(READY)
 print("up", file=sys.stderr, flush=True)
 try:
     os.mkdir("taken")

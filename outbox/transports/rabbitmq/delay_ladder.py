@@ -33,15 +33,15 @@ from outbox.transports.rabbitmq import topology
 from outbox.transports.rabbitmq.topology import Step
 
 __all__ = [
+    "LEVELS",
+    "LONGEST_DELAY",
+    "Ladder",
+    "PREFIX",
+    "Part",
     "bit_header",
     "delayed",
-    "Ladder",
     "level",
-    "LEVELS",
     "levels_of",
-    "LONGEST_DELAY",
-    "Part",
-    "PREFIX",
     "restore_delayed",
     "seconds_left",
     "steps_of",

@@ -14,7 +14,7 @@ from sqlalchemy.dialects.sqlite import insert
 
 from outbox.messages.topics import matches
 
-__all__ = ["add", "Binding", "bindings", "create", "load", "of_queue", "Routes"]
+__all__ = ["Binding", "Routes", "add", "bindings", "create", "load", "of_queue"]
 
 _CACHED = 10_000  # addresses; limited because targets may contain user data
 

@@ -4,15 +4,7 @@ from outbox.consumers.current import current_message
 from outbox.consumers.definition import Consumer, FunctionConsumer, consumer
 from outbox.consumers.filters import after, around, before
 from outbox.consumers.logs import MessageFilter
-from outbox.consumers.outcome import (
-    ACK,
-    REJECT,
-    REQUEUE,
-    Outcome,
-    ProcessTimeout,
-    Reject,
-    Requeue,
-)
+from outbox.consumers.outcome import ACK, REJECT, REQUEUE, Outcome, ProcessTimeout, Reject, Requeue
 from outbox.consumers.received_event import ReceivedEvent
 from outbox.consumers.retry import Retry, RetryPolicy, exponential
 from outbox.consumers.worker.worker import Worker

@@ -443,7 +443,7 @@ def test_an_exchange_of_another_type_is_reported_by_the_name_of_the_argument(
     inspector.clean_up(exchange=name)
     with Publisher(amqp_url, exchange=name) as publisher:
         publisher.publish(make_events(publisher, ["x"]))
-    errors = [record.getMessage() for record in caplog.records if "not as declared" in record.msg]
+    errors = [record.getMessage() for record in caplog.records if "cannot declare" in record.msg]
     assert len(errors) == 1
     assert "inequivalent arg 'type'" in errors[0]
 

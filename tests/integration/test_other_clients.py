@@ -18,6 +18,8 @@ from tests.integration.test_worker import Seen, running
 
 kombu: Any = importlib.import_module("kombu")  # it has no types
 
+CONFIRMED = {"confirm_publish": True}  # else a busy broker may lose what kombu sends
+
 
 def tool(name: str) -> str:
     """Return where a program of amqp-tools is."""
@@ -48,7 +50,7 @@ def test_a_message_published_by_kombu_is_consumed(
 ) -> None:
     seen = Seen()
     with running(publisher, inspector, seen, name, threads=1, topics=["photo.*"]):
-        with kombu.Connection(amqp_url) as connection:
+        with kombu.Connection(amqp_url, transport_options=CONFIRMED) as connection:
             producer = connection.Producer()
             exchange = kombu.Exchange(name, "topic", durable=True)
             body = {"photo": "käse.jpg"}
@@ -79,7 +81,7 @@ def test_a_message_published_by_kombu_is_retried_and_keeps_its_headers(
 
     seen = Seen(fail_at_first)
     with running(publisher, inspector, seen, name, retry=RetryPolicy(delay=0)):
-        with kombu.Connection(amqp_url) as connection:
+        with kombu.Connection(amqp_url, transport_options=CONFIRMED) as connection:
             connection.Producer().publish({"n": 1}, name, message_id="k-1", headers={"tenant": 7})
         first, second = seen.wait(2)
     assert (first.id, first.payload, first.headers) == (second.id, second.payload, second.headers)

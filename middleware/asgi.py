@@ -69,7 +69,7 @@ class OutboxMiddleware:
         kind = asgi_scope["type"]
         collector = RequestCollector(self._publisher, kind == "http")
         asgi_scope[_MARKER] = collector
-        token = Scope.enter(collector, collector.buffer)
+        token = Scope.enter(collector, collector._buffer)
         try:
             if kind == "http":
                 await self._request(collector, asgi_scope, receive, send)
@@ -97,7 +97,7 @@ class OutboxMiddleware:
         except BaseException as error:
             collector.discard(f"the request failed with {type(error).__qualname__}")
             raise
-        if collector.buffer.events:
+        if collector._buffer.events:
             if status and self._is_success(status):
                 await collector.publish_quietly_async()
             else:

@@ -66,7 +66,7 @@ class OutboxMiddleware:
         wrapper = environ.get(_FILE_WRAPPER)
         if wrapper is not None and not isinstance(wrapper, (type, _FileWrapper)):
             environ[_FILE_WRAPPER] = _FileWrapper(wrapper)
-        scope = Scope(request, request.buffer, Scope.present())
+        scope = Scope(request, request._buffer, Scope.present())
         token = Scope.resume(scope)
         try:
             body = self.app(environ, request.start_response)
@@ -108,18 +108,18 @@ class _Request(RequestCollector):
     ) -> Iterable[bytes]:
         """Return ``body``, wrapped if needed so that the unit ends when the response does."""
         if isinstance(body, (list, tuple)) or _is_file(body, environ):
-            if self.buffer.events:
+            if self._buffer.events:
                 self._finish_or_close(body)
             self.close()
             return body
         wrapped = (_SizedBody if hasattr(body, "__len__") else _Body)(self, body, scope)
-        if self.buffer.events and self._is_complete():
+        if self._buffer.events and self._is_complete():
             self._finish_or_close(wrapped)
         return wrapped
 
     def finish(self) -> None:
         """Publish or drop the events enqueued so far."""
-        if not self.buffer.events:
+        if not self._buffer.events:
             return
         if self._failed:
             self.discard("the request had failed")

@@ -32,7 +32,9 @@ def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> P
     """Create and return the process's default publisher.
 
     Call it once, when the application starts; before or after a fork makes no difference. A second
-    call replaces the publisher, and moves its kept events to the new one. Without a call, the first
+    call, with rotated credentials say, replaces the publisher while others publish: all events that
+    have no fate yet move to the new one, as does what is published through the old one later, and
+    callers who wait for confirms go on waiting. Without a call, the first
     ``enqueue_event()`` creates a publisher from ``OUTBOX_URL`` and the other ``OUTBOX_*``
     variables.
 
@@ -51,7 +53,7 @@ def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> P
         publisher = Publisher(url, **settings)
         if _publisher is not None:
             try:
-                _publisher.hand_over_to(publisher)
+                _publisher.retire(publisher)
             except UsageError:
                 publisher.close(0)
                 raise

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import random
-import threading
 import time
 import uuid
+from collections.abc import Callable
 
 from outbox.system import process
 
@@ -18,15 +19,35 @@ _NAMESPACE = uuid.UUID("e5774d90-3923-58da-b073-bf72e018463f")
 _NAMESPACE_HASH = hashlib.sha1(_NAMESPACE.bytes, usedforsecurity=False)
 
 _VARIANT = 1 << 63
+_RECENT = 100  # milliseconds
+
+
+class _Millisecond:
+    """What the ids of one millisecond have in common, and the numbers that tell them apart.
+
+    By RFC 9562, section 6.2, method 2 (monotonic random): 48 bits of time, the version, 12 random
+    bits; then the variant and 62 bits that begin at random, in the lower half so that they never
+    reach the end (section 5.7), and grow by a step drawn for the millisecond.
+    """
+
+    __slots__ = ("lows", "number", "prefix")
+
+    def __init__(self, number: int, bits: Callable[[int], int]) -> None:
+        digits = f"{number:012x}7{bits(12):03x}"
+        self.number = number
+        self.prefix = f"{digits[:8]}-{digits[8:12]}-{digits[12:]}-"
+        self.lows = itertools.count(_VARIANT | bits(61), 1 + bits(32))
 
 
 class _Generator:
-    """A generator of UUIDv7 by RFC 9562, section 6.2, method 2 (monotonic random).
+    """A generator of UUIDv7 that ascend within the process.
 
-    The ids of a process ascend: within a millisecond, or when the clock goes back, the random part
-    grows by a random step instead of being redrawn. The source is separate from :mod:`random`'s and
-    seeded by the operating system, so that ``random.seed()`` in the application cannot make two
-    processes draw the same ids.
+    No lock: a signal handler or a finalizer may make an id while it interrupts the making of
+    another. Each step that matters is a single instruction, so that of two threads that see a new
+    millisecond both continue with the same one.
+
+    The random source is separate from :mod:`random`'s and seeded by the operating system, so that
+    ``random.seed()`` in the application cannot make two processes draw the same ids.
     """
 
     def __init__(self) -> None:
@@ -34,26 +55,20 @@ class _Generator:
 
     def reset(self) -> None:
         """Draw a new seed; called in a forked child before anything else."""
-        self._lock = threading.Lock()
         self._bits = random.Random(os.urandom(32)).getrandbits
-        self._millisecond = 0
-        self._prefix = ""
-        self._low = 0
+        self._latest = _Millisecond(0, self._bits)
+        self._recent: dict[int, _Millisecond] = {}
 
     def new(self) -> str:
         now = time.time_ns() // 1_000_000
-        with self._lock:
-            if now > self._millisecond:
-                # 48 bits of time, version 7, 12 random bits; then the variant and 62 bits, drawn
-                # from the lower half, so that the steps never reach the end (section 5.7).
-                self._millisecond = now
-                digits = f"{now:012x}7{self._bits(12):03x}"
-                self._prefix = f"{digits[:8]}-{digits[8:12]}-{digits[12:]}-"
-                self._low = _VARIANT | self._bits(61)
-            else:
-                self._low += 1 + self._bits(32)
-            low = f"{self._low:x}"
-            return f"{self._prefix}{low[:4]}-{low[4:]}"
+        latest = self._latest
+        if now > latest.number:  # else the clock stands still or has been set back
+            if len(self._recent) > _RECENT:
+                self._recent = {}
+            latest = self._recent.setdefault(now, _Millisecond(now, self._bits))
+            self._latest = latest
+        low = f"{next(latest.lows):x}"
+        return f"{latest.prefix}{low[:4]}-{low[4:]}"
 
 
 _generator = _Generator()
@@ -63,7 +78,7 @@ process.after_fork(_generator.reset)
 def new_id() -> str:
     """Return a new UUIDv7 string (36 characters, lower case), ascending within the process.
 
-    Thread-safe and fork-safe.
+    Thread-safe and fork-safe; usable in signal handlers and finalizers.
     """
     return _generator.new()
 

@@ -8,7 +8,7 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, Unpack
 
@@ -29,7 +29,20 @@ __all__ = ["Publisher", "refuse_running_loop"]
 
 logger = logging.getLogger("outbox.publisher")
 
+_BUSY = 0.05
+"""Seconds to wait for the publisher's thread where it reports at once."""
+
+_SILENCE = 0.5
+"""Seconds after which a caller looks whether others have found the broker silent."""
+
+_RETIRING = 2.0
+"""Seconds to wait until a replaced publisher has moved its events."""
+
 _open_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
+_open_transports: dict[Transport, float] = {}
+"""The transports that may hold events, with the seconds to drain them: also those whose publisher
+the program has forgotten."""
+
 _inherited: list[Transport] = []
 
 
@@ -37,11 +50,12 @@ class Publisher:
     """A publisher of chunks, which keeps and retries what the broker has not confirmed.
 
     A process normally has one, made by :func:`outbox.configure`; more may coexist. It connects at
-    the first event, on a background thread. Thread-safe; usable from any event loop; fork-safe: a
-    child starts with nothing kept and with a new connection.
+    the first event, on a background thread. Thread-safe; usable from any event loop, signal handler
+    and finalizer; fork-safe: a child starts with nothing kept and with a new connection.
 
     When the process exits, and in ``close()``, kept events have ``drain_timeout`` seconds to reach
-    the broker; then the id of every lost event is logged at ERROR.
+    the broker; then the id of every lost event is logged at ERROR. A publisher to which the program
+    no longer refers is closed when all its events have a fate.
     """
 
     def __init__(self, url: str | None = None, **settings: Unpack[SettingOverrides]) -> None:
@@ -56,12 +70,12 @@ class Publisher:
             UsageError: the URL or a setting is invalid; the message names it.
         """
         self.settings = Settings.load(url, settings)
-        self._lock = threading.Lock()
-        self._own: Transport | None = open_transport(self.settings)
+        self._lock = threading.RLock()
+        self._own: Transport | None = None
+        self._open()
         self._closed = False
         self._half_full = False
         self._cleared = 0
-        _open_publishers.add(self)
 
     def __repr__(self) -> str:
         from outbox.url import BrokerURL
@@ -71,7 +85,7 @@ class Publisher:
     @property
     def kept(self) -> tuple[Event, ...]:
         """The kept events, in the order they will be sent again."""
-        return self._transport().backlog.kept
+        return self._transport().kept
 
     @property
     def connected(self) -> bool:
@@ -83,11 +97,11 @@ class Publisher:
         transport = self._transport()
         tally = transport.backlog.tally
         fates = dict(tally.fates)
-        kept, kept_bytes = transport.backlog.kept_size
+        kept = transport.kept
         return Stats(
             connected=self.connected,
-            kept=kept,
-            kept_bytes=kept_bytes,
+            kept=len(kept),
+            kept_bytes=sum(len(event.body) for event in kept),
             ever_kept=tally.ever_kept,
             published=fates.get("published", 0),
             parked=fates.get("parked", 0),
@@ -158,23 +172,46 @@ class Publisher:
     def submit_chunk(
         self, events: Sequence[Event], *, keep: bool, observer: Observer | None = None
     ) -> Chunk:
-        """Submit ``events`` as a chunk; see :meth:`submit`. If it raises, none was submitted.
+        """Submit ``events`` as a chunk; see :meth:`submit`.
 
         Args:
             events: the events to publish, in this order.
             keep: see :meth:`submit`.
             observer: the observer of their unit of work; the default is the installed one.
         """
+        chunk = self.prepare(events, keep=keep, observer=observer)
+        self.hand_in(chunk, observer)
+        return chunk
+
+    def prepare(
+        self, events: Sequence[Event], *, keep: bool, observer: Observer | None = None
+    ) -> Chunk:
+        """Return ``events`` as a chunk, encoded; nothing is submitted yet.
+
+        Raises:
+            UsageError: the publisher is closed.
+        """
         if self._closed:
             raise UsageError("this publisher is closed; nothing was published")
-        _drain_at_exit_of_child()
-        return self._transport(observer).submit(events, keep=keep)
+        return self._transport(observer).prepare(events, keep=keep)
+
+    def hand_in(self, chunk: Chunk, observer: Observer | None = None) -> None:
+        """Submit a chunk that was prepared, and return without waiting.
+
+        After an exception, also one of a signal handler, ``chunk.revoke()`` decides whether it was
+        submitted.
+        """
+        process.run_exit_hooks_in_child()
+        self._transport(observer).hand_in(chunk)
 
     def wait_for(self, chunk: Chunk, timeout: float | None = None) -> PublishReport:
         """Wait until ``chunk`` is reported; after ``timeout`` seconds, report it."""
         try:
-            with contextlib.suppress(TimeoutError):
-                return chunk.future.result(self._timeout(timeout))
+            for seconds in self._waits(chunk, timeout):
+                report = chunk.wait(seconds)
+                if report is not None:
+                    return report
+            chunk.holder.release(chunk)
         except BaseException as error:
             # The process may be killed next (gunicorn does that a second after its SIGABRT), before
             # it has drained: log the ids while that is possible.
@@ -187,8 +224,8 @@ class Publisher:
                     ids(unconfirmed),
                 )
             raise
-        self._transport().release(chunk)
-        return chunk.future.result()
+        # Without a report, the transport's thread has claimed it, and is about to set it.
+        return chunk.reported or chunk.future.result()
 
     async def wait_for_async(
         self,
@@ -197,9 +234,11 @@ class Publisher:
     ) -> PublishReport:
         """Await what :meth:`wait_for` waits for."""
         if chunk.reported is None:
-            await waker.reported(chunk, self._timeout(timeout))
-            if chunk.reported is None:
-                self._transport().release(chunk)
+            for seconds in self._waits(chunk, timeout):
+                if await waker.reported(chunk, seconds):
+                    break
+            else:
+                chunk.holder.release(chunk)
         return chunk.reported or chunk.future.result()
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -229,34 +268,37 @@ class Publisher:
         Args:
             timeout: seconds to drain; the default is the setting ``drain_timeout``.
         """
-        if self._closed or self._own is None:  # closed, or never used since a fork
+        own = self._own
+        if self._closed or own is None:  # closed, or never used since a fork
             self._closed = True
             return ()
-        transport = self._own
-        if not transport.on_own_thread:
-            transport.drain(self._drain_timeout(timeout))
+        if not own.on_own_thread:
+            own.drain(self._drain_timeout(timeout))
         self._closed = True
-        _open_publishers.discard(self)
-        lost = transport.close()
-        if lost:
-            logger.error("%d event(s) lost, never confirmed: %s", len(lost), _all_ids(lost))
-        return lost
+        return _close(own)
 
-    def hand_over_to(self, other: Publisher) -> None:
-        """Move the kept events to ``other``, and close.
+    def retire(self, successor: Publisher) -> None:
+        """Move all events to ``successor``, in their order, and what is published here later.
+
+        A caller who waits for the confirms of events goes on waiting. Events that the broker has
+        but hasn't confirmed within a second are sent again, so they may arrive twice.
 
         Raises:
-            UsageError: ``other`` has no room for them, or cannot carry them; nothing has changed.
+            UsageError: ``successor`` has no room for the kept events, or cannot carry them; nothing
+                has changed.
         """
-        kept = self._own_transport().backlog.kept
-        other.check_room(len(kept), sum(len(event.body) for event in kept))
+        own = self._own_transport()
+        kept = own.kept
+        successor.check_room(len(kept), sum(len(event.body) for event in kept))
         for event in kept:
-            other.check_carries(event)
-        self._closed = True
-        _open_publishers.discard(self)
-        moved = self._own_transport().close()
-        if moved:
-            other.submit(moved)
+            successor.check_carries(event)
+        if not self._closed:
+            own.retire(successor._own_transport(), _RETIRING)
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the caller is a hook or a log handler on the publisher's own thread."""
+        return self._transport().on_own_thread
 
     def check_may_wait(self) -> None:
         """Raise UsageError where waiting for confirms would block an event loop or deadlock."""
@@ -266,7 +308,7 @@ class Publisher:
 
     def check_room(self, more_events: int = 0, more_bytes: int = 0) -> None:
         """Raise CollectorFull if the kept events reach a limit: new work must not commit."""
-        events, size = self._transport().backlog.kept_size
+        events, size = self._transport().held
         settings = self.settings
         full = max(
             (events + more_events) / (settings.max_kept or math.inf),
@@ -316,7 +358,7 @@ class Publisher:
         """
         transport = self._transport(observer)
         transport.start()
-        if transport.backlog.kept_size[0]:
+        if not transport.settled:
             self.check_room()
         else:
             self._half_full = False
@@ -341,19 +383,40 @@ class Publisher:
         own = self._own
         if own is None:  # the first use in a forked child
             with self._lock:
-                own = self._own = self._own or open_transport(self.settings)
+                own = self._own or self._open()
+        if own.successor is not None:  # configure() was called again
+            first = own
+            while own.successor is not None:
+                own = own.successor
+            first.successor = own  # those between needn't live on
+        return own
+
+    def _open(self) -> Transport:
+        own = self._own = open_transport(self.settings)
+        _open_publishers.add(self)
+        _open_transports[own] = self.settings.drain_timeout
+        self._forgotten = weakref.finalize(self, _on_forgotten, own)
+        self._forgotten.atexit = False
         return own
 
     def _leave_to_parent(self) -> None:
         """Leave the parent's connection alone, and start afresh in a forked child."""
         if self._own is not None:
-            _inherited.append(self._own)  # never collected, so that its socket is never closed
-        self._lock = threading.Lock()
+            self._forgotten.detach()
+        self._lock = threading.RLock()
         self._own = None
         self._cleared = 0
 
-    def _timeout(self, timeout: float | None) -> float:
-        return self.settings.timeout if timeout is None else timeout
+    def _waits(self, chunk: Chunk, timeout: float | None) -> Iterator[float]:
+        """Yield the seconds to wait for the report of ``chunk``, and to wait again."""
+        seconds = self.settings.timeout if timeout is None else timeout
+        if chunk.holder.circuit_open:  # it is reported at once, unless the thread is busy
+            yield min(seconds, _BUSY)
+            return
+        first = min(seconds, _SILENCE)
+        yield first
+        if first < seconds and not chunk.holder.circuit_open:
+            yield seconds - first
 
     def _drain_timeout(self, timeout: float | None) -> float:
         return self.settings.drain_timeout if timeout is None else timeout
@@ -378,34 +441,44 @@ def _all_ids(events: Iterable[Event]) -> str:
     return ", ".join(repr(event.id) for event in events)
 
 
+def _close(transport: Transport) -> tuple[Event, ...]:
+    lost = transport.close()
+    _open_transports.pop(transport, None)
+    if lost:
+        logger.error("%d event(s) lost, never confirmed: %s", len(lost), _all_ids(lost))
+    return lost
+
+
+def _on_forgotten(transport: Transport) -> None:
+    """Close the transport of a publisher that no longer exists, once its events have a fate."""
+    transport.close_when_settled(lambda: _open_transports.pop(transport, None))
+
+
+def _start_all() -> None:
+    """Start the threads of all publishers, which Python refuses once it shuts down."""
+    for publisher in list(_open_publishers):
+        with contextlib.suppress(Exception):  # what is published later raises it again
+            publisher._own_transport().start_now()
+
+
 def _close_all() -> None:
     for publisher in list(_open_publishers):
         publisher.close()
-
-
-_EXIT_PRIORITY = -100
-"""After all else that runs when a multiprocessing child exits, which may still publish."""
-_draining_child: Any = None
-
-
-def _drain_at_exit_of_child() -> None:
-    """Make a multiprocessing child drain too: it exits by ``os._exit``, which skips ``atexit``."""
-    global _draining_child
-    processes: Any = sys.modules.get("multiprocessing.process")
-    if processes is None or processes.parent_process() is None:
-        return  # not a multiprocessing child: atexit is enough
-    child = processes.current_process()
-    if child is not _draining_child:
-        _draining_child = child
-        from multiprocessing.util import Finalize
-
-        Finalize(None, _close_all, exitpriority=_EXIT_PRIORITY)
+    for transport, timeout in list(_open_transports.items()):
+        transport.drain(timeout)
+        _close(transport)
 
 
 def _leave_all_to_parent() -> None:
+    _inherited.extend(_open_transports)  # never collected, so that no socket is ever closed
+    _open_transports.clear()
     for publisher in list(_open_publishers):
         publisher._leave_to_parent()
 
 
 process.after_fork(_leave_all_to_parent)
 process.at_exit(_close_all)
+if sys.version_info >= (3, 12):
+    # Exit handlers may still publish, but can no longer start threads.
+    with contextlib.suppress(AttributeError):
+        threading._register_atexit(_start_all)  # type: ignore[attr-defined]

@@ -147,7 +147,7 @@ def _retries_reversed() -> None:
             self._elsewhere.pop(entry, None)
         self._queue.extendleft(entry for entry in entries if entry.fate is None)
 
-    Backlog._requeue = requeue  # type: ignore[method-assign]
+    Backlog.requeue = requeue  # type: ignore[method-assign]
 
 
 def _no_drain_at_exit() -> None:

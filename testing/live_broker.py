@@ -7,13 +7,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 from outbox import Event, PublishReport
-from outbox.backlog.chunk import Chunk, Fate
+from outbox.backlog.chunk import Chunk, Entry, Fate
 from outbox.consumers.received_event import Undecodable, decode
 from outbox.messages.delivery import Delivery, QueueSpec
 from outbox.observer import seam
@@ -162,7 +162,7 @@ class LiveBroker:
     def kept(self) -> tuple[Event, ...]:
         """The events that the publishers keep."""
         transports = list(self._transports)
-        return tuple(event for _, transport in transports for event in transport.backlog.kept)
+        return tuple(event for _, transport in transports for event in transport.kept)
 
     # ------------------------------------------------------------------- for the testing kit
 
@@ -192,7 +192,9 @@ class LiveBroker:
         Raises:
             PublishFailed: the broker didn't accept them.
         """
-        self._control.submit(events, keep=False).future.result(_ARRIVAL_TIMEOUT).raise_for_failure()
+        chunk = self._control.prepare(events, keep=False)
+        self._control.hand_in(chunk)
+        chunk.future.result(_ARRIVAL_TIMEOUT).raise_for_failure()
 
     def submitting(self, events: Sequence[Event]) -> None:
         """Note that ``events`` are about to be submitted."""
@@ -316,6 +318,7 @@ class _LiveTransport:
         self.supports_delay = inner.supports_delay
         self.longest_delay = inner.longest_delay
         self.backlog = inner.backlog
+        self.successor: Transport | None = None
 
     @property
     def connected(self) -> bool:
@@ -328,16 +331,48 @@ class _LiveTransport:
     def start(self) -> None:
         self._inner.start()
 
-    def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
+    @property
+    def settled(self) -> bool:
+        return self._inner.settled
+
+    @property
+    def circuit_open(self) -> bool:
+        return self._inner.circuit_open
+
+    @property
+    def kept(self) -> tuple[Event, ...]:
+        return self._inner.kept
+
+    @property
+    def held(self) -> tuple[int, int]:
+        return self._inner.held
+
+    def start_now(self) -> None:
+        self._inner.start_now()
+
+    def prepare(self, events: Sequence[Event], *, keep: bool) -> Chunk:
+        return self._inner.prepare(events, keep=keep)
+
+    def hand_in(self, chunk: Chunk) -> None:
+        events = [entry.event for entry in chunk.entries]
         if self._broker.has_ended(events):
-            return _withdrawn(events, keep=keep)
+            _withdraw(chunk)
+            return
         self._broker.submitting(events)
-        chunk = self._inner.submit(events, keep=keep)
+        self._inner.hand_in(chunk)
         self._broker.submitted(chunk)
-        return chunk
 
     def release(self, chunk: Chunk) -> None:
         self._inner.release(chunk)
+
+    def adopt(self, entries: Sequence[Entry]) -> None:
+        self._inner.adopt(entries)
+
+    def retire(self, successor: Transport, timeout: float) -> bool:
+        return True  # the events belong to the test
+
+    def close_when_settled(self, then: Callable[[], object]) -> None:
+        self._inner.close_when_settled(then)
 
     def drain(self, timeout: float) -> bool:
         return self._inner.drain(timeout)
@@ -373,12 +408,11 @@ def event_of(delivery: Delivery) -> Event:
         )
 
 
-def _withdrawn(events: Sequence[Event], *, keep: bool) -> Chunk:
-    chunk = Chunk(events, keep=keep)
-    for entry in chunk.entries:
-        entry.fate, entry.reason = Fate.WITHDRAWN, "withdrawn: the test is over"
-    chunk.resolve(chunk.report())
-    return chunk
+def _withdraw(chunk: Chunk) -> None:
+    if chunk.accept() and chunk.claim_report():
+        for entry in chunk.entries:
+            entry.fate, entry.reason = Fate.WITHDRAWN, "withdrawn: the test is over"
+        chunk.resolve(chunk.report())
 
 
 def _address(event: Event) -> Address:

@@ -78,7 +78,8 @@ class QueueReader:
         self._subscription.close()
 
     def _greet(self, transport: Transport, deadline: float) -> bool:
-        chunk = transport.submit([self._greeting], keep=False)
+        chunk = transport.prepare([self._greeting], keep=False)
+        transport.hand_in(chunk)
         try:
             report = chunk.future.result(max(0.0, deadline - time.monotonic()))
         except TimeoutError:

@@ -6,14 +6,15 @@ import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from outbox import BrokerError, ConnectionLost, Event, UsageError
 from outbox.backlog.backlog import Backlog, News
-from outbox.backlog.chunk import Chunk, Fate
+from outbox.backlog.chunk import Chunk, Entry, Fate
 from outbox.configuration import configured_publisher
 from outbox.messages.topics import matches
 from outbox.settings import Settings
+from outbox.transports.transport import Transport
 
 __all__ = ["Recorder", "SimulatedCrash"]
 
@@ -39,11 +40,13 @@ class Recorder:
     supports_delay = True
     longest_delay = None
     on_own_thread = False
+    circuit_open = False
+    successor: Transport | None = None
 
     def __init__(self, where: str = "a test") -> None:
         self._where = where
         self._ended = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may enqueue, too
         self._enqueued: dict[int, Event] = {}  # by identity: a test may enqueue equal events
         self._stored: dict[int, Event] = {}
         self._published: list[Event] = []
@@ -75,6 +78,16 @@ class Recorder:
     def connected(self) -> bool:
         """Whether the simulated broker is reachable."""
         return self._left != 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether every published event has a fate."""
+        return not self.backlog.unsettled
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """The number of kept events, and their bytes."""
+        return self.backlog.kept_size
 
     @property
     def pending(self) -> tuple[Event, ...]:
@@ -181,9 +194,19 @@ class Recorder:
     def start(self) -> None:
         """Do nothing: there is nothing to connect to."""
 
-    def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
-        """Record the fates of ``events`` at once."""
+    def start_now(self) -> None:
+        """Do nothing: there is no thread."""
+
+    def prepare(self, events: Sequence[Event], *, keep: bool) -> Chunk:
+        """Return ``events`` as a chunk."""
         chunk = Chunk(events, keep=keep)
+        chunk.holder = self
+        return chunk
+
+    def hand_in(self, chunk: Chunk) -> None:
+        """Record the fates of the events of ``chunk`` at once."""
+        if not chunk.accept():
+            return
         entries = chunk.entries
         with self._lock:
             self.backlog.up()  # each chunk tries the broker again
@@ -198,9 +221,8 @@ class Recorder:
             if any(entry.fate is None for entry in entries):
                 news.append(self.backlog.down((), self._error))
         _resolve(*news)
-        if self._crashes and events:
+        if self._crashes and entries:
             raise SimulatedCrash
-        return chunk
 
     def release(self, chunk: Chunk) -> None:
         """Do nothing: callers never wait."""
@@ -208,6 +230,17 @@ class Recorder:
     def drain(self, timeout: float) -> bool:
         """Return whether nothing is kept."""
         return not self.kept
+
+    def adopt(self, entries: Sequence[Entry]) -> None:
+        """Do nothing: publishers have nothing to move in a test."""
+
+    def retire(self, successor: Transport, timeout: float) -> bool:
+        """Leave the events where they are: they belong to the test."""
+        return True
+
+    def close_when_settled(self, then: Callable[[], object]) -> None:
+        """Call ``then``."""
+        then()
 
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
         """Return no events: the kept ones belong to the test."""

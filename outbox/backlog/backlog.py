@@ -10,15 +10,15 @@ The rules:
     one, or *withdrawn* (``keep=False``) and never sent again.
 3.  While the circuit is open (no connection, blocked, stalled) a new chunk is reported at once.
     The circuit opens when the link fails, or when a caller's timeout is over and the broker has
-    confirmed nothing at all meanwhile; it closes when the link is up again, or a confirm arrives.
+    confirmed nothing at all since it submitted, for half a second or more; it closes when the link
+    is up again, or a confirm arrives.
 
-Everything here is decided without I/O. Methods return the *news*, which the notifier passes on
-when the lock is released: futures to resolve, hooks to call, lines to log.
+Everything here is decided without I/O, on one thread. Methods return the *news*, which the notifier
+passes on when the change is complete: futures to resolve, hooks to call, lines to log.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -26,11 +26,15 @@ from dataclasses import dataclass, field
 
 from outbox.backlog.chunk import Chunk, Entry, Fate
 from outbox.backlog.stats import Tally
-from outbox.errors import BrokerError, PublishTimeout, UsageError
+from outbox.errors import BrokerError, PublishTimeout
 from outbox.event import Event
 from outbox.report import PublishReport, Rejection
 
-__all__ = ["Backlog", "News"]
+__all__ = ["Backlog", "News", "not_confirmed"]
+
+_SILENCE = 0.5
+"""Seconds without any confirm that open the circuit. A caller's own timeout may be far shorter than
+a round trip, and must not make the others fail."""
 
 
 @dataclass(slots=True)
@@ -43,6 +47,8 @@ class News:
         parked: events that were parked.
         rejected: events that were given up, with the reasons.
         error: the reason why events are kept.
+        quiet: whether not to log any of it, see :class:`Chunk`.
+        settled: functions to call because every entry has a fate.
     """
 
     reports: list[tuple[Chunk, PublishReport]] = field(default_factory=list)
@@ -50,42 +56,73 @@ class News:
     parked: list[Event] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     error: BrokerError | None = None
+    quiet: bool = True
+    settled: list[Callable[[], object]] = field(default_factory=list)
 
 
 class Backlog:
-    """Queue, kept events and circuit of one publisher. Thread-safe; no I/O, no threads."""
+    """Queue, kept events and circuit of one publisher. No I/O, no threads, no locks.
+
+    Only the transport's thread may change it. Any thread may read its properties, except
+    ``queued``.
+    """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
-        self._empty = threading.Condition(self._lock)
         self._queue: deque[Entry] = deque()
         self._elsewhere: dict[Entry, None] = {}  # in flight or backing off, in order
         self._unreported: dict[Chunk, None] = {}
         self._unsettled = 0
         self._kept_events = 0
         self._kept_bytes = 0
+        self._unreported_bytes = 0
         self._down: BrokerError | None = None
-        self._stalled = False
-        self._closed = False
+        self._doubted_since: float | None = None
+        self._busy_since = 0.0
+        self._settled: list[Callable[[], object]] = []
         self._last_confirm = 0.0
         self.tally = Tally()
 
     @property
     def kept(self) -> tuple[Event, ...]:
         """The kept events, in the order they will be sent."""
-        with self._lock:
-            return tuple(
-                entry.event
-                for entries in (self._elsewhere, self._queue)
-                for entry in entries
-                if entry.kept and entry.fate is None
-            )
+        # A copy by one instruction each: the transport's thread may change both meanwhile.
+        return tuple(
+            entry.event
+            for entries in (list(self._elsewhere), list(self._queue))
+            for entry in entries
+            if entry.fate is None and (entry.kept or (entry.chunk.claimed and entry.chunk.keep))
+        )
 
     @property
     def kept_size(self) -> tuple[int, int]:
-        """The number of kept events, and the bytes of their bodies."""
+        """The number of kept events, and the bytes they take."""
         return self._kept_events, self._kept_bytes
+
+    @property
+    def waiting_size(self) -> tuple[int, int]:
+        """The number of entries without a fate, and the bytes they take."""
+        return self._unsettled, self._kept_bytes + self._unreported_bytes
+
+    @property
+    def unsettled(self) -> int:
+        """The number of entries without a fate."""
+        return self._unsettled
+
+    @property
+    def circuit(self) -> BrokerError | None:
+        """The reason why new chunks are reported at once; None while the circuit is closed."""
+        since = self._doubted_since
+        if self._down is None and since is not None and self._clock() - since >= _SILENCE:
+            return PublishTimeout("the broker has stopped confirming")
+        return self._down
+
+    @property
+    def silence(self) -> float:
+        """The seconds for which entries have been waiting without any confirm."""
+        if not self._unsettled:
+            return 0.0
+        return self._clock() - max(self._last_confirm, self._busy_since)
 
     @property
     def queued(self) -> bool:
@@ -93,182 +130,221 @@ class Backlog:
         return bool(self._queue)
 
     def add(self, chunk: Chunk) -> News:
-        """Add ``chunk`` behind all others.
-
-        Raises:
-            UsageError: the backlog has been handed over.
-        """
+        """Add ``chunk`` behind all others."""
         news = News()
-        with self._lock:
-            if self._closed:
-                raise UsageError("this publisher is closed; nothing was published")
+        if not chunk.submitted_at:
             chunk.submitted_at = self._clock()
-            if not self._unsettled and not self._elsewhere:
-                self._stalled = False  # nothing is in flight: no confirm could close the circuit
-            self._unreported[chunk] = None
-            self._unsettled += len(chunk.entries)
-            error = self._down
-            if error is None and self._stalled:
-                error = PublishTimeout("the broker has stopped confirming")
-            if chunk.keep or error is None:
-                self._queue.extend(chunk.entries)
-            if error is not None or not chunk.entries:
-                self._report(chunk, news, error)
-        return news
+        if not self._unsettled:
+            self._busy_since = chunk.submitted_at
+            if not self._elsewhere:  # nothing is in flight: no confirm could close the circuit
+                self._doubted_since = None
+        self._unsettled += len(chunk.entries)
+        if chunk.claimed:  # its caller's timeout was over before
+            self._queue.extend(chunk.entries if chunk.keep else ())
+            self._keep_rest(chunk, chunk.error or not_confirmed(chunk, self._clock()), news)
+            return self._complete(news)
+        self._expect_report(chunk)
+        error = self.circuit
+        if chunk.keep or error is None:
+            self._queue.extend(chunk.entries)
+        if error is not None or not chunk.entries:
+            self._report(chunk, news, error)
+        return self._complete(news)
 
     def take(self, max_events: int, max_bytes: int) -> list[Entry]:
         """Return the next entries to send, within the limits, but at least one if any waits."""
         taken: list[Entry] = []
-        with self._lock:
-            queue = self._queue
-            while queue and len(taken) < max_events:
-                entry = queue[0]
-                if entry.fate is None:
-                    max_bytes -= len(entry.frames)
-                    if max_bytes < 0 and taken:
-                        break
-                    taken.append(entry)
-                queue.popleft()
-            self._elsewhere.update(dict.fromkeys(taken))
+        queue = self._queue
+        while queue and len(taken) < max_events:
+            entry = queue[0]
+            if entry.fate is None and (entry.chunk.keep or not entry.chunk.claimed):
+                max_bytes -= len(entry.frames)
+                if max_bytes < 0 and taken:
+                    break
+                taken.append(entry)
+            queue.popleft()
+        self._elsewhere.update(dict.fromkeys(taken))
         return taken
 
     def give_fate(self, entries: Iterable[Entry], fate: Fate, reason: str = "") -> News:
         """Give ``entries`` their fate, except those that have one."""
         news = News()
-        with self._lock:
-            before = self._unsettled
-            elsewhere = self._elsewhere
-            usual = fate is Fate.PUBLISHED
-            for entry in entries:
-                elsewhere.pop(entry, None)
-                if entry.fate is None:
-                    if usual and not entry.kept:  # the usual case of _set_fate(), inlined
-                        entry.fate = fate
-                        self._unsettled -= 1
-                        self._count_down(entry.chunk, news)
-                    else:
-                        self._set_fate(entry, fate, reason, news)
-            self.tally.add(fate.value, before - self._unsettled)
-            if not self._unsettled:
-                self._empty.notify_all()
-        return news
+        before = self._unsettled
+        elsewhere = self._elsewhere
+        usual = fate is Fate.PUBLISHED
+        for entry in entries:
+            elsewhere.pop(entry, None)
+            if entry.fate is None:
+                if usual and not entry.kept:  # the usual case of _set_fate(), inlined
+                    entry.fate = fate
+                    self._unsettled -= 1
+                    self._count_down(entry.chunk, news)
+                else:
+                    self._set_fate(entry, fate, reason, news)
+        self.tally.add(fate.value, before - self._unsettled)
+        return self._complete(news)
 
     def confirmed(self) -> None:
         """Note a confirm, which closes a circuit that a timeout has opened."""
         self._last_confirm = self._clock()
-        self._stalled = False
+        self._doubted_since = None
 
     def refused(self, entries: Sequence[Entry], error: BrokerError) -> News:
         """Keep ``entries`` outside the queue, or withdraw them: the broker nacked them."""
         news = News()
-        with self._lock:
-            self.tally.nacked += len(entries)
-            for entry in entries:
-                entry.attempts += 1
-                self._keep_or_withdraw(entry, error, news)
-        return news
+        self.tally.nacked += len(entries)
+        for entry in entries:
+            entry.attempts += 1
+            self._keep_or_withdraw(entry, error, news)
+        return self._complete(news)
 
     def requeue(self, entries: Sequence[Entry]) -> None:
         """Put taken entries back at the head of the queue, in the order given."""
-        with self._lock:
-            self._requeue(entries)
-
-    def put_behind(self, entries: Iterable[Entry]) -> None:
-        """Put taken entries at the end of the queue, in the order given."""
-        with self._lock:
-            for entry in entries:
-                self._elsewhere.pop(entry, None)
-                if entry.fate is None:
-                    self._queue.append(entry)
-
-    def down(self, entries: Sequence[Entry], error: BrokerError) -> News:
-        """Open the circuit: the link failed with ``entries`` in flight."""
-        news = News()
-        with self._lock:
-            self._down = error
-            self._stalled = False
-            self._requeue(entries)
-            for chunk in list(self._unreported):
-                self._report(chunk, news, error)
-        return news
-
-    def up(self) -> None:
-        """Close the circuit: the link works."""
-        with self._lock:
-            self._down = None
-            self._stalled = False
-
-    def release(self, chunk: Chunk) -> News:
-        """Report ``chunk`` now: its caller's timeout is over."""
-        news = News()
-        with self._lock:
-            if chunk in self._unreported:
-                waited = self._clock() - chunk.submitted_at
-                if self._last_confirm < chunk.submitted_at:
-                    self._stalled = True  # not one confirm while this caller waited
-                error = PublishTimeout(
-                    f"{chunk.waiting} of {len(chunk.entries)} event(s) not confirmed "
-                    f"after {waited:.3g} s"
-                )
-                self._report(chunk, news, error)
-        return news
-
-    def encode_anew(self, encode: Callable[[Event], bytes]) -> None:
-        """Replace the frames of all entries."""
-        with self._lock:
-            for entries in (self._elsewhere, self._queue):
-                for entry in entries:
-                    entry.frames = encode(entry.sent_as)
-
-    def wait_empty(self, timeout: float) -> bool:
-        """Wait at most ``timeout`` seconds until every entry has a fate; return whether all do."""
-        with self._empty:
-            return self._empty.wait_for(lambda: not self._unsettled, timeout)
-
-    def hand_over(self, error: BrokerError) -> tuple[tuple[Event, ...], News]:
-        """Report every chunk, close, and return the events that are left: to move on, or lost."""
-        news = News()
-        with self._lock:
-            self._closed = True
-            for chunk in list(self._unreported):
-                self._report(chunk, news, error)
-            remaining = [
-                entry
-                for entries in (self._elsewhere, self._queue)
-                for entry in entries
-                if entry.fate is None
-            ]
-            for entry in remaining:
-                self._set_fate(entry, Fate.WITHDRAWN, str(error), news)
-            self._queue.clear()
-            self._elsewhere.clear()
-            self._empty.notify_all()
-        return tuple(entry.event for entry in remaining), news
-
-    def _requeue(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             self._elsewhere.pop(entry, None)
         self._queue.extendleft(entry for entry in reversed(entries) if entry.fate is None)
 
+    def put_behind(self, entries: Iterable[Entry]) -> None:
+        """Put taken entries at the end of the queue, in the order given."""
+        for entry in entries:
+            self._elsewhere.pop(entry, None)
+            if entry.fate is None:
+                self._queue.append(entry)
+
+    def down(self, entries: Sequence[Entry], error: BrokerError) -> News:
+        """Open the circuit: the link failed with ``entries`` in flight."""
+        news = News()
+        self._down = error
+        self._doubted_since = None
+        self.requeue(entries)
+        for chunk in list(self._unreported):
+            self._report(chunk, news, error)
+        return self._complete(news)
+
+    def up(self) -> None:
+        """Close the circuit: the link works."""
+        self._down = None
+        self._doubted_since = None
+
+    def release(self, chunk: Chunk) -> News:
+        """Report ``chunk`` now, unless its caller has done so: the caller's timeout is over."""
+        news = News()
+        if chunk in self._unreported:
+            self.doubt(chunk)
+            self._report(chunk, news, chunk.error or not_confirmed(chunk, self._clock()))
+        return self._complete(news)
+
+    def doubt(self, chunk: Chunk) -> None:
+        """Note that the timeout of ``chunk`` is over. Any thread may do this."""
+        if self._last_confirm < chunk.submitted_at and self._doubted_since is None:
+            self._doubted_since = chunk.submitted_at
+
+    def encode_anew(self, encode: Callable[[Event], bytes]) -> None:
+        """Replace the frames of all entries."""
+        for entries in (self._elsewhere, self._queue):
+            for entry in entries:
+                entry.frames = encode(entry.sent_as)
+
+    def when_settled(self, callback: Callable[[], object]) -> News:
+        """Have ``callback`` called once, as soon as every entry has a fate."""
+        self._settled.append(callback)
+        return self._complete(News())
+
+    def surrender(self) -> list[Entry]:
+        """Remove and return the entries without a fate, for another backlog to adopt.
+
+        Their chunks go with them.
+        """
+        entries = [*self._elsewhere, *self._queue]
+        self._elsewhere.clear()
+        self._queue.clear()
+        self._unreported.clear()
+        self._unsettled = self._unreported_bytes = 0
+        self._kept_events = self._kept_bytes = 0
+        return [entry for entry in entries if entry.fate is None]
+
+    def adopt(self, entries: Sequence[Entry]) -> News:
+        """Add ``entries`` that another backlog has surrendered, behind all others."""
+        news = News()
+        if not self._unsettled:
+            self._busy_since = self._clock()
+        self._unsettled += len(entries)
+        self._queue.extend(entries)
+        for entry in entries:
+            entry.attempts = 0
+            if entry.kept:
+                self._count_kept(entry)
+        error = self.circuit
+        for chunk in dict.fromkeys(entry.chunk for entry in entries if not entry.kept):
+            if chunk.claimed:  # its caller's timeout was over
+                self._keep_rest(chunk, chunk.error or not_confirmed(chunk, self._clock()), news)
+            else:
+                self._expect_report(chunk)
+                if error is not None:
+                    self._report(chunk, news, error)
+        return self._complete(news)
+
+    def close(self, error: BrokerError) -> tuple[tuple[Event, ...], News]:
+        """Report every chunk, and return the events that are left, which are lost."""
+        news = News()
+        for chunk in list(self._unreported):
+            self._report(chunk, news, error)
+        remaining = [
+            entry
+            for entries in (self._elsewhere, self._queue)
+            for entry in entries
+            if entry.fate is None
+        ]
+        for entry in remaining:
+            self._set_fate(entry, Fate.WITHDRAWN, str(error), news)
+        self._queue.clear()
+        self._elsewhere.clear()
+        return tuple(entry.event for entry in remaining), self._complete(news)
+
+    def _complete(self, news: News) -> News:
+        """Add what follows from a change to ``news``."""
+        if not self._unsettled and self._settled:
+            news.settled, self._settled = self._settled, []
+        return news
+
     def _report(self, chunk: Chunk, news: News, error: BrokerError | None = None) -> None:
         """Report ``chunk`` now; without ``error``, none of its entries may be waiting."""
         if error is not None:
-            chunk.error = error
-            for entry in chunk.entries:
-                if entry.fate is None and not entry.kept:
-                    self._keep_or_withdraw(entry, error, news)
-        if chunk in self._unreported:
-            del self._unreported[chunk]
+            self._keep_rest(chunk, error, news)
+        if chunk not in self._unreported:
+            return
+        self._expect_no_report(chunk)
+        if chunk.claim_report():  # else its caller has reported it
             if chunk.error is None and chunk.entries:
                 chunk.took = self._clock() - chunk.submitted_at
                 self.tally.took(chunk.took)
             news.reports.append((chunk, chunk.report()))
-            # Kept entries refer to their chunk: through this list they would hold all the others.
-            chunk.entries = []
+        # Kept entries refer to their chunk: through this list they would hold all the others.
+        chunk.entries = []
+
+    def _expect_report(self, chunk: Chunk) -> None:
+        self._unreported[chunk] = None
+        self._unreported_bytes += chunk.size
+
+    def _expect_no_report(self, chunk: Chunk) -> None:
+        del self._unreported[chunk]
+        self._unreported_bytes -= chunk.size
+
+    def _count_kept(self, entry: Entry) -> None:
+        entry.size = len(entry.frames) or len(entry.event.body)
+        self._kept_events += 1
+        self._kept_bytes += entry.size
+
+    def _keep_rest(self, chunk: Chunk, error: BrokerError, news: News) -> None:
+        chunk.error = error
+        for entry in chunk.entries:
+            if entry.fate is None and not entry.kept:
+                self._keep_or_withdraw(entry, error, news)
 
     def _set_fate(self, entry: Entry, fate: Fate, reason: str, news: News) -> None:
         entry.fate = fate
         entry.reason = reason
+        news.quiet = news.quiet and entry.chunk.quiet
         self._unsettled -= 1
         if fate is Fate.PARKED:
             news.parked.append(entry.event)
@@ -277,7 +353,7 @@ class Backlog:
         if entry.kept:
             entry.kept = False
             self._kept_events -= 1
-            self._kept_bytes -= len(entry.event.body)
+            self._kept_bytes -= entry.size
         else:
             self._count_down(entry.chunk, news)
 
@@ -287,10 +363,10 @@ class Backlog:
         entry.chunk.error = news.error = error
         if entry.chunk.keep:
             entry.kept = True
-            self._kept_events += 1
-            self._kept_bytes += len(entry.event.body)
+            self._count_kept(entry)
             self.tally.ever_kept += 1
             news.kept.append(entry.event)
+            news.quiet = news.quiet and entry.chunk.quiet
             self._count_down(entry.chunk, news)
         else:
             self._set_fate(entry, Fate.WITHDRAWN, f"withdrawn: {error}", news)
@@ -300,3 +376,11 @@ class Backlog:
         chunk.waiting -= 1
         if not chunk.waiting:
             self._report(chunk, news)
+
+
+def not_confirmed(chunk: Chunk, now: float) -> PublishTimeout:
+    """Return the reason why ``chunk`` is reported although events of it have no fate."""
+    return PublishTimeout(
+        f"{chunk.waiting} of {len(chunk.entries)} event(s) not confirmed "
+        f"after {now - chunk.submitted_at:.3g} s"
+    )

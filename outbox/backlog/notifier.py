@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from outbox.backlog.backlog import News
+from outbox.errors import BrokerError
 from outbox.event import Event
 from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.settings import Settings
+from outbox.system.log_lines import log
 
-__all__ = ["Notifier", "call_hook", "ids"]
+__all__ = ["Notifier", "call_hook", "ids", "log_kept"]
 
 logger = logging.getLogger("outbox.publisher")
 
@@ -37,10 +39,22 @@ def _addresses(events: Iterable[Event]) -> str:
     return ", ".join(f"{to!r} on exchange {on!r}" for to, on in addresses[:_NAMED]) + more
 
 
+def log_kept(events: Sequence[Event], error: BrokerError | None) -> None:
+    """Log that ``events`` are kept."""
+    log(
+        logger,
+        logging.WARNING,
+        "%d event(s) kept, retrying in the background: %s; %s",
+        len(events),
+        ids(events),
+        error,
+    )
+
+
 class Notifier:
     """Resolves futures, calls hooks and writes log lines. Thread-safe.
 
-    Call it without holding the backlog's lock, since a hook may call the publisher.
+    Call it when a change of the backlog is complete, since a hook may call the publisher.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -50,26 +64,28 @@ class Notifier:
         """Apply ``news``; an exception in a hook is logged, and stops nothing else."""
         for chunk, report in news.reports:
             chunk.resolve(report)
+        for callback in news.settled:
+            callback()
         if self._settings.on_confirmed is not None:
             for chunk, report in news.reports:
                 if chunk.took is not None and report.published:
                     call_hook(self._settings.on_confirmed, len(report.published), chunk.took)
         if news.kept:
-            logger.warning(
-                "%d event(s) kept, retrying in the background: %s; %s",
-                len(news.kept),
-                ids(news.kept),
-                news.error,
-            )
+            if not news.quiet:
+                log_kept(news.kept, news.error)
             call_hook(self._settings.on_kept, tuple(news.kept))
         if news.parked:
-            logger.warning(_PARKED, len(news.parked), ids(news.parked), _addresses(news.parked))
+            if not news.quiet:
+                parked = news.parked
+                log(logger, logging.WARNING, _PARKED, len(parked), ids(parked), _addresses(parked))
             call_hook(self._settings.on_parked, tuple(news.parked))
         by_reason: dict[str, list[Event]] = {}
         for event, reason in news.rejected:
             by_reason.setdefault(reason, []).append(event)
         for reason, events in by_reason.items():
-            logger.error("giving up %d event(s), %r: %s", len(events), reason, ids(events))
+            if not news.quiet:
+                given_up = "giving up %d event(s), %r: %s"
+                log(logger, logging.ERROR, given_up, len(events), reason, ids(events))
         for event, reason in news.rejected:
             call_hook(self._settings.on_rejected, event, reason)
 

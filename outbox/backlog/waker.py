@@ -46,8 +46,8 @@ class Waker:
             _set(self._due.popleft())
 
 
-async def reported(chunk: Chunk, timeout: float) -> None:  # noqa: ASYNC109  cancels nothing
-    """Wait until ``chunk`` is reported, at most ``timeout`` seconds."""
+async def reported(chunk: Chunk, timeout: float) -> bool:  # noqa: ASYNC109  cancels nothing
+    """Wait until ``chunk`` is reported, at most ``timeout`` seconds; return whether it is."""
     import asyncio  # imported already where a loop runs; programs without one do not pay for it
 
     loop = asyncio.get_running_loop()
@@ -62,6 +62,7 @@ async def reported(chunk: Chunk, timeout: float) -> None:  # noqa: ASYNC109  can
         await waiter
     finally:
         timer.cancel()
+    return chunk.reported is not None
 
 
 def _set(waiter: asyncio.Future[None]) -> None:

@@ -1,4 +1,4 @@
-"""The id of this process, and hooks for a fork and for the exit, also under uWSGI."""
+"""The id of this process, and hooks for a fork and for the exit, in every kind of process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["after_fork", "at_exit", "pid"]
+__all__ = ["after_fork", "at_exit", "pid", "run_exit_hooks_in_child"]
 
 pid = os.getpid()
 """The id of this process, also in a forked child, without a system call each time."""
@@ -30,11 +30,48 @@ def after_fork(function: Callable[[], object]) -> None:
 def at_exit(function: Callable[[], object]) -> None:
     """Call ``function`` when the interpreter exits, before functions registered earlier.
 
-    Like :mod:`atexit`, but also where uWSGI ends a worker without running that. It may be called
-    twice.
+    Like :mod:`atexit`, but also where a process ends without running that: see
+    :func:`run_exit_hooks_in_child` and uWSGI. It may be called twice.
     """
     _at_exit.append(function)
     atexit.register(function)
+
+
+def run_exit_hooks_in_child() -> None:
+    """Run the exit hooks also if this is a child of multiprocessing, billiard or Celery.
+
+    These end by ``os._exit``, which skips :mod:`atexit`. Call it whenever there is something to
+    finish at the exit: a child forgets what was registered before it began. Nothing can be done for
+    other programs that call ``os._exit``, such as RQ's job processes.
+    """
+    global _child
+    for package in ("multiprocessing", "billiard"):
+        processes: Any = sys.modules.get(f"{package}.process")
+        child = None if processes is None else processes.current_process()
+        if child is None or child is _child or getattr(child, "_parent_pid", None) is None:
+            continue
+        _child = child
+        util: Any = importlib.import_module(f"{package}.util")
+        util.Finalize(None, _run_at_exit, exitpriority=_EXIT_PRIORITY)
+        celery: Any = sys.modules.get("celery.signals")
+        if celery is not None:  # its pool's children skip what billiard's other children run
+            celery.worker_process_shutdown.connect(_on_celery_exit, weak=False)
+
+
+_EXIT_PRIORITY = -100
+"""After all else that runs when a child exits, which may still publish."""
+
+_child: Any = None
+"""The multiprocessing or billiard child whose end is hooked."""
+
+
+def _on_celery_exit(**_: object) -> None:
+    _run_at_exit()
+
+
+def _run_at_exit() -> None:
+    for hook in reversed(_at_exit):
+        hook()
 
 
 def _forked() -> None:
@@ -58,8 +95,7 @@ def _at_uwsgi_exit(uwsgi: Any) -> None:
     # uWSGI's own loops end by exit(3), and this option skips the interpreter's teardown. Otherwise
     # Python's exit hooks run a moment later, and the application's may still publish.
     if getattr(uwsgi, "loop", None) or "skip-atexit-teardown" in getattr(uwsgi, "opt", ()):
-        for hook in reversed(_at_exit):
-            hook()
+        _run_at_exit()
 
 
 def _chain(module: Any, name: str, function: Callable[[], object]) -> None:

@@ -2,32 +2,325 @@
 
 from __future__ import annotations
 
-from outbox.backlog.backlog import Backlog
-from outbox.backlog.chunk import Chunk
-from outbox.backlog.notifier import Notifier
-from outbox.errors import ConnectionLost
+import _thread
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from outbox.backlog.backlog import Backlog, not_confirmed
+from outbox.backlog.chunk import Chunk, Entry
+from outbox.backlog.notifier import Notifier, log_kept
+from outbox.errors import ConnectionLost, UsageError
 from outbox.event import Event
+from outbox.system.log_lines import is_logging
+from outbox.transports.transport import Transport
 
 __all__ = ["BackloggedTransport"]
 
+logger = logging.getLogger("outbox.publisher")
+
+_SILENCE = 1.0
+"""Seconds after which what waits for confirms counts as kept."""
+
+_BUSY = 1000
+"""Items in the inbox that show that the thread is stuck, in a hook or a log handler."""
+
+_HURRY = 0.5  # seconds between two attempts to connect during drain()
+
 
 class BackloggedTransport:
-    """The part of a ``Transport`` that the backlog answers; subclasses move the events.
+    """The part of a ``Transport`` between its callers and its thread.
+
+    Callers put chunks and requests into an inbox, each by a single instruction, and only the
+    transport's thread touches the backlog. So there is no lock that a caller holds while a signal
+    handler or a finalizer interrupts it, and none for which the thread could wait.
 
     Attributes:
         backlog: the entries without a fate.
+        successor: the transport that everything was moved to, or None.
     """
 
     def __init__(self, notify: Notifier) -> None:
         self._notify = notify
         self.backlog = Backlog()
+        self.successor: Transport | None = None
+        self._inbox: deque[Chunk | Callable[[], object]] = deque()
+        self._taking_in = False
+        self._looks = 0
+        self._woken_at = -1
+        self._ended = False
+        self._to_finish = [None]
+        self._left: tuple[Event, ...] = ()
+        self._retires_to: Transport | None = None
+        self._retired = _thread.allocate_lock()
+        self._retired.acquire()
+
+    @property
+    def on_own_thread(self) -> bool:
+        """Whether the caller runs on the transport's thread."""
+        raise NotImplementedError
+
+    @property
+    def settled(self) -> bool:
+        """Whether every event that was handed in has a fate."""
+        # In this order: the thread takes a chunk out of the inbox before it adds it to the backlog.
+        return not self._inbox and not self._taking_in and not self.backlog.unsettled
+
+    @property
+    def connected(self) -> bool:
+        """Whether the broker can be reached now, as far as is known."""
+        raise NotImplementedError
+
+    @property
+    def circuit_open(self) -> bool:
+        """Whether chunks are reported at once, because the broker is unavailable."""
+        return self.backlog.circuit is not None
+
+    @property
+    def kept(self) -> tuple[Event, ...]:
+        """The kept events, in the order they will be sent."""
+        waiting = [item for item in list(self._inbox) if isinstance(item, Chunk)]
+        return self.backlog.kept + tuple(
+            [
+                entry.event
+                for chunk in waiting
+                if chunk.claimed and chunk.keep
+                for entry in chunk.entries
+            ]
+        )
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """The number of events that wait for a broker which doesn't answer, and their bytes.
+
+        Those that it is about to confirm don't count.
+        """
+        if self.connected and self.backlog.silence < _SILENCE and len(self._inbox) < _BUSY:
+            return self.backlog.kept_size
+        events, size = self.backlog.waiting_size
+        for item in list(self._inbox):
+            if isinstance(item, Chunk):
+                events += len(item.entries)
+                size += item.size
+        return events, size
+
+    def start(self) -> None:
+        """Start connecting on the transport's thread, unless that has been done."""
+        raise NotImplementedError
+
+    def prepare(self, events: Sequence[Event], *, keep: bool) -> Chunk:
+        """Encode ``events`` as a chunk, which ``hand_in`` accepts."""
+        encode = self._encode
+        chunk = Chunk(events, keep=keep, frames=[encode(event) for event in events])
+        chunk.holder = self
+        return chunk
+
+    def hand_in(self, chunk: Chunk) -> None:
+        """Accept a chunk that was prepared, and return at once.
+
+        Raises:
+            UsageError: the transport was closed.
+        """
+        chunk.submitted_at = time.monotonic()
+        chunk.quiet = self.on_own_thread or is_logging()
+        self.start()
+        self._inbox.append(chunk)
+        if self._ended:
+            self._pass_on()
+            if self.successor is None and chunk.revoke():
+                raise UsageError("this publisher is closed; nothing was published")
+        self._wake()
 
     def release(self, chunk: Chunk) -> None:
-        """Report ``chunk`` now: its caller's timeout is over."""
-        self._notify(self.backlog.release(chunk))
+        """Report ``chunk`` now: its caller's timeout is over.
 
-    def _hand_over(self) -> tuple[Event, ...]:
-        """Report every chunk, close the backlog, and return the events that are left."""
-        remaining, news = self.backlog.hand_over(ConnectionLost("the publisher was closed"))
+        The caller itself reports what it sees, since the thread may be busy; the thread then keeps
+        or withdraws the rest.
+        """
+        if not chunk.claim_report():
+            return
+        try:
+            if chunk.error is None:
+                chunk.error = self.backlog.circuit or not_confirmed(chunk, time.monotonic())
+            self.backlog.doubt(chunk)
+            report = chunk.report()
+            chunk.resolve(report)
+            if report.kept and not chunk.quiet:
+                chunk.quiet = True
+                log_kept(report.kept, chunk.error)
+        finally:
+            self._ask(partial(self._on_released, chunk))
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until every event has its fate; return whether all do.
+
+        Meanwhile another attempt is made every 0.5 s: after a long outage, the back-off would be
+        longer than ``timeout``.
+        """
+        if self.settled:
+            return True
+        deadline = time.monotonic() + timeout
+        waiter = _thread.allocate_lock()
+        waiter.acquire()
+        self._ask(lambda: self._notify(self.backlog.when_settled(waiter.release)))
+        remaining = timeout
+        while not waiter.acquire(timeout=max(0.0, min(remaining, _HURRY))):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return self.settled
+            self._ask(self._hurry)
+        return True
+
+    def adopt(self, entries: Sequence[Entry]) -> None:
+        """Take over ``entries`` of another transport's backlog, and their chunks."""
+        for entry in entries:
+            entry.parked_as = entry.delayed_as = None
+            entry.frames = self._encode(entry.event)
+            entry.chunk.holder = self
+        self.start()
+        self._ask(lambda: self._notify(self.backlog.adopt(entries)))
+
+    def retire(self, successor: Transport, timeout: float) -> bool:
+        """Move to ``successor`` all events that are here or will be handed in, in their order.
+
+        Args:
+            successor: a transport of another publisher.
+            timeout: the seconds to wait.
+
+        Returns:
+            Whether everything was moved within ``timeout``; the rest follows.
+        """
+        self._retires_to = successor
+        if self._stop_before_start():
+            self._surrender()
+            return True
+        self._ask(self._on_retire)
+        return self._retired.acquire(timeout=timeout)
+
+    def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
+        """End the thread, and return the events that are left."""
+        if self._stop(graceful=graceful) or self.on_own_thread:
+            self._finish()
+        elif not self._ended:
+            logger.error("the publisher's thread is stuck, in a hook or a log handler")
+            self._finish()
+        return self._left
+
+    def close_when_settled(self, then: Callable[[], object]) -> None:
+        """Close once every event has a fate, and call ``then``; return at once."""
+
+        def close() -> None:
+            self._stop(graceful=True)
+            then()
+
+        if self.settled and self._stop_before_start():
+            then()
+        else:
+            self._ask(lambda: self._notify(self.backlog.when_settled(close)))
+
+    def _ask(self, request: Callable[[], object]) -> None:
+        """Have ``request`` called soon on the transport's thread."""
+        self._inbox.append(request)
+        if self._ended:
+            self._pass_on()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Have the thread look into the inbox soon.
+
+        The thread counts its looks. A wake-up since the latest one makes another unnecessary. One
+        that is interrupted before it is noted is repeated.
+        """
+        looks = self._looks
+        if self._woken_at != looks:
+            self._wake_thread()
+            self._woken_at = looks
+
+    def _encode(self, event: Event) -> bytes:
+        """Return the frames of ``event``, in the caller's thread."""
+        raise NotImplementedError
+
+    def _wake_thread(self) -> None:
+        """Have ``_on_wake`` called on the thread; do nothing if it isn't started."""
+        raise NotImplementedError
+
+    def _stop_before_start(self) -> bool:
+        """Prevent the thread from being started; return False if it has been."""
+        raise NotImplementedError
+
+    def _stop(self, *, graceful: bool) -> bool:
+        """End the thread, within seconds; return whether it has ended or never began."""
+        raise NotImplementedError
+
+    # -------------------------------------------------------------------------------- on the thread
+
+    def _hurry(self) -> None:
+        """Make the next attempt now."""
+        raise NotImplementedError
+
+    def _on_retire(self) -> None:
+        """Stop sending, and call ``_surrender`` when the confirms under way have arrived."""
+        raise NotImplementedError
+
+    def _take_in(self) -> None:
+        """Add what is in the inbox to the backlog."""
+        self._looks += 1
+        self._taking_in = True
+        inbox = self._inbox
+        while inbox:
+            item = inbox.popleft()
+            try:
+                if not isinstance(item, Chunk):
+                    item()
+                elif item.accept():
+                    self._notify(self.backlog.add(item))
+            except Exception:  # a bug in outbox must not hold up the others
+                logger.exception("unexpected error")
+        self._taking_in = False
+
+    def _on_released(self, chunk: Chunk) -> None:
+        if chunk.reported is None:  # the caller was interrupted
+            chunk.resolve(chunk.report())
+        holder = chunk.holder
+        if holder is not self and isinstance(holder, BackloggedTransport):  # moved meanwhile
+            holder._ask(partial(holder._on_released, chunk))
+        else:
+            self._notify(self.backlog.release(chunk))
+
+    def _surrender(self) -> None:
+        """Move the backlog to the successor, and end."""
+        successor = self._retires_to
+        if successor is None or self.successor is not None:
+            return
+        successor.adopt(self.backlog.surrender())
+        self.successor, self._retires_to = successor, None
+        self._finish()
+        self._retired.release()
+
+    def _finish(self) -> None:
+        """Report every chunk, and refuse what comes later or pass it on; only once."""
+        try:
+            self._to_finish.pop()
+        except IndexError:
+            return
+        self._ended = True
+        if self.successor is None:
+            self._take_in()
+        else:
+            self._pass_on()
+        self._left, news = self.backlog.close(ConnectionLost("the publisher was closed"))
         self._notify(news)
-        return remaining
+
+    def _pass_on(self) -> None:
+        """Give what is left in the inbox to the successor; on any thread, after the end."""
+        while True:
+            try:
+                item = self._inbox.popleft()
+            except IndexError:
+                return
+            if not isinstance(item, Chunk):
+                item()
+            elif self.successor is not None and item.accept():
+                self.successor.adopt(item.entries)

@@ -3,59 +3,99 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from outbox.backlog.backlog import Backlog
-from outbox.backlog.chunk import Chunk, Fate
+from outbox.backlog.backlog import Backlog, News
+from outbox.backlog.chunk import Chunk, Entry, Fate
 from outbox.backlog.notifier import Notifier
 from outbox.event import Event
 from outbox.settings import Settings
+from outbox.transports.transport import Transport as TransportProtocol
 from outbox.url import BrokerURL
 
 __all__ = ["MemoryTransport", "Transport"]
 
 
 class MemoryTransport:
-    """Confirms at once, and keeps the last 100,000 events in ``published``. Thread-safe."""
+    """Confirms at once, and keeps the last 100,000 events in ``published``.
+
+    Thread-safe, also in signal handlers and finalizers.
+    """
 
     supports_delay = True
     longest_delay = None
     connected = True
     on_own_thread = False
+    settled = True
+    circuit_open = False
+    kept = ()
+    held = (0, 0)
 
     def __init__(self, url: BrokerURL, settings: Settings, notify: Notifier) -> None:
         self.backlog = Backlog()
+        self.successor: TransportProtocol | None = None
         self._notify = notify
-        self._lock = threading.Lock()
+        self._counting = threading.RLock()
         self.published: deque[Event] = deque(maxlen=100_000)
 
     def start(self) -> None:
         """Do nothing: there is no connection."""
 
-    def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
-        """Publish ``events`` at once."""
+    def start_now(self) -> None:
+        """Do nothing: there is no thread."""
+
+    def prepare(self, events: Sequence[Event], *, keep: bool) -> Chunk:
+        """Return ``events`` as a chunk."""
         chunk = Chunk(events, keep=keep)
-        entries = chunk.entries
-        news = self.backlog.add(chunk)
-        if entries:
-            with self._lock:
-                self.published.extend(events)
-                self.backlog.take(len(entries), len(entries))
-            news = self.backlog.give_fate(entries, Fate.PUBLISHED)
-        self._notify(news)
+        chunk.holder = self
+        chunk.submitted_at = time.monotonic()
         return chunk
 
+    def hand_in(self, chunk: Chunk) -> None:
+        """Publish ``chunk`` at once."""
+        if chunk.accept():
+            chunk.took = time.monotonic() - chunk.submitted_at
+            self._publish(chunk.entries)
+            with self._counting:
+                self.backlog.tally.took(chunk.took)
+
     def release(self, chunk: Chunk) -> None:
-        """Do nothing: ``submit`` has reported every chunk."""
+        """Do nothing: ``hand_in`` has reported every chunk."""
+
+    def adopt(self, entries: Sequence[Entry]) -> None:
+        """Publish ``entries`` of another transport at once."""
+        self._publish(entries)
+
+    def retire(self, successor: TransportProtocol, timeout: float) -> bool:
+        """Leave to ``successor`` what will be handed in."""
+        self.successor = successor
+        return True
 
     def drain(self, timeout: float) -> bool:
         """Return True: every event has its fate."""
         return True
 
+    def close_when_settled(self, then: Callable[[], object]) -> None:
+        """Call ``then``: every event has its fate."""
+        then()
+
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
         """Return an empty tuple: every event has its fate."""
         return ()
+
+    def _publish(self, entries: Sequence[Entry]) -> None:
+        self.published.extend([entry.event for entry in entries])
+        news = News()
+        for entry in entries:
+            entry.fate = Fate.PUBLISHED
+        for chunk in dict.fromkeys(entry.chunk for entry in entries):
+            if chunk.claim_report():
+                news.reports.append((chunk, chunk.report()))
+        with self._counting:
+            self.backlog.tally.add(Fate.PUBLISHED.value, len(entries))
+        self._notify(news)
 
 
 Transport = MemoryTransport

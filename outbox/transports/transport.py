@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from outbox.backlog.backlog import Backlog
-from outbox.backlog.chunk import Chunk
+from outbox.backlog.chunk import Chunk, Entry
 from outbox.event import Event
 
 __all__ = ["Transport"]
 
 
 class Transport(Protocol):
-    """A process's connection to a broker. Thread-safe; never used by another process.
+    """A process's connection to a broker. Never used by another process.
+
+    Thread-safe, also in signal handlers and finalizers: a caller may be interrupted anywhere.
 
     Attributes:
         supports_delay: whether events with ``deliver_at`` can be carried.
         backlog: the entries without a fate; what is kept, and the counters.
+        successor: the transport that everything was moved to, or None.
     """
 
     supports_delay: bool
     backlog: Backlog
+    successor: Transport | None
 
     @property
     def longest_delay(self) -> datetime.timedelta | None:
@@ -35,6 +39,26 @@ class Transport(Protocol):
         ...
 
     @property
+    def settled(self) -> bool:
+        """Whether every event that was handed in has a fate."""
+        ...
+
+    @property
+    def circuit_open(self) -> bool:
+        """Whether chunks are reported at once, because the broker is unavailable."""
+        ...
+
+    @property
+    def kept(self) -> tuple[Event, ...]:
+        """The kept events, in the order they will be sent."""
+        ...
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """The number of events that wait for a broker which doesn't answer, and their bytes."""
+        ...
+
+    @property
     def on_own_thread(self) -> bool:
         """Whether the caller runs on a thread that confirms depend on, and must not wait."""
         ...
@@ -43,8 +67,24 @@ class Transport(Protocol):
         """Start connecting in the background, unless that has started."""
         ...
 
-    def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
-        """Accept ``events`` and return at once; the chunk's future gets the report."""
+    def start_now(self) -> None:
+        """Start the background thread, if there is one, without connecting; wait until it runs."""
+        ...
+
+    def prepare(self, events: Sequence[Event], *, keep: bool) -> Chunk:
+        """Return ``events`` as a chunk, encoded and not yet accepted."""
+        ...
+
+    def hand_in(self, chunk: Chunk) -> None:
+        """Accept ``chunk`` and return at once; the chunk gets the report."""
+        ...
+
+    def adopt(self, entries: Sequence[Entry]) -> None:
+        """Take over the entries of another transport, and their chunks."""
+        ...
+
+    def retire(self, successor: Transport, timeout: float) -> bool:
+        """Move all events to ``successor``; return whether that took at most ``timeout`` s."""
         ...
 
     def release(self, chunk: Chunk) -> None:
@@ -53,6 +93,10 @@ class Transport(Protocol):
 
     def drain(self, timeout: float) -> bool:
         """Wait at most ``timeout`` seconds until all events have a fate; return whether they do."""
+        ...
+
+    def close_when_settled(self, then: Callable[[], object]) -> None:
+        """Close once every event has a fate, and call ``then``; return at once."""
         ...
 
     def close(self, *, graceful: bool = True) -> tuple[Event, ...]:

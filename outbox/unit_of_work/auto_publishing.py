@@ -21,6 +21,7 @@ from outbox.observer import seam
 from outbox.publisher import Publisher, refuse_running_loop
 from outbox.report import PublishReport
 from outbox.system import process
+from outbox.system.log_lines import log
 from outbox.unit_of_work.collector import EventCollector, set_console
 from outbox.unit_of_work.unit_of_work import Buffer, Scope
 
@@ -90,7 +91,7 @@ class AutoPublishingEventCollector(EventCollector):
             self._fail(error)
         elif self._succeed():
             try:
-                if self.autoflush:
+                if self.autoflush or (self._buffer.events and self.publisher.runs_here):
                     self._flush()
                 else:
                     self.report = self.publish()
@@ -205,7 +206,8 @@ class AutoPublishingEventCollector(EventCollector):
     def _end(self) -> None:
         lost = self._drop(self._buffer.close())
         if lost:  # publishing raised, and the caller gets the exception
-            logger.error("%d event(s) lost at the end of a block: %s", len(lost), ids(lost))
+            message = "%d event(s) lost at the end of a block: %s"
+            log(logger, logging.ERROR, message, len(lost), ids(lost))
 
 
 @overload

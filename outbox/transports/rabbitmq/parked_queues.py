@@ -146,7 +146,10 @@ class RabbitMQParkedQueues:
                 failed.append((message, str(reason)))
         if not events:
             return ReplayResult((), tuple(failed))
-        future = self._publisher().submit(events, keep=False).future
+        publisher = self._publisher()
+        chunk = publisher.prepare(events, keep=False)
+        publisher.hand_in(chunk)
+        future = chunk.future
         # An empty callback wakes process_data_events() once the report is there.
         future.add_done_callback(lambda _: self._opened.add_callback_threadsafe(lambda: None))
         with broker_errors(self._address):

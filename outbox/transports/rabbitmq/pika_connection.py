@@ -4,14 +4,15 @@ pika's public ``basic_publish`` encodes a message and sends its three frames one
 whole window of events, encoded beforehand, is one write. pika reads 4 KiB at a time and creates
 several objects per frame; here confirms and deliveries are decoded in one pass.
 
-This takes fifteen private names, which no other module of outbox uses:
+This takes seventeen private names, which no other module of outbox uses:
 
 - of a connection ``_output_marshaled_frames``, ``_terminate_stream``, ``_proto_connection_made``,
   ``_adapter_emit_data``, ``_on_data_available``, ``_read_frame``, ``_frame_buffer`` and
   ``_transport``;
 - of its transport ``_sock``, ``_MAX_RECV_BYTES`` and ``_MAX_CONSUME_BYTES``;
 - of a blocking connection ``_impl``, and ``_impl_class``, an argument;
-- of a loop ``_poller``, and of that ``_dispatch_fd_events``.
+- of a loop ``_callbacks`` and ``_poller``, and of that ``_w_interrupt`` and
+  ``_dispatch_fd_events``.
 
 pika has no public equivalent, so it is pinned to the versions in which
 ``tests/unit/test_pika_names.py`` finds all of them.
@@ -39,7 +40,7 @@ from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapte
 from outbox.backlog.chunk import Entry
 from outbox.errors import ConnectionLost
 from outbox.messages.delivery import Delivery
-from outbox.system import process, threads
+from outbox.system import fork_pause, process, threads
 from outbox.transports.rabbitmq.amqp import decoder
 
 __all__ = [
@@ -252,25 +253,50 @@ class Forked(BaseException):
 
 
 class Loop(IOLoop):
-    """pika's loop, made to stop in a forked child before it touches any socket.
+    """pika's loop, made safe for callers that are interrupted, and for forks.
 
-    A child doesn't inherit threads, but it does inherit the greenlets that gevent or eventlet use
-    for them. Such a greenlet would read the broker's data for the parent, such as confirms, and the
-    parent's wake-ups. It is stopped between waiting and dispatching, where pika has only private
-    names.
+    pika wakes a loop under a lock, for which a signal handler or a finalizer that publishes would
+    wait forever if it interrupts just that. Here waking takes no lock.
+
+    While the process forks, the loop's thread is idle (:mod:`outbox.system.fork_pause`). A child
+    doesn't inherit threads, but it does inherit the greenlets that gevent or eventlet use for them.
+    Such a greenlet would read the broker's data for the parent, such as confirms, and the parent's
+    wake-ups. It is stopped between waiting and dispatching, where pika has only private names.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        if threads.greenlets_of(sys.modules):
-            self._pid = process.pid
-            self._dispatch = self._poller._dispatch_fd_events
-            setattr(self._poller, "_dispatch_fd_events", self._dispatch_unless_forked)  # noqa: B010
+        poller: Any = self._poller
+        # Closed with the loop object: never while another thread writes to it.
+        self._waker = poller._w_interrupt.dup()
+        self._pid = process.pid
+        self._forks = threads.greenlets_of(sys.modules) is not None
+        self._poll = poller.poll
+        self._dispatch = poller._dispatch_fd_events
+        poller.poll = self._poll_idle
+        poller._dispatch_fd_events = self._dispatch_working
 
-    def _dispatch_unless_forked(self, events: dict[int, int]) -> None:
+    def __del__(self) -> None:
+        """Close the socket that wakes the loop."""
+        self._waker.close()
+
+    def add_callback_threadsafe(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` soon in the loop. Safe in signal handlers and finalizers."""
+        self._callbacks.append(callback)
+        with contextlib.suppress(OSError):  # full: it is about to wake; broken: it was closed
+            self._waker.send(b"X")
+
+    add_callback = add_callback_threadsafe
+
+    def _poll_idle(self) -> None:
+        fork_pause.idle()
+        self._poll()
+
+    def _dispatch_working(self, events: dict[int, int]) -> None:
         # pika calls this in each turn, even without events, and before it runs timers.
-        if process.pid != self._pid:
+        if self._forks and process.pid != self._pid:
             raise Forked
+        fork_pause.working()
         self._dispatch(events)
 
 

@@ -84,7 +84,7 @@ class RabbitMQSubscription:
         """Connect, declare the queues and consume, until :meth:`cancel`."""
         self._deliver = deliver
         self._refused = refused
-        self._link.start()
+        self._link.start_now()
 
     @property
     def is_consuming(self) -> bool:

@@ -14,7 +14,7 @@ import pika.exceptions
 import pika.frame
 import pika.spec
 
-from outbox.backlog.chunk import Chunk, Entry, Fate
+from outbox.backlog.chunk import Entry, Fate
 from outbox.backlog.notifier import Notifier, call_hook
 from outbox.errors import Blocked, BrokerError, ConnectionLost, Nacked
 from outbox.event import Event
@@ -43,14 +43,16 @@ _WINDOW = 4 * _WRITE_EVENTS
 """The maximum of unconfirmed events: enough to keep the broker busy while confirms travel."""
 
 _deliver_at = operator.attrgetter("event.deliver_at")
-_HURRY = 0.5  # seconds between two attempts to connect during drain()
+_RETIRING = 1.0
+"""Seconds that a replaced transport waits for confirms under way. Its successor sends what has none
+by then, so that it may arrive twice."""
 
 
 class RabbitMQTransport(BackloggedTransport):
     """Publishes the events of all callers over one channel in confirm mode.
 
-    ``submit`` encodes in the caller's thread and wakes the link's thread, which writes, takes
-    confirms and resolves futures. The methods below the line run on that thread.
+    Callers encode, and wake the link's thread, which writes, takes confirms and resolves futures.
+    The methods below the line run on that thread.
     """
 
     supports_delay = True
@@ -64,12 +66,16 @@ class RabbitMQTransport(BackloggedTransport):
         self._encoder = encoder or Encoder(settings.app_id)
         self._confirms = Confirms()
         self._link = Link(
-            connection_parameters(url, settings, "publisher"), self, name="outbox-publisher"
+            connection_parameters(url, settings, "publisher"),
+            self,
+            name="outbox-publisher",
+            on_started=self._on_wake,
+            on_ended=self._finish,
         )
         self._connection: pika_connection.Connection | None = None
         self._channel: pika.channel.Channel | None = None  # set while it can be written to
         self._connection_serves = False  # whether a channel was opened on this connection
-        self._woken = False
+        self._retiring = False
         self._watched_since: float | None = None
         self._watching = False
         self._blocked = False
@@ -93,43 +99,21 @@ class RabbitMQTransport(BackloggedTransport):
         """Start connecting in the background, unless that has started."""
         self._link.start()
 
-    def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
-        """Encode and accept ``events``; after an exception, none of them was accepted."""
-        encode = self._encoder.encode
-        chunk = Chunk(events, keep=keep, frames=[encode(event) for event in events])
-        self._link.start()
-        self._notify(self.backlog.add(chunk))
-        self._wake()
-        return chunk
+    def start_now(self) -> None:
+        """Start the thread without connecting: later, Python may refuse to start one."""
+        self._link.start_now(connect=False)
 
-    def _wake(self) -> None:
-        try:
-            if not self._woken:
-                self._woken = True
-                self._link.call(self._on_wake)
-        except BaseException:  # raised by a signal handler: let the next caller wake the link
-            self._woken = False
-            raise
+    def _encode(self, event: Event) -> bytes:
+        return self._encoder.encode(event)
 
-    def drain(self, timeout: float) -> bool:
-        """Wait until every event has its fate; return whether all do.
+    def _wake_thread(self) -> None:
+        self._link.call(self._on_wake)
 
-        Meanwhile the link reconnects every 0.5 s: after a long outage, its back-off would be longer
-        than ``timeout``.
-        """
-        deadline = time.monotonic() + timeout
-        remaining = 0.0
-        while not self.backlog.wait_empty(min(remaining, _HURRY)):
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                return False
-            self._link.call(self._link.hurry)
-        return True
+    def _stop_before_start(self) -> bool:
+        return self._link.cancel_start()
 
-    def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
-        """Close the connection and return the events that are left."""
-        self._link.stop(graceful=graceful)
-        return self._hand_over()
+    def _stop(self, *, graceful: bool) -> bool:
+        return self._link.stop(graceful=graceful)
 
     # ------------------------------------------------------------------ on the link's thread
 
@@ -213,11 +197,28 @@ class RabbitMQTransport(BackloggedTransport):
         return self._connection is None or not self._connection.is_open
 
     def _on_wake(self) -> None:
-        self._woken = False
+        self._take_in()
         self._pump()
+
+    def _hurry(self) -> None:
+        self._link.hurry()
+
+    def _on_retire(self) -> None:
+        self._retiring = True
+        self._link.later(_RETIRING, self._surrender)
+        self._pump()
+
+    def _surrender(self) -> None:
+        self._confirms.clear()  # later confirms are ignored
+        super()._surrender()
+        self._link.stop()
 
     def _pump(self) -> None:
         """Write queued entries until the window is full."""
+        if self._retiring:
+            if not len(self._confirms):
+                self._surrender()
+            return
         while self._channel is not None and not self._blocked and self.backlog.queued:
             room = (1 if self._faults.to_isolate else _WINDOW) - len(self._confirms)
             if room <= 0 or (room < _WRITE_EVENTS and len(self._confirms) > _WRITE_EVENTS):
@@ -355,7 +356,9 @@ class RabbitMQTransport(BackloggedTransport):
                 self._link.later(backoff(entry.attempts - 1), resend)
 
     def _resend(self, entries: Sequence[Entry]) -> None:
-        """Send ``entries`` again now."""
+        """Send ``entries`` again now, unless they belong to the successor."""
+        if self.successor is not None:
+            return
         self.backlog.requeue(entries)
         self._pump()
 

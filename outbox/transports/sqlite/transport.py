@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
+import queue
 import time
 from collections.abc import Sequence
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import StatementError
 
-from outbox.backlog.chunk import Chunk, Entry, Fate
+from outbox.backlog.chunk import Entry, Fate
 from outbox.backlog.notifier import Notifier, call_hook
 from outbox.errors import BrokerError, ConnectionLost, Nacked
 from outbox.event import Event
 from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.settings import MIB, Settings
+from outbox.system import fork_pause
+from outbox.system.background_thread import BackgroundThread
 from outbox.system.backoff import backoff
 from outbox.transports.backlogged import BackloggedTransport
 from outbox.transports.sqlite import routing
@@ -58,13 +61,13 @@ class SQLiteTransport(BackloggedTransport):
         self._address = str(location)
         self._settings = settings
         self._routes = Routes()
+        self._wanted = False
         self._stopping = False
-        self._hurry = False
+        self._hurries = False
         self._database = Database(location, lambda: self._stopping)
         self._shared_file = shared_file_at(location.path)
-        self._wake = threading.Event()
-        self._starting = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._thread = BackgroundThread(lambda: None, self._run, name="outbox-publisher")
         self._connected = False
         self._failures = 0
         self._try_again_at = 0.0
@@ -78,53 +81,59 @@ class SQLiteTransport(BackloggedTransport):
     @property
     def on_own_thread(self) -> bool:
         """Whether the caller is a hook on the writing thread."""
-        return threading.current_thread() is self._thread
+        return self._thread.runs_here
 
     def start(self) -> None:
         """Start opening the file in the background, unless that has started."""
-        if self._thread is not None:
-            return
-        with self._starting:
-            if self._thread is None and not self._stopping:
-                thread = threading.Thread(target=self._run, name="outbox-publisher", daemon=True)
-                thread.start()
-                self._thread = thread
+        if not self._wanted:
+            self._wanted = True
+            self._bell.put(None)
+        self._thread.start()
 
-    def submit(self, events: Sequence[Event], *, keep: bool) -> Chunk:
-        """Accept ``events`` and return at once; the chunk's future gets the report."""
+    def start_now(self) -> None:
+        """Start the thread without opening the file: later, Python may refuse to start one."""
+        self._thread.start_now()
+
+    def _encode(self, event: Event) -> bytes:
         # Rows are made on the writing thread; as frames, the bodies only count for size limits.
-        chunk = Chunk(events, keep=keep, frames=[event.body for event in events])
-        self.start()
-        self._notify(self.backlog.add(chunk))
-        self._wake.set()
-        return chunk
+        return event.body
 
-    def drain(self, timeout: float) -> bool:
-        """Wait until every event has its fate, retrying at once; return whether all do."""
-        if self.backlog.wait_empty(0):
+    def _wake_thread(self) -> None:
+        self._bell.put(None)
+
+    def _stop_before_start(self) -> bool:
+        return self._thread.cancel()
+
+    def _stop(self, *, graceful: bool) -> bool:
+        self._stopping = True
+        if self._thread.cancel():
             return True
-        self._hurry = True
-        self._wake.set()
-        return self.backlog.wait_empty(timeout)
-
-    def close(self, *, graceful: bool = True) -> tuple[Event, ...]:
-        """Close the file and return the events that are left."""
-        with self._starting:
-            self._stopping = True
-        self._wake.set()
-        if self._thread is not None and not self.on_own_thread:
-            # The timeout is for a disk that hangs.
-            self._thread.join(_CLOSE_TIMEOUT)
-        return self._hand_over()
+        self._bell.put(None)
+        # The timeout is for a disk that hangs.
+        return not self.on_own_thread and self._thread.join(_CLOSE_TIMEOUT)
 
     # --------------------------------------------------------------------- on the writing thread
 
     def _run(self) -> None:
         while not self._stopping:
-            self._turn()
-            self._wake.wait(self._pause())
-            self._wake.clear()
+            self._take_in()
+            if self._wanted:
+                self._turn()
+            fork_pause.idle()
+            with contextlib.suppress(queue.Empty):
+                self._bell.get(timeout=self._pause())
+                while True:
+                    self._bell.get_nowait()
+            fork_pause.working()
+        self._finish()
         self._database.close()
+
+    def _hurry(self) -> None:
+        self._hurries = True
+
+    def _on_retire(self) -> None:
+        self._surrender()
+        self._stopping = True
 
     def _pause(self) -> float | None:
         """Return the seconds until the next retry; None if there is nothing to retry."""
@@ -135,9 +144,9 @@ class SQLiteTransport(BackloggedTransport):
 
     def _turn(self) -> None:
         """Write the queued entries, unless the last failure is too recent."""
-        if self._failures and not self._hurry and time.monotonic() < self._try_again_at:
+        if self._failures and not self._hurries and time.monotonic() < self._try_again_at:
             return
-        self._hurry = False
+        self._hurries = False
         try:
             self._database.open()
             self._on_success()

@@ -1,0 +1,116 @@
+"""A daemon thread that callers start without waiting for it."""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from outbox.system import fork_pause, threads
+
+__all__ = ["BackgroundThread"]
+
+logger = logging.getLogger("outbox")
+
+_PATIENCE = 1.0
+"""Seconds until a start is tried again that hasn't happened."""
+
+
+class BackgroundThread:
+    """A daemon thread, started once. Thread-safe, also in signal handlers and finalizers.
+
+    ``threading.Thread.start()`` waits for the new thread, and a signal handler that raises during
+    that wait may leave a lock taken for which the new thread then waits forever. So another thread,
+    which no signal handler can interrupt, does the starting.
+    """
+
+    def __init__(self, prepare: Callable[[], None], run: Callable[[], None], *, name: str) -> None:
+        """Create the thread, without starting it.
+
+        Args:
+            prepare: a function called once, before the thread is started.
+            run: the function that the thread runs.
+            name: the name of the thread.
+        """
+        self._prepare = prepare
+        self._run = run
+        self._name = name
+        self._starting = threading.RLock()
+        self._asked_at = -_PATIENCE
+        self._ident = 0
+        self._waiters: list[_thread.LockType] = []
+        self._cancelled = False
+        self.started = False
+        self.ended = False
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the caller is this thread."""
+        return threading.get_ident() == self._ident
+
+    def start(self) -> None:
+        """Have the thread started soon, unless that has been done or cancelled.
+
+        Raises:
+            UsageError: a thread can't work in this process, or must not be started yet.
+            RuntimeError: the system has no more threads.
+        """
+        if self.started or self._cancelled or time.monotonic() - self._asked_at < _PATIENCE:
+            return
+        threads.check_start()
+        _thread.start_new_thread(self._start, ())
+        self._asked_at = time.monotonic()
+
+    def start_now(self) -> None:
+        """Start the thread and wait until it runs, unless that has been done or cancelled.
+
+        Raises:
+            UsageError: a thread can't work in this process, or must not be started yet.
+            RuntimeError: the system has no more threads.
+            OSError: the system has no more file descriptors.
+        """
+        if not self.started:
+            threads.check_start()
+            self._start_once()
+
+    def cancel(self) -> bool:
+        """Prevent a later start; return whether there was none yet."""
+        with self._starting:
+            self._cancelled = True
+            return not self.started
+
+    def join(self, timeout: float) -> bool:
+        """Wait at most ``timeout`` seconds for its end; return whether it has ended."""
+        waiter = _thread.allocate_lock()
+        waiter.acquire()
+        self._waiters.append(waiter)
+        if not self.ended:
+            waiter.acquire(timeout=timeout)
+        return self.ended
+
+    def _start(self) -> None:
+        try:
+            self._start_once()
+        except Exception:
+            logger.exception("cannot start the thread %s; trying again soon", self._name)
+
+    def _start_once(self) -> None:
+        with self._starting:
+            if not self.started and not self._cancelled:
+                self._prepare()
+                threading.Thread(target=self._run_and_note, name=self._name, daemon=True).start()
+                self.started = True
+
+    def _run_and_note(self) -> None:
+        self._ident = threading.get_ident()
+        fork_pause.register()
+        try:
+            self._run()
+        finally:
+            fork_pause.unregister()
+            self._ident = 0
+            self.ended = True
+            while self._waiters:
+                self._waiters.pop().release()

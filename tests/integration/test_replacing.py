@@ -1,0 +1,168 @@
+"""``configure()`` again, with rotated credentials say, while others publish."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from outbox import Event, Publisher, UsageError, auto_publishing, configure, enqueue_event
+from proving.proxy import FaultProxy
+from tests.amqp import Inspector
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_configure_under_load_loses_nothing_and_fails_nobody(
+    amqp_url: str, inspector: Inspector, name: str, keep: bool
+) -> None:
+    queue = inspector.queue(name, name)
+    until = time.monotonic() + 4
+    done: list[str] = []
+    errors: list[BaseException] = []
+    publisher = configure(amqp_url, exchange=name)
+
+    def work(thread: int) -> None:
+        number = 0
+        while time.monotonic() < until:
+            event_id = f"{thread}-{number}"
+            number += 1
+            try:
+                if keep:
+                    with auto_publishing():
+                        enqueue_event(0, "x", id=event_id)
+                else:  # through the first publisher, as a middleware or a relay would
+                    event = Event(id=event_id, target="x", exchange=name, body=b"0")
+                    publisher.publish([event], keep=False).raise_for_failure()
+            except BaseException as error:
+                errors.append(error)
+            else:
+                done.append(event_id)
+            time.sleep(0.005)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    replaced = 0
+    while time.monotonic() < until:
+        time.sleep(0.3)
+        configure(amqp_url, exchange=name)
+        replaced += 1
+    for thread in threads:
+        thread.join()
+    assert replaced > 5
+    assert errors == []
+    arrived = [message.id for message in inspector.all(queue)]
+    assert set(done) == set(arrived)
+    assert len(arrived) == len(done)
+    with contextlib.suppress(UsageError):
+        publisher.close()
+    publishing = [each for each in threading.enumerate() if each.name == "outbox-publisher"]
+    assert len(publishing) <= 2
+
+
+def test_who_waits_for_confirms_goes_on_waiting_and_the_order_is_kept(
+    proxy: FaultProxy, amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    first = configure(proxy.url, exchange=name, timeout=20)
+    first.publish([Event(id="0", target="x", exchange=name, body=b"0")])
+    proxy.black_hole()
+    waiting = threading.Thread(
+        target=lambda: reports.append(
+            first.publish([Event(id="1", target="x", exchange=name, body=b"0")])
+        )
+    )
+    reports: list[object] = []
+    waiting.start()
+    time.sleep(0.2)
+    configure(amqp_url, exchange=name)
+    waiting.join(5)
+    assert [str(report) for report in reports] == ["1 published"]
+    with auto_publishing():
+        enqueue_event(0, "x", id="2")
+    assert [message.id for message in inspector.all(queue)] == ["0", "1", "2"]
+
+
+def test_kept_events_move_before_later_ones_of_any_caller(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    first = configure("amqp://127.0.0.1:1/", exchange=name, timeout=0.2)
+    events = [Event(id=str(n), target="x", exchange=name, body=b"0") for n in range(50)]
+    for event in events[:30]:
+        first.submit([event])
+    configure(amqp_url, exchange=name)
+    for event in events[30:]:
+        first.submit([event])
+    assert first.drain(10)
+    assert [message.id for message in inspector.all(queue)] == [event.id for event in events]
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "memory"])
+def test_events_move_to_another_kind_of_transport(
+    amqp_url: str, inspector: Inspector, name: str, tmp_path: Path, scheme: str
+) -> None:
+    url = f"sqlite:///{tmp_path}/outbox.db" if scheme == "sqlite" else "memory://"
+    configure("amqp://127.0.0.1:1/", exchange=name, timeout=0.2, unroutable="ignore")
+    with auto_publishing() as block:
+        enqueue_event(0, "x")
+    assert block.report is not None
+    assert block.report.kept
+    second = configure(url, exchange=name, unroutable="ignore")
+    assert second.drain(10)
+    assert second.kept == ()
+    third = configure(amqp_url, exchange=name)
+    queue = inspector.queue(name, name)
+    with auto_publishing():
+        enqueue_event(0, "x", id="last")
+    assert [message.id for message in inspector.all(queue)] == ["last"]
+    assert third.kept == ()
+
+
+def test_configure_on_an_event_loop_under_load(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    configure(amqp_url, exchange=name)
+    done: list[str] = []
+
+    async def work(task: int) -> None:
+        for number in range(60):
+            async with auto_publishing():
+                enqueue_event(0, "x", id=f"{task}-{number}")
+            done.append(f"{task}-{number}")
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(work(number)) for number in range(8)]
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0.05)
+            configure(amqp_url, exchange=name)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+    assert sorted(message.id for message in inspector.all(queue)) == sorted(done)
+
+
+def test_a_wrong_second_configure_changes_nothing(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    configure(amqp_url, exchange=name)
+    with pytest.raises(UsageError):
+        configure("amqp://", exchange=name)
+    with auto_publishing():
+        enqueue_event(0, "x", id="one")
+    assert inspector.get(queue).id == "one"
+
+
+def test_a_closed_publisher_stays_closed(amqp_url: str, name: str) -> None:
+    first = configure(amqp_url, exchange=name)
+    first.close()
+    second = configure(amqp_url, exchange=name)
+    with pytest.raises(UsageError, match="closed"):
+        first.submit([Event(id="x", target="x", exchange=name, body=b"0")])
+    assert isinstance(second, Publisher)

@@ -384,12 +384,12 @@ class Publisher:
         if own is None:  # the first use in a forked child
             with self._lock:
                 own = self._own or self._open()
-        if own.successor is not None:  # configure() was called again
-            first = own
-            while own.successor is not None:
-                own = own.successor
-            first.successor = own  # those between needn't live on
-        return own
+        last = own
+        while last.successor is not None:  # configure() was called again
+            last = last.successor
+        if last is not own:
+            own.successor = last  # those between needn't live on
+        return last
 
     def _open(self) -> Transport:
         own = self._own = open_transport(self.settings)

@@ -63,15 +63,20 @@ def _default(value: Any) -> Any:
             return str(value)
         case enum.Enum():
             return value.value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    kind = type(value)
+    if "__pydantic_serializer__" in vars(kind) and dataclasses.is_dataclass(value):
+        # Not for a dataclass that only inherits it: its own fields would be missing.
+        options = _by_alias(kind.__pydantic_config__)
+        plain = kind.__pydantic_serializer__.to_python(value, mode="json", **options)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    elif callable(getattr(type(value), "model_dump", None)):  # pydantic 2
-        plain = value.model_dump(mode="json")
+    elif callable(getattr(kind, "model_dump", None)):  # pydantic 2
+        plain = value.model_dump(mode="json", **_by_alias(getattr(kind, "model_config", None)))
     elif isinstance(value, Mapping):
         plain = dict(value)
     else:
         raise TypeError(
-            f"a {type(value).__qualname__} cannot be carried as JSON; convert it, "
+            f"a {kind.__qualname__} cannot be carried as JSON; convert it, "
             "or set another serializer with configure(serializer=...)"
         )
     if isinstance(plain, dict | list | tuple):
@@ -79,12 +84,25 @@ def _default(value: Any) -> Any:
     return plain
 
 
+def _by_alias(config: Any) -> dict[str, bool]:
+    """Return pydantic's option for the names of the fields, from a model's configuration.
+
+    Aliases are the names in pydantic's JSON Schema and in FastAPI's responses; ``model_dump`` uses
+    them only on request. A model that says what it wants gets that.
+    """
+    if not isinstance(config, dict) or "serialize_by_alias" in config:
+        return {}
+    return {"by_alias": True}
+
+
 class JSONSerializer:
     """JSON by RFC 8259, UTF-8, compact.
 
     Beyond the types of :mod:`json` it writes ``datetime``, ``date`` and ``time`` (ISO 8601),
     ``Decimal`` and ``UUID`` (as strings), enum members (their value), dataclasses and pydantic
-    models (as objects). It rejects NaN and infinities, keys that are not strings, and lone
+    models (as objects). The fields of a pydantic model, or of a pydantic dataclass, have their
+    aliases as names, unless the model's configuration sets ``serialize_by_alias`` to False; the
+    outermost model's counts. It rejects NaN and infinities, keys that are not strings, and lone
     surrogates, since other readers could not read them. Decoding returns plain JSON types.
     """
 

@@ -85,6 +85,58 @@ def test_common_types_are_supported_out_of_the_box(collector: EventCollector) ->
     }
 
 
+class Line(pydantic.BaseModel):
+    unit_price: int = pydantic.Field(alias="unitPrice")
+
+
+class Order(pydantic.BaseModel):
+    order_id: int = pydantic.Field(serialization_alias="orderId")
+    lines: list[Line]
+
+
+class OrderByName(Order):
+    model_config = pydantic.ConfigDict(serialize_by_alias=False)
+
+
+@pydantic.dataclasses.dataclass
+class Payment:
+    order_id: int = pydantic.Field(alias="orderId")
+
+
+@dataclasses.dataclass
+class Refund(Payment):
+    reason: str = ""
+
+
+class Dumpable:
+    """A class with the method alone, as other libraries have it."""
+
+    def model_dump(self, mode: str) -> dict[str, str]:
+        return {"mode": mode}
+
+
+LINES = [Line(unitPrice=5)]
+
+
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        (Order(order_id=1, lines=LINES), {"orderId": 1, "lines": [{"unitPrice": 5}]}),
+        (OrderByName(order_id=1, lines=LINES), {"order_id": 1, "lines": [{"unit_price": 5}]}),
+        (pydantic.RootModel[list[Line]](LINES), [{"unitPrice": 5}]),
+        (Payment(orderId=1), {"orderId": 1}),
+        (Refund(1), {"order_id": 1, "reason": ""}),
+        (Dumpable(), {"mode": "json"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_pydantic_model_is_written_by_its_aliases_unless_it_says_otherwise(
+    payload: Any, expected: Any
+) -> None:
+    serializer = JSONSerializer()
+    assert serializer.decode(serializer.encode({"one": payload})) == {"one": expected}
+
+
 circular: list[Any] = []
 circular.append(circular)
 itself: list[Any] = []

@@ -78,7 +78,7 @@ def default_publisher(observer: Observer | None = None) -> Publisher:
         if (
             _publisher is None
             and (observer or seam.observer) is not None
-            and not os.environ.get("OUTBOX_URL")
+            and not os.environ.get("OUTBOX_URL", "").strip()
         ):
             return _stand_in_for(observer or seam.observer)
         return _publisher or configure()

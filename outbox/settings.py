@@ -1,6 +1,7 @@
 """The settings, their bounds, and where their values come from.
 
 A value given in code wins over ``OUTBOX_<NAME>`` in the environment, which wins over the default.
+White space around a value in the environment is not part of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypedDict, get_args
 from outbox.errors import BrokerError, UsageError
 from outbox.event import Event, Unroutable
 from outbox.serializer import JSONSerializer, Serializer
+from outbox.url import BrokerURL, masked
 
 __all__ = ["MIB", "Declare", "SettingOverrides", "Settings"]
 
@@ -60,6 +62,8 @@ class SettingOverrides(TypedDict, total=False):
 @dataclass(frozen=True, slots=True)
 class Settings:
     """All settings of a publisher and of the collectors that use it.
+
+    ``repr()`` masks the password of the URL; the attribute ``url`` holds it.
 
     Attributes:
         url: see :meth:`outbox.url.BrokerURL.parse`.
@@ -121,6 +125,10 @@ class Settings:
     on_connected: ConnectedHook | None = None
     on_disconnected: DisconnectedHook | None = None
 
+    def __repr__(self) -> str:
+        shown = {name: getattr(self, name) for name in _NAMES} | {"url": masked(self.url)}
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
     @classmethod
     def load(
         cls,
@@ -131,8 +139,8 @@ class Settings:
         """Return the settings from ``overrides``, the environment and the defaults.
 
         Raises:
-            UsageError: a name is unknown, or a value is out of bounds; the message names the
-                setting or the environment variable.
+            UsageError: a name is unknown, the URL is invalid, or a value is out of bounds; the
+                message names the setting or the environment variable.
         """
         for name in overrides:
             if name not in _NAMES or name == "url":
@@ -142,22 +150,19 @@ class Settings:
         values: dict[str, Any] = {}
         for name in _FROM_ENVIRONMENT:
             text = environ.get(f"OUTBOX_{name.upper()}")
-            if name == "url" and not text:
-                continue  # an empty variable counts as unset
             if text is not None and name not in overrides:
-                values[name] = _from_text(name, text)
+                values[name] = _from_text(name, text.strip())
         for name, value in overrides.items():
             values[name] = _checked(name, value, f"the setting {name!r}")
-        if url is not None:
-            values["url"] = url
-        return replace(cls(), **values)
+        if url is None:
+            url = environ.get("OUTBOX_URL", "").strip() or None  # an empty variable counts as unset
+            _check_url(url)
+        return replace(cls(), url=url, **values)
 
 
 _DEFAULTS = Settings()
 _NAMES = [setting.name for setting in fields(Settings)]
-_FROM_ENVIRONMENT = [
-    name for name in _NAMES if name == "url" or type(getattr(_DEFAULTS, name)) in (str, int, float)
-]
+_FROM_ENVIRONMENT = [name for name in _NAMES if type(getattr(_DEFAULTS, name)) in (str, int, float)]
 _MOST_BYTES = (1 << 53) - 1
 _MOST_SECONDS = 1_000_000_000  # less than the 292 years that a thread can wait
 _MOST = {"heartbeat": 65_535}  # AMQP 0-9-1, Connection.TuneOk
@@ -166,6 +171,15 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "declare": get_args(Declare),
     "after_commit": get_args(AfterCommit),
 }
+
+
+def _check_url(url: str | None) -> None:
+    """Raise UsageError, which names the environment variable, if its URL is invalid."""
+    if url is not None:
+        try:
+            BrokerURL.parse(url)
+        except UsageError as error:
+            raise UsageError(f"the environment variable OUTBOX_URL is invalid: {error}") from None
 
 
 def _from_text(name: str, text: str) -> Any:

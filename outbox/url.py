@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote, unquote
 
 from outbox.errors import UsageError
 
-__all__ = ["SCHEMES", "BrokerURL"]
+__all__ = ["SCHEMES", "BrokerURL", "masked"]
 
 SCHEMES = ("amqp", "amqps", "sqlite", "memory")
 _FORMS = "amqp://user:password@host:5672/vhost, sqlite:///outbox.db or memory://"
 _DEFAULT_PORTS = {"amqp": 5672, "amqps": 5671}
 _ESCAPE = "percent-encode characters such as / : @ # ? % in the user, password and vhost"
+_WELL_FORMED = re.compile(r"[a-z][a-z0-9+.-]{0,29}", re.ASCII)  # RFC 3986, section 3.1
+_MEANT = {
+    "pyamqp": "amqp",
+    "librabbitmq": "amqp",
+    "rabbitmq": "amqp",
+    "pyamqps": "amqps",
+    "rabbitmqs": "amqps",
+    "amqp+ssl": "amqps",
+    "amqp+tls": "amqps",
+    "sqlite3": "sqlite",
+}
+"""Other clients' names of the schemes."""
+_DATABASES = ("postgresql", "postgres", "mysql", "mariadb", "oracle", "mssql")
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerURL:
-    """A parsed broker URL. ``str()`` and ``repr()`` mask the password.
+    """A parsed broker URL. ``str()`` and ``repr()`` mask the password and omit the options.
 
     Attributes:
         scheme: ``amqp``, ``amqps``, ``sqlite`` or ``memory``.
@@ -35,7 +49,7 @@ class BrokerURL:
     password: str = field(default="guest", repr=False)
     vhost: str = "/"
     path: str = ""
-    options: dict[str, str] = field(default_factory=dict, hash=False)
+    options: dict[str, str] = field(default_factory=dict, hash=False, repr=False)
 
     @classmethod
     def parse(cls, url: str) -> BrokerURL:
@@ -43,20 +57,24 @@ class BrokerURL:
 
         ``amqp(s)://[user[:password]@]host[:port][,host[:port]...][/vhost][?option=value&...]``:
         user, password and vhost are percent-decoded; ``amqp://host``, ``amqp://host/`` and
-        ``amqp://host/%2F`` all name the vhost ``/``, as RabbitMQ's clients do.
+        ``amqp://host/%2F`` all name the vhost ``/``, as RabbitMQ's clients do, and
+        ``amqp://host//`` too, as Celery writes it.
+
+        White space around the URL, such as the line break at the end of a secret's file, is not
+        part of it; write a vhost or password that ends in a space with ``%20``.
 
         Raises:
-            UsageError: the URL is not one of the three forms. The message holds neither the
-                password nor any part of the URL that might contain it.
+            UsageError: the URL is not one of the three forms. The message names its scheme, but
+                holds neither the password nor any part of the URL that might contain it.
         """
         if not isinstance(url, str):
             raise UsageError(f"the broker URL is a {type(url).__name__}, not a string: {_FORMS}")
         if not _is_utf8(url):
             raise UsageError("the broker URL is not UTF-8; percent-encode what is not ASCII")
-        scheme, separator, rest = url.partition("://")
+        scheme, separator, rest = url.strip().partition("://")
         scheme = scheme.lower()
         if not separator or scheme not in SCHEMES:
-            raise UsageError(f"the broker URL must have one of the forms {_FORMS}")
+            raise UsageError(_wrong_scheme(scheme if separator else "", url))
         rest, _, query = rest.partition("?")
         try:
             options = dict(parse_qsl(query, strict_parsing=True)) if query else {}
@@ -69,6 +87,9 @@ class BrokerURL:
             return cls(scheme, path=path, options=options)
         credentials, at, address = rest.rpartition("@")
         address, _, vhost = address.partition("/")
+        # RabbitMQ's URI specification allows no "/" in a vhost, so that nothing else is meant by
+        # "//". kombu takes the second one for the vhost.
+        vhost = "" if vhost == "/" else vhost
         # Text before an "@" in the options may be the rest of a password.
         if "/" in vhost or "/" in credentials or "#" in rest or "@" in query:
             raise UsageError(f"the {scheme} URL cannot be parsed; {_ESCAPE}")
@@ -91,6 +112,41 @@ class BrokerURL:
             f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts
         )
         return f"{self.scheme}://{quote(self.user, safe='')}:***@{hosts}/{quote(self.vhost, '')}"
+
+
+def masked(url: str | None) -> str | None:
+    """Return ``url`` without its password and options, to be shown; ``***`` if it is invalid."""
+    if url is None:
+        return None
+    try:
+        return str(BrokerURL.parse(url))
+    except UsageError:
+        return "***"
+
+
+def _wrong_scheme(scheme: str, url: str) -> str:
+    """Return what is wrong with a URL that has ``scheme`` before its first ``://``, if any."""
+    forms = f"use {_FORMS}"
+    if not url.strip():
+        return f"the broker URL is empty; {forms}"
+    if not scheme:
+        return f"the broker URL has no scheme; {forms}"
+    if scheme[0] in "\"'" and scheme[1:] in SCHEMES:
+        return f"the broker URL is in quotes, which are part of the value here; {forms}"
+    if not _WELL_FORMED.fullmatch(scheme):  # it may hold the user and the password
+        return f"the broker URL doesn't begin with a scheme; {forms}"
+    family = scheme.partition("+")[0]
+    meant = _MEANT.get(scheme) or (family if family in SCHEMES else "")
+    if meant:
+        remedy = f"write {meant}://"
+    elif family in _DATABASES:
+        remedy = (
+            "it names a database: events are stored there with outbox.sql, and this URL names the "
+            f"broker; {forms}"
+        )
+    else:
+        remedy = forms
+    return f"the broker URL has the scheme {scheme!r}, which outbox doesn't know; {remedy}"
 
 
 def _is_utf8(text: str) -> bool:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 from outbox.consumers.current import set_current_message
@@ -53,7 +53,7 @@ class Orders:
     """
 
     consumers: Sequence[str]
-    url: str | None
+    url: str | None = field(repr=False)
     log_level: str
     log_format: str
 

@@ -35,7 +35,7 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
     one that is installed.
 
     Args:
-        url: the URL of a PostgreSQL or SQLite database.
+        url: the URL of a PostgreSQL or SQLite database; white space around it is not part of it.
         pool: the pool class for SQLite.
 
     Raises:
@@ -44,8 +44,8 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
         MissingExtra: the driver isn't installed.
     """
     try:
-        parsed = make_url(url)
-    except ArgumentError:
+        parsed = make_url(url.strip() if isinstance(url, str) else url)
+    except (ArgumentError, ValueError):  # ValueError quotes a port, which may be a password
         raise UsageError(
             "the database URL is invalid; use postgresql://user:password@host/database "
             "or sqlite:///file.db"

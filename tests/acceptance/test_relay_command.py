@@ -207,7 +207,7 @@ def test_on_a_terminal_one_line_shows_how_many_and_how_fast(
             "the database failed",
         ),
         (["--url", "amqp://u:hunter2@127.0.0.1:1/", "--once"], exit_codes.UNAVAILABLE, "127.0.0.1"),
-        (["--url", "http://u:hunter2@h"], exit_codes.USAGE, "must have one of the forms amqp://"),
+        (["--url", "http://u:hunter2@h"], exit_codes.USAGE, "use amqp://user"),
         (["--lease", "0"], exit_codes.USAGE, "lease is 0.0"),
         (["--batch", "0"], exit_codes.USAGE, "--batch"),
     ],

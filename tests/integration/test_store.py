@@ -370,6 +370,8 @@ def test_a_second_engine_for_a_file_does_not_release_the_locks_of_the_first(tmp_
     ("url", "message"),
     [
         ("nonsense", "database URL is invalid"),
+        ("postgresql://u:secret", "database URL is invalid"),
+        ("postgresql://u:secret@[::1/d", "database URL is invalid"),
         ("mysql://u:secret@h/d", "cannot be stored in mysql"),
         ("sqlite://", "names no file"),
         ("sqlite:///:memory:", "names no file"),
@@ -381,6 +383,11 @@ def test_an_unusable_url_is_refused_without_its_password(url: str, message: str)
     with pytest.raises(UsageError, match=message) as caught:
         open_engine(url)
     assert "secret" not in str(caught.value)
+
+
+def test_white_space_around_a_database_url_is_ignored(tmp_path: Path) -> None:
+    engine = open_engine(f" sqlite:///{tmp_path}/events.db\n")
+    assert engine.url.database == f"{tmp_path}/events.db"
 
 
 def test_an_asyncio_driver_is_replaced_by_a_synchronous_one(postgresql_url: str) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any, get_type_hints
 
 import pytest
 
-from outbox import NotConfigured, Publisher, UsageError, configure
+from outbox import (
+    NotConfigured,
+    Publisher,
+    UsageError,
+    auto_publishing,
+    configure,
+    enqueue_event,
+)
 from outbox.settings import SettingOverrides, Settings
+from outbox.testing import recorded
 from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.url import BrokerURL
 
@@ -30,6 +39,9 @@ from outbox.url import BrokerURL
         ),
         ("amqp://u@h", (("h", 5672),), "u", "guest", "/"),
         ("amqp://u:p@x@h", (("h", 5672),), "u", "p@x", "/"),
+        ("amqp://u:p@h//", (("h", 5672),), "u", "p", "/"),
+        ("\t amqp://u:p@h:1/v\r\n", (("h", 1),), "u", "p", "v"),
+        ("amqp://u:p@h/v%20\n", (("h", 5672),), "u", "p", "v "),
     ],
 )
 def test_amqp_urls_are_parsed(
@@ -65,7 +77,10 @@ def test_amqp_urls_are_parsed(
         "amqp://user:hunter2\udcff@host",
         "amqp://user:hunter2@host/" + "v" * 256,
         "amqp://user:hunter2",
+        "amqp://user:hunter2@host//vhost",
         "http://user:hunter2@host",
+        "user:hunter2://host",
+        "user:hunter2@host://",
         "hunter2",
         "",
     ],
@@ -82,7 +97,42 @@ def test_a_url_is_shown_without_its_password() -> None:
     parsed = BrokerURL.parse("amqp://user:hunter2@h:1,[::1]:2/a%2Fb")
     assert str(parsed) == "amqp://user:***@h:1,[::1]:2/a%2Fb"
     assert "hunter2" not in repr(parsed)
+    assert "hunter2" not in repr(BrokerURL.parse("amqps://h/?password=hunter2"))
     assert "hunter2" not in repr(Publisher("amqp://user:hunter2@h"))
+
+
+@pytest.mark.hazard("A19")
+@pytest.mark.parametrize("url", ["amqps://user:hunter2@h/?cafile=hunter2", "hunter2", "\udcff"])
+def test_the_settings_are_shown_without_the_password(url: str) -> None:
+    settings = dataclasses.replace(Settings.load("memory://", {"max_kept": 7}, {}), url=url)
+    for shown in (repr(settings), str(settings)):
+        assert "hunter2" not in shown
+        assert "max_kept=7" in shown
+    assert settings.url == url
+    assert settings == dataclasses.replace(settings)
+    assert settings != dataclasses.replace(settings, url="memory://")
+
+
+@pytest.mark.hazard("A19")
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("pyamqp://h//", "'pyamqp', which outbox doesn't know; write amqp://"),
+        ("amqp+ssl://h", "'amqp+ssl', which outbox doesn't know; write amqps://"),
+        ("rediss://h", "'rediss', which outbox doesn't know; use amqp://user"),
+        ("postgresql://h/shop", "'postgresql', which outbox doesn't know; it names a database"),
+        ("postgresql+asyncpg://h/shop", "it names a database"),
+        ("sqlite+pysqlite:///x.db", "write sqlite://"),
+        ("HTTP://h:15672", "the scheme 'http'"),
+        ("'amqp://h'", "in quotes"),
+        ("user@h://", "doesn't begin with a scheme"),
+        ("localhost:5672", "has no scheme; use amqp://user"),
+        (" ", "is empty"),
+    ],
+)
+def test_a_wrong_scheme_is_named_with_the_right_one(url: str, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected.replace("+", r"\+")):
+        BrokerURL.parse(url)
 
 
 @pytest.mark.hazard("H2")
@@ -119,7 +169,8 @@ def test_configuring_without_a_url_names_the_possible_forms() -> None:
 
 
 def test_an_empty_url_counts_as_not_set() -> None:
-    assert Settings.load(None, {}, {"OUTBOX_URL": ""}).url is None
+    for empty in ("", " \n"):
+        assert Settings.load(None, {}, {"OUTBOX_URL": empty}).url is None
     assert Settings.load(None, {}, {"OUTBOX_EXCHANGE": ""}).exchange == ""
 
 
@@ -130,9 +181,27 @@ def test_settings_are_taken_from_code_then_environment_then_default() -> None:
     assert (settings.url, settings.exchange) == ("memory://", "outbox")
 
 
+def test_white_space_around_a_value_in_the_environment_is_ignored() -> None:
+    values = {"URL": "memory://\n", "EXCHANGE": " shop\n", "DECLARE": "never\n"}
+    settings = Settings.load(None, {}, {f"OUTBOX_{name}": text for name, text in values.items()})
+    assert (settings.url, settings.exchange, settings.declare) == ("memory://", "shop", "never")
+
+
+def test_a_program_without_a_url_but_white_space_can_still_be_tested(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OUTBOX_URL", "\n")
+    with recorded("a test") as collected_events:
+        with auto_publishing():
+            enqueue_event({}, "x")
+        collected_events.assert_published("x")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
+        ("url", "amqp://user:hunter2", "OUTBOX_URL is invalid: the port in the amqp URL"),
+        ("url", "rediss://:hunter2@h/0", "OUTBOX_URL is invalid: .* 'rediss'"),
         ("timeout", "soon", "OUTBOX_TIMEOUT is 'soon', not a number"),
         ("max_kept", "1.5", "OUTBOX_MAX_KEPT is '1.5', not a number"),
         ("timeout", "-1", "OUTBOX_TIMEOUT is -1.0"),
@@ -143,8 +212,9 @@ def test_settings_are_taken_from_code_then_environment_then_default() -> None:
     ],
 )
 def test_a_wrong_environment_variable_is_named(name: str, value: str, expected: str) -> None:
-    with pytest.raises(UsageError, match=expected):
-        Settings.load("memory://", {}, {f"OUTBOX_{name.upper()}": value})
+    with pytest.raises(UsageError, match=expected) as caught:
+        Settings.load(None, {}, {f"OUTBOX_{name.upper()}": value})
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypedDict, get_args
 from outbox.errors import BrokerError, UsageError
 from outbox.event import Event, Unroutable
 from outbox.serializer import JSONSerializer, Serializer
+from outbox.system.program_name import program_name
 from outbox.url import BrokerURL, masked
 
 __all__ = ["MIB", "Declare", "SettingOverrides", "Settings"]
@@ -85,7 +86,10 @@ class Settings:
         after_commit: what this process does after committing stored events: publish them
             (``publish``), notify listening relays (``notify``, PostgreSQL only), or ``nothing``:
             relays find them by polling.
-        app_id: AMQP's ``app-id`` of every message, at most 255 bytes; empty leaves it out.
+        app_id: AMQP's ``app-id`` of every message, at most 255 bytes; empty leaves it out. Where
+            neither code nor the environment sets it, ``load`` takes the name of the program:
+            ``shop`` for ``python shop.py`` and ``python -m shop``, ``gunicorn`` for every
+            application under gunicorn; empty at a prompt and for ``python -c``.
         connection_name: the connection's name in the broker's management UI.
         serializer: the serializer of payloads.
         on_kept: called with the events of a chunk that had to be kept.
@@ -157,6 +161,8 @@ class Settings:
         if url is None:
             url = environ.get("OUTBOX_URL", "").strip() or None  # an empty variable counts as unset
             _check_url(url)
+        if "app_id" not in values:
+            values["app_id"] = program_name()
         return replace(cls(), url=url, **values)
 
 

@@ -17,6 +17,7 @@ from outbox import (
     enqueue_event,
 )
 from outbox.settings import SettingOverrides, Settings
+from outbox.system.program_name import program_name
 from outbox.testing import recorded
 from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.url import BrokerURL
@@ -195,6 +196,13 @@ def test_a_program_without_a_url_but_white_space_can_still_be_tested(
         with auto_publishing():
             enqueue_event({}, "x")
         collected_events.assert_published("x")
+
+
+def test_an_app_id_that_is_set_replaces_the_name_of_the_program() -> None:
+    assert Settings.load("memory://", {}, {}).app_id == program_name() != ""
+    assert Settings.load("memory://", {}, {"OUTBOX_APP_ID": "shop"}).app_id == "shop"
+    for overrides, environ in (({"app_id": ""}, {}), ({}, {"OUTBOX_APP_ID": ""})):
+        assert Settings.load("memory://", overrides, environ).app_id == ""
 
 
 @pytest.mark.parametrize(

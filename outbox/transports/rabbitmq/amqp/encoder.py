@@ -48,7 +48,7 @@ class Encoder:
 
     def __init__(self, app_id: str = "", frame_max: int = 131_072) -> None:
         self.frame_max = frame_max
-        self._app_id = app_id
+        self._app_id = short_string(app_id) if app_id else b""
         self._templates: dict[tuple[str, str, str, int | None, int], _Template] = {}
 
     def encode(self, event: Event) -> bytes:
@@ -129,7 +129,7 @@ class Encoder:
         if event.priority is not None:
             before_id += bytes([event.priority])
         before_id += bytes([id_size])
-        after = target + (short_string(self._app_id) if self._app_id else b"")
+        after = target + self._app_id
 
         header_size = 12 + len(before_table) + 8 + len(before_id) + id_size + 8 + len(after)
         start = (

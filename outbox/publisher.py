@@ -89,7 +89,10 @@ class Publisher:
 
     @property
     def connected(self) -> bool:
-        """Whether events can be published now, as far as is known."""
+        """Whether events can be published now, as far as is known.
+
+        False until the connection that the first event or ``make_ready()`` starts can publish.
+        """
         return not self._closed and self._transport().connected
 
     def stats(self) -> Stats:
@@ -348,6 +351,9 @@ class Publisher:
 
     def make_ready(self, observer: Observer | None = None) -> None:
         """Start connecting in the background if necessary, and check that there is room.
+
+        Returns at once, also on an event loop: a readiness probe calls it, then looks at
+        ``connected``. Thread-safe.
 
         Args:
             observer: the observer of the unit of work that will publish; the default is the

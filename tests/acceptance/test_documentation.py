@@ -153,6 +153,29 @@ def test_the_snippets_of_every_page_run(everything: str, page: Path) -> None:
     run(page)
 
 
+def test_the_readiness_probes_of_the_page_on_publishing_open_without_an_event(
+    everything: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [probe] = [one for one in snippets(ROOT / "docs" / "publishing.md") if "make_ready()" in one]
+    namespace: dict[str, Any] = {"__name__": "probe"}
+    exec(probe, namespace)
+    web, api = namespace["app"].test_client(), starlette.testclient.TestClient(namespace["api"])
+    assert not namespace["publisher"].connected
+    wait_until(lambda: web.get("/ready").status_code == 200, 20)
+    assert api.get("/ready").status_code == 200
+    assert namespace["has_room"]()
+
+    monkeypatch.setenv("OUTBOX_URL", "amqp://127.0.0.1:9")
+    exec(probe, namespace)
+    web, api = namespace["app"].test_client(), starlette.testclient.TestClient(namespace["api"])
+    assert (web.get("/ready").status_code, api.get("/ready").status_code) == (503, 503)
+    assert namespace["has_room"]()
+    namespace["publisher"] = configure(max_kept=1, drain_timeout=0, timeout=0)
+    with auto_publishing():
+        enqueue_event({}, "kept")
+    wait_until(lambda: not namespace["has_room"](), 10)
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "testing.md"])
 def test_the_tests_in_the_docs_pass(page: Path, everything: str) -> None:
     found = run(page)

@@ -405,6 +405,35 @@ def test_an_unroutable_event_is_parked_failed_or_ignored_and_its_siblings_are_pu
     assert "`outbox parked replay` publishes them" in caplog.text
 
 
+def test_all_hooks_but_one_run_on_the_publishers_thread(place: Place, name: str) -> None:
+    threads: dict[str, str] = {}
+
+    def note(hook: str) -> Any:
+        return lambda *_: threads.update({hook: threading.current_thread().name})
+
+    place.bind(name, place.exchange, "good")
+    with place.publisher(
+        on_connected=note("connected"),
+        on_confirmed=note("confirmed"),
+        on_parked=note("parked"),
+        on_rejected=note("rejected"),
+        on_cleared=note("cleared"),
+    ) as publisher:
+        publisher.publish(
+            [
+                *events_for(publisher, ["good", "bad"]),
+                *events_for(publisher, ["bad"], unroutable="fail"),
+            ]
+        )
+        with auto_publishing(publisher=publisher) as block:
+            enqueue_event({}, "good")
+            block.clear_events()
+    assert threads == {
+        **dict.fromkeys(("connected", "confirmed", "parked", "rejected"), "outbox-publisher"),
+        "cleared": threading.current_thread().name,
+    }
+
+
 @pytest.mark.parametrize("policy", ["park", "fail", "ignore"])
 def test_the_publishers_policy_applies_to_events_without_one(
     place: Place, policy: Any, name: str

@@ -27,6 +27,7 @@ from outbox import (
 )
 from outbox.messages.dead_letters import PARKING_QUEUE
 from tests.amqp import Inspector
+from tests.waiting import wait_until
 
 
 def make_events(publisher: Publisher, targets: list[str], **options: object) -> list[Event]:
@@ -68,6 +69,7 @@ def test_a_published_event_arrives_with_everything_the_wire_format_promises(
     assert properties.delivery_mode == 2
     assert properties.content_type == "application/json"
     assert properties.type == "order.placed"
+    assert properties.app_id == (publisher.settings.app_id or None)
     assert properties.priority == 3
     assert properties.timestamp == int(event.occurred_at.timestamp())
     epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
@@ -211,6 +213,23 @@ def test_an_event_without_a_parking_queue_is_kept(
         inspector.queue(PARKING_QUEUE)
         assert publisher.drain(10)
     assert inspector.get(PARKING_QUEUE).id == events[0].id
+
+
+def test_what_must_be_kept_is_reported_to_the_hook_on_the_publishers_thread() -> None:
+    seen: list[tuple[Event, str]] = []
+
+    def on_kept(events: tuple[Event, ...]) -> None:
+        seen.extend((event, threading.current_thread().name) for event in events)
+
+    unreachable = "amqp://127.0.0.1:9"
+    with Publisher(unreachable, timeout=0.2, drain_timeout=0, on_kept=on_kept) as publisher:
+        events = make_events(publisher, ["x"] * 3)
+        publisher.publish(events[:1])  # waits; then the broker is known to be unavailable
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(publisher.publish, events[1:2]).result(10)
+        asyncio.run(publisher.publish_async(events[2:]))
+        wait_until(lambda: len(seen) == 3)
+    assert seen == [(event, "outbox-publisher") for event in events]
 
 
 @pytest.mark.hazard("C2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from typing import Any, get_type_hints
 
 import pytest
@@ -17,7 +18,6 @@ from outbox import (
     enqueue_event,
 )
 from outbox.settings import SettingOverrides, Settings
-from outbox.system.program_name import program_name
 from outbox.testing import recorded
 from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.url import BrokerURL
@@ -198,8 +198,12 @@ def test_a_program_without_a_url_but_white_space_can_still_be_tested(
         collected_events.assert_published("x")
 
 
-def test_an_app_id_that_is_set_replaces_the_name_of_the_program() -> None:
-    assert Settings.load("memory://", {}, {}).app_id == program_name() != ""
+def test_an_app_id_that_is_set_replaces_the_name_of_the_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/sell"])
+    assert Settings.load("memory://", {}, {}).app_id == "sell"
     assert Settings.load("memory://", {}, {"OUTBOX_APP_ID": "shop"}).app_id == "shop"
     for overrides, environ in (({"app_id": ""}, {}), ({}, {"OUTBOX_APP_ID": ""})):
         assert Settings.load("memory://", overrides, environ).app_id == ""

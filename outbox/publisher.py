@@ -24,6 +24,7 @@ from outbox.settings import SettingOverrides, Settings
 from outbox.system import process
 from outbox.transports.registry import open_transport
 from outbox.transports.transport import Transport
+from outbox.url import masked
 
 __all__ = ["Publisher", "refuse_running_loop"]
 
@@ -78,9 +79,8 @@ class Publisher:
         self._cleared = 0
 
     def __repr__(self) -> str:
-        from outbox.url import BrokerURL
-
-        return f"<Publisher {BrokerURL.parse(self.settings.url or '')}>"
+        settings: Settings | None = getattr(self, "settings", None)  # None if they are invalid
+        return f"<Publisher {masked(settings.url)}>" if settings else "<Publisher>"
 
     @property
     def kept(self) -> tuple[Event, ...]:

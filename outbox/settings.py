@@ -138,9 +138,14 @@ class Settings:
         cls,
         url: str | None,
         overrides: Mapping[str, Any],
-        environ: Mapping[str, str] = os.environ,
+        environ: Mapping[str, str] | None = None,
     ) -> Settings:
         """Return the settings from ``overrides``, the environment and the defaults.
+
+        Args:
+            url: the broker URL; None for ``OUTBOX_URL``. One that is given is not checked here.
+            overrides: the settings that are given in code, by name.
+            environ: the environment; None for that of the process.
 
         Raises:
             UsageError: a name is unknown, the URL is invalid, or a value is out of bounds; the
@@ -153,14 +158,14 @@ class Settings:
                 raise UsageError(f"{name!r} is not a setting{hint}")
         values: dict[str, Any] = {}
         for name in _FROM_ENVIRONMENT:
-            text = environ.get(f"OUTBOX_{name.upper()}")
+            # No variable holds os.environ: pytest and Sentry show those of a traceback's frames.
+            text = (os.environ if environ is None else environ).get(f"OUTBOX_{name.upper()}")
             if text is not None and name not in overrides:
                 values[name] = _from_text(name, text.strip())
         for name, value in overrides.items():
             values[name] = _checked(name, value, f"the setting {name!r}")
         if url is None:
-            url = environ.get("OUTBOX_URL", "").strip() or None  # an empty variable counts as unset
-            _check_url(url)
+            url = _url_of(os.environ if environ is None else environ)
         if "app_id" not in values:
             values["app_id"] = program_name()
         return replace(cls(), url=url, **values)
@@ -179,13 +184,20 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _check_url(url: str | None) -> None:
-    """Raise UsageError, which names the environment variable, if its URL is invalid."""
-    if url is not None:
-        try:
+def _url_of(environ: Mapping[str, str]) -> str | None:
+    """Return the broker URL in the environment; an empty variable counts as unset.
+
+    Raises:
+        UsageError: it is invalid.
+    """
+    url = environ.get("OUTBOX_URL", "").strip()
+    try:
+        if url:
             BrokerURL.parse(url)
-        except UsageError as error:
-            raise UsageError(f"the environment variable OUTBOX_URL is invalid: {error}") from None
+    except UsageError as error:
+        del url, environ  # as above
+        raise UsageError(f"the environment variable OUTBOX_URL is invalid: {error}") from None
+    return url or None
 
 
 def _from_text(name: str, text: str) -> Any:

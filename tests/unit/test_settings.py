@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
+import traceback
 from typing import Any, get_type_hints
 
 import pytest
@@ -112,6 +113,23 @@ def test_the_settings_are_shown_without_the_password(url: str) -> None:
     assert settings.url == url
     assert settings == dataclasses.replace(settings)
     assert settings != dataclasses.replace(settings, url="memory://")
+
+
+@pytest.mark.hazard("A19")
+@pytest.mark.parametrize("wrong", ["a port", "an option", "a setting"])
+def test_a_traceback_with_local_variables_shows_no_password_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    urls = {"a port": "amqp://user:hunter2@h:port", "an option": "amqps://user:hunter2@h/?x=1"}
+    monkeypatch.setenv("OUTBOX_URL", urls.pop(wrong, "amqp://user:hunter2@h"))
+    urls.clear()
+    overrides: Any = {"timeot": 1} if wrong == "a setting" else {}
+    with pytest.raises(UsageError) as caught:
+        configure(**overrides)
+    report = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    shown = "".join(report.format())
+    assert "in load" in shown or wrong == "an option"
+    assert "hunter2" not in shown
 
 
 @pytest.mark.hazard("A19")

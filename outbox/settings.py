@@ -75,7 +75,8 @@ class Settings:
         connect_timeout: seconds for one attempt to open a connection, the handshakes included.
         heartbeat: seconds proposed in AMQP's negotiation; 0 disables heartbeats.
         max_kept: the number of kept events at which ``enqueue_event()`` raises ``CollectorFull``.
-        max_kept_bytes: the same, in bytes of their bodies.
+        max_kept_bytes: the same, in bytes as they are sent to RabbitMQ, headers included; of their
+            bodies in an SQLite file.
         max_events: the limit of one collector, in events.
         max_bytes: the limit of one collector, in bytes of their bodies.
         max_body_bytes: the limit of one body; RabbitMQ 4 refuses more than 16 MiB by default.

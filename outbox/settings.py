@@ -70,7 +70,8 @@ class Settings:
         url: see :meth:`outbox.url.BrokerURL.parse`.
         exchange: the topic exchange of events whose ``enqueue_event`` doesn't name one.
         timeout: seconds a caller of ``publish()`` waits for the confirms, 0 or more.
-        stall_timeout: seconds without any confirm after which the connection counts as dead.
+        stall_timeout: seconds without any progress after which the connection counts as dead: no
+            confirm has arrived, and the broker has taken no more data.
         drain_timeout: seconds that ``close()`` and the exit of the process wait for kept events.
         connect_timeout: seconds for one attempt to open a connection, the handshakes included.
         heartbeat: seconds proposed in AMQP's negotiation; 0 disables heartbeats.

@@ -10,9 +10,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
+import pika
 import pika.heartbeat
 import pytest
 
@@ -78,6 +80,49 @@ def server(answer: bytes) -> Iterator[int]:
     thread.join(5)
     for client in clients:
         client.close()
+
+
+@contextlib.contextmanager
+def slow_uplink(url: str, bytes_per_second: int) -> Iterator[str]:
+    """Pass data on to the broker at this rate, with small buffers; yield the URL to use."""
+    broker = pika.URLParameters(url)
+    sockets: list[socket.socket] = []
+
+    def pipe(source: socket.socket, target: socket.socket, rate: int) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(16_384):
+                target.sendall(data)
+                time.sleep(len(data) / rate if rate else 0)
+        for one in (source, target):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listening.accept()
+                onward = socket.create_connection((broker.host, broker.port))
+                sockets.extend((client, onward))
+                for ends in ((client, onward, bytes_per_second), (onward, client, 0)):
+                    threads.append(threading.Thread(target=pipe, args=ends))
+                    threads[-1].start()
+
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        threads = [threading.Thread(target=serve)]
+        threads[0].start()
+        credentials, _, address = url.rpartition("@")
+        port = listening.getsockname()[1]
+        yield f"{credentials}@127.0.0.1:{port}/{address.partition('/')[2]}"
+        for one in (listening, *sockets):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(5)
+    for one in sockets:
+        one.close()
 
 
 @pytest.mark.hazard("A5")
@@ -437,15 +482,67 @@ def test_an_event_whose_headers_exceed_the_brokers_frame_size_is_rejected_alone(
     amqp_url: str, inspector: Inspector, queue: str, name: str
 ) -> None:
     events = events_for(name, 3)
-    events[1] = Event(id="wide", target="x", exchange=name, body=b"", headers={"a": "x" * 5_000})
+    events[1] = Event(id="wide", target="x", exchange=name, body=b"", headers={"a": "x" * 9_000})
     with Publisher(amqp_url, exchange=name) as publisher:
         transport: Any = publisher._transport()
-        transport._link._hosts[0].frame_max = 4096  # what a broker so configured would say
+        transport._link._hosts[0].frame_max = 8192  # what a broker so configured would say
         report = publisher.publish(events)
         assert report.published == (events[0], events[2])
         assert [one.event for one in report.rejected] == [events[1]]
-        assert "4096 bytes" in report.rejected[0].reason
+        assert "8192 bytes" in report.rejected[0].reason
         assert publisher.publish(events).published == (events[0], events[2])
+
+
+def test_what_was_encoded_for_larger_frames_is_encoded_anew_whenever_it_is_sent(
+    amqp_url: str, inspector: Inspector, queue: str, name: str
+) -> None:
+    bodies = [bytes([n]) * 20_000 for n in range(3)]
+    events = [
+        Event(id=f"{n}", target="x", exchange=name, body=body) for n, body in enumerate(bodies)
+    ]
+    with Publisher(amqp_url, exchange=name) as publisher:
+        transport: Any = publisher._transport()
+        transport._link._hosts[0].frame_max = 8192
+        encode = transport._encoder.encode
+        large = [encode(event) for event in events]
+        assert publisher.publish(events[:1]).ok
+        # As if a caller had encoded these just before the first connection was negotiated.
+        frames = iter(large[1:])
+        transport._encoder.encode = lambda event: next(frames, None) or encode(event)
+        assert publisher.publish(events[1:]).ok
+        assert publisher.stats().connects == 1
+    assert [message.body for message in inspector.all(queue)] == bodies
+
+
+@pytest.mark.timeout(60)
+def test_bytes_that_the_broker_takes_keep_a_slow_link_alive(
+    amqp_url: str, inspector: Inspector, queue: str, name: str
+) -> None:
+    small, large, *others = events_for(name, 8)
+    large = replace(large, body=b"x" * (3 << 20))
+    with (
+        slow_uplink(amqp_url, bytes_per_second=1 << 20) as url,
+        Publisher(url, exchange=name, timeout=2, stall_timeout=0.8) as publisher,
+    ):
+        assert publisher.publish([small]).ok
+        publisher.submit([large, *others])
+        assert publisher.drain(20)
+        assert publisher.stats().connects == 1
+    arrived = [message.id for message in inspector.all(queue)]
+    assert arrived == [event.id for event in (small, large, *others)]
+
+
+def test_heartbeats_that_a_silent_broker_takes_do_not_keep_the_link_alive(
+    proxy: FaultProxy, queue: str, name: str
+) -> None:
+    before, event = events_for(name, 2)
+    with Publisher(
+        proxy.url, exchange=name, timeout=0.2, stall_timeout=2, heartbeat=1, drain_timeout=0.1
+    ) as publisher:
+        assert publisher.publish([before]).ok
+        proxy.black_hole(Way.UP)  # heartbeats still arrive, and pika goes on sending them
+        assert publisher.publish([event]).kept
+        assert 1 < wait_until(lambda: not publisher.connected, 6) < 5
 
 
 @pytest.mark.hazard("C2")

@@ -28,6 +28,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
 import pika
 import pika.channel
 import pika.exceptions
@@ -119,6 +123,23 @@ class Connection(pika.SelectConnection):
     def version(self) -> tuple[int, ...]:
         """The broker's major and minor version; empty if unknown."""
         return _version_of(self)
+
+    @property
+    def bytes_taken(self) -> int:
+        """The bytes that the broker's machine has acknowledged, or the kernel has taken.
+
+        The kernel may hold megabytes for a slow peer; only Linux says how many (tcp(7), SIOCOUTQ).
+        """
+        transport: Any = self._transport
+        if transport is None:
+            return 0
+        waiting: int = transport.get_write_buffer_size()
+        if sys.platform == "linux":
+            answer = bytearray(4)
+            with contextlib.suppress(OSError, ValueError):  # gone, or closed
+                fcntl.ioctl(transport._sock, termios.TIOCOUTQ, answer)
+            waiting += int.from_bytes(answer, sys.byteorder)
+        return int(self.bytes_sent) - waiting
 
     def read_all_with_pika(self) -> None:
         """Leave all frames to pika again."""

@@ -78,6 +78,8 @@ class RabbitMQTransport(BackloggedTransport):
         self._retiring = False
         self._watched_since: float | None = None
         self._watching = False
+        self._written = 0  # bytes sent over this connection, up to the end of the last event
+        self._taken = 0  # those that the broker had taken when last looked at
         self._blocked = False
         self._faults = ChannelFaults()
         self._parking = Parking(self._encoder, settings, self._resend, self._on_nacked)
@@ -134,6 +136,7 @@ class RabbitMQTransport(BackloggedTransport):
         self._connection = self._channel = None
         self._blocked = False
         self._watched_since = None
+        self._written = self._taken = 0
         # Oldest first: entries returned by the broker, those in flight, those not sent yet.
         parking, delayed = self._parking.closed(), self._delayer.closed()
         self._notify(self.backlog.down([*parking, *self._confirms.clear(), *delayed], error))
@@ -156,10 +159,7 @@ class RabbitMQTransport(BackloggedTransport):
         channel.confirm_delivery(self._on_confirm, lambda _frame: self._on_channel_ready(channel))
 
     def _on_channel_ready(self, channel: pika.channel.Channel) -> None:
-        frame_max = channel.connection.params.frame_max
-        if frame_max < self._encoder.frame_max:
-            self._encoder.frame_max = frame_max
-            self.backlog.encode_anew(self._encoder.encode)
+        self._encoder.limit_frames(channel.connection.params.frame_max)
         self._channel = channel
         if self._connection is not None:
             self._connection.read_confirms(PUBLISH_CHANNEL, self._on_acks)
@@ -228,6 +228,8 @@ class RabbitMQTransport(BackloggedTransport):
                 break
             if any(map(_deliver_at, entries)):
                 entries = self._delayer.sendable(entries)
+            if self._encoder.limited:
+                self._encode_anew(entries)
             if unsendable := [entry for entry in entries if not entry.frames]:
                 entries = [entry for entry in entries if entry.frames]
                 limit = self._encoder.frame_max
@@ -237,7 +239,19 @@ class RabbitMQTransport(BackloggedTransport):
                 continue
             self._confirms.sent(entries)
             pika_connection.publish(self._channel, entries)
-        if len(self._confirms) and self._watched_since is None:
+            self._note_written()
+
+    def _encode_anew(self, entries: Sequence[Entry]) -> None:
+        """Encode what may hold a frame that is too large: made before the limit was known."""
+        limit = self._encoder.frame_max
+        for entry in entries:
+            if len(entry.frames) > limit:
+                entry.frames = self._encoder.encode(entry.sent_as)
+
+    def _note_written(self) -> None:
+        if self._connection is not None:
+            self._written = self._connection.bytes_sent
+        if self._watched_since is None:
             self._watched_since = time.monotonic()
             if not self._watching:  # the timer of an earlier connection may still be running
                 self._watch()
@@ -247,17 +261,30 @@ class RabbitMQTransport(BackloggedTransport):
         return min(1.0, self._settings.stall_timeout / 4) or 0.1
 
     def _on_watch(self) -> None:
-        """Reconnect if the broker has confirmed nothing for too long with events in flight."""
+        """Reconnect if nothing has moved for too long with events in flight.
+
+        Both a confirm and bytes of events that the broker takes are progress: on a slow link, a
+        large event is under way for longer than ``stall_timeout``. Heartbeats, which are written
+        behind the events, are none: a broker that only takes those has stalled.
+        """
         self._watching = False
         if self._watched_since is None:
             return
         if not len(self._confirms):
             self._watched_since = None
             return
+        if self._connection is not None:
+            taken = min(self._connection.bytes_taken, self._written)
+            if taken != self._taken:
+                self._taken = taken
+                self._watched_since = time.monotonic()
         silence = time.monotonic() - self._watched_since
         if silence > self._settings.stall_timeout and not self._blocked:
             self._link.fail(
-                ConnectionLost(f"{self._link.address} has confirmed nothing for {silence:.1f} s")
+                ConnectionLost(
+                    f"{self._link.address} has confirmed nothing for {silence:.1f} s, "
+                    "nor taken any more of what was sent"
+                )
             )
             return
         self._watch()

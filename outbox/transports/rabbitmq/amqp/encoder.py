@@ -42,14 +42,23 @@ class Encoder:
     """Encodes events for one publisher. Thread-safe.
 
     Attributes:
-        frame_max: the size of the largest frame in bytes, with its overhead; the negotiated size
-            (Connection.Tune) once that is known.
+        frame_max: the size of the largest frame in bytes, with its overhead; the smallest one
+            negotiated so far (Connection.Tune) once that is known.
+        limited: whether ``frame_max`` has become smaller, so that what was encoded before, or is
+            being encoded in another thread meanwhile, may hold larger frames.
     """
 
     def __init__(self, app_id: str = "", frame_max: int = 131_072) -> None:
         self.frame_max = frame_max
+        self.limited = False
         self._app_id = short_string(app_id) if app_id else b""
         self._templates: dict[tuple[str, str, str, int | None, int], _Template] = {}
+
+    def limit_frames(self, frame_max: int) -> None:
+        """Encode no larger frames than a connection with ``frame_max`` takes, from now on."""
+        if frame_max < self.frame_max:
+            self.frame_max = frame_max
+            self.limited = True
 
     def encode(self, event: Event) -> bytes:
         """Return the frames of ``event``, joined; empty if its properties don't fit into a frame.

@@ -239,12 +239,6 @@ class Backlog:
         if self._last_confirm < chunk.submitted_at and self._doubted_since is None:
             self._doubted_since = chunk.submitted_at
 
-    def encode_anew(self, encode: Callable[[Event], bytes]) -> None:
-        """Replace the frames of all entries."""
-        for entries in (self._elsewhere, self._queue):
-            for entry in entries:
-                entry.frames = encode(entry.sent_as)
-
     def when_settled(self, callback: Callable[[], object]) -> News:
         """Have ``callback`` called once, as soon as every entry has a fate."""
         self._settled.append(callback)

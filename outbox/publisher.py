@@ -310,9 +310,18 @@ class Publisher:
             raise UsageError("a publisher's hook must not wait for the publisher; use submit()")
 
     def check_room(self, more_events: int = 0, more_bytes: int = 0) -> None:
-        """Raise CollectorFull if the kept events reach a limit: new work must not commit."""
-        events, size = self._transport().held
+        """Raise CollectorFull if the kept events reach a limit: new work must not commit.
+
+        What waits for a broker that doesn't answer counts as kept. Events that the broker refuses
+        for now have the same limits, but separately: only what exceeds those counts here, so that
+        memory stays bounded.
+        """
+        transport = self._transport()
+        events, size = transport.waiting_size
+        held_events, held_bytes = transport.backlog.held_size
         settings = self.settings
+        events -= min(held_events, settings.max_kept)
+        size -= min(held_bytes, settings.max_kept_bytes)
         full = max(
             (events + more_events) / (settings.max_kept or math.inf),
             (size + more_bytes) / (settings.max_kept_bytes or math.inf),

@@ -344,8 +344,8 @@ class _LiveTransport:
         return self._inner.kept
 
     @property
-    def held(self) -> tuple[int, int]:
-        return self._inner.held
+    def waiting_size(self) -> tuple[int, int]:
+        return self._inner.waiting_size
 
     def start_now(self) -> None:
         self._inner.start_now()

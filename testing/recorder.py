@@ -85,7 +85,7 @@ class Recorder:
         return not self.backlog.unsettled
 
     @property
-    def held(self) -> tuple[int, int]:
+    def waiting_size(self) -> tuple[int, int]:
         """The number of kept events, and their bytes."""
         return self.backlog.kept_size
 

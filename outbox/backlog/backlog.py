@@ -76,6 +76,7 @@ class Backlog:
         self._kept_events = 0
         self._kept_bytes = 0
         self._unreported_bytes = 0
+        self._held = [0, 0]  # those of the kept events that are held, and their bytes
         self._down: BrokerError | None = None
         self._doubted_since: float | None = None
         self._busy_since = 0.0
@@ -98,6 +99,15 @@ class Backlog:
     def kept_size(self) -> tuple[int, int]:
         """The number of kept events, and the bytes they take."""
         return self._kept_events, self._kept_bytes
+
+    @property
+    def held_size(self) -> tuple[int, int]:
+        """The number of kept events that the broker refuses for now, and the bytes they take.
+
+        They wait for someone to grant a permission or to create a queue. See :meth:`hold`.
+        """
+        events, size = self._held
+        return events, size
 
     @property
     def waiting_size(self) -> tuple[int, int]:
@@ -198,6 +208,25 @@ class Backlog:
             self._keep_or_withdraw(entry, error, news)
         return self._complete(news)
 
+    def hold(self, entries: Iterable[Entry], error: BrokerError) -> News:
+        """Keep ``entries`` outside the queue, or withdraw them: their address takes no events.
+
+        Held events are kept, but counted separately: work for other addresses need not be refused
+        on their account.
+        """
+        news = News()
+        for entry in entries:
+            self._keep_or_withdraw(entry, error, news)
+            if entry.kept and not entry.held:
+                entry.held = True
+                self._count_held(entry, 1)
+        return self._complete(news)
+
+    def release_held(self, entries: Iterable[Entry]) -> None:
+        """Count ``entries`` as kept like others again: their address takes events."""
+        for entry in entries:
+            self._no_longer_held(entry)
+
     def requeue(self, entries: Sequence[Entry]) -> None:
         """Put taken entries back at the head of the queue, in the order given."""
         for entry in entries:
@@ -255,6 +284,7 @@ class Backlog:
         self._unreported.clear()
         self._unsettled = self._unreported_bytes = 0
         self._kept_events = self._kept_bytes = 0
+        self._held = [0, 0]
         return [entry for entry in entries if entry.fate is None]
 
     def adopt(self, entries: Sequence[Entry]) -> News:
@@ -266,6 +296,7 @@ class Backlog:
         self._queue.extend(entries)
         for entry in entries:
             entry.attempts = 0
+            entry.held = False
             if entry.kept:
                 self._count_kept(entry)
         error = self.circuit
@@ -345,6 +376,7 @@ class Backlog:
         elif fate is Fate.REJECTED:
             news.rejected.append(Rejection(entry.event, reason))
         if entry.kept:
+            self._no_longer_held(entry)
             entry.kept = False
             self._kept_events -= 1
             self._kept_bytes -= entry.size
@@ -365,6 +397,15 @@ class Backlog:
         else:
             self._set_fate(entry, Fate.WITHDRAWN, f"withdrawn: {error}", news)
             self.tally.add(Fate.WITHDRAWN.value)
+
+    def _no_longer_held(self, entry: Entry) -> None:
+        if entry.held:
+            entry.held = False
+            self._count_held(entry, -1)
+
+    def _count_held(self, entry: Entry, step: int) -> None:
+        self._held[0] += step
+        self._held[1] += step * entry.size
 
     def _count_down(self, chunk: Chunk, news: News) -> None:
         chunk.waiting -= 1

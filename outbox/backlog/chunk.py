@@ -39,6 +39,7 @@ class Entry:
         fate: its fate; None until it is final.
         reason: the reason for a fate that needs one.
         kept: whether its chunk was reported before its fate was known; it stays in the publisher.
+        held: whether it is kept because the broker refuses its address for now.
         attempts: how often the broker has nacked it.
         size: the bytes that it takes, as counted when it was kept.
     """
@@ -50,6 +51,7 @@ class Entry:
         "event",
         "fate",
         "frames",
+        "held",
         "kept",
         "parked_as",
         "reason",
@@ -65,6 +67,7 @@ class Entry:
         self.fate: Fate | None = None
         self.reason = ""
         self.kept = False
+        self.held = False
         self.attempts = 0
         self.size = 0
 

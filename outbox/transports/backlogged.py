@@ -92,7 +92,7 @@ class BackloggedTransport:
         )
 
     @property
-    def held(self) -> tuple[int, int]:
+    def waiting_size(self) -> tuple[int, int]:
         """The number of events that wait for a broker which doesn't answer, and their bytes.
 
         Those that it is about to confirm don't count.

@@ -31,7 +31,7 @@ class MemoryTransport:
     settled = True
     circuit_open = False
     kept = ()
-    held = (0, 0)
+    waiting_size = (0, 0)
 
     def __init__(self, url: BrokerURL, settings: Settings, notify: Notifier) -> None:
         self.backlog = Backlog()

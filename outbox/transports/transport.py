@@ -54,7 +54,7 @@ class Transport(Protocol):
         ...
 
     @property
-    def held(self) -> tuple[int, int]:
+    def waiting_size(self) -> tuple[int, int]:
         """The number of events that wait for a broker which doesn't answer, and their bytes."""
         ...
 

@@ -398,7 +398,7 @@ class SlowTransport:
     settled = True
     circuit_open = False
     kept = ()
-    held = (0, 0)
+    waiting_size = (0, 0)
     successor: Transport | None = None
 
     def __init__(self) -> None:

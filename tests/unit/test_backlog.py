@@ -102,6 +102,23 @@ def test_a_refused_event_waits_separately_and_its_siblings_are_reported_without_
     assert backlog.kept_size == (0, 0)
 
 
+def test_held_events_are_kept_and_counted_separately_until_they_are_released_or_settled() -> None:
+    backlog = Backlog()
+    backlog.add(chunk_of("a", "b"))
+    backlog.add(chunk_of("c", keep=False))
+    taken = backlog.take(10, 100)
+    news = backlog.hold(taken, Nacked("no permission"))
+    assert [ids(report.kept) for _, report in news.reports] == ["ab", ""]
+    assert backlog.hold(taken[:2], Nacked("still none")).kept == []
+    assert (backlog.kept_size, backlog.held_size) == ((2, 10), (2, 10))
+    backlog.release_held(taken[:1])
+    assert (backlog.kept_size, backlog.held_size) == ((2, 10), (1, 5))
+    backlog.give_fate(taken[:2], Fate.PUBLISHED)
+    assert (backlog.kept_size, backlog.held_size) == ((0, 0), (0, 0))
+    assert backlog.unsettled == 0
+    assert backlog.tally.nacked == 0
+
+
 def test_after_a_timeout_without_any_confirm_later_callers_do_not_wait() -> None:
     clock = Clock()
     backlog = Backlog(clock=clock)

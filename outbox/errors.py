@@ -122,7 +122,7 @@ class Blocked(BrokerError):
 
 
 class Nacked(BrokerError):
-    """The broker refused an event for now: a queue is full, or lost its leader."""
+    """The broker refused an event for now: a queue is full, or a permission is missing."""
 
 
 class PublishTimeout(BrokerError):

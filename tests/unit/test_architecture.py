@@ -65,6 +65,8 @@ ROOMS = (
     "storage",
     "transports",
     "transports.rabbitmq.amqp",
+    "transports.rabbitmq.pika_connection transports.rabbitmq.pika_errors",
+    "transports.rabbitmq.holding",
     "transports.rabbitmq",
     "transports.sqlite",
     "observer publisher configuration sinks",

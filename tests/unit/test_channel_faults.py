@@ -71,3 +71,38 @@ def test_an_exchange_that_is_missing_unnamed_makes_its_event_unroutable_in_the_e
     alone = entries_of("a")
     assert faults.judge(alone, 404, text) == Verdict(again=alone)
     assert faults.judge(alone, 404, text) == Verdict(unroutable=alone)
+
+
+FORBIDDEN = (403, "403 ACCESS_REFUSED - access to exchange 'closed' in vhost '/' refused for user")
+TOPIC = (403, "403 ACCESS_REFUSED - access to topic 'x' in exchange 'closed' in vhost '/' refused")
+INTERNAL_EXCHANGE = (
+    403,
+    "403 ACCESS_REFUSED - cannot publish to internal exchange 'closed' in vhost",
+)
+
+
+def test_events_to_a_forbidden_exchange_are_refused_not_rejected_and_others_go_on() -> None:
+    faults = ChannelFaults()
+    closed, fine = entries_of("a", "c", exchange="closed"), entries_of("b")
+    mixed = [closed[0], fine[0], closed[1]]
+    assert faults.judge(mixed, *FORBIDDEN) == Verdict(again=fine, refused=closed)
+    assert faults.judge(mixed, *TOPIC) == Verdict(again=fine, refused=closed, by_topic=True)
+    assert faults.judge(mixed, *INTERNAL_EXCHANGE) == Verdict(again=fine, rejected=closed)
+    assert not faults.to_isolate
+
+
+def test_an_event_refused_without_a_name_is_kept_for_the_refusal_may_be_about_the_user() -> None:
+    faults = ChannelFaults()
+    alone = entries_of("a")
+    expired = (403, "403 ACCESS_REFUSED - Provided JWT token has expired")
+    assert faults.judge(alone, *expired) == Verdict(again=alone)
+    assert faults.judge(alone, *expired) == Verdict(refused=alone)
+
+
+def test_when_the_connection_ends_several_are_isolated_and_one_alone_is_a_suspect() -> None:
+    faults = ChannelFaults()
+    entries = entries_of("a", "b")
+    assert faults.connection_ended(entries) is None
+    assert faults.to_isolate == 2
+    assert faults.connection_ended(entries[:1]) is entries[0]
+    assert faults.to_isolate == 1

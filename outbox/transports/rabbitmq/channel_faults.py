@@ -3,15 +3,20 @@
 The broker says what was wrong, but not with which message (AMQP 0-9-1, Channel.Close). So one event
 that it doesn't accept closes the channel for all events in flight. The rules:
 
-1.  If the broker names a missing exchange, the events for that exchange are unroutable. All others
-    are sent again.
+1.  If the broker names an exchange, the events for it are the cause, and all others are sent again.
+    Events for a missing exchange are unroutable. Those for an internal one are given up. Those for
+    one that the user may not write to, or not with this routing key, are *refused*: that is the
+    fault of the user, not of the events, and a permission may be granted again.
 2.  Otherwise any event in flight may be the cause. If there are several, they are sent again one by
     one, until as many events have been answered.
 3.  An event that was in flight alone is sent again once, and given up if the channel is closed a
-    second time: the first time may have had another cause, such as a permission that was missing
-    for a moment.
+    second time: the first time may have had another cause. If access was refused (403), without
+    saying to what, it is refused like those of rule 1: a token may have expired, for example.
 4.  A reply code that isn't about messages is a failure of the broker, for which no event is given
     up. An event that was in flight alone is retried after a back-off.
+5.  If the broker ends the whole connection because of an error, the same events may be the cause.
+    They are sent again one by one. One that was in flight alone is a suspect, and is tried over
+    another connection, where it can do no harm.
 """
 
 from __future__ import annotations
@@ -21,14 +26,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from outbox.backlog.chunk import Entry
-from outbox.transports.rabbitmq.pika_errors import one_line
+from outbox.transports.rabbitmq.holding.replies import (
+    ACCESS_REFUSED,
+    NOT_FOUND,
+    Complaint,
+    complaint_about,
+)
 
 __all__ = ["ChannelFaults", "Verdict"]
 
 logger = logging.getLogger("outbox.publisher")
 
-_NO_SUCH_EXCHANGE = 404
-_FAULTS_OF_MESSAGES = frozenset((311, 403, _NO_SUCH_EXCHANGE, 406))
+_FAULTS_OF_MESSAGES = frozenset((311, ACCESS_REFUSED, NOT_FOUND, 406))
 """Reply codes that may be about a message; others, such as 541, are failures of the broker."""
 
 
@@ -41,12 +50,16 @@ class Verdict:
         later: entries to send again after a back-off.
         unroutable: entries for an exchange that doesn't exist.
         rejected: entries to give up.
+        refused: entries that the user may not publish, in order.
+        by_topic: whether those were refused because of their routing key.
     """
 
     again: Sequence[Entry] = field(default_factory=list)
     later: Sequence[Entry] = field(default_factory=list)
     unroutable: Sequence[Entry] = field(default_factory=list)
     rejected: Sequence[Entry] = field(default_factory=list)
+    refused: Sequence[Entry] = field(default_factory=list)
+    by_topic: bool = False
 
 
 class ChannelFaults:
@@ -72,11 +85,19 @@ class ChannelFaults:
             code: the broker's reply code.
             text: the code and the reply text, in one line.
         """
-        if unroutable := [entry for entry in entries if _names_exchange(code, text, entry)]:
+        complaints = [(entry, complaint_about(entry.sent_as, code, text)) for entry in entries]
+        if causes := {entry: complaint for entry, complaint in complaints if complaint}:
             self.to_isolate = 0  # the cause is known
-            others = set(entries).difference(unroutable)
-            again = [entry for entry in entries if entry in others]
-            return Verdict(again=again, unroutable=unroutable)
+            again = [entry for entry in entries if entry not in causes]
+            guilty = list(causes)
+            match causes[guilty[0]]:
+                case Complaint.MISSING:
+                    return Verdict(again=again, unroutable=guilty)
+                case Complaint.INTERNAL:
+                    return Verdict(again=again, rejected=guilty)
+                case complaint:
+                    by_topic = complaint is Complaint.FORBIDDEN_TOPIC
+                    return Verdict(again=again, refused=guilty, by_topic=by_topic)
         if len(entries) > 1:
             # Counting answers suffices: the cause itself reaches _judge_alone(), all others are
             # answered, so isolation ends after exactly these entries.
@@ -95,16 +116,19 @@ class ChannelFaults:
             self.to_isolate += 1
             return Verdict(again=entries)
         self._failed_alone = None
-        if code == _NO_SUCH_EXCHANGE:
+        if code == NOT_FOUND:
             return Verdict(unroutable=entries)
+        if code == ACCESS_REFUSED:
+            return Verdict(refused=entries)
         return Verdict(rejected=entries)
 
+    def connection_ended(self, entries: Sequence[Entry]) -> Entry | None:
+        """Return the suspect, if the broker ended the connection with ``entries`` in flight.
 
-def _names_exchange(code: int, text: str, entry: Entry) -> bool:
-    """Return whether the broker reports that the exchange of ``entry`` is missing."""
-    exchange = entry.sent_as.exchange
-    return (
-        bool(exchange)
-        and code == _NO_SUCH_EXCHANGE
-        and f"no exchange '{one_line(exchange)}' in vhost" in text
-    )
+        If there are several, they are isolated on the next connection.
+        """
+        if len(entries) == 1:
+            self.answered(1)
+            return entries[0]
+        self.to_isolate = len(entries)
+        return None

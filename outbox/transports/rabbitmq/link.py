@@ -75,6 +75,7 @@ class Link:
         self._services: pika_connection.IOServices
         self._thread = BackgroundThread(self._prepare, self._run, name=name)
         self._connection: pika_connection.Connection | None = None
+        self._apart: set[ConnectionApart] = set()
         self._host = 0
         self._failures = 0
         self._reconnect: object | None = None
@@ -127,6 +128,21 @@ class Link:
     def later(self, delay: float, function: Callable[[], None]) -> None:
         """Call ``function`` in ``delay`` seconds, even if the connection is lost meanwhile."""
         self._loop.call_later(delay, function)
+
+    def connect_apart(
+        self,
+        opened: Callable[[pika_connection.Connection], None],
+        ended: Callable[[int, str], None],
+    ) -> ConnectionApart:
+        """Open another connection to the broker in use.
+
+        Args:
+            opened: the callback for the open connection.
+            ended: the callback when it could not be opened, or has ended without being closed here:
+                the code with which the broker ended it because of an error, else 0; and why.
+        """
+        host = self._hosts[self._host % len(self._hosts)]
+        return ConnectionApart(host, self._services, self._apart, opened, ended)
 
     def ready(self) -> None:
         """Reset the back-off, because the connection does its work.
@@ -242,6 +258,8 @@ class Link:
         if self._ending:
             return
         self._ending = True
+        for apart in list(self._apart):
+            apart.abort()
         connection, self._connection = self._connection, None
         if connection is not None and not connection.is_closed:
             pika_connection.abort(connection, ConnectionLost("the link was stopped"))
@@ -254,6 +272,57 @@ class Link:
             self._loop.stop()
         else:
             self._loop.call_later(0.005, lambda: self._finish(connection, turns - 1))
+
+
+class ConnectionApart:
+    """A connection beside a link's, for what may end it. Only for the link's thread."""
+
+    def __init__(
+        self,
+        host: pika.ConnectionParameters,
+        services: pika_connection.IOServices,
+        all_of_link: set[ConnectionApart],
+        opened: Callable[[pika_connection.Connection], None],
+        ended: Callable[[int, str], None],
+    ) -> None:
+        """Start connecting; see ``Link.connect_apart``."""
+        self._all_of_link = all_of_link
+        self._opened = opened
+        self._ended: Callable[[int, str], None] | None = ended
+        self._address = f"{host.host}:{host.port}"
+        all_of_link.add(self)
+        self._connection = pika_connection.Connection(
+            host,
+            on_open_callback=self._on_open,
+            on_open_error_callback=self._on_ended,
+            on_close_callback=self._on_ended,
+            custom_ioloop=services,
+        )
+
+    def close(self) -> None:
+        """Close it, whatever its state, without calling back."""
+        self._ended = None
+        if self._connection.is_open:
+            self._connection.close()
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """End it at once."""
+        self._ended = None
+        if not self._connection.is_closed:
+            pika_connection.abort(self._connection, ConnectionLost("it is no longer needed"))
+
+    def _on_open(self, connection: pika_connection.Connection) -> None:
+        if self._ended is not None:
+            self._opened(connection)
+
+    def _on_ended(self, _connection: pika.SelectConnection, error: BaseException) -> None:
+        self._all_of_link.discard(self)
+        if self._ended is not None:
+            lost = pika_errors.connection_lost(error, self._address)
+            code = getattr(error, "reply_code", 0)
+            self._ended(code if pika_errors.was_ended_for_an_error(lost) else 0, str(lost))
 
 
 def quiet_pika() -> None:

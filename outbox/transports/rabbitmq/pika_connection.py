@@ -57,13 +57,19 @@ __all__ = [
     "abort",
     "content_header",
     "publish",
+    "write",
 ]
 
 
 def publish(channel: pika.channel.Channel, entries: Sequence[Entry]) -> None:
     """Send ``entries`` on ``channel``; their frames must contain its number."""
+    write(channel, b"".join([entry.frames for entry in entries]))
+
+
+def write(channel: pika.channel.Channel, frames: bytes) -> None:
+    """Send ``frames``, which must contain the number of ``channel``."""
     connection: Any = channel.connection
-    connection._output_marshaled_frames([b"".join([entry.frames for entry in entries])])
+    connection._output_marshaled_frames([frames])
 
 
 def abort(connection: pika.SelectConnection, error: Exception) -> None:

@@ -6,7 +6,10 @@ import pika.exceptions
 
 from outbox.errors import BrokerError, ConnectFailed, ConnectionLost
 
-__all__ = ["connect_failed", "connection_lost", "one_line", "reply_of"]
+__all__ = ["connect_failed", "connection_lost", "one_line", "reply_of", "was_ended_for_an_error"]
+
+_NO_ERRORS_OF_CLIENTS = frozenset((320, 506, 530))
+"""The broker shuts down or was asked to close it; it lacks resources; the user may not connect."""
 
 
 def one_line(text: str | bytes) -> str:
@@ -51,6 +54,15 @@ def connection_lost(error: BaseException, address: str) -> BrokerError:
         case _:
             why = _innermost(error)
     return _chained(ConnectionLost(f"the connection to {address} was lost: {why}"), error)
+
+
+def was_ended_for_an_error(error: BrokerError) -> bool:
+    """Return whether the broker ended a connection because of what was sent over it, perhaps."""
+    cause = error.__cause__
+    return (
+        isinstance(cause, pika.exceptions.ConnectionClosedByBroker)
+        and cause.reply_code not in _NO_ERRORS_OF_CLIENTS
+    )
 
 
 def _chained(error: BrokerError, cause: BaseException) -> BrokerError:

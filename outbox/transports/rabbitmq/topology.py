@@ -22,6 +22,7 @@ __all__ = [
     "declare",
     "durable_queue",
     "exchange",
+    "existing_exchange",
     "obstacle",
     "parking_queue",
     "queue",
@@ -47,6 +48,11 @@ def exchange(name: str, mode: Declare) -> list[Step]:
             name, "topic", passive=mode == "passive", durable=True, callback=done
         )
     ]
+
+
+def existing_exchange(name: str) -> Step:
+    """Return the step that fails if the exchange ``name`` doesn't exist; it needs no permission."""
+    return lambda channel, done: channel.exchange_declare(name, passive=True, callback=done)
 
 
 def queue(spec: QueueSpec, mode: Declare) -> list[Step]:

@@ -6,7 +6,7 @@ import functools
 import logging
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pika
 import pika.channel
@@ -27,10 +27,15 @@ from outbox.transports.rabbitmq.channel_faults import ChannelFaults
 from outbox.transports.rabbitmq.confirms import Confirms
 from outbox.transports.rabbitmq.delay_ladder import LONGEST_DELAY
 from outbox.transports.rabbitmq.delayer import Delayer
-from outbox.transports.rabbitmq.link import Link
+from outbox.transports.rabbitmq.holding.gate import Gate
+from outbox.transports.rabbitmq.link import ConnectionApart, Link
 from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.transports.rabbitmq.parking import Parking
-from outbox.transports.rabbitmq.pika_errors import one_line, reply_of
+from outbox.transports.rabbitmq.pika_errors import (
+    one_line,
+    reply_of,
+    was_ended_for_an_error,
+)
 from outbox.url import BrokerURL
 
 __all__ = ["RabbitMQTransport"]
@@ -82,7 +87,10 @@ class RabbitMQTransport(BackloggedTransport):
         self._taken = 0  # those that the broker had taken when last looked at
         self._blocked = False
         self._faults = ChannelFaults()
-        self._parking = Parking(self._encoder, settings, self._resend, self._on_nacked)
+        self._steps = topology.exchange(settings.exchange, settings.declare)
+        creates = settings.declare == "create" and self._steps
+        self._gate = Gate(self, settings.exchange if creates else "")
+        self._parking = Parking(self._encoder, settings)
         self._delayer = Delayer(
             self._encoder, settings.declare, self._resend, self._on_no_destination, self._set_aside
         )
@@ -122,12 +130,11 @@ class RabbitMQTransport(BackloggedTransport):
     def opened(self, connection: pika_connection.Connection) -> None:
         """Declare the exchange, then open a channel."""
         self._connection = connection
-        self._parking.opened(connection)
+        self._gate.opened(connection)
         self._delayer.opened(connection)
         connection.add_on_connection_blocked_callback(self._on_blocked)
         connection.add_on_connection_unblocked_callback(self._on_unblocked)
-        steps = topology.exchange(self._settings.exchange, self._settings.declare)
-        topology.declare(connection, steps, self._on_declared)
+        topology.declare(connection, self._steps, self._on_declared)
 
     def closed(self, error: BrokerError) -> None:
         """Put the entries in flight back into the queue, and open the circuit."""
@@ -137,9 +144,14 @@ class RabbitMQTransport(BackloggedTransport):
         self._blocked = False
         self._watched_since = None
         self._written = self._taken = 0
-        # Oldest first: entries returned by the broker, those in flight, those not sent yet.
-        parking, delayed = self._parking.closed(), self._delayer.closed()
-        self._notify(self.backlog.down([*parking, *self._confirms.clear(), *delayed], error))
+        in_flight, for_an_error = self._confirms.clear(), was_ended_for_an_error(error)
+        if for_an_error and in_flight and not self._gate.busy:
+            suspect = self._faults.connection_ended(in_flight)
+            if suspect is not None:
+                self._gate.suspect(suspect)
+        # Oldest first: entries refused by the broker, those in flight, those not sent yet.
+        held, delayed = self._gate.closed(by_broker=for_an_error), self._delayer.closed()
+        self._notify(self.backlog.down([*held, *in_flight, *delayed], error))
         if was_connected:
             call_hook(self._settings.on_disconnected, error)
 
@@ -147,6 +159,8 @@ class RabbitMQTransport(BackloggedTransport):
         if refused is not None:
             # Publish all the same: the exchange may exist with another type or other arguments.
             logger.error("cannot declare the exchange %r: %s", self._settings.exchange, refused)
+        elif self._steps:
+            self._gate.exchange_exists(self._settings.exchange)
         self._open_channel()
 
     def _open_channel(self) -> None:
@@ -187,9 +201,11 @@ class RabbitMQTransport(BackloggedTransport):
         if verdict.later:
             self._set_aside(verdict.later, Nacked(f"the broker closed the channel: {why}"))
         if verdict.unroutable:
-            self._handle_unroutable([(entry, why) for entry in verdict.unroutable])
+            self._gate.missing(verdict.unroutable, why)
+        if verdict.refused:
+            self._gate.refused(verdict.refused, why, by_topic=verdict.by_topic)
         if verdict.rejected:
-            self._notify(self.backlog.give_fate(verdict.rejected, Fate.REJECTED, why))
+            self.reject(verdict.rejected, why)
         # In the loop's next turn: until then pika still has the closed channel under this number.
         self._link.later(0, self._open_channel)
 
@@ -226,7 +242,8 @@ class RabbitMQTransport(BackloggedTransport):
             entries = self.backlog.take(min(room, _WRITE_EVENTS), _WRITE_BYTES)
             if not entries:
                 break
-            if any(map(_deliver_at, entries)):
+            has_delayed = any(map(_deliver_at, entries))
+            if has_delayed:
                 entries = self._delayer.sendable(entries)
             if self._encoder.limited:
                 self._encode_anew(entries)
@@ -234,12 +251,14 @@ class RabbitMQTransport(BackloggedTransport):
                 entries = [entry for entry in entries if entry.frames]
                 limit = self._encoder.frame_max
                 why = f"its headers do not fit into one frame of at most {limit} bytes"
-                self._notify(self.backlog.give_fate(unsendable, Fate.REJECTED, why))
+                self.reject(unsendable, why)
+            if has_delayed or not self._gate.passes(entries):
+                entries = self._gate.admit(entries)
             if not entries:
                 continue
             self._confirms.sent(entries)
             pika_connection.publish(self._channel, entries)
-            self._note_written()
+            self.written()
 
     def _encode_anew(self, entries: Sequence[Entry]) -> None:
         """Encode what may hold a frame that is too large: made before the limit was known."""
@@ -247,14 +266,6 @@ class RabbitMQTransport(BackloggedTransport):
         for entry in entries:
             if len(entry.frames) > limit:
                 entry.frames = self._encoder.encode(entry.sent_as)
-
-    def _note_written(self) -> None:
-        if self._connection is not None:
-            self._written = self._connection.bytes_sent
-        if self._watched_since is None:
-            self._watched_since = time.monotonic()
-            if not self._watching:  # the timer of an earlier connection may still be running
-                self._watch()
 
     @property
     def _watch_interval(self) -> float:
@@ -270,7 +281,7 @@ class RabbitMQTransport(BackloggedTransport):
         self._watching = False
         if self._watched_since is None:
             return
-        if not len(self._confirms):
+        if not len(self._confirms) and not self._gate.busy:
             self._watched_since = None
             return
         if self._connection is not None:
@@ -346,12 +357,18 @@ class RabbitMQTransport(BackloggedTransport):
         """Park, reject or ignore unroutable entries, each with the broker's reason."""
         from_ladder = [entry for entry, _ in unroutable if self._delayer.needs_ladder(entry)]
         excluded = set(from_ladder)
-        fates, to_park = self._parking.sort(
+        for entry in from_ladder:  # the delayer declares what is missing
+            self._gate.forget_fault(entry.sent_as.exchange)
+        fates, to_park, returned = self._parking.sort(
             (entry, reason) for entry, reason in unroutable if entry not in excluded
         )
         for (fate, reason), entries in fates.items():
             self._notify(self.backlog.give_fate(entries, fate, reason))
-        self.backlog.put_behind(to_park)  # at the end, where successive groups keep their order
+        if to_park:
+            self._gate.note_parked()
+            self.backlog.put_behind(to_park)  # at the end, where successive groups keep their order
+        for reason, entries in returned.items():
+            self._gate.unparked(entries, reason)
         self._send_again(from_ladder)
 
     def _send_again(self, entries: Sequence[Entry]) -> None:
@@ -388,6 +405,80 @@ class RabbitMQTransport(BackloggedTransport):
             return
         self.backlog.requeue(entries)
         self._pump()
+
+    def _hurry(self) -> None:
+        self._link.hurry()
+        self._gate.hurry()
+
+    # -------------------------------------------------------------------- what the gate asks for
+
+    def pass_on(self, entries: Sequence[Entry]) -> None:
+        """Publish ``entries`` now, ahead of others."""
+        self.backlog.release_held(entries)
+        self._resend(entries)
+
+    def answered(self, entry: Entry, *, nacked: bool, returned: str) -> None:
+        """Treat ``entry`` as answered by the broker."""
+        self._note_answer(1)
+        self.backlog.release_held([entry])
+        if returned:
+            self._handle_unroutable([(entry, returned)])
+        elif nacked:
+            self._on_nacked([entry])
+        else:
+            self._finish_confirmed([entry])
+
+    def unroutable(self, entries: Sequence[Entry], reason: str) -> None:
+        """Park, reject or ignore ``entries``."""
+        self.backlog.release_held(entries)
+        self._handle_unroutable([(entry, reason) for entry in entries])
+        self._wake()
+
+    def reject(self, entries: Sequence[Entry], reason: str) -> None:
+        """Give up ``entries``."""
+        self._notify(self.backlog.give_fate(entries, Fate.REJECTED, reason))
+
+    def hold(self, entries: Sequence[Entry], reason: str) -> None:
+        """Report ``entries`` as kept: the gate holds them."""
+        self._notify(self.backlog.hold(entries, Nacked(f"the broker refuses the event: {reason}")))
+
+    def written(self) -> None:
+        """Watch that the broker takes and answers what has been sent."""
+        if self._connection is not None:
+            self._written = self._connection.bytes_sent
+        if self._watched_since is None:
+            self._watched_since = time.monotonic()
+            if not self._watching:  # the timer of an earlier connection may still be running
+                self._watch()
+
+    def later(self, delay: float, function: Callable[[], None]) -> None:
+        """Call ``function`` in ``delay`` seconds."""
+        self._link.later(delay, function)
+
+    def look_for(self, exchange: str, done: Callable[[str | None], None]) -> None:
+        """Declare ``exchange`` passively."""
+        if self._connection is not None and self._connection.is_open:
+            topology.declare(self._connection, [topology.existing_exchange(exchange)], done)
+
+    def declare_again(self, done: Callable[[str | None], None]) -> None:
+        """Declare the publisher's own exchange."""
+        if self._connection is not None and self._connection.is_open:
+            topology.declare(self._connection, self._steps, done)
+
+    def make_parking_queue(self, done: Callable[[str | None], None]) -> None:
+        """Declare the parking queue, if that is allowed."""
+        if self._connection is not None and self._connection.is_open:
+            self._parking.make_queue(self._connection, done)
+
+    def connect_apart(
+        self,
+        opened: Callable[[pika_connection.Connection], None],
+        ended: Callable[[int, str], None],
+    ) -> ConnectionApart:
+        """Open another connection."""
+        return self._link.connect_apart(opened, ended)
+
+    # ------------------------------------------------------------------------- a blocking broker
 
     def _on_blocked(
         self, _connection: object, frame: pika.frame.Method[pika.spec.Connection.Blocked]

@@ -15,7 +15,7 @@ from outbox.event import Event
 from outbox.messages.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
 from outbox.transports.rabbitmq.amqp.field_table import encode_entry, short_string
 
-__all__ = ["PUBLISH_CHANNEL", "Encoder"]
+__all__ = ["PUBLISH_CHANNEL", "Encoder", "on_channel"]
 
 PUBLISH_CHANNEL = 1
 """Frames carry their channel's number; events are always published on this one."""
@@ -32,10 +32,22 @@ _MANDATORY = b"\x01"  # and not immediate
 _PERSISTENT = b"\x02"
 _TEMPLATES = 1024
 
-_frame_start = struct.Struct(">BHI").pack
+_FRAME_START = struct.Struct(">BHI")
+_frame_start = _FRAME_START.pack
 _unsigned = struct.Struct(">I").pack
 
 _Template = Callable[[int, int, bytes, int, int], bytes]
+
+
+def on_channel(number: int, frames: bytes) -> bytes:
+    """Return encoded ``frames`` for the channel ``number`` in place of the publishing channel."""
+    moved = bytearray(frames)
+    offset = 0
+    while offset < len(moved):
+        kind, _channel, size = _FRAME_START.unpack_from(moved, offset)
+        _FRAME_START.pack_into(moved, offset, kind, number, size)
+        offset += size + _FRAME_OVERHEAD
+    return bytes(moved)
 
 
 class Encoder:

@@ -1,0 +1,1 @@
+"""Events held back because their address isn't known to take any, and how that is found out."""

@@ -165,10 +165,11 @@ def _random_follow_on_ids() -> None:
 
 
 def _nack_is_ack() -> None:
-    def set_aside(self: Any, entries: Any, error: Any) -> None:
+    def on_nacked(self: Any, entries: Any, *_numbers: Any) -> None:
         self._finish_confirmed(entries)
 
-    RabbitMQTransport._set_aside = set_aside  # type: ignore[method-assign]
+    transport: Any = RabbitMQTransport
+    transport._on_nacked = on_nacked
 
 
 def _returned_is_published() -> None:

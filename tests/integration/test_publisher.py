@@ -232,6 +232,40 @@ def test_what_must_be_kept_is_reported_to_the_hook_on_the_publishers_thread() ->
     assert seen == [(event, "outbox-publisher") for event in events]
 
 
+def test_nacked_events_of_one_key_arrive_in_order_and_hold_up_no_other_key(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    full = {"x-max-length": 2, "x-overflow": "reject-publish"}
+    inspector.queue(f"{name}-full", name, ("full",), arguments=full)
+    inspector.queue(name, name, ("good",))
+    with Publisher(amqp_url, exchange=name) as publisher:
+        # One after the other: what is in flight together may overtake a nacked one.
+        events = make_events(publisher, ["full"] * 12, key="k")
+        for event in events:
+            publisher.publish([event])
+        assert len(publisher.kept) == 10
+        assert publisher.publish(make_events(publisher, ["good"], key="other")).ok
+        later = make_events(publisher, ["good"], key="k")
+        assert publisher.publish(later).kept == tuple(later)
+        arrived = [inspector.get(f"{name}-full", 40).id for _ in range(12)]
+        assert arrived == [event.id for event in events]
+        assert publisher.drain(10)
+    assert inspector.messages(name, 2)[-1].id == later[0].id
+
+
+def test_a_chunk_of_one_key_that_is_nacked_in_part_arrives_in_order(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    full = {"x-max-length": 3, "x-overflow": "reject-publish"}
+    inspector.queue(name, name, arguments=full)
+    with Publisher(amqp_url, exchange=name) as publisher:
+        events = make_events(publisher, ["full"] * 8, key="k")
+        assert publisher.publish(events).kept == tuple(events[3:])
+        arrived = [inspector.get(name, 30).id for _ in events]
+        assert arrived == [event.id for event in events]
+        assert publisher.drain(5)
+
+
 @pytest.mark.hazard("C2")
 def test_an_event_refused_by_a_full_queue_is_kept_and_blocks_no_others(
     amqp_url: str, inspector: Inspector, name: str

@@ -21,11 +21,14 @@ class Confirms:
     """The outstanding entries of one channel. For one thread; no I/O."""
 
     def __init__(self) -> None:
+        self._sent_before = 0  # over earlier channels
+        self._next = 1
         self._reset()
 
     def _reset(self) -> None:
         self._outstanding: dict[int, Entry] = {}
         self._lowest = 1
+        self._sent_before += self._next
         self._next = 1
         self._returned: dict[int, str] = {}
         self._by_address: dict[_Address, deque[int]] | None = None  # built at the first return
@@ -89,6 +92,18 @@ class Confirms:
             self._lowest = self._next
             self._by_address = None
         return entries, unroutable
+
+    def numbers(self, tag: int, *, multiple: bool) -> dict[Entry, int]:
+        """Return the outstanding entries of an answer, numbered in the order in which all are sent.
+
+        The numbers go on over later channels.
+        """
+        tags = [tag] if not multiple else [one for one in self._outstanding if one <= (tag or one)]
+        return {
+            self._outstanding[one]: self._sent_before + one
+            for one in tags
+            if one in self._outstanding
+        }
 
     def clear(self) -> list[Entry]:
         """Return the outstanding entries in the order sent, and reset for a new channel."""

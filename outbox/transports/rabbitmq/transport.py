@@ -6,7 +6,7 @@ import functools
 import logging
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pika
 import pika.channel
@@ -28,6 +28,7 @@ from outbox.transports.rabbitmq.confirms import Confirms
 from outbox.transports.rabbitmq.delay_ladder import LONGEST_DELAY
 from outbox.transports.rabbitmq.delayer import Delayer
 from outbox.transports.rabbitmq.holding.gate import Gate
+from outbox.transports.rabbitmq.holding.key_order import KeyOrder
 from outbox.transports.rabbitmq.link import ConnectionApart, Link
 from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.transports.rabbitmq.parking import Parking
@@ -47,6 +48,7 @@ _WRITE_BYTES = 256 * 1024
 _WINDOW = 4 * _WRITE_EVENTS
 """The maximum of unconfirmed events: enough to keep the broker busy while confirms travel."""
 
+_NONE: Mapping[Entry, int] = {}
 _deliver_at = operator.attrgetter("event.deliver_at")
 _RETIRING = 1.0
 """Seconds that a replaced transport waits for confirms under way. Its successor sends what has none
@@ -91,6 +93,7 @@ class RabbitMQTransport(BackloggedTransport):
         creates = settings.declare == "create" and self._steps
         self._gate = Gate(self, settings.exchange if creates else "")
         self._parking = Parking(self._encoder, settings)
+        self._key_order = KeyOrder()
         self._delayer = Delayer(
             self._encoder, settings.declare, self._resend, self._on_no_destination, self._set_aside
         )
@@ -151,7 +154,8 @@ class RabbitMQTransport(BackloggedTransport):
                 self._gate.suspect(suspect)
         # Oldest first: entries refused by the broker, those in flight, those not sent yet.
         held, delayed = self._gate.closed(by_broker=for_an_error), self._delayer.closed()
-        self._notify(self.backlog.down([*held, *in_flight, *delayed], error))
+        nacked = self._key_order.closed()
+        self._notify(self.backlog.down([*held, *in_flight, *nacked, *delayed], error))
         if was_connected:
             call_hook(self._settings.on_disconnected, error)
 
@@ -242,6 +246,8 @@ class RabbitMQTransport(BackloggedTransport):
             entries = self.backlog.take(min(room, _WRITE_EVENTS), _WRITE_BYTES)
             if not entries:
                 break
+            if self._key_order:
+                entries = self._keep_order(entries)
             has_delayed = any(map(_deliver_at, entries))
             if has_delayed:
                 entries = self._delayer.sendable(entries)
@@ -312,10 +318,11 @@ class RabbitMQTransport(BackloggedTransport):
         if not isinstance(method, pika.spec.Basic.Nack):
             self._on_acks([(method.delivery_tag, method.multiple)])
             return
+        numbers = self._confirms.numbers(method.delivery_tag, multiple=method.multiple)
         entries, unroutable = self._confirms.confirmed([(method.delivery_tag, method.multiple)])
         self._note_answer(len(entries) + len(unroutable))
         self._handle_unroutable(unroutable)
-        self._on_nacked(entries)
+        self._on_nacked(entries, numbers)
         self._pump()
 
     def _on_acks(self, acks: Sequence[tuple[int, int]]) -> None:
@@ -340,6 +347,8 @@ class RabbitMQTransport(BackloggedTransport):
             self._notify(self.backlog.give_fate(to_park, Fate.PARKED))
             entries = [entry for entry in entries if entry.parked_as is None]
         self._notify(self.backlog.give_fate(entries, Fate.PUBLISHED))
+        if self._key_order:
+            self._end_turns([*to_park, *entries])
 
     def _on_return(
         self,
@@ -364,6 +373,7 @@ class RabbitMQTransport(BackloggedTransport):
         )
         for (fate, reason), entries in fates.items():
             self._notify(self.backlog.give_fate(entries, fate, reason))
+            self._end_turns(entries)
         if to_park:
             self._gate.note_parked()
             self.backlog.put_behind(to_park)  # at the end, where successive groups keep their order
@@ -388,16 +398,46 @@ class RabbitMQTransport(BackloggedTransport):
         self._handle_unroutable([(entry, reason) for entry in entries])
         self._pump()
 
-    def _on_nacked(self, entries: Sequence[Entry]) -> None:
-        self._set_aside(entries, Nacked(f"the broker nacked {len(entries)} event(s) (basic.nack)"))
+    def _on_nacked(self, entries: Sequence[Entry], numbers: Mapping[Entry, int] = _NONE) -> None:
+        error = Nacked(f"the broker nacked {len(entries)} event(s) (basic.nack)")
+        self._set_aside(entries, error, numbers)
 
-    def _set_aside(self, entries: Sequence[Entry], error: BrokerError) -> None:
-        """Keep ``entries`` outside the queue, and send each again after its back-off."""
+    def _set_aside(
+        self, entries: Sequence[Entry], error: BrokerError, numbers: Mapping[Entry, int] = _NONE
+    ) -> None:
+        """Keep ``entries`` outside the queue, and send each again after its back-off.
+
+        Those with a key take turns, in the order of ``numbers``.
+        """
         self._notify(self.backlog.refused(entries, error))
-        for entry in entries:
-            if entry.fate is None:
+        unsettled = [entry for entry in entries if entry.fate is None]
+        with_key = [entry for entry in unsettled if entry.event.key is not None]
+        for key in self._key_order.nacked(with_key, numbers):
+            attempts = max(entry.attempts for entry in with_key if entry.event.key == key)
+            take_turn = functools.partial(self._take_turn, key)
+            self._link.later(backoff(attempts - 1), take_turn)
+        for entry in unsettled:
+            if entry.event.key is None:
                 resend = functools.partial(self._resend, [entry])
                 self._link.later(backoff(entry.attempts - 1), resend)
+
+    def _keep_order(self, entries: list[Entry]) -> list[Entry]:
+        """Return those of ``entries`` that need not wait behind a nacked one with their key."""
+        ready, waiting = self._key_order.hold_back(entries)
+        if waiting:
+            error = Nacked("an earlier event with the same key was nacked (basic.nack)")
+            self._notify(self.backlog.hold(waiting, error))
+            self.backlog.release_held(waiting)  # they count like what the broker nacked
+        return ready
+
+    def _take_turn(self, key: str) -> None:
+        entry = self._key_order.take_turn(key)
+        if entry is not None:
+            self._resend([entry])
+
+    def _end_turns(self, entries: Iterable[Entry]) -> None:
+        for key in self._key_order.settled(entries):
+            self._take_turn(key)
 
     def _resend(self, entries: Sequence[Entry]) -> None:
         """Send ``entries`` again now, unless they belong to the successor."""
@@ -437,6 +477,7 @@ class RabbitMQTransport(BackloggedTransport):
     def reject(self, entries: Sequence[Entry], reason: str) -> None:
         """Give up ``entries``."""
         self._notify(self.backlog.give_fate(entries, Fate.REJECTED, reason))
+        self._end_turns(entries)
 
     def hold(self, entries: Sequence[Entry], reason: str) -> None:
         """Report ``entries`` as kept: the gate holds them."""

@@ -169,6 +169,27 @@ def test_heartbeats_detect_a_half_open_link_while_nothing_is_published(
             wait_until(functools.partial(_is_down, publisher), 6)
 
 
+def test_an_idle_half_open_link_is_noticed_soon_after_one_heartbeat(
+    proxy: FaultProxy, name: str
+) -> None:
+    with Publisher(proxy.url, exchange=name, heartbeat=2) as publisher:
+        assert publisher.publish(events_for(name, 1, unroutable="ignore")).ok
+        time.sleep(2.5)
+        assert publisher.connected
+        proxy.black_hole()
+        assert wait_until(lambda: not publisher.connected, 6) < 3.5
+
+
+def test_a_hasty_caller_costs_others_nothing(proxy: FaultProxy, queue: str, name: str) -> None:
+    with Publisher(proxy.url, exchange=name) as publisher:
+        assert publisher.publish(events_for(name, 1)).ok
+        proxy.delay = 0.1
+        for n in range(3):
+            assert publisher.publish(events_for(name, 1, f"hasty-{n}"), timeout=0.01).kept
+            assert publisher.publish(events_for(name, 1, f"patient-{n}")).ok
+        assert publisher.drain(5)
+
+
 @pytest.mark.hazard("A5", "B15")
 def test_closing_over_a_half_open_link_ends_in_time_and_names_the_lost_events(
     proxy: FaultProxy, queue: str, name: str, caplog: pytest.LogCaptureFixture

@@ -25,6 +25,7 @@ logger = logging.getLogger("outbox.link")
 
 _CLOSE_TIMEOUT = 2.0
 _CLOSING_TURNS = 50
+_CHECKS = 4  # for each heartbeat
 
 
 class Session(Protocol):
@@ -214,7 +215,31 @@ class Link:
     def _on_open(self, connection: pika_connection.Connection) -> None:
         if connection is self._connection:
             logger.info("connected to %s", self.address)
+            heartbeat = connection.params.heartbeat
+            if isinstance(heartbeat, int) and heartbeat:  # as negotiated
+                self._watch_silence(connection, heartbeat, -1, 0)
             self._session.opened(connection)
+
+    def _watch_silence(
+        self, connection: pika_connection.Connection, heartbeat: int, received: int, silent: int
+    ) -> None:
+        """Give the connection up when not even a heartbeat has arrived for the agreed time.
+
+        The broker sends one twice in that time. pika would notice only after more than twice of
+        it. Checks are counted, not seconds: after a pause of this process, data may wait unread.
+        """
+        if connection is not self._connection:
+            return
+        silent = silent + 1 if connection.bytes_received == received else 0
+        if silent >= _CHECKS:
+            error = f"nothing was received from {self.address} for {heartbeat} s, no heartbeat even"
+            self.fail(ConnectionLost(error))
+            return
+        received = connection.bytes_received
+        self._loop.call_later(
+            heartbeat / _CHECKS,
+            lambda: self._watch_silence(connection, heartbeat, received, silent),
+        )
 
     def _on_open_error(self, connection: pika.SelectConnection, error: BaseException) -> None:
         if connection is self._connection:

@@ -180,6 +180,31 @@ def test_an_idle_half_open_link_is_noticed_soon_after_one_heartbeat(
         assert wait_until(lambda: not publisher.connected, 6) < 3.5
 
 
+def test_an_outage_is_logged_again_when_its_reason_changes(
+    proxy: FaultProxy, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warnings() -> list[str]:
+        return [
+            record.getMessage()
+            for record in caplog.records
+            if record.name == "outbox.link" and record.levelno == logging.WARNING
+        ]
+
+    with Publisher(proxy.url.replace("guest:guest", "guest:wrong"), exchange=name) as publisher:
+        proxy.refuse()
+        publisher.publish(events_for(name, 3))
+        wait_until(lambda: len(warnings()) == 1)
+        with pytest.raises(AssertionError):  # the same failure again says nothing new
+            wait_until(lambda: len(warnings()) == 2, 1.5)
+        proxy.heal()
+        wait_until(lambda: len(warnings()) == 2)
+        publisher.close(0)
+    refused, password = warnings()
+    assert "refused" in refused
+    assert "the broker refused the user or the password" in password
+    assert "3 event(s) kept" in password
+
+
 def test_a_hasty_caller_costs_others_nothing(proxy: FaultProxy, queue: str, name: str) -> None:
     with Publisher(proxy.url, exchange=name) as publisher:
         assert publisher.publish(events_for(name, 1)).ok

@@ -17,6 +17,7 @@ import pika
 from outbox.errors import BrokerError, ConnectionLost
 from outbox.system.background_thread import BackgroundThread
 from outbox.system.backoff import backoff
+from outbox.transports.outages import outages
 from outbox.transports.rabbitmq import pika_connection, pika_errors
 
 __all__ = ["Link", "Session", "quiet_pika"]
@@ -58,17 +59,21 @@ class Link:
         name: str,
         on_started: Callable[[], None] = _nothing,
         on_ended: Callable[[], None] = _nothing,
+        kept: Callable[[], int] = lambda: 0,
     ) -> None:
         """Create a link, without starting it.
 
         Args:
-            hosts: the parameters of the hosts, tried one after the other.
+            hosts: the hosts of the broker, in the order in which they are tried.
             session: the user of the connections.
             name: the name of the thread.
             on_started: a function called on the thread before the first connection.
             on_ended: a function called on the thread when the link was stopped.
+            kept: returns the number of events that wait for the connection, for the log.
         """
         self._hosts = hosts
+        self._broker = tuple((host.host, host.port) for host in hosts)
+        self._kept = kept
         self._session = session
         self._on_started = on_started
         self._on_ended = on_ended
@@ -152,6 +157,9 @@ class Link:
         link would never back off.
         """
         self._failures = 0
+        seconds = outages.ended(self._broker)
+        if seconds >= 1:
+            logger.warning("%s works again, after %.0f s", self.address, seconds)
 
     def fail(self, error: BrokerError) -> None:
         """Give up the connection, and open another one after the back-off."""
@@ -258,13 +266,15 @@ class Link:
         if self._stopping:
             self._end()
             return
+        address = self.address
         # Hosts are tried one after the other without a pause; the back-off follows the last one.
         self._host += 1
         rounds, position = divmod(self._failures, len(self._hosts))
         delay = backoff(rounds) if position == len(self._hosts) - 1 else 0.0
         self._failures += 1
-        level = logging.WARNING if self._failures == 1 else logging.DEBUG
-        logger.log(level, "%s; retrying in %.1f s", error, delay)
+        text = outages.failed(self._broker, address, str(error), self, self._kept)
+        level = logging.WARNING if text else logging.DEBUG
+        logger.log(level, "%s; retrying in %.1f s", text or error, delay)
         self._session.closed(error)
         if self._reconnect is None:
             self._reconnect = self._loop.call_later(delay, self._connect)
@@ -283,6 +293,7 @@ class Link:
         if self._ending:
             return
         self._ending = True
+        outages.left(self._broker, self)
         for apart in list(self._apart):
             apart.abort()
         connection, self._connection = self._connection, None

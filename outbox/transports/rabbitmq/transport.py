@@ -78,6 +78,7 @@ class RabbitMQTransport(BackloggedTransport):
             name="outbox-publisher",
             on_started=self._on_wake,
             on_ended=self._finish,
+            kept=lambda: self.backlog.kept_size[0],
         )
         self._connection: pika_connection.Connection | None = None
         self._channel: pika.channel.Channel | None = None  # set while it can be written to

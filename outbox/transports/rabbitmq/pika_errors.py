@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pika.exceptions
 
 from outbox.errors import BrokerError, ConnectFailed, ConnectionLost
@@ -36,14 +38,40 @@ def connect_failed(error: BaseException, address: str) -> BrokerError:
         case pika.exceptions.ProbableAuthenticationError():
             why = "the broker refused the user or the password"
         case pika.exceptions.ProbableAccessDeniedError():
-            why = "the user may not use this vhost, or it does not exist"
+            why = _while_tuning(error)
         case pika.exceptions.IncompatibleProtocolError():
-            why = "the server there does not speak AMQP 0-9-1"
+            why = _before_amqp(error)
+        case pika.exceptions.AuthenticationError():
+            why = f"the broker does not offer the mechanism {_innermost(error)}"
         case pika.exceptions.ConnectionClosed():
             why = reply_of(error)
         case _:
             why = _innermost(error)
     return _chained(ConnectFailed(f"cannot connect to {address}: {why}"), error)
+
+
+def _while_tuning(error: pika.exceptions.ProbableAccessDeniedError) -> str:
+    """Return why the broker ended a connection that was being tuned or opened.
+
+    pika supposes that access to the vhost was denied, and keeps only the text of what happened.
+    """
+    reply = re.search(r"\((\d+)\) (.+)", str(error), re.DOTALL)
+    if reply is None:
+        return "the broker ended it while it was being tuned (frame_max, heartbeat, vhost)"
+    text = one_line(reply[2].strip("'\")(,"))
+    if reply[1] == "530" and "vhost" in text:
+        return f"the user may not use this vhost, or it does not exist: 530 {text}"
+    return f"{reply[1]} {text}"
+
+
+def _before_amqp(error: pika.exceptions.IncompatibleProtocolError) -> str:
+    """Return why a connection ended before the server had sent anything of AMQP."""
+    text = one_line(str(error))
+    if "SSL" not in text:
+        return "the server there does not speak AMQP 0-9-1"
+    if "CERTIFICATE_REQUIRED" in text or "HANDSHAKE_FAILURE" in text:
+        return f"the server demands a client's certificate (certfile, keyfile): {text}"
+    return f"TLS failed: {text}"
 
 
 def connection_lost(error: BaseException, address: str) -> BrokerError:

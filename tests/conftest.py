@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -73,6 +76,25 @@ def amqp_url(request: pytest.FixtureRequest) -> str:
     broker = request.getfixturevalue("outbox_broker")
     assert isinstance(broker, PrivateBroker)
     return broker.url
+
+
+@pytest.fixture(autouse=True)
+def parking_queue_for_one(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Where several test processes share a broker, one at a time looks into its parking queue.
+
+    They can't have one each, since its name is fixed, and must not empty or delete it while another
+    one expects events there.
+    """
+    url = os.environ.get("OUTBOX_TEST_AMQP_URL")
+    if not url or "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    module = request.module
+    looks = hasattr(module, "PARKING_QUEUE") or "parked" in module.__name__
+    name = f"outbox-tests-{hashlib.sha256(url.encode()).hexdigest()[:16]}.lock"
+    with open(Path(tempfile.gettempdir()) / name, "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if looks else fcntl.LOCK_SH)
+        yield
 
 
 @pytest.fixture(scope="session")

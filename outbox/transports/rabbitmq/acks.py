@@ -65,7 +65,7 @@ class Acks:
         self._held: list[int] = []
 
     @property
-    def waiting_size(self) -> bool:
+    def held(self) -> bool:
         """Whether acks are held back."""
         return bool(self._held)
 

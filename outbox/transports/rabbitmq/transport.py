@@ -223,6 +223,7 @@ class RabbitMQTransport(BackloggedTransport):
 
     def _hurry(self) -> None:
         self._link.hurry()
+        self._gate.hurry()
 
     def _on_retire(self) -> None:
         self._retiring = True
@@ -230,7 +231,11 @@ class RabbitMQTransport(BackloggedTransport):
         self._pump()
 
     def _surrender(self) -> None:
-        self._confirms.clear()  # later confirms are ignored
+        # Forget all entries: what happens on this connection from now on doesn't concern them.
+        self._confirms.clear()
+        self._gate.closed(by_broker=False)
+        self._delayer.closed()
+        self._key_order.closed()
         super()._surrender()
         self._link.stop()
 
@@ -446,10 +451,6 @@ class RabbitMQTransport(BackloggedTransport):
             return
         self.backlog.requeue(entries)
         self._pump()
-
-    def _hurry(self) -> None:
-        self._link.hurry()
-        self._gate.hurry()
 
     # -------------------------------------------------------------------- what the gate asks for
 

@@ -26,7 +26,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "create",
         parents=[common, database],
         help="create the table if it doesn't exist",
-        description="Create the table and its indexes if they don't exist. For migrations use "
+        description="Create the table and its indexes if they don't exist, also those that a later "
+        "version has added. For migrations use "
         "outbox.sql.metadata, or the output of `outbox sql ddl`.",
     )
     create.set_defaults(run=_create)
@@ -52,7 +53,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 def _create(options: argparse.Namespace) -> int:
     with open_store(options, check=False) as store:
         created = store.create()
-        store.check()
+        store.check(complete=True)
     print(f"the table outbox_events {'was created' if created else 'already exists'}")
     return exit_codes.SUCCESS
 
@@ -65,6 +66,7 @@ def _ddl(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    with open_store(options):
+    with open_store(options, check=False) as store:
+        store.check(complete=True)
         print("the table outbox_events is complete")
     return exit_codes.SUCCESS

@@ -20,6 +20,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     Index,
+    MetaData,
     String,
     Table,
     delete,
@@ -34,7 +35,8 @@ from outbox.errors import CollectorClosed, UsageError
 from outbox.sql import commits
 from outbox.storage.clock import Timestamp, now, seconds_since
 from outbox.storage.engines import engine_beside, open_engine
-from outbox.storage.schema import DIALECTS, metadata
+from outbox.storage.schema import DIALECTS, create_missing, for_migrations
+from outbox.storage.transactions import own_transaction
 
 __all__ = ["WINDOW", "Inbox"]
 
@@ -45,12 +47,13 @@ _PURGE = 3600.0  # seconds between two purges of older rows
 
 done = Table(
     "outbox_inbox",
-    metadata,
+    MetaData(),
     Column("consumer", String(255), primary_key=True),
     Column("message_id", String(255), primary_key=True),
     Column("done_at", Timestamp, nullable=False, default=now()),
 )
 Index("outbox_inbox_done", done.c.consumer, done.c.done_at)
+for_migrations(done)
 
 
 class _Consumer(Protocol):
@@ -97,8 +100,9 @@ class Inbox:
         commits.listen()
 
     def create(self) -> None:
-        """Create the table if it doesn't exist."""
-        metadata.create_all(self.engine)
+        """Create the tables of outbox that don't exist."""
+        with self._transaction() as connection:
+            create_missing(connection)
 
     def check(self) -> None:
         """Check that the table exists.
@@ -123,7 +127,7 @@ class Inbox:
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Connection]:
         # Unwatched: an entry must not join a transaction of the inbox itself.
-        with commits.unwatched(), self.engine.begin() as connection:
+        with commits.unwatched(), own_transaction(self.engine) as connection:
             yield connection
 
     def purge(self, consumer: str, seconds: float) -> int:

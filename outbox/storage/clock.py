@@ -14,7 +14,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-__all__ = ["Timestamp", "in_seconds", "now", "seconds_since"]
+__all__ = ["Timestamp", "in_seconds", "now", "seconds_after", "seconds_since"]
 
 _UTC = datetime.UTC
 _SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
@@ -59,6 +59,13 @@ class in_seconds(FunctionElement[datetime.datetime]):
     inherit_cache = True
 
 
+class seconds_after(FunctionElement[datetime.datetime]):
+    """The time a number of seconds, the second argument, after a timestamp."""
+
+    type = Timestamp()
+    inherit_cache = True
+
+
 class seconds_since(FunctionElement[float]):
     """The seconds from a timestamp to :class:`now`."""
 
@@ -85,6 +92,18 @@ def _(element: in_seconds, compiler: SQLCompiler, **options: Any) -> str:
 @compiles(in_seconds, "sqlite")
 def _(element: in_seconds, compiler: SQLCompiler, **options: Any) -> str:
     return f"({_SQLITE_NOW} + {compiler.process(element.clauses, **options)})"
+
+
+@compiles(seconds_after, "postgresql")
+def _(element: seconds_after, compiler: SQLCompiler, **options: Any) -> str:
+    moment, seconds = (compiler.process(each, **options) for each in element.clauses)
+    return f"({moment} + make_interval(secs => {seconds}))"
+
+
+@compiles(seconds_after, "sqlite")
+def _(element: seconds_after, compiler: SQLCompiler, **options: Any) -> str:
+    moment, seconds = (compiler.process(each, **options) for each in element.clauses)
+    return f"({moment} + {seconds})"
 
 
 @compiles(seconds_since, "postgresql")

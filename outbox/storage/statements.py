@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -22,17 +22,22 @@ from sqlalchemy import (
     and_,
     any_,
     bindparam,
+    case,
     delete,
     exists,
     func,
+    literal,
+    literal_column,
     or_,
     select,
+    true,
+    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, BIGINT
 
-from outbox.storage.clock import in_seconds, now, seconds_since
-from outbox.storage.schema import events
+from outbox.storage.clock import in_seconds, now, seconds_after, seconds_since
+from outbox.storage.schema import GRACE, events
 
 __all__ = ["Statements", "statements"]
 
@@ -40,6 +45,7 @@ __all__ = ["Statements", "statements"]
 _QUEUE = bindparam("of_queue", type_=String)
 _RANK = bindparam("of_rank", type_=Integer)
 _AT_MOST = bindparam("at_most", type_=Integer)
+_AFTER = bindparam("after", type_=String)
 _AMONG = bindparam("among", type_=Integer)
 _MAX_BYTES = bindparam("max_bytes", type_=Integer)
 _SECONDS = bindparam("seconds", type_=Float)
@@ -60,6 +66,12 @@ class Statements:
     def numbers(self, seqs: Sequence[int]) -> Any:
         """Return ``seqs`` as the parameter ``numbers``: one parameter for any number of rows."""
         return list(seqs) if self._is_postgresql else json.dumps(list(seqs))
+
+    def firsts(self, heads: dict[str, int]) -> dict[str, Any]:
+        """Return the first row of each key as parameters of the statements for rows behind it."""
+        if self._is_postgresql:
+            return {"keys": list(heads), "firsts": list(heads.values())}
+        return {"keys": json.dumps(list(heads))}
 
     @functools.cached_property
     def is_one_of(self) -> ColumnElement[bool]:
@@ -110,37 +122,107 @@ class Statements:
         return self._lease(self.chosen)
 
     @functools.cached_property
-    def lease_named(self) -> Update:
-        """Lease ``numbers``, whatever their state."""
-        return self._lease(self.is_one_of)
+    def lease_due_named(self) -> Update:
+        """Lease those of ``numbers`` that are due."""
+        # Without the queue, so that no database walks the index of what is due there to find them.
+        row = events.c
+        return self._lease(and_(self.is_one_of, row.dead_at.is_(None), row.available_at <= now()))
 
     @functools.cached_property
     def lease_first_chosen(self) -> Update:
         """Lease chosen rows that are the first of their key."""
-        return self._lease(and_(self.chosen, _is_first_of_its_key()))
+        earlier = events.alias("earlier")
+        is_first = ~exists().where(
+            earlier.c.queue == _QUEUE,
+            earlier.c.key == events.c.key,
+            earlier.c.seq < events.c.seq,
+            earlier.c.dead_at.is_(None),
+            _has_its_place(earlier),
+        )
+        return self._lease(and_(self.chosen, or_(events.c.key.is_(None), is_first)))
 
     @functools.cached_property
-    def lease_first_due(self) -> Update:
-        """Lease due rows that are the first of their key."""
-        return self._lease(and_(self.due, _is_first_of_its_key()))
+    def near(self) -> Select[Any]:
+        """What an ordered claim may take of the ``among`` oldest due rows: in one row.
 
-    @functools.cached_property
-    def lease_first_due_near(self) -> Update:
-        """Lease, of the ``among`` oldest due rows, those that are the first of their key."""
+        ``size`` is how many rows were looked at, ``found`` how many of them may be taken: those
+        without a key, and the first rows of the others' keys if they are due. ``numbers`` is the
+        parameter that names them.
+        """
         row = events.c
-        window = select(row.seq).where(self.due).order_by(row.available_at, row.seq).limit(_AMONG)
-        return self._lease(
-            and_(self.due, row.seq.in_(window.scalar_subquery()), _is_first_of_its_key())
+        window = (
+            select(row.seq, row.key)
+            .where(self.due)
+            .order_by(row.available_at, row.seq)
+            .limit(_AMONG)
+            .cte("near")
+            .prefix_with("MATERIALIZED")
+        )
+        keys = select(window.c.key).where(window.c.key.is_not(None)).distinct().subquery("keys")
+        unkeyed = select(window.c.seq).where(window.c.key.is_(None))
+        heads = select(_due_head_of(keys.c.key)).select_from(keys)  # NULL where it isn't due
+        found = union_all(unkeyed, heads).subquery("found")
+        gathered = func.array_agg if self._is_postgresql else func.json_group_array
+        size = select(func.count()).select_from(window).scalar_subquery()
+        return select(
+            gathered(found.c.seq).label("numbers"), func.count().label("found"), size.label("size")
+        ).where(found.c.seq.is_not(None))
+
+    @functools.cached_property
+    def heads(self) -> Select[Any]:
+        """The first ``among`` keys from ``after`` on, each with its first row if that is due.
+
+        A loose index scan: it jumps from key to key, and reads one row of each, however many rows
+        wait behind that one.
+        """
+
+        def first_key(condition: Callable[[Any], ColumnElement[bool]]) -> Any:
+            row = events.alias("next")
+            return (
+                select(row.c.key)
+                .where(row.c.queue == _QUEUE, row.c.dead_at.is_(None), condition(row.c.key))
+                .order_by(row.c.key)
+                .limit(1)
+                .scalar_subquery()
+            )
+
+        key = first_key(lambda column: column >= _AFTER)
+        keys = select(key.label("key"), literal(1).label("place")).cte("keys", recursive=True)
+        following = first_key(lambda column: column > keys.c.key)
+        keys = keys.union_all(
+            select(following, keys.c.place + 1).where(
+                keys.c.key.is_not(None), keys.c.place < _AMONG
+            )
+        )
+        return select(keys.c.key, _due_head_of(keys.c.key).label("seq")).where(
+            keys.c.key.is_not(None)
         )
 
     @functools.cached_property
+    def new_unkeyed(self) -> Select[Any]:
+        """The oldest ``at_most`` rows of the relay that are due, have no key and are new."""
+        row = events.c
+        return self._unkeyed(
+            # As in the index's condition, which a parameter would not match.
+            row.queue == literal_column("''"),
+            row.deliveries == literal_column("0"),
+            row.dead_at.is_(None),
+            row.available_at <= now(),
+        )
+
+    @functools.cached_property
+    def unkeyed(self) -> Select[Any]:
+        """The oldest ``at_most`` rows that are due and have no key; reads all that are due."""
+        return self._unkeyed(self.due)
+
+    @functools.cached_property
     def following_due(self) -> Select[Any]:
-        """Rows of ``keys`` in their order, and whether they are due."""
+        """Rows of ``keys`` from the first on, in order, and whether they are due."""
         return self._following(self.due)
 
     @functools.cached_property
     def following_chosen(self) -> Select[Any]:
-        """Rows of ``keys`` in their order, and whether they are chosen."""
+        """Rows of ``keys`` from the first on, in order, and whether they are chosen."""
         return self._following(self.chosen)
 
     @functools.cached_property
@@ -230,24 +312,44 @@ class Statements:
             .returning(*_WITH_AGE)
         )
 
+    def _unkeyed(self, *conditions: ColumnElement[bool]) -> Select[Any]:
+        row = events.c
+        return (
+            select(row.seq)
+            .where(row.key.is_(None), *conditions)
+            .order_by(row.available_at, row.seq)
+            .limit(_AT_MOST)
+        )
+
     def _following(self, condition: ColumnElement[bool]) -> Select[Any]:
         row = events.c
         free = or_(row.lease_token.is_(None), row.available_at <= now())
-        return (
-            select(
-                row.seq,
-                row.key,
-                func.length(row.payload).label("size"),
-                and_(condition, free).label("ready"),
+        behind = select(
+            row.seq,
+            row.key,
+            func.length(row.payload).label("size"),
+            and_(condition, free).label("ready"),
+        ).where(row.queue == _QUEUE, row.dead_at.is_(None), _has_its_place(events))
+        if not self._is_postgresql:
+            # Key by key, in the order of the index: no key's rows are all read to be sorted.
+            each = func.json_each(bindparam("keys", type_=Text)).table_valued("value")
+            of_keys = behind.where(row.key.in_(select(each.c.value)))
+            return of_keys.order_by(row.key, row.seq).limit(_AT_MOST)
+        firsts = (
+            func.unnest(
+                bindparam("keys", type_=ARRAY(Text)), bindparam("firsts", type_=ARRAY(BIGINT))
             )
-            .where(
-                row.key.in_(bindparam("keys", expanding=True)),
-                row.queue == _QUEUE,
-                row.dead_at.is_(None),
-            )
+            .table_valued("key", "seq", name="firsts")
+            .render_derived()
+        )
+        # Likewise; an IN would be sorted here.
+        of_key = (
+            behind.where(_is_key(row.key, firsts.c.key), row.seq > firsts.c.seq)
             .order_by(row.key, row.seq)
             .limit(_AT_MOST)
+            .lateral("behind")
         )
+        return select(of_key).select_from(firsts.join(of_key, true())).limit(_AT_MOST)
 
 
 @functools.cache
@@ -256,14 +358,41 @@ def statements(*, is_postgresql: bool) -> Statements:
     return Statements(is_postgresql=is_postgresql)
 
 
-def _is_first_of_its_key() -> ColumnElement[bool]:
-    earlier = events.alias("earlier")
+def _has_its_place(row: Any) -> ColumnElement[bool]:
+    """Whether ``row`` stands in the order of its key: not if it is scheduled for later.
+
+    A row that has been claimed keeps its place while it backs off, and so does a new one in its
+    grace period.
+    """
     return or_(
-        events.c.key.is_(None),
-        ~exists().where(
-            earlier.c.queue == events.c.queue,
-            earlier.c.key == events.c.key,
-            earlier.c.seq < events.c.seq,
-            earlier.c.dead_at.is_(None),
-        ),
+        row.c.deliveries > 0,
+        row.c.available_at <= now(),
+        row.c.available_at <= seconds_after(row.c.stored_at, literal_column(str(GRACE + 0.01))),
     )
+
+
+def _due_head_of(key: ColumnElement[str]) -> Any:
+    """The number of the first row of ``key``; NULL if it isn't due."""
+    head = events.alias("head")
+    is_due = and_(head.c.rank == _RANK, head.c.available_at <= now())
+    return (
+        select(case((is_due, head.c.seq)).label("seq"))
+        .where(
+            head.c.queue == _QUEUE,
+            _is_key(head.c.key, key),
+            head.c.dead_at.is_(None),
+            _has_its_place(head),
+        )
+        .order_by(head.c.key, head.c.seq)
+        .limit(1)
+        .scalar_subquery()
+    )
+
+
+def _is_key(column: ColumnElement[Any], key: ColumnElement[Any]) -> ColumnElement[bool]:
+    """Whether ``column`` equals ``key``, in a query that orders by the column and the number.
+
+    With a plain ``=`` PostgreSQL may decide to walk the primary key until it meets the key, since
+    that has the right order, too: past a whole backlog.
+    """
+    return and_(column >= key, column <= key)

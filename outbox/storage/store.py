@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
+import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     Connection,
@@ -30,14 +31,20 @@ from outbox.errors import UsageError
 from outbox.event import Event
 from outbox.storage.clock import now, seconds_since
 from outbox.storage.rows import event_of, values_of
-from outbox.storage.schema import DIALECTS, ddl, events, metadata
+from outbox.storage.schema import DIALECTS, create_missing, ddl, events
 from outbox.storage.statements import statements
+from outbox.storage.transactions import own_transaction, try_again
 
 __all__ = ["Claimed", "Status", "Store"]
 
 logger = logging.getLogger("outbox.sql")
 
-_WINDOW = 4  # times the limit: the number of oldest due rows searched for the first of each key
+_T = TypeVar("_T")
+
+_WINDOW = 500  # rows, or keys, at least: what an ordered claim looks at in one statement
+_LOOKS = 8  # at so many keys, at most, until a claim returns nothing; the next one goes on there
+_ADDED_LATER = ("index outbox_events_heads", "index outbox_events_unkeyed")
+_READ_THROUGH = 30.0  # seconds between two searches through a whole backlog for rows without a key
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +120,9 @@ class Store:
         self.engine = engine
         self._is_postgresql = engine.dialect.name == "postgresql"
         self._statements = statements(is_postgresql=self._is_postgresql)
+        # Where an ordered claim goes on; threads that share them only look at some keys twice.
+        self._next_key: dict[str, str] = {}
+        self._read_through_at = -math.inf
 
     def create(self, *, connection: Connection | None = None) -> bool:
         """Create the tables and their indexes if they don't exist.
@@ -121,21 +131,24 @@ class Store:
             Whether the table of events is new.
         """
         if connection is None:
-            with self.engine.begin() as connection:
+            with own_transaction(self.engine) as connection:
                 return self.create(connection=connection)
-        existed = inspect(connection).has_table(events.name)
-        metadata.create_all(connection)
-        return not existed
+        return events.name in create_missing(connection)
 
-    def check(self, *, connection: Connection | None = None) -> None:
+    def check(self, *, complete: bool = False, connection: Connection | None = None) -> None:
         """Check that the table exists, with all its columns and indexes.
+
+        Args:
+            complete: whether to raise also if only indexes are missing that a later version has
+                added. Everything works without them, only slower, so by default that is logged.
+            connection: the connection to use; by default a new transaction.
 
         Raises:
             UsageError: something is missing; the message says what, and how to create it.
         """
         if connection is None:
-            with self.engine.connect() as connection:
-                self.check(connection=connection)
+            with own_transaction(self.engine) as connection:
+                self.check(complete=complete, connection=connection)
                 return
         inspector = inspect(connection)
         if not inspector.has_table(events.name):
@@ -145,13 +158,15 @@ class Store:
             )
         columns = {column["name"] for column in inspector.get_columns(events.name)}
         indexes = {index["name"] for index in inspector.get_indexes(events.name)}
-        missing = [f"column {each.name}" for each in events.columns if each.name not in columns]
-        missing += [f"index {each.name}" for each in events.indexes if each.name not in indexes]
-        if missing:
-            raise UsageError(
-                f"the table {events.name} lacks {', '.join(sorted(missing))}; it should be:\n"
-                + ddl(self.engine.dialect.name)
-            )
+        lacking = [f"column {each.name}" for each in events.columns if each.name not in columns]
+        lacking += [f"index {each.name}" for each in events.indexes if each.name not in indexes]
+        if not lacking:
+            return
+        complete = complete or any(each not in _ADDED_LATER for each in lacking)
+        what = f"the table {events.name} lacks {', '.join(sorted(lacking))}"
+        if complete:
+            raise UsageError(f"{what}; it should be:\n" + ddl(self.engine.dialect.name))
+        logger.warning("%s; until `outbox sql create` adds it, claims may be slow", what)
 
     def put(self, new_events: Iterable[Event], *, connection: Connection | None = None) -> None:
         """Store events for the relay, in the transaction of ``connection`` if one is given."""
@@ -162,7 +177,7 @@ class Store:
     ) -> None:
         """Store rows made by :func:`outbox.storage.rows.values_of`, in their order."""
         if connection is None:
-            with self.engine.begin() as connection:
+            with own_transaction(self.engine) as connection:
                 self.put_rows(rows, connection=connection)
             return
         # The rows of one statement must have the same columns. Only neighbours are grouped, because
@@ -193,16 +208,18 @@ class Store:
             max_bytes: the total size of the payloads at which to stop, but at least one row is
                 taken.
             ordered: whether to skip an event if an earlier event with the same key is alive and
-                not in this claim; the order within a key can only be kept this way.
+                not in this claim; the order within a key can only be kept this way. An event that
+                is scheduled takes its place in that order when it becomes due.
             only: the numbers of the rows to choose from, due or not, unless they are leased.
             connection: the connection whose transaction to use; by default a new transaction.
         """
         if connection is None:
-            with self._begin() as connection:
-                return self.claim(
+            return self._in_own_transaction(
+                lambda own: self.claim(
                     limit, queue=queue, lease=lease, max_bytes=max_bytes, ordered=ordered,
-                    only=only, connection=connection,
-                )  # fmt: skip
+                    only=only, connection=own,
+                )
+            )  # fmt: skip
         parameters = {
             "of_queue": queue,
             "seconds": float(lease),
@@ -260,7 +277,7 @@ class Store:
     def leased(self, rows: Iterable[Claimed], *, connection: Connection | None = None) -> set[int]:
         """Return the numbers of those ``rows`` that the caller still leases."""
         if connection is None:
-            with self.engine.begin() as connection:
+            with own_transaction(self.engine) as connection:
                 return self.leased(rows, connection=connection)
         tokens = {row.seq: row.token for row in rows}
         parameters = {"numbers": self._statements.numbers(list(tokens))}
@@ -280,7 +297,7 @@ class Store:
         leased = alive & row.lease_token.is_not(None) & (row.available_at > now())
         scheduled = alive & row.lease_token.is_(None) & (row.available_at > now())
         waiting = alive & (row.available_at <= now())
-        with self.engine.begin() as connection:
+        with own_transaction(self.engine) as connection:
             counts = connection.execute(
                 select(
                     func.count().filter(waiting).label("waiting"),
@@ -339,7 +356,7 @@ class Store:
             statement = statement.where(row.reason.contains(reason, autoescape=True))
         if target is not None:
             statement = statement.where(row.type == target)
-        with self.engine.begin() as connection:
+        with own_transaction(self.engine) as connection:
             return [
                 (dead.seq, dead.id, dead.type, dead.reason or "")
                 for dead in connection.execute(statement)
@@ -350,27 +367,28 @@ class Store:
         values = {"dead_at": None, "available_at": now(), "attempts": 0, "deliveries": 0}
         statement = update(events).where(self._statements.is_one_of, events.c.dead_at.is_not(None))
         parameters = {"numbers": self._statements.numbers(seqs)}
-        with self.engine.begin() as connection:
+        with own_transaction(self.engine) as connection:
             return connection.execute(statement.values(values), parameters).rowcount
 
     def purge(self, seqs: Sequence[int]) -> int:
         """Delete dead rows; return how many were dead."""
         statement = delete(events).where(self._statements.is_one_of, events.c.dead_at.is_not(None))
         parameters = {"numbers": self._statements.numbers(seqs)}
-        with self.engine.begin() as connection:
+        with own_transaction(self.engine) as connection:
             return connection.execute(statement, parameters).rowcount
 
-    @contextmanager
-    def _begin(self) -> Iterator[Connection]:
-        """Begin a transaction whose commit doesn't wait for the disk.
+    def _in_own_transaction(self, work: Callable[[Connection], _T]) -> _T:
+        """Run ``work`` in a transaction whose commit doesn't wait for the disk, if need be again.
 
         A power cut may undo it, which is harmless: it holds only leases and fates, so at worst an
         event is published twice, with the same id.
         """
-        with self.engine.begin() as connection:
-            if self._is_postgresql:
-                connection.exec_driver_sql("SET LOCAL synchronous_commit TO OFF")
-            yield connection
+
+        def once() -> _T:
+            with own_transaction(self.engine, durable=False) as connection:
+                return work(connection)
+
+        return try_again(once)
 
     def _ranks(self, connection: Connection, queue: str) -> Iterator[int]:
         """Yield the ranks in ``queue``, the highest first; the relay's queue has only rank 0."""
@@ -395,39 +413,119 @@ class Store:
             return self._lease(
                 connection, sql.lease_chosen if chosen else sql.lease_due, parameters
             )
-        # First, the first row of each key. A row that another claim is taking counts as alive, so
-        # it still holds back the rows behind it.
         if chosen:
-            claimed = self._lease(connection, sql.lease_first_chosen, parameters)
-        else:
-            # In a backlog of few keys hardly any row is the first of its key, and a search through
-            # all of it is slow: search near its beginning first.
-            near = {**parameters, "among": _WINDOW * limit}
-            claimed = self._lease(connection, sql.lease_first_due_near, near)
-            claimed = claimed or self._lease(connection, sql.lease_first_due, parameters)
-        size = sum(len(row.event.body) for row in claimed)
-        heads = {row.event.key: row.seq for row in claimed if row.event.key is not None}
-        if not heads or len(claimed) >= limit or size >= parameters["max_bytes"]:
+            heads = self._lease(connection, sql.lease_first_chosen, parameters)
+            return self._with_followers(connection, heads, parameters)
+        # The oldest due rows usually hold enough that may be taken. If they don't, since they wait
+        # for others of their keys, what is behind them is found by jumping from key to key:
+        # reading through a backlog of one key would take seconds, at every look.
+        among = max(limit, _WINDOW)
+        near = connection.execute(sql.near, {**parameters, "among": among}).one()
+        claimed: list[Claimed] = []
+        if near.found:
+            named = {**parameters, "numbers": near.numbers}
+            heads = self._lease(connection, sql.lease_due_named, named)
+            claimed = self._with_followers(connection, heads, parameters)
+        room = limit - len(claimed)
+        max_bytes = parameters["max_bytes"] - sum(len(row.event.body) for row in claimed)
+        if near.size < among or room <= 0 or max_bytes <= 0:
             return claimed
-        # Then the rows behind them. No lock is needed: while the first row of a key is leased, no
-        # other ordered claim takes any row of that key.
-        following = connection.execute(
-            sql.following_chosen if chosen else sql.following_due,
-            {**parameters, "keys": list(heads)},
-        ).all()
-        more: list[int] = []
-        for key, rows in itertools.groupby(following, key=lambda row: row.key):
-            behind = [row for row in rows if row.seq > heads[key]]
-            for row in itertools.takewhile(lambda row: row.ready, behind):
-                size += row.size
-                if len(claimed) + len(more) >= limit or size > parameters["max_bytes"]:
-                    break
-                more.append(row.seq)
-        if more:
-            named = {**parameters, "numbers": sql.numbers(more)}
-            claimed += self._lease(connection, sql.lease_named, named)
+        parameters = {**parameters, "at_most": room, "max_bytes": max_bytes, "among": among}
+        found = self._unkeyed(connection, parameters) + self._due_heads(connection, parameters)
+        if found:
+            named = {**parameters, "numbers": sql.numbers(found)}
+            heads = self._lease(connection, sql.lease_due_named, named)
+            claimed += self._with_followers(connection, heads, parameters)
             claimed.sort(key=_number)
         return claimed
+
+    def _with_followers(
+        self, connection: Connection, heads: list[Claimed], parameters: dict[str, Any]
+    ) -> list[Claimed]:
+        """Lease the rows behind the first of each key, as far as they are ready, too.
+
+        Meanwhile no other ordered claim takes any row of these keys: to others, also before this
+        transaction is committed, the first row of each is alive and can't be leased.
+        """
+        sql = self._statements
+        size = sum(len(row.event.body) for row in heads)
+        firsts = {row.event.key: row.seq for row in heads if row.event.key is not None}
+        room = parameters["at_most"] - len(heads)
+        if not firsts or room <= 0 or size >= parameters["max_bytes"]:
+            return heads
+        chosen = "numbers" in parameters
+        following: Sequence[Any] = connection.execute(
+            sql.following_chosen if chosen else sql.following_due,
+            # On SQLite the first rows are among them.
+            {**parameters, **sql.firsts(firsts), "at_most": room + len(firsts)},
+        ).all()
+        following = [row for row in following if row.seq > firsts[row.key]]
+        wanted: list[Any] = []
+        for _, rows in itertools.groupby(sorted(following, key=_key), key=_key):
+            for row in itertools.takewhile(lambda row: row.ready, sorted(rows, key=_number)):
+                size += row.size
+                if len(wanted) >= room or size > parameters["max_bytes"]:
+                    break
+                wanted.append(row)
+        if not wanted:
+            return heads
+        named = {**parameters, "numbers": sql.numbers([row.seq for row in wanted])}
+        statement = sql.lease_chosen if chosen else sql.lease_due_named
+        followers = self._lease(connection, statement, named)
+        return sorted(heads + self._without_gaps(connection, wanted, followers), key=_number)
+
+    def _unkeyed(self, connection: Connection, parameters: dict[str, Any]) -> list[int]:
+        """Return the numbers of due rows without a key, wherever they are in the backlog."""
+        sql = self._statements
+        found: list[int] = []
+        if not parameters["of_queue"]:
+            found += connection.execute(sql.new_unkeyed, parameters).scalars()
+        # Rows that were claimed before are in no index of their own, so finding them reads the
+        # backlog: only now and then, since they have waited already.
+        if len(found) < parameters["at_most"] and time.monotonic() >= self._read_through_at:
+            through = connection.execute(sql.unkeyed, parameters).scalars().all()
+            found += through
+            if len(through) < parameters["at_most"]:
+                self._read_through_at = time.monotonic() + _READ_THROUGH
+        return found
+
+    def _due_heads(self, connection: Connection, parameters: dict[str, Any]) -> list[int]:
+        """Return the numbers of rows that are the first of their key and due.
+
+        Each look goes on at the key where the last one ended, so that every key gets its turn.
+        """
+        queue = parameters["of_queue"]
+        began = after = self._next_key.get(queue, "")
+        for _ in range(_LOOKS):
+            keys = connection.execute(self._statements.heads, {**parameters, "after": after}).all()
+            is_end = len(keys) < parameters["among"]
+            self._next_key[queue] = after = "" if is_end else keys[-1].key
+            found = [each.seq for each in keys if each.seq is not None]
+            if found or (is_end and not began):
+                return found
+            if is_end:
+                began = ""  # once more, from the first key on
+        return []
+
+    def _without_gaps(
+        self, connection: Connection, wanted: list[Any], leased: list[Claimed]
+    ) -> list[Claimed]:
+        """Return the leased rows up to the first of their key that wasn't leased; release others.
+
+        Another claim may have taken a row meanwhile, if it began at a row that became the first of
+        its key after ours had been leased.
+        """
+        numbers = {row.seq for row in leased}
+        gaps: dict[str, int] = {}
+        for row in wanted:
+            if row.seq not in numbers:
+                gaps.setdefault(row.key, row.seq)
+        if not gaps:
+            return leased
+        behind = [row for row in leased if row.seq > gaps.get(row.event.key or "", row.seq)]
+        self.release(behind, connection=connection)
+        taken = {row.seq for row in behind}
+        return [row for row in leased if row.seq not in taken]
 
     def _lease(
         self, connection: Connection, statement: Update, parameters: dict[str, Any]
@@ -485,7 +583,8 @@ class Store:
             by_token.setdefault(row.token, []).append(row.seq)
         if not by_token:
             return 0
-        with nullcontext(connection) if connection is not None else self._begin() as connection:
+
+        def change(connection: Connection) -> int:
             return sum(
                 connection.execute(
                     statement,
@@ -494,9 +593,12 @@ class Store:
                 for token, seqs in by_token.items()
             )
 
+        return self._in_own_transaction(change) if connection is None else change(connection)
+
 
 # Raised by drivers and SQLAlchemy for a value that doesn't fit its column's type, such as text in
 # a column for bytes (SQLite), or a timestamp outside the range of datetime.
 _UNREADABLE = (TypeError, ValueError, OverflowError, OSError, DataError)
 
 _number = attrgetter("seq")
+_key = attrgetter("key")

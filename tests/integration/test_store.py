@@ -8,6 +8,8 @@ import stat
 import subprocess
 import sys
 import threading
+import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import create_mock_engine, event, inspect, text
+from sqlalchemy import create_engine, create_mock_engine, event, insert, inspect, make_url, text
+from sqlalchemy.orm import Session
 
-from outbox import UsageError
+from outbox import UsageError, configure, enqueue_event
 from outbox.event import Event, make_event
 from outbox.serializer import JSONSerializer
 from outbox.sql import Store, metadata
+from outbox.storage import store as module
 from outbox.storage.engines import open_engine, open_sqlite
 from outbox.storage.rows import headers_of, values_of
-from outbox.storage.schema import ddl, events
+from outbox.storage.schema import ddl, events, events_with_grace
 from outbox.storage.store import Claimed
+from tests.relaying import opened
 
 
 def an_event(payload: Any = None, target: str = "order.placed", **options: Any) -> Event:
@@ -178,9 +183,114 @@ def test_rows_of_a_key_are_claimed_only_from_its_first_row_on(store: Store) -> N
     assert payloads(store.claim(10, ordered=True)) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_rows_behind_a_scheduled_event_of_their_key_wait_for_it(store: Store) -> None:
-    store.put([an_event(1, key="k"), an_event(2, key="k", delay=3600), an_event(3, key="k")])
-    assert payloads(store.claim(10, ordered=True)) == [1]
+def test_a_scheduled_event_takes_its_place_in_its_key_only_when_its_time_has_come(
+    store: Store,
+) -> None:
+    store.put([an_event(1, key="k"), an_event("later", key="k", delay=3600), an_event(3, key="k")])
+    rows = store.claim(10, ordered=True)
+    assert payloads(rows) == [1, 3]
+    store.release(rows)
+    wait_until_due(store)
+    rows = store.claim(10, ordered=True)
+    assert payloads(rows) == [1, "later", 3]
+    store.complete(rows[:1])
+    store.release(rows[1:], 3600, failed=True)  # now its time has come, and others wait for it
+    store.put([an_event(4, key="k")])
+    assert store.claim(10, ordered=True) == []
+
+
+def test_a_scheduled_event_does_not_hold_up_those_that_are_chosen(store: Store) -> None:
+    store.put([an_event("later", key="k", delay=3600), an_event(2, key="k"), an_event(3, key="k")])
+    with store.engine.connect() as connection:
+        seqs = [row.seq for row in connection.execute(events.select().order_by(events.c.seq))]
+    assert payloads(store.claim(10, only=seqs[1:], ordered=True)) == [2, 3]
+
+
+def test_an_event_in_its_grace_period_keeps_its_place_in_its_key(store: Store) -> None:
+    with store.engine.begin() as connection:
+        connection.execute(insert(events_with_grace), values_of(an_event(1, key="k")))
+    store.put([an_event(2, key="k")])
+    assert store.claim(10, ordered=True) == []
+    wait_until_due(store)
+    assert payloads(store.claim(10, ordered=True)) == [1, 2]
+
+
+@pytest.mark.parametrize("keys", [1, 200])
+def test_an_ordered_claim_takes_no_longer_however_many_rows_wait_behind_their_keys(
+    store: Store, keys: int
+) -> None:
+    def seconds_behind(count: int) -> float:
+        store.put([an_event(n, key=f"k{n % keys}") for n in range(count)])
+        if store.engine.dialect.name == "postgresql":
+            with store.engine.begin() as connection:
+                connection.execute(text("ANALYZE outbox_events"))
+        seconds: list[float] = []
+        for _ in range(7):
+            store.put([an_event("free"), an_event("free", key="free")])
+            began = time.perf_counter()
+            rows = store.claim(20, ordered=True)
+            seconds.append(time.perf_counter() - began)
+            assert payloads(rows) == ["free", "free"]
+            store.complete(rows)
+        return min(seconds)
+
+    store.put([an_event("head", key=f"k{n}") for n in range(keys)])
+    while len(store.claim(keys, ordered=True)):  # from here on nothing of these keys is free
+        pass
+    few = seconds_behind(600)
+    assert seconds_behind(30_000) < 4 * few + 0.005
+
+
+def test_an_ordered_claim_finds_the_one_free_key_among_many(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_WINDOW", 10)
+    store.put([an_event(n, key=f"k{n:02}") for n in range(60)])
+    store.put([an_event(n, key=f"k{n % 60:02}") for n in range(60, 600)])
+    held = store.claim(60, ordered=True)
+    assert len(held) == 60
+    for free in (57, 3, 30, 30):
+        [row] = [row for row in held if row.event.key == f"k{free:02}"]
+        store.release([row], in_place=True)
+        found = store.claim(1, ordered=True)
+        assert [row.event.key for row in found] == [f"k{free:02}"]
+        held = [row for row in held if row.seq != found[0].seq] + found
+        assert store.claim(1, ordered=True) == []
+
+
+def test_rows_without_a_key_are_found_behind_a_waiting_key_also_when_they_are_tried_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_WINDOW", 10)
+    store.put([an_event(n, key="stuck") for n in range(100)])
+    store.claim(1, ordered=True)
+    store.put([an_event("new")])
+    [new] = store.claim(5, ordered=True)
+    assert new.event.payload == "new"
+    store.release([new])
+    assert store.claim(5, ordered=True) == []  # a moment ago the backlog was read through
+    store._read_through_at = 0.0
+    assert payloads(store.claim(5, ordered=True)) == ["new"]
+
+
+def test_two_claims_of_one_key_leave_no_gap_in_what_either_takes(postgresql_url: str) -> None:
+    mine, theirs = opened(postgresql_url), opened(postgresql_url)
+    mine.put([an_event("soon", key="k", delay=2), *(an_event(n, key="k") for n in range(5))])
+    found: list[Claimed] = []
+
+    @event.listens_for(mine.engine, "before_cursor_execute")
+    def claim_meanwhile(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if "behind" not in statement:
+            return
+        while theirs.status().waiting != 6:  # until the first event of the key is due
+            time.sleep(0.05)
+        found.extend(theirs.claim(10, ordered=True))
+
+    rows = mine.claim(10, ordered=True)
+    assert payloads(found) == ["soon"]
+    assert payloads(rows) == [0, 1, 2, 3, 4]
+    for store in (mine, theirs):
+        store.engine.dispose()
 
 
 def test_rows_behind_a_waiting_key_are_still_claimed_for_other_keys(store: Store) -> None:
@@ -270,9 +380,9 @@ def test_a_missing_table_column_or_index_is_named_with_what_to_do(database_url: 
     assert not store.create()
     store.check()
     with store.engine.begin() as connection:
-        connection.execute(text("DROP INDEX outbox_events_key"))
+        connection.execute(text("DROP INDEX outbox_events_heads"))
         connection.execute(text("ALTER TABLE outbox_events DROP COLUMN attempts"))
-    with pytest.raises(UsageError, match="lacks column attempts, index outbox_events_key"):
+    with pytest.raises(UsageError, match="lacks column attempts, index outbox_events_heads"):
         store.check()
     store.engine.dispose()
 
@@ -416,3 +526,117 @@ def test_a_missing_sqlalchemy_names_the_extra() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert "pip install 'outbox-events[sql]'" in done.stdout
+
+
+# ------------------------------------------------------------------------- tables of earlier days
+
+_EARLIER = {
+    "postgresql": """
+CREATE TABLE outbox_events (
+    id VARCHAR(255) NOT NULL, aggregatetype VARCHAR(255) NOT NULL,
+    aggregateid VARCHAR(255) NOT NULL, type VARCHAR(255) NOT NULL, payload BYTEA NOT NULL,
+    seq BIGSERIAL NOT NULL, queue VARCHAR(255) DEFAULT '' NOT NULL,
+    exchange VARCHAR(255) NOT NULL, content_type VARCHAR(255) NOT NULL, headers TEXT,
+    key VARCHAR(255), priority SMALLINT, rank SMALLINT DEFAULT 0 NOT NULL, unroutable VARCHAR(10),
+    occurred_at TIMESTAMP WITH TIME ZONE NOT NULL, stored_at TIMESTAMP WITH TIME ZONE NOT NULL,
+    available_at TIMESTAMP WITH TIME ZONE NOT NULL, lease_token VARCHAR(36),
+    deliveries INTEGER DEFAULT 0 NOT NULL, attempts INTEGER DEFAULT 0 NOT NULL,
+    dead_at TIMESTAMP WITH TIME ZONE, reason TEXT, PRIMARY KEY (seq)
+)""",
+    "sqlite": """
+CREATE TABLE outbox_events (
+    id VARCHAR(255) NOT NULL, aggregatetype VARCHAR(255) NOT NULL,
+    aggregateid VARCHAR(255) NOT NULL, type VARCHAR(255) NOT NULL, payload BLOB NOT NULL,
+    seq INTEGER NOT NULL, queue VARCHAR(255) DEFAULT '' NOT NULL,
+    exchange VARCHAR(255) NOT NULL, content_type VARCHAR(255) NOT NULL, headers TEXT,
+    "key" VARCHAR(255), priority SMALLINT, rank SMALLINT DEFAULT 0 NOT NULL,
+    unroutable VARCHAR(10), occurred_at FLOAT NOT NULL, stored_at FLOAT NOT NULL,
+    available_at FLOAT NOT NULL, lease_token VARCHAR(36), deliveries INTEGER DEFAULT 0 NOT NULL,
+    attempts INTEGER DEFAULT 0 NOT NULL, dead_at FLOAT, reason TEXT, PRIMARY KEY (seq)
+)""",
+}
+
+
+def test_a_table_of_an_earlier_version_works_and_is_completed_by_create(
+    database_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(open_engine(database_url))
+    with store.engine.begin() as connection:
+        for statement in (
+            _EARLIER[store.engine.dialect.name],
+            "CREATE INDEX outbox_events_due ON outbox_events (queue, rank, available_at, seq) "
+            "WHERE dead_at IS NULL",
+            "CREATE INDEX outbox_events_key ON outbox_events (key, seq) "
+            "WHERE key IS NOT NULL AND dead_at IS NULL",
+        ):
+            connection.exec_driver_sql(statement)
+    store.check()
+    assert "lacks index outbox_events_heads, index outbox_events_unkeyed" in caplog.text
+    with pytest.raises(UsageError, match="lacks index outbox_events_heads"):
+        store.check(complete=True)
+    store.put([an_event(n, key="ab"[n % 2] if n else None) for n in range(6)])
+    assert payloads(store.claim(10, ordered=True)) == [0, 1, 2, 3, 4, 5]
+    assert not store.create()
+    store.check(complete=True)
+    store.put([an_event(6, key="c"), an_event(7)])
+    assert payloads(store.claim(4, ordered=True)) == [6, 7]
+    store.engine.dispose()
+
+
+def test_any_number_of_processes_may_create_the_tables_at_once(database_url: str) -> None:
+    program = (
+        "import sys\n"
+        "from outbox.sql import Inbox, Store\n"
+        "from outbox.storage.engines import open_engine\n"
+        "store = Store(open_engine(sys.argv[1]))\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "store.create()\n"
+        "Inbox(store.engine).create()\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, database_url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert errors == [""] * 4
+    store = Store(open_engine(database_url))
+    store.check(complete=True)
+    store.engine.dispose()
+
+
+def test_a_role_that_may_only_insert_can_store_events(postgresql_url: str) -> None:
+    store = opened(postgresql_url)
+    role = f"writer_{uuid.uuid4().hex[:12]}"
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN")
+        connection.exec_driver_sql(f"GRANT INSERT, SELECT (seq) ON outbox_events TO {role}")
+    writer = create_engine(make_url(postgresql_url).set(username=role))
+    configure("memory://", after_commit="nothing")
+    try:
+        with Session(writer) as session:
+            enqueue_event(1, "a", session=session)
+            session.commit()
+        with writer.begin() as connection:
+            enqueue_event(2, "a", connection=connection)
+        Store(writer).put([an_event(3)])
+        assert payloads(store.claim(10)) == [1, 2, 3]
+    finally:
+        writer.dispose()
+        with store.engine.begin() as connection:
+            connection.exec_driver_sql(f"DROP OWNED BY {role}")
+            connection.exec_driver_sql(f"DROP ROLE {role}")
+        store.engine.dispose()

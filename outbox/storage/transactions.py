@@ -1,0 +1,76 @@
+"""Transactions of outbox alone, which are independent of how the application configured its own."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+__all__ = ["is_conflict", "own_transaction", "try_again"]
+
+_T = TypeVar("_T")
+
+_CONFLICTS = ("40001", "40P01")  # serialization_failure, deadlock_detected
+_TRIES = 8
+_PAUSE = (0.005, 0.5)  # seconds between two tries: the first time, and at most
+
+
+@contextmanager
+def own_transaction(engine: Engine, *, durable: bool = True) -> Iterator[Connection]:
+    """Run a block in a new transaction, and commit at its end.
+
+    On PostgreSQL it is READ COMMITTED, even if the engine or the server has another default: a
+    claim skips the rows of other claims, so it needs no snapshot, and a stricter level would make
+    it fail, and the application's transactions with it.
+
+    Args:
+        engine: the engine, which may be the application's.
+        durable: whether the commit waits for the disk. If not, a power cut may undo the
+            transaction. PostgreSQL only.
+    """
+    is_postgresql = engine.dialect.name == "postgresql"
+    with engine.connect() as connection:
+        if is_postgresql:
+            connection.execution_options(isolation_level="READ COMMITTED")
+        try:
+            with connection.begin():
+                if is_postgresql and not durable:
+                    connection.exec_driver_sql("SET LOCAL synchronous_commit TO OFF")
+                yield connection
+        except DBAPIError as error:
+            # The server itself may be the reason, without closing the connection: after a failover
+            # it is a standby, and refuses to write for as long as the connection is used. A new
+            # connection leads to the server that is right now.
+            if is_postgresql and not is_conflict(error):
+                connection.invalidate(error)
+            raise
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Return whether PostgreSQL rolled the transaction back so that another one could go on."""
+    cause = getattr(error, "orig", None)
+    state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)  # psycopg, psycopg2
+    return state in _CONFLICTS
+
+
+def try_again(work: Callable[[], _T]) -> _T:
+    """Return what ``work`` returns; run it again, at most 8 times, after a conflict.
+
+    Args:
+        work: a function that runs one transaction.
+    """
+    pause = _PAUSE[0]
+    for _ in range(_TRIES - 1):
+        try:
+            return work()
+        except DBAPIError as error:
+            if not is_conflict(error):
+                raise
+        time.sleep(pause * random.uniform(0.5, 1))
+        pause = min(2 * pause, _PAUSE[1])
+    return work()

@@ -89,7 +89,7 @@ def _table(metadata: MetaData, grace: float) -> Table:
             primary_key=True,
             autoincrement=True,
         ),
-        Column("queue", String(255), nullable=False, server_default=""),
+        Column("queue", String(255), nullable=False, server_default=text("''")),
         Column("exchange", String(255), nullable=False),
         Column("content_type", String(255), nullable=False),
         Column("headers", Text),

@@ -26,6 +26,10 @@ logger = logging.getLogger("outbox.sql")
 
 _BUSY_TIMEOUT = 10.0  # seconds
 _DRIVERS = {"postgresql": ("psycopg", "psycopg2")}
+# By default, a server that is gone without a word would be noticed only after hours.
+_KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+# A pooler may run each transaction on another connection, where the statement isn't prepared.
+_CONNECT_ARGS: dict[str, dict[str, Any]] = {"psycopg": {"prepare_threshold": None}, "psycopg2": {}}
 
 
 def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
@@ -69,8 +73,17 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
             f"the database needs the driver {driver or _DRIVERS[dialect][0]}, which isn't "
             f"installed: pip install '{(driver or _DRIVERS[dialect][0])}'"
         )
+    connect_args = {
+        name: value
+        for name, value in {**_KEEPALIVE, **_CONNECT_ARGS[driver]}.items()
+        if name not in parsed.query
+    }
     try:
-        return create_engine(parsed.set(drivername=f"{dialect}+{driver}"), pool_pre_ping=True)
+        return create_engine(
+            parsed.set(drivername=f"{dialect}+{driver}"),
+            pool_pre_ping=True,
+            connect_args=connect_args,
+        )
     except (ArgumentError, NoSuchModuleError) as error:
         raise UsageError(f"SQLAlchemy rejects the database URL: {error}") from error
 

@@ -91,9 +91,11 @@ class Relay:
                 long.
             ordered: whether to publish events with the same key strictly in the order of their
                 rows: each is confirmed before the next is sent. This also holds with several
-                relays, if all of them are ordered.
+                relays, if all of them are ordered. A scheduled event holds up others only from its
+                time on.
             listen: whether to claim as soon as the channel ``outbox_events`` is notified, instead
-                of up to 2 s later; needs PostgreSQL with psycopg.
+                of up to 2 s later; needs PostgreSQL with psycopg. Behind a pooler in transaction
+                mode, where notifications don't arrive, the relay warns and polls.
 
         Raises:
             UsageError: an argument is out of range, or the URL can't be used.

@@ -42,7 +42,7 @@ logger = logging.getLogger("outbox.sql")
 _T = TypeVar("_T")
 
 _WINDOW = 500  # rows, or keys, at least: what an ordered claim looks at in one statement
-_LOOKS = 8  # at so many keys, at most, until a claim returns nothing; the next one goes on there
+_LOOKS = 8  # statements in which a claim searches for a free key; the next one goes on there
 _ADDED_LATER = ("index outbox_events_heads", "index outbox_events_unkeyed")
 _READ_THROUGH = 30.0  # seconds between two searches through a whole backlog for rows without a key
 
@@ -480,7 +480,7 @@ class Store:
         found: list[int] = []
         if not parameters["of_queue"]:
             found += connection.execute(sql.new_unkeyed, parameters).scalars()
-        # Rows that were claimed before are in no index of their own, so finding them reads the
+        # No index has just the rows that were claimed before, so finding them reads through the
         # backlog: only now and then, since they have waited already.
         if len(found) < parameters["at_most"] and time.monotonic() >= self._read_through_at:
             through = connection.execute(sql.unkeyed, parameters).scalars().all()

@@ -46,10 +46,10 @@ def listen(engine: Engine, wake: Callable[[], None], stopping: threading.Event) 
                 driver: Any = connection.driver_connection
                 connection.detach()  # from the pool: it listens until it is closed
                 driver.autocommit = True
+                _probe(engine, driver, stopping)
                 driver.execute(f"LISTEN {CHANNEL}")
-                wake()  # for notifications sent before LISTEN took effect
-                _probe(engine, driver, wake, stopping)
                 pause = _RETRY[0]
+                wake()  # for notifications sent before LISTEN took effect
                 while not stopping.is_set():
                     for _ in driver.notifies(timeout=_POLL, stop_after=1):
                         wake()
@@ -61,9 +61,7 @@ def listen(engine: Engine, wake: Callable[[], None], stopping: threading.Event) 
             pause = min(2 * pause, _RETRY[1])
 
 
-def _probe(
-    engine: Engine, driver: Any, wake: Callable[[], None], stopping: threading.Event
-) -> None:
+def _probe(engine: Engine, driver: Any, stopping: threading.Event) -> None:
     """Check that a notification reaches ``driver``, by sending one on another connection.
 
     A pooler in transaction mode accepts LISTEN, but on a connection to the server that it lends to
@@ -79,12 +77,9 @@ def _probe(
     deadline = time.monotonic() + _PROBE
     while not stopping.is_set():
         # As a list: while the generator runs, the connection is locked.
-        arrived = {each.channel for each in list(driver.notifies(timeout=_POLL, stop_after=1))}
-        if channel in arrived:
+        if list(driver.notifies(timeout=_POLL, stop_after=1)):
             driver.execute(f"UNLISTEN {channel}")
             return
-        if arrived:
-            wake()
         if time.monotonic() > deadline:
             raise _NotNotified(
                 "notifications do not arrive, as behind a pooler in transaction mode; use a URL "

@@ -80,9 +80,9 @@ class Event:
         return hash((self.id, self.exchange, self.target))
 
     def __repr__(self) -> str:
-        # Never the payload: events are logged.
+        # Never the payload: events are logged. Escaped, since the caller may have chosen the id.
         return (
-            f"<{type(self).__name__} {self.id} to {self.exchange!r}/{self.target!r}, "
+            f"<{type(self).__name__} {self.id!r} to {self.exchange!r}/{self.target!r}, "
             f"{len(self.body)} bytes>"
         )
 

@@ -12,7 +12,7 @@ import decimal
 import enum
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 __all__ = ["JSONSerializer", "Serializer", "register", "serializer_for"]
@@ -125,9 +125,54 @@ class JSONSerializer:
             text = self._encode(payload)
             if isinstance(payload, (dict, list, tuple)):
                 _check_keys(payload)
+            return text.encode()
         except RecursionError:
             raise ValueError("the payload is nested too deeply") from None
-        return text.encode()
+        except (TypeError, ValueError) as error:
+            path = self._path_to_fault(payload)
+            if not path:
+                raise
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{error} (at payload{path})") from error
+
+    def _path_to_fault(self, payload: Any) -> str:
+        """Return the subscripts that lead to what cannot be encoded in ``payload``."""
+        path = ""
+        seen: list[Any] = []  # by identity: a structure may contain itself
+        while not any(payload is one for one in seen):
+            seen.append(payload)
+            items: Iterable[tuple[Any, Any]]
+            match payload:
+                case dict():
+                    items = payload.items()
+                case list() | tuple():
+                    items = enumerate(payload)
+                case _ if isinstance(payload, Mapping) or dataclasses.is_dataclass(payload):
+                    try:
+                        payload = _default(payload)
+                    except (TypeError, ValueError):
+                        return path
+                    continue
+                case _:
+                    return path
+            for key, item in items:
+                if not self._can_encode(item):
+                    path += f"[{key!r}]"
+                    payload = item
+                    break
+            else:
+                return path  # a key of this one
+        return path
+
+    def _can_encode(self, value: Any) -> bool:
+        try:
+            text = self._encode(value)
+            if isinstance(value, (dict, list, tuple)):
+                _check_keys(value)
+            text.encode()
+        except (TypeError, ValueError, RecursionError):
+            return False
+        return True
 
     def decode(self, body: bytes) -> Any:
         """Return the value in ``body``.

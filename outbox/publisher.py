@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import sys
@@ -258,10 +259,14 @@ class Publisher:
 
     async def drain_async(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109
         """Await what :meth:`drain` waits for."""
+        drain = functools.partial(self._transport().drain, self._drain_timeout(timeout))
+        trio = waker.running_trio()
+        if trio is not None:
+            drained: bool = await trio.to_thread.run_sync(drain)
+            return drained
         import asyncio
 
-        transport = self._transport()
-        return await asyncio.to_thread(transport.drain, self._drain_timeout(timeout))
+        return await asyncio.to_thread(drain)
 
     def close(self, timeout: float | None = None) -> tuple[Event, ...]:
         """Drain, disconnect, and return the lost events, which are logged at ERROR.
@@ -380,8 +385,8 @@ class Publisher:
 
     def note_cleared(self, events: Sequence[Event]) -> None:
         """Count dropped events, and call the hook ``on_cleared``."""
-        with self._lock:
-            self._cleared += len(events)
+        count = len(events)
+        self._cleared += count  # one line without a call: a signal handler may be here, too
         call_hook(self.settings.on_cleared, tuple(events))
 
     def __enter__(self) -> Self:
@@ -439,13 +444,14 @@ class Publisher:
 
 def refuse_running_loop() -> None:
     """Raise UsageError on a running event loop, which waiting for confirms would block."""
-    asyncio: Any = sys.modules.get("asyncio")
-    if asyncio is None:  # a program that has not imported it runs no loop, and need not pay for it
-        return
-    try:
-        asyncio.get_running_loop()
-    except (RuntimeError, AttributeError):  # no loop; or another thread is still importing it
-        return
+    if waker.running_trio() is None:
+        asyncio: Any = sys.modules.get("asyncio")
+        if asyncio is None:  # a program that hasn't imported it runs no loop, and need not pay
+            return
+        try:
+            asyncio.get_running_loop()
+        except (RuntimeError, AttributeError):  # no loop; or another thread is still importing it
+            return
     raise UsageError(
         "publishing would block the running event loop; "
         "use publish_async(), or async with auto_publishing()"

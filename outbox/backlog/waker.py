@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outbox.backlog.chunk import Chunk
 
 if TYPE_CHECKING:
     import asyncio
 
-__all__ = ["Waker", "reported"]
+__all__ = ["Waker", "reported", "running_trio"]
 
 
 class Waker:
@@ -47,7 +49,14 @@ class Waker:
 
 
 async def reported(chunk: Chunk, timeout: float) -> bool:  # noqa: ASYNC109  cancels nothing
-    """Wait until ``chunk`` is reported, at most ``timeout`` seconds; return whether it is."""
+    """Wait until ``chunk`` is reported, at most ``timeout`` seconds; return whether it is.
+
+    On asyncio or trio.
+    """
+    trio = running_trio()
+    if trio is not None:
+        await _reported_on_trio(trio, chunk, timeout)
+        return chunk.reported is not None
     import asyncio  # imported already where a loop runs; programs without one do not pay for it
 
     loop = asyncio.get_running_loop()
@@ -63,6 +72,31 @@ async def reported(chunk: Chunk, timeout: float) -> bool:  # noqa: ASYNC109  can
     finally:
         timer.cancel()
     return chunk.reported is not None
+
+
+async def _reported_on_trio(trio: Any, chunk: Chunk, timeout: float) -> None:  # noqa: ASYNC109
+    token = trio.lowlevel.current_trio_token()
+    event = trio.Event()
+
+    def wake(_: object) -> None:
+        with contextlib.suppress(trio.RunFinishedError):  # nothing waits
+            token.run_sync_soon(event.set)
+
+    chunk.on_reported(wake)
+    with trio.move_on_after(timeout):
+        await event.wait()
+
+
+def running_trio() -> Any:
+    """Return the module ``trio`` in a task of it, or else None; never import it."""
+    trio: Any = sys.modules.get("trio")
+    if trio is None:
+        return None
+    try:
+        trio.lowlevel.current_task()
+    except (RuntimeError, AttributeError):  # no task; or another thread is still importing it
+        return None
+    return trio
 
 
 def _set(waiter: asyncio.Future[None]) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from outbox import EventCollector, Publisher, UsageError
+from outbox import Event, EventCollector, OutboxError, Publisher, UsageError
 from outbox.backlog.notifier import ids
 from outbox.observer import seam
 from outbox.unit_of_work.unit_of_work import Buffer, UnitOfWork
@@ -39,6 +39,14 @@ class RequestCollector(EventCollector):
         self._unit = UnitOfWork(publisher, seam.observer, publishes_itself)
         self._buffer = Buffer(self._unit)
 
+    def refuse(self) -> None:
+        """Refuse further events, before the present ones are published or dropped.
+
+        A late ``enqueue_event`` raises ``CollectorClosed``: in a task or thread that outlives the
+        request, while this one is publishing.
+        """
+        self._buffer.closed = True
+
     def publish_quietly(self) -> None:
         """Publish, and log any failure: it never fails the response.
 
@@ -52,8 +60,10 @@ class RequestCollector(EventCollector):
                 with contextlib.suppress(UsageError):
                     publisher.check_may_wait()
                     publisher.wait_for(chunk)
-            except Exception:
-                logger.exception("could not publish the events of a request: %s", self._held())
+            except BaseException as error:
+                self._publishing_failed(error)
+                if not isinstance(error, Exception):
+                    raise
 
     async def publish_quietly_async(self) -> None:
         """Publish as :meth:`publish_quietly` does, on an event loop."""
@@ -61,29 +71,46 @@ class RequestCollector(EventCollector):
             try:
                 publisher = self.publisher
                 await publisher.wait_for_async(self._hand_over(self._buffer, publisher))
-            except Exception:
-                logger.exception("could not publish the events of a request: %s", self._held())
+            except BaseException as error:
+                self._publishing_failed(error)
+                if not isinstance(error, Exception):
+                    raise
 
-    def submit_quietly(self) -> None:
-        """Hand the events to the publisher without waiting, and log any failure."""
-        if self._buffer.events:
-            try:
-                self._hand_over(self._buffer, self.publisher)
-            except Exception:
-                logger.exception("could not publish the events of a request: %s", self._held())
+    def accepts(self, is_success: IsSuccess, status: object) -> bool:
+        """Return whether ``status`` is a final status, and a success; never raise."""
+        if not isinstance(status, int) or not 100 <= status <= 599:
+            return False
+        try:
+            return bool(is_success(status))
+        except Exception:
+            logger.exception("is_success(%d) raised; the request counts as failed", status)
+            return False
 
     def discard(self, why: Any) -> None:
         """Drop the events, with a warning that names their ids."""
         if self._buffer.events:
-            dropped = self._drop(self._buffer.take())
+            taken: list[Event] = []
+            self._buffer.take(taken)
+            dropped = self._drop(taken)
             logger.warning("%d event(s) dropped because %s: %s", len(dropped), why, ids(dropped))
 
     def close(self) -> None:
-        """End the unit of work: a late ``enqueue_event`` raises ``CollectorClosed``."""
+        """End the unit of work; log the events that could not be published."""
         lost = self._buffer.close()
         if lost:
             self._drop(lost)
             logger.error("%d event(s) lost at the end of a request: %s", len(lost), ids(lost))
 
-    def _held(self) -> str:
-        return ids(self._buffer.events)
+    def _publishing_failed(self, error: BaseException) -> None:
+        """Log ``error``; submit what it has left here, unless the publisher has refused it.
+
+        The exception of a signal handler doesn't undo the request.
+        """
+        left = list(self._buffer.events)
+        if left and not isinstance(error, OutboxError):
+            with contextlib.suppress(Exception):  # what remains is logged as lost
+                self._hand_over(self._buffer, self.publisher)
+        if self._buffer.events:
+            logger.error("could not publish the events of a request: %s", ids(left), exc_info=error)
+        elif isinstance(error, Exception):
+            logger.warning("publishing the events of a request was interrupted", exc_info=error)

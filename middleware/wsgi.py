@@ -4,18 +4,24 @@ When a request's events are published depends on what is known of its response:
 
 - *Complete*: the status is known, and the body is a list or tuple, or a Content-Length was sent, or
   the status is 204 or 304. The application did its work before it returned: its events are
-  published before the first byte, and those that its iterator adds at ``close()``.
-- Otherwise the body is produced while it is sent: the events are published when it is exhausted, or
-  at ``close()``, whichever comes first.
+  published before the first byte. The unit stays open while there is an iterator, whose events are
+  published like those of a stream.
+- Otherwise the body is produced while it is sent: the events are published when it is exhausted,
+  and at ``close()``, which ends the unit.
 
-A client that disconnects does not undo the work: ``close()`` without an exception is success. An
-exception from the application or its iterator is failure, as is a final status that ``is_success``
-does not accept.
+An exception from the application or its iterator is failure, as is a final status that
+``is_success`` does not accept. So is a ``close()`` that ends a generator in the middle: the client
+has disconnected, and ``GeneratorExit`` goes through the code that enqueued the events, and through
+its transaction. Any other body that is closed early has done its work, which a disconnect does not
+undo.
 """
 
 from __future__ import annotations
 
+import gc
+import inspect
 from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType, GeneratorType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from outbox import Publisher
@@ -30,6 +36,8 @@ __all__ = ["OutboxMiddleware"]
 _MARKER = "outbox.collector"
 _FILE_WRAPPER = "wsgi.file_wrapper"
 _WITHOUT_BODY = ("204", "304")
+_SEARCHED_DEPTH = 10
+_SEARCHED_OBJECTS = 300
 
 
 class OutboxMiddleware:
@@ -66,16 +74,18 @@ class OutboxMiddleware:
         wrapper = environ.get(_FILE_WRAPPER)
         if wrapper is not None and not isinstance(wrapper, (type, _FileWrapper)):
             environ[_FILE_WRAPPER] = _FileWrapper(wrapper)
-        scope = Scope(request, request._buffer, Scope.present())
-        token = Scope.resume(scope)
+        scope = Scope(request, request._buffer, Scope.around())
         try:
-            body = self.app(environ, request.start_response)
+            token = Scope.resume(scope)
+            try:
+                body = self.app(environ, request.start_response)
+            finally:
+                Scope.leave(token)
         except BaseException as error:
-            request.fail(error)
+            request.refuse()
+            request.fail(f"failed with {type(error).__qualname__}")
             request.close()
             raise
-        finally:
-            Scope.leave(token)
         return request.respond(body, environ, scope)
 
 
@@ -108,6 +118,7 @@ class _Request(RequestCollector):
     ) -> Iterable[bytes]:
         """Return ``body``, wrapped if needed so that the unit ends when the response does."""
         if isinstance(body, (list, tuple)) or _is_file(body, environ):
+            self.refuse()
             if self._buffer.events:
                 self._finish_or_close(body)
             self.close()
@@ -123,22 +134,23 @@ class _Request(RequestCollector):
             return
         if self._failed:
             self.discard("the request had failed")
-        elif self._status and self._is_success(int(self._status[:3])):
+        elif self.accepts(self._is_success, _number(self._status)):
             self.publish_quietly()
         else:
-            self.discard(f"the response's status is {self._status[:3] or 'not known'}")
+            known = ascii(self._status[:3])[1:-1] or "not known"
+            self.discard(f"the response's status is {known}")
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, how: str) -> None:
         """Drop the events enqueued so far, and those that follow."""
         self._failed = True
-        self.discard(f"the request failed with {type(error).__qualname__}")
+        self.discard(f"the request {how}")
 
     def _finish_or_close(self, body: Iterable[bytes]) -> None:
         """Finish; if interrupted, close ``body``, which the server won't get."""
         try:
             self.finish()
         except BaseException as error:
-            self.fail(error)
+            self.fail(f"failed with {type(error).__qualname__}")
             _close(body)
             self.close()
             raise
@@ -181,7 +193,7 @@ class _Body:
     A block that the application opens in one step, around a ``yield``, is still open in the next.
     """
 
-    __slots__ = ("_body", "_closed", "_iterator", "_request", "_scope")
+    __slots__ = ("_body", "_closed", "_is_exhausted", "_iterator", "_request", "_scope")
 
     def __init__(self, request: _Request, body: Iterable[bytes], scope: Scope) -> None:
         self._request = request
@@ -189,6 +201,7 @@ class _Body:
         self._iterator: Iterator[bytes] | None = None
         self._scope: Scope | None = scope
         self._closed = False
+        self._is_exhausted = False
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -200,10 +213,11 @@ class _Body:
                 self._iterator = iter(self._body)
             return next(self._iterator)
         except StopIteration:
+            self._is_exhausted = True
             self._request.finish()
             raise
         except BaseException as error:
-            self._request.fail(error)
+            self._request.fail(f"failed with {type(error).__qualname__}")
             raise
         finally:
             self._scope = Scope.present()
@@ -216,10 +230,19 @@ class _Body:
         self._closed = True
         token = Scope.resume(self._scope)
         try:
+            is_interrupted = (
+                not self._is_exhausted
+                and self._iterator is not None
+                and _holds_suspended_generator(self._iterator)
+            )
             _close(self._body)
+            self._request.refuse()
+            if is_interrupted:
+                self._request.fail("was interrupted in its body: the client has disconnected")
             self._request.finish()
         except BaseException as error:
-            self._request.fail(error)
+            self._request.refuse()
+            self._request.fail(f"failed with {type(error).__qualname__}")
             raise
         finally:
             self._request.close()
@@ -239,3 +262,35 @@ def _close(body: Iterable[bytes]) -> None:
     close = getattr(body, "close", None)
     if close is not None:
         close()
+
+
+def _number(status: str) -> int | None:
+    """Return the number that ``status`` begins with, or None."""
+    digits = status[:3]
+    return int(digits) if digits.isascii() and digits.isdigit() else None
+
+
+def _holds_suspended_generator(iterator: object) -> bool:
+    """Return whether ``iterator`` is a generator that has begun and not ended, or wraps one.
+
+    Frameworks wrap bodies in objects of many kinds (``map``, ``functools.partial``, classes with a
+    ``close``), which the garbage collector can look into. Without a generator nothing runs in the
+    application when the body is closed, except what its ``close()`` says.
+    """
+    seen: set[int] = set()
+    level: list[Any] = [iterator]
+    for _ in range(_SEARCHED_DEPTH + 1):
+        following: list[Any] = []
+        for item in level:
+            if id(item) in seen or len(seen) > _SEARCHED_OBJECTS:
+                continue
+            seen.add(id(item))
+            if isinstance(item, GeneratorType):
+                if inspect.getgeneratorstate(item) == inspect.GEN_SUSPENDED:
+                    return True
+            elif isinstance(item, FunctionType):  # not its globals
+                following += item.__closure__ or ()
+            elif not isinstance(item, (type, ModuleType)):
+                following += gc.get_referents(item)
+        level = following
+    return False

@@ -7,16 +7,18 @@ separate unit, which publishes at its end.
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Token
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, cast, overload
 
 from outbox.backlog.notifier import ids
-from outbox.errors import UsageError
+from outbox.errors import OutboxError, UsageError
 from outbox.observer import seam
 from outbox.publisher import Publisher, refuse_running_loop
 from outbox.report import PublishReport
@@ -86,17 +88,21 @@ class AutoPublishingEventCollector(EventCollector):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._leave()
-        if kind is not None:
-            self._fail(error)
-        elif self._succeed():
-            try:
+        try:
+            self._leave()
+            if kind is not None:
+                self._fail(error)
+            elif self._succeed():
                 if self.autoflush or (self._buffer.events and self.publisher.runs_here):
-                    self._flush()
+                    self._flush(self._buffer)
                 else:
-                    self.report = self.publish()
-            finally:
-                self._end()
+                    self.report = self._publish(self._buffer)
+        except BaseException as interruption:
+            if kind is None:
+                self._hand_over_rest(interruption)
+            raise
+        finally:
+            self._end()
 
     async def __aenter__(self) -> Self:
         return self._enter(self._buffer_to_join())
@@ -107,44 +113,100 @@ class AutoPublishingEventCollector(EventCollector):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._leave()
-        if kind is not None:
-            self._fail(error)
-        elif self._succeed():
-            try:
-                self.report = await self.publish_async()
-            finally:
-                self._end()
+        try:
+            self._leave()
+            if kind is not None:
+                self._fail(error)
+            elif self._succeed():
+                self.report = await self._publish_async(self._buffer)
+        except BaseException as interruption:
+            if kind is None:
+                self._hand_over_rest(interruption)
+            raise
+        finally:
+            self._end()
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Return ``function`` with each call in a new block.
 
         Raises:
             UsageError: ``function`` is a generator function, whose body runs in its callers'
-                units of work, or isn't callable.
+                units of work, or isn't a function. What can't be known before it is called (a
+                plain function that returns a coroutine or a generator) is refused by the call,
+                in which case nothing is published.
         """
-        if not callable(function):
+        if isinstance(function, type) or not callable(function):
             raise UsageError(f"auto_publishing decorates functions, not {function!r}")
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        kind = _kind_of(function)
+        if kind is _Kind.GENERATOR:
             raise UsageError(
-                f"{function.__qualname__} is a generator function, whose body runs step by step "
+                f"{_name_of(function)} is a generator function, whose body runs step by step "
                 "in its callers' units of work; use a with block inside it"
             )
-        if inspect.iscoroutinefunction(function):
+        if kind is _Kind.COROUTINE:
 
             @functools.wraps(function)
             async def call_async(*args: P.args, **kwargs: P.kwargs) -> Any:
                 async with self._new_block():
-                    return await function(*args, **kwargs)
+                    return await cast("Any", function)(*args, **kwargs)
 
             return cast("Callable[P, R]", call_async)
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self._new_block():
-                return function(*args, **kwargs)
+            block = self._new_block()
+            if kind is _Kind.PLAIN:
+                with block:
+                    return block._checked_result(function, function(*args, **kwargs))
+            return block._call(function, *args, **kwargs)
 
         return call
+
+    def _call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call in the block a function that may return a coroutine, or run one and return.
+
+        Only the result says which: a wrapper has the same ``__wrapped__`` in both cases. A
+        coroutine is returned in another, which goes on with the same block and ends it.
+        """
+        self._enter(self._buffer_to_join())
+        try:
+            result = function(*args, **kwargs)
+            if inspect.isawaitable(result):
+                return cast("R", self._finish(result))
+            self._checked_result(function, result)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        self.__exit__(None, None, None)
+        return result
+
+    def _finish(self, awaitable: Awaitable[Any]) -> Coroutine[Any, Any, Any]:
+        self._leave()
+
+        async def finish() -> Any:
+            self._token = Scope.enter(self, self._buffer)
+            try:
+                result = await awaitable
+            except BaseException as error:
+                await self.__aexit__(type(error), error, error.__traceback__)
+                raise
+            await self.__aexit__(None, None, None)
+            return result
+
+        return finish()
+
+    def _checked_result(self, function: Callable[..., Any], result: R) -> R:
+        """Return ``result``, unless it is work that hasn't run yet, and would outlive the block."""
+        inner = getattr(result, "gen", None)  # of what contextlib.contextmanager has made
+        if any(map(_is_pending, (result, inner))):
+            if inspect.iscoroutine(result):
+                result.close()  # or Python would warn that it was never awaited
+            raise UsageError(
+                f"{_name_of(function)} returned {result!r}, whose body would run after the block "
+                "has ended; decorate the function that it belongs to, or give a wrapper of it "
+                "functools.wraps(); in a generator use a with block"
+            )
+        return result
 
     def _new_block(self) -> AutoPublishingEventCollector:
         return type(self)(independent=self._independent, **self._options)
@@ -179,19 +241,42 @@ class AutoPublishingEventCollector(EventCollector):
         else:
             self._unit = outer.unit
             self._buffer = Buffer(outer.unit, outer)
-        self._token = Scope.enter(self, self._buffer)
+        before = Scope.present()
+        try:
+            self._token = Scope.enter(self, self._buffer)
+        except BaseException:  # a signal handler raised, when it was current already
+            Scope.resume(before)
+            raise
         return self
 
     def _leave(self) -> None:
-        if self._token is not None:
-            Scope.leave(self._token)
+        token, self._token = self._token, None
+        if token is not None:
+            Scope.leave(token)
 
     def _succeed(self) -> bool:
-        """Pass the events to the unit around the block; return whether to publish them instead."""
+        """Close, and pass the events to the unit around the block; return whether to publish them.
+
+        From here on a task or thread that outlives the block is refused: nothing can be enqueued
+        while the block waits for the confirms, which would then be left behind.
+        """
         if self._unit.pid != process.pid:
             self._buffer.close()  # a forked child leaves its parent's block: not its events
             return False
-        return not (self.joined and self._buffer.merge())
+        if self.joined and self._buffer.merge():
+            return False
+        self._buffer.closed = True
+        return True
+
+    def _hand_over_rest(self, interruption: BaseException) -> None:
+        """Submit what is left of a block that has succeeded, after something ended its publishing.
+
+        A signal handler that raises (a time limit, Ctrl-C) doesn't undo the work, whose events must
+        not be lost. What the publisher itself has refused would be refused again.
+        """
+        if not isinstance(interruption, OutboxError) and self._succeed() and self._buffer.events:
+            with contextlib.suppress(Exception):  # what remains is logged as lost
+                self._hand_over(self._buffer, self.publisher)
 
     def _fail(self, error: BaseException | None) -> None:
         events = self._buffer.close()
@@ -208,6 +293,40 @@ class AutoPublishingEventCollector(EventCollector):
         if lost:  # publishing raised, and the caller gets the exception
             message = "%d event(s) lost at the end of a block: %s"
             log(logger, logging.ERROR, message, len(lost), ids(lost))
+
+
+class _Kind(enum.Enum):
+    """What calling a function does, as far as is known before it is called."""
+
+    PLAIN = enum.auto()
+    COROUTINE = enum.auto()
+    GENERATOR = enum.auto()
+    UNKNOWN = enum.auto()
+    """It wraps a coroutine function: it returns the coroutine, or runs it."""
+
+
+def _kind_of(function: Callable[..., Any]) -> _Kind:
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not inspect.isroutine(function):
+        function = type(function).__call__  # an object that is called like a function
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        return _Kind.GENERATOR
+    if inspect.iscoroutinefunction(function):
+        return _Kind.COROUTINE
+    marked = hasattr(function, "_is_coroutine")  # asyncio's mark before Python 3.12
+    wrapped = inspect.unwrap(function)
+    if marked or (wrapped is not function and _kind_of(wrapped) is not _Kind.PLAIN):
+        return _Kind.UNKNOWN
+    return _Kind.PLAIN
+
+
+def _is_pending(result: object) -> bool:
+    return inspect.iscoroutine(result) or inspect.isgenerator(result) or inspect.isasyncgen(result)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)
 
 
 @overload

@@ -6,12 +6,13 @@ import contextlib
 import datetime
 import logging
 import sys
+import threading
 import uuid
-import warnings
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import Token
 from typing import Any, TypedDict, Unpack
 
 from outbox import configuration, sinks
@@ -26,6 +27,7 @@ from outbox.report import PublishReport
 from outbox.settings import Settings
 from outbox.sinks import Sink
 from outbox.system import process
+from outbox.unit_of_work.origin import Origin, application_frame, warn_at
 from outbox.unit_of_work.unit_of_work import Buffer, SavepointBuffer, Scope, UnitOfWork
 
 __all__ = [
@@ -45,6 +47,9 @@ _NOTHING = PublishReport()
 
 _console: EventCollector | None = None
 """A console's collector, current where no unit is open: consoles may not keep a context."""
+
+_at_console: EventCollector | None = None
+"""The collector of a console's main thread outside of any unit, for the same reason."""
 
 
 def set_console(collector: EventCollector | None) -> None:
@@ -114,6 +119,13 @@ class EventCollector:
                 return collector
         elif _console is not None and _console._unit.pid == process.pid and not _console.closed:
             return _console
+        elif (
+            _at_console is not None
+            and _at_console._unit.pid == process.pid
+            and _at_console._is_current()
+            and threading.current_thread() is threading.main_thread()
+        ):
+            return _at_console
         return _LazyCollector.enter()
 
     @classmethod
@@ -130,9 +142,7 @@ class EventCollector:
     @property
     def events(self) -> tuple[Event, ...]:
         """The events of the innermost buffer, in the order they were enqueued."""
-        buffer = self._innermost()
-        with buffer.unit.lock:
-            return tuple(buffer.events)
+        return tuple(self._innermost().events)
 
     @property
     def autoflush(self) -> bool:
@@ -270,13 +280,15 @@ class EventCollector:
         observer = self._unit.observer or seam.observer
         if event.deliver_at is not None:
             publisher.check_carries(event, observer)
+        if self._unit.caution is not None:
+            self._warn_of_waiting(self._unit.caution)
         if not buffer.events:
             publisher.make_ready(observer)
         buffer.append(event, publisher.settings.max_events, publisher.settings.max_bytes)
         if observer is not None:
             observer.enqueued(event)
         if self._unit.autoflush:
-            self._flush()
+            self._flush(buffer)
 
     def publish(self) -> PublishReport:
         """Publish the events of the innermost buffer as one chunk, and wait for the confirms.
@@ -291,7 +303,9 @@ class EventCollector:
             PublishFailed: in a consumer, where nothing is kept: what the broker did not confirm
                 is withdrawn.
         """
-        buffer = self._innermost()
+        return self._publish(self._innermost())
+
+    def _publish(self, buffer: Buffer) -> PublishReport:
         if not buffer.events:
             return _NOTHING
         publisher = self.publisher
@@ -304,7 +318,9 @@ class EventCollector:
 
         Cancelling the task ends only the wait: the events have left the collector.
         """
-        buffer = self._innermost()
+        return await self._publish_async(self._innermost())
+
+    async def _publish_async(self, buffer: Buffer) -> PublishReport:
         if not buffer.events:
             return _NOTHING
         publisher = self.publisher
@@ -324,20 +340,28 @@ class EventCollector:
 
     def clear_events(self) -> tuple[Event, ...]:
         """Drop the events of the innermost buffer, and return them."""
-        return self._drop(self._innermost().take())
+        taken: list[Event] = []
+        self._innermost().take(taken)
+        return self._drop(taken)
 
     def savepoint(self) -> AbstractContextManager[EventCollector]:
         """Return a ``with`` block whose events are dropped if it raises.
 
         Savepoints nest; those of concurrent tasks don't see each other's events.
+
+        Raises:
+            CollectorClosed: at its end, if its unit of work has ended in between (in a task that
+                outlived it). Its events are dropped, and named in the log.
         """
         return self._savepoint()
 
     @contextmanager
     def _savepoint(self) -> Iterator[EventCollector]:
         buffer = SavepointBuffer(self._unit, self._innermost())
-        token = Scope.enter(self, buffer)
+        before = Scope.present()
+        token: Token[Scope | None] | None = None
         try:
+            token = Scope.enter(self, buffer)
             yield self
         except BaseException:
             self._drop(buffer.close())
@@ -347,8 +371,16 @@ class EventCollector:
                 dropped = self._drop(buffer.close())
                 if dropped:
                     logger.error("a savepoint outlived its unit of work; dropped: %s", ids(dropped))
+                    raise CollectorClosed(
+                        f"{len(dropped)} event(s) of a savepoint were dropped, since its unit of "
+                        "work had ended before it (a task or thread that outlived its request, "
+                        "block or message?); give such work its own auto_publishing() block"
+                    )
         finally:
-            Scope.leave(token)
+            if token is None:  # interrupted on the way back from entering
+                Scope.resume(before)
+            else:
+                Scope.leave(token)
 
     def _innermost(self) -> Buffer:
         """Return the innermost buffer of this context that is this collector's or nested in it."""
@@ -366,13 +398,14 @@ class EventCollector:
     def _hand_over(self, buffer: Buffer, publisher: Publisher) -> Chunk:
         """Submit the events of ``buffer``; if that fails, put them back."""
         unit = self._unit
-        events = buffer.take()
+        events: list[Event] = []
         chunk = None
         try:
+            buffer.take(events)
             chunk = publisher.prepare(events, keep=unit.keeps, observer=unit.observer)
             publisher.hand_in(chunk, unit.observer)
         except BaseException:
-            if chunk is None or chunk.revoke():
+            if events and (chunk is None or chunk.revoke()):
                 buffer.put_back(events)
             raise
         return chunk
@@ -391,86 +424,118 @@ class EventCollector:
                 publisher.note_cleared(events)
         return tuple(events)
 
-    def _flush(self) -> None:
+    def _flush(self, buffer: Buffer) -> None:
         """Publish now, or submit where waiting is not possible."""
+        if not buffer.events:  # taken by the end of the unit
+            return
+        publisher = self.publisher
         try:
-            self.publisher.check_may_wait()
+            publisher.check_may_wait()
         except UsageError:
-            self.submit()
+            self._hand_over(buffer, publisher)
         else:
-            self.publish()
+            self._publish(buffer)
+
+    def _warn_of_waiting(self, caution: str) -> None:
+        # Before anything is collected: a filter may turn the warning into an exception.
+        frame = application_frame()
+        warn_at(caution, frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+        self._unit.caution = None
 
     def _is_current(self) -> bool:
         return True
 
 
 class _LazyCollector(EventCollector):
-    """A collector for code outside any unit of work.
+    """A collector for code outside any unit of work, on which the application calls ``publish()``.
 
-    Nothing publishes its events at the end: its first event triggers a warning, and events that are
-    lost with it are logged. It isn't current under another test's observer.
+    Nothing publishes its events at the end: events that are lost with it are logged, with the line
+    that enqueued them, and so are those that one job leaves to the next on the same thread. It
+    isn't current under another test's observer.
     """
 
-    __slots__ = ("_watched",)
+    __slots__ = ("_origin", "_watched")
 
     def __init__(self) -> None:
         super().__init__()
         self._unit.observer = seam.observer
+        self._origin: list[Origin] = []
         self._watched = False
 
     @classmethod
     def enter(cls) -> _LazyCollector:
         """Create a collector that is current in this context from now on."""
+        global _at_console
         collector = cls()
         Scope.begin(collector, collector._buffer)
+        if hasattr(sys, "ps1") and threading.current_thread() is threading.main_thread():
+            _at_console = collector
         return collector
 
     def _collect(self, event: Event, publisher: Publisher) -> None:
+        if not self._unit.autoflush:
+            if self._unit.total:
+                self._check_origin()
+            else:
+                self._origin[:] = [Origin()]
         if not self._watched:
-            if not self._unit.autoflush:
-                # Before anything is collected: a filter may turn the warning into an exception.
-                warnings.warn(
-                    "an event was enqueued outside of any unit of work: nothing publishes it "
-                    "until publish() is called; use auto_publishing() or the middleware",
-                    RuntimeWarning,
-                    stacklevel=_stacklevel_of_caller(),
-                )
-            weakref.finalize(self, _log_unpublished, self._buffer)
+            weakref.finalize(self, _log_unpublished, self._buffer, self._origin)
             self._watched = True
         super()._collect(event, publisher)
+
+    def _hand_over(self, buffer: Buffer, publisher: Publisher) -> Chunk:
+        self._check_origin()
+        return super()._hand_over(buffer, publisher)
+
+    def _check_origin(self) -> None:
+        """Warn if events wait here that other work, which has ended, has not published."""
+        present = Scope.present()
+        if present is None or present.collector is not self:
+            return  # named explicitly: what waits in it is meant
+        for origin in self._origin:
+            if self._unit.total and origin.has_ended():
+                frame = application_frame()
+                warn_at(
+                    f"{self._unit.total} event(s) wait that were enqueued outside of any unit of "
+                    f"work, the first at {origin.filename}:{origin.line}, by a job that has ended "
+                    "without publishing them; they are published with those of this one: call "
+                    "publish() or clear_events() at the end of each job, or use auto_publishing()",
+                    frame.f_code.co_filename,
+                    frame.f_lineno,
+                    frame.f_globals,
+                )
+                self._origin[:] = [Origin()]
 
     def _is_current(self) -> bool:
         return self._unit.observer is seam.observer
 
 
-def _log_unpublished(buffer: Buffer) -> None:
+def _log_unpublished(buffer: Buffer, origins: list[Origin]) -> None:
     # Events that a test observes, or that a forked child inherits from its parent, are not lost.
     if buffer.events and buffer.unit.pid == process.pid and buffer.unit.observer is None:
+        where = ""
+        for origin in origins:
+            where = f" at {origin.filename}:{origin.line}"
+            with contextlib.suppress(Exception):  # turned into an exception, nothing could catch it
+                origin.warn(
+                    "an event was enqueued outside of any unit of work and never published: call "
+                    "publish(), or use auto_publishing() or the middleware"
+                )
         with contextlib.suppress(Exception):  # the interpreter may be shutting down
             logger.error(
-                "%d event(s) lost: enqueued outside of any unit of work and never published: %s",
+                "%d event(s) lost: enqueued outside of any unit of work%s and never published: %s",
                 len(buffer.events),
+                where,
                 ", ".join(repr(event.id) for event in buffer.events),
             )
-
-
-def _stacklevel_of_caller() -> int:
-    """Return the ``stacklevel`` that points a warning at the first line outside outbox."""
-    level = 2  # as seen from _LazyCollector._collect
-    frame = sys._getframe(2)
-    package = __name__.partition(".")[0]
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
-        package + "."
-    ):
-        frame = frame.f_back
-        level += 1
-    return level
+        buffer.close()
 
 
 def enqueue_event(payload: Any, target: str, **options: Unpack[EventOptions]) -> Event:
     """Enqueue an event in the current collector; see :meth:`EventCollector.enqueue_event`.
 
-    Outside any unit of work, the first call warns that ``publish()`` must be called.
+    Outside any unit of work, call ``publish()`` afterwards: events that never are published are
+    logged, with the line that enqueued the first of them.
     """
     return EventCollector.current().enqueue_event(payload, target, **options)
 

@@ -2,13 +2,24 @@
 
 Its events wait in buffers. A unit has one outermost buffer. A savepoint, and a nested block that
 joins, has a child buffer: appended to its parent on success, dropped on failure. All of them share
-the unit's lock and limits. A scope says which buffer is current in a context.
+the unit's limits. A scope says which buffer is current in a context.
+
+A unit ends by closing its buffer, before its events are taken and before anything waits: what was
+accepted until then is published or dropped with the unit, and what comes later is refused in the
+line that enqueues it. Nothing is ever accepted and then left behind.
+
+There are no locks. A signal handler, or a finalizer, may enqueue, publish or raise in the middle of
+these methods, on the very thread that would hold the lock. Instead each change of state is a
+straight line: CPython switches threads and runs signal handlers only when a function is entered,
+when a loop jumps back, and after a call. So between the first line that reads the state and the
+last that changes it, there is no call (one may be the last step) and no loop.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import Any, ClassVar
 
@@ -19,6 +30,8 @@ from outbox.publisher import Publisher
 from outbox.system import process
 
 __all__ = ["Buffer", "SavepointBuffer", "Scope", "UnitOfWork"]
+
+logger = logging.getLogger("outbox.collector")
 
 _scope: ContextVar[Scope | None] = ContextVar("outbox_scope", default=None)
 
@@ -33,6 +46,7 @@ class UnitOfWork:
         publisher: the publisher of its events; None for the process's default publisher.
         autoflush: whether to publish each event as it is enqueued.
         publishes_itself: whether it publishes at its end, so that nested blocks join it.
+        caution: the warning for its first event, which would wait for long; or None.
         make_id: the function that makes the ids of follow-on events; None outside a message.
         keeps: whether the publisher keeps what the broker hasn't confirmed; otherwise such events
             are withdrawn, and publishing raises.
@@ -40,15 +54,14 @@ class UnitOfWork:
         pid: the id of the process that made it.
         max_events: the limit in events; None for the publisher's setting.
         max_bytes: the limit in bytes of all bodies; None for the publisher's setting.
-        lock: guards its buffers and the two totals.
         total: the number of events in all its buffers.
         total_size: the bytes of their bodies.
     """
 
     __slots__ = (
         "autoflush",
+        "caution",
         "keeps",
-        "lock",
         "make_id",
         "max_bytes",
         "max_events",
@@ -75,12 +88,12 @@ class UnitOfWork:
         self.observer = observer
         self.publishes_itself = publishes_itself
         self.autoflush = autoflush
+        self.caution: str | None = None
         self.max_events = max_events
         self.max_bytes = max_bytes
         self.make_id = make_id
         self.keeps = make_id is None
         self.pid = process.pid
-        self.lock = threading.Lock()
         self.total = 0
         self.total_size = 0
 
@@ -94,48 +107,28 @@ class UnitOfWork:
         self.make_id = outer.make_id
         self.keeps = outer.make_id is None
 
-    def add(self, size: int, max_events: int, max_bytes: int) -> None:
-        """Count one more event; the caller holds the lock.
-
-        Args:
-            size: the bytes of its body.
-            max_events: the limit if the unit has none.
-            max_bytes: the limit if the unit has none.
-
-        Raises:
-            CollectorFull: a limit is reached.
-        """
-        if self.max_events is not None:
-            max_events = self.max_events
-        if self.max_bytes is not None:
-            max_bytes = self.max_bytes
-        if self.total >= max_events or self.total_size + size > max_bytes:
-            raise CollectorFull(
-                f"the collector holds {self.total} event(s) of {self.total_size} bytes; its limits "
-                f"are max_events={max_events}, max_bytes={max_bytes}; call publish() after each "
-                "commit, or raise the limit"
-            )
-        self.total += 1
-        self.total_size += size
-
 
 class Buffer:
-    """Events in the order they were enqueued. Thread-safe.
+    """Events in the order they were enqueued.
+
+    Safe for threads, for signal handlers and for exceptions that these raise.
 
     Attributes:
         unit: the unit of work that it belongs to.
         parent: the buffer that it is appended to on success; None for the outermost.
-        events: the events, in order; changed only under the unit's lock.
+        events: the events, in order.
+        count: the number of events.
         size: the bytes of their bodies.
-        closed: whether it refuses events.
+        closed: whether it refuses events; set it to end the unit, before the events are taken.
     """
 
-    __slots__ = ("closed", "events", "parent", "size", "unit")
+    __slots__ = ("closed", "count", "events", "parent", "size", "unit")
 
     def __init__(self, unit: UnitOfWork, parent: Buffer | None = None) -> None:
         self.unit = unit
         self.parent = parent
         self.events: list[Event] = []
+        self.count = 0  # of its own: len() would be a call
         self.size = 0
         self.closed = False
 
@@ -161,39 +154,59 @@ class Buffer:
         """
         unit = self.unit
         size = len(event.body)
-        with unit.lock:
-            if self.closed:
-                raise CollectorClosed(self._why_closed(event))
-            unit.add(size, max_events, max_bytes)
-            self.size += size
-            self.events.append(event)
+        if unit.max_events is not None:
+            max_events = unit.max_events
+        if unit.max_bytes is not None:
+            max_bytes = unit.max_bytes
+        if self.closed:  # a straight line begins
+            raise CollectorClosed(self._why_closed(event))
+        if unit.total >= max_events or unit.total_size + size > max_bytes:
+            raise CollectorFull(
+                f"the collector holds {unit.total} event(s) of {unit.total_size} bytes; its limits "
+                f"are max_events={max_events}, max_bytes={max_bytes}; call publish() after each "
+                "commit, or raise the limit"
+            )
+        unit.total += 1
+        unit.total_size += size
+        self.count += 1
+        self.size += size
+        self.events.append(event)
 
-    def take(self) -> list[Event]:
-        """Remove and return all events."""
+    def take(self, taken: list[Event]) -> None:
+        """Move all events to the end of ``taken``.
+
+        The list is the caller's, so that the events are not lost if a signal handler raises on the
+        way back.
+        """
         unit = self.unit
-        with unit.lock:
-            events, self.events = self.events, []
-            unit.total -= len(events)
-            unit.total_size -= self.size
-            self.size = 0
-        return events
+        empty: list[Event] = []
+        events = self.events  # a straight line begins
+        self.events = empty
+        unit.total -= self.count
+        unit.total_size -= self.size
+        self.count = 0
+        self.size = 0
+        taken += events
 
-    def put_back(self, events: Sequence[Event]) -> None:
+    def put_back(self, taken: list[Event]) -> None:
         """Put taken events back at the front, beyond the limits and even after ``close()``."""
-        size = sum(len(event.body) for event in events)
         unit = self.unit
-        with unit.lock:
-            self.events[:0] = events
-            self.size += size
-            unit.total += len(events)
-            unit.total_size += size
+        count = len(taken)
+        size = sum([len(event.body) for event in taken])
+        front = slice(0, 0)
+        self.events[front] = taken  # a straight line begins
+        unit.total += count
+        unit.total_size += size
+        self.count += count
+        self.size += size
 
     def close(self) -> list[Event]:
         """Refuse further events; remove and return the present ones."""
-        with self.unit.lock:
-            self.closed = True
-        # Nothing is appended to a closed buffer, so this check needs no lock.
-        return self.take() if self.events else []
+        self.closed = True
+        taken: list[Event] = []
+        if self.events:
+            self.take(taken)
+        return taken
 
     def merge(self) -> bool:
         """Close, and append the events to the nearest open buffer above.
@@ -201,18 +214,38 @@ class Buffer:
         Returns:
             Whether there was one. If not, the unit has ended, and the events are still here.
         """
-        with self.unit.lock:
-            self.closed = True
+        self.closed = True
+        empty: list[Event] = []
+        while True:
             above = self.parent
             while above is not None and above.closed:
                 above = above.parent
             if above is None:
                 return False
-            above.events += self.events
-            above.size += self.size
-            self.events = []
-            self.size = 0
-        return True
+            if not above.closed:  # a straight line begins; it may have been closed by now
+                events = self.events
+                self.events = empty
+                above.events += events
+                above.count += self.count
+                above.size += self.size
+                self.count = 0
+                self.size = 0
+                return True
+
+    def __del__(self) -> None:
+        # A signal handler that raises on entering __exit__, a body that its server never closes.
+        # Events that a test observes, or that a forked child inherits, are not lost.
+        if not getattr(self, "events", None):  # nearly always; or it was interrupted when made
+            return
+        unit = self.unit
+        if unit.pid == process.pid and unit.observer is None:
+            with contextlib.suppress(Exception):  # the interpreter may be shutting down
+                logger.error(
+                    "%d event(s) lost: neither published nor dropped when their unit of work was "
+                    "abandoned: %s",
+                    len(self.events),
+                    ", ".join([repr(event.id) for event in self.events]),
+                )
 
     def _why_closed(self, event: Event) -> str:
         return (
@@ -223,7 +256,10 @@ class Buffer:
 
 
 class SavepointBuffer(Buffer):
-    """The buffer of a savepoint, which can't publish once all blocks above have ended."""
+    """The buffer of a savepoint, which can't publish once all blocks above have ended.
+
+    If they end while it is open, its events are refused at its end.
+    """
 
     __slots__ = ()
 
@@ -261,7 +297,19 @@ class Scope:
     @staticmethod
     def enter(collector: Any, buffer: Buffer) -> Token[Scope | None]:
         """Make ``buffer`` of ``collector`` the innermost of this context."""
-        return _scope.set(Scope(collector, buffer, _scope.get()))
+        return _scope.set(Scope(collector, buffer, Scope.around()))
+
+    @staticmethod
+    def around() -> Scope | None:
+        """Return the innermost scope of this context whose buffer is still open.
+
+        A server may run each request in a context that it copied from an earlier one's, for as long
+        as a connection is kept alive: a chain of closed scopes would hold all those requests.
+        """
+        scope = _scope.get()
+        while scope is not None and scope.buffer.closed:
+            scope = scope.outer
+        return scope
 
     @staticmethod
     def begin(collector: Any, buffer: Buffer) -> None:

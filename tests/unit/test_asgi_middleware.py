@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -648,7 +651,10 @@ def test_a_block_that_never_ends_does_not_hold_back_the_request(
 def websocket_app(collected: CollectedEvents, end: str) -> Any:
     async def endpoint(websocket: WebSocket) -> None:
         await websocket.accept()
-        enqueue_event("outside", "t")
+        with pytest.warns(RuntimeWarning, match="waits until this connection has ended") as caught:
+            enqueue_event("outside", "t")
+        assert [warning.filename for warning in caught] == [__file__]
+        enqueue_event("outside, too", "t")  # warnings are errors here
         with contextlib.suppress(*([WebSocketDisconnect] if end == "caught" else [])):
             while True:
                 message = await websocket.receive_text()
@@ -665,7 +671,7 @@ def websocket_app(collected: CollectedEvents, end: str) -> Any:
 @pytest.mark.hazard("E12")
 @pytest.mark.parametrize("end", ["caught", "disconnect", "boom"])
 def test_a_block_per_message_publishes_at_once_and_other_events_when_the_connection_ends(
-    collected_events: CollectedEvents, end: str
+    collected_events: CollectedEvents, caplog: pytest.LogCaptureFixture, end: str
 ) -> None:
     client = starlette.testclient.TestClient(websocket_app(collected_events, end))
     with contextlib.suppress(ValueError, WebSocketDisconnect), client.websocket_connect("/") as ws:
@@ -674,10 +680,13 @@ def test_a_block_per_message_publishes_at_once_and_other_events_when_the_connect
         if end != "boom":
             ws.send_text("two")
             assert ws.receive_json() == ["one", "two"]
-    expected = ["one"] if end == "boom" else ["one", "two", "outside"]
-    assert published(collected_events) == expected
-    if end == "boom":
-        assert [event.payload for event in collected_events.cleared] == ["outside"]
+    outside = ["outside", "outside, too"]
+    if end == "caught":
+        assert published(collected_events) == ["one", "two", *outside]
+    else:  # an exception has gone through the code that enqueued them
+        assert published(collected_events) == (["one"] if end == "boom" else ["one", "two"])
+        assert [event.payload for event in collected_events.cleared] == outside
+        assert collected_events.cleared[0].id in only_warning(caplog)
 
 
 def test_messages_in_blocks_leave_nothing_behind_in_the_connection(
@@ -697,66 +706,51 @@ def test_messages_in_blocks_leave_nothing_behind_in_the_connection(
     assert published(collected_events) == list(range(100))
 
 
-@pytest.mark.hazard("E5", "E11")
-def test_a_disconnect_that_a_task_group_wraps_is_a_normal_end(
-    collected_events: CollectedEvents,
+@pytest.mark.hazard("E5", "E11", "E12")
+@pytest.mark.parametrize(
+    "end",
+    [
+        WebSocketDisconnect(),
+        ExceptionGroup("tasks", [WebSocketDisconnect(), WebSocketDisconnect()]),
+        BrokenPipeError("the client has gone"),
+        asyncio.CancelledError("the server shuts down"),
+    ],
+    ids=lambda end: type(end).__name__,
+)
+def test_an_exception_that_ends_a_connection_drops_what_was_enqueued_outside_of_blocks(
+    collected_events: CollectedEvents, caplog: pytest.LogCaptureFixture, end: BaseException
 ) -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        enqueue_event("outside", "t")
-        raise ExceptionGroup("tasks", [WebSocketDisconnect(), WebSocketDisconnect()])
+    """It has gone through the transaction in which they were enqueued, if there was one."""
 
-    with pytest.raises(ExceptionGroup):
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async with auto_publishing():
+            enqueue_event("in a block", "t")
+        with pytest.warns(RuntimeWarning):
+            enqueue_event("outside", "t")
+        raise end
+
+    with pytest.raises(type(end)):
         asyncio.run(call(app, type="websocket"))
-    assert published(collected_events) == ["outside"]
+    assert published(collected_events) == ["in a block"]
+    assert [event.payload for event in collected_events.cleared] == ["outside"]
+    assert type(end).__name__ in only_warning(caplog)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("own", [False, True])
-def test_only_an_oserror_of_the_servers_send_is_a_disconnect(
-    collected_events: CollectedEvents, wrapped: bool, own: bool
-) -> None:
-    refused = BrokenPipeError("the client has gone")
+def test_a_scope_of_another_protocol_passes_through(collected_events: CollectedEvents) -> None:
+    seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        enqueue_event("outside", "t")
-        try:
-            await send({"type": "websocket.send", "text": "x"})
-        except OSError as error:
-            found = BrokenPipeError("a file of the handler's") if own else error
-        if wrapped:
-            raise ExceptionGroup("tasks", [ExceptionGroup("inner", [found]), WebSocketDisconnect()])
-        raise found
+        seen.append((scope, receive, send))
+        async with auto_publishing() as block:
+            enqueue_event(1, "t")
+        assert not block.joined
 
-    async def send(message: Any) -> None:
-        raise refused
+    async def send(message: Any) -> None: ...
 
-    with pytest.raises(ExceptionGroup if wrapped else BrokenPipeError):
-        asyncio.run(OutboxMiddleware(app)({"type": "websocket"}, nothing, send))
-    assert published(collected_events) == ([] if own else ["outside"])
-
-
-@pytest.mark.hazard("E5")
-def test_a_failure_beside_a_disconnect_is_a_failure(collected_events: CollectedEvents) -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        enqueue_event("outside", "t")
-        raise ExceptionGroup("tasks", [WebSocketDisconnect(), ValueError()])
-
-    with pytest.raises(ExceptionGroup):
-        asyncio.run(call(app, type="websocket"))
-    assert published(collected_events) == []
-
-
-@pytest.mark.hazard("E12")
-def test_a_connection_cancelled_by_shutdown_publishes_its_events(
-    collected_events: CollectedEvents,
-) -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        enqueue_event("outside", "t")
-        raise asyncio.CancelledError
-
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(call(app, type="websocket"))
-    assert published(collected_events) == ["outside"]
+    scope = {"type": "channel", "channel": "thumbnails"}
+    asyncio.run(OutboxMiddleware(app)(scope, nothing, send))
+    assert seen == [({"type": "channel", "channel": "thumbnails"}, nothing, send)]
+    assert published(collected_events) == [1]
 
 
 # ------------------------------------------------------------------------------ lifespan
@@ -839,6 +833,253 @@ def test_a_startup_that_fails_stays_a_failure(collected_events: CollectedEvents)
     with pytest.raises(ValueError, match="no database"):
         live(app, Drained())
     assert published(collected_events) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("no database"), KeyError("DATABASE_URL"), OSError(111, "refused"), SystemExit(3)],
+    ids=repr,
+)
+def test_an_error_at_the_beginning_of_a_lifespan_reaches_the_server(error: BaseException) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        live(app, Drained())
+    assert caught.value is error
+
+
+@pytest.mark.hazard("E7")
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError(),
+        NotImplementedError(),
+        KeyError("path"),
+        ValueError("Django can only handle ASGI/HTTP connections, not lifespan."),
+    ],
+    ids=repr,
+)
+def test_an_application_that_does_not_know_lifespans_is_started(error: Exception) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise error
+
+    transport = Drained()
+    assert live(app, transport) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert transport.drained == 1
+
+
+@pytest.mark.parametrize("phase", ["startup", "shutdown"])
+def test_the_events_of_a_phase_that_fails_are_dropped_and_said_to_be(
+    collected_events: CollectedEvents, caplog: pytest.LogCaptureFixture, phase: str
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        if phase == "shutdown":
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+        enqueue_event(phase, "t")
+        await send({"type": f"lifespan.{phase}.failed", "message": ""})
+
+    live(app, Drained())
+    assert published(collected_events) == []
+    assert f"dropped because the {phase} failed: " in only_warning(caplog)
+
+
+def test_what_waits_for_the_end_of_a_lifespan_warns_once_it_is_running(
+    collected_events: CollectedEvents,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        enqueue_event("startup", "t")
+        await send({"type": "lifespan.startup.complete"})
+        with pytest.warns(RuntimeWarning, match="waits until the server shuts down") as caught:
+            enqueue_event("running", "t")
+        assert [warning.filename for warning in caught] == [__file__]
+        async with auto_publishing():
+            enqueue_event("in a block", "t")
+        assert published(collected_events) == ["startup", "in a block"]
+        await receive()
+        enqueue_event("shutdown", "t")
+        await send({"type": "lifespan.shutdown.complete"})
+
+    live(app, Drained())
+    assert published(collected_events) == ["startup", "in a block", "running", "shutdown"]
+
+
+# ------------------------------------------------------------------------------ interrupted
+
+
+@pytest.mark.parametrize("base", [False, True], ids=["plain", "BaseHTTPMiddleware"])
+@pytest.mark.parametrize("at", ["yield", "await", "before the first part"])
+def test_a_stream_that_a_disconnect_cancels_publishes_nothing(
+    collected_events: CollectedEvents, caplog: pytest.LogCaptureFixture, base: bool, at: str
+) -> None:
+    """Before ASGI 2.4, Starlette cancels the body and returns as if nothing had happened."""
+    gone = asyncio.Event()
+    ends: list[str] = []
+
+    async def stream(request: Request) -> Response:
+        async def body() -> AsyncIterator[bytes]:
+            enqueue_event("in the transaction", "t")
+            try:
+                if at == "before the first part":
+                    gone.set()
+                    await asyncio.sleep(10)
+                yield b"x"
+                if at == "await":
+                    gone.set()
+                    await asyncio.sleep(10)
+                yield b"x"
+            except BaseException as error:
+                ends.append(type(error).__name__)
+                raise
+
+        return StreamingResponse(body())
+
+    app = Starlette(routes=[Route("/", stream)])
+    if base:
+        app.add_middleware(Base)
+
+    async def receive() -> Any:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message.get("body") and at == "yield":
+            gone.set()
+            await asyncio.sleep(10)
+
+    scope = {**HTTP, "asgi": {"version": "3.0", "spec_version": "2.3"}, "query_string": b""}
+
+    async def main() -> None:
+        with contextlib.suppress(ClientDisconnect, asyncio.CancelledError):
+            await OutboxMiddleware(app)(scope, receive, send)
+
+    asyncio.run(asyncio.wait_for(main(), 8))
+    assert published(collected_events) == []
+    assert [event.payload for event in collected_events.cleared] == ["in the transaction"]
+    assert only_warning(caplog)
+
+
+def test_a_disconnect_that_the_application_does_not_look_for_changes_nothing(
+    collected_events: CollectedEvents,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "http.disconnect"  # before its response
+        enqueue_event(1, "t")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        assert (await receive())["type"] == "http.disconnect"  # after it
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None: ...
+
+    asyncio.run(OutboxMiddleware(app)(dict(HTTP), receive, send))
+    assert published(collected_events) == [1]
+
+
+def test_an_event_stream_warns_that_its_events_wait_for_its_end(
+    collected_events: CollectedEvents,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event("endpoint", "t")
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async with auto_publishing():  # joins
+            with pytest.warns(RuntimeWarning, match="independent=True"):
+                enqueue_event("tick", "t")
+        async with auto_publishing(independent=True):
+            enqueue_event("at once", "t")
+        assert published(collected_events) == ["at once"]
+        await send({"type": "http.response.body", "body": b""})
+
+    asyncio.run(call(app))
+    assert published(collected_events) == ["at once", "endpoint", "tick"]
+
+
+# ------------------------------------------------------------------------------ statuses
+
+
+@pytest.mark.parametrize(
+    ("status", "is_success"),
+    [
+        (100, True),
+        (103, True),
+        (200, True),
+        (206, True),
+        (304, True),
+        (399, True),
+        (400, False),
+        (499, False),
+        (599, False),
+        (600, False),
+        (99, False),
+        (0, False),
+        (-1, False),
+        ("200", False),
+        (None, False),
+    ],
+)
+def test_only_a_known_status_below_400_is_a_success(
+    collected_events: CollectedEvents,
+    caplog: pytest.LogCaptureFixture,
+    status: Any,
+    is_success: bool,
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(1, "t")
+        if status is not None:
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+    asyncio.run(call(app))
+    assert published(collected_events) == ([1] if is_success else [])
+    if not is_success:
+        assert ("not known" if status is None else repr(status)) in only_warning(caplog)
+
+
+def test_a_rule_that_raises_fails_the_request_and_not_the_response(
+    collected_events: CollectedEvents, caplog: pytest.LogCaptureFixture
+) -> None:
+    def is_success(status: int) -> bool:
+        raise ValueError("the rule")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event(1, "t")
+        await respond(send)
+
+    async def send(message: Any) -> None: ...
+
+    asyncio.run(OutboxMiddleware(app, is_success=is_success)(dict(HTTP), nothing, send))
+    assert published(collected_events) == []
+    assert "is_success(200) raised" in caplog.text
+
+
+def test_memory_does_not_grow_over_a_connection_that_is_kept_alive(
+    collected_events: CollectedEvents,
+) -> None:
+    """A server may run each request in a copy of the context of the one before."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        requests.append(weakref.ref(EventCollector.current()))
+        await respond(send)
+        contexts.append(contextvars.copy_context())  # as a loop does for a socket's reader
+
+    async def main() -> None:
+        for _ in range(50):
+            task = asyncio.create_task(call(app), context=contexts[-1])
+            await task
+            del contexts[:-1]
+
+    requests: list[weakref.ref[EventCollector]] = []
+    contexts = [contextvars.copy_context()]
+    asyncio.run(main())
+    gc.collect()
+    assert len([request for request in requests if request() is not None]) == 1
 
 
 def test_concurrent_requests_do_not_see_each_others_events(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import gc
 import logging
 import multiprocessing
@@ -14,6 +15,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ from outbox import (
     AutoPublishingEventCollector,
     CollectorClosed,
     CollectorFull,
+    Event,
     EventCollector,
     NotConfigured,
     Publisher,
@@ -195,6 +198,104 @@ def test_generator_functions_are_refused(publisher: Publisher) -> None:
         auto_publishing(async_generator)
 
 
+def plainly_wrapped(function: Any) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    return call
+
+
+def without_wraps(function: Any) -> Any:
+    return lambda *args: function(*args)
+
+
+class Callable_:
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    async def __call__(self, *args: Any) -> Any:
+        return await self.function(*args)
+
+
+async def enqueues_twice(n: int) -> int:
+    enqueue_event(n, "x")
+    await asyncio.sleep(0)
+    enqueue_event(n, "x")
+    if n < 0:
+        raise Boom
+    return n
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(plainly_wrapped(enqueues_twice), id="wrapped"),
+        pytest.param(plainly_wrapped(plainly_wrapped(enqueues_twice)), id="wrapped twice"),
+        pytest.param(functools.partial(enqueues_twice), id="partial"),
+        pytest.param(functools.partial(plainly_wrapped(enqueues_twice)), id="partial of wrapped"),
+        pytest.param(Callable_(enqueues_twice), id="object"),
+        pytest.param(staticmethod(enqueues_twice), id="staticmethod"),
+    ],
+)
+@pytest.mark.parametrize("joins", [False, True])
+def test_every_form_of_a_coroutine_function_has_a_block_around_all_of_it(
+    publisher: Publisher, form: Any, joins: bool
+) -> None:
+    decorated = auto_publishing(form)
+
+    async def main() -> None:
+        if joins:
+            async with auto_publishing():
+                assert await decorated(1) == 1
+                assert published(publisher) == []
+        else:
+            assert await decorated(1) == 1
+        assert published(publisher) == [1, 1]
+        with pytest.raises(Boom):
+            await decorated(-1)
+        assert await asyncio.gather(*map(decorated, (2, 3))) == [2, 3]
+
+    asyncio.run(main())
+    assert sorted(published(publisher)) == [1, 1, 2, 2, 3, 3]  # type: ignore[type-var]
+
+
+def test_a_wrapper_that_runs_its_coroutine_is_a_plain_function(publisher: Publisher) -> None:
+    @auto_publishing
+    @functools.wraps(enqueues_twice)
+    def command(n: int) -> int:
+        return asyncio.run(enqueues_twice(n))
+
+    assert command(1) == 1
+    assert published(publisher) == [1, 1]
+    with pytest.raises(Boom):
+        command(-1)
+    assert published(publisher) == [1, 1]
+
+
+def test_a_function_whose_result_would_run_after_its_block_is_refused(
+    publisher: Publisher,
+) -> None:
+    def numbers() -> Iterator[int]:
+        enqueue_event(1, "x")
+        yield 1
+
+    refused = [
+        without_wraps(enqueues_twice),
+        without_wraps(numbers),
+        plainly_wrapped(numbers),
+        contextlib.contextmanager(numbers),
+    ]
+    for function in refused:
+        arguments = (1,) if function is refused[0] else ()
+        with pytest.raises(UsageError, match="would run after the block"):
+            auto_publishing(function)(*arguments)
+    assert published(publisher) == []
+    for kind in (functools.partial(numbers), dict):
+        with pytest.raises(UsageError):
+            auto_publishing(kind)
+
+
 def test_a_synchronous_block_on_an_event_loop_is_refused_at_once_unless_it_joins(
     publisher: Publisher,
 ) -> None:
@@ -326,6 +427,32 @@ def test_a_savepoint_of_a_unit_that_has_ended_refuses_events(publisher: Publishe
     assert published(publisher) == []
 
 
+def test_a_savepoint_whose_unit_ends_before_it_raises_and_names_its_events(
+    publisher: Publisher, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        ended = asyncio.Event()
+
+        async def late() -> Event:
+            with block.savepoint():
+                event = enqueue_event("late", "x")
+                events.append(event)
+                await ended.wait()
+            return event
+
+        events: list[Event] = []
+        async with auto_publishing() as block:
+            task = asyncio.create_task(late())
+            await asyncio.sleep(0)
+        ended.set()
+        with pytest.raises(CollectorClosed, match=r"1 event\(s\) of a savepoint"):
+            await task
+        assert events[0].id in caplog.text
+
+    asyncio.run(main())
+    assert published(publisher) == []
+
+
 def test_publish_and_clear_act_on_the_innermost_buffer(publisher: Publisher) -> None:
     with auto_publishing() as block:
         enqueue_event(1, "x")
@@ -394,14 +521,12 @@ def test_eight_threads_enqueueing_into_one_collector_lose_nothing(publisher: Pub
 
 
 @pytest.mark.hazard("E2")
-def test_outside_of_any_unit_the_first_event_warns_in_the_callers_line(
+def test_outside_of_any_unit_events_are_published_by_publish_and_nothing_warns(
     publisher: Publisher,
 ) -> None:
     def script() -> None:
-        with pytest.warns(RuntimeWarning, match=r"until publish\(\) is called") as caught:
-            enqueue_event(1, "x")
-        assert [warning.filename for warning in caught] == [__file__]
-        enqueue_event(2, "x")  # warnings are errors here
+        enqueue_event(1, "x")  # warnings are errors here
+        enqueue_event(2, "x")
         assert [event.payload for event in publish().published] == [1, 2]
         enqueue_event(3, "x")
         assert len(clear_events()) == 1
@@ -409,14 +534,58 @@ def test_outside_of_any_unit_the_first_event_warns_in_the_callers_line(
     contextvars.copy_context().run(script)
 
 
-def test_a_warning_turned_into_an_exception_collects_nothing(publisher: Publisher) -> None:
-    def script() -> None:
-        for _ in range(2):
-            with pytest.raises(RuntimeWarning):
-                enqueue_event(1, "x")
-        assert len(EventCollector.current()) == 0
+@pytest.mark.hazard("E2")
+@pytest.mark.parametrize("then", ["enqueue", "publish"])
+def test_what_one_job_of_a_pooled_thread_has_left_warns_the_next_one(
+    publisher: Publisher, then: str
+) -> None:
+    def failing() -> None:
+        enqueue_event("left behind", "x")
+        raise Boom
 
-    contextvars.copy_context().run(script)
+    def following() -> None:
+        if then == "enqueue":
+            enqueue_event("next", "x")
+        else:
+            publish()
+
+    line = failing.__code__.co_firstlineno + 1
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(Boom):
+            pool.submit(failing).result()
+        with pytest.raises(RuntimeWarning, match=f"{__file__}:{line}, by a job that has ended"):
+            pool.submit(following).result()
+        assert published(publisher) == []  # a filter made it an exception: nothing has happened
+        assert len(pool.submit(clear_events).result()) == 1
+
+
+def test_jobs_of_a_pooled_thread_that_publish_are_not_warned(publisher: Publisher) -> None:
+    def helper(n: int) -> None:
+        enqueue_event(n, "x")
+
+    def job(n: int) -> None:
+        helper(n)
+        helper(n)
+        publish()
+
+    with ThreadPoolExecutor(1) as pool:
+        for n in range(3):
+            pool.submit(job, n).result()
+    assert published(publisher) == [0, 0, 1, 1, 2, 2]
+
+
+def test_tasks_that_publish_their_own_events_are_not_warned(publisher: Publisher) -> None:
+    async def job(n: int) -> None:
+        enqueue_event(n, "x")
+        await asyncio.sleep(0)
+        enqueue_event(n, "x")
+        await publish_async()
+
+    async def main() -> None:
+        await asyncio.gather(*(job(n) for n in range(3)))
+
+    asyncio.run(main())
+    assert len(published(publisher)) == 6
 
 
 @pytest.mark.hazard("E2")
@@ -434,7 +603,6 @@ def test_each_thread_has_its_own_collector(publisher: Publisher) -> None:
     assert found[0] is not block
 
 
-@pytest.mark.filterwarnings("ignore:an event was enqueued outside:RuntimeWarning")
 def test_an_implicit_collector_discarded_with_events_logs_which(
     publisher: Publisher, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -443,6 +611,7 @@ def test_an_implicit_collector_discarded_with_events_logs_which(
     [record] = caplog.records
     assert record.levelno == logging.ERROR
     assert event.id in record.getMessage()
+    assert f"at {__file__}:" in record.getMessage()
     contextvars.Context().run(lambda: (enqueue_event(1, "x"), publish()))
     gc.collect()
     assert len(caplog.records) == 1
@@ -460,7 +629,7 @@ def test_a_script_that_forgets_to_publish_is_warned_at_exit() -> None:
         timeout=30,
         check=True,
     )
-    assert "RuntimeWarning" in done.stderr
+    assert "<string>:1: RuntimeWarning: an event was enqueued outside" in done.stderr
     assert f"never published: '{done.stdout.strip()}'" in done.stderr
 
 
@@ -515,6 +684,30 @@ def test_autoflush_stays_on_between_the_lines_of_a_console(console: list[str]) -
     )
     assert "published [1, 2]" in done.stdout, done.stdout + done.stderr
     assert "RuntimeWarning" not in done.stderr
+
+
+@pytest.mark.parametrize("console", [["-i", "-q"], ["-m", "asyncio"]], ids=["python", "asyncio"])
+def test_an_event_waits_for_publish_in_a_later_line_of_a_console(console: list[str]) -> None:
+    publish = "await outbox.publish_async()" if "asyncio" in console else "outbox.publish()"
+    lines = [
+        "import outbox",
+        "publisher = outbox.configure('memory://')",
+        "_ = outbox.enqueue_event(1, 'x')",
+        "_ = outbox.enqueue_event(2, 'x')",
+        f"_ = {publish}",
+        "print('published', [event.payload for event in publisher._own.published])",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *console],
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env={**os.environ, "TERM": "dumb", "PYTHON_BASIC_REPL": "1"},
+    )
+    assert "published [1, 2]" in done.stdout, done.stdout + done.stderr
+    assert "lost" not in done.stderr
 
 
 def test_a_console_block_can_be_closed(publisher: Publisher) -> None:

@@ -130,7 +130,9 @@ class World:
         elif above is not None:
             above.events += buffer.take()
         elif buffer.kind == "savepoint":
+            refused = CollectorClosed if buffer.events else None
             self.clear(buffer)
+            return refused
         else:
             return self.publish(buffer)
         return None
@@ -232,7 +234,8 @@ class Units(RuleBasedStateMachine):
         for task in (*self.tasks, *self.gone):
             for place in reversed(task.places):
                 if place.own:
-                    task.run(place.leave, None)
+                    error = what_is_raised(partial(task.run, place.leave, None))
+                    assert error is None or isinstance(error, CollectorClosed)
         self.stack.close()
 
     tasks_ = st.integers(0, 2)

@@ -56,7 +56,6 @@ from outbox.middleware.wsgi import OutboxMiddleware
 
 left = []
 
-@pytest.mark.filterwarnings("ignore:an event was enqueued outside")
 def test_events_are_left_outside_of_any_unit(collected_events):
     enqueue_event(1, "outside")
     left.append(EventCollector.current())

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import contextvars
 import functools
+import gc
+import itertools
 import logging
 import re
 import wsgiref.handlers
@@ -171,8 +173,7 @@ def test_a_body_abandoned_by_its_server_leaves_nothing_to_the_next_request(
 ) -> None:
     abandoned = Server(app_of(Body([enqueuing("abandoned")] * 2))).call()
     next(abandoned)
-    with pytest.warns(RuntimeWarning, match="outside of any unit of work"):
-        enqueue_event("between", "t")
+    enqueue_event("between", "t")
     assert [event.payload for event in EventCollector.current().clear_events()] == ["between"]
     Server(app_of(Body([enqueuing("next")]))).serve()
     assert published(collected_events) == ["app", "next"]
@@ -265,6 +266,156 @@ def test_a_client_that_disconnects_does_not_undo_the_work(
     body.close()
     assert published(collected_events) == ["app", 1, 2]
     assert inner.closed == 1
+
+
+class Session:
+    """A transaction around the steps of a body."""
+
+    def __init__(self) -> None:
+        self.end = ""
+
+    @contextlib.contextmanager
+    def begin(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.end = "rolled back"
+            raise
+        self.end = "committed"
+
+
+class Closing:
+    """An iterator of a framework's, which passes close() on."""
+
+    def __init__(self, body: Any) -> None:
+        self._next = functools.partial(next, iter(body))
+        self._callbacks = [body.close]
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        chunk: bytes = self._next()
+        return chunk
+
+    def close(self) -> None:
+        for callback in self._callbacks:
+            callback()
+
+
+class Iterable_:
+    """A body whose ``__iter__`` is a generator function."""
+
+    def __init__(self, body: Any) -> None:
+        self.body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self.body
+
+
+@pytest.mark.hazard("D4")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda body: body,
+        Closing,
+        Iterable_,
+        lambda body: Closing(Closing(body)),
+        lambda body: map(bytes, body),
+        lambda body: (chunk for chunk in body),
+        lambda body: itertools.chain([b"first"], body),
+    ],
+    ids=["generator", "object", "iterable", "two objects", "map", "generator of it", "chain"],
+)
+def test_a_disconnect_that_ends_a_generator_in_its_transaction_publishes_nothing(
+    collected_events: CollectedEvents, caplog: pytest.LogCaptureFixture, wrap: Any
+) -> None:
+    session = Session()
+
+    def chunks() -> Iterator[bytes]:
+        with session.begin():
+            for n in range(3):
+                enqueue_event(n, "t")
+                yield b"x"
+
+    body = Server(app_of(wrap(chunks()), enqueue=False)).call()
+    next(body)
+    next(body)
+    body.close()
+    del body
+    gc.collect()
+    assert session.end == "rolled back"
+    assert published(collected_events) == []
+    assert [event.payload for event in collected_events.cleared][:1] == [0]
+    assert "the client has disconnected" in only_warning(caplog)
+
+
+@pytest.mark.hazard("D4")
+def test_a_generator_that_has_ended_or_not_begun_is_not_interrupted_by_close(
+    collected_events: CollectedEvents,
+) -> None:
+    session = Session()
+
+    def chunks() -> Iterator[bytes]:
+        with session.begin():
+            enqueue_event("body", "t")
+            yield b"x"
+
+    Server(app_of(chunks())).call().close()
+    assert session.end == ""
+    assert published(collected_events) == ["app"]
+    Server(app_of(chunks(), enqueue=False)).serve()
+    assert session.end == "committed"
+    assert published(collected_events) == ["app", "body"]
+
+
+def test_what_is_published_before_the_first_byte_stays_published_when_the_body_is_interrupted(
+    collected_events: CollectedEvents,
+) -> None:
+    def chunks() -> Iterator[bytes]:
+        enqueue_event("body", "t")
+        yield b"x"
+        yield b"y"
+
+    body = Server(app_of(chunks(), headers=[("Content-Length", "2")])).call()
+    next(body)
+    body.close()
+    assert published(collected_events) == ["app"]
+    assert [event.payload for event in collected_events.cleared] == ["body"]
+
+
+@pytest.mark.parametrize(
+    ("status", "is_success"),
+    [
+        ("100 Continue", True),
+        ("101 Switching Protocols", True),
+        ("103 Early Hints", True),
+        ("200", True),
+        ("304 Not Modified", True),
+        ("400 Bad", False),
+        ("499 Client Closed Request", False),
+        ("599 x", False),
+        ("600 x", False),
+        ("999 x", False),
+        ("099 x", False),
+        ("OK", False),
+        ("2xx OK", False),
+        ("\u0662\u0660\u0660 digits", False),
+        ("", False),
+    ],
+)
+@pytest.mark.parametrize("kind", [list, Body])
+def test_only_a_known_status_below_400_is_a_success(
+    collected_events: CollectedEvents,
+    caplog: pytest.LogCaptureFixture,
+    status: str,
+    is_success: bool,
+    kind: Any,
+) -> None:
+    assert Server(app_of(kind([b"ok"]), status)).serve() == b"ok"
+    assert published(collected_events) == (["app"] if is_success else [])
+    if not is_success:
+        assert "the response's status is" in only_warning(caplog)
 
 
 @pytest.mark.hazard("D4")

@@ -1,0 +1,478 @@
+"""Events that are enqueued while their unit of work ends, by threads, tasks and signal handlers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from benchmarks import late
+from outbox import (
+    CollectorClosed,
+    Event,
+    EventCollector,
+    Publisher,
+    UsageError,
+    auto_publishing,
+    configure,
+    enqueue_event,
+    publish,
+)
+from outbox.backlog.backlog import Backlog
+from outbox.backlog.chunk import Chunk, Fate
+from outbox.middleware.asgi import OutboxMiddleware as ASGIMiddleware
+from outbox.middleware.wsgi import OutboxMiddleware as WSGIMiddleware
+from outbox.unit_of_work.unit_of_work import Buffer, UnitOfWork
+
+
+class Waiting:
+    """A transport whose confirms arrive when the test lets them."""
+
+    supports_delay = True
+    longest_delay = None
+    connected = True
+    on_own_thread = False
+
+    def __init__(self) -> None:
+        self.backlog = Backlog()
+        self.events: list[Event] = []
+        self.submitted = threading.Event()
+        self.chunks: list[Chunk] = []
+
+    def start(self) -> None: ...
+
+    def submit(self, events: Any, *, keep: bool) -> Chunk:
+        chunk = Chunk(events, keep=keep)
+        self.events += events
+        self.chunks.append(chunk)
+        self.submitted.set()
+        return chunk
+
+    def confirm(self) -> None:
+        for chunk in self.chunks:
+            for entry in chunk.entries:
+                entry.fate = Fate.PUBLISHED
+            if chunk.reported is None:
+                chunk.resolve(chunk.report())
+
+    def release(self, chunk: Chunk) -> None:
+        chunk.resolve(chunk.report())
+
+    def drain(self, timeout: float) -> bool:
+        return True
+
+    def close(self, *, graceful: bool = True) -> tuple[Any, ...]:
+        return ()
+
+
+class Instant(Waiting):
+    """A transport that confirms at once."""
+
+    def submit(self, events: Any, *, keep: bool) -> Chunk:
+        chunk = super().submit(events, keep=keep)
+        self.confirm()
+        self.chunks.clear()
+        return chunk
+
+
+@pytest.fixture
+def waiting() -> Iterator[Waiting]:
+    transport = Waiting()
+    publisher = configure("memory://")
+    publisher._own = transport
+    yield transport
+    transport.confirm()
+
+
+def with_block(body: Callable[[], None]) -> None:
+    with auto_publishing():
+        body()
+
+
+def decorated(body: Callable[[], None]) -> None:
+    auto_publishing(body)()
+
+
+def async_block(body: Callable[[], None]) -> None:
+    async def main() -> None:
+        async with auto_publishing():
+            body()
+
+    asyncio.run(main())
+
+
+def wsgi(body: Callable[[], None], *, complete: bool) -> None:
+    def app(environ: Any, start_response: Any) -> Any:
+        body()
+        start_response("200 OK", [])
+        return [b"x"] if complete else iter([b"x"])
+
+    response = WSGIMiddleware(app)({}, lambda *_: None)  # type: ignore[arg-type]
+    list(response)
+    if not complete:
+        response.close()  # type: ignore[attr-defined]
+
+
+def asgi(body: Callable[[], None], kind: str = "http") -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body()
+        if kind == "http":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+        elif kind == "lifespan":
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+
+    async def receive() -> Any:
+        return {"type": "lifespan.shutdown"}
+
+    async def send(message: Any) -> None: ...
+
+    with pytest.MonkeyPatch.context() as patched:
+        if kind == "websocket":  # its events warn, which is tested elsewhere
+            patched.setattr(EventCollector, "_warn_of_waiting", lambda *_: None)
+        asyncio.run(ASGIMiddleware(app)({"type": kind}, receive, send))
+
+
+UNITS = {
+    "with": with_block,
+    "decorator": decorated,
+    "async with": async_block,
+    "WSGI": lambda body: wsgi(body, complete=True),
+    "ASGI": asgi,
+    "WebSocket": lambda body: asgi(body, "websocket"),
+    "lifespan": lambda body: asgi(body, "lifespan"),
+}
+
+
+@pytest.mark.hazard("E8")
+@pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS)
+def test_an_event_is_refused_while_its_unit_is_publishing(
+    waiting: Waiting, unit: Callable[..., None]
+) -> None:
+    result: list[BaseException | None] = []
+
+    def late() -> None:
+        waiting.submitted.wait(5)
+        try:
+            enqueue_event("late", "t")
+        except CollectorClosed as error:
+            result.append(error)
+        waiting.confirm()
+
+    def body() -> None:
+        enqueue_event("first", "t")
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(late,))
+        thread.start()
+        threads.append(thread)
+
+    threads: list[threading.Thread] = []
+    unit(body)
+    threads[0].join()
+    assert [event.payload for event in waiting.events] == ["first"]
+    assert "after its unit of work had ended" in str(result[0])
+
+
+@pytest.mark.hazard("E8")
+def test_a_block_of_work_that_outlives_its_unit_publishes_its_own_events(waiting: Waiting) -> None:
+    def late() -> None:
+        waiting.submitted.wait(5)
+        threading.Timer(0.05, waiting.confirm).start()
+        with auto_publishing() as block:
+            enqueue_event("in a block", "t")
+        assert not block.joined
+
+    with auto_publishing():
+        enqueue_event("first", "t")
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(late,))
+        thread.start()
+    thread.join()
+    assert [event.payload for event in waiting.events] == ["first", "in a block"]
+
+
+def test_what_a_wsgi_body_enqueues_until_its_close_is_published(waiting: Waiting) -> None:
+    """Its first events are published before the first byte, which does not end the unit."""
+
+    class Body:
+        def __iter__(self) -> Iterator[bytes]:
+            enqueue_event("step", "t")
+            waiting.confirm()
+            return iter([b"x"])
+
+        def close(self) -> None:
+            enqueue_event("close", "t")
+            threading.Timer(0.05, waiting.confirm).start()
+
+    def app(environ: Any, start_response: Any) -> Any:
+        enqueue_event("app", "t")
+        start_response("200 OK", [("Content-Length", "1")])
+        threading.Timer(0.05, waiting.confirm).start()
+        return Body()
+
+    context = contextvars.copy_context()
+    body: Any = context.run(WSGIMiddleware(app), {}, lambda *_: None)  # type: ignore[arg-type]
+    assert [event.payload for event in waiting.events] == ["app"]
+    assert next(body) == b"x"
+    body.close()
+    assert [event.payload for event in waiting.events] == ["app", "step", "close"]
+
+
+def test_publishing_in_the_middle_of_a_unit_does_not_end_it(waiting: Waiting) -> None:
+    def late() -> None:
+        waiting.submitted.wait(5)
+        enqueue_event("late", "t")
+        waiting.confirm()
+        time.sleep(0.05)
+        waiting.confirm()
+
+    thread: threading.Thread | None = None
+    with auto_publishing():
+        enqueue_event("first", "t")
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(late,))
+        thread.start()
+        publish()
+    thread.join()
+    assert [event.payload for event in waiting.events] == ["first", "late"]
+
+
+@pytest.mark.parametrize("error", [UsageError("refused"), ValueError("a bug")], ids=repr)
+@pytest.mark.parametrize("unit", [with_block, async_block, UNITS["WSGI"], asgi])
+def test_events_that_cannot_be_handed_over_are_named_at_error(
+    waiting: Waiting,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    unit: Callable[..., None],
+    error: Exception,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    def body() -> None:
+        events.append(enqueue_event("first", "t"))
+
+    events: list[Event] = []
+    monkeypatch.setattr(Publisher, "submit_chunk", refuse)
+    with contextlib.suppress(type(error)):
+        unit(body)
+    [lost] = [record for record in caplog.records if "lost at the end" in record.getMessage()]
+    assert lost.levelname == "ERROR"
+    assert events[0].id in lost.getMessage()
+
+
+@pytest.mark.hazard("E8")
+def test_of_many_late_events_none_is_accepted_and_lost() -> None:
+    outcome = late.run(requests=200)
+    assert outcome.lost == 0
+    assert outcome.accepted + outcome.refused == 200
+
+
+# ------------------------------------------------------------------------------ signal handlers
+
+
+class Interrupted(Exception):
+    """What a time limit raises."""
+
+
+@contextlib.contextmanager
+def alarms(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Call ``handler`` at random instants, a signal at a time."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        try:
+            handler(number, frame)
+        finally:
+            if armed:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00001, 0.001))
+
+    armed = [True]
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.0001)
+    try:
+        yield
+    finally:
+        armed.clear()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def in_buffers(frame: FrameType | None) -> bool:
+    """Return whether ``frame`` is in the unit of work and in nothing that it calls elsewhere."""
+    if frame is None or frame.f_code.co_name == "__del__":  # nothing can be raised from there
+        return False
+    return bool(frame.f_globals.get("__name__", "").startswith("outbox.unit_of_work."))
+
+
+def some_event(n: int) -> Event:
+    return Event(str(n), "t", "", b"12345")
+
+
+def total_of(*buffers: Buffer) -> tuple[int, int]:
+    return (
+        sum(len(buffer.events) for buffer in buffers),
+        sum(len(event.body) for buffer in buffers for event in buffer.events),
+    )
+
+
+@pytest.mark.parametrize("raising", [False, True])
+def test_a_signal_handler_at_any_instant_leaves_the_buffers_and_totals_right(
+    raising: bool,
+) -> None:
+    unit = UnitOfWork(None, None)
+    outer = Buffer(unit)
+    inner = Buffer(unit, outer)
+    gone: list[Event] = []
+    made = iter(range(10_000_000))
+    limits = 1_000_000, 1_000_000_000
+    signals = 0
+
+    def handler(_: int, frame: FrameType | None) -> None:
+        nonlocal signals
+        if not in_buffers(frame):
+            return
+        signals += 1
+        if raising:
+            raise Interrupted
+        for buffer in (outer, inner):
+            if not buffer.closed:
+                buffer.append(some_event(next(made)), *limits)
+        taken: list[Event] = []
+        random.choice([outer, inner]).take(taken)
+        if taken and random.random() < 0.5:
+            outer.put_back(taken)
+        else:
+            gone.extend(taken)
+
+    end = time.monotonic() + 1.5
+    with alarms(handler):
+        while time.monotonic() < end:
+            taken: list[Event] = []
+            with contextlib.suppress(Interrupted):
+                for _ in range(20):
+                    outer.append(some_event(next(made)), *limits)
+                    inner.append(some_event(next(made)), *limits)
+                outer.take(taken)
+            if raising:  # what was taken may be back, without being here
+                while taken and taken[0] not in outer.events:
+                    with contextlib.suppress(Interrupted):
+                        outer.put_back(taken)
+            else:
+                outer.put_back(taken)
+            while inner.events or not inner.closed:
+                with contextlib.suppress(Interrupted):
+                    inner.merge()
+            closed = inner
+            while inner is closed:
+                with contextlib.suppress(Interrupted):
+                    inner = Buffer(unit, outer)
+            while len(outer.events) > 200:
+                with contextlib.suppress(Interrupted):
+                    outer.take(gone)
+    assert signals > 5
+    assert (unit.total, unit.total_size) == total_of(outer, inner)
+    assert (outer.count, outer.size) == total_of(outer)
+    names = [event.id for event in (*gone, *outer.events, *inner.events)]
+    assert len(set(names)) == len(names)
+    if not raising:
+        assert len(names) == next(made)
+    outer.take(gone)
+    inner.take(gone)
+
+
+@pytest.mark.parametrize("kind", ["with", "joined", "savepoint", "WSGI"])
+def test_an_exception_of_a_signal_handler_neither_loses_nor_doubles_the_events_of_a_block(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever was enqueued and not dropped with its block is published, once."""
+    transport = Instant()
+    configure("memory://")._own = transport
+    signals = 0
+
+    def handler(_: int, frame: FrameType | None) -> None:
+        nonlocal signals
+        if ended and in_buffers(frame):
+            signals += 1
+            raise Interrupted
+
+    ended = False
+    events: list[Event] = []
+    end = time.monotonic() + 1.5
+
+    def app(environ: Any, start_response: Any) -> Any:
+        nonlocal ended
+        start_response("200 OK", [])
+        events.append(enqueue_event(1, "t", id=f"{len(events)}"))
+        ended = True
+        return [b"x"]
+
+    def once() -> None:
+        nonlocal ended
+        if kind == "WSGI":
+            WSGIMiddleware(app)({}, lambda *_: None)  # type: ignore[arg-type]
+        elif kind == "joined":
+            with auto_publishing():
+                with contextlib.suppress(Interrupted), auto_publishing():
+                    events.append(enqueue_event(1, "t", id=f"{len(events)}"))
+                    ended = True
+                ended = False
+        else:
+            with auto_publishing() as block:
+                if kind == "savepoint":
+                    with block.savepoint():
+                        events.append(enqueue_event(1, "t", id=f"{len(events)}"))
+                else:
+                    events.append(enqueue_event(1, "t", id=f"{len(events)}"))
+                ended = True
+
+    with alarms(handler):
+        while time.monotonic() < end:
+            ended = False
+            with contextlib.suppress(Interrupted):
+                contextvars.copy_context().run(once)
+            ended = False
+    assert signals > 5
+    found = [event.id for event in transport.events]
+    assert len(set(found)) == len(found), "doubled"
+    missing = {event.id for event in events} - set(found)
+    assert not [name for name in missing if f"'{name}'" not in caplog.text], "lost in silence"
+    # A block is published unless the signal comes at the very moment of entering its __exit__().
+    assert kind == "WSGI" or len(missing) < signals / 5
+
+
+def test_a_signal_handler_that_enqueues_joins_the_block_it_interrupts() -> None:
+    transport = Instant()
+    configure("memory://")._own = transport
+    accepted: list[str] = []
+    refused = 0
+
+    def handler(_: int, frame: FrameType | None) -> None:
+        nonlocal refused
+        if not in_buffers(frame):
+            return
+        try:
+            name = f"signal {len(accepted)}"
+            enqueue_event(1, "t", id=name)
+            accepted.append(name)
+        except CollectorClosed:
+            refused += 1
+
+    n = 0
+    end = time.monotonic() + 1.5
+    with alarms(handler):
+        while time.monotonic() < end:
+            with auto_publishing():
+                for _ in range(5):
+                    n += 1
+                    enqueue_event(1, "t", id=f"main {n}")
+    publish()  # what a handler enqueued between two blocks
+    found = {event.id for event in transport.events}
+    assert len(accepted) > 5
+    assert found == {*accepted, *(f"main {number + 1}" for number in range(n))}

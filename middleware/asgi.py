@@ -14,10 +14,10 @@ Publishing happens on the publisher's thread and starts before the first ``await
 ends the wait, never the publishing.
 
 A WebSocket connection isn't a unit of work, since it may last for days: use
-``async with auto_publishing()`` for each message. Events enqueued outside such a block wait until
-the application has returned, of which a warning speaks; an exception drops them, even that of a
-client's disconnect. Lifespan events are published when startup and shutdown are complete; at
-shutdown the publisher is drained, even if the application doesn't support lifespan.
+``async with auto_publishing()`` for each message. Events enqueued outside such a block warn, and
+wait until the application has returned; an exception drops them, even that of a client's
+disconnect. Lifespan events are published when startup and shutdown are complete; at shutdown the
+publisher is drained, even if the application doesn't support lifespan.
 """
 
 from __future__ import annotations

@@ -66,7 +66,10 @@ class CollectorFull(UsageError):
 
 
 class CollectorClosed(UsageError):
-    """The collector's unit of work has ended; the event was not collected."""
+    """The collector's unit of work has ended; the event was not collected.
+
+    At the end of a savepoint that outlived its unit: its events were dropped.
+    """
 
 
 class NotConfigured(UsageError):

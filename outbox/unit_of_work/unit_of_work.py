@@ -128,7 +128,7 @@ class Buffer:
         self.unit = unit
         self.parent = parent
         self.events: list[Event] = []
-        self.count = 0  # of its own: len() would be a call
+        self.count = 0  # kept apart: len() would be a call
         self.size = 0
         self.closed = False
 

@@ -171,6 +171,30 @@ def test_a_payload_that_cannot_be_serialised_is_refused(payload: Any, expected: 
     assert collector.events == ()
 
 
+@pytest.mark.parametrize(
+    ("payload", "path"),
+    [
+        ({"a": [1, {"b": object()}]}, "payload['a'][1]['b']"),
+        ([float("nan")], "payload[0]"),
+        ({"a": {1: 2}}, "payload['a']"),
+        ({"a": "\ud800"}, "payload['a']"),
+        ({"a": Point(1, [object()])}, "payload['a']['when'][0]"),  # type: ignore[arg-type]
+        ({"a": {"circular": circular}}, "payload['a']['circular']"),
+    ],
+)
+def test_a_refused_payload_is_named_by_the_path_to_its_fault(payload: Any, path: str) -> None:
+    with pytest.raises(InvalidEvent, match=re.escape(f"(at {path}")):
+        EventCollector(publisher=Publisher("memory://")).enqueue_event(payload, "x")
+
+
+def test_the_repr_of_an_event_is_one_line_whatever_its_id() -> None:
+    collector = EventCollector(publisher=Publisher("memory://"))
+    event = collector.enqueue_event(1, "x", id="a\nERROR forged")
+    assert "\n" not in repr(event)
+    assert repr(event.id) in repr(event)
+    collector.clear_events()
+
+
 @pytest.mark.hazard("A9", "B14")
 @pytest.mark.parametrize("target", ["", "é" * 128, "x" * 256, None, 5, b"x", "\ud800"], ids=repr)
 def test_a_target_is_a_string_of_1_to_255_bytes(collector: EventCollector, target: Any) -> None:

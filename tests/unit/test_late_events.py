@@ -275,6 +275,60 @@ def test_of_many_late_events_none_is_accepted_and_lost() -> None:
     assert outcome.accepted + outcome.refused == 200
 
 
+# ------------------------------------------------------------------------------ trio
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_on_trio_events_are_published_as_on_asyncio(waiting: Waiting, cancelled: bool) -> None:
+    trio = pytest.importorskip("trio")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        enqueue_event("request", "t")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def nothing(*_: Any) -> Any: ...
+
+    async def main() -> None:
+        with pytest.raises(UsageError, match="event loop"), auto_publishing():
+            pytest.fail("entered")
+        if not cancelled:
+            threading.Timer(0.05, waiting.confirm).start()
+        with trio.move_on_after(0.1) as scope:
+            async with auto_publishing():
+                enqueue_event("block", "t")
+        assert scope.cancelled_caught == cancelled
+        waiting.confirm()
+        threading.Timer(0.05, waiting.confirm).start()
+        await ASGIMiddleware(app)({"type": "http"}, nothing, nothing)
+
+    trio.run(main)
+    assert [event.payload for event in waiting.events] == ["block", "request"]
+
+
+def test_on_trio_a_lifespan_ends_and_drains(waiting: Waiting) -> None:
+    trio = pytest.importorskip("trio")
+    sent: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def receive() -> Any:
+        return {"type": "lifespan"}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    async def main() -> None:
+        await ASGIMiddleware(app)({"type": "lifespan"}, receive, send)
+
+    trio.run(main)
+    assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
 # ------------------------------------------------------------------------------ signal handlers
 
 

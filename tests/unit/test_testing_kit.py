@@ -495,3 +495,14 @@ def test_a_strict_test_case_fails_for_unmatched_events_too() -> None:
     Strict().run(result)
     [(_, output)] = result.failures
     assert "expected every published event to match an assertion" in output
+
+
+def test_configure_needs_no_url_where_events_are_recorded(
+    collected_events: CollectedEvents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OUTBOX_URL", raising=False)
+    publisher = configure(exchange="shop")
+    with auto_publishing():
+        assert enqueue_event(1, "x").exchange == "shop"
+    assert [event.payload for event in collected_events.published] == [1]
+    publisher.close()

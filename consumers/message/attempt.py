@@ -127,6 +127,7 @@ class Attempt:
     def _finish(self, done: Ack) -> Steps[Ack | Unconfirmed]:
         """Publish the events that ``process`` left, and note that the message is done."""
         collector, entry = self._collector, self._entry
+        collector.refuse()
         if collector.has_events:
             if not self._consumer.auto_publish:
                 raise UnpublishedEvents(tuple(event.id for event in collector.events))

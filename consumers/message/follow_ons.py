@@ -35,6 +35,13 @@ class MessageCollector(EventCollector):
         """Make it current until ``Scope.leave()``: what ``use()`` does, at half the cost."""
         return Scope.enter(self, self._buffer)
 
+    def refuse(self) -> None:
+        """Refuse further events, before the present ones are published.
+
+        A thread or task that outlives the handler must not add to what waits for its confirms.
+        """
+        self._buffer.closed = True
+
     def end(self) -> tuple[Event, ...]:
         """Drop the remaining events, refuse further ones, and return what was dropped."""
         dropped = self._buffer.close()

@@ -243,6 +243,7 @@ class Message:
         with EventCollector.use(collector):
             try:
                 yield Call(call, arguments)
+                collector.refuse()
                 if collector.events:
                     yield Confirm(collector.hand_over())
             except (Exception, SystemExit):

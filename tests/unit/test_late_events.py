@@ -29,8 +29,10 @@ from outbox import (
 )
 from outbox.backlog.backlog import Backlog
 from outbox.backlog.chunk import Chunk, Fate
+from outbox.consumers import Consumer, ReceivedEvent
 from outbox.middleware.asgi import OutboxMiddleware as ASGIMiddleware
 from outbox.middleware.wsgi import OutboxMiddleware as WSGIMiddleware
+from outbox.testing import CollectedEvents
 from outbox.unit_of_work.unit_of_work import Buffer, UnitOfWork
 
 
@@ -273,6 +275,46 @@ def test_of_many_late_events_none_is_accepted_and_lost() -> None:
     outcome = late.run(requests=200)
     assert outcome.lost == 0
     assert outcome.accepted + outcome.refused == 200
+
+
+@pytest.mark.hazard("E8")
+@pytest.mark.parametrize("part", ["process", "on_success"])
+def test_an_event_of_a_handler_that_has_returned_is_refused(
+    collected_events: CollectedEvents, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    contexts: list[contextvars.Context] = []
+    refused: list[CollectorClosed] = []
+
+    class Invoicing(Consumer):
+        queue = "invoicing"
+        auto_publish = True
+
+        def process(self, event: ReceivedEvent) -> None:
+            self.work("process")
+
+        def on_success(self, event: ReceivedEvent) -> None:
+            self.work("on_success")
+
+        def work(self, name: str) -> None:
+            if name == part:
+                enqueue_event(name, "t")
+                contexts.append(contextvars.copy_context())  # that of a thread which goes on
+
+    submit_chunk = Publisher.submit_chunk
+
+    def submit(publisher: Publisher, events: Any, **options: Any) -> Chunk:
+        chunk = submit_chunk(publisher, events, **options)
+        for context in contexts:
+            try:
+                context.run(enqueue_event, "late", "t")
+            except CollectorClosed as error:
+                refused.append(error)
+        return chunk
+
+    monkeypatch.setattr(Publisher, "submit_chunk", submit)
+    assert collected_events.perform(Invoicing, 1).acked
+    assert [event.payload for event in collected_events.published] == [part]
+    assert len(refused) == 1
 
 
 # ------------------------------------------------------------------------------ trio

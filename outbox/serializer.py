@@ -12,7 +12,7 @@ import decimal
 import enum
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 __all__ = ["JSONSerializer", "Serializer", "register", "serializer_for"]
@@ -95,6 +95,24 @@ def _by_alias(config: Any) -> dict[str, bool]:
     return {"by_alias": True}
 
 
+def _quick_encoder() -> Callable[[Any, int], Sequence[str]] | None:
+    """Return the C encoder that ``JSONEncoder.encode`` makes for each call, made once; or None.
+
+    It doesn't look for structures that contain themselves, where it exceeds the recursion limit.
+    """
+    make = getattr(json.encoder, "c_make_encoder", None)
+    text = getattr(json.encoder, "encode_basestring", None)
+    if make is None or text is None:  # another implementation of Python
+        return None
+    try:
+        encoder: Callable[[Any, int], Sequence[str]] = make(
+            None, _default, text, None, ":", ",", False, False, False
+        )
+        return encoder if "".join(encoder({"a": [1, "é"]}, 0)) == '{"a":[1,"é"]}' else None
+    except TypeError:  # it is made in another way
+        return None
+
+
 class JSONSerializer:
     """JSON by RFC 8259, UTF-8, compact.
 
@@ -112,6 +130,7 @@ class JSONSerializer:
         self._encode = json.JSONEncoder(
             ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_default
         ).encode
+        self._encode_quickly = _quick_encoder()
         self._decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
     def encode(self, payload: Any) -> bytes:
@@ -122,9 +141,16 @@ class JSONSerializer:
             ValueError: NaN, an infinity, a lone surrogate, or a structure that contains itself.
         """
         try:
-            text = self._encode(payload)
-            if isinstance(payload, (dict, list, tuple)):
+            if type(payload) is dict and self._encode_quickly is not None:
+                try:
+                    text = "".join(self._encode_quickly(payload, 0))
+                except RecursionError:  # nested too deeply, or contains itself: say which
+                    text = self._encode(payload)
                 _check_keys(payload)
+            else:
+                text = self._encode(payload)
+                if isinstance(payload, (dict, list, tuple)):
+                    _check_keys(payload)
             return text.encode()
         except RecursionError:
             raise ValueError("the payload is nested too deeply") from None

@@ -318,6 +318,7 @@ def test_an_event_of_a_handler_that_has_returned_is_refused(
 
 
 # ------------------------------------------------------------------------------ trio
+# Not among the development dependencies: eventlet cannot be imported where trio is installed.
 
 
 @pytest.mark.parametrize("cancelled", [False, True])

@@ -123,7 +123,6 @@ class Addresses:
     def closed(self) -> list[Entry]:
         """Forget all but the suspects; return what was held, in order."""
         held = [entry for hold in self.holds.values() for entry in hold.entries]
-        self._some_parked = True  # perhaps: what was in flight is sent again
         for collection in (
             self._known,
             self._known_targets,

@@ -235,7 +235,8 @@ class Gate:
 
     def _start_next(self) -> None:
         connection = self._connection
-        most = min(MOST_TRIALS, (connection.params.channel_max or 65_535) // 2) if connection else 0
+        limit = connection.params.channel_max if connection is not None else 0
+        most = min(MOST_TRIALS, limit // 2) if limit else MOST_TRIALS
         for _ in range(len(self._queue)):
             address, hold = self._queue[0]
             apart = self._addresses.must_be_apart(address)

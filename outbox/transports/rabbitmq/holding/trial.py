@@ -21,6 +21,8 @@ __all__ = ["MOST_TRIALS", "Answer", "Trial", "Verdict"]
 MOST_TRIALS = 8
 """How many may run at once over one connection."""
 
+_HIGHEST = 65_535  # a channel's number where the broker sets no limit
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -66,7 +68,7 @@ class Trial:
         self._returned = ""
         self._nacked: bool | None = None  # not answered yet
         # The highest numbers: pika gives out the lowest, and the publishing channel needs its own.
-        number = connection.params.channel_max - slot
+        number = (connection.params.channel_max or _HIGHEST) - slot
         connection.channel(number, self._on_open)
 
     def _on_open(self, channel: pika.channel.Channel) -> None:

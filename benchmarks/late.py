@@ -23,6 +23,7 @@ from outbox import CollectorClosed, Publisher, auto_publishing, enqueue_event
 from outbox.backlog.chunk import Chunk
 from outbox.middleware.asgi import OutboxMiddleware as ASGIMiddleware
 from outbox.middleware.wsgi import OutboxMiddleware as WSGIMiddleware
+from outbox.observer import Observer
 
 __all__ = ["Outcome", "run"]
 
@@ -54,10 +55,9 @@ class SlowPublisher(Publisher):
         super().__init__("memory://")
         self.published: Counter[str] = Counter()
 
-    def submit_chunk(self, events: Any, **options: Any) -> Chunk:
-        chunk = super().submit_chunk(events, **options)
-        self.published.update(event.id for event in events)
-        return chunk
+    def hand_in(self, chunk: Chunk, observer: Observer | None = None) -> None:
+        self.published.update(entry.event.id for entry in chunk.entries)
+        super().hand_in(chunk, observer)
 
     def wait_for(self, chunk: Chunk, timeout: float | None = None) -> Any:
         time.sleep(random.uniform(0, _SLOWEST))

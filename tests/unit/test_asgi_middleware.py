@@ -33,11 +33,9 @@ from outbox import (
     auto_publishing,
     enqueue_event,
 )
-from outbox.backlog.backlog import Backlog
-from outbox.backlog.chunk import Chunk
 from outbox.middleware.asgi import OutboxMiddleware
 from outbox.testing import CollectedEvents
-from outbox.transports.transport import Transport
+from tests.transports import SlowTransport
 
 HTTP = {"type": "http", "method": "GET", "path": "/", "headers": []}
 
@@ -389,54 +387,6 @@ def test_a_block_can_be_a_fastapi_dependency(
     app: Any = fastapi_app(None)
     assert get(OutboxMiddleware(app) if wrapped else app, path).status_code == 200
     assert published(collected_events) == [payload]
-
-
-class SlowTransport:
-    """Confirms on request."""
-
-    supports_delay = True
-    longest_delay = None
-    connected = True
-    on_own_thread = False
-    settled = True
-    circuit_open = False
-    kept = ()
-    waiting_size = (0, 0)
-    successor: Transport | None = None
-
-    def __init__(self) -> None:
-        self.backlog = Backlog()
-        self.chunks: list[Chunk] = []
-        self.submitted = threading.Event()
-
-    def start(self) -> None: ...
-
-    def start_now(self) -> None: ...
-
-    def prepare(self, events: Any, *, keep: bool) -> Chunk:
-        chunk = Chunk(events, keep=keep)
-        chunk.holder = self
-        return chunk
-
-    def hand_in(self, chunk: Chunk) -> None:
-        self.chunks.append(chunk)
-        self.submitted.set()
-
-    def adopt(self, entries: Any) -> None: ...
-
-    def retire(self, successor: Any, timeout: float) -> bool:
-        return True
-
-    def close_when_settled(self, then: Any) -> None: ...
-
-    def release(self, chunk: Chunk) -> None:
-        chunk.resolve(chunk.report())
-
-    def drain(self, timeout: float) -> bool:
-        return True
-
-    def close(self, *, graceful: bool = True) -> tuple[Any, ...]:
-        return ()
 
 
 @pytest.fixture

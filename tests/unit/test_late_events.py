@@ -27,68 +27,29 @@ from outbox import (
     enqueue_event,
     publish,
 )
-from outbox.backlog.backlog import Backlog
-from outbox.backlog.chunk import Chunk, Fate
+from outbox.backlog.chunk import Chunk
 from outbox.consumers import Consumer, ReceivedEvent
 from outbox.middleware.asgi import OutboxMiddleware as ASGIMiddleware
 from outbox.middleware.wsgi import OutboxMiddleware as WSGIMiddleware
 from outbox.testing import CollectedEvents
 from outbox.unit_of_work.unit_of_work import Buffer, UnitOfWork
+from tests.transports import SlowTransport
+
+Slow = SlowTransport
 
 
-class Waiting:
-    """A transport whose confirms arrive when the test lets them."""
-
-    supports_delay = True
-    longest_delay = None
-    connected = True
-    on_own_thread = False
-
-    def __init__(self) -> None:
-        self.backlog = Backlog()
-        self.events: list[Event] = []
-        self.submitted = threading.Event()
-        self.chunks: list[Chunk] = []
-
-    def start(self) -> None: ...
-
-    def submit(self, events: Any, *, keep: bool) -> Chunk:
-        chunk = Chunk(events, keep=keep)
-        self.events += events
-        self.chunks.append(chunk)
-        self.submitted.set()
-        return chunk
-
-    def confirm(self) -> None:
-        for chunk in self.chunks:
-            for entry in chunk.entries:
-                entry.fate = Fate.PUBLISHED
-            if chunk.reported is None:
-                chunk.resolve(chunk.report())
-
-    def release(self, chunk: Chunk) -> None:
-        chunk.resolve(chunk.report())
-
-    def drain(self, timeout: float) -> bool:
-        return True
-
-    def close(self, *, graceful: bool = True) -> tuple[Any, ...]:
-        return ()
-
-
-class Instant(Waiting):
+class Instant(SlowTransport):
     """A transport that confirms at once."""
 
-    def submit(self, events: Any, *, keep: bool) -> Chunk:
-        chunk = super().submit(events, keep=keep)
+    def hand_in(self, chunk: Chunk) -> None:
+        super().hand_in(chunk)
         self.confirm()
         self.chunks.clear()
-        return chunk
 
 
 @pytest.fixture
-def waiting() -> Iterator[Waiting]:
-    transport = Waiting()
+def waiting() -> Iterator[SlowTransport]:
+    transport = SlowTransport()
     publisher = configure("memory://")
     publisher._own = transport
     yield transport
@@ -159,7 +120,7 @@ UNITS = {
 @pytest.mark.hazard("E8")
 @pytest.mark.parametrize("unit", UNITS.values(), ids=UNITS)
 def test_an_event_is_refused_while_its_unit_is_publishing(
-    waiting: Waiting, unit: Callable[..., None]
+    waiting: Slow, unit: Callable[..., None]
 ) -> None:
     result: list[BaseException | None] = []
 
@@ -185,7 +146,9 @@ def test_an_event_is_refused_while_its_unit_is_publishing(
 
 
 @pytest.mark.hazard("E8")
-def test_a_block_of_work_that_outlives_its_unit_publishes_its_own_events(waiting: Waiting) -> None:
+def test_a_block_of_work_that_outlives_its_unit_publishes_its_own_events(
+    waiting: Slow,
+) -> None:
     def late() -> None:
         waiting.submitted.wait(5)
         threading.Timer(0.05, waiting.confirm).start()
@@ -201,7 +164,7 @@ def test_a_block_of_work_that_outlives_its_unit_publishes_its_own_events(waiting
     assert [event.payload for event in waiting.events] == ["first", "in a block"]
 
 
-def test_what_a_wsgi_body_enqueues_until_its_close_is_published(waiting: Waiting) -> None:
+def test_what_a_wsgi_body_enqueues_until_its_close_is_published(waiting: Slow) -> None:
     """Its first events are published before the first byte, which does not end the unit."""
 
     class Body:
@@ -228,7 +191,7 @@ def test_what_a_wsgi_body_enqueues_until_its_close_is_published(waiting: Waiting
     assert [event.payload for event in waiting.events] == ["app", "step", "close"]
 
 
-def test_publishing_in_the_middle_of_a_unit_does_not_end_it(waiting: Waiting) -> None:
+def test_publishing_in_the_middle_of_a_unit_does_not_end_it(waiting: Slow) -> None:
     def late() -> None:
         waiting.submitted.wait(5)
         enqueue_event("late", "t")
@@ -249,7 +212,7 @@ def test_publishing_in_the_middle_of_a_unit_does_not_end_it(waiting: Waiting) ->
 @pytest.mark.parametrize("error", [UsageError("refused"), ValueError("a bug")], ids=repr)
 @pytest.mark.parametrize("unit", [with_block, async_block, UNITS["WSGI"], asgi])
 def test_events_that_cannot_be_handed_over_are_named_at_error(
-    waiting: Waiting,
+    waiting: Slow,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     unit: Callable[..., None],
@@ -262,7 +225,7 @@ def test_events_that_cannot_be_handed_over_are_named_at_error(
         events.append(enqueue_event("first", "t"))
 
     events: list[Event] = []
-    monkeypatch.setattr(Publisher, "submit_chunk", refuse)
+    monkeypatch.setattr(Publisher, "hand_in", refuse)
     with contextlib.suppress(type(error)):
         unit(body)
     [lost] = [record for record in caplog.records if "lost at the end" in record.getMessage()]
@@ -300,18 +263,17 @@ def test_an_event_of_a_handler_that_has_returned_is_refused(
                 enqueue_event(name, "t")
                 contexts.append(contextvars.copy_context())  # that of a thread which goes on
 
-    submit_chunk = Publisher.submit_chunk
+    hand_in = Publisher.hand_in
 
-    def submit(publisher: Publisher, events: Any, **options: Any) -> Chunk:
-        chunk = submit_chunk(publisher, events, **options)
+    def hand_in_late(publisher: Publisher, chunk: Chunk, observer: Any = None) -> None:
+        hand_in(publisher, chunk, observer)
         for context in contexts:
             try:
                 context.run(enqueue_event, "late", "t")
             except CollectorClosed as error:
                 refused.append(error)
-        return chunk
 
-    monkeypatch.setattr(Publisher, "submit_chunk", submit)
+    monkeypatch.setattr(Publisher, "hand_in", hand_in_late)
     assert collected_events.perform(Invoicing, 1).acked
     assert [event.payload for event in collected_events.published] == [part]
     assert len(refused) == 1
@@ -322,7 +284,7 @@ def test_an_event_of_a_handler_that_has_returned_is_refused(
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
-def test_on_trio_events_are_published_as_on_asyncio(waiting: Waiting, cancelled: bool) -> None:
+def test_on_trio_events_are_published_as_on_asyncio(waiting: Slow, cancelled: bool) -> None:
     trio = pytest.importorskip("trio")
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -349,7 +311,7 @@ def test_on_trio_events_are_published_as_on_asyncio(waiting: Waiting, cancelled:
     assert [event.payload for event in waiting.events] == ["block", "request"]
 
 
-def test_on_trio_a_lifespan_ends_and_drains(waiting: Waiting) -> None:
+def test_on_trio_a_lifespan_ends_and_drains(waiting: Slow) -> None:
     trio = pytest.importorskip("trio")
     sent: list[str] = []
 

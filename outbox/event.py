@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from outbox.errors import InvalidEvent, UsageError
-from outbox.header_values import _checked_headers, check_name
+from outbox.header_values import _checked_headers, check_address
 from outbox.ids import new_id
 from outbox.serializer import Serializer, serializer_for
 
@@ -107,8 +107,10 @@ def make_event(
     Raises:
         InvalidEvent: see :meth:`outbox.EventCollector.enqueue_event`.
     """
-    if not (isinstance(target, str) and target.isascii() and len(target) <= 255):
-        check_name("target", target)  # nearly every target is ASCII, and needs no encoding
+    if not (
+        isinstance(target, str) and target.isascii() and len(target) <= 255 and "\0" not in target
+    ):
+        check_address("target", target)  # nearly every target is ASCII, and needs no encoding
     if not target:
         raise InvalidEvent("the target is empty; it is the routing key, such as 'order.placed'")
     try:
@@ -121,12 +123,12 @@ def make_event(
             f"more than max_body_bytes ({max_body_bytes}); store it elsewhere and send a reference"
         )
     if key is not None:
-        check_name("key", key)
+        check_address("key", key)
     if id is None:
         id = new_id() if make_id is None else make_id(exchange, target, key, body)
     else:
         id = str(id) if isinstance(id, uuid.UUID) else id
-        check_name("id", id)
+        check_address("id", id)
         if not id:
             raise InvalidEvent("the id is empty; leave it out to get a new one")
     if priority is not None and (

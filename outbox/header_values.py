@@ -11,7 +11,7 @@ from typing import Any
 
 from outbox.errors import InvalidEvent
 
-__all__ = ["MAX_HEADER_BYTES", "MAX_HEADER_DEPTH", "check_name", "plain_table"]
+__all__ = ["MAX_HEADER_BYTES", "MAX_HEADER_DEPTH", "check_address", "check_name", "plain_table"]
 
 MAX_HEADER_BYTES = 120_000
 """The maximum encoded size of an event's headers: a content header is one frame (AMQP 0-9-1,
@@ -50,6 +50,17 @@ def check_name(what: str, value: Any) -> None:
         raise InvalidEvent(f"the {what} {value!r} cannot be encoded in UTF-8") from error
     if size > 255:
         raise InvalidEvent(f"the {what} has {size} bytes in UTF-8, more than 255: {value!r:.60}")
+
+
+def check_address(what: str, value: Any) -> None:
+    """Check that ``value`` is a short string that every database can store: without NUL.
+
+    Raises:
+        InvalidEvent: it is not; the message names ``what``.
+    """
+    check_name(what, value)
+    if "\0" in value:  # forbidden in AMQP 0-9-1, too: section 4.2.5.3
+        raise InvalidEvent(f"the {what} {value!r:.60} contains a NUL character; remove it")
 
 
 def _checked_headers(headers: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import logging
 import sys
 import threading
@@ -20,7 +21,7 @@ from outbox.backlog.chunk import Chunk
 from outbox.backlog.notifier import ids
 from outbox.errors import CollectorClosed, UsageError
 from outbox.event import Event, Headers, MakeId, Unroutable, make_event
-from outbox.header_values import check_name
+from outbox.header_values import check_address
 from outbox.observer import seam
 from outbox.publisher import Publisher
 from outbox.report import PublishReport
@@ -50,6 +51,12 @@ _console: EventCollector | None = None
 
 _at_console: EventCollector | None = None
 """The collector of a console's main thread outside of any unit, for the same reason."""
+
+
+@functools.cache
+def _settings() -> Settings:
+    """Return the settings of events that are stored without a publisher: the environment's."""
+    return Settings.load(None, {})
 
 
 def set_console(collector: EventCollector | None) -> None:
@@ -203,7 +210,7 @@ class EventCollector:
         Args:
             payload: what the serializer can carry; by default see
                 :class:`outbox.serializer.JSONSerializer`. Changing it later has no effect.
-            target: the routing key, 1 to 255 bytes in UTF-8.
+            target: the routing key, 1 to 255 bytes in UTF-8, without NUL like ``key`` and ``id``.
             headers: names of at most 255 bytes to str, bytes, bool, int of 64 bits, None, and
                 lists and dicts of these, at most 32 deep; float, UUID, Decimal and dates become
                 strings. Names that RabbitMQ or outbox acts on are refused.
@@ -241,7 +248,7 @@ class EventCollector:
             settings = publisher.settings
         else:
             publisher = unit.publisher or configuration.publisher_if_any()
-            settings = Settings.load(None, {}) if publisher is None else publisher.settings
+            settings = _settings() if publisher is None else publisher.settings
         if unit.pid != process.pid and sink is None:
             raise CollectorClosed(
                 f"this collector belongs to the process {unit.pid}; "
@@ -250,7 +257,7 @@ class EventCollector:
         if exchange is None:
             exchange = settings.exchange
         elif exchange != "":
-            check_name("exchange", exchange)
+            check_address("exchange", exchange)
         event = make_event(  # by position: keywords are slower, and this is the hot path
             settings.serializer,
             settings.max_body_bytes,
@@ -555,8 +562,10 @@ def clear_events() -> tuple[Event, ...]:
     return EventCollector.current().clear_events()
 
 
-def sink_of(session: Any, connection: Any) -> Sink:
+def sink_of(session: Any, connection: Any) -> Sink | None:
     """Return the sink that stores events in the transaction of ``session`` or ``connection``.
+
+    It is None where the session's transaction is over.
 
     Raises:
         UsageError: both are given, or events cannot be stored with the given one.

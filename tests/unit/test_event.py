@@ -196,7 +196,9 @@ def test_the_repr_of_an_event_is_one_line_whatever_its_id() -> None:
 
 
 @pytest.mark.hazard("A9", "B14")
-@pytest.mark.parametrize("target", ["", "é" * 128, "x" * 256, None, 5, b"x", "\ud800"], ids=repr)
+@pytest.mark.parametrize(
+    "target", ["", "é" * 128, "x" * 256, None, 5, b"x", "\ud800", "a\0", "é\0"], ids=repr
+)
 def test_a_target_is_a_string_of_1_to_255_bytes(collector: EventCollector, target: Any) -> None:
     with pytest.raises(InvalidEvent, match="target"):
         collector.enqueue_event({}, target)
@@ -223,6 +225,9 @@ def test_a_target_is_a_string_of_1_to_255_bytes(collector: EventCollector, targe
         ({"headers": ["a"]}, "headers must be a mapping, not a list"),
         ({"key": "k" * 256}, "key has 256 bytes"),
         ({"key": 7}, "key is a int"),
+        ({"key": "k\0"}, "key 'k\\x00' contains a NUL"),
+        ({"id": "\0i"}, "contains a NUL"),
+        ({"exchange": "e\0"}, "contains a NUL"),
         ({"id": ""}, "id is empty"),
         ({"id": "i" * 256}, "id has 256 bytes"),
         ({"exchange": "e" * 256}, "exchange has 256 bytes"),

@@ -96,6 +96,11 @@ class Publisher:
         """
         return not self._closed and self._transport().connected
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or replaced by another call of ``configure()``."""
+        return self._closed
+
     def stats(self) -> Stats:
         """Return the publisher's counters, which are not all read at the same instant."""
         transport = self._transport()

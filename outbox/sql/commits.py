@@ -16,7 +16,15 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
-__all__ = ["Watcher", "has_changes", "is_autocommit", "listen", "unwatched", "watch"]
+__all__ = [
+    "Watcher",
+    "commits_by_itself",
+    "has_changes",
+    "is_autocommit",
+    "listen",
+    "unwatched",
+    "watch",
+]
 
 _CHANGES = "outbox.sql: changes before this transaction"
 
@@ -70,6 +78,28 @@ def is_autocommit(where: Engine | Connection) -> bool:
     default = getattr(where.dialect, "_on_connect_isolation_level", None)
     level: object = where.get_execution_options().get("isolation_level", default)
     return level == "AUTOCOMMIT"
+
+
+def commits_by_itself(connection: Connection) -> bool:
+    """Return whether the driver commits each statement, for a connection that is in a transaction.
+
+    SQLAlchemy doesn't know of it: it was set on the driver's connection, or in ``connect_args``.
+    """
+    driver_connection: Any = connection.connection.driver_connection
+    if connection.dialect.name != "sqlite":
+        is_open = getattr(driver_connection, "is_in_transaction", None)
+        if is_open is not None:  # asyncpg; SQLAlchemy begins with the first statement
+            adapted: Any = connection.connection.dbapi_connection
+            return getattr(adapted, "isolation_level", None) == "autocommit"
+        return getattr(driver_connection, "autocommit", False) is True
+    if driver_connection.in_transaction:
+        return False
+    mode = getattr(driver_connection, "_conn", driver_connection)  # of aiosqlite
+    # Python 3.12 has the attribute; where it is not a bool, isolation_level decides.
+    autocommit = getattr(mode, "autocommit", None)
+    if isinstance(autocommit, bool):
+        return autocommit
+    return driver_connection.isolation_level is None
 
 
 def has_changes(connection: Connection) -> bool:

@@ -1,31 +1,47 @@
 """The fast path: a process publishes the events it stored, right after the commit.
 
-It receives only the numbers of the rows and reads the rows from the table, so that it publishes
-nothing but what was committed. A relay publishes all rows that are left: they are due a moment
-later.
+It receives only the numbers and ids of the rows and reads the rows from the table, so that it
+publishes nothing but what was committed. What it can't publish yet it tries again for as long as
+the process lives; a relay publishes all rows that are left: they are due a moment later.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, RootTransaction
 
+from outbox.configuration import configured_publisher
 from outbox.errors import OutboxError
 from outbox.publisher import Publisher
-from outbox.sql.row_fates import write_fates
-from outbox.sql.waves import publish_in_waves
-from outbox.storage.engines import engine_beside
+from outbox.sql.row_fates import RowFates, write_fates
+from outbox.sql.waves import Batch
 from outbox.storage.failures import DatabaseError, reason_of
+from outbox.storage.schema import GRACE
+from outbox.storage.side_engine import SideEngine, Unfit, refusal_of, refuse
 from outbox.storage.store import Claimed, Store
 from outbox.system import process
+from outbox.system.backoff import backoff
 
-__all__ = ["CHANNEL", "Handover", "drain", "handover_for"]
+__all__ = [
+    "CHANNEL",
+    "Handover",
+    "Place",
+    "Row",
+    "drain",
+    "handover_for",
+    "name_engine",
+    "place_of",
+]
 
 logger = logging.getLogger("outbox.handover")
 
@@ -35,28 +51,120 @@ CHANNEL = "outbox_events"
 _BATCH = 1000
 _LINGER = 0.2  # seconds
 _GATHER = 0.003
-_LEASE = 10.0  # seconds, plus the time until a stalled connection is closed
-_PAUSE = 0.5
+_LEASE = 10.0  # seconds; renewed while the broker takes its time
 _RETRY = 0.01  # seconds until the next claim of rows that wait for others of their key
 _TRIES = 10
+_MOST_LEFT = 50_000  # rows that are remembered to be tried again, a few hundred bytes each
+_BROKER = 0.5  # seconds between two looks whether the broker is connected
+_COMMITTING = (0.001, 60.0)  # seconds between two looks whether a commit is over, and at most
+
+
+# What decides how a statement runs, not where it looks.
+_NOT_CARRIED = frozenset(
+    (
+        "compiled_cache",
+        "isolation_level",
+        "max_row_buffer",
+        "postgresql_deferrable",
+        "postgresql_readonly",
+        "stream_results",
+        "yield_per",
+    )
+)
+
+
+class Row(NamedTuple):
+    """A row that was stored.
+
+    Attributes:
+        seq: its number.
+        id: the id of its event.
+        stored: the ``time.monotonic()`` before it was written.
+        certain: whether it is in the table if the transaction was committed.
+    """
+
+    seq: int
+    id: str
+    stored: float
+    certain: bool = True
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where rows were stored.
+
+    Attributes:
+        engine: the engine whose connection wrote them.
+        options: what the connection's execution options add to the engine's, for instance a
+            ``schema_translate_map``.
+    """
+
+    engine: Engine
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+def place_of(connection: Connection) -> Place:
+    """Return where ``connection`` stores rows."""
+    engine = connection.engine
+    options, usual = connection.get_execution_options(), engine.get_execution_options()
+    if options is usual or options == usual:
+        return Place(engine)
+    return Place(
+        engine,
+        {
+            name: value
+            for name, value in options.items()
+            if name not in _NOT_CARRIED and not (name in usual and usual[name] == value)
+        },
+    )
+
+
+class _Submitted(NamedTuple):
+    place: Place
+    rows: list[Row]
+    transaction: RootTransaction | None  # that is being committed
+    since: float
+
+
+@dataclass
+class _Left:
+    """What is to be tried again in a place.
+
+    Attributes:
+        rows: the rows, by number.
+        unwritten: fates that the database has not taken yet.
+        failures: the number of failures in a row.
+        due: the ``time.monotonic()`` of the next attempt.
+        blocked: whether other rows of the place would fail too.
+        awaits_broker: whether the broker was unavailable.
+    """
+
+    rows: dict[int, Row] = field(default_factory=dict)
+    unwritten: RowFates = field(default_factory=RowFates)
+    failures: int = 0
+    due: float = 0.0
+    blocked: bool = False
+    awaits_broker: bool = False
+
+
+class _Unavailable(Exception):
+    """The broker is unavailable."""
 
 
 _by_publisher: weakref.WeakKeyDictionary[Publisher, Handover] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
-
-Rows = tuple[Engine, Sequence[int]]
-"""The engine of a database, and the numbers of rows committed there."""
+_named: Engine | None = None
 
 
 class Handover:
     """Publishes rows through one publisher, on a background thread. Thread-safe.
 
-    The thread ends a moment after its work is done. It keeps neither the publisher nor an engine
-    alive.
+    The thread ends a moment after its work is done. Then it keeps neither the publisher nor an
+    engine alive.
     """
 
     _lock: threading.Lock
-    _queue: queue.SimpleQueue[Rows]
+    _queue: queue.SimpleQueue[_Submitted]
     _thread: threading.Thread | None
     _pending: int
     _idle: threading.Event
@@ -66,8 +174,16 @@ class Handover:
         self._publisher = weakref.ref(publisher)
         self._reset()
 
-    def submit(self, engine: Engine, seqs: Sequence[int]) -> None:
-        """Publish the committed rows ``seqs`` soon; this never raises and never waits."""
+    def submit(
+        self, place: Place, rows: list[Row], transaction: RootTransaction | None = None
+    ) -> None:
+        """Publish committed rows soon; this never raises and never waits.
+
+        Args:
+            place: where they were stored.
+            rows: the rows.
+            transaction: a transaction whose commit has begun: nothing is done until it is over.
+        """
         with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="outbox-handover", daemon=True)
@@ -77,51 +193,63 @@ class Handover:
                     logger.warning("leaving stored events to the relay: %s", error)
                     return
                 self._thread = thread
-            self._pending += len(seqs)
+            self._pending += len(rows)
             self._idle.clear()
-            self._queue.put((engine, seqs))
+            self._queue.put(_Submitted(place, rows, transaction, time.monotonic()))
 
     def wait(self, timeout: float) -> bool:
-        """Wait up to ``timeout`` seconds until all work is done; return whether it is."""
+        """Wait up to ``timeout`` seconds until all rows were tried; return whether they were."""
         return self._idle.wait(timeout)
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._queue = queue.SimpleQueue()
         self._thread = None
-        self._pending = 0  # rows that are waiting, or being published
+        self._pending = 0  # rows that are waiting, or being published for the first time
         self._idle = threading.Event()
         self._idle.set()
+        # Of the thread alone:
+        self._sides: dict[tuple[Engine, Engine | None], SideEngine] = {}
+        self._committing: list[_Submitted] = []
+        self._left: dict[Place, _Left] = {}
 
     def _run(self) -> None:
-        created: set[Engine] = set()  # by outbox, where the application's can't be used here
+        rested = time.monotonic() + _LINGER
         while True:
             try:
-                first = self._queue.get(timeout=_LINGER)
+                first = [self._queue.get(timeout=self._pause())]
             except queue.Empty:
-                for engine in created:
-                    engine.dispose()
-                created.clear()
-                with self._lock:
-                    if self._queue.empty():
-                        self._thread = None
-                        return
-                continue
-            for engine, seqs in self._take_more(first).items():
-                try:
-                    self._serve(engine, seqs, created)
-                except (DatabaseError, OutboxError) as error:
-                    # The rows are committed: a relay publishes them.
-                    reason = reason_of(error)
-                    logger.warning("leaving %d stored event(s) to the relay: %s", len(seqs), reason)
-                except Exception:
-                    logger.exception("leaving %d stored event(s) to the relay", len(seqs))
-                self._note_done(len(seqs))
-            del first, engine
+                first = []
+                if not self._committing and time.monotonic() >= rested:
+                    self._close_sides()
+                    with self._lock:
+                        if self._queue.empty() and not self._left:
+                            self._thread = None
+                            return
+            else:
+                rested = time.monotonic() + _LINGER
+            self._turn(first)
+            first.clear()
             if not self._queue.empty():
                 # Transactions are committed in quick succession: gather their rows, which cost less
                 # when they are published together.
                 time.sleep(_GATHER)
+
+    def _turn(self, first: list[_Submitted]) -> None:
+        for place, rows in self._take(first).items():
+            self._serve(place, rows)
+            self._note_done(len(rows))
+        if self._left:
+            self._try_again()
+
+    def _pause(self) -> float:
+        if self._committing:
+            return _COMMITTING[0]
+        due = min((left.due for left in self._left.values()), default=0.0)
+        if not self._left:
+            return _LINGER
+        # Not longer, so that a publisher that was closed ends the thread.
+        return min(max(due - time.monotonic(), _RETRY), _BROKER)
 
     def _note_done(self, count: int) -> None:
         with self._lock:
@@ -129,81 +257,267 @@ class Handover:
             if not self._pending:
                 self._idle.set()
 
-    def _take_more(self, first: Rows) -> dict[Engine, list[int]]:
-        """Add what was committed meanwhile, to publish it all with one claim and one chunk."""
-        batches = {first[0]: list(first[1])}
-        while len(batches[first[0]]) < _BATCH:
+    def _take(self, submitted: list[_Submitted]) -> dict[Place, list[Row]]:
+        """Return what was committed meanwhile, to publish it all with one claim and one chunk."""
+        count = sum(len(each.rows) for each in submitted)
+        while count < _BATCH:
             try:
-                engine, seqs = self._queue.get_nowait()
+                submitted.append(self._queue.get_nowait())
             except queue.Empty:
                 break
-            batches.setdefault(engine, []).extend(seqs)
-        return batches
+            count += len(submitted[-1].rows)
+        earliest = time.monotonic() - _COMMITTING[1]
+        rows: dict[Place, list[Row]] = {}
+        committing, self._committing = self._committing, []
+        for each in (*committing, *submitted):
+            if each.transaction is not None and each.transaction.is_active:
+                if each.since > earliest:
+                    self._committing.append(each)
+                    continue
+                logger.warning("leaving %d stored event(s) to the relay: their commit takes long",
+                               len(each.rows))  # fmt: skip
+                self._note_done(len(each.rows))
+                continue
+            rows.setdefault(each.place, []).extend(each.rows)
+        return rows
 
-    def _serve(self, engine: Engine, seqs: list[int], created: set[Engine]) -> None:
-        beside = engine_beside(engine)
+    def _serve(self, place: Place, rows: list[Row]) -> None:
+        """Publish rows for the first time, unless others of the place wait for database or broker.
+
+        Then these wait behind them.
+        """
+        left = self._left.setdefault(place, _Left())
+        waiting = {row.seq: row for row in rows}
+        if not left.blocked:
+            self._attempt(place, left, waiting)
+        excess = len(left.rows) + len(waiting) - _MOST_LEFT
+        if excess > 0:
+            logger.warning("leaving %d stored event(s) to the relay: too many are waiting", excess)
+            for _ in range(min(excess, len(waiting))):
+                waiting.popitem()
+        left.rows.update(waiting)
+        self._settle(place, left)
+
+    def _try_again(self) -> None:
+        """Publish what is left and due."""
         publisher = self._publisher()
-        if beside is None or publisher is None:
+        if publisher is None or publisher.closed:
+            self._pass_on()
             return
-        if beside is not engine:
-            created.add(beside)
-        store = Store(beside)
-        if publisher.settings.after_commit == "notify":
-            _notify(store)
-        else:
-            self._publish(store, publisher, seqs)
+        now = time.monotonic()
+        for place, left in list(self._left.items()):
+            if left.awaits_broker and not publisher.connected:
+                left.due = now + _BROKER
+            elif left.due <= now:
+                left.blocked = left.awaits_broker = False
+                for chunk in list(_chunks(left.rows)) or [{}]:
+                    for seq in chunk:
+                        del left.rows[seq]
+                    self._attempt(place, left, chunk)
+                    left.rows.update(chunk)
+                    if left.blocked:
+                        break
+                self._settle(place, left)
 
-    def _publish(self, store: Store, publisher: Publisher, seqs: list[int]) -> None:
-        remaining = seqs
-        for _ in range(_TRIES):
-            lease = _LEASE + 2 * publisher.settings.stall_timeout
-            claimed = store.claim(len(remaining), only=remaining, lease=lease, ordered=True)
-            if claimed and not _publish_claimed(store, publisher, claimed):
-                self._give_up()
+    def _settle(self, place: Place, left: _Left) -> None:
+        """Forget ``left`` if nothing is, or set its next attempt."""
+        if not left.rows and not left.blocked:
+            del self._left[place]
+        elif left.due <= time.monotonic():
+            left.due = time.monotonic() + backoff(left.failures)
+            left.failures += 1
+
+    def _pass_on(self) -> None:
+        """Pass what is left to the publisher that has replaced this one, or to the relay."""
+        successor = configured_publisher()
+        count = sum(len(left.rows) for left in self._left.values())
+        if successor is not None and not successor.closed:
+            for place, left in self._left.items():
+                handover = handover_for(place.engine, successor)
+                if handover is not None and handover is not self and left.rows:
+                    handover.submit(place, list(left.rows.values()))
+        elif count:
+            logger.warning(
+                "leaving %d stored event(s) to the relay: the publisher is closed", count
+            )
+        self._left.clear()
+
+    def _attempt(self, place: Place, left: _Left, rows: dict[int, Row]) -> None:
+        """Publish ``rows`` and remove those that have their fate."""
+        publisher = self._publisher()
+        if publisher is None:
+            rows.clear()
+            return
+        side: SideEngine | None = None
+        try:
+            side = self._side_of(place.engine)
+            if publisher.settings.after_commit == "notify":
+                side.run(_notify, side.engine)
+                rows.clear()
+                time.sleep(0.02)  # one notification is enough for all rows committed meanwhile
+            else:
+                self._publish(side, place, publisher, left.unwritten, rows)
+            return
+        except Unfit as error:
+            _warn_once(place.engine, str(error))
+            rows.clear()  # a relay publishes them
+            return
+        except (DatabaseError, OutboxError, _Unavailable) as error:
+            if not left.blocked and not left.failures:
+                logger.warning("%d stored event(s) wait to be published: %s", len(rows),
+                               reason_of(error))  # fmt: skip
+            left.awaits_broker = isinstance(error, _Unavailable)
+        except Exception as error:
+            source = _named or place.engine
+            if source.dialect.is_async:
+                # A connection that works only in the application's event loop.
+                refuse(source, f"it can't connect in another event loop: {error!r:.200}")
+                _warn_once(place.engine, refusal_of(source) or "")
+                rows.clear()
                 return
-            numbers = {row.seq for row in claimed}
-            remaining = [seq for seq in remaining if seq not in numbers]
-            if not remaining:
-                return
-            if not numbers:
-                # They are behind rows of their key that are being published, or already gone.
-                time.sleep(_RETRY)
+            logger.exception("%d stored event(s) wait to be published", len(rows))
+        finally:
+            if side is not None:
+                side.rest()
+        left.blocked = True
+        left.due = time.monotonic() + backoff(left.failures)
+        left.failures += 1
 
-    def _give_up(self) -> None:
-        """Leave to the relay the rows that wait here or arrive within the pause."""
-        logger.warning("the broker is unavailable: leaving stored events to the relay")
-        time.sleep(_PAUSE)
-        while not self._queue.empty():
-            self._note_done(len(self._queue.get()[1]))
+    def _side_of(self, engine: Engine) -> SideEngine:
+        key = engine, _named
+        side = self._sides.get(key)
+        if side is None:
+            side = self._sides[key] = SideEngine(*key)
+        return side
+
+    def _close_sides(self) -> None:
+        while self._sides:
+            _, side = self._sides.popitem()
+            try:
+                side.close()
+            except Exception:
+                logger.exception("unexpected error while closing a connection")
+
+    def _publish(
+        self,
+        side: SideEngine,
+        place: Place,
+        publisher: Publisher,
+        unwritten: RowFates,
+        rows: dict[int, Row],
+    ) -> None:
+        """Publish ``rows`` and remove those that have their fate, as far as it goes now.
+
+        Raises:
+            _Unavailable: the broker is unavailable.
+            OutboxError: the publisher is closed.
+            sqlalchemy.exc.SQLAlchemyError: the database is unavailable.
+        """
+        store = Store(side.with_options(place.options))
+        side.run(write_fates, store, unwritten)
+        tries = 0
+        later: dict[int, Row] = {}
+        try:
+            while rows and tries < _TRIES:
+                ids = {row.seq: row.id for row in rows.values()}
+                claimed = side.run(store.claim, len(ids), only=ids, lease=_LEASE, ordered=True)
+                if not claimed:
+                    self._forget(side, store, place, rows, first=not tries)
+                    tries += 1
+                    # They are behind rows of their key that are being published, or leased.
+                    time.sleep(_RETRY if rows else 0)
+                    continue
+                fates = self._publish_claimed(side, store, publisher, claimed)
+                for row in (*fates.done, *(row for row, _ in fates.rejected)):
+                    rows.pop(row.seq, None)
+                for row, _ in fates.nacked:
+                    later[row.seq] = rows.pop(row.seq)
+                unwritten.add(fates)
+                side.run(write_fates, store, unwritten)
+                if fates.error is not None:
+                    raise _Unavailable(str(fates.error))
+        finally:
+            rows.update(later)
+
+    def _forget(
+        self, side: SideEngine, store: Store, place: Place, rows: dict[int, Row], *, first: bool
+    ) -> None:
+        """Remove rows that are gone: published by a relay, or never to be seen from here."""
+        alive = side.run(store.alive, {row.seq: row.id for row in rows.values()})
+        gone = [rows.pop(seq) for seq in list(rows) if seq not in alive]
+        # No relay takes a row before its grace is over.
+        unseen = [row for row in gone if row.certain and row.stored > time.monotonic() - GRACE]
+        if first and unseen:
+            _warn_once(
+                place.engine,
+                "rows just committed don't exist for another connection of the engine (a "
+                "search_path, a role or a database that was chosen on the connection itself?); "
+                "choose it where the engine connects, or by schema_translate_map, or name an "
+                "engine that finds them with outbox.sql.bind(..., engine=...)",
+            )
+
+    def _publish_claimed(
+        self, side: SideEngine, store: Store, publisher: Publisher, claimed: list[Claimed]
+    ) -> RowFates:
+        """Publish rows and return their fates; meanwhile keep their leases."""
+        reported = threading.Event()
+        began = time.monotonic()
+        batch = Batch(publisher, claimed, ordered=True, until=began + _LEASE / 2,
+                      on_report=reported.set)  # fmt: skip
+        renewal = began + _LEASE / 3
+        try:
+            while not batch.advance():
+                if not reported.wait(max(0.0, renewal - time.monotonic())):
+                    renewal = time.monotonic() + _LEASE / 3
+                    with contextlib.suppress(DatabaseError):  # the lease goes on for a while
+                        side.run(store.extend, claimed, _LEASE)
+                        batch.until = time.monotonic() + _LEASE / 2
+                reported.clear()
+        except BaseException:
+            side.run(write_fates, store, batch.abandon())
+            raise
+        return batch.fates
 
 
-def _publish_claimed(store: Store, publisher: Publisher, claimed: list[Claimed]) -> bool:
-    """Publish rows and write their fates; return whether the broker was available."""
-    try:
-        fates = publish_in_waves(publisher, claimed)
-    except BaseException:
-        store.release(claimed)
-        raise
-    write_fates(store, fates)
-    return fates.error is None
+def _chunks(rows: Mapping[int, Row]) -> Iterator[dict[int, Row]]:
+    items = iter(rows.items())
+    while chunk := dict(itertools.islice(items, _BATCH)):
+        yield chunk
 
 
-def _notify(store: Store) -> None:
-    with store.engine.begin() as connection:
+_warned: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+def _warn_once(engine: Engine, reason: str) -> None:
+    warned = _warned.setdefault(engine.pool, set())
+    if reason not in warned:
+        warned.add(reason)
+        logger.warning("leaving stored events of %r to the relay: %s", engine, reason)
+
+
+def _notify(engine: Engine) -> None:
+    with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
-    time.sleep(0.02)  # one notification is enough for all rows committed meanwhile
+
+
+def name_engine(engine: Engine | None) -> None:
+    """Have the fast path connect with ``engine``; None ends this."""
+    global _named
+    _named = engine
 
 
 def handover_for(engine: Engine, publisher: Publisher | None) -> Handover | None:
     """Return the handover that publishes rows of ``engine``'s database with ``publisher``.
 
-    It is None without a publisher, if ``after_commit`` is ``"nothing"``, and for a database in
-    memory, which outbox's threads can't reach.
+    It is None without a publisher, if ``after_commit`` is ``"nothing"``, and for a database that
+    outbox's threads can't use, which is logged once.
     """
     if publisher is None or publisher.settings.after_commit == "nothing":
         return None
-    if engine_beside(engine) is None:
+    refusal = refusal_of(engine, _named)
+    if refusal is not None:
+        _warn_once(engine, refusal)
         return None
     with _lock:
         handover = _by_publisher.get(publisher)
@@ -213,15 +527,16 @@ def handover_for(engine: Engine, publisher: Publisher | None) -> Handover | None
 
 
 def drain(timeout: float = 5.0) -> bool:
-    """Wait until this process has published what it committed, or left it to a relay.
+    """Wait until this process has published what it committed, or has tried once.
 
-    Call this before you dispose of an engine. It runs automatically when the process exits.
+    What could not be published is tried again later, or left to a relay. Call this before you
+    dispose of an engine. It runs automatically when the process exits.
 
     Args:
         timeout: the seconds to wait at most.
 
     Returns:
-        Whether all work is done.
+        Whether all was tried.
     """
     deadline = time.monotonic() + timeout
     waits = [

@@ -1,42 +1,57 @@
 """Events stored as rows in the application's transaction.
 
 Rows are mapped objects: the session writes them in its flush, removes them when their savepoint is
-rolled back, and drops them when it is closed. So no session event decides what is stored;
-``after_commit`` only starts publishing the rows without waiting for a relay.
+rolled back, and drops them when it is closed. So no session event decides what is stored. The
+events only bring back rows that the application has expunged with its own objects, and start
+publishing the rows after the commit, without waiting for a relay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event, insert
 from sqlalchemy import inspect as state_of
 from sqlalchemy.exc import UnboundExecutionError
-from sqlalchemy.orm import Session, SessionTransaction, registry
+from sqlalchemy.orm import Mapper, Session, SessionTransaction, registry
 
 from outbox import sinks
 from outbox.errors import UsageError
 from outbox.event import Event
-from outbox.observer import seam
+from outbox.observer import Observer, seam
 from outbox.publisher import Publisher
-from outbox.sql.commits import is_autocommit
-from outbox.sql.handover import Handover, handover_for
+from outbox.sql.commits import commits_by_itself, is_autocommit
+from outbox.sql.handover import Handover, Place, Row, handover_for, name_engine, place_of
 from outbox.storage.rows import values_of
 from outbox.storage.schema import DIALECTS, events, events_with_grace
 
 __all__ = ["bind", "sink_of_connection", "sink_of_session"]
 
-_PENDING = "outbox.sql: rows to hand over"
-_OBSERVED = "outbox.sql: rows that a test observes"
+logger = logging.getLogger("outbox.sql")
+
+_STORED = "outbox.sql: rows of this transaction"
+_AUTOCOMMIT = (
+    "the connection is in AUTOCOMMIT, so a rollback would not remove the stored event; use a "
+    "connection with transactions"
+)
 
 
 class _Row:
-    """A row of the table, as a session sees it."""
+    """A row of the table, as a session sees it: an object like those of the application."""
+
+    __tablename__ = events.name  # for listeners that expect declarative classes in session.new
+    __table__ = events
+    stored: _Stored
 
     def __init__(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            setattr(self, name, value)
+        # A new object has no history to keep, and setattr() would take a third of the time.
+        self.__dict__.update(values)
 
 
 class _RowWithGrace(_Row):
@@ -46,28 +61,82 @@ class _RowWithGrace(_Row):
 _mappings = registry()
 _mappings.map_imperatively(_Row, events, eager_defaults=False)
 _mappings.map_imperatively(_RowWithGrace, events_with_grace, eager_defaults=False)
+_mapper = state_of(_Row)
 
 
-def bind(provider: Callable[[], Any] | Any | None) -> None:
+class _Rows(dict["_Row", "_Stored"]):
+    """The rows of a session's open transaction.
+
+    Attributes:
+        connection: the connection that has written the last ones, and may write more.
+        place: where it writes.
+    """
+
+    __slots__ = ("connection", "place")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connection: Connection | None = None
+        self.place: Place | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Stored:
+    """A row in a session's open transaction.
+
+    Attributes:
+        rows: the rows of the transaction.
+        event: its event.
+        at: the ``time.monotonic()`` at which it was enqueued.
+        transaction: the innermost transaction of the session then; a savepoint's is one.
+        handover: what publishes it after the commit, if this process does.
+        observer: the test that observes it, if any.
+        is_callers: whether the session uses a connection of its caller.
+        is_inserted: whether it was written.
+        place: where; None if it was not, or through a connection of the caller.
+    """
+
+    rows: _Rows
+    event: Event
+    at: float
+    transaction: SessionTransaction | None
+    handover: Handover | None
+    observer: Observer | None
+    is_callers: bool
+    is_inserted: bool = False
+    place: Place | None = None
+
+
+def bind(provider: Callable[[], Any] | Any | None, *, engine: Any = None) -> None:
     """Store events in the current session's transaction if they are enqueued while it is open.
 
-    Without a session, or before it begins a transaction, events are collected as usual. A session
-    begins one when it is first used or an object is added
+    Without a session, or before it begins a transaction, events are collected as usual, and so they
+    are where its transaction can take no row any more: in a listener for the session's
+    ``after_commit`` or ``after_rollback``, and after a failed flush. A session begins a transaction
+    when it is first used or an object is added
     (https://docs.sqlalchemy.org/en/20/orm/session_transaction.html).
 
     Args:
         provider: a ``scoped_session`` or ``async_scoped_session``, in which outbox creates no
-            session; or a callable without arguments that returns the current ``Session`` or
-            ``AsyncSession``, or None. None undoes an earlier call.
+            session, and whose scope function may raise where there is none; or a callable without
+            arguments that returns the current ``Session`` or ``AsyncSession``, or that returns None
+            or raises ``LookupError`` or ``RuntimeError`` without one. None undoes an earlier call.
+        engine: the ``Engine`` or ``AsyncEngine`` with which this process publishes stored events
+            after their commit, also those that are enqueued with ``session=`` or ``connection=``.
+            The default is to connect as the engine of their session does.
 
     Raises:
-        UsageError: ``provider`` is something else.
+        UsageError: ``provider`` or ``engine`` is something else.
     """
+    engine = getattr(engine, "sync_engine", engine)
+    if not isinstance(engine, Engine | None):
+        raise UsageError(f"bind(engine=) needs an SQLAlchemy engine, not {engine!r}")
     if provider is None:
         sinks.bind(None)
+        name_engine(engine)
         return
     sessions = getattr(provider, "registry", None)
-    current = provider if sessions is None else lambda: sessions() if sessions.has() else None
+    current = provider if sessions is None else lambda: sessions() if _has(sessions) else None
     if isinstance(provider, Session) or not callable(current):
         raise UsageError(
             "bind() needs a scoped_session or a callable that returns the current session, not "
@@ -75,16 +144,48 @@ def bind(provider: Callable[[], Any] | Any | None) -> None:
         )
 
     def sink() -> sinks.Sink | None:
-        session = _sync_session(current())
-        if session is None or not session.in_transaction():
+        try:
+            session = _sync_session(current())
+        except (LookupError, RuntimeError) as error:  # outside an application context
+            logger.debug("no session here: %r", error)
             return None
-        return sink_of_session(session)
+        if session is None or _open_transaction(session) is None:
+            return None
+        return _sink(session)
 
-    sinks.bind(sink, None if sessions is None else getattr(provider, "remove", None))
+    sinks.bind(sink, None if sessions is None else _remover(provider, sessions))
+    name_engine(engine)
 
 
-def sink_of_session(session: Any) -> sinks.Sink:
+def _has(sessions: Any) -> bool:
+    """Return whether a scoped session's registry has a session in the current scope."""
+    try:
+        return bool(sessions.has())
+    except Exception as error:  # the scope function's: there is no scope here
+        logger.debug("no session here: %r", error)
+        return False
+
+
+def _remover(provider: Any, sessions: Any) -> Callable[[], Any] | None:
+    """Return a function that removes the current session, if there is one."""
+    remove = getattr(provider, "remove", None)
+    if remove is None:
+        return None
+    if inspect.iscoroutinefunction(remove):
+
+        async def remove_async() -> None:
+            if _has(sessions):
+                await remove()
+
+        return remove_async
+    return lambda: remove() if _has(sessions) else None
+
+
+def sink_of_session(session: Any) -> sinks.Sink | None:
     """Return a sink that stores events in the transaction of ``session``, and begins it if needed.
+
+    It is None where the transaction can take no row any more, as in a listener for
+    ``after_commit``.
 
     Raises:
         UsageError: ``session`` isn't an SQLAlchemy session, or can't store events.
@@ -92,11 +193,9 @@ def sink_of_session(session: Any) -> sinks.Sink:
     sync_session = _sync_session(session)
     if sync_session is None:
         raise UsageError("session is None; omit it to collect the event")
-
-    def store(stored: Event, publisher: Publisher | None) -> None:
-        _store_in_session(sync_session, stored, publisher)
-
-    return store
+    if sync_session.in_transaction() and _open_transaction(sync_session) is None:
+        return None
+    return _sink(sync_session)
 
 
 def sink_of_connection(connection: Any) -> sinks.Sink:
@@ -114,8 +213,17 @@ def sink_of_connection(connection: Any) -> sinks.Sink:
         raise UsageError(f"{connection!r} is not an SQLAlchemy Connection{hint}")
     _check(connection)
 
-    def store(stored: Event, _: Publisher | None) -> None:
-        connection.execute(insert(events), values_of(stored))
+    def store(stored: Event, publisher: Publisher | None) -> None:
+        if not connection.in_transaction():
+            connection.begin()  # as any statement would
+        if commits_by_itself(connection):
+            raise UsageError(_AUTOCOMMIT)
+        handover = _handover(connection.engine, stored, publisher)
+        at = time.monotonic()
+        table = events if handover is None else events_with_grace
+        key = connection.execute(insert(table), values_of(stored)).inserted_primary_key
+        if handover is not None and key is not None:
+            _hand_over_later(connection, handover, stored, key[0], at)
 
     return store
 
@@ -132,29 +240,143 @@ def _sync_session(session: Any) -> Session | None:
     return inner
 
 
+def _innermost(session: Session) -> SessionTransaction | None:
+    return session.get_nested_transaction() or session.get_transaction()
+
+
+def _open_transaction(session: Session) -> SessionTransaction | None:
+    """Return the innermost transaction of ``session`` that can still take a row, or None.
+
+    In a listener the innermost one may be over: behind a savepoint it is the surrounding one. After
+    a failed flush there is none until the rollback.
+    """
+    transaction = _innermost(session)
+    while transaction is not None and transaction.nested and _is_over(transaction):
+        if getattr(transaction, "_rollback_exception", None) is not None:
+            return None
+        transaction = transaction.parent
+    return None if transaction is None or _is_over(transaction) else transaction
+
+
+def _is_over(transaction: SessionTransaction) -> bool:
+    if transaction.is_active:
+        return False
+    # It isn't active either in a listener for after_begin, where it goes on.
+    state = getattr(getattr(transaction, "_state", None), "name", "")
+    return state in ("PREPARED", "COMMITTED", "DEACTIVE", "CLOSED")
+
+
+def _handover(engine: Engine, stored: Event, publisher: Publisher | None) -> Handover | None:
+    """Return what publishes ``stored`` after the commit; None if a relay does."""
+    observer = seam.observer
+    if stored.deliver_at is not None or (observer is not None and not observer.hands_over):
+        return None
+    return handover_for(engine, publisher)
+
+
+def _sink(session: Session) -> sinks.Sink:
+    def store(stored: Event, publisher: Publisher | None) -> None:
+        _store_in_session(session, stored, publisher)
+
+    return store
+
+
 def _store_in_session(session: Session, stored: Event, publisher: Publisher | None) -> None:
+    where = _bind_of(session)
+    _check(where)
+    rows = session.info.get(_STORED)
+    root = session.get_transaction()
+    if root is not None and (rows is None or rows.connection is None):
+        # A connection that the session has already may have been set to anything.
+        present = getattr(root, "_connections", {}).get(where)
+        if present is not None:
+            _check_transactional(present[0])
+    handover = _handover(where.engine, stored, publisher)
+    row = _Row(values_of(stored)) if handover is None else _RowWithGrace(values_of(stored))
+    if not getattr(session, "_warn_on_events", False):
+        session.add(row)
+    # else a listener while a flush executes: it takes no other objects, but the next flush does
+    transaction = _open_transaction(session)
+    if rows is None:
+        rows = session.info[_STORED] = _Rows()
+    rows[row] = row.stored = _Stored(
+        rows,
+        stored,
+        time.monotonic(),
+        transaction or _innermost(session),
+        handover,
+        seam.observer,
+        isinstance(where, Connection),
+    )
+
+
+def _bind_of(session: Session) -> Engine | Connection:
+    """Return what a flush would write rows through.
+
+    Raises:
+        UsageError: there is nothing.
+    """
+    # A session that routes reads to other servers looks at this
+    # (https://docs.sqlalchemy.org/en/20/orm/persistence_techniques.html, custom vertical
+    # partitioning).
+    flushing = getattr(session, "_flushing", False)
+    session._flushing = True
     try:
-        where = session.get_bind(state_of(_Row))
+        return session.get_bind(_mapper)
     except UnboundExecutionError as error:
         raise UsageError(
             "the session has no engine for the table outbox_events; bind one "
             "(sessionmaker(bind=engine), or binds={outbox.sql.events: engine})"
         ) from error
-    _check(where)
-    observer = seam.observer
-    handover = None
-    # A session on the caller's connection is left to the relay: the caller's transaction may end
-    # after the session's.
-    if isinstance(where, Engine) and (observer is None or observer.hands_over):
-        handover = handover_for(where, publisher)
-    if handover is None or stored.deliver_at is not None:
-        row = _Row(values_of(stored))
+    finally:
+        session._flushing = flushing
+
+
+def _check_transactional(connection: Connection) -> None:
+    if is_autocommit(connection) or commits_by_itself(connection):
+        raise UsageError(_AUTOCOMMIT)
+
+
+def _rows_of(session: Session) -> dict[_Row, _Stored]:
+    rows: dict[_Row, _Stored] = session.info.get(_STORED, {})
+    return rows
+
+
+def _before_insert(_: Mapper[Any], connection: Connection, row: _Row) -> None:
+    rows = row.stored.rows
+    if rows.connection is not connection:
+        # The last chance: what is written in AUTOCOMMIT could not be taken back.
+        _check_transactional(connection)
+        rows.connection = connection
+        rows.place = place_of(connection)
+
+
+def _after_insert(_: Mapper[Any], connection: Connection, row: _Row) -> None:
+    stored = row.stored
+    stored.is_inserted = True
+    if stored.handover is None:
+        return
+    if stored.is_callers:
+        # The session's commit is not that of its caller's connection.
+        seq = state_of(row).dict["seq"]
+        _hand_over_later(connection, stored.handover, stored.event, seq, stored.at)
     else:
-        row = _RowWithGrace(values_of(stored))
-        session.info.setdefault(_PENDING, []).append((handover, where, row))
-    session.add(row)
-    if observer is not None:  # a test observes the event
-        session.info.setdefault(_OBSERVED, []).append((observer, row, stored))
+        stored.place = stored.rows.place
+
+
+for _class in (_Row, _RowWithGrace):
+    event.listen(_class, "before_insert", _before_insert)
+    event.listen(_class, "after_insert", _after_insert)
+
+
+@event.listens_for(Session, "before_commit")
+@event.listens_for(Session, "before_flush")
+@event.listens_for(Session, "after_flush_postexec")
+def _bring_back(session: Session, *_: Any) -> None:
+    """Add the rows that were stored while a flush executed, or expunged with everything else."""
+    for row, stored in _rows_of(session).items():
+        if not stored.is_inserted and row not in session:
+            session.add(row)
 
 
 @event.listens_for(Session, "after_commit")
@@ -162,32 +384,95 @@ def _after_commit(session: Session) -> None:
     # SQLAlchemy also fires this when a savepoint is released: that is not the commit.
     if session.in_nested_transaction():
         return
-    session.info.pop(_OBSERVED, None)
-    if _PENDING not in session.info:
+    rows = session.info.pop(_STORED, None)
+    if not rows:
         return
-    numbers: dict[tuple[Handover, Engine], list[int]] = {}
-    for handover, engine, row in session.info.pop(_PENDING):
+    submitted: dict[tuple[Handover, Place], list[Row]] = {}
+    for row, stored in rows.items():
         identity = state_of(row).identity  # None if its savepoint was rolled back
-        if identity is not None:
-            numbers.setdefault((handover, engine), []).append(identity[0])
-    for (handover, engine), seqs in numbers.items():
-        handover.submit(engine, seqs)
+        if stored.handover is not None and stored.place is not None and identity is not None:
+            number = Row(identity[0], stored.event.id, stored.at)
+            submitted.setdefault((stored.handover, stored.place), []).append(number)
+    for (handover, place), numbers in submitted.items():
+        handover.submit(place, numbers)
 
 
 @event.listens_for(Session, "after_transaction_end")
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    if transaction.parent is None:
-        session.info.pop(_PENDING, None)
-        for observer, _, stored in session.info.pop(_OBSERVED, ()):
-            observer.cleared([stored])
+    if transaction.parent is None and _STORED in session.info:
+        for stored in session.info.pop(_STORED).values():
+            _note_cleared(stored)
 
 
 @event.listens_for(Session, "after_soft_rollback")
-def _after_soft_rollback(session: Session, _: SessionTransaction) -> None:
-    observed = session.info.get(_OBSERVED, ())
-    for entry in [entry for entry in observed if state_of(entry[1]).transient]:
-        observed.remove(entry)
-        entry[0].cleared([entry[2]])
+def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> None:
+    rows = _rows_of(session)
+    for row, stored in list(rows.items()):
+        if transaction in _ancestors(stored.transaction):
+            del rows[row]
+            _note_cleared(stored)
+        elif stored.is_inserted and state_of(row).transient:
+            # It was written in a savepoint, but enqueued before: the next flush writes it again.
+            del rows[row]
+            again = type(row)(values_of(stored.event))
+            again.stored = stored
+            rows[again] = stored
+            stored.is_inserted = False
+
+
+def _ancestors(transaction: SessionTransaction | None) -> Iterator[SessionTransaction]:
+    while transaction is not None:
+        yield transaction
+        transaction = transaction.parent
+
+
+def _note_cleared(stored: _Stored) -> None:
+    if stored.observer is not None:
+        stored.observer.cleared([stored.event])
+
+
+@dataclass(slots=True)
+class _Uncommitted:
+    """Rows that were written in a transaction of a connection.
+
+    Attributes:
+        transaction: the ``id()`` of the transaction.
+        rows: the rows by what publishes them, and where.
+    """
+
+    transaction: int
+    rows: dict[tuple[Handover, Place], list[Row]]
+
+
+_uncommitted: weakref.WeakKeyDictionary[Connection, _Uncommitted] = weakref.WeakKeyDictionary()
+_watched: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _hand_over_later(
+    connection: Connection, handover: Handover, stored: Event, seq: int, at: float
+) -> None:
+    """Have a row published when the transaction of ``connection`` is committed."""
+    if connection.engine not in _watched:
+        event.listen(connection.engine, "commit", _on_commit)
+        event.listen(connection.engine, "commit_twophase", _on_commit)
+        _watched.add(connection.engine)
+    transaction = id(connection.get_transaction())
+    uncommitted = _uncommitted.get(connection)
+    if uncommitted is None or uncommitted.transaction != transaction:
+        uncommitted = _uncommitted[connection] = _Uncommitted(transaction, {})
+    # The savepoint may be rolled back yet.
+    row = Row(seq, stored.id, at, certain=not connection.in_nested_transaction())
+    uncommitted.rows.setdefault((handover, place_of(connection)), []).append(row)
+
+
+def _on_commit(connection: Connection, *_: Any) -> None:
+    uncommitted = _uncommitted.pop(connection, None)
+    transaction = connection.get_transaction()
+    if uncommitted is None or uncommitted.transaction != id(transaction):
+        return
+    for (handover, place), rows in uncommitted.rows.items():
+        # SQLAlchemy has no event behind the commit: the handover waits until it is over.
+        handover.submit(place, rows, transaction)
 
 
 def _check(where: Engine | Connection) -> None:
@@ -198,7 +483,4 @@ def _check(where: Engine | Connection) -> None:
             f"events cannot be stored in {dialect.name}, only in {' or '.join(DIALECTS)}"
         )
     if is_autocommit(where):
-        raise UsageError(
-            "the connection has the isolation level AUTOCOMMIT, so a rollback would not remove the "
-            "stored event; use a connection with transactions"
-        )
+        raise UsageError(_AUTOCOMMIT)

@@ -20,7 +20,7 @@ from outbox.errors import MissingExtra, UsageError
 from outbox.storage.schema import DIALECTS
 from outbox.system import process
 
-__all__ = ["engine_beside", "open_engine", "open_sqlite"]
+__all__ = ["engine_beside", "names_memory", "open_engine", "open_sqlite"]
 
 logger = logging.getLogger("outbox.sql")
 
@@ -173,6 +173,14 @@ def _sqlite_engine(
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+def names_memory(url: URL) -> bool:
+    """Return whether an SQLite URL names a database in memory, which has no file."""
+    path = url.database or ""
+    return (
+        path in ("", ":memory:") or "mode=memory" in path or "memory" in url.query.get("mode", "")
+    )
 
 
 def _check_names_a_file(path: str) -> None:

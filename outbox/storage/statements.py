@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -23,6 +23,7 @@ from sqlalchemy import (
     any_,
     bindparam,
     case,
+    cast,
     delete,
     exists,
     func,
@@ -81,6 +82,22 @@ class Statements:
         each = func.json_each(bindparam("numbers", type_=Text)).table_valued("value")
         return events.c.seq.in_(select(each.c.value))
 
+    def marks(self, ids: Mapping[int, str]) -> Any:
+        """Return numbers and ids of rows as the parameter ``marks``."""
+        marks = [f"{seq} {id}" for seq, id in ids.items()]
+        return marks if self._is_postgresql else json.dumps(marks)
+
+    @functools.cached_property
+    def is_marked(self) -> ColumnElement[bool]:
+        """Whether number and id of a row, one of ``numbers``, are among ``marks``."""
+        mark = cast(events.c.seq, Text) + " " + events.c.id
+        if self._is_postgresql:
+            marked = mark == any_(bindparam("marks", type_=ARRAY(Text)))
+        else:
+            each = func.json_each(bindparam("marks", type_=Text)).table_valued("value")
+            marked = mark.in_(select(each.c.value))
+        return and_(self.is_one_of, marked)
+
     @functools.cached_property
     def due(self) -> ColumnElement[bool]:
         """Whether a row of ``of_queue`` and ``of_rank`` is due."""
@@ -94,14 +111,21 @@ class Statements:
 
     @functools.cached_property
     def chosen(self) -> ColumnElement[bool]:
-        """Whether a row of ``of_queue`` is one of ``numbers`` and isn't leased."""
+        """Whether a row of ``of_queue`` is one of ``marks``, and due or within its grace."""
         row = events.c
+        # A row that was claimed before is leased or backing off until it is due.
+        in_grace = and_(row.deliveries == 0, row.available_at <= in_seconds(literal(GRACE)))
         return and_(
             row.queue == _QUEUE,
             row.dead_at.is_(None),
-            self.is_one_of,
-            row.lease_token.is_(None),
+            self.is_marked,
+            or_(row.available_at <= now(), in_grace),
         )
+
+    @functools.cached_property
+    def alive(self) -> Select[Any]:
+        """The numbers of those rows of ``marks`` that are alive."""
+        return select(events.c.seq).where(self.is_marked, events.c.dead_at.is_(None))
 
     @functools.cached_property
     def highest_rank(self) -> Select[Any]:

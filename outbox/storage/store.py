@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -193,7 +193,7 @@ class Store:
         lease: float = 60.0,
         max_bytes: int = 16 * 1024 * 1024,
         ordered: bool = False,
-        only: Sequence[int] | None = None,
+        only: Mapping[int, str] | None = None,
         connection: Connection | None = None,
     ) -> list[Claimed]:
         """Lease due rows to the caller, the oldest first, and return them in their order.
@@ -210,7 +210,8 @@ class Store:
             ordered: whether to skip an event if an earlier event with the same key is alive and
                 not in this claim; the order within a key can only be kept this way. An event that
                 is scheduled takes its place in that order when it becomes due.
-            only: the numbers of the rows to choose from, due or not, unless they are leased.
+            only: the rows to choose from, by number, with their ids: both must agree, because
+                another schema has the same numbers. Rows within their grace count as due.
             connection: the connection whose transaction to use; by default a new transaction.
         """
         if connection is None:
@@ -226,8 +227,8 @@ class Store:
             "max_bytes": max_bytes,
         }
         if only is not None:
-            # Rows within their grace period: not due yet, and not leased.
-            parameters["numbers"] = self._statements.numbers(only)
+            parameters["numbers"] = self._statements.numbers(list(only))
+            parameters["marks"] = self._statements.marks(only)
             return self._take(connection, limit, parameters, ordered=ordered)
         claimed: list[Claimed] = []
         for rank in self._ranks(connection, queue):
@@ -283,6 +284,17 @@ class Store:
         parameters = {"numbers": self._statements.numbers(list(tokens))}
         leases = connection.execute(self._statements.leases, parameters)
         return {row.seq for row in leases if row.lease_token == tokens[row.seq]}
+
+    def alive(self, ids: Mapping[int, str], *, connection: Connection | None = None) -> set[int]:
+        """Return the numbers of those rows, given by number and id, that are alive."""
+        if connection is None:
+            with self.engine.begin() as connection:
+                return self.alive(ids, connection=connection)
+        parameters = {
+            "numbers": self._statements.numbers(list(ids)),
+            "marks": self._statements.marks(ids),
+        }
+        return set(connection.execute(self._statements.alive, parameters).scalars())
 
     def bury(
         self, rows: Iterable[Claimed], reason: str, *, connection: Connection | None = None

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, create_mock_engine, event, insert, inspect, make_url, text
+from sqlalchemy import create_engine, create_mock_engine, event, insert, inspect, make_url, select, text
 from sqlalchemy.orm import Session
 
 from outbox import UsageError, configure, enqueue_event
@@ -161,13 +161,25 @@ def test_higher_ranks_of_a_queue_are_claimed_first_and_queues_do_not_mix(store: 
     assert payloads(store.claim(10)) == ["relay"]
 
 
-def test_only_the_named_rows_are_claimed_even_before_they_are_due(store: Store) -> None:
-    store.put([an_event(n, delay=3600) for n in range(3)])
+def test_named_rows_are_claimed_by_number_and_id_and_not_before_they_are_due(store: Store) -> None:
+    with store.engine.begin() as connection:
+        rows = [values_of(an_event(n)) for n in range(4)]
+        connection.execute(insert(events_with_grace), rows)
+    store.put([an_event("tomorrow", delay=86400)])
     with store.engine.connect() as connection:
-        seqs = [row.seq for row in connection.execute(events.select().order_by(events.c.seq))]
-    assert payloads(store.claim(10, only=seqs[:2])) == [0, 1]
-    assert store.claim(10, only=seqs[:2]) == []
-    assert store.claim(10) == []
+        found = connection.execute(select(events.c.seq, events.c.id).order_by(events.c.seq)).all()
+    ids = {row.seq: row.id for row in found}
+    a, b, c, d, tomorrow = ids
+    assert store.claim(10) == []  # for relays they are not due yet
+    # As in another schema, which has the same numbers.
+    assert store.claim(10, only={a: "another", tomorrow: ids[tomorrow]}) == []
+    assert store.claim(10, only={a: ids[b], b: ids[a]}) == []
+    claimed = store.claim(10, only={number: ids[number] for number in (a, b)})
+    assert payloads(claimed) == [0, 1]
+    assert store.claim(10, only={number: ids[number] for number in (a, b)}) == []
+    store.release(claimed, 30, reason="nacked", failed=True)
+    assert payloads(store.claim(10, only=ids)) == [2, 3]  # the others are backing off
+    assert store.alive({**ids, d: "another"}) == {a, b, c, tomorrow}
 
 
 @pytest.mark.hazard("F14")

@@ -35,6 +35,7 @@ from outbox import (
 )
 from outbox.sql import Store
 from outbox.storage.engines import open_engine
+from outbox.unit_of_work.collector import EventOptions
 from tests.amqp import Inspector
 from tests.databases import Base, Line, Order, targets
 
@@ -48,7 +49,10 @@ def unbound() -> Iterator[None]:
 
 
 def correct_savepoints(engine: Engine) -> None:
-    """Have SQLite's driver leave transactions to SQLAlchemy, as its documentation advises."""
+    """Have SQLite's driver leave transactions to SQLAlchemy, as its documentation advises.
+
+    They take the lock when they begin, so that another writer can't make them fail.
+    """
 
     @event.listens_for(engine, "connect")
     def leave_alone(connection: Any, _: object) -> None:
@@ -57,7 +61,7 @@ def correct_savepoints(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 @pytest.fixture
@@ -302,6 +306,36 @@ def test_scheduled_events_are_stored_whatever_the_broker_can_do(
     store = Store(open_engine(engine.url))
     assert (store.status().scheduled, store.claim(1)) == (1, [])
     store.engine.dispose()
+
+
+def test_without_a_publisher_the_environment_is_not_searched_for_each_event(
+    sessions: sessionmaker[Session], stored: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from outbox.settings import Settings
+
+    with sessions() as session:
+        enqueue_event(1, "a", session=session)
+        loaded: list[Any] = []
+        monkeypatch.setattr(Settings, "load", lambda *_: loaded.append(1))
+        enqueue_event(2, "b", session=session)
+        session.commit()
+    assert loaded == []
+    assert stored() == ["a", "b"]
+
+
+def test_what_postgresql_could_not_store_is_refused_when_it_is_enqueued(
+    sessions: sessionmaker[Session], stored: Any
+) -> None:
+    with sessions() as session:
+        refused: list[EventOptions] = [{"key": "a\0"}, {"id": "a\0"}, {"exchange": "a\0"}]
+        for options in refused:
+            with pytest.raises(InvalidEvent, match="NUL"):
+                enqueue_event(1, "a", session=session, **options)
+        with pytest.raises(InvalidEvent, match="NUL"):
+            enqueue_event(1, "a\0", session=session)
+        enqueue_event({"a": "\0"}, "a", session=session, headers={"b\0": "\0"})
+        session.commit()
+    assert stored() == ["a"]
 
 
 # ------------------------------------------------------------------------------- connections

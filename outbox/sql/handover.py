@@ -549,10 +549,15 @@ def drain(timeout: float = 5.0) -> bool:
 process.at_exit(drain)  # registered after the publisher's, so it runs before that
 
 
+_inherited: list[object] = []
+"""The parent's connections, which this child must not close."""
+
+
 def _reset_after_fork() -> None:
     global _lock
     _lock = threading.Lock()
     for handover in list(_by_publisher.values()):
+        _inherited.append(handover._sides)
         handover._reset()
 
 

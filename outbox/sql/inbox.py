@@ -89,6 +89,11 @@ class Inbox:
         engine = open_engine(database) if isinstance(database, str) else database
         beside = engine_beside(engine)
         if engine.dialect.name not in DIALECTS or beside is None:
+            if engine.dialect.is_async and engine.dialect.name != "sqlite":
+                raise UsageError(
+                    "an inbox can't connect as this asyncio engine does, since more than its URL "
+                    "decides how; give it a URL or an engine with a synchronous driver"
+                )
             raise UsageError(
                 "an inbox needs a PostgreSQL database or an SQLite file, not "
                 f"{engine.dialect.name}{'' if beside else ' in memory'}"

@@ -393,6 +393,7 @@ def _after_commit(session: Session) -> None:
         if stored.handover is not None and stored.place is not None and identity is not None:
             number = Row(identity[0], stored.event.id, stored.at)
             submitted.setdefault((stored.handover, stored.place), []).append(number)
+    rows.clear()  # each row refers to them
     for (handover, place), numbers in submitted.items():
         handover.submit(place, numbers)
 
@@ -400,8 +401,10 @@ def _after_commit(session: Session) -> None:
 @event.listens_for(Session, "after_transaction_end")
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is None and _STORED in session.info:
-        for stored in session.info.pop(_STORED).values():
+        rows: _Rows = session.info.pop(_STORED)
+        for stored in rows.values():
             _note_cleared(stored)
+        rows.clear()
 
 
 @event.listens_for(Session, "after_soft_rollback")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import os
 import stat
@@ -92,14 +93,17 @@ _beside: weakref.WeakKeyDictionary[Engine, Engine | None] = weakref.WeakKeyDicti
 
 
 def engine_beside(engine: Engine) -> Engine | None:
-    """Return an engine for the database of ``engine`` that outbox's threads can use, or None.
+    """Return an engine for the database of ``engine`` that many threads can use, or None.
 
     It is ``engine`` itself, unless that is an asyncio engine or an SQLite engine, whose
-    transactions must begin differently for a claim. A database in memory has none.
+    transactions must begin differently. A database in memory has none, nor has an asyncio engine
+    that connects with more than its URL says: that could be what makes the connection secure.
     """
     dialect = engine.dialect
     if dialect.name != "sqlite" and not dialect.is_async:
         return engine
+    if dialect.name != "sqlite" and not _connects_by_url_alone(engine):
+        return None
     if engine not in _beside:
         try:
             # NullPool, so that no SQLite connection stays open for a forked child to inherit: its
@@ -109,6 +113,18 @@ def engine_beside(engine: Engine) -> Engine | None:
             logger.warning("leaving stored events to the relay: %s", error)
             _beside[engine] = None
     return _beside[engine]
+
+
+def _connects_by_url_alone(engine: Engine) -> bool:
+    """Return whether nothing but the URL decides how ``engine`` connects; False if unknown."""
+    if engine.url.query or engine.dialect._has_events:
+        return False
+    known = inspect.getclosurevars(engine.pool._creator).nonlocals
+    arguments, parameters = engine.dialect.create_connect_args(engine.url)
+    used = known.get("cargs_tup", known.get("cargs")), known.get("cparams")  # since 2.1, before
+    if used[0] is None or used[1] is None:
+        return False
+    return list(used[0]) == list(arguments) and dict(used[1]) == parameters
 
 
 def _discard_inherited() -> None:

@@ -8,6 +8,7 @@ import datetime
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, func, insert, select, text
@@ -53,6 +54,23 @@ def inbox(engine: Engine) -> Inbox:
 def publisher(place: Place) -> Iterator[Publisher]:
     with place.publisher() as found:
         yield found
+
+
+@pytest.mark.parametrize(
+    ("query", "options"),
+    [("", {}), ("?ssl=require", None), ("", {"connect_args": {"ssl": True}})],
+    ids=["url", "query", "connect_args"],
+)
+def test_an_asyncio_engine_is_not_replaced_by_one_that_connects_less_securely(
+    query: str, options: dict[str, Any] | None
+) -> None:
+    url = f"postgresql+asyncpg://user@127.0.0.1:1/app{query}"
+    engine = create_async_engine(url, **(options or {})).sync_engine
+    if not query and not options:
+        assert Inbox(engine).engine.url.drivername == "postgresql+psycopg"
+    else:
+        with pytest.raises(UsageError, match="synchronous driver"):
+            Inbox(engine)
 
 
 def effects(engine: Engine) -> int:

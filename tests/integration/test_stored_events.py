@@ -327,10 +327,14 @@ def test_what_postgresql_could_not_store_is_refused_when_it_is_enqueued(
     sessions: sessionmaker[Session], stored: Any
 ) -> None:
     with sessions() as session:
-        refused: list[EventOptions] = [{"key": "a\0"}, {"id": "a\0"}, {"exchange": "a\0"}]
+        refused: list[EventOptions] = [
+            {"session": session, "key": "a\0"},
+            {"session": session, "id": "a\0"},
+            {"session": session, "exchange": "a\0"},
+        ]
         for options in refused:
             with pytest.raises(InvalidEvent, match="NUL"):
-                enqueue_event(1, "a", session=session, **options)
+                enqueue_event(1, "a", **options)
         with pytest.raises(InvalidEvent, match="NUL"):
             enqueue_event(1, "a\0", session=session)
         enqueue_event({"a": "\0"}, "a", session=session, headers={"b\0": "\0"})

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, RootTransaction
+from sqlalchemy.exc import ProgrammingError
 
 from outbox.configuration import configured_publisher
 from outbox.errors import OutboxError
@@ -58,6 +59,12 @@ _MOST_LEFT = 50_000  # rows that are remembered to be tried again, a few hundred
 _BROKER = 0.5  # seconds between two looks whether the broker is connected
 _COMMITTING = (0.001, 60.0)  # seconds between two looks whether a commit is over, and at most
 
+
+_UNSEEN = (
+    "if a search_path, a role or a tenant was chosen on the application's connection itself, "
+    "choose it where the engine connects, or by schema_translate_map, or name an engine that finds "
+    "the rows with outbox.sql.bind(..., engine=...)"
+)
 
 # What decides how a statement runs, not where it looks.
 _NOT_CARRIED = frozenset(
@@ -137,6 +144,7 @@ class _Left:
         due: the ``time.monotonic()`` of the next attempt.
         blocked: whether other rows of the place would fail too.
         awaits_broker: whether the broker was unavailable.
+        is_full: whether rows were left out, as too many are waiting.
     """
 
     rows: dict[int, Row] = field(default_factory=dict)
@@ -145,6 +153,7 @@ class _Left:
     due: float = 0.0
     blocked: bool = False
     awaits_broker: bool = False
+    is_full: bool = False
 
 
 class _Unavailable(Exception):
@@ -164,7 +173,7 @@ class Handover:
     """
 
     _lock: threading.Lock
-    _queue: queue.SimpleQueue[_Submitted]
+    _queue: queue.SimpleQueue[_Submitted | None]  # None: see hurry()
     _thread: threading.Thread | None
     _pending: int
     _idle: threading.Event
@@ -190,12 +199,21 @@ class Handover:
                 try:
                     thread.start()
                 except RuntimeError as error:  # too many threads, or the interpreter is exiting
-                    logger.warning("leaving stored events to the relay: %s", error)
-                    return
-                self._thread = thread
+                    logger.warning("%d stored event(s) wait to be published: %s", len(rows), error)
+                else:
+                    self._thread = thread
+            if self._thread is not None:
+                self._idle.clear()
             self._pending += len(rows)
-            self._idle.clear()
             self._queue.put(_Submitted(place, rows, transaction, time.monotonic()))
+
+    def hurry(self) -> None:
+        """Try again soon what is left."""
+        with self._lock:
+            if self._thread is not None and self._left:
+                self._pending += 1
+                self._idle.clear()
+                self._queue.put(None)
 
     def wait(self, timeout: float) -> bool:
         """Wait up to ``timeout`` seconds until all rows were tried; return whether they were."""
@@ -235,12 +253,18 @@ class Handover:
                 # when they are published together.
                 time.sleep(_GATHER)
 
-    def _turn(self, first: list[_Submitted]) -> None:
-        for place, rows in self._take(first).items():
+    def _turn(self, first: list[_Submitted | None]) -> None:
+        batches, hurried = self._take(first)
+        for place, rows in batches.items():
             self._serve(place, rows)
             self._note_done(len(rows))
+        if hurried:
+            for left in self._left.values():
+                left.due = 0.0
         if self._left:
             self._try_again()
+        if hurried:
+            self._note_done(hurried)
 
     def _pause(self) -> float:
         if self._committing:
@@ -257,29 +281,37 @@ class Handover:
             if not self._pending:
                 self._idle.set()
 
-    def _take(self, submitted: list[_Submitted]) -> dict[Place, list[Row]]:
-        """Return what was committed meanwhile, to publish it all with one claim and one chunk."""
+    def _take(self, first: list[_Submitted | None]) -> tuple[dict[Place, list[Row]], int]:
+        """Take what was committed meanwhile, to publish it all with one claim and one chunk.
+
+        Returns:
+            The rows whose commit is over, and the number of calls of :meth:`hurry`.
+        """
+        submitted = [each for each in first if each is not None]
+        hurried = len(first) - len(submitted)
         count = sum(len(each.rows) for each in submitted)
         while count < _BATCH:
             try:
-                submitted.append(self._queue.get_nowait())
+                each = self._queue.get_nowait()
             except queue.Empty:
                 break
-            count += len(submitted[-1].rows)
+            if each is None:
+                hurried += 1
+            else:
+                submitted.append(each)
+                count += len(each.rows)
         earliest = time.monotonic() - _COMMITTING[1]
         rows: dict[Place, list[Row]] = {}
         committing, self._committing = self._committing, []
         for each in (*committing, *submitted):
-            if each.transaction is not None and each.transaction.is_active:
-                if each.since > earliest:
-                    self._committing.append(each)
-                    continue
-                logger.warning("leaving %d stored event(s) to the relay: their commit takes long",
-                               len(each.rows))  # fmt: skip
+            if each.transaction is None or not each.transaction.is_active:
+                rows.setdefault(each.place, []).extend(each.rows)
+            elif each.since > earliest:
+                self._committing.append(each)
+            else:
+                logger.warning("leaving stored events to the relay: their commit takes too long")
                 self._note_done(len(each.rows))
-                continue
-            rows.setdefault(each.place, []).extend(each.rows)
-        return rows
+        return rows, hurried
 
     def _serve(self, place: Place, rows: list[Row]) -> None:
         """Publish rows for the first time, unless others of the place wait for database or broker.
@@ -292,9 +324,11 @@ class Handover:
             self._attempt(place, left, waiting)
         excess = len(left.rows) + len(waiting) - _MOST_LEFT
         if excess > 0:
-            logger.warning("leaving %d stored event(s) to the relay: too many are waiting", excess)
+            if not left.is_full:
+                logger.warning("leaving further stored events to the relay: too many are waiting")
             for _ in range(min(excess, len(waiting))):
                 waiting.popitem()
+        left.is_full = excess > 0
         left.rows.update(waiting)
         self._settle(place, left)
 
@@ -362,8 +396,13 @@ class Handover:
             _warn_once(place.engine, str(error))
             rows.clear()  # a relay publishes them
             return
+        except ProgrammingError as error:
+            # No table or no permission here: the same for another connection of the engine.
+            _warn_once(place.engine, f"{reason_of(error)}; {_UNSEEN}")
+            rows.clear()
+            return
         except (DatabaseError, OutboxError, _Unavailable) as error:
-            if not left.blocked and not left.failures:
+            if not left.failures:
                 logger.warning("%d stored event(s) wait to be published: %s", len(rows),
                                reason_of(error))  # fmt: skip
             left.awaits_broker = isinstance(error, _Unavailable)
@@ -375,7 +414,8 @@ class Handover:
                 _warn_once(place.engine, refusal_of(source) or "")
                 rows.clear()
                 return
-            logger.exception("%d stored event(s) wait to be published", len(rows))
+            if not left.failures:
+                logger.exception("%d stored event(s) wait to be published", len(rows))
         finally:
             if side is not None:
                 side.rest()
@@ -448,13 +488,7 @@ class Handover:
         # No relay takes a row before its grace is over.
         unseen = [row for row in gone if row.certain and row.stored > time.monotonic() - GRACE]
         if first and unseen:
-            _warn_once(
-                place.engine,
-                "rows just committed don't exist for another connection of the engine (a "
-                "search_path, a role or a database that was chosen on the connection itself?); "
-                "choose it where the engine connects, or by schema_translate_map, or name an "
-                "engine that finds them with outbox.sql.bind(..., engine=...)",
-            )
+            _warn_once(place.engine, f"rows just committed are not there; {_UNSEEN}")
 
     def _publish_claimed(
         self, side: SideEngine, store: Store, publisher: Publisher, claimed: list[Claimed]
@@ -527,9 +561,9 @@ def handover_for(engine: Engine, publisher: Publisher | None) -> Handover | None
 
 
 def drain(timeout: float = 5.0) -> bool:
-    """Wait until this process has published what it committed, or has tried once.
+    """Wait until this process has published what it committed, or has just tried.
 
-    What could not be published is tried again later, or left to a relay. Call this before you
+    What can't be published is tried again later, or left to a relay. Call this before you
     dispose of an engine. It runs automatically when the process exits.
 
     Args:
@@ -539,6 +573,8 @@ def drain(timeout: float = 5.0) -> bool:
         Whether all was tried.
     """
     deadline = time.monotonic() + timeout
+    for handover in list(_by_publisher.values()):
+        handover.hurry()
     waits = [
         handover.wait(max(0.0, deadline - time.monotonic()))
         for handover in list(_by_publisher.values())

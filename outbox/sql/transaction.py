@@ -68,14 +68,16 @@ class _Rows(dict["_Row", "_Stored"]):
     """The rows of a session's open transaction.
 
     Attributes:
+        unwritten: those that are not written yet.
         connection: the connection that has written the last ones, and may write more.
         place: where it writes.
     """
 
-    __slots__ = ("connection", "place")
+    __slots__ = ("connection", "place", "unwritten")
 
     def __init__(self) -> None:
         super().__init__()
+        self.unwritten: dict[_Row, None] = {}
         self.connection: Connection | None = None
         self.place: Place | None = None
 
@@ -92,7 +94,6 @@ class _Stored:
         handover: what publishes it after the commit, if this process does.
         observer: the test that observes it, if any.
         is_callers: whether the session uses a connection of its caller.
-        is_inserted: whether it was written.
         place: where; None if it was not, or through a connection of the caller.
     """
 
@@ -103,7 +104,6 @@ class _Stored:
     handover: Handover | None
     observer: Observer | None
     is_callers: bool
-    is_inserted: bool = False
     place: Place | None = None
 
 
@@ -299,6 +299,7 @@ def _store_in_session(session: Session, stored: Event, publisher: Publisher | No
     transaction = _open_transaction(session)
     if rows is None:
         rows = session.info[_STORED] = _Rows()
+    rows.unwritten[row] = None
     rows[row] = row.stored = _Stored(
         rows,
         stored,
@@ -337,11 +338,6 @@ def _check_transactional(connection: Connection) -> None:
         raise UsageError(_AUTOCOMMIT)
 
 
-def _rows_of(session: Session) -> dict[_Row, _Stored]:
-    rows: dict[_Row, _Stored] = session.info.get(_STORED, {})
-    return rows
-
-
 def _before_insert(_: Mapper[Any], connection: Connection, row: _Row) -> None:
     rows = row.stored.rows
     if rows.connection is not connection:
@@ -353,7 +349,7 @@ def _before_insert(_: Mapper[Any], connection: Connection, row: _Row) -> None:
 
 def _after_insert(_: Mapper[Any], connection: Connection, row: _Row) -> None:
     stored = row.stored
-    stored.is_inserted = True
+    stored.rows.unwritten.pop(row, None)
     if stored.handover is None:
         return
     if stored.is_callers:
@@ -374,9 +370,11 @@ for _class in (_Row, _RowWithGrace):
 @event.listens_for(Session, "after_flush_postexec")
 def _bring_back(session: Session, *_: Any) -> None:
     """Add the rows that were stored while a flush executed, or expunged with everything else."""
-    for row, stored in _rows_of(session).items():
-        if not stored.is_inserted and row not in session:
-            session.add(row)
+    rows: _Rows | None = session.info.get(_STORED)
+    if rows:
+        for row in rows.unwritten:
+            if row not in session:
+                session.add(row)
 
 
 @event.listens_for(Session, "after_commit")
@@ -409,18 +407,20 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
 
 @event.listens_for(Session, "after_soft_rollback")
 def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> None:
-    rows = _rows_of(session)
+    rows: _Rows | None = session.info.get(_STORED)
+    if not rows:
+        return
     for row, stored in list(rows.items()):
         if transaction in _ancestors(stored.transaction):
+            rows.unwritten.pop(row, None)
             del rows[row]
             _note_cleared(stored)
-        elif stored.is_inserted and state_of(row).transient:
+        elif row not in rows.unwritten and state_of(row).transient:
             # It was written in a savepoint, but enqueued before: the next flush writes it again.
             del rows[row]
             again = type(row)(values_of(stored.event))
-            again.stored = stored
-            rows[again] = stored
-            stored.is_inserted = False
+            again.stored = rows[again] = stored
+            rows.unwritten[again] = None
 
 
 def _ancestors(transaction: SessionTransaction | None) -> Iterator[SessionTransaction]:

@@ -24,6 +24,7 @@ __all__ = ["SideEngine", "Unfit", "refusal_of", "refuse"]
 T = TypeVar("T")
 
 _SHORTEST_BUSY_TIMEOUT = 1000  # milliseconds
+_LOCK_TIMEOUT = 10_000  # milliseconds
 _NAME_ONE = "name another engine with outbox.sql.bind(..., engine=...)"
 
 _refusals: weakref.WeakKeyDictionary[Pool, str] = weakref.WeakKeyDictionary()
@@ -212,20 +213,19 @@ def _trace(connection: Connection, note: Callable[[str], None]) -> None:
         driver_connection.set_trace_callback(note)
 
 
-def _begin_immediately(engine: Engine, busy_timeout: int) -> None:
-    """Have transactions take the lock when they begin, or fail after ``busy_timeout`` ms.
+def _begin_immediately(engine: Engine, commit_timeout: int) -> None:
+    """Have transactions take the lock when they begin, and wait for readers only a short time.
 
-    That is shorter than the application's own timeout: while a commit waits for readers, SQLite
-    lets no new reader begin.
+    Waiting for the lock is harmless to others. But while a commit waits for readers, at most
+    ``commit_timeout`` ms, no new reader can begin, and the application's must not wait too long.
     """
 
     @event.listens_for(engine, "connect")
-    def prepare(connection: Any, _: object) -> None:
+    def leave_transactions(connection: Any, _: object) -> None:
         connection.isolation_level = None
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout={busy_timeout}")
-        cursor.close()
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={_LOCK_TIMEOUT}")
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={commit_timeout}")

@@ -140,6 +140,42 @@ def test_a_row_in_another_schema_is_never_taken_for_one_of_the_same_number(
     relay.dispose()
 
 
+def test_what_the_engines_role_may_not_do_is_left_to_the_relay(
+    postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher = configure("memory://")
+    owner = create_engine(postgresql_url)
+    outbox.sql.metadata.create_all(owner)
+    role = f"writer_{os.getpid()}_{threading.get_native_id()}"
+    with owner.begin() as connection:
+        for statement in (
+            f"CREATE ROLE {role} LOGIN",
+            f"GRANT INSERT, SELECT ON outbox_events TO {role}",
+            f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role}",
+        ):
+            connection.exec_driver_sql(statement)
+    engine = create_engine(make_url(postgresql_url).set(username=role))
+    for _ in range(3):
+        with Session(engine) as session:
+            enqueue_event(1, "a", session=session)
+            session.commit()
+        assert outbox.sql.drain()
+    assert publisher.stats().published == 0
+    [warning] = warnings_of(caplog)
+    assert "permission denied" in warning
+    outbox.sql.bind(None, engine=owner)
+    with Session(engine) as session:
+        enqueue_event(1, "b", session=session)
+        session.commit()
+    assert outbox.sql.drain()
+    assert stored(owner) == ["a", "a", "a"]
+    engine.dispose()
+    with owner.begin() as connection:
+        connection.exec_driver_sql(f"DROP OWNED BY {role}")
+        connection.exec_driver_sql(f"DROP ROLE {role}")
+    owner.dispose()
+
+
 def test_rows_are_found_where_the_engines_listeners_look(tenants: Engine) -> None:
     publisher = configure("memory://")
     engine = create_engine(tenants.url)

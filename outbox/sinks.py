@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from outbox.event import Event
     from outbox.publisher import Publisher
 
-__all__ = ["Sink", "bind", "bound", "remove"]
+__all__ = ["Sink", "bind", "bound", "is_begun", "remove"]
 
 Sink = Callable[["Event", "Publisher | None"], None]
 """A function that stores an event in an open transaction, with the process's publisher, if any."""
@@ -20,6 +20,10 @@ bound: Callable[[], Sink | None] | None = None
 
 remove: Callable[[], Any] | None = None
 """Removes the current session of the scoped session that was bound, if one was."""
+
+
+is_begun: Callable[[], bool] | None = None
+"""Returns whether a session's transaction that was begun explicitly in this context is open."""
 
 
 def bind(

@@ -13,6 +13,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from sqlalchemy import Connection, Engine, event, insert
 from sqlalchemy import inspect as state_of
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, registry
+from sqlalchemy.orm.session import SessionTransactionOrigin
 
 from outbox import sinks
 from outbox.errors import UsageError
@@ -427,6 +429,24 @@ def _ancestors(transaction: SessionTransaction | None) -> Iterator[SessionTransa
     while transaction is not None:
         yield transaction
         transaction = transaction.parent
+
+
+_begun: ContextVar[weakref.ref[SessionTransaction] | None] = ContextVar("begun", default=None)
+
+
+@event.listens_for(Session, "after_transaction_create")
+def _note_begun(_: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None and transaction.origin is SessionTransactionOrigin.BEGIN:
+        _begun.set(weakref.ref(transaction))
+
+
+def _is_begun() -> bool:
+    begun = _begun.get()
+    transaction = None if begun is None else begun()
+    return transaction is not None and not _is_over(transaction)
+
+
+sinks.is_begun = _is_begun
 
 
 def _note_cleared(stored: _Stored) -> None:

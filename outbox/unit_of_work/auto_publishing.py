@@ -17,6 +17,7 @@ from contextvars import Token
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, cast, overload
 
+from outbox import sinks
 from outbox.backlog.notifier import ids
 from outbox.errors import OutboxError, UsageError
 from outbox.observer import seam
@@ -265,6 +266,8 @@ class AutoPublishingEventCollector(EventCollector):
             return False
         if self.joined and self._buffer.merge():
             return False
+        if sinks.is_begun is not None and self._buffer.events and sinks.is_begun():
+            _warn_once_of_transaction()
         self._buffer.closed = True
         return True
 
@@ -370,3 +373,12 @@ def auto_publishing(
     options = {name: value for name, value in options.items() if value is not None}
     block = AutoPublishingEventCollector(independent=independent, **options)
     return block if function is None else block(function)
+
+
+@functools.cache
+def _warn_once_of_transaction() -> None:
+    logger.warning(
+        "events are published before the transaction around their block is committed: put "
+        "auto_publishing() around session.begin(), or store them with session= or "
+        "outbox.sql.bind()"
+    )

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 import outbox.sql
 from outbox import UsageError, auto_publishing, configure, enqueue_event
 from outbox.consumers.message.databases import refreshers
+from outbox.unit_of_work.auto_publishing import _warn_once_of_transaction
 from outbox.unit_of_work.collector import EventOptions
 from tests.databases import Base, Order, targets
 
@@ -352,3 +353,25 @@ def test_a_session_that_routes_by_statement_stores_where_it_flushes(
     assert stored(leader) == stored(follower) == []
     leader.dispose()
     follower.dispose()
+
+
+def test_a_block_inside_a_transaction_is_warned_about_once(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    configure("memory://")
+    _warn_once_of_transaction.cache_clear()
+    with auto_publishing(), Session(engine) as session, session.begin():
+        enqueue_event(1, "after.the.commit")
+    with Session(engine) as session, auto_publishing():
+        session.connection()  # begins by itself
+        enqueue_event(1, "a")
+        session.commit()
+    with Session(engine) as session, session.begin(), auto_publishing():
+        enqueue_event(1, "stored", session=session)
+    assert caplog.records == []
+    for _ in range(2):
+        with Session(engine) as session, session.begin(), auto_publishing():
+            enqueue_event(1, "too.early")
+    [warning] = caplog.records
+    assert "before the transaction" in warning.getMessage()
+    assert outbox.sql.drain()

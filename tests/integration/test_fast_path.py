@@ -24,6 +24,8 @@ from sqlalchemy.pool import AssertionPool, NullPool, QueuePool, StaticPool
 
 import outbox.sql
 from outbox import Publisher, UsageError, auto_publishing, configure, enqueue_event
+from outbox.event import make_event
+from outbox.serializer import JSONSerializer
 from outbox.sql import Store
 from outbox.storage.engines import open_engine
 from outbox.testing.broker import PrivateBroker
@@ -734,6 +736,61 @@ def test_a_publisher_that_is_closed_ends_the_attempts(
     wait_until(lambda: not any(each.name == "outbox-handover" for each in threading.enumerate()), 5)
     assert "the publisher is closed" in caplog.text
     assert stored(engine) == ["a"]
+
+
+def test_drain_tries_again_what_is_left(engine: Engine) -> None:
+    publisher = configure("memory://")
+    store = Store(open_engine(engine.url))
+    store.put([make_event(JSONSerializer(), 1000, None, 1, "first", "shop", key="k")])
+    [first] = store.claim(1)  # a relay is publishing it
+    with Session(engine) as session:
+        enqueue_event(2, "second", session=session, key="k")
+        session.commit()
+    for _ in range(5):  # each failure makes the pause longer
+        assert outbox.sql.drain()
+    assert publisher.stats().published == 0
+    store.complete([first])
+    assert outbox.sql.drain()
+    assert publisher.stats().published == 1
+    store.engine.dispose()
+
+
+def test_a_process_with_too_many_threads_publishes_later(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = configure("memory://")
+
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch, Session(engine) as session:
+        patch.setattr(threading.Thread, "start", start)
+        enqueue_event(1, "a", session=session)
+        session.commit()
+    assert publisher.stats().published == 0
+    with Session(engine) as session:
+        enqueue_event(2, "b", session=session)
+        session.commit()
+    assert outbox.sql.drain()
+    assert publisher.stats().published == 2
+    assert stored(engine) == []
+
+
+def test_a_limited_number_of_rows_is_remembered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(outbox.sql.handover, "_MOST_LEFT", 3)
+    configure("amqp://127.0.0.1:1/", connect_timeout=1, timeout=1)
+    for n in range(6):
+        with Session(engine) as session:
+            enqueue_event(n, "a", session=session)
+            session.commit()
+        assert outbox.sql.drain(20)
+    publisher = configure("memory://")
+    wait_until(lambda: publisher.stats().published == 3)
+    assert outbox.sql.drain()
+    assert len(stored(engine)) == 3  # for a relay
+    assert len([each for each in warnings_of(caplog) if "too many" in each]) == 1
 
 
 def test_the_rows_of_a_killed_process_are_due_for_a_relay_after_ten_seconds(

@@ -207,7 +207,7 @@ def test_rows_look_like_other_objects_to_a_listener_that_walks_the_session(engin
             values = {attr.key: getattr(each, attr.key) for attr in state.mapper.column_attrs}
             audited.append((each.__tablename__, values))
             assert each.__table__ is not None
-            each.changed_by = "somebody"
+            each.changed_by = "the audit"
 
     try:
         with Session(engine) as session:

@@ -418,7 +418,8 @@ class Handover:
                 logger.exception("%d stored event(s) wait to be published", len(rows))
         finally:
             if side is not None:
-                side.rest()
+                with contextlib.suppress(Exception):  # the thread must go on
+                    side.rest()
         left.blocked = True
         left.due = time.monotonic() + backoff(left.failures)
         left.failures += 1

@@ -28,8 +28,8 @@ from outbox.event import make_event
 from outbox.serializer import JSONSerializer
 from outbox.sql import Store
 from outbox.storage.engines import open_engine
-from outbox.testing.broker import PrivateBroker
 from outbox.testing.postgresql import PrivatePostgreSQL
+from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.databases import Base, Order, targets
 from tests.waiting import wait_until
@@ -624,22 +624,20 @@ def test_a_commit_that_takes_long_is_waited_for(postgresql_url: str) -> None:
 
 
 def test_what_waited_for_the_broker_is_published_when_it_is_back(
-    engine: Engine, private_broker: PrivateBroker, name: str
+    engine: Engine, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
-    inspector = Inspector(private_broker.url)
-    inspector.queue(name, name, arguments={"x-queue-type": "classic"})
-    private_broker.kill()
-    configure(private_broker.url, exchange=name, connect_timeout=1, timeout=1)
+    inspector.queue(name, name)
+    proxy.refuse()
+    configure(proxy.url, exchange=name, connect_timeout=1, timeout=1)
     for n in range(5):
         with Session(engine) as session:
             enqueue_event(n, "a", session=session, key="k")
             session.commit()
     assert outbox.sql.drain(20)
     assert len(stored(engine)) == 5
-    private_broker.start()
+    proxy.heal()
     wait_until(lambda: stored(engine) == [], 60)
     assert [each.payload for each in inspector.messages(name, 5)] == [0, 1, 2, 3, 4]
-    inspector.close()
 
 
 def test_what_waited_for_the_database_is_published_when_it_works_again(
@@ -830,8 +828,6 @@ outbox.sql.drain()
 def test_a_lease_is_renewed_while_the_broker_takes_its_time(
     postgresql_url: str, monkeypatch: pytest.MonkeyPatch, amqp_url: str, name: str
 ) -> None:
-    from proving.proxy import FaultProxy
-
     monkeypatch.setattr(outbox.sql.handover, "_LEASE", 1.0)
     engine = create_engine(postgresql_url)
     outbox.sql.metadata.create_all(engine)

@@ -7,6 +7,7 @@ the process lives; a relay publishes all rows that are left: they are due a mome
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import itertools
 import logging
@@ -30,7 +31,7 @@ from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.schema import GRACE
 from outbox.storage.side_engine import SideEngine, Unfit, refusal_of, refuse
 from outbox.storage.store import Claimed, Store
-from outbox.system import process
+from outbox.system import fork_pause, process
 from outbox.system.backoff import backoff
 
 __all__ = [
@@ -161,22 +162,20 @@ class _Unavailable(Exception):
 
 
 _by_publisher: weakref.WeakKeyDictionary[Publisher, Handover] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
 _named: Engine | None = None
 
 
 class Handover:
-    """Publishes rows through one publisher, on a background thread. Thread-safe.
+    """Publishes rows through one publisher, on a background thread.
 
-    The thread ends a moment after its work is done. Then it keeps neither the publisher nor an
-    engine alive.
+    Thread-safe, also in signal handlers and finalizers: callers only put something into a queue,
+    and share no lock with the thread. The thread ends a moment after its work is done. Then it
+    keeps neither the publisher nor an engine alive.
     """
 
-    _lock: threading.Lock
-    _queue: queue.SimpleQueue[_Submitted | None]  # None: see hurry()
-    _thread: threading.Thread | None
-    _pending: int
-    _idle: threading.Event
+    _queue: queue.SimpleQueue[_Submitted | _thread.LockType | None]  # None: see hurry()
+    _starting: threading.Lock
+    _running: bool
 
     def __init__(self, publisher: Publisher) -> None:
         """Make a handover; its thread starts when rows are submitted."""
@@ -193,59 +192,99 @@ class Handover:
             rows: the rows.
             transaction: a transaction whose commit has begun: nothing is done until it is over.
         """
-        with self._lock:
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="outbox-handover", daemon=True)
-                try:
-                    thread.start()
-                except RuntimeError as error:  # too many threads, or the interpreter is exiting
-                    logger.warning("%d stored event(s) wait to be published: %s", len(rows), error)
-                else:
-                    self._thread = thread
-            if self._thread is not None:
-                self._idle.clear()
-            self._pending += len(rows)
-            self._queue.put(_Submitted(place, rows, transaction, time.monotonic()))
+        self._queue.put(_Submitted(place, rows, transaction, time.monotonic()))
+        try:
+            self._run_soon()
+        except RuntimeError as error:  # too many threads, or the interpreter is exiting
+            logger.warning("%d stored event(s) wait to be published: %s", len(rows), error)
 
     def hurry(self) -> None:
         """Try again soon what is left."""
-        with self._lock:
-            if self._thread is not None and self._left:
-                self._pending += 1
-                self._idle.clear()
-                self._queue.put(None)
+        if self._running:
+            self._queue.put(None)
 
     def wait(self, timeout: float) -> bool:
         """Wait up to ``timeout`` seconds until all rows were tried; return whether they were."""
-        return self._idle.wait(timeout)
+        if not self._running and self._queue.empty():
+            return True
+        tried = _thread.allocate_lock()
+        tried.acquire()
+        self._queue.put(tried)
+        with contextlib.suppress(RuntimeError):  # as in submit()
+            self._run_soon()
+        return tried.acquire(timeout=max(0.0, timeout))
+
+    def _run_soon(self) -> None:
+        """Have the thread started, unless it runs; a start isn't waited for.
+
+        Raises:
+            RuntimeError: the system has no more threads.
+        """
+        if not self._running:
+            _thread.start_new_thread(self._start, ())
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._running:
+                return
+            thread = threading.Thread(target=self._run, name="outbox-handover", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                logger.warning("stored events wait to be published: %s", error)
+            else:
+                self._running = True
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
         self._queue = queue.SimpleQueue()
-        self._thread = None
-        self._pending = 0  # rows that are waiting, or being published for the first time
-        self._idle = threading.Event()
-        self._idle.set()
+        self._starting = threading.Lock()  # never taken by callers
+        self._running = False
         # Of the thread alone:
+        self._waiters: list[_thread.LockType] = []
         self._sides: dict[tuple[Engine, Engine | None], SideEngine] = {}
         self._committing: list[_Submitted] = []
         self._left: dict[Place, _Left] = {}
 
     def _run(self) -> None:
+        fork_pause.register()
+        try:
+            while not self._has_ended():
+                try:
+                    self._run_until_idle()
+                except Exception:  # a bug in outbox must not end publishing
+                    logger.exception("unexpected error")
+        finally:
+            fork_pause.unregister()
+
+    def _has_ended(self) -> bool:
+        """End if there is nothing to do.
+
+        In this order: a caller who still sees the thread running has put its rows in before.
+        """
+        if self._committing or self._left:
+            return False
+        with self._starting:
+            self._running = False
+            if self._queue.empty():
+                return True
+            self._running = True
+        return False
+
+    def _run_until_idle(self) -> None:
         rested = time.monotonic() + _LINGER
         while True:
+            fork_pause.idle()
             try:
                 first = [self._queue.get(timeout=self._pause())]
             except queue.Empty:
                 first = []
                 if not self._committing and time.monotonic() >= rested:
                     self._close_sides()
-                    with self._lock:
-                        if self._queue.empty() and not self._left:
-                            self._thread = None
-                            return
+                    if not self._left:
+                        return
             else:
                 rested = time.monotonic() + _LINGER
+            fork_pause.working()
             self._turn(first)
             first.clear()
             if not self._queue.empty():
@@ -253,18 +292,18 @@ class Handover:
                 # when they are published together.
                 time.sleep(_GATHER)
 
-    def _turn(self, first: list[_Submitted | None]) -> None:
+    def _turn(self, first: list[_Submitted | _thread.LockType | None]) -> None:
         batches, hurried = self._take(first)
         for place, rows in batches.items():
             self._serve(place, rows)
-            self._note_done(len(rows))
         if hurried:
             for left in self._left.values():
                 left.due = 0.0
         if self._left:
             self._try_again()
-        if hurried:
-            self._note_done(hurried)
+        if not self._committing:
+            while self._waiters:
+                self._waiters.pop().release()
 
     def _pause(self) -> float:
         if self._committing:
@@ -275,31 +314,29 @@ class Handover:
         # Not longer, so that a publisher that was closed ends the thread.
         return min(max(due - time.monotonic(), _RETRY), _BROKER)
 
-    def _note_done(self, count: int) -> None:
-        with self._lock:
-            self._pending -= count
-            if not self._pending:
-                self._idle.set()
-
-    def _take(self, first: list[_Submitted | None]) -> tuple[dict[Place, list[Row]], int]:
+    def _take(
+        self, first: list[_Submitted | _thread.LockType | None]
+    ) -> tuple[dict[Place, list[Row]], bool]:
         """Take what was committed meanwhile, to publish it all with one claim and one chunk.
 
         Returns:
-            The rows whose commit is over, and the number of calls of :meth:`hurry`.
+            The rows whose commit is over, and whether :meth:`hurry` was called.
         """
-        submitted = [each for each in first if each is not None]
-        hurried = len(first) - len(submitted)
-        count = sum(len(each.rows) for each in submitted)
-        while count < _BATCH:
+        submitted: list[_Submitted] = []
+        hurried = False
+        count = 0
+        while first or count < _BATCH:
             try:
-                each = self._queue.get_nowait()
+                each = first.pop() if first else self._queue.get_nowait()
             except queue.Empty:
                 break
             if each is None:
-                hurried += 1
-            else:
+                hurried = True
+            elif isinstance(each, _Submitted):
                 submitted.append(each)
                 count += len(each.rows)
+            else:
+                self._waiters.append(each)
         earliest = time.monotonic() - _COMMITTING[1]
         rows: dict[Place, list[Row]] = {}
         committing, self._committing = self._committing, []
@@ -310,7 +347,6 @@ class Handover:
                 self._committing.append(each)
             else:
                 logger.warning("leaving stored events to the relay: their commit takes too long")
-                self._note_done(len(each.rows))
         return rows, hurried
 
     def _serve(self, place: Place, rows: list[Row]) -> None:
@@ -554,11 +590,8 @@ def handover_for(engine: Engine, publisher: Publisher | None) -> Handover | None
     if refusal is not None:
         _warn_once(engine, refusal)
         return None
-    with _lock:
-        handover = _by_publisher.get(publisher)
-        if handover is None:
-            handover = _by_publisher[publisher] = Handover(publisher)
-        return handover
+    handover = _by_publisher.get(publisher)
+    return handover or _by_publisher.setdefault(publisher, Handover(publisher))
 
 
 def drain(timeout: float = 5.0) -> bool:
@@ -591,8 +624,6 @@ _inherited: list[object] = []
 
 
 def _reset_after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()
     for handover in list(_by_publisher.values()):
         _inherited.append(handover._sides)
         handover._reset()

@@ -506,5 +506,5 @@ process.after_fork(_leave_all_to_parent)
 process.at_exit(_close_all)
 if sys.version_info >= (3, 12):
     # Exit handlers may still publish, but can no longer start threads.
-    with contextlib.suppress(AttributeError):
+    with contextlib.suppress(AttributeError, RuntimeError):  # not there; shutting down already
         threading._register_atexit(_start_all)  # type: ignore[attr-defined]

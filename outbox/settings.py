@@ -79,7 +79,7 @@ class Settings:
         max_kept_bytes: the same, in bytes as they are sent to RabbitMQ, headers included; of their
             bodies in an SQLite file.
         max_events: the limit of one collector, in events.
-        max_bytes: the limit of one collector, in bytes of their bodies.
+        max_bytes: the limit of one collector, in bytes of their bodies and headers.
         max_body_bytes: the limit of one body; RabbitMQ 4 refuses more than 16 MiB by default.
         unroutable: what to do with an event that no queue is bound for: ``park``, ``fail`` or
             ``ignore``; an event's own setting wins.

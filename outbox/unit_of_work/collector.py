@@ -105,7 +105,8 @@ class EventCollector:
             autoflush: True to publish each event as it is enqueued, for interactive use. On a
                 running event loop it is submitted without waiting.
             max_events: the limit in events; the default is the publisher's setting (100,000).
-            max_bytes: the limit in bytes of all bodies; the default is the publisher's (64 MiB).
+            max_bytes: the limit in bytes of all bodies and headers; the default is the publisher's
+                (64 MiB).
             make_id: the function that makes the ids of follow-on events; such events are never
                 kept: ``publish()`` raises if the broker does not confirm them.
         """

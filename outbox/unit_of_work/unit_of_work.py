@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 
 from outbox.errors import CollectorClosed, CollectorFull
 from outbox.event import Event, MakeId
+from outbox.header_values import plain_table
 from outbox.observer import Observer
 from outbox.publisher import Publisher
 from outbox.system import process
@@ -53,9 +54,9 @@ class UnitOfWork:
         observer: the observer installed when the unit began; None to use the present one.
         pid: the id of the process that made it.
         max_events: the limit in events; None for the publisher's setting.
-        max_bytes: the limit in bytes of all bodies; None for the publisher's setting.
+        max_bytes: the limit in bytes of all bodies and headers; None for the publisher's setting.
         total: the number of events in all its buffers.
-        total_size: the bytes of their bodies.
+        total_size: the bytes of their bodies and headers.
     """
 
     __slots__ = (
@@ -108,6 +109,12 @@ class UnitOfWork:
         self.keeps = outer.make_id is None
 
 
+def _size_of(event: Event) -> int:
+    """Return the bytes that an event takes, with its headers."""
+    headers = event.headers
+    return len(event.body) + (plain_table(headers, "headers")[1] if headers else 0)
+
+
 class Buffer:
     """Events in the order they were enqueued.
 
@@ -118,7 +125,7 @@ class Buffer:
         parent: the buffer that it is appended to on success; None for the outermost.
         events: the events, in order.
         count: the number of events.
-        size: the bytes of their bodies.
+        size: the bytes of their bodies and headers.
         closed: whether it refuses events; set it to end the unit, before the events are taken.
     """
 
@@ -153,7 +160,7 @@ class Buffer:
             CollectorFull: the unit has reached a limit.
         """
         unit = self.unit
-        size = len(event.body)
+        size = len(event.body) if not event.headers else _size_of(event)
         if unit.max_events is not None:
             max_events = unit.max_events
         if unit.max_bytes is not None:
@@ -192,7 +199,7 @@ class Buffer:
         """Put taken events back at the front, beyond the limits and even after ``close()``."""
         unit = self.unit
         count = len(taken)
-        size = sum([len(event.body) for event in taken])
+        size = sum(map(_size_of, taken))
         front = slice(0, 0)
         self.events[front] = taken  # a straight line begins
         unit.total += count

@@ -819,3 +819,14 @@ def test_the_recorder_sees_threads_tasks_and_explicit_publishers(
     thread.join()
     asyncio.run(task())
     assert [event.payload for event in collected_events.published] == ["thread", "task"]
+
+
+def test_headers_count_towards_the_limit_in_bytes() -> None:
+    collector = EventCollector(publisher=Publisher("memory://"), max_bytes=3_000)
+    for _ in range(2):
+        collector.enqueue_event(1, "t", headers={"trace": "x" * 1_000})
+    with pytest.raises(CollectorFull, match="max_bytes=3000"):
+        collector.enqueue_event(1, "t", headers={"trace": "x" * 1_000})
+    collector.enqueue_event(1, "t")
+    collector.publish()
+    collector.enqueue_event(1, "t", headers={"trace": "x" * 2_900})

@@ -210,7 +210,7 @@ class Publisher:
         After an exception, also one of a signal handler, ``chunk.revoke()`` decides whether it was
         submitted.
         """
-        process.run_exit_hooks_in_child()
+        _run_exit_hooks_in_child()
         self._transport(observer).hand_in(chunk)
 
     def wait_for(self, chunk: Chunk, timeout: float | None = None) -> PublishReport:
@@ -449,7 +449,7 @@ class Publisher:
 
 def refuse_running_loop() -> None:
     """Raise UsageError on a running event loop, which waiting for confirms would block."""
-    if waker.running_trio() is None:
+    if "trio" not in sys.modules or waker.running_trio() is None:
         asyncio: Any = sys.modules.get("asyncio")
         if asyncio is None:  # a program that hasn't imported it runs no loop, and need not pay
             return
@@ -493,6 +493,20 @@ def _close_all() -> None:
     for transport, timeout in list(_open_transports.items()):
         transport.drain(timeout)
         _close(transport)
+
+
+def _run_exit_hooks_in_child() -> None:
+    """Have the exit hooks run if this is a child of multiprocessing or billiard.
+
+    It forgets what was registered before it began, so this is looked at each time.
+    """
+    for package in process.PARENTS:
+        processes: Any = sys.modules.get(f"{package}.process")
+        child = None if processes is None else processes.current_process()
+        if child is None or child is process.hooked_child:
+            continue
+        if child._parent_pid is not None:
+            process.run_exit_hooks_of(child, package)
 
 
 def _leave_all_to_parent() -> None:

@@ -19,13 +19,14 @@ passes on when the change is complete: futures to resolve, hooks to call, lines 
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from outbox.backlog.chunk import Chunk, Entry, Fate
-from outbox.backlog.stats import Tally
+from outbox.backlog.stats import LATENCY_BOUNDS, Tally
 from outbox.errors import BrokerError, PublishTimeout
 from outbox.event import Event
 from outbox.report import PublishReport, Rejection
@@ -191,7 +192,7 @@ class Backlog:
                     self._count_down(entry.chunk, news)
                 else:
                     self._set_fate(entry, fate, reason, news)
-        self.tally.add(fate.value, before - self._unsettled)
+        self._count(fate, before - self._unsettled)
         return self._complete(news)
 
     def confirmed(self) -> None:
@@ -342,7 +343,7 @@ class Backlog:
         if chunk.claim_report():  # else its caller has reported it
             if chunk.error is None and chunk.entries:
                 chunk.took = self._clock() - chunk.submitted_at
-                self.tally.took(chunk.took)
+                self._count_chunk(chunk.took)
             news.reports.append((chunk, chunk.report()))
         # Kept entries refer to their chunk: through this list they would hold all the others.
         chunk.entries = []
@@ -396,7 +397,17 @@ class Backlog:
             self._count_down(entry.chunk, news)
         else:
             self._set_fate(entry, Fate.WITHDRAWN, f"withdrawn: {error}", news)
-            self.tally.add(Fate.WITHDRAWN.value)
+            self._count(Fate.WITHDRAWN, 1)
+
+    def _count(self, fate: Fate, events: int) -> None:
+        fates = self.tally.fates
+        fates[fate.value] = fates.get(fate.value, 0) + events
+
+    def _count_chunk(self, seconds: float) -> None:
+        tally = self.tally
+        tally.buckets[bisect.bisect_left(LATENCY_BOUNDS, seconds)] += 1
+        tally.total += seconds
+        tally.maximum = max(tally.maximum, seconds)
 
     def _no_longer_held(self, entry: Entry) -> None:
         if entry.held:

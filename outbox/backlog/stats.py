@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass
 
 __all__ = ["LATENCY_BOUNDS", "Latency", "Stats", "Tally"]
@@ -85,31 +84,24 @@ class Tally:
         fates: the number of events by the value of their fate.
         nacked: the number of nacks.
         connects: the number of connections.
+        buckets: the number of chunks by duration, see :class:`Latency`.
+        total: the sum of the durations in seconds.
+        maximum: the longest duration in seconds.
     """
 
-    __slots__ = ("_buckets", "_maximum", "_total", "connects", "ever_kept", "fates", "nacked")
+    __slots__ = ("buckets", "connects", "ever_kept", "fates", "maximum", "nacked", "total")
 
     def __init__(self) -> None:
         self.ever_kept = 0
         self.nacked = 0
         self.connects = 0
         self.fates: dict[str, int] = {}
-        self._buckets = [0] * (len(LATENCY_BOUNDS) + 1)
-        self._total = 0.0
-        self._maximum = 0.0
-
-    def add(self, fate: str, events: int = 1) -> None:
-        """Count events that have got their fate."""
-        self.fates[fate] = self.fates.get(fate, 0) + events
-
-    def took(self, seconds: float) -> None:
-        """Count a chunk whose events all have their fate."""
-        self._buckets[bisect.bisect_left(LATENCY_BOUNDS, seconds)] += 1
-        self._total += seconds
-        self._maximum = max(self._maximum, seconds)
+        self.buckets = [0] * (len(LATENCY_BOUNDS) + 1)
+        self.total = 0.0
+        self.maximum = 0.0
 
     @property
     def latency(self) -> Latency:
         """A snapshot of the latencies."""
-        buckets = tuple(self._buckets)
-        return Latency(sum(buckets), self._total, self._maximum, buckets)
+        buckets = tuple(self.buckets)
+        return Latency(sum(buckets), self.total, self.maximum, buckets)

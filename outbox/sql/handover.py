@@ -31,8 +31,9 @@ from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.schema import GRACE
 from outbox.storage.side_engine import SideEngine, Unfit, refusal_of, refuse
 from outbox.storage.store import Claimed, Store
-from outbox.system import fork_pause, process
+from outbox.system import process
 from outbox.system.backoff import backoff
+from outbox.system.fork_pause import Pause
 
 __all__ = [
     "CHANNEL",
@@ -246,7 +247,7 @@ class Handover:
         self._left: dict[Place, _Left] = {}
 
     def _run(self) -> None:
-        fork_pause.register()
+        self._pause = Pause()
         try:
             while not self._has_ended():
                 try:
@@ -254,7 +255,7 @@ class Handover:
                 except Exception:  # a bug in outbox must not end publishing
                     logger.exception("unexpected error")
         finally:
-            fork_pause.unregister()
+            self._pause.end()
 
     def _has_ended(self) -> bool:
         """End if there is nothing to do.
@@ -273,9 +274,9 @@ class Handover:
     def _run_until_idle(self) -> None:
         rested = time.monotonic() + _LINGER
         while True:
-            fork_pause.idle()
+            self._pause.busy = False
             try:
-                first = [self._queue.get(timeout=self._pause())]
+                first = [self._queue.get(timeout=self._next())]
             except queue.Empty:
                 first = []
                 if not self._committing and time.monotonic() >= rested:
@@ -284,7 +285,9 @@ class Handover:
                         return
             else:
                 rested = time.monotonic() + _LINGER
-            fork_pause.working()
+            self._pause.busy = True
+            if Pause.forking:
+                self._pause.wait()
             self._turn(first)
             first.clear()
             if not self._queue.empty():
@@ -305,7 +308,8 @@ class Handover:
             while self._waiters:
                 self._waiters.pop().release()
 
-    def _pause(self) -> float:
+    def _next(self) -> float:
+        """Return the seconds until there is something to do."""
         if self._committing:
             return _COMMITTING[0]
         due = min((left.due for left in self._left.values()), default=0.0)

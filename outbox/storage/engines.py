@@ -117,7 +117,7 @@ def engine_beside(engine: Engine) -> Engine | None:
 
 def _connects_by_url_alone(engine: Engine) -> bool:
     """Return whether nothing but the URL decides how ``engine`` connects; False if unknown."""
-    if engine.url.query or engine.dialect._has_events:
+    if engine.url.query or list(engine.dialect.dispatch.do_connect):
         return False
     known = inspect.getclosurevars(engine.pool._creator).nonlocals
     arguments, parameters = engine.dialect.create_connect_args(engine.url)

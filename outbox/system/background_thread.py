@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from outbox.system import fork_pause, threads
+from outbox.system import threads
+from outbox.system.fork_pause import Pause
 
 __all__ = ["BackgroundThread"]
 
@@ -24,7 +25,15 @@ class BackgroundThread:
     ``threading.Thread.start()`` waits for the new thread, and a signal handler that raises during
     that wait may leave a lock taken for which the new thread then waits forever. So another thread,
     which no signal handler can interrupt, does the starting.
+
+    Attributes:
+        started: whether it has been started.
+        ended: whether it has ended.
+        ident: its identifier while it runs, else 0.
+        pause: where it pauses for forks, while it runs.
     """
+
+    pause: Pause
 
     def __init__(self, prepare: Callable[[], None], run: Callable[[], None], *, name: str) -> None:
         """Create the thread, without starting it.
@@ -39,16 +48,11 @@ class BackgroundThread:
         self._name = name
         self._starting = threading.RLock()
         self._asked_at = -_PATIENCE
-        self._ident = 0
+        self.ident = 0
         self._waiters: list[_thread.LockType] = []
         self._cancelled = False
         self.started = False
         self.ended = False
-
-    @property
-    def runs_here(self) -> bool:
-        """Whether the caller is this thread."""
-        return threading.get_ident() == self._ident
 
     def start(self) -> None:
         """Have the thread started soon, unless that has been done or cancelled.
@@ -104,13 +108,13 @@ class BackgroundThread:
                 self.started = True
 
     def _run_and_note(self) -> None:
-        self._ident = threading.get_ident()
-        fork_pause.register()
+        self.ident = threading.get_ident()
+        self.pause = Pause()
         try:
             self._run()
         finally:
-            fork_pause.unregister()
-            self._ident = 0
+            self.pause.end()
+            self.ident = 0
             self.ended = True
             while self._waiters:
                 self._waiters.pop().release()

@@ -12,74 +12,78 @@ a bounded time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+from typing import ClassVar
 
-__all__ = ["idle", "register", "unregister", "working"]
+__all__ = ["Pause"]
 
 _LONGEST = 2.0
 """Seconds that a fork waits for a thread, which may be in a slow hook, and a thread for a fork."""
 
 _STEP = 0.0005
 
-_busy: dict[int, bool] = {}
-"""Of each thread, by its identifier: whether it works."""
 
-_fork_began = 0.0
-"""When the present fork began; 0 if none is under way."""
+class Pause:
+    """Where the work of one thread can pause.
+
+    The thread sets ``busy`` to False before it waits, and to True afterwards; then it calls
+    :meth:`wait` if :attr:`forking` says that a fork has begun. It is busy at first.
+
+    Attributes:
+        busy: whether the thread works.
+        forking: whether the process is about to fork; the same for all threads.
+    """
+
+    forking: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.busy = True
+        self._thread = threading.get_ident()
+        _pauses.append(self)
+
+    def end(self) -> None:
+        """Forget the thread, which ends."""
+        with contextlib.suppress(ValueError):  # in a forked child
+            _pauses.remove(self)
+
+    def wait(self) -> None:
+        """Wait until the fork is over."""
+        began = time.monotonic()
+        while Pause.forking and time.monotonic() - began < _LONGEST:
+            self.busy = False
+            time.sleep(_STEP)
+            self.busy = True
+
+    @property
+    def delays_fork(self) -> bool:
+        """Whether another thread works here."""
+        return self.busy and self._thread != threading.get_ident()
 
 
-def register() -> None:
-    """Have forks wait while this thread works; it works from now on. Others are ignored."""
-    _busy[threading.get_ident()] = True
-
-
-def unregister() -> None:
-    """Forget this thread, which ends."""
-    _busy.pop(threading.get_ident(), None)
-
-
-def working() -> None:
-    """Note that this thread works from now on; if a fork is under way, wait for its end."""
-    me = threading.get_ident()
-    if me not in _busy:
-        return
-    _busy[me] = True
-    while _fork_began and time.monotonic() - _fork_began < _LONGEST:
-        _busy[me] = False
-        time.sleep(_STEP)
-        _busy[me] = True
-
-
-def idle() -> None:
-    """Note that this thread is about to wait, and holds no lock of others meanwhile."""
-    me = threading.get_ident()
-    if me in _busy:
-        _busy[me] = False
+_pauses: list[Pause] = []
 
 
 def _before_fork() -> None:
-    global _fork_began
-    if not _busy:
+    if not _pauses:
         return
-    _fork_began = began = time.monotonic()
-    me = threading.get_ident()
-    while any(busy for thread, busy in list(_busy.items()) if thread != me):
+    Pause.forking = True
+    began = time.monotonic()
+    while any(pause.delays_fork for pause in list(_pauses)):
         if time.monotonic() - began > _LONGEST:
             return
         time.sleep(_STEP)
 
 
 def _after_fork_in_parent() -> None:
-    global _fork_began
-    _fork_began = 0.0
+    Pause.forking = False
 
 
 def _after_fork_in_child() -> None:
-    global _fork_began
-    _fork_began = 0.0
-    _busy.clear()
+    Pause.forking = False
+    _pauses.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -5,9 +5,20 @@ from __future__ import annotations
 import logging
 import threading
 
-__all__ = ["is_logging", "log"]
+__all__ = ["here", "log"]
 
-_here = threading.local()
+
+class _Here(threading.local):
+    """What this thread does.
+
+    Attributes:
+        logging: whether it is inside a line of ``log``.
+    """
+
+    logging = False
+
+
+here = _Here()
 
 
 def log(logger: logging.Logger, level: int, message: str, *arguments: object) -> None:
@@ -16,15 +27,10 @@ def log(logger: logging.Logger, level: int, message: str, *arguments: object) ->
     A log handler that publishes each line as an event may itself cause lines about that event,
     which it would publish in turn, without end.
     """
-    if is_logging():
+    if here.logging:
         return
-    _here.logging = True
+    here.logging = True
     try:
         logger.log(level, message, *arguments, stacklevel=2)
     finally:
-        _here.logging = False
-
-
-def is_logging() -> bool:
-    """Return whether this thread is inside a line of ``log``."""
-    return getattr(_here, "logging", False)
+        here.logging = False

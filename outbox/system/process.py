@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["after_fork", "at_exit", "pid", "run_exit_hooks_in_child"]
+__all__ = ["PARENTS", "after_fork", "at_exit", "hooked_child", "pid", "run_exit_hooks_of"]
 
 pid = os.getpid()
 """The id of this process, also in a forked child, without a system call each time."""
@@ -31,38 +31,39 @@ def at_exit(function: Callable[[], object]) -> None:
     """Call ``function`` when the interpreter exits, before functions registered earlier.
 
     Like :mod:`atexit`, but also where a process ends without running that: see
-    :func:`run_exit_hooks_in_child` and uWSGI. It may be called twice.
+    :func:`run_exit_hooks_of` and uWSGI. It may be called twice.
     """
     _at_exit.append(function)
     atexit.register(function)
 
 
-def run_exit_hooks_in_child() -> None:
-    """Run the exit hooks also if this is a child of multiprocessing, billiard or Celery.
+def run_exit_hooks_of(child: Any, package: str) -> None:
+    """Run the exit hooks also at the end of ``child``, which is this process.
 
-    These end by ``os._exit``, which skips :mod:`atexit`. Call it whenever there is something to
-    finish at the exit: a child forgets what was registered before it began. Nothing can be done for
-    other programs that call ``os._exit``, such as RQ's job processes.
+    Children of multiprocessing, billiard and Celery end by ``os._exit``, which skips :mod:`atexit`.
+    Nothing can be done for other programs that call it, such as RQ's job processes.
+
+    Args:
+        child: the current process, of ``package``.
+        package: one of :data:`PARENTS`.
     """
-    global _child
-    for package in ("multiprocessing", "billiard"):
-        processes: Any = sys.modules.get(f"{package}.process")
-        child = None if processes is None else processes.current_process()
-        if child is None or child is _child or getattr(child, "_parent_pid", None) is None:
-            continue
-        _child = child
-        util: Any = importlib.import_module(f"{package}.util")
-        util.Finalize(None, _run_at_exit, exitpriority=_EXIT_PRIORITY)
-        celery: Any = sys.modules.get("celery.signals")
-        if celery is not None:  # its pool's children skip what billiard's other children run
-            celery.worker_process_shutdown.connect(_on_celery_exit, weak=False)
+    global hooked_child
+    hooked_child = child
+    util: Any = importlib.import_module(f"{package}.util")
+    util.Finalize(None, _run_at_exit, exitpriority=_EXIT_PRIORITY)
+    celery: Any = sys.modules.get("celery.signals")
+    if celery is not None:  # its pool's children skip what billiard's other children run
+        celery.worker_process_shutdown.connect(_on_celery_exit, weak=False)
 
 
 _EXIT_PRIORITY = -100
 """After all else that runs when a child exits, which may still publish."""
 
-_child: Any = None
-"""The multiprocessing or billiard child whose end is hooked."""
+PARENTS = ("multiprocessing", "billiard")
+"""The packages whose children skip :mod:`atexit`."""
+
+hooked_child: Any = None
+"""The child whose end is hooked."""
 
 
 def _on_celery_exit(**_: object) -> None:

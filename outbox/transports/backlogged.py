@@ -14,7 +14,7 @@ from outbox.backlog.chunk import Chunk, Entry
 from outbox.backlog.notifier import Notifier, log_kept
 from outbox.errors import ConnectionLost, UsageError
 from outbox.event import Event
-from outbox.system.log_lines import is_logging
+from outbox.system import log_lines
 from outbox.transports.transport import Transport
 
 __all__ = ["BackloggedTransport"]
@@ -124,7 +124,7 @@ class BackloggedTransport:
             UsageError: the transport was closed.
         """
         chunk.submitted_at = time.monotonic()
-        chunk.quiet = self.on_own_thread or is_logging()
+        chunk.quiet = self.on_own_thread or log_lines.here.logging
         self.start()
         self._inbox.append(chunk)
         if self._ended:

@@ -56,17 +56,14 @@ class MemoryTransport:
     def hand_in(self, chunk: Chunk) -> None:
         """Publish ``chunk`` at once."""
         if chunk.accept():
-            chunk.took = time.monotonic() - chunk.submitted_at
-            self._publish(chunk.entries)
-            with self._counting:
-                self.backlog.tally.took(chunk.took)
+            self._publish(chunk.entries, lambda: self.backlog.add(chunk))
 
     def release(self, chunk: Chunk) -> None:
         """Do nothing: ``hand_in`` has reported every chunk."""
 
     def adopt(self, entries: Sequence[Entry]) -> None:
         """Publish ``entries`` of another transport at once."""
-        self._publish(entries)
+        self._publish(entries, lambda: self.backlog.adopt(entries))
 
     def retire(self, successor: TransportProtocol, timeout: float) -> bool:
         """Leave to ``successor`` what will be handed in."""
@@ -85,17 +82,14 @@ class MemoryTransport:
         """Return an empty tuple: every event has its fate."""
         return ()
 
-    def _publish(self, entries: Sequence[Entry]) -> None:
+    def _publish(self, entries: Sequence[Entry], add: Callable[[], News]) -> None:
         self.published.extend([entry.event for entry in entries])
-        news = News()
-        for entry in entries:
-            entry.fate = Fate.PUBLISHED
-        for chunk in dict.fromkeys(entry.chunk for entry in entries):
-            if chunk.claim_report():
-                news.reports.append((chunk, chunk.report()))
         with self._counting:
-            self.backlog.tally.add(Fate.PUBLISHED.value, len(entries))
-        self._notify(news)
+            news = [add()]
+            self.backlog.take(len(entries), len(entries))
+            news.append(self.backlog.give_fate(entries, Fate.PUBLISHED))
+        for each in news:
+            self._notify(each)
 
 
 Transport = MemoryTransport

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from outbox.system import fork_pause
+from outbox.system.fork_pause import Pause
 from tests.waiting import wait_until
 
 
@@ -26,16 +27,18 @@ class Work:
         wait_until(lambda: self.begun)
 
     def run(self) -> None:
-        fork_pause.register()
+        pause = Pause()
         while not self.stopping:
-            fork_pause.working()
+            pause.busy = True
+            if Pause.forking:
+                pause.wait()
             self.in_work = True
             self.begun.append(time.monotonic())
             time.sleep(self.seconds)
             self.in_work = False
-            fork_pause.idle()
+            pause.busy = False
             time.sleep(0.001)
-        fork_pause.unregister()
+        pause.end()
 
     def stop(self) -> None:
         self.stopping = True
@@ -74,7 +77,7 @@ def test_a_thread_that_works_for_long_delays_a_fork_only_for_some_time(
 
 
 def test_a_fork_by_a_working_thread_does_not_wait_for_itself() -> None:
-    fork_pause.register()
+    pause = Pause()
     try:
         begin = time.monotonic()
         child = os.fork()
@@ -83,10 +86,4 @@ def test_a_fork_by_a_working_thread_does_not_wait_for_itself() -> None:
         assert os.waitpid(child, 0)[1] == 0
         assert time.monotonic() - begin < 1
     finally:
-        fork_pause.unregister()
-
-
-def test_threads_that_are_not_registered_are_ignored() -> None:
-    fork_pause.working()
-    fork_pause.idle()
-    assert threading.get_ident() not in fork_pause._busy
+        pause.end()

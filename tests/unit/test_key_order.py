@@ -27,7 +27,7 @@ def test_nacked_events_take_turns_in_the_order_sent_however_the_nacks_come() -> 
         assert order.settled([entry]) == ["k"]
         turns.append(entry)
     assert turns == [a, b, c]
-    assert not order
+    assert not order.keys
 
 
 def test_one_that_is_nacked_again_keeps_its_place_and_later_events_wait_behind() -> None:

@@ -7,7 +7,7 @@ import pytest
 from outbox import Event, EventCollector, Publisher, Stats, auto_publishing, configure
 from outbox.backlog.backlog import Backlog
 from outbox.backlog.chunk import Chunk, Fate
-from outbox.backlog.stats import LATENCY_BOUNDS, Tally
+from outbox.backlog.stats import LATENCY_BOUNDS
 from outbox.errors import ConnectionLost
 
 LOST = ConnectionLost("away")
@@ -103,10 +103,14 @@ def test_only_chunks_confirmed_in_time_count_towards_the_latency() -> None:
 
 
 def test_a_duration_counts_in_the_first_bucket_it_fits() -> None:
-    tally = Tally()
+    now = [0.0]
+    backlog = Backlog(clock=lambda: now[0])
     for seconds in (0.0, 0.001, 0.002, 99.0):
-        tally.took(seconds)
-    buckets = tally.latency.buckets
+        now[0] = 0.0
+        backlog.add(Chunk(make_events(1)))
+        now[0] += seconds
+        backlog.give_fate(backlog.take(1, 10_000), Fate.PUBLISHED)
+    buckets = backlog.tally.latency.buckets
     assert len(buckets) == len(LATENCY_BOUNDS) + 1
     assert (buckets[0], buckets[1], buckets[-1]) == (2, 1, 1)
 

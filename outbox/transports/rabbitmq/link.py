@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -93,7 +94,7 @@ class Link:
     @property
     def on_thread(self) -> bool:
         """Whether the caller runs on the link's thread."""
-        return self._thread.runs_here
+        return threading.get_ident() == self._thread.ident
 
     @property
     def address(self) -> str:
@@ -110,7 +111,8 @@ class Link:
         if not self._wanted:
             self._wanted = True
             self.call(self._connect)
-        self._thread.start()
+        if not self._thread.started:
+            self._thread.start()
 
     def start_now(self, *, connect: bool = True) -> None:
         """Start the thread and wait until it runs; it connects unless ``connect`` is False.
@@ -194,6 +196,7 @@ class Link:
         self._loop = loop
 
     def _run(self) -> None:
+        self._loop.pause = self._thread.pause
         while not self._ended:
             try:
                 self._loop.start()
@@ -244,10 +247,13 @@ class Link:
             self.fail(ConnectionLost(error))
             return
         received = connection.bytes_received
-        self._loop.call_later(
-            heartbeat / _CHECKS,
-            lambda: self._watch_silence(connection, heartbeat, received, silent),
-        )
+        reference = weakref.ref(connection)  # or each timer would hold a closed connection
+
+        def look_again() -> None:
+            if (watched := reference()) is not None:
+                self._watch_silence(watched, heartbeat, received, silent)
+
+        self._loop.call_later(heartbeat / _CHECKS, look_again)
 
     def _on_open_error(self, connection: pika.SelectConnection, error: BaseException) -> None:
         if connection is self._connection:

@@ -44,7 +44,8 @@ from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapte
 from outbox.backlog.chunk import Entry
 from outbox.errors import ConnectionLost
 from outbox.messages.delivery import Delivery
-from outbox.system import fork_pause, process, threads
+from outbox.system import process, threads
+from outbox.system.fork_pause import Pause
 from outbox.transports.rabbitmq.amqp import decoder
 
 __all__ = [
@@ -289,7 +290,12 @@ class Loop(IOLoop):
     doesn't inherit threads, but it does inherit the greenlets that gevent or eventlet use for them.
     Such a greenlet would read the broker's data for the parent, such as confirms, and the parent's
     wake-ups. It is stopped between waiting and dispatching, where pika has only private names.
+
+    Attributes:
+        pause: where the loop's thread pauses for forks; set before the loop is started.
     """
+
+    pause: Pause
 
     def __init__(self) -> None:
         super().__init__()
@@ -316,14 +322,16 @@ class Loop(IOLoop):
     add_callback = add_callback_threadsafe
 
     def _poll_idle(self) -> None:
-        fork_pause.idle()
+        self.pause.busy = False
         self._poll()
 
     def _dispatch_working(self, events: dict[int, int]) -> None:
         # pika calls this in each turn, even without events, and before it runs timers.
         if self._forks and process.pid != self._pid:
             raise Forked
-        fork_pause.working()
+        self.pause.busy = True
+        if Pause.forking:
+            self.pause.wait()
         self._dispatch(events)
 
 

@@ -27,6 +27,7 @@ from outbox.transports.rabbitmq.channel_faults import ChannelFaults
 from outbox.transports.rabbitmq.confirms import Confirms
 from outbox.transports.rabbitmq.delay_ladder import LONGEST_DELAY
 from outbox.transports.rabbitmq.delayer import Delayer
+from outbox.transports.rabbitmq.holding.addresses import exchange_of
 from outbox.transports.rabbitmq.holding.gate import Gate
 from outbox.transports.rabbitmq.holding.key_order import KeyOrder
 from outbox.transports.rabbitmq.link import ConnectionApart, Link
@@ -252,7 +253,7 @@ class RabbitMQTransport(BackloggedTransport):
             entries = self.backlog.take(min(room, _WRITE_EVENTS), _WRITE_BYTES)
             if not entries:
                 break
-            if self._key_order:
+            if self._key_order.keys:
                 entries = self._keep_order(entries)
             has_delayed = any(map(_deliver_at, entries))
             if has_delayed:
@@ -264,7 +265,8 @@ class RabbitMQTransport(BackloggedTransport):
                 limit = self._encoder.frame_max
                 why = f"its headers do not fit into one frame of at most {limit} bytes"
                 self.reject(unsendable, why)
-            if has_delayed or not self._gate.passes(entries):
+            plain = self._gate.addresses.plain
+            if has_delayed or not plain.issuperset(map(exchange_of, entries)):
                 entries = self._gate.admit(entries)
             if not entries:
                 continue
@@ -353,7 +355,7 @@ class RabbitMQTransport(BackloggedTransport):
             self._notify(self.backlog.give_fate(to_park, Fate.PARKED))
             entries = [entry for entry in entries if entry.parked_as is None]
         self._notify(self.backlog.give_fate(entries, Fate.PUBLISHED))
-        if self._key_order:
+        if self._key_order.keys:
             self._end_turns([*to_park, *entries])
 
     def _on_return(

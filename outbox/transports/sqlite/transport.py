@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import threading
 import time
 from collections.abc import Sequence
 
@@ -17,9 +18,9 @@ from outbox.errors import BrokerError, ConnectionLost, Nacked
 from outbox.event import Event
 from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.settings import MIB, Settings
-from outbox.system import fork_pause
 from outbox.system.background_thread import BackgroundThread
 from outbox.system.backoff import backoff
+from outbox.system.fork_pause import Pause
 from outbox.transports.backlogged import BackloggedTransport
 from outbox.transports.sqlite import routing
 from outbox.transports.sqlite.database import Database
@@ -81,7 +82,7 @@ class SQLiteTransport(BackloggedTransport):
     @property
     def on_own_thread(self) -> bool:
         """Whether the caller is a hook on the writing thread."""
-        return self._thread.runs_here
+        return threading.get_ident() == self._thread.ident
 
     def start(self) -> None:
         """Start opening the file in the background, unless that has started."""
@@ -119,12 +120,14 @@ class SQLiteTransport(BackloggedTransport):
             self._take_in()
             if self._wanted:
                 self._turn()
-            fork_pause.idle()
+            self._thread.pause.busy = False
             with contextlib.suppress(queue.Empty):
                 self._bell.get(timeout=self._pause())
                 while True:
                     self._bell.get_nowait()
-            fork_pause.working()
+            self._thread.pause.busy = True
+            if Pause.forking:
+                self._thread.pause.wait()
         self._finish()
         self._database.close()
 

@@ -37,7 +37,7 @@ PARKING: Address = ("", PARKING_QUEUE)
 _REMEMBERED = 5.0  # seconds
 _MOST = 10_000  # names may come from users
 
-_exchange_of = operator.attrgetter("event.exchange")
+exchange_of = operator.attrgetter("event.exchange")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,13 @@ class Sorted:
 
 
 class Addresses:
-    """What one publisher knows of the addresses on its broker. For one thread."""
+    """What one publisher knows of the addresses on its broker. For one thread.
+
+    Attributes:
+        holds: what is held, by address.
+        plain: the exchanges whose events can be published without asking further; they are looked
+            up for every event.
+    """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -115,10 +121,12 @@ class Addresses:
         self._suspects: set[Address] = set()
         self._some_parked = False
         self.holds: dict[Address, Hold] = {}
+        self.plain: set[str] = set()
 
     def opened(self, exchange: str) -> None:
         """Begin with a new connection, on which ``exchange`` has been declared."""
         self._known = {"", exchange}
+        self._refresh()
 
     def closed(self) -> list[Entry]:
         """Forget all but the suspects; return what was held, in order."""
@@ -131,23 +139,17 @@ class Addresses:
             self.holds,
         ):
             collection.clear()
+        self._refresh()
         return held
 
     def all_known(self, entries: Sequence[Entry]) -> bool:
-        """Return whether all ``entries`` can be published at once; False if that is unclear.
-
-        This is asked about every event, and costs next to nothing.
-        """
-        return (
-            not self._suspects
-            and not self._guarded
-            and (not self._some_parked or PARKING in self._known_targets)
-            and self._known.issuperset(map(_exchange_of, entries))
-        )
+        """Return whether all ``entries`` can be published at once; False if that is unclear."""
+        return self.plain.issuperset(map(exchange_of, entries))
 
     def note_parked(self) -> None:
         """Note that from now on some entries are sent to the parking queue."""
         self._some_parked = True
+        self._refresh()
 
     def address_of(self, entry: Entry) -> Address:
         """Return the address that decides about ``entry``."""
@@ -214,6 +216,7 @@ class Addresses:
         self._known_targets.discard(address)
         if isinstance(address, tuple) and not address[1]:
             self._known.discard(address[0])
+        self._refresh()
 
     def learn(self, address: Address) -> list[Entry]:
         """Note that ``address`` takes events; return those that were held for it, in order."""
@@ -228,6 +231,7 @@ class Addresses:
                 if len(self._known) >= _MOST:
                     self._known.clear()
                 self._known.add(address[0])
+        self._refresh()
         return self._drop(address)
 
     def fail(
@@ -236,6 +240,7 @@ class Addresses:
         """Note that ``address`` is faulty; return the events that were held for it, in order."""
         self.forget(address)
         self._suspects.discard(address)
+        self._refresh()
         if len(self._faulty) >= _MOST:
             self._faulty.clear()
         self._faulty[address] = Fault(reason, rejects, self._clock() + seconds)
@@ -252,11 +257,18 @@ class Addresses:
         if len(self._suspects) >= _MOST:
             self._suspects.clear()
         self._suspects.update(addresses)
+        self._refresh()
 
     def abandon(self, address: Address) -> None:
         """Forget what is held for ``address``, and any suspicion."""
         self._suspects.discard(address)
+        self._refresh()
         self.holds.pop(address, None)
+
+    def _refresh(self) -> None:
+        parking_is_clear = not self._some_parked or PARKING in self._known_targets
+        nothing_else = not self._suspects and not self._guarded and parking_is_clear
+        self.plain = self._known if nothing_else else set()
 
     def _drop(self, address: Address) -> list[Entry]:
         hold = self.holds.pop(address, None)

@@ -101,7 +101,11 @@ class Owner(Protocol):
 
 
 class Gate:
-    """The events of one publisher that aren't known to be acceptable. For the link's thread."""
+    """The events of one publisher that aren't known to be acceptable. For the link's thread.
+
+    Attributes:
+        addresses: what is known of addresses.
+    """
 
     def __init__(self, owner: Owner, own_exchange: str) -> None:
         """Start without a connection.
@@ -112,7 +116,7 @@ class Gate:
         """
         self._owner = owner
         self._own_exchange = own_exchange
-        self._addresses = Addresses()
+        self.addresses = Addresses()
         self._connection: pika_connection.Connection | None = None
         self._queue: deque[tuple[Address, Hold]] = deque()
         self._running: dict[int, Address] = {}  # by slot
@@ -127,15 +131,15 @@ class Gate:
     def opened(self, connection: pika_connection.Connection) -> None:
         """Use a new connection."""
         self._connection = connection
-        self._addresses.opened("")
+        self.addresses.opened("")
 
     def exchange_exists(self, exchange: str) -> None:
         """Note that ``exchange`` has been declared."""
-        self._addresses.learn((exchange, ""))
+        self.addresses.learn((exchange, ""))
 
     def forget_fault(self, exchange: str) -> None:
         """Try ``exchange`` again, which is about to be declared."""
-        self._addresses.forget_fault((exchange, ""))
+        self.addresses.forget_fault((exchange, ""))
 
     def closed(self, *, by_broker: bool) -> list[Entry]:
         """Forget the connection; return the entries held here, in order.
@@ -144,30 +148,26 @@ class Gate:
             by_broker: whether the broker has ended it because of an error.
         """
         if by_broker:
-            self._addresses.suspect(self._running.values())
+            self.addresses.suspect(self._running.values())
         self._connection = None
         self._queue.clear()
         self._running.clear()
         if self._apart is not None:
             self._apart.close()
             self._apart = None
-        return self._addresses.closed()
+        return self.addresses.closed()
 
     def suspect(self, entry: Entry) -> None:
         """Try ``entry`` over a connection apart, since it was alone when the broker ended one."""
-        self._addresses.suspect([entry])
+        self.addresses.suspect([entry])
 
     def note_parked(self) -> None:
         """Note that from now on some entries are sent to the parking queue."""
-        self._addresses.note_parked()
-
-    def passes(self, entries: Sequence[Entry]) -> bool:
-        """Return whether all ``entries`` can be published at once; False if that is unclear."""
-        return self._addresses.all_known(entries)
+        self.addresses.note_parked()
 
     def admit(self, entries: Iterable[Entry]) -> list[Entry]:
         """Return those of ``entries`` that can be published at once; hold or judge the others."""
-        result = self._addresses.sort(entries)
+        result = self.addresses.sort(entries)
         by_fault: dict[Fault, list[Entry]] = {}
         for entry, fault in result.faulty:
             by_fault.setdefault(fault, []).append(entry)
@@ -179,7 +179,7 @@ class Gate:
         for reason, refused in by_reason.items():
             self._owner.hold(refused, reason)
         for address in result.fresh:
-            self._try(address, self._addresses.holds[address])
+            self._try(address, self.addresses.holds[address])
         return result.ready
 
     def missing(self, entries: Sequence[Entry], reason: str) -> None:
@@ -189,7 +189,7 @@ class Gate:
             by_exchange.setdefault(entry.sent_as.exchange, []).append(entry)
         for exchange, those in by_exchange.items():
             address: Address = (exchange, "")
-            hold = self._addresses.hold(address, those)
+            hold = self.addresses.hold(address, those)
             if not hold.tried:
                 hold.tried = True
                 self._on_missing(address, hold, reason)
@@ -203,25 +203,25 @@ class Gate:
             by_topic: whether only their routing key is refused, which they share with the exchange.
         """
         if by_topic:
-            self._owner.pass_on(self._addresses.guard(entries[0].sent_as.exchange))
+            self._owner.pass_on(self.addresses.guard(entries[0].sent_as.exchange))
         by_address: dict[Address, list[Entry]] = {}
         for entry in entries:
-            by_address.setdefault(self._addresses.address_of(entry), []).append(entry)
+            by_address.setdefault(self.addresses.address_of(entry), []).append(entry)
         for address, those in by_address.items():
-            hold = self._addresses.hold(address, those)
+            hold = self.addresses.hold(address, those)
             if not hold.tried:
                 self._refuse(address, hold, reason)
 
     def unparked(self, entries: Sequence[Entry], reason: str) -> None:
         """Hold ``entries`` that were returned from the parking queue, and create it."""
-        hold = self._addresses.hold(PARKING, entries)
+        hold = self.addresses.hold(PARKING, entries)
         if not hold.tried:
             hold.tried = True
             self._make_parking_queue(hold, reason)
 
     def hurry(self) -> None:
         """Try all refused addresses now, not at the end of their back-off."""
-        for address, hold in list(self._addresses.holds.items()):
+        for address, hold in list(self.addresses.holds.items()):
             self._try(address, hold)
 
     # --------------------------------------------------------------------------------- trials
@@ -239,7 +239,7 @@ class Gate:
         most = min(MOST_TRIALS, limit // 2) if limit else MOST_TRIALS
         for _ in range(len(self._queue)):
             address, hold = self._queue[0]
-            apart = self._addresses.must_be_apart(address)
+            apart = self.addresses.must_be_apart(address)
             if (self._apart is not None) if apart else (len(self._running) >= most):
                 self._queue.rotate(-1)
                 continue
@@ -317,7 +317,7 @@ class Gate:
             return
         del self._ended[address]
         if isinstance(address, tuple) and address[1] == "":
-            entries = self._addresses.fail(address, text, seconds=_SURELY_FAULTY)
+            entries = self.addresses.fail(address, text, seconds=_SURELY_FAULTY)
             self._judge(entries, text)
         else:
             hold.entries.pop(entry, None)
@@ -342,7 +342,7 @@ class Gate:
         if answer.closed == NOT_FOUND:
             self._on_missing(address, hold, text)
         elif complaint is Complaint.INTERNAL:
-            self._judge(self._addresses.fail(address, text, rejects=True), text, rejects=True)
+            self._judge(self.addresses.fail(address, text, rejects=True), text, rejects=True)
         elif complaint is Complaint.FORBIDDEN_TOPIC and address == (exchange, ""):
             hold.entries.pop(entry, None)
             self.refused([entry], text, by_topic=True)
@@ -360,7 +360,7 @@ class Gate:
             return
         hold.entries.pop(entry, None)
         if isinstance(address, tuple):
-            others = self._addresses.learn(address)
+            others = self.addresses.learn(address)
         else:
             others = []
             self._abandon(address, hold)
@@ -376,7 +376,7 @@ class Gate:
             done = functools.partial(self._on_declared, address, hold, reason)
             self._owner.declare_again(done)
             return
-        self._judge(self._addresses.fail(address, reason), reason)
+        self._judge(self.addresses.fail(address, reason), reason)
 
     def _on_declared(self, address: Address, hold: Hold, reason: str, refused: str | None) -> None:
         if not self._holds(address, hold):
@@ -386,7 +386,7 @@ class Gate:
             self._try(address, hold)
         else:
             logger.error("cannot declare the exchange %r: %s", self._own_exchange, refused)
-            self._judge(self._addresses.fail(address, reason), reason)
+            self._judge(self.addresses.fail(address, reason), reason)
 
     def _on_forbidden(self, address: Address, hold: Hold, exchange: str, reason: str) -> None:
         """Hold, unless the exchange doesn't exist: permissions are checked before that."""
@@ -399,7 +399,7 @@ class Gate:
                     hold.tried = False
                     self._refuse(address, hold, reason)
 
-        if address == (exchange, "") and exchange and not self._addresses.must_be_apart(address):
+        if address == (exchange, "") and exchange and not self.addresses.must_be_apart(address):
             self._owner.look_for(exchange, done)
         else:
             done(None)
@@ -454,12 +454,12 @@ class Gate:
             self._owner.unroutable(entries, reason)
 
     def _holds(self, address: Address, hold: Hold) -> bool:
-        return self._addresses.holds.get(address) is hold
+        return self.addresses.holds.get(address) is hold
 
     def _abandon(self, address: Address, hold: Hold) -> None:
         if self._holds(address, hold):
             self._ended.pop(address, None)
-            self._addresses.abandon(address)
+            self.addresses.abandon(address)
 
 
 def _described(address: Address) -> str:

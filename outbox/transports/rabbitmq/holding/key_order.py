@@ -31,14 +31,15 @@ class _Turns:
 
 
 class KeyOrder:
-    """The nacked events of one publisher that have a key, and those behind them. One thread."""
+    """The nacked events of one publisher that have a key, and those behind them. One thread.
+
+    Attributes:
+        keys: what waits, by key.
+    """
 
     def __init__(self) -> None:
-        self._keys: dict[str, _Turns] = {}
+        self.keys: dict[str, _Turns] = {}
         self._places_at_end = itertools.count(_END)
-
-    def __bool__(self) -> bool:
-        return bool(self._keys)
 
     def nacked(self, entries: Iterable[Entry], numbers: Mapping[Entry, int]) -> list[str]:
         """Let nacked ``entries`` wait; return the keys to call :meth:`take_turn` for later.
@@ -50,7 +51,7 @@ class KeyOrder:
         to_schedule: list[str] = []
         for entry in entries:
             key = entry.event.key or ""
-            turns = self._keys.setdefault(key, _Turns())
+            turns = self.keys.setdefault(key, _Turns())
             number = numbers.get(entry)
             place = (next(self._places_at_end) if number is None else number, entry)
             if turns.sent is not None and turns.sent[1] is entry:
@@ -66,7 +67,7 @@ class KeyOrder:
         ready: list[Entry] = []
         waiting: list[Entry] = []
         for entry in entries:
-            turns = self._keys.get(entry.event.key) if entry.event.key is not None else None
+            turns = self.keys.get(entry.event.key) if entry.event.key is not None else None
             if turns is None or (turns.sent is not None and turns.sent[1] is entry):
                 ready.append(entry)
             else:
@@ -76,7 +77,7 @@ class KeyOrder:
 
     def take_turn(self, key: str) -> Entry | None:
         """Return the event of ``key`` to send next, if there is one and it is its turn."""
-        turns = self._keys.get(key)
+        turns = self.keys.get(key)
         if turns is None:
             return None
         turns.scheduled = False
@@ -87,20 +88,20 @@ class KeyOrder:
             turns.sent = turns.waiting.pop(0)
             if turns.sent[1].fate is None:
                 return turns.sent[1]
-        del self._keys[key]
+        del self.keys[key]
         return None
 
     def settled(self, entries: Iterable[Entry]) -> list[str]:
         """Return the keys whose turn has ended, as their event is among ``entries``."""
         ended: list[str] = []
         for entry in entries:
-            turns = self._keys.get(entry.event.key) if entry.event.key is not None else None
+            turns = self.keys.get(entry.event.key) if entry.event.key is not None else None
             if turns is not None and turns.sent is not None and turns.sent[1] is entry:
                 ended.append(entry.event.key or "")
         return ended
 
     def closed(self) -> list[Entry]:
         """Forget everything; return the entries that waited, in the order of each key."""
-        waiting = [entry for turns in self._keys.values() for _, entry in turns.waiting]
-        self._keys.clear()
+        waiting = [entry for turns in self.keys.values() for _, entry in turns.waiting]
+        self.keys.clear()
         return waiting

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -152,26 +154,26 @@ def test_a_child_of_celery_drains_what_it_keeps_or_names_it(
     (tmp_path / "tasks.py").write_text(CELERY.format(**settings))
     private_broker.pause()
     log = tmp_path / "log"
-    enqueue = "import tasks; tasks.place.delay(1); tasks.place.delay(2)"
+    enqueue = "import tasks; tasks.place.delay(1)"
     subprocess.run([sys.executable, "-c", enqueue], cwd=tmp_path, check=True, timeout=20)
     command = [sys.executable, "-m", "celery", "-A", "tasks", "worker", "--concurrency", "1"]
     command += ["--max-tasks-per-child", "1", "--without-gossip", "--without-mingle"]
     with log.open("w") as output:
-        worker = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output)
+        worker = subprocess.Popen(
+            command, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True
+        )
     try:
-        wait_until(lambda: "'order-" in log.read_text(), 20)
+        wait_until(lambda: "'order-1'" in log.read_text(), 20)
         if recovers:
             time.sleep(0.5)
             private_broker.resume()
-            arrived = {message.id for message in inspector.messages(queue, 2, 30)}
-            assert arrived == {"order-1", "order-2"}
+            assert inspector.get(queue, 30).id == "order-1"
             assert "lost" not in log.read_text()
         else:
-            lost = "event(s) lost, never confirmed: 'order-"
-            wait_until(lambda: log.read_text().count(lost) == 2, 30)
+            wait_until(lambda: "1 event(s) lost, never confirmed: 'order-1'" in log.read_text(), 30)
     finally:
         private_broker.resume()
-        worker.terminate()
+        os.killpg(worker.pid, signal.SIGKILL)  # a warm shutdown may hang, in billiard
         worker.wait(30)
         inspector.close()
 

@@ -4,10 +4,14 @@ Writers put events into *units* of work and write down:
 
 - ``intent``: an event was enqueued: its ``key`` (the writer's name for it, also in the payload),
   its ``id``, its ``unit``, and what is expected of it: ``lane`` and ``seq``, if the order within
-  the lane is promised; ``stored``, if it is in a database and survives its writer; ``work``, see
-  below.
+  the lane is promised; ``stored``, if it is in a database and survives its writer; ``not_before``,
+  if it is delayed, in seconds since the epoch; ``routable``, if a queue is always bound for it;
+  ``only``, the one place where it may come out; ``once``, if it must not come out twice while
+  nothing goes wrong; ``work``, see below.
 - ``commit`` or ``rollback``: the end of the ``unit``, written before the library learns of it; or,
   where a database decides, what the database says in the end.
+- ``unsure``: the ``unit``, whose intents were written first, may be interrupted or refused. Unless
+  it also has one of these ends, all its events come out or none.
 - ``confirm``: the library has reported the events with these ``keys`` as published.
 
 Witnesses, which consume with another library, write:
@@ -23,7 +27,8 @@ Consumers write:
   ``redelivered``.
 
 The driver writes ``killed`` when it has killed the process ``process``, ``fault`` when it begins a
-fault, and in the end an ``effect`` for each row that consumers left in their database.
+fault, ``astray`` when a program didn't end as it should, with the reason in ``how``, and in the end
+an ``effect`` for each row that consumers left in their database.
 
 ``work`` says what a consumer does with the event: with ``follow`` it publishes one event, whose key
 is the original key with ``>`` appended; with ``fail`` it enqueues that event and then fails, every
@@ -44,6 +49,7 @@ __all__ = ["FOLLOW_ON", "MAX_ATTEMPTS", "Verdict", "check"]
 
 FOLLOW_ON = ">"
 MAX_ATTEMPTS = 3
+_PROMPT = 5.0  # seconds within which an event comes out while nothing goes wrong
 _SAME_CLOCK = 0.002  # seconds by which two processes may read the time differently
 
 
@@ -55,35 +61,51 @@ class Verdict:
         counts: the counts by name.
         lost: committed events that were never delivered, unless their writer was killed before
             they were confirmed; missing follow-on events, effects and dead letters.
+        misplaced: events that were parked although a queue was bound for them, or that came out
+            where they can't.
+        torn: units of work of which some events were delivered and some were not.
         phantom: delivered events that were rolled back, never committed, or enqueued by a failed
             attempt.
         renamed: keys delivered with several ids, or another than they were enqueued with.
         disordered: events first delivered after a newer event of their lane.
+        delayed: events that came out long after their commit in a history without any fault.
+        repeated: events delivered twice in a history without any fault.
         twice: events with more than one effect.
-        early: attempts that began before their delay was over.
+        early: attempts that began, and events that came out, before their delay was over.
         endless: events with more attempts than allowed, or given up too soon.
+        astray: programs that didn't end as they should.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
+    misplaced: list[str] = field(default_factory=list)
+    torn: list[str] = field(default_factory=list)
     phantom: list[str] = field(default_factory=list)
     renamed: list[str] = field(default_factory=list)
     disordered: list[str] = field(default_factory=list)
+    delayed: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)
     early: list[str] = field(default_factory=list)
     endless: list[str] = field(default_factory=list)
+    astray: list[str] = field(default_factory=list)
 
     @property
     def findings(self) -> dict[str, list[str]]:
         """The broken promises, by kind."""
         return {
             "lost": self.lost,
+            "misplaced": self.misplaced,
+            "torn apart": self.torn,
             "phantom": self.phantom,
             "new id": self.renamed,
             "out of order": self.disordered,
+            "too late": self.delayed,
+            "delivered twice": self.repeated,
             "done twice": self.twice,
             "too early": self.early,
             "wrong number of attempts": self.endless,
+            "did not end": self.astray,
         }
 
     @property
@@ -98,6 +120,7 @@ def check(history: Sequence[Record]) -> Verdict:
     intents = {each.facts["key"]: each for each in history if each.what == "intent"}
     committed = _units(history, "commit")
     rolled_back = _units(history, "rollback")
+    unsure = _units(history, "unsure") - committed - rolled_back
     confirmed = {key for each in history if each.what == "confirm" for key in each.facts["keys"]}
     killed = {each.facts["process"] for each in history if each.what == "killed"}
     deliveries = [each for each in history if each.what == "delivery"]
@@ -115,12 +138,18 @@ def check(history: Sequence[Record]) -> Verdict:
             verdict.counts["committed"] += 1
             if came_out:
                 verdict.counts["delivered"] += 1
+                _check_place(verdict, key, intent, places)
                 _check_work(verdict, key, intent, places)
             elif intent.by in killed and key not in confirmed and not intent.facts.get("stored"):
                 verdict.counts["excused: unconfirmed, writer killed"] += 1
             else:
                 how = "confirmed" if key in confirmed else "committed"
                 verdict.lost.append(f"{key} was {how} and never came out")
+        elif unit in unsure:
+            verdict.counts["interrupted"] += 1
+            if came_out:
+                _check_place(verdict, key, intent, places)
+                _check_work(verdict, key, intent, places)
         else:
             verdict.counts["rolled back" if unit in rolled_back else "without an end"] += 1
             if came_out:
@@ -134,8 +163,10 @@ def check(history: Sequence[Record]) -> Verdict:
             verdict.phantom.append(f"{key} came out and was never enqueued")
         elif len(ids[key]) > 1:
             verdict.renamed.append(f"{key} has the ids {sorted(ids[key])}")
+    _check_whole(verdict, intents, unsure, places, killed)
     _check_order(verdict, intents, deliveries)
-    _check_effects(verdict, intents, committed, places, history)
+    _check_deliveries(verdict, history, intents, deliveries)
+    _check_effects(verdict, intents, committed | unsure, places, history)
     _check_attempts(verdict, history, deliveries)
     verdict.counts["confirmed"] = len(confirmed)
     verdict.counts["parked"] = sum("parked" in where for where in places.values())
@@ -148,6 +179,64 @@ def check(history: Sequence[Record]) -> Verdict:
 
 def _units(history: Iterable[Record], what: str) -> set[str]:
     return {each.facts["unit"] for each in history if each.what == what}
+
+
+def _check_place(verdict: Verdict, key: str, intent: Record, places: dict[str, set[str]]) -> None:
+    """Check that a delivered event came out where its address leads."""
+    only = intent.facts.get("only")
+    if only is not None and places[key] != {only}:
+        verdict.misplaced.append(f"{key}, which can only be {only}, was in {sorted(places[key])}")
+    if intent.facts.get("routable") and places[key] == {"parked"}:
+        verdict.misplaced.append(f"{key} was parked, though a queue is bound for it")
+
+
+def _check_whole(
+    verdict: Verdict,
+    intents: dict[str, Record],
+    unsure: set[str],
+    places: dict[str, set[str]],
+    killed: set[str],
+) -> None:
+    """Check that of an interrupted unit all came out or nothing, unless its writer was killed."""
+    of_unit: dict[str, list[Record]] = {}
+    for intent in intents.values():
+        if intent.facts["unit"] in unsure and intent.by not in killed:
+            of_unit.setdefault(intent.facts["unit"], []).append(intent)
+    for unit, its in of_unit.items():
+        missing = [intent.facts["key"] for intent in its if intent.facts["key"] not in places]
+        if 0 < len(missing) < len(its):
+            verdict.torn.append(f"{unit} came out without {missing}")
+
+
+def _check_deliveries(
+    verdict: Verdict,
+    history: Iterable[Record],
+    intents: dict[str, Record],
+    deliveries: Iterable[Record],
+) -> None:
+    """Check the times of deliveries, and how often each event came where nothing went wrong."""
+    again: Counter[str] = Counter()
+    waits: dict[str, float] = {}
+    committed = {each.facts["unit"]: each.at for each in history if each.what == "commit"}
+    for delivery in deliveries:
+        key, where = delivery.facts["key"], delivery.facts["where"]
+        intent = intents.get(key)
+        if intent is None or where == "dead":
+            continue
+        due = intent.facts.get("not_before", -math.inf)
+        if delivery.at < due - _SAME_CLOCK:
+            verdict.early.append(f"{key} came out {due - delivery.at:.3f} s too early")
+        again[key] += bool(intent.facts.get("once"))
+        if intent.facts.get("routable") and not intent.facts.get("stored"):
+            waits.setdefault(key, delivery.at - committed.get(intent.facts["unit"], math.inf))
+    if not any(each.what in ("fault", "killed") for each in history):
+        twice = [(key, times) for key, times in again.items() if times > 1]
+        verdict.repeated += [f"{key} came {times} times" for key, times in twice]
+        slow = [(key, wait) for key, wait in waits.items() if wait > _PROMPT]
+        verdict.delayed += [f"{key} came {wait:.1f} s after its commit" for key, wait in slow]
+    verdict.astray += [
+        f"{each.facts['process']} {each.facts['how']}" for each in history if each.what == "astray"
+    ]
 
 
 def _check_work(verdict: Verdict, key: str, intent: Record, places: dict[str, set[str]]) -> None:
@@ -171,15 +260,15 @@ def _check_work(verdict: Verdict, key: str, intent: Record, places: dict[str, se
 def _check_effects(
     verdict: Verdict,
     intents: dict[str, Record],
-    committed: set[str],
+    possible: set[str],
     places: dict[str, set[str]],
     history: Iterable[Record],
 ) -> None:
-    """Check the consumers' database: each effect that is owed, once, and no others."""
+    """Check the consumers' database: each effect that the units owe, once, and no others."""
     done = Counter(each.facts["key"] for each in history if each.what == "effect")
     verdict.counts["effects"] = len(done)
     for key, intent in intents.items():
-        is_wanted = intent.facts["unit"] in committed and intent.facts.get("work") != "fail"
+        is_wanted = intent.facts["unit"] in possible and intent.facts.get("work") != "fail"
         if not is_wanted and key in done:
             verdict.phantom.append(f"{key} was done, but should not have been")
         elif is_wanted and intent.facts.get("effect") and key in places and key not in done:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
@@ -14,8 +14,13 @@ from outbox.sql import metadata
 from outbox.testing.postgresql import PrivatePostgreSQL
 from proving.history import Journal
 from proving.proxy import FaultProxy
+from tests.pgbouncer import PrivatePgBouncer
 
-__all__ = ["Database"]
+__all__ = ["TENANTS", "Database"]
+
+TENANTS = ("tenant1", "tenant2")
+"""The schemas that have tables for stored events, beside the usual one."""
+_TABLES = "outbox_events", *(f"{tenant}.outbox_events" for tenant in TENANTS)
 
 
 class Database:
@@ -26,10 +31,12 @@ class Database:
         proxy: the proxy through which programs reach the server.
     """
 
-    def __init__(self) -> None:
-        """Prepare the server; :meth:`start` starts it."""
+    def __init__(self, *, pooler: bool = False) -> None:
+        """Prepare the server, and PgBouncer if ``pooler``; :meth:`start` starts them."""
         self.server = PrivatePostgreSQL()
         self.proxy: FaultProxy
+        self._pooled = pooler
+        self._pooler: PrivatePgBouncer | None = None
 
     def start(self) -> Self:
         """Start the server and its proxy, and create the tables."""
@@ -39,11 +46,28 @@ class Database:
         with self._engine.begin() as connection:
             connection.execute(text("CREATE TABLE units (name text PRIMARY KEY)"))
             connection.execute(text("CREATE TABLE effects (of text, id text)"))
+        for tenant in TENANTS:
+            with self._engine.begin() as connection:
+                connection.execute(text(f"CREATE SCHEMA {tenant}"))
+            of_tenant = self._engine.execution_options(schema_translate_map={None: tenant})
+            metadata.create_all(of_tenant)
         self.proxy = FaultProxy(self.server.url).start()
+        if self._pooled:
+            self._pooler = PrivatePgBouncer(cast("Any", self.proxy))  # it needs the port only
+            self._pooler.start()
         return self
 
+    @property
+    def pooler_url(self) -> str | None:
+        """The URL of the database behind PgBouncer, if it was asked for."""
+        if self._pooler is None:
+            return None
+        return self.server.url.replace(f":{self.server.port}/", f":{self._pooler.port}/")
+
     def stop(self) -> None:
-        """Stop the server and its proxy."""
+        """Stop the server, its proxy and the pooler."""
+        if self._pooler is not None:
+            self._pooler.stop()
         self.proxy.close()
         self.server.stop()
 
@@ -58,8 +82,9 @@ class Database:
             history.write("effect", key=key, id=message_id)
 
     def waiting(self) -> int:
-        """Return the number of stored events in the table, in any state."""
-        [(count,)] = self._query("SELECT count(*) FROM outbox_events")
+        """Return the number of stored events in the tables, in any state."""
+        counts = " + ".join(f"(SELECT count(*) FROM {table})" for table in _TABLES)
+        [(count,)] = self._query(f"SELECT {counts}")
         return int(count)
 
     def _query(self, statement: str) -> list[Any]:

@@ -136,6 +136,12 @@ FAULTS: Sequence[Fault] = (
     Fault("kill holding worker", _kill_holding_worker, _unblock_new_worker, _SHORT),
     Fault("unbind", lambda on: on.unbind(), lambda on: on.bind(), _LONG, "queues"),
     Fault(
+        "no permission",
+        lambda on: on.permit(writing=False),
+        lambda on: on.permit(writing=True),
+        _LONG,
+    ),
+    Fault(
         "full queue", lambda on: on.bounded.pause(), lambda on: on.bounded.resume(), _LONG, "queues"
     ),
     Fault("cut database", lambda on: on.database.proxy.cut(), track="database"),
@@ -178,8 +184,20 @@ FAULTS: Sequence[Fault] = (
             _SHORT,
             "processes",
         )
-        for kind in ("script", "wsgi", "asgi", "durable", "relay", "relay2", "worker")
+        for kind in (
+            "script",
+            "wsgi",
+            "asgi",
+            "prefork",
+            "durable",
+            "relay",
+            "relay2",
+            "tenants",
+            "worker",
+        )
         for way in ("kill", "terminate")
+        # Celery may kill its children when it ends, and their events with them.
+        if (way, kind) != ("terminate", "prefork")
     ),
 )
 """All faults."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ class Record:
     Attributes:
         at: seconds since the epoch.
         by: the process that wrote it.
-        what: ``intent``, ``commit``, ``rollback``, ``confirm``, ``delivery``, ``killed``,
-            ``fault``.
-        facts: everything else; see :mod:`proving.checker`.
+        what: ``intent``, ``commit``, ``delivery`` and so on; see :mod:`proving.checker`.
+        facts: everything else.
     """
 
     at: float
@@ -37,7 +35,8 @@ class Journal:
 
     A record is one ``write()``, so it is complete or missing, whenever the process is killed. It
     isn't synchronised to the disk, since only processes are killed here, not machines.
-    Thread-safe. After a fork the child must make a new journal.
+    Thread-safe and, as it has no lock, safe in signal handlers. After a fork the child must make a
+    new journal.
     """
 
     def __init__(self, folder: Path, by: str) -> None:
@@ -45,13 +44,11 @@ class Journal:
         self.by = by
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         self._file = os.open(folder / f"{by}.jsonl", flags, 0o600)
-        self._lock = threading.Lock()
 
     def write(self, what: str, **facts: Any) -> None:
         """Append a record."""
         line = json.dumps({"at": time.time(), "what": what, **facts}).encode() + b"\n"
-        with self._lock:
-            os.write(self._file, line)
+        os.write(self._file, line)
 
 
 def read(folder: Path) -> list[Record]:

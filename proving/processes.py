@@ -15,16 +15,31 @@ from proving.history import Journal
 
 __all__ = ["Program", "Server"]
 
-_GRACE = 60.0  # seconds for an orderly exit, which may have to wait for the broker
+_KILLED = 60.0  # seconds until a killed process is gone, at most
 
 
 class Program:
     """A program that can be restarted after each end. Thread-safe."""
 
     def __init__(
-        self, kind: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path
+        self,
+        kind: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        *,
+        grace: float = 60.0,
     ) -> None:
-        """Prepare ``python -m <arguments>``; its output goes to ``<kind>.log`` in ``folder``."""
+        """Prepare ``python -m <arguments>``; its output goes to ``<kind>.log`` in ``folder``.
+
+        Args:
+            kind: the name of the program.
+            arguments: the module and its arguments.
+            environment: variables to add to this process's.
+            folder: the folder of the history.
+            grace: the seconds for an orderly exit, which may have to wait for the broker.
+        """
+        self._grace = grace
         self.kind = kind
         self._command = [sys.executable, "-m", *arguments]
         self._environment = {**os.environ, **environment, "PROVE_HISTORY": str(folder)}
@@ -52,11 +67,11 @@ class Program:
         """Whether the program is running."""
         return self._process is not None and self._process.poll() is None
 
-    def terminate(self) -> None:
+    def terminate(self, history: Journal) -> None:
         """Send SIGTERM, and wait until the program has ended.
 
-        Raises:
-            RuntimeError: it doesn't end, or its exit code isn't success.
+        If it doesn't end, it is killed. This is written down, as is an exit code other than
+        success.
         """
         with self._changing:
             process = self._process
@@ -64,12 +79,13 @@ class Program:
                 return
             process.send_signal(signal.SIGTERM)
             try:
-                code = process.wait(_GRACE)
+                code = process.wait(self._grace)
             except subprocess.TimeoutExpired:
                 self.end()
-                raise RuntimeError(f"{self.kind} did not end on SIGTERM: {self.log()}") from None
+                self._note_astray(history, f"did not end within {self._grace:.0f} s")
+                return
             if code not in (0, -signal.SIGTERM):  # uvicorn re-raises the signal
-                raise RuntimeError(f"{self.kind} ended with {code}: {self.log()}")
+                self._note_astray(history, f"ended with {code}")
 
     def kill(self, history: Journal) -> None:
         """Kill the processes that do the work, and write that down."""
@@ -80,17 +96,22 @@ class Program:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             if self._process is not None and self._process.pid in pids:
-                self._process.wait(_GRACE)
+                self._process.wait(_KILLED)
 
     def end(self) -> None:
         """Kill the program with all processes that it has started."""
         if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(_GRACE)
+            self._process.wait(_KILLED)
 
     def log(self) -> str:
         """Return the last 4,000 characters of its output."""
         return (self._folder / f"{self.kind}.log").read_text(errors="replace")[-4000:]
+
+    def _note_astray(self, history: Journal, how: str) -> None:
+        history.write(
+            "astray", process=self.kind, how=f"{how}; its last lines: {self.log()[-1000:]}"
+        )
 
     def _workers(self) -> list[int]:
         return [self._process.pid] if self._process is not None and self.running else []
@@ -107,9 +128,10 @@ class Server(Program):
         folder: Path,
         *,
         children: int,
+        grace: float = 60.0,
     ) -> None:
         """Prepare it; a kill hits up to ``children`` child processes, or the server itself if 0."""
-        super().__init__(kind, arguments, environment, folder)
+        super().__init__(kind, arguments, environment, folder, grace=grace)
         self._children = children
 
     def _workers(self) -> list[int]:

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from outbox import auto_publishing, configure
 from outbox.middleware.asgi import OutboxMiddleware
+from proving.programs.late import in_late_task
 from proving.programs.unit import Unit, journal
 
 HISTORY = journal("asgi")
@@ -24,7 +25,9 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError(f"no {scope['type']} here")
     unit = Unit(HISTORY, f"{next(NUMBERS)}", CHANCE)
     unit.enqueue_some()
-    match CHANCE.choice(("ok", "ok", "ok", "stream", "gather", "error", "raise", "break")):
+    way = CHANCE.choice(("ok", "ok", "ok", "stream", "gather", "error", "raise", "break"))
+    in_late_task(HISTORY, unit, CHANCE, succeeds=way not in ("error", "raise", "break"))
+    match way:
         case "ok":
             unit.commit()
             await respond(send, 200, [b"done"])
@@ -40,7 +43,7 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
             )
             unit.commit()
             await respond(send, 200, [b"done"])
-        case way:
+        case _:
             await respond(send, 200, [b"x" * 1000] * 3)
             unit.enqueue()
             if way == "break":

@@ -10,6 +10,7 @@ from proving.programs.unit import journal
 
 if __name__ == "__main__":
     journal("relay")
-    code = main(["relay", "--ordered", "--lease", "8", "--shutdown-timeout", "20"])
+    arguments = ["--ordered", "--lease", "8", "--shutdown-timeout", "20", *sys.argv[1:]]
+    code = main(["relay", *arguments])
     # If it couldn't release rows while a server was unavailable, the checker judges the result.
     sys.exit(exit_codes.SUCCESS if code == exit_codes.UNFINISHED else code)

@@ -1,4 +1,8 @@
-"""A script with threads and an event loop, which publishes until SIGTERM."""
+"""A script with threads and an event loop, which publishes until SIGTERM.
+
+Its main thread is interrupted by signals, and another one configures outbox again and again, if the
+programs have these habits.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,16 @@ import time
 from outbox import CollectorFull, EventCollector, auto_publishing, configure
 from outbox.report import PublishReport
 from outbox.system.signals import Signals
-from proving.programs.unit import Unit, journal, pace
+from proving.programs.interrupted import Interrupted
+from proving.programs.late import in_late_task, in_late_thread
+from proving.programs.unit import Unit, does, journal, pace
 
 HISTORY = journal("script")
 PACE = pace("script")
 THREADS = 2
 TASKS = 2
 PAUSE = 0.05  # seconds at most between two units
+ROTATION = 1.0  # seconds between two calls of configure()
 
 
 class Failed(Exception):
@@ -29,12 +36,15 @@ class Lane:
     def __init__(self, name: str) -> None:
         self.name = f"{HISTORY.by}/{name}"
         self.chance = random.Random(self.name)
+        self.succeeds = True
+        """Whether the present unit will succeed."""
         self._units = 0
         self._seq = 0
 
     def unit(self) -> Unit:
         """Return the next unit."""
         self._units += 1
+        self.succeeds = self.chance.random() < 0.7
         return Unit(HISTORY, f"{self.name.rpartition('/')[2]}/{self._units}", self.chance)
 
     def fill(self, unit: Unit) -> None:
@@ -61,7 +71,7 @@ class Lane:
 
     def end(self, unit: Unit) -> None:
         """Commit the unit or roll it back, and write that down."""
-        if self.chance.random() < 0.3:
+        if not self.succeeds:
             unit.roll_back()
             raise Failed
         unit.commit()
@@ -79,6 +89,7 @@ def in_thread(lane: Lane, stopping: threading.Event) -> None:
         try:
             with auto_publishing() as block:
                 lane.fill(unit)
+                in_late_thread(HISTORY, unit, lane.chance, succeeds=lane.succeeds)
                 lane.end(unit)
             lane.note(unit, block.report)
         except Failed:
@@ -95,6 +106,7 @@ async def in_task(lane: Lane, stopping: threading.Event) -> None:
         try:
             async with auto_publishing() as block:
                 lane.fill(unit)
+                in_late_task(HISTORY, unit, lane.chance, succeeds=lane.succeeds)
                 lane.end(unit)
             lane.note(unit, block.report)
         except Failed:
@@ -111,6 +123,22 @@ async def in_tasks(stopping: threading.Event) -> None:
             tasks.create_task(in_task(Lane(f"task{number}"), stopping))
 
 
+def rotate(stopping: threading.Event) -> None:
+    while not stopping.wait(ROTATION):
+        configure()
+        HISTORY.write("configured")
+
+
+def interrupt(signals: Signals) -> None:
+    interrupted = Interrupted(HISTORY, random.Random(HISTORY.by))
+    while not signals.asked:
+        try:
+            interrupted.work()
+        except CollectorFull:
+            time.sleep(0.5)
+        time.sleep(interrupted.pause * PACE.factor)
+
+
 def main() -> None:
     configure()
     stopping = threading.Event()
@@ -121,8 +149,12 @@ def main() -> None:
         for number in range(THREADS)
     ]
     threads.append(threading.Thread(target=lambda: asyncio.run(in_tasks(stopping))))
+    if does("rotate"):
+        threads.append(threading.Thread(target=rotate, args=(stopping,)))
     for thread in threads:
         thread.start()
+    if does("interrupt"):
+        interrupt(signals)
     while not signals.asked:
         time.sleep(0.05)
     stopping.set()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from outbox import configure
 from outbox.middleware.wsgi import OutboxMiddleware
+from proving.programs.late import in_late_thread
 from proving.programs.unit import Unit, journal
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ configure()
 def application(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
     unit = Unit(HISTORY, f"{next(NUMBERS)}", CHANCE)
     unit.enqueue_some()
-    match CHANCE.choice(("ok", "ok", "ok", "stream", "error", "raise", "break")):
+    way = CHANCE.choice(("ok", "ok", "ok", "stream", "error", "raise", "break"))
+    if way in ("ok", "error", "raise"):
+        in_late_thread(HISTORY, unit, CHANCE, succeeds=way == "ok")
+    match way:
         case "ok":
             unit.commit()
             start_response("200 OK", [("Content-Type", "text/plain")])
@@ -36,7 +40,7 @@ def application(environ: dict[str, Any], start_response: StartResponse) -> Itera
         case "raise":
             unit.roll_back()
             raise RuntimeError("on purpose")
-        case way:
+        case _:
             start_response("200 OK", [("Content-Type", "text/plain")])
             return stream(unit, way)
 
@@ -46,8 +50,8 @@ def stream(unit: Unit, way: str) -> Iterator[bytes]:
         for _ in range(3):
             yield b"x" * 1000
             unit.enqueue()
-    except GeneratorExit:  # the client is gone, but the work has succeeded
-        unit.commit()
+    except GeneratorExit:  # the client is gone, and the work was not finished
+        unit.roll_back()
         raise
     if way == "break":
         unit.roll_back()

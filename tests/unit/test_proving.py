@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from proving import faults
 from proving.__main__ import seconds_of_faults
 from proving.bugs import BUGS
 from proving.checker import MAX_ATTEMPTS, check
+from proving.ground import HABITS, KINDS
 from proving.history import Journal, Record, read
 from proving.pace import Pace
+from proving.programs.interrupted import TimeLimit, until_alarm
 
 
 def record(what: str, by: str = "script-1", **facts: Any) -> Record:
@@ -56,6 +60,114 @@ def test_an_event_only_in_the_memory_of_a_killed_process_is_excused() -> None:
 def test_an_uncommitted_event_that_was_delivered_is_a_phantom(end: list[Record]) -> None:
     assert check([intent("a"), *end, delivery("a")]).phantom
     assert check([intent("a"), *end]).ok
+
+
+UNSURE = record("unsure", unit="u")
+
+
+def test_an_interrupted_unit_comes_out_as_a_whole_or_not_at_all() -> None:
+    both = [UNSURE, intent("a"), intent("b")]
+    assert check(both).ok
+    assert check([*both, delivery("a"), delivery("b")]).ok
+    assert check([*both, delivery("a")]).torn == ["u came out without ['b']"]
+    assert check([*both, delivery("a"), record("killed", process="script-1")]).ok
+
+
+def test_a_late_event_is_owed_if_it_was_accepted_and_a_phantom_if_it_was_refused() -> None:
+    late = [UNSURE, intent("a")]
+    assert check([*late, COMMIT]).lost
+    assert check([*late, COMMIT, delivery("a")]).ok
+    assert check([*late, ROLLBACK]).ok
+    assert check([*late, ROLLBACK, delivery("a")]).phantom
+
+
+def test_an_interrupted_event_may_have_the_effect_of_its_delivery() -> None:
+    begun = [UNSURE, intent("a", effect=True)]
+    assert check(begun).ok
+    assert check([*begun, delivery("a")]).lost == ["a has no effect"]
+    assert check([*begun, delivery("a"), effect("a")]).ok
+
+
+def test_an_event_comes_out_where_its_address_leads() -> None:
+    def came(where: str, **facts: Any) -> list[str]:
+        return check([intent("a", **facts), COMMIT, delivery("a", where)]).misplaced
+
+    assert not came("ledger", routable=True)
+    assert came("parked", routable=True)
+    assert not came("parked")
+    assert not came("parked", only="parked")
+    assert came("ledger", only="parked")
+
+
+def test_a_second_delivery_needs_a_fault_where_none_is_expected() -> None:
+    twice = [intent("a", once=True), COMMIT, delivery("a"), delivery("a")]
+    assert check(twice).repeated == ["a came 2 times"]
+    assert check([*twice, record("fault", "driver", name="cut")]).ok
+    assert check([*twice, record("killed", "driver", process="relay-1")]).ok
+
+
+def test_an_event_comes_out_soon_unless_something_goes_wrong() -> None:
+    def came(at: float, **facts: Any) -> list[Record]:
+        return [
+            intent("a", **facts),
+            COMMIT,
+            Record(at, "witness", "delivery", delivery("a").facts),
+        ]
+
+    assert check(came(6.5, routable=True)).delayed == ["a came 6.5 s after its commit"]
+    assert check([*came(6.5, routable=True), record("fault", "driver", name="cut")]).ok
+    assert check(came(4.0, routable=True)).ok
+    assert check(came(6.5, routable=True, stored=True)).ok
+
+
+def test_a_delayed_event_does_not_come_out_before_its_time() -> None:
+    def came(at: float) -> list[str]:
+        arrived = Record(at, "witness", "delivery", delivery("a").facts)
+        return check([intent("a", not_before=5.0), COMMIT, arrived]).early
+
+    assert came(4.5) == ["a came out 0.500 s too early"]
+    assert not came(5.0)
+
+
+def test_a_program_that_does_not_end_is_found() -> None:
+    stuck = record("astray", "driver", process="script", how="did not end within 60 s")
+    assert check([intent("a"), COMMIT, delivery("a"), stuck]).astray == [
+        "script did not end within 60 s"
+    ]
+
+
+def test_a_journal_may_be_written_by_a_signal_handler_at_any_moment(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "one")
+    count = 0
+
+    def write(*_: object) -> None:
+        nonlocal count
+        count += 1
+        journal.write("commit", unit=f"signal-{count}")
+
+    before = signal.signal(signal.SIGALRM, write)
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    try:
+        for number in range(3000):
+            journal.write("commit", unit=f"main-{number}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert count
+    assert len(read(tmp_path)) == 3000 + count
+
+
+def test_an_action_is_interrupted_or_finished() -> None:
+    def limit(*_: object) -> None:
+        raise TimeLimit
+
+    before = signal.signal(signal.SIGALRM, limit)
+    try:
+        assert not until_alarm(0.01, lambda: time.sleep(5))
+        assert until_alarm(5, lambda: None)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_an_event_that_was_never_enqueued_is_a_phantom() -> None:
@@ -201,3 +313,14 @@ def test_every_planted_bug_names_faults_that_exist() -> None:
     for bug in BUGS:
         assert len(faults.named(bug.faults)) == len(bug.faults)
     assert len({bug.name for bug in BUGS}) == len(BUGS) >= 8
+
+
+def test_every_planted_bug_names_programs_and_habits_that_exist() -> None:
+    for bug in BUGS:
+        assert set(bug.kinds) <= {*KINDS, "database"}
+        assert set(bug.habits) <= {*HABITS, "notify"}
+        assert bug.found_as in check([]).findings
+
+
+def test_every_habit_exposes_a_bug() -> None:
+    assert {habit for bug in BUGS for habit in bug.habits} >= set(HABITS)

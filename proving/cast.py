@@ -1,0 +1,80 @@
+"""The programs of a proof: their command lines and environment."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from proving.processes import Program, Server
+
+__all__ = ["free_port", "programs"]
+
+
+def programs(
+    environment: Mapping[str, str],
+    folder: Path,
+    ports: Mapping[str, int],
+    pooler: str | None,
+    grace: float,
+) -> dict[str, Program]:
+    """Return all programs by their kinds, in the order to start them.
+
+    Args:
+        environment: their variables.
+        folder: the folder of the history.
+        ports: the ports of the servers.
+        pooler: the URL of the database behind a pooler, for one of the relays, or None.
+        grace: the seconds for an orderly exit.
+    """
+
+    def program(kind: str, *arguments: str, **more: str) -> Program:
+        return Program(kind, arguments, {**environment, **more}, folder, grace=grace)
+
+    def server(kind: str, *arguments: str, children: int) -> Server:
+        return Server(kind, arguments, environment, folder, children=children, grace=grace)
+
+    # Notifications don't pass through the pooler: the relay has to find that out.
+    listens = [] if pooler is None else ["--listen"]
+    behind = {} if pooler is None else {"OUTBOX_DATABASE_URL": pooler}
+    return {
+        "script": program("script", "proving.programs.script"),
+        "wsgi": server(
+            "wsgi",
+            *("gunicorn", "-k", "gthread", "--threads", "3", "--graceful-timeout", "20"),
+            *("-b", f"127.0.0.1:{ports['wsgi']}", "proving.programs.wsgi:app"),
+            *("--log-level", "warning"),
+            children=99,
+        ),
+        "asgi": server(
+            "asgi",
+            *("uvicorn", "--port", str(ports["asgi"]), "proving.programs.asgi:app"),
+            *("--log-level", "warning"),
+            children=0,
+        ),
+        "prefork": server(
+            "prefork",
+            *("celery", "-A", "proving.programs.prefork", "worker", "--concurrency", "1"),
+            *("--max-tasks-per-child", "3", "--without-gossip", "--without-mingle"),
+            *("--without-heartbeat", "--loglevel", "WARNING"),
+            children=1,
+        ),
+        "durable": program("durable", "proving.programs.durable"),
+        "relay": program("relay", "proving.programs.relay"),
+        "relay2": program("relay2", "proving.programs.relay", *listens, **behind),
+        "tenants": program("tenants", "proving.programs.tenants"),
+        "worker": server(
+            "worker",
+            *("outbox.consumers", "proving.programs.worker", "-p", "2", "-t", "16"),
+            *("--log-level", "WARNING"),
+            children=1,
+        ),
+    }
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that was free just now."""
+    with socket.socket() as candidate:
+        candidate.bind(("127.0.0.1", 0))
+        port: int = candidate.getsockname()[1]
+        return port

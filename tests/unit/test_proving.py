@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import random
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from proving import faults
 from proving.__main__ import seconds_of_faults
+from proving.bounds import BOUNDS
 from proving.bugs import BUGS
 from proving.checker import MAX_ATTEMPTS, check
 from proving.ground import HABITS, KINDS
@@ -324,3 +326,8 @@ def test_every_planted_bug_names_programs_and_habits_that_exist() -> None:
 
 def test_every_habit_exposes_a_bug() -> None:
     assert {habit for bug in BUGS for habit in bug.habits} >= set(HABITS)
+
+
+def test_every_bound_is_a_module() -> None:
+    for module, *_ in BOUNDS:
+        assert importlib.util.find_spec(module) is not None

@@ -297,7 +297,6 @@ class Backlog:
         self._queue.extend(entries)
         for entry in entries:
             entry.attempts = 0
-            entry.held = False
             if entry.kept:
                 self._count_kept(entry)
         error = self.circuit
@@ -357,6 +356,7 @@ class Backlog:
         self._unreported_bytes -= chunk.size
 
     def _count_kept(self, entry: Entry) -> None:
+        entry.held = False
         entry.size = len(entry.frames) or len(entry.event.body)
         self._kept_events += 1
         self._kept_bytes += entry.size

@@ -39,9 +39,10 @@ class Entry:
         fate: its fate; None until it is final.
         reason: the reason for a fate that needs one.
         kept: whether its chunk was reported before its fate was known; it stays in the publisher.
-        held: whether it is kept because the broker refuses its address for now.
+        held: whether it is kept because the broker refuses its address for now; set while it is
+            kept.
         attempts: how often the broker has nacked it.
-        size: the bytes that it takes, as counted when it was kept.
+        size: the bytes that it takes, as counted when it was kept; set from then on.
     """
 
     __slots__ = (
@@ -58,6 +59,9 @@ class Entry:
         "size",
     )
 
+    held: bool
+    size: int
+
     def __init__(self, event: Event, chunk: Chunk, frames: bytes) -> None:
         self.event = event
         self.parked_as: Event | None = None
@@ -67,9 +71,7 @@ class Entry:
         self.fate: Fate | None = None
         self.reason = ""
         self.kept = False
-        self.held = False
         self.attempts = 0
-        self.size = 0
 
     @property
     def sent_as(self) -> Event:

@@ -46,8 +46,8 @@ def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> P
     Raises:
         NotConfigured: no URL is given, and ``OUTBOX_URL`` is not set; in a test whose events are
             recorded, none is needed.
-        UsageError: the URL or a setting is invalid, or the kept events cannot move to the new
-            publisher; the current publisher stays in place.
+        UsageError: the URL or a setting is invalid; the current publisher stays in place.
+        InvalidEvent: the new publisher cannot carry a kept event; likewise.
     """
     global _publisher
     if url is None and seam.observer is not None and not os.environ.get("OUTBOX_URL"):

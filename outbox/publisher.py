@@ -74,6 +74,7 @@ class Publisher:
         self.settings = Settings.load(url, settings)
         self._lock = threading.RLock()
         self._own: Transport | None = None
+        self._successor: Publisher | None = None
         self._open()
         self._closed = False
         self._half_full = False
@@ -98,7 +99,7 @@ class Publisher:
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed, or replaced by another call of ``configure()``."""
+        """Whether it was closed; one that ``configure()`` has replaced isn't."""
         return self._closed
 
     def stats(self) -> Stats:
@@ -294,18 +295,18 @@ class Publisher:
         """Move all events to ``successor``, in their order, and what is published here later.
 
         A caller who waits for the confirms of events goes on waiting. Events that the broker has
-        but hasn't confirmed within a second are sent again, so they may arrive twice.
+        but hasn't confirmed within a second are sent again, so they may arrive twice. Kept events
+        move even beyond the successor's ``max_kept``: they have been accepted, and an outage that
+        has filled the old publisher may be the reason for another.
 
         Raises:
-            UsageError: ``successor`` has no room for the kept events, or cannot carry them; nothing
-                has changed.
+            InvalidEvent: ``successor`` cannot carry the kept events; nothing has changed.
         """
         own = self._own_transport()
-        kept = own.kept
-        successor.check_room(len(kept), sum(len(event.body) for event in kept))
-        for event in kept:
+        for event in own.kept:
             successor.check_carries(event)
         if not self._closed:
+            self._successor = successor
             own.retire(successor._own_transport(), _RETIRING)
 
     @property
@@ -407,6 +408,8 @@ class Publisher:
     def _own_transport(self) -> Transport:
         own = self._own
         if own is None:  # the first use in a forked child
+            if self._successor is not None:
+                return self._replacement()._own_transport()
             with self._lock:
                 own = self._own or self._open()
         last = own
@@ -414,6 +417,15 @@ class Publisher:
             last = last.successor
         if last is not own:
             own.successor = last  # those between needn't live on
+        return last
+
+    def _replacement(self) -> Publisher:
+        """Return the latest publisher that has replaced this one, or itself."""
+        last = self
+        while last._successor is not None:
+            last = last._successor
+        if last is not self:
+            self._successor = last
         return last
 
     def _open(self) -> Transport:

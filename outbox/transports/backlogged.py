@@ -157,15 +157,19 @@ class BackloggedTransport:
         """Wait until every event has its fate; return whether all do.
 
         Meanwhile another attempt is made every 0.5 s: after a long outage, the back-off would be
-        longer than ``timeout``.
+        longer than ``timeout``. Events that move to a successor meanwhile are drained there.
         """
-        if self.settled:
-            return True
         deadline = time.monotonic() + timeout
+        if not self.settled and not self._wait_until_settled(deadline):
+            return False
+        successor = self._retires_to or self.successor  # moved from one to the other
+        return successor is None or successor.drain(max(0.0, deadline - time.monotonic()))
+
+    def _wait_until_settled(self, deadline: float) -> bool:
         waiter = _thread.allocate_lock()
         waiter.acquire()
         self._ask(lambda: self._notify(self.backlog.when_settled(waiter.release)))
-        remaining = timeout
+        remaining = deadline - time.monotonic()
         while not waiter.acquire(timeout=max(0.0, min(remaining, _HURRY))):
             remaining = deadline - time.monotonic()
             if remaining <= 0:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from outbox import Event, Publisher, UsageError, auto_publishing, configure, enqueue_event
+from outbox import (
+    CollectorFull,
+    Event,
+    Publisher,
+    UsageError,
+    auto_publishing,
+    configure,
+    enqueue_event,
+)
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 
@@ -166,3 +175,49 @@ def test_a_closed_publisher_stays_closed(amqp_url: str, name: str) -> None:
     with pytest.raises(UsageError, match="closed"):
         first.submit([Event(id="x", target="x", exchange=name, body=b"0")])
     assert isinstance(second, Publisher)
+
+
+def test_a_full_publisher_can_be_replaced(amqp_url: str, inspector: Inspector, name: str) -> None:
+    queue = inspector.queue(name, name)
+    first = configure("amqp://127.0.0.1:1/", exchange=name, timeout=0.2, max_kept=5)
+    with pytest.raises(CollectorFull):
+        for _ in range(10):
+            with auto_publishing():
+                enqueue_event(0, "x")
+    kept = first.kept
+    assert len(kept) == 5
+    second = configure(amqp_url, exchange=name, max_kept=2)
+    assert second.drain(10)
+    assert [message.id for message in inspector.all(queue)] == [event.id for event in kept]
+
+
+def test_a_replaced_publisher_is_replaced_in_a_forked_child_too(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    first = configure("amqp://127.0.0.1:1/", exchange=name)
+    configure("amqp://127.0.0.1:2/", exchange=name)
+    last = configure(amqp_url, exchange=name)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            event = Event(id="x", target="x", exchange=name, body=b"0")
+            code = 0 if first.publish([event]).ok and first.drain(1) and last.drain(1) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert [message.id for message in inspector.all(queue)] == ["x"]
+
+
+def test_drain_follows_events_that_move_meanwhile(name: str) -> None:
+    first = configure("amqp://127.0.0.1:1/", exchange=name, timeout=0.2, drain_timeout=0)
+    first.submit([Event(id="x", target="x", exchange=name, body=b"0")]).result(10)
+    drained: list[bool] = []
+    draining = threading.Thread(target=lambda: drained.append(first.drain(1.5)))
+    draining.start()
+    time.sleep(0.3)
+    second = configure("amqp://127.0.0.1:2/", exchange=name, timeout=0.2, drain_timeout=0)
+    draining.join()
+    assert drained == [False]
+    assert [event.id for event in second.kept] == ["x"]

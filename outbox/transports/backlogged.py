@@ -216,7 +216,8 @@ class BackloggedTransport:
         """Close once every event has a fate, and call ``then``; return at once."""
 
         def close() -> None:
-            self._stop(graceful=True)
+            if not self._ended:  # otherwise the thread ends anyway, and must not be waited for
+                self._stop(graceful=True)
             then()
 
         if self.settled and self._stop_before_start():

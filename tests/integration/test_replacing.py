@@ -221,3 +221,15 @@ def test_drain_follows_events_that_move_meanwhile(name: str) -> None:
     draining.join()
     assert drained == [False]
     assert [event.id for event in second.kept] == ["x"]
+
+
+def test_the_caller_does_not_wait_for_the_end_of_a_silent_connection(
+    proxy: FaultProxy, amqp_url: str, name: str
+) -> None:
+    configure(proxy.url, exchange=name)
+    with auto_publishing():
+        enqueue_event(0, "x", unroutable="ignore")
+    proxy.black_hole()
+    began = time.monotonic()
+    configure(amqp_url, exchange=name)
+    assert time.monotonic() - began < 1

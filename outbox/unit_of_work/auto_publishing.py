@@ -56,6 +56,11 @@ class AutoPublishingEventCollector(EventCollector):
         self._token: Token[Scope | None] | None = None
         self.report: PublishReport | None = None
 
+    def __del__(self) -> None:
+        buffer: Buffer | None = getattr(self, "_buffer", None)  # None if interrupted when made
+        if buffer is not None and not buffer.closed:  # a signal handler raised on leaving
+            buffer.abandoned = buffer.closed = True
+
     @property
     def joined(self) -> bool:
         """Whether the block joined the unit of work around it."""
@@ -220,7 +225,8 @@ class AutoPublishingEventCollector(EventCollector):
         if present is None:
             return None
         buffer, unit = present.buffer, present.buffer.unit
-        if buffer.outermost.closed or unit.pid != process.pid:
+        outermost = buffer.outermost
+        if (outermost.closed and not outermost.abandoned) or unit.pid != process.pid:
             return None
         if self._independent or not unit.publishes_itself:
             self._unit.follow(unit)
@@ -233,7 +239,7 @@ class AutoPublishingEventCollector(EventCollector):
             )
         while buffer.closed and buffer.parent is not None:
             buffer = buffer.parent
-        return buffer
+        return None if buffer.closed else buffer
 
     def _enter(self, outer: Buffer | None) -> Self:
         if outer is None:
@@ -251,9 +257,10 @@ class AutoPublishingEventCollector(EventCollector):
         return self
 
     def _leave(self) -> None:
-        token, self._token = self._token, None
+        token = self._token
         if token is not None:
             Scope.leave(token)
+            self._token = None
 
     def _succeed(self) -> bool:
         """Close, and pass the events to the unit around the block; return whether to publish them.
@@ -292,6 +299,7 @@ class AutoPublishingEventCollector(EventCollector):
             logger.log(level, "the block ended with %r; events dropped: %s", error, ids(dropped))
 
     def _end(self) -> None:
+        self._leave()  # if that was interrupted before
         lost = self._drop(self._buffer.close())
         if lost:  # publishing raised, and the caller gets the exception
             message = "%d event(s) lost at the end of a block: %s"

@@ -120,9 +120,13 @@ class EventCollector:
         Outside any unit of work, create a collector for this thread or context, on which the
         application must call ``publish()``.
         """
-        present = Scope.present()
-        if present is not None:
-            collector: EventCollector = present.collector
+        scope = Scope.innermost()
+        collector: EventCollector | None = None
+        if scope is not None:
+            collector = scope.collector()
+            if collector is None:
+                collector = cls._of_scope_without(Scope.present())
+        if collector is not None:
             if collector._unit.pid == process.pid and collector._is_current():
                 return collector
         elif _console is not None and _console._unit.pid == process.pid and not _console.closed:
@@ -135,6 +139,17 @@ class EventCollector:
         ):
             return _at_console
         return _LazyCollector.enter()
+
+    @staticmethod
+    def _of_scope_without(scope: Scope | None) -> EventCollector | None:
+        """Return the collector of ``scope``, or a new handle to its unit, which has ended."""
+        if scope is None:
+            return None
+        collector: EventCollector | None = scope.collector()
+        if collector is None:  # this task or thread outlives it
+            collector = EventCollector()
+            collector._unit, collector._buffer = scope.buffer.unit, scope.buffer
+        return collector
 
     @classmethod
     @contextmanager
@@ -393,6 +408,9 @@ class EventCollector:
     def _innermost(self) -> Buffer:
         """Return the innermost buffer of this context that is this collector's or nested in it."""
         own = self._buffer
+        present = Scope.innermost()
+        if present is not None and present.buffer is own:  # nearly always
+            return own
         present = Scope.present()
         while present is not None:
             buffer: Buffer | None = present.buffer
@@ -498,7 +516,7 @@ class _LazyCollector(EventCollector):
     def _check_origin(self) -> None:
         """Warn if events wait here that other work, which has ended, has not published."""
         present = Scope.present()
-        if present is None or present.collector is not self:
+        if present is None or present.collector() is not self:
             return  # named explicitly: what waits in it is meant
         for origin in self._origin:
             if self._unit.total and origin.has_ended():

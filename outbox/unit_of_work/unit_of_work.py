@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import Any, ClassVar
@@ -127,9 +128,10 @@ class Buffer:
         count: the number of events.
         size: the bytes of their bodies and headers.
         closed: whether it refuses events; set it to end the unit, before the events are taken.
+        abandoned: whether it was closed because its block is gone, see :class:`Scope`.
     """
 
-    __slots__ = ("closed", "count", "events", "parent", "size", "unit")
+    __slots__ = ("abandoned", "closed", "count", "events", "parent", "size", "unit")
 
     def __init__(self, unit: UnitOfWork, parent: Buffer | None = None) -> None:
         self.unit = unit
@@ -138,6 +140,7 @@ class Buffer:
         self.count = 0  # kept apart: len() would be a call
         self.size = 0
         self.closed = False
+        self.abandoned = False
 
     @property
     def outermost(self) -> Buffer:
@@ -283,23 +286,37 @@ class SavepointBuffer(Buffer):
 class Scope:
     """A collector's place in a context: threads and tasks that inherit the context share it.
 
+    If a signal handler raises on entering ``__exit__``, the block never ends, and its scope stays:
+    what joined it would wait for ever. But such a block is gone, since the ``with`` statement held
+    it. So a scope refers to its collector weakly, and one whose collector went without closing is
+    *abandoned*, and passed over.
+
     Attributes:
-        collector: the ``EventCollector``, whose module is built on this one.
+        collector: returns the ``EventCollector``, whose module is built on this one, or None.
         buffer: the innermost buffer of its unit of work.
         outer: the scope before it, or None.
-        present: returns the innermost scope of this context, or None.
+        innermost: returns the innermost scope of this context, even if it is abandoned, or None.
         resume: makes an earlier scope the innermost again, for a generator's next step.
     """
 
-    __slots__ = ("buffer", "collector", "outer")
+    __slots__ = ("_kept", "buffer", "collector", "outer")
 
-    present: ClassVar[Callable[[], Scope | None]] = _scope.get
+    _kept: Any
+    innermost: ClassVar[Callable[[], Scope | None]] = _scope.get
     resume: ClassVar[Callable[[Scope | None], Token[Scope | None]]] = _scope.set
 
     def __init__(self, collector: Any, buffer: Buffer, outer: Scope | None) -> None:
-        self.collector = collector
+        self.collector: Callable[[], Any] = weakref.ref(collector)
         self.buffer = buffer
         self.outer = outer
+
+    @staticmethod
+    def present() -> Scope | None:
+        """Return the innermost scope of this context that isn't abandoned, or None."""
+        scope = _scope.get()
+        while scope is not None and scope.collector() is None and scope._is_abandoned():
+            scope = scope.outer
+        return scope
 
     @staticmethod
     def enter(collector: Any, buffer: Buffer) -> Token[Scope | None]:
@@ -313,15 +330,20 @@ class Scope:
         A server may run each request in a context that it copied from an earlier one's, for as long
         as a connection is kept alive: a chain of closed scopes would hold all those requests.
         """
-        scope = _scope.get()
-        while scope is not None and scope.buffer.closed:
+        scope = Scope.present()
+        while scope is not None and (scope.buffer.closed or scope.collector() is None):
             scope = scope.outer
         return scope
 
     @staticmethod
     def begin(collector: Any, buffer: Buffer) -> None:
         """Make ``buffer`` of ``collector`` the only one of this context, for its lifetime."""
-        _scope.set(Scope(collector, buffer, None))
+        scope = Scope(collector, buffer, None)
+        scope._kept = collector  # nothing else holds it
+        _scope.set(scope)
+
+    def _is_abandoned(self) -> bool:
+        return self.buffer.abandoned or not self.buffer.closed
 
     @staticmethod
     def leave(token: Token[Scope | None]) -> None:
@@ -334,6 +356,8 @@ class Scope:
         """
         try:
             _scope.reset(token)
+        except RuntimeError:  # it was left, and interrupted then
+            return
         except ValueError:
             scope, before = _scope.get(), token.old_value
             if scope is not None and (

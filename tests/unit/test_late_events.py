@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -535,3 +536,91 @@ def test_a_signal_handler_that_enqueues_joins_the_block_it_interrupts() -> None:
     found = {event.id for event in transport.events}
     assert len(accepted) > 5
     assert found == {*accepted, *(f"main {number + 1}" for number in range(n))}
+
+
+class TimeLimit(BaseException):
+    """What a signal handler raises."""
+
+
+@contextlib.contextmanager
+def interrupted_on_entering(function: Any) -> Iterator[None]:
+    """Raise where a signal handler may raise before the first line of ``function``."""
+
+    def trace(frame: FrameType, what: str, _argument: Any) -> None:
+        if what == "call" and frame.f_code is function.__code__:
+            sys.settrace(before)
+            raise TimeLimit
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with contextlib.suppress(TimeLimit):
+            yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("function", ["__exit__", "_leave", "_end"])
+def test_what_follows_a_block_that_never_ended_is_published(
+    function: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    configure("memory://")
+
+    def run() -> None:
+        block = auto_publishing()
+        block.__enter__()
+        enqueue_event(0, "interrupted", id="interrupted")
+        with interrupted_on_entering(getattr(type(block), function)):
+            block.__exit__(None, None, None)
+
+    run()
+    with auto_publishing() as block:
+        assert not block.joined
+        event = enqueue_event(0, "x")
+    assert block.report is not None
+    assert block.report.published == (event,)
+    event = enqueue_event(0, "x")
+    assert publish().published == (event,)
+    if function == "__exit__":
+        assert "'interrupted'" in caplog.text
+
+
+def test_a_block_in_a_loop_does_not_join_the_one_before_that_never_ended() -> None:
+    configure("memory://")
+    reports = []
+    for number in range(3):
+        entered = auto_publishing()
+        entered.__enter__()
+        block = entered  # until here the name has held the one before, as ``as block`` does
+        enqueue_event(0, "x", id=str(number))
+        with auto_publishing() as inner:
+            assert inner.joined
+        if number == 0:
+            with interrupted_on_entering(type(block).__exit__):
+                block.__exit__(None, None, None)
+        else:
+            block.__exit__(None, None, None)
+            assert block.report is not None
+            reports.append([event.id for event in block.report.published])
+    assert reports == [["1"], ["2"]]
+
+
+def test_a_block_that_joined_one_that_is_gone_is_the_outermost() -> None:
+    configure("memory://")
+    gone = auto_publishing()
+    gone.__enter__()
+    with interrupted_on_entering(type(gone).__exit__):
+        gone.__exit__(None, None, None)
+    with contextlib.suppress(ValueError), auto_publishing() as block:
+        assert block.joined  # as long as anything refers to the one before
+        del gone
+        enqueue_event(0, "x", id="outer")
+        with auto_publishing() as inner:
+            enqueue_event(0, "x", id="inner")
+        assert inner.joined
+        assert inner.report is None
+        raise ValueError
+    with auto_publishing() as block:
+        event = enqueue_event(0, "x")
+    assert block.report is not None
+    assert block.report.published == (event,)

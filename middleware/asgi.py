@@ -112,6 +112,9 @@ class OutboxMiddleware:
                 status = message["status"]
                 if _is_event_stream(message):
                     collector._unit.caution = _CAUTION.format("this stream of events has ended")
+            elif kind == "http.response.zerocopysend":
+                is_begun = True
+                is_complete = not message.get("more_body", False)
             elif kind == "http.response.pathsend":
                 is_complete = True
             return send(message)

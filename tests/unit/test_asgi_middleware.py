@@ -289,6 +289,20 @@ def test_a_file_sent_by_path_ends_the_request_like_any_other_body(
     assert published(collected_events) == ["file", "task"]
 
 
+@pytest.mark.parametrize("more", [True, False])
+def test_a_body_may_end_with_the_zero_copy_extension(
+    collected_events: CollectedEvents, more: bool
+) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"header", "more_body": True})
+        await send({"type": "http.response.zerocopysend", "file": 0, "more_body": more})
+        enqueue_event(0, "x")
+
+    asyncio.run(call(app))
+    assert len(collected_events.published) == (0 if more else 1)
+
+
 def fastapi_app(commit: Any) -> fastapi.FastAPI:
     app = fastapi.FastAPI()
 

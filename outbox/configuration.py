@@ -60,6 +60,9 @@ def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> P
             except UsageError:
                 publisher.close(0)
                 raise
+            except BaseException:  # a signal handler raised, when events have begun to move
+                _publisher = publisher
+                raise
         serializer.register(publisher.settings.serializer)
         _publisher = publisher
         return publisher

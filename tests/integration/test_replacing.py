@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -233,3 +235,34 @@ def test_the_caller_does_not_wait_for_the_end_of_a_silent_connection(
     began = time.monotonic()
     configure(amqp_url, exchange=name)
     assert time.monotonic() - began < 1
+
+
+class TimeLimit(BaseException):
+    """What a signal handler raises."""
+
+
+def test_an_interrupted_configure_leaves_a_publisher_that_works(
+    proxy: FaultProxy, amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise TimeLimit
+
+    queue = inspector.queue(name, name)
+    first = configure(proxy.url, exchange=name, timeout=0.2)
+    first.publish([Event(id="0", target="x", exchange=name, body=b"0")])
+    proxy.black_hole()
+    first.publish([Event(id="1", target="x", exchange=name, body=b"0")])  # unconfirmed
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(TimeLimit):
+            configure(amqp_url, exchange=name)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    gc.collect()
+    assert first.drain(10)
+    gc.collect()
+    with auto_publishing():
+        enqueue_event(0, "x", id="2")
+    assert first.drain(10)
+    assert [message.id for message in inspector.all(queue)] == ["0", "1", "2"]

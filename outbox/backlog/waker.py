@@ -35,14 +35,15 @@ class Waker:
             return
         self._called = True
         try:
-            self.loop.call_soon_threadsafe(self._wake_due)
+            self.loop.call_soon_threadsafe(self.wake_due)
         except RuntimeError:  # the loop was closed: nothing waits
             self._called = False
         except BaseException:  # a signal handler raised: the next wake() must call
             self._called = False
             raise
 
-    def _wake_due(self) -> None:
+    def wake_due(self) -> None:
+        """Resolve all that are due; only on the loop's thread."""
         self._called = False  # before looking: a later wake() calls again
         while self._due:
             _set(self._due.popleft())
@@ -71,6 +72,8 @@ async def reported(chunk: Chunk, timeout: float) -> bool:  # noqa: ASYNC109  can
         await waiter
     finally:
         timer.cancel()
+    if chunk.reported is not None and loop.time() >= timer.when():
+        waker.wake_due()  # late: a signal handler may have raised in the call before
     return chunk.reported is not None
 
 

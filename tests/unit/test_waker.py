@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
+import time
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -117,3 +121,34 @@ def test_a_thread_may_run_several_loops_in_turn() -> None:
         threading.Timer(0.01, chunk.resolve, [REPORT]).start()
         asyncio.run(asyncio.wait_for(reported(chunk, 30), 10))
         assert chunk.reported is REPORT
+
+
+class TimeLimit(Exception):
+    """What a signal handler raises; asyncio logs it, and the loop goes on."""
+
+
+def test_an_exception_in_the_loop_delays_one_wake_and_no_later_one() -> None:
+    def trace(frame: FrameType, what: str, _argument: Any) -> None:
+        if what == "call" and frame.f_code is Waker.wake_due.__code__:
+            sys.settrace(before)
+            raise TimeLimit
+
+    async def wait() -> float:
+        chunk = Chunk([])
+        threading.Timer(0.02, chunk.resolve, [REPORT]).start()
+        began = time.monotonic()
+        assert await reported(chunk, 1)
+        return time.monotonic() - began
+
+    async def main() -> list[float]:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        sys.settrace(trace)
+        return [await wait() for _ in range(3)]
+
+    before = sys.gettrace()
+    try:
+        first, *later = asyncio.run(main())
+    finally:
+        sys.settrace(before)
+    assert first >= 1
+    assert max(later) < 0.9

@@ -266,3 +266,16 @@ def test_an_interrupted_configure_leaves_a_publisher_that_works(
         enqueue_event(0, "x", id="2")
     assert first.drain(10)
     assert [message.id for message in inspector.all(queue)] == ["0", "1", "2"]
+
+
+def test_the_thread_of_a_replaced_publisher_ends_while_the_program_still_refers_to_it(
+    tmp_path: Path, name: str
+) -> None:
+    first = configure(f"sqlite:///{tmp_path}/first.db", exchange=name, unroutable="ignore")
+    with auto_publishing():
+        enqueue_event(0, "x")
+    [thread] = [each for each in threading.enumerate() if each.name == "outbox-publisher"]
+    configure(f"sqlite:///{tmp_path}/second.db", exchange=name)
+    thread.join(5)
+    assert not thread.is_alive()
+    assert first.kept == ()

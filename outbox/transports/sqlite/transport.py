@@ -118,7 +118,7 @@ class SQLiteTransport(BackloggedTransport):
     def _run(self) -> None:
         while not self._stopping:
             self._take_in()
-            if self._wanted:
+            if self._wanted and not self._stopping:
                 self._turn()
             self._thread.pause.busy = False
             with contextlib.suppress(queue.Empty):
@@ -136,7 +136,9 @@ class SQLiteTransport(BackloggedTransport):
 
     def _on_retire(self) -> None:
         self._surrender()
+        self._backing_off = []
         self._stopping = True
+        self._bell.put(None)
 
     def _pause(self) -> float | None:
         """Return the seconds until the next retry; None if there is nothing to retry."""

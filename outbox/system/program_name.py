@@ -33,12 +33,18 @@ def _module() -> str:
 
 def _file() -> str:
     arguments: list[str] = getattr(sys, "argv", [])  # an embedded interpreter may have none
-    path = arguments[0] if arguments else ""
+    path = str(arguments[0]) if arguments else ""  # programs put a Path there
     if path == "-m":  # the package of the module is still being imported; its arguments follow it
         return sys.orig_argv[-len(arguments)].removeprefix("-m")
     if path in ("", "-", "-c"):
         return ""
-    folder, name = os.path.split(os.path.abspath(path))
+    folder, name = os.path.split(path)
+    if name in ("", ".", "..", "__main__.py"):
+        # Only here, as it needs the working directory, which may have been removed.
+        try:
+            folder, name = os.path.split(os.path.abspath(path))
+        except OSError:
+            return ""
     if name == "__main__.py":  # a process of multiprocessing inherits the path, not the module
         name = os.path.basename(folder)
     return name.removesuffix(".py").removesuffix(".pyz")

@@ -69,3 +69,22 @@ def test_what_a_worker_starts_has_the_name_of_its_command(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", module.__spec__)
     assert program_name() == "outbox-consume"
+
+
+@pytest.mark.parametrize(("path", "name"), [("shop.py", "shop"), ("__main__.py", "")])
+def test_a_program_whose_folder_was_removed_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, name: str
+) -> None:
+    folder = tmp_path / "release"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    monkeypatch.setattr("sys.argv", [path])
+    monkeypatch.setattr("outbox.system.program_name._module", lambda: "")
+    assert program_name() == name
+
+
+def test_a_program_may_put_a_path_into_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [Path("bin/shop.py")])
+    monkeypatch.setattr("outbox.system.program_name._module", lambda: "")
+    assert program_name() == "shop"

@@ -117,6 +117,8 @@ def make_event(
         body = serializer.encode(payload)
     except (TypeError, ValueError) as error:
         raise InvalidEvent(f"the payload for {target!r} cannot be carried: {error}") from error
+    if type(body) is not bytes:
+        body = _as_bytes(body, serializer)
     if len(body) > max_body_bytes:
         raise InvalidEvent(
             f"the payload for {target!r} has {len(body)} bytes, "
@@ -170,6 +172,15 @@ _new = object.__new__
     _set_occurred_at,
     _set_unroutable,
 ) = (getattr(Event, slot.name).__set__ for slot in fields(Event))
+
+
+def _as_bytes(body: Any, serializer: Serializer) -> bytes:
+    """Return what a serializer has made; copied, as it may use a bytearray again."""
+    if isinstance(body, bytes | bytearray | memoryview):
+        return bytes(body)
+    raise UsageError(
+        f"{type(serializer).__name__}.encode() has returned a {type(body).__name__}, not bytes"
+    )
 
 
 def _delivery_time(

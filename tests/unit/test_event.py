@@ -339,6 +339,29 @@ def test_a_custom_serializer_encodes_and_decodes() -> None:
     assert (event.body, event.content_type, event.payload) == (b"HELLO", "text/x-upper", "hello")
 
 
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_what_a_serializer_makes_becomes_bytes(kind: Any) -> None:
+    class Other(Upper):
+        def encode(self, payload: Any) -> Any:
+            return kind(super().encode(payload))
+
+    publisher = configure("memory://", serializer=Other())
+    event = EventCollector(publisher=publisher).enqueue_event("hello", "x")
+    assert event.body == b"HELLO"
+    assert type(event.body) is bytes
+
+
+@pytest.mark.parametrize("body", ["text", None])
+def test_a_serializer_that_makes_no_bytes_is_named(body: Any) -> None:
+    class Wrong(Upper):
+        def encode(self, payload: Any) -> Any:
+            return body
+
+    collector = EventCollector(publisher=configure("memory://", serializer=Wrong()))
+    with pytest.raises(UsageError, match=r"Wrong\.encode\(\) has returned a .*, not bytes"):
+        collector.enqueue_event("hello", "x")
+
+
 def test_an_unknown_content_type_is_reported() -> None:
     event = Event(id="1", target="x", exchange="", body=b"", content_type="application/x-other")
     with pytest.raises(UsageError, match="application/x-other"):

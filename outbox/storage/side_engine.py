@@ -168,11 +168,17 @@ def _examine(engine: Engine) -> None:
             # The first statement begins the transaction.
             busy_timeout = connection.exec_driver_sql("PRAGMA busy_timeout").scalar_one()
             is_open = connection.connection.driver_connection.in_transaction  # type: ignore[union-attr]
+            locking = connection.exec_driver_sql("PRAGMA locking_mode").scalar_one()
             connection.rollback()
     finally:
         copy.dispose()
     takes_lock = any("IMMEDIATE" in each or "EXCLUSIVE" in each for each in statements)
-    if is_open and not takes_lock:
+    if str(locking).lower() == "exclusive":
+        _harmed[engine.pool] = (
+            "its connections keep the file to themselves (PRAGMA locking_mode=EXCLUSIVE), so they "
+            "and outbox's would lock each other out"
+        )
+    elif is_open and not takes_lock:
         _harmed[engine.pool] = (
             "its transactions begin without the lock, so those that read before they write would "
             "fail with 'database is locked' whenever outbox has written in between; have them "

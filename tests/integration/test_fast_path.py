@@ -496,6 +496,26 @@ def test_connections_that_do_not_wait_for_the_lock_are_left_alone(
     engine.dispose()
 
 
+def test_connections_that_keep_the_file_to_themselves_are_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/shop.db", poolclass=NullPool)
+
+    @event.listens_for(engine, "connect")
+    def keep(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+
+    outbox.sql.metadata.create_all(engine)
+    configure("memory://")
+    with Session(engine) as session:
+        enqueue_event(1, "a", session=session)
+        session.commit()
+    assert outbox.sql.drain()
+    assert stored(engine) == ["a"]
+    [warning] = warnings_of(caplog)
+    assert "locking_mode=EXCLUSIVE" in warning
+
+
 def test_an_sqlite_file_is_opened_as_the_application_opens_it(tmp_path: Path) -> None:
     opened: list[str] = []
     engine = create_engine(f"sqlite:///file:{tmp_path}/shop.db?uri=true")

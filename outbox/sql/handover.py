@@ -40,6 +40,7 @@ __all__ = [
     "Handover",
     "Place",
     "Row",
+    "doubt",
     "drain",
     "handover_for",
     "name_engine",
@@ -162,6 +163,7 @@ class _Unavailable(Exception):
     """The broker is unavailable."""
 
 
+_doubtful: weakref.WeakSet[RootTransaction] = weakref.WeakSet()
 _by_publisher: weakref.WeakKeyDictionary[Publisher, Handover] = weakref.WeakKeyDictionary()
 _named: Engine | None = None
 
@@ -345,8 +347,13 @@ class Handover:
         rows: dict[Place, list[Row]] = {}
         committing, self._committing = self._committing, []
         for each in (*committing, *submitted):
-            if each.transaction is None or not each.transaction.is_active:
+            if each.transaction is None:
                 rows.setdefault(each.place, []).extend(each.rows)
+            elif not each.transaction.is_active:
+                certain = each.transaction not in _doubtful
+                rows.setdefault(each.place, []).extend(
+                    row._replace(certain=row.certain and certain) for row in each.rows
+                )
             elif each.since > earliest:
                 self._committing.append(each)
             else:
@@ -529,7 +536,11 @@ class Handover:
         # No relay takes a row before its grace is over.
         unseen = [row for row in gone if row.certain and row.stored > time.monotonic() - GRACE]
         if first and unseen:
-            _warn_once(place.engine, f"rows just committed are not there; {_UNSEEN}")
+            _warn_once(
+                place.engine,
+                "rows just committed are not there; if a statement of their transaction had failed "
+                f"before, its commit was a rollback; {_UNSEEN}",
+            )
 
     def _publish_claimed(
         self, side: SideEngine, store: Store, publisher: Publisher, claimed: list[Claimed]
@@ -596,6 +607,11 @@ def handover_for(engine: Engine, publisher: Publisher | None) -> Handover | None
         return None
     handover = _by_publisher.get(publisher)
     return handover or _by_publisher.setdefault(publisher, Handover(publisher))
+
+
+def doubt(transaction: RootTransaction) -> None:
+    """Note that rows of ``transaction`` may not be in the table after its commit."""
+    _doubtful.add(transaction)
 
 
 def drain(timeout: float = 5.0) -> bool:

@@ -12,13 +12,14 @@ import inspect
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event, insert
 from sqlalchemy import inspect as state_of
+from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, registry
 from sqlalchemy.orm.session import SessionTransactionOrigin
@@ -29,7 +30,7 @@ from outbox.event import Event
 from outbox.observer import Observer, seam
 from outbox.publisher import Publisher
 from outbox.sql.commits import commits_by_itself, is_autocommit
-from outbox.sql.handover import Handover, Place, Row, handover_for, name_engine, place_of
+from outbox.sql.handover import Handover, Place, Row, doubt, handover_for, name_engine, place_of
 from outbox.storage.rows import values_of
 from outbox.storage.schema import DIALECTS, events, events_with_grace
 
@@ -73,15 +74,17 @@ class _Rows(dict["_Row", "_Stored"]):
         unwritten: those that are not written yet.
         connection: the connection that has written the last ones, and may write more.
         place: where it writes.
+        committing: whether the commit of the transaction has begun.
     """
 
-    __slots__ = ("connection", "place", "unwritten")
+    __slots__ = ("committing", "connection", "place", "unwritten")
 
     def __init__(self) -> None:
         super().__init__()
         self.unwritten: dict[_Row, None] = {}
         self.connection: Connection | None = None
         self.place: Place | None = None
+        self.committing = False
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +100,7 @@ class _Stored:
         observer: the test that observes it, if any.
         is_callers: whether the session uses a connection of its caller.
         place: where; None if it was not, or through a connection of the caller.
+        seq: its number, once it was written.
     """
 
     rows: _Rows
@@ -107,6 +111,7 @@ class _Stored:
     observer: Observer | None
     is_callers: bool
     place: Place | None = None
+    seq: int = 0
 
 
 def bind(provider: Callable[[], Any] | Any | None, *, engine: Any = None) -> None:
@@ -354,10 +359,10 @@ def _after_insert(_: Mapper[Any], connection: Connection, row: _Row) -> None:
     stored.rows.unwritten.pop(row, None)
     if stored.handover is None:
         return
+    stored.seq = row.__dict__["seq"]
     if stored.is_callers:
         # The session's commit is not that of its caller's connection.
-        seq = state_of(row).dict["seq"]
-        _hand_over_later(connection, stored.handover, stored.event, seq, stored.at)
+        _hand_over_later(connection, stored.handover, stored.event, stored.seq, stored.at)
     else:
         stored.place = stored.rows.place
 
@@ -379,29 +384,51 @@ def _bring_back(session: Session, *_: Any) -> None:
                 session.add(row)
 
 
-@event.listens_for(Session, "after_commit")
+@event.listens_for(Session, "before_commit")
+def _note_commit(session: Session) -> None:
+    rows: _Rows | None = session.info.get(_STORED)
+    if rows and not session.in_nested_transaction():
+        rows.committing = True
+
+
+# Before the application's listeners, which may raise.
+@event.listens_for(Session, "after_commit", insert=True)
 def _after_commit(session: Session) -> None:
     # SQLAlchemy also fires this when a savepoint is released: that is not the commit.
     if session.in_nested_transaction():
         return
     rows = session.info.pop(_STORED, None)
-    if not rows:
-        return
+    if rows:
+        # Without an identity if its savepoint was rolled back.
+        _hand_over([stored for row, stored in rows.items() if state_of(row).identity is not None])
+        rows.clear()  # each row refers to them
+
+
+def _hand_over(stored: Iterable[_Stored], *, certain: bool = True) -> None:
     submitted: dict[tuple[Handover, Place], list[Row]] = {}
-    for row, stored in rows.items():
-        identity = state_of(row).identity  # None if its savepoint was rolled back
-        if stored.handover is not None and stored.place is not None and identity is not None:
-            number = Row(identity[0], stored.event.id, stored.at)
-            submitted.setdefault((stored.handover, stored.place), []).append(number)
-    rows.clear()  # each row refers to them
+    for each in stored:
+        if each.handover is not None and each.place is not None:
+            number = Row(each.seq, each.event.id, each.at, certain)
+            submitted.setdefault((each.handover, each.place), []).append(number)
     for (handover, place), numbers in submitted.items():
         handover.submit(place, numbers)
+
+
+def _hand_over_doubtful(rows: _Rows) -> None:
+    """Have the rows published that are in the table after all.
+
+    A commit that was interrupted, or whose connection was lost, may have succeeded all the same.
+    """
+    if rows.committing:
+        rows.committing = False
+        _hand_over(rows.values(), certain=False)
 
 
 @event.listens_for(Session, "after_transaction_end")
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is None and _STORED in session.info:
         rows: _Rows = session.info.pop(_STORED)
+        _hand_over_doubtful(rows)
         for stored in rows.values():
             _note_cleared(stored)
         rows.clear()
@@ -412,6 +439,8 @@ def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> N
     rows: _Rows | None = session.info.get(_STORED)
     if not rows:
         return
+    if transaction.parent is None:
+        _hand_over_doubtful(rows)
     for row, stored in list(rows.items()):
         if transaction in _ancestors(stored.transaction):
             rows.unwritten.pop(row, None)
@@ -422,6 +451,7 @@ def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> N
             del rows[row]
             again = type(row)(values_of(stored.event))
             again.stored = rows[again] = stored
+            stored.place = None
             rows.unwritten[again] = None
 
 
@@ -478,6 +508,9 @@ def _hand_over_later(
     if connection.engine not in _watched:
         event.listen(connection.engine, "commit", _on_commit)
         event.listen(connection.engine, "commit_twophase", _on_commit)
+        event.listen(connection.engine, "rollback", _on_rollback)
+        event.listen(connection.engine, "rollback_twophase", _on_rollback)
+        event.listen(connection.engine, "handle_error", _on_error)
         _watched.add(connection.engine)
     transaction = id(connection.get_transaction())
     uncommitted = _uncommitted.get(connection)
@@ -496,6 +529,17 @@ def _on_commit(connection: Connection, *_: Any) -> None:
     for (handover, place), rows in uncommitted.rows.items():
         # SQLAlchemy has no event behind the commit: the handover waits until it is over.
         handover.submit(place, rows, transaction)
+
+
+def _on_rollback(connection: Connection, *_: Any) -> None:
+    _uncommitted.pop(connection, None)  # the next transaction may have the same id()
+
+
+def _on_error(context: ExceptionContext) -> None:
+    connection = context.connection
+    transaction = None if connection is None else connection.get_transaction()
+    if transaction is not None:
+        doubt(transaction)  # its commit fails, or is a rollback for PostgreSQL
 
 
 def _check(where: Engine | Connection) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import AssertionPool, NullPool, QueuePool, StaticPool
@@ -579,6 +580,93 @@ def test_events_of_a_connection_are_published_after_its_commit(engine: Engine) -
     assert outbox.sql.drain()
     assert publisher.stats().published == 6
     assert stored(engine) == []
+
+
+def test_rolled_back_events_are_not_looked_for_after_the_next_commit(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher = configure("memory://")
+    with engine.connect() as connection:
+        for n in range(5):
+            enqueue_event(n, "rolled.back", connection=connection)
+            connection.rollback()
+            enqueue_event(n, "kept", connection=connection)
+            connection.commit()
+    assert outbox.sql.drain()
+    assert publisher.stats().published == 5
+    assert warnings_of(caplog) == []
+
+
+def test_a_commit_that_fails_is_not_taken_for_rows_that_cannot_be_seen(
+    postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    publisher = configure("memory://")
+    engine = create_engine(postgresql_url)
+    Base.metadata.create_all(engine)
+    outbox.sql.metadata.create_all(engine)
+    with pytest.raises(IntegrityError), engine.begin() as connection:
+        connection.execute(text("INSERT INTO lines VALUES (1, 999)"))
+        enqueue_event(1, "lost", connection=connection)
+    with engine.connect() as connection:
+        enqueue_event(1, "lost", connection=connection)
+        with pytest.raises(ProgrammingError):
+            connection.execute(text("SELECT * FROM missing"))
+        connection.commit()  # to PostgreSQL it is a rollback
+    assert outbox.sql.drain()
+    assert publisher.stats().published == 0
+    assert warnings_of(caplog) == []
+    engine.dispose()
+
+
+# ------------------------------------------------------------- commits whose end is not noticed
+
+
+@pytest.mark.parametrize("end", ["close", "rollback"])
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_a_commit_that_is_interrupted_may_have_succeeded(
+    engine: Engine, end: str, succeeds: bool, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    publisher = configure("memory://")
+    commit = engine.dialect.do_commit
+
+    def interrupted(connection: Any) -> None:
+        if succeeds:
+            commit(connection)
+        raise KeyboardInterrupt
+
+    with Session(engine) as session:
+        enqueue_event(1, "a", session=session)
+        with contextlib.suppress(RuntimeError), session.begin_nested():
+            enqueue_event(1, "lost", session=session)
+            session.flush()
+            raise RuntimeError
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(engine.dialect, "do_commit", interrupted)
+            session.commit()
+        if end == "rollback":
+            session.rollback()
+    assert outbox.sql.drain()
+    assert publisher.stats().published == succeeds
+    assert stored(engine) == []
+    assert warnings_of(caplog) == []
+
+
+def test_an_error_of_the_applications_listener_leaves_no_event_behind(engine: Engine) -> None:
+    publisher = configure("memory://")
+
+    def fail(_: Session) -> None:
+        raise RuntimeError
+
+    event.listen(Session, "after_commit", fail, insert=True)
+    try:
+        with pytest.raises(RuntimeError), Session(engine) as session:
+            enqueue_event(1, "a", session=session)
+            session.commit()
+    finally:
+        event.remove(Session, "after_commit", fail)
+    assert outbox.sql.drain()
+    assert publisher.stats().published == 1
 
 
 @pytest.mark.parametrize("mode", ["create_savepoint", "rollback_only", "control_fully"])

@@ -53,7 +53,7 @@ CHANNEL = "outbox_events"
 """The PostgreSQL channel on which new rows are announced (NOTIFY, LISTEN)."""
 
 _BATCH = 1000
-_LINGER = 0.2  # seconds
+_LINGER = 2.0  # seconds for which an idle thread keeps its connection
 _GATHER = 0.003
 _LEASE = 10.0  # seconds; renewed while the broker takes its time
 _RETRY = 0.01  # seconds until the next claim of rows that wait for others of their key
@@ -306,7 +306,8 @@ class Handover:
                 left.due = 0.0
         if self._left:
             self._try_again()
-        if not self._committing:
+        if not self._committing and self._waiters:
+            self._close_sides()  # the database may be dropped next
             while self._waiters:
                 self._waiters.pop().release()
 

@@ -64,7 +64,6 @@ class SideEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_sqlite = source.dialect.name == "sqlite"
         self._is_async = source.dialect.is_async or (self._is_sqlite and engine.dialect.is_async)
-        self._is_own = self._is_sqlite or source.dialect.is_async
         if self._is_sqlite:
             self.engine = _Copy(source, with_events=False)
             try:
@@ -74,10 +73,10 @@ class SideEngine:
                 self.close()
                 raise
             _begin_immediately(self.engine, busy_timeout // 4)
-        elif source.dialect.is_async:
-            self.engine = _Copy(source)
         else:
-            self.engine = source
+            # Not with a connection of the application's pool: a thread that is interrupted there,
+            # by a signal handler that raises, leaves the pool's lock taken to all others.
+            self.engine = _Copy(source)
 
     def with_options(self, options: Mapping[str, Any]) -> Engine:
         """Return the engine with these execution options."""
@@ -105,9 +104,8 @@ class SideEngine:
             self.run(self.engine.dispose)
 
     def close(self) -> None:
-        """Close the connections, unless they are the application's."""
-        if self._is_own:
-            self.run(self.engine.dispose)
+        """Close the connections."""
+        self.run(self.engine.dispose)
         if self._loop is not None:
             self._loop.close()
             self._loop = None

@@ -393,6 +393,18 @@ def test_pools_with_a_connection_for_each_user(database_url: str, pool: Any) -> 
     engine.dispose()
 
 
+def test_a_lock_that_an_interrupted_thread_has_left_taken_stops_nothing(engine: Engine) -> None:
+    publisher = configure("memory://")
+    engine.connect().close()
+    pool: Any = engine.pool
+    with pool._pool.mutex:  # re-entrant, so this thread goes on
+        with Session(engine) as session:
+            enqueue_event(1, "a", session=session)
+            session.commit()
+        assert outbox.sql.drain()
+        assert publisher.stats().published == 1
+
+
 @pytest.mark.parametrize("pool", [StaticPool, AssertionPool])
 def test_a_pool_with_one_connection_is_left_alone(
     database_url: str, pool: Any, caplog: pytest.LogCaptureFixture

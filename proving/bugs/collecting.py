@@ -39,7 +39,8 @@ def _exceptions_publish() -> None:
 
 def _error_responses_publish() -> None:
     def discard(self: Any, why: Any) -> None:
-        self.submit_quietly()
+        if self._buffer.events:
+            self._hand_over(self._buffer, self.publisher)
 
     request_collector.RequestCollector.discard = discard  # type: ignore[method-assign]
 

@@ -226,7 +226,8 @@ class Backlog:
     def release_held(self, entries: Iterable[Entry]) -> None:
         """Count ``entries`` as kept like others again: their address takes events."""
         for entry in entries:
-            self._no_longer_held(entry)
+            if entry.kept:
+                self._no_longer_held(entry)
 
     def requeue(self, entries: Sequence[Entry]) -> None:
         """Put taken entries back at the head of the queue, in the order given."""

@@ -11,7 +11,7 @@ from functools import partial
 
 from outbox.backlog.backlog import Backlog, not_confirmed
 from outbox.backlog.chunk import Chunk, Entry
-from outbox.backlog.notifier import Notifier, log_kept
+from outbox.backlog.notifier import Notifier, ids, log_kept
 from outbox.errors import ConnectionLost, UsageError
 from outbox.event import Event
 from outbox.system import log_lines
@@ -162,8 +162,10 @@ class BackloggedTransport:
         deadline = time.monotonic() + timeout
         if not self.settled and not self._wait_until_settled(deadline):
             return False
-        successor = self._retires_to or self.successor  # moved from one to the other
-        return successor is None or successor.drain(max(0.0, deadline - time.monotonic()))
+        last = self._retires_to or self.successor  # moved from one to the other
+        while last is not None and last.successor is not None:
+            last = last.successor
+        return last is None or last.drain(max(0.0, deadline - time.monotonic()))
 
     def _wait_until_settled(self, deadline: float) -> bool:
         waiter = _thread.allocate_lock()
@@ -179,12 +181,18 @@ class BackloggedTransport:
 
     def adopt(self, entries: Sequence[Entry]) -> None:
         """Take over ``entries`` of another transport's backlog, and their chunks."""
+        last = self.successor
+        if last is not None:
+            while last.successor is not None:
+                last = last.successor
+            last.adopt(entries)
+            return
         for entry in entries:
             entry.parked_as = entry.delayed_as = None
             entry.frames = self._encode(entry.event)
             entry.chunk.holder = self
         self.start()
-        self._ask(lambda: self._notify(self.backlog.adopt(entries)))
+        self._ask(partial(self._on_adopted, entries))
 
     def retire(self, successor: Transport, timeout: float) -> bool:
         """Move to ``successor`` all events that are here or will be handed in, in their order.
@@ -284,6 +292,16 @@ class BackloggedTransport:
             except Exception:  # a bug in outbox must not hold up the others
                 logger.exception("unexpected error")
         self._taking_in = False
+
+    def _on_adopted(self, entries: Sequence[Entry]) -> None:
+        if self.successor is not None:  # this transport was replaced before it took them
+            self.successor.adopt(entries)
+            return
+        self._notify(self.backlog.adopt(entries))
+        if self._ended:
+            lost, news = self.backlog.close(ConnectionLost("the publisher was closed"))
+            self._notify(news)
+            logger.error("%d event(s) lost, the publisher was closed: %s", len(lost), ids(lost))
 
     def _on_released(self, chunk: Chunk) -> None:
         if chunk.reported is None:  # the caller was interrupted

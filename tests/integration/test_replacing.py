@@ -279,3 +279,19 @@ def test_the_thread_of_a_replaced_publisher_ends_while_the_program_still_refers_
     thread.join(5)
     assert not thread.is_alive()
     assert first.kept == ()
+
+
+def test_events_follow_publishers_that_are_replaced_before_they_start(
+    amqp_url: str, inspector: Inspector, name: str
+) -> None:
+    queue = inspector.queue(name, name)
+    first = configure("amqp://127.0.0.1:1/", exchange=name, timeout=0.2)
+    kept = [Event(id=str(n), target="x", exchange=name, body=b"0") for n in range(20)]
+    first.publish(kept)
+    for _ in range(1500):  # far more than Python's recursion limit
+        configure("amqp://127.0.0.1:1/", exchange=name)
+        first.submit([])
+    last = configure(amqp_url, exchange=name)
+    assert last.drain(10)
+    assert first.drain(10)
+    assert [message.id for message in inspector.all(queue)] == [event.id for event in kept]

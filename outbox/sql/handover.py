@@ -134,6 +134,7 @@ class _Submitted(NamedTuple):
     rows: list[Row]
     transaction: RootTransaction | None  # that is being committed
     since: float
+    publisher: Publisher | None  # not forgotten before it has tried
 
 
 @dataclass
@@ -195,7 +196,12 @@ class Handover:
             rows: the rows.
             transaction: a transaction whose commit has begun: nothing is done until it is over.
         """
-        self._queue.put(_Submitted(place, rows, transaction, time.monotonic()))
+        publisher = self._publisher()
+        if publisher is not None and publisher.closed and _successor() is None:
+            _warn_of_closed(len(rows))  # in a late exit handler, the thread could not any more
+            return
+        self._queue.put(_Submitted(place, rows, transaction, time.monotonic(), publisher))
+        process.run_exit_hooks_in_child()
         try:
             self._run_soon()
         except RuntimeError as error:  # too many threads, or the interpreter is exiting
@@ -247,6 +253,7 @@ class Handover:
         self._sides: dict[tuple[Engine, Engine | None], SideEngine] = {}
         self._committing: list[_Submitted] = []
         self._left: dict[Place, _Left] = {}
+        self._held: Publisher | None = None  # while anything is left for it
 
     def _run(self) -> None:
         self._pause = Pause()
@@ -306,6 +313,8 @@ class Handover:
                 left.due = 0.0
         if self._left:
             self._try_again()
+        if not self._left and not self._committing:
+            self._held = None
         if not self._committing and self._waiters:
             self._close_sides()  # the database may be dropped next
             while self._waiters:
@@ -340,6 +349,7 @@ class Handover:
             if each is None:
                 hurried = True
             elif isinstance(each, _Submitted):
+                self._held = each.publisher
                 submitted.append(each)
                 count += len(each.rows)
             else:
@@ -411,17 +421,15 @@ class Handover:
 
     def _pass_on(self) -> None:
         """Pass what is left to the publisher that has replaced this one, or to the relay."""
-        successor = configured_publisher()
+        successor = _successor()
         count = sum(len(left.rows) for left in self._left.values())
-        if successor is not None and not successor.closed:
+        if successor is not None:
             for place, left in self._left.items():
                 handover = handover_for(place.engine, successor)
                 if handover is not None and handover is not self and left.rows:
                     handover.submit(place, list(left.rows.values()))
         elif count:
-            logger.warning(
-                "leaving %d stored event(s) to the relay: the publisher is closed", count
-            )
+            _warn_of_closed(count)
         self._left.clear()
 
     def _attempt(self, place: Place, left: _Left, rows: dict[int, Row]) -> None:
@@ -564,6 +572,16 @@ class Handover:
             side.run(write_fates, store, batch.abandon())
             raise
         return batch.fates
+
+
+def _successor() -> Publisher | None:
+    """Return the publisher that has replaced one that was closed, or None."""
+    successor = configured_publisher()
+    return None if successor is None or successor.closed else successor
+
+
+def _warn_of_closed(count: int) -> None:
+    logger.warning("leaving %d stored event(s) to the relay: the publisher is closed", count)
 
 
 def _chunks(rows: Mapping[int, Row]) -> Iterator[dict[int, Row]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import logging
 import os
 import pwd
@@ -854,6 +855,19 @@ def test_a_publisher_that_is_closed_ends_the_attempts(
     wait_until(lambda: not any(each.name == "outbox-handover" for each in threading.enumerate()), 5)
     assert "the publisher is closed" in caplog.text
     assert stored(engine) == ["a"]
+
+
+def test_a_publisher_that_is_forgotten_after_the_commit_publishes(engine: Engine) -> None:
+    def store() -> None:
+        publisher = Publisher("memory://")
+        with auto_publishing(publisher=publisher), Session(engine) as session:
+            enqueue_event(1, "a", session=session)
+            session.commit()
+
+    for _ in range(5):
+        store()
+        gc.collect()
+    wait_until(lambda: stored(engine) == [])
 
 
 def test_drain_tries_again_what_is_left(engine: Engine) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -50,6 +52,31 @@ def announce():
     with auto_publishing() as block:
         enqueue_event(0, "x", id="at exit")
     print(block.report)
+"""
+
+STORING = """
+import atexit, multiprocessing, sys
+
+def store():
+    with Session(engine) as session:
+        enqueue_event(0, "x", session=session)
+        session.commit()
+
+if sys.argv[1] == "late exit handler":
+    atexit.register(store)  # runs after those of outbox
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+import outbox.sql
+from outbox import configure, enqueue_event
+
+engine = create_engine(f"sqlite:///{sys.path[0]}/shop.db")
+outbox.sql.metadata.create_all(engine)
+configure("memory://")
+store()
+if sys.argv[1] == "child":
+    child = multiprocessing.get_context("fork").Process(target=store)
+    child.start()
+    child.join()
 """
 
 CELERY = """
@@ -126,6 +153,18 @@ def test_an_exit_handler_may_publish_the_first_event(
     done = run(tmp_path, AT_EXIT, amqp_url, name)
     assert done.stdout == "1 published\n", done.stderr
     assert inspector.get(queue).id == "at exit"
+
+
+@pytest.mark.parametrize("where", ["child", "late exit handler"])
+def test_an_event_that_is_stored_at_the_end_is_published_or_named(
+    tmp_path: Path, where: str
+) -> None:
+    done = run(tmp_path, STORING, where)
+    assert done.returncode == 0, done.stderr
+    with contextlib.closing(sqlite3.connect(tmp_path / "shop.db")) as connection:
+        [(left,)] = connection.execute("SELECT count(*) FROM outbox_events")
+    assert left == (where != "child")
+    assert ("leaving 1 stored event(s) to the relay" in done.stderr) == left
 
 
 def test_a_process_that_publishes_nothing_does_not_connect_at_its_end(

@@ -54,6 +54,7 @@ CHANNEL = "outbox_events"
 
 _BATCH = 1000
 _LINGER = 2.0  # seconds for which an idle thread keeps its connection
+_LINGER_UNCONNECTED = 0.2  # seconds
 _GATHER = 0.003
 _LEASE = 10.0  # seconds; renewed while the broker takes its time
 _RETRY = 0.01  # seconds until the next claim of rows that wait for others of their key
@@ -288,7 +289,8 @@ class Handover:
                 first = [self._queue.get(timeout=self._next())]
             except queue.Empty:
                 first = []
-                if not self._committing and time.monotonic() >= rested:
+                rests = not self._sides or time.monotonic() >= rested
+                if not self._committing and rests:
                     self._close_sides()
                     if not self._left:
                         return
@@ -326,7 +328,7 @@ class Handover:
             return _COMMITTING[0]
         due = min((left.due for left in self._left.values()), default=0.0)
         if not self._left:
-            return _LINGER
+            return _LINGER if self._sides else _LINGER_UNCONNECTED
         # Not longer, so that a publisher that was closed ends the thread.
         return min(max(due - time.monotonic(), _RETRY), _BROKER)
 

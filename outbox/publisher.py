@@ -27,7 +27,7 @@ from outbox.transports.registry import open_transport
 from outbox.transports.transport import Transport
 from outbox.url import masked
 
-__all__ = ["Publisher", "refuse_running_loop"]
+__all__ = ["Publisher", "refuse_running_loop", "run_exit_hooks_in_child"]
 
 logger = logging.getLogger("outbox.publisher")
 
@@ -211,7 +211,7 @@ class Publisher:
         After an exception, also one of a signal handler, ``chunk.revoke()`` decides whether it was
         submitted.
         """
-        _run_exit_hooks_in_child()
+        run_exit_hooks_in_child()
         self._transport(observer).hand_in(chunk)
 
     def wait_for(self, chunk: Chunk, timeout: float | None = None) -> PublishReport:
@@ -507,7 +507,7 @@ def _close_all() -> None:
         _close(transport)
 
 
-def _run_exit_hooks_in_child() -> None:
+def run_exit_hooks_in_child() -> None:
     """Have the exit hooks run if this is a child of multiprocessing or billiard.
 
     It forgets what was registered before it began, so this is looked at each time.

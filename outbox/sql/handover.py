@@ -24,7 +24,7 @@ from sqlalchemy.exc import ProgrammingError
 
 from outbox.configuration import configured_publisher
 from outbox.errors import OutboxError
-from outbox.publisher import Publisher
+from outbox.publisher import Publisher, run_exit_hooks_in_child
 from outbox.sql.row_fates import RowFates, write_fates
 from outbox.sql.waves import Batch
 from outbox.storage.failures import DatabaseError, reason_of
@@ -202,7 +202,7 @@ class Handover:
             _warn_of_closed(len(rows))  # in a late exit handler, the thread could not any more
             return
         self._queue.put(_Submitted(place, rows, transaction, time.monotonic(), publisher))
-        process.run_exit_hooks_in_child()
+        run_exit_hooks_in_child()
         try:
             self._run_soon()
         except RuntimeError as error:  # too many threads, or the interpreter is exiting

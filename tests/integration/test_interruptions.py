@@ -18,6 +18,9 @@ from tests.amqp import Inspector
 
 INTERRUPTIONS = 300
 
+# Where the signal handler raises in a finalizer, Python only reports it.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 class TimeLimit(Exception):
     """Raised by a signal handler, as by RQ, Celery's soft limits and pytest-timeout."""

@@ -8,14 +8,15 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, event, func, select
+from sqlalchemy import and_, bindparam, delete, event, func, or_, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox import ids
 from outbox.configuration import default_publisher
 from outbox.sql import Store, metadata, relay, row_fates, transaction, waves
-from outbox.storage import rows, store
+from outbox.storage import rows, schema, store
+from outbox.storage.statements import Statements
 from proving.bugs.bug import Bug
 
 __all__ = ["BUGS"]
@@ -91,7 +92,7 @@ def _left_is_done() -> None:
 
 def _rows_by_number_alone() -> None:
     module: Any = transaction
-    place_of, claim = module.place_of, Store.claim
+    place_of = module.place_of
     places: list[Any] = []
 
     def first_place(connection: Any) -> Any:
@@ -101,16 +102,13 @@ def _rows_by_number_alone() -> None:
             return places[0]
         return place
 
-    def claim_by_number(self: Any, count: int, *, only: Any = None, **options: Any) -> Any:
-        if only is not None:
-            with self.engine.connect() as connection:
-                table = metadata.tables["outbox_events"]
-                query = select(table.c.seq, table.c.id).where(table.c.seq.in_(list(only)))
-                only = dict(connection.execute(query).all()) or only
-        return claim(self, count, only=only, **options)
+    def chosen(self: Any) -> Any:
+        row = schema.events.c
+        numbered = or_(self.is_one_of, self.is_marked)
+        return and_(row.queue == bindparam("of_queue"), row.dead_at.is_(None), numbered)
 
     module.place_of = first_place
-    Store.claim = claim_by_number  # type: ignore[method-assign, assignment]
+    Statements.chosen = property(chosen)  # type: ignore[assignment]
 
 
 def _settled_under_the_applications_level() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from outbox import exit_codes
 from tests.amqp import Inspector, properties_of
+from tests.waiting import wait_until
 
 MODULE = """
 import asyncio, pathlib, time
@@ -126,7 +127,7 @@ def test_a_thread_that_cannot_be_stopped_does_not_hold_up_the_exit(
     wait_for_file(tmp_path / "started")
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=10) == exit_codes.UNFINISHED
-    assert inspector.count(queue) == 1
+    wait_until(lambda: inspector.count(queue) == 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -571,7 +571,7 @@ def test_all_messages_of_a_queue_start_before_any_of_the_next(
     prefetch: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatch_queue, "_ON_ITS_WAY", 1.0)  # of a broker beside other tests
+    monkeypatch.setattr(dispatch_queue, "_ON_ITS_WAY", 2.0)  # of a broker beside other tests
     begun: list[str] = []
     queues = [made(place, f"{name}-{rank}") for rank in ("high", "medium", "low")]
     count = 20 if prefetch == 1 else 150

@@ -585,7 +585,7 @@ def test_heartbeats_that_a_silent_broker_takes_do_not_keep_the_link_alive(
     with Publisher(
         proxy.url, exchange=name, timeout=0.2, stall_timeout=2, heartbeat=1, drain_timeout=0.1
     ) as publisher:
-        assert publisher.publish([before]).ok
+        assert publisher.publish([before], timeout=10).ok
         proxy.black_hole(Way.UP)  # heartbeats still arrive, and pika goes on sending them
         assert publisher.publish([event]).kept
         assert 1 < wait_until(lambda: not publisher.connected, 6) < 5

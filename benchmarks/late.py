@@ -139,6 +139,8 @@ def run(requests: int) -> Outcome:
             if hasattr(body, "close"):
                 body.close()
 
+    scope: Any = {"type": "http"}
+
     async def in_task(number: int) -> None:
         for n in range(number):
             if n % 2:
@@ -146,7 +148,7 @@ def run(requests: int) -> Outcome:
                     enqueue_event({}, "first")
                     late.start_task()
             else:
-                await asgi({"type": "http"}, receive, send)  # type: ignore[arg-type]
+                await asgi(scope, receive, send)
 
     async def in_tasks(number: int) -> None:
         shares = [number // 10 + (n < number % 10) for n in range(10)]

@@ -289,6 +289,23 @@ class ReportFuture(Future[PublishReport]):
         super().__init__()
         self._condition = _Condition()  # type: ignore[assignment]
 
+    def result(self, timeout: float | None = None) -> PublishReport:
+        """Return the report, waiting at most ``timeout`` seconds for it."""
+        self._wait(timeout)
+        return super().result(0)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return None once there is a report, waiting at most ``timeout`` seconds for it."""
+        self._wait(timeout)
+        return super().exception(0)
+
+    def _wait(self, timeout: float | None) -> None:
+        waiter = _thread.allocate_lock()
+        waiter.acquire()
+        self.add_done_callback(lambda _: waiter.release())
+        seconds = threading.TIMEOUT_MAX if timeout is None else max(timeout, 0.0)
+        waiter.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+
 
 def _resolve(future: Future[PublishReport], report: PublishReport) -> None:
     if future.set_running_or_notify_cancel():

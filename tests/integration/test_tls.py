@@ -34,13 +34,15 @@ def make_certificates(folder: Path) -> None:
     """Make an authority, a server's certificate for 127.0.0.1, and a client's for the user."""
     ca, key = f"{folder}/ca.pem", f"{folder}/ca.key"
     common = ("-newkey", "rsa:2048", "-nodes", "-days", "2")
-    run("openssl", "req", "-x509", *common, "-keyout", key, "-out", ca, "-subj", "/CN=test")
+    # Python 3.13 verifies strictly (RFC 5280, sections 4.2.1.1 and 4.2.1.3).
+    usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
+    run("openssl", "req", "-x509", *common, "-keyout", key, "-out", ca, "-subj", "/CN=test", *usage)
     for name, subject, extension in (
         ("server", "/CN=127.0.0.1", "subjectAltName=IP:127.0.0.1"),
         ("client", f"/CN={USER}", "extendedKeyUsage=clientAuth"),
     ):
         request, extensions = f"{folder}/{name}.csr", folder / f"{name}.ext"
-        extensions.write_text(extension)
+        extensions.write_text(f"{extension}\nauthorityKeyIdentifier=keyid\n")
         own = f"{folder}/{name}.key"
         run("openssl", "req", *common, "-keyout", own, "-out", request, "-subj", subject)
         sign = ("openssl", "x509", "-req", "-in", request, "-CA", ca, "-CAkey", key, "-days", "2")

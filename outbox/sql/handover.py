@@ -32,6 +32,7 @@ from outbox.storage.schema import GRACE
 from outbox.storage.side_engine import SideEngine, Unfit, refusal_of, refuse
 from outbox.storage.store import Claimed, Store
 from outbox.system import process
+from outbox.system.background_thread import let_start
 from outbox.system.backoff import backoff
 from outbox.system.fork_pause import Pause
 
@@ -232,6 +233,7 @@ class Handover:
         """
         if not self._running:
             _thread.start_new_thread(self._start, ())
+            let_start(lambda: self._running)
 
     def _start(self) -> None:
         with self._starting:

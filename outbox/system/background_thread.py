@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import _thread
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
 
+from outbox.errors import UsageError
 from outbox.system import threads
 from outbox.system.fork_pause import Pause
 
-__all__ = ["BackgroundThread"]
+__all__ = ["BackgroundThread", "let_start"]
 
 logger = logging.getLogger("outbox")
 
+_MOMENT = 0.1  # seconds
 _PATIENCE = 1.0
 """Seconds until a start is tried again that hasn't happened."""
+
+
+def let_start(is_started: Callable[[], bool]) -> None:
+    """Give a thread that starts another one a moment, on Python 3.12.
+
+    That starts no thread any more once the interpreter has begun to exit, which may be next.
+    """
+    if sys.version_info[:2] == (3, 12):
+        deadline = time.monotonic() + _MOMENT
+        while not is_started() and time.monotonic() < deadline:
+            time.sleep(0.0005)
 
 
 class BackgroundThread:
@@ -64,8 +78,17 @@ class BackgroundThread:
         if self.started or self._cancelled or time.monotonic() - self._asked_at < _PATIENCE:
             return
         threads.check_start()
-        _thread.start_new_thread(self._start, ())
+        try:
+            _thread.start_new_thread(self._start, ())
+        except RuntimeError as error:
+            if "shutdown" not in str(error):
+                raise
+            raise UsageError(
+                "Python starts no thread while it exits: call publisher.make_ready() before, when "
+                "the application starts"
+            ) from error
         self._asked_at = time.monotonic()
+        let_start(lambda: self.started)
 
     def start_now(self) -> None:
         """Start the thread and wait until it runs, unless that has been done or cancelled.

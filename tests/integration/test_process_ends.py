@@ -151,6 +151,9 @@ def test_an_exit_handler_may_publish_the_first_event(
 ) -> None:
     queue = inspector.queue(name, name)
     done = run(tmp_path, AT_EXIT, amqp_url, name)
+    if sys.version_info[:2] == (3, 12):  # which starts no thread once it has begun to exit
+        assert "call publisher.make_ready() before" in done.stderr
+        return
     assert done.stdout == "1 published\n", done.stderr
     assert inspector.get(queue).id == "at exit"
 

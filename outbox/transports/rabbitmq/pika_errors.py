@@ -71,6 +71,8 @@ def _before_amqp(error: pika.exceptions.IncompatibleProtocolError) -> str:
         return "the server there does not speak AMQP 0-9-1"
     if "CERTIFICATE_REQUIRED" in text or "HANDSHAKE_FAILURE" in text:
         return f"the server demands a client's certificate (certfile, keyfile): {text}"
+    if "EOF" in text:  # the server's alert may be lost with the connection
+        return f"TLS failed; it may demand a client's certificate (certfile, keyfile): {text}"
     return f"TLS failed: {text}"
 
 

@@ -50,7 +50,7 @@ def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> P
         InvalidEvent: the new publisher cannot carry a kept event; likewise.
     """
     global _publisher
-    if url is None and seam.observer is not None and not os.environ.get("OUTBOX_URL"):
+    if url is None and seam.observer is not None and not _environment_has_url():
         url = "memory://"  # a test records the events: it needs no URL
     with _lock:
         publisher = Publisher(url, **settings)
@@ -84,10 +84,15 @@ def default_publisher(observer: Observer | None = None) -> Publisher:
         if (
             _publisher is None
             and (observer or seam.observer) is not None
-            and not os.environ.get("OUTBOX_URL", "").strip()
+            and not _environment_has_url()
         ):
             return _stand_in_for(observer or seam.observer)
         return _publisher or configure()
+
+
+def _environment_has_url() -> bool:
+    """Return whether ``OUTBOX_URL`` is set; a blank one counts as unset, as in the settings."""
+    return bool(os.environ.get("OUTBOX_URL", "").strip())
 
 
 def _stand_in_for(observer: Observer | None) -> Publisher:
@@ -100,7 +105,7 @@ def _stand_in_for(observer: Observer | None) -> Publisher:
 
 def publisher_if_any() -> Publisher | None:
     """Return the default publisher, or None if neither code nor the environment names a URL."""
-    if _publisher is None and seam.observer is None and not os.environ.get("OUTBOX_URL"):
+    if _publisher is None and seam.observer is None and not _environment_has_url():
         return None  # without the search of the environment for settings: an event waits for it
     try:
         return default_publisher()

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any, Self, Unpack
 
 from outbox.backlog import waker
+from outbox.backlog.backlog import SILENCE
 from outbox.backlog.chunk import Chunk
 from outbox.backlog.notifier import call_hook, ids
 from outbox.backlog.stats import Stats
@@ -33,9 +34,6 @@ logger = logging.getLogger("outbox.publisher")
 
 _BUSY = 0.05
 """Seconds to wait for the publisher's thread where it reports at once."""
-
-_SILENCE = 0.5
-"""Seconds after which a caller looks whether others have found the broker silent."""
 
 _RETIRING = 2.0
 """Seconds to wait until a replaced publisher has moved its events."""
@@ -450,7 +448,7 @@ class Publisher:
         if chunk.holder.circuit_open:  # it is reported at once, unless the thread is busy
             yield min(seconds, _BUSY)
             return
-        first = min(seconds, _SILENCE)
+        first = min(seconds, SILENCE)  # by then others may have found the broker silent
         yield first
         if first < seconds and not chunk.holder.circuit_open:
             yield seconds - first

@@ -31,9 +31,9 @@ from outbox.errors import BrokerError, PublishTimeout
 from outbox.event import Event
 from outbox.report import PublishReport, Rejection
 
-__all__ = ["Backlog", "News", "not_confirmed"]
+__all__ = ["SILENCE", "Backlog", "News", "not_confirmed"]
 
-_SILENCE = 0.5
+SILENCE = 0.5
 """Seconds without any confirm that open the circuit. A caller's own timeout may be far shorter than
 a round trip, and must not make the others fail."""
 
@@ -124,7 +124,7 @@ class Backlog:
     def circuit(self) -> BrokerError | None:
         """The reason why new chunks are reported at once; None while the circuit is closed."""
         since = self._doubted_since
-        if self._down is None and since is not None and self._clock() - since >= _SILENCE:
+        if self._down is None and since is not None and self._clock() - since >= SILENCE:
             return PublishTimeout("the broker has stopped confirming")
         return self._down
 

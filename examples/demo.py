@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -34,6 +35,7 @@ from outbox.testing import BrokerMissing, PrivateBroker
 
 ROOT = Path(__file__).parents[1]
 QUICK_MS = 100
+interrupted = threading.Event()
 
 
 class Failed(Exception):
@@ -289,6 +291,7 @@ class Process:
     def until(self, condition: Callable[[], object], what: str, timeout: float = 20) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
+            go_on()
             if not self.running or time.monotonic() > deadline:
                 raise Failed(what)
             time.sleep(0.05)
@@ -354,6 +357,7 @@ class Witness(Consumer):
         """Wait for the next event to ``target``; return its payload."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
+            go_on()
             for index, (seen, payload) in enumerate(self._seen):
                 if seen == target:
                     del self._seen[index]
@@ -401,7 +405,14 @@ def interrupt(_number: int, _frame: FrameType | None) -> None:
     """End the demo; ignore further signals, so that they don't disturb the clean-up."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    interrupted.set()
     raise KeyboardInterrupt
+
+
+def go_on() -> None:
+    """Raise the interrupt again if Python discarded it, as it does in a destructor."""
+    if interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def expect(observed: bool, what: str) -> None:
@@ -410,6 +421,7 @@ def expect(observed: bool, what: str) -> None:
 
 
 def step(text: str) -> None:
+    go_on()
     bold = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     say(f"\033[1m{text}\033[0m" if bold else text)
 

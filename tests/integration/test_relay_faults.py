@@ -18,6 +18,7 @@ from sqlalchemy import text
 from outbox import Publisher, UsageError
 from outbox.sql import Relay, Store
 from outbox.sql import relay as module
+from outbox.sql.handover import CHANNEL
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.relaying import an_event, is_empty, many, opened, running
@@ -212,8 +213,9 @@ def test_a_lost_listener_reconnects(
 
     def listeners() -> list[int]:
         with postgresql_store.engine.begin() as connection:
-            found = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'LISTEN%'"
-            return list(connection.execute(text(found)).scalars())
+            # Not any LISTEN: the relay first tries one on a channel of another name.
+            found = "SELECT pid FROM pg_stat_activity WHERE query = :query"
+            return list(connection.execute(text(found), {"query": f"LISTEN {CHANNEL}"}).scalars())
 
     with running(Relay(postgresql_store, publisher, listen=True)):
         wait_until(listeners)

@@ -1,7 +1,7 @@
 """The exit codes of ``outbox`` and ``outbox-consume``: one set, each number with one meaning."""
 
 SUCCESS = 0
-"""Done, or stopped as requested with every message settled."""
+"""Done, or stopped as requested: every message is settled, or was held and will be redelivered."""
 
 UNFINISHED = 1
 """Done in part: the output names what is left. Unfinished messages are redelivered."""

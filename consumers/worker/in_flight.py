@@ -121,16 +121,17 @@ class InFlight:
             self._work.on_used_up()
 
     def stop(self, deadline: float) -> bool:
-        """Wait for the unconfirmed lives, until ``deadline``; return whether all have ended.
+        """Wait for the unconfirmed lives, until ``deadline``; return whether all are reported.
 
-        The messages of the others are redelivered.
+        The messages of the others are redelivered, and so are those whose events were not
+        confirmed: they are left as a held message is.
         """
         self._stopping = True
         remaining = max(0.0, deadline - time.monotonic())
         finished = not self._unconfirmed or self._all_confirmed.wait(remaining)
         self._reported.put(None)
         self._unconfirmed.clear()
-        return finished and not self._put_again
+        return finished
 
     def _on_reported(self, life: Life, report: PublishReport) -> None:
         self._reported.put((life, report))

@@ -10,13 +10,17 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from outbox import exit_codes
-from outbox.commands.database_access import open_store, translate_errors
+from outbox.commands.database_access import (
+    DatabaseUnavailable,
+    open_store,
+    translate_errors,
+)
 from outbox.commands.options import broker_option, database_option, positive
 from outbox.publisher import Publisher
 from outbox.system.signals import Signals
 
 if TYPE_CHECKING:
-    from outbox.sql import Relay
+    from outbox.sql import Relay, Store
 
 __all__ = ["add_parser"]
 
@@ -88,23 +92,33 @@ def _run(options: argparse.Namespace) -> int:
         logging.getLogger().setLevel(logging.INFO)  # a service shows what it does only in its log
     signals = Signals(second_exits=exit_codes.INTERRUPTED)
     signals.begin()
-    with open_store(options) as store:
-        from outbox.sql import Relay
+    try:
+        with open_store(options) as store:
+            return _relay(store, signals, options)
+    except DatabaseUnavailable:
+        # A service that is stopped while it waits for its first connection has stopped cleanly.
+        if signals.asked and not options.once:
+            return exit_codes.SUCCESS
+        raise
 
-        publisher = Publisher(options.url)
-        try:
-            relay = Relay(
-                store,
-                publisher,
-                batch=options.batch,
-                lease=options.lease,
-                ordered=options.ordered,
-                listen=options.listen,
-            )
-            run = _publish_once if options.once else _serve
-            return run(relay, signals, options.shutdown_timeout)
-        finally:
-            publisher.close(0)  # the relay has released the unconfirmed events
+
+def _relay(store: Store, signals: Signals, options: argparse.Namespace) -> int:
+    from outbox.sql import Relay
+
+    publisher = Publisher(options.url)
+    try:
+        relay = Relay(
+            store,
+            publisher,
+            batch=options.batch,
+            lease=options.lease,
+            ordered=options.ordered,
+            listen=options.listen,
+        )
+        run = _publish_once if options.once else _serve
+        return run(relay, signals, options.shutdown_timeout)
+    finally:
+        publisher.close(0)  # the relay has released the unconfirmed events
 
 
 def _serve(relay: Relay, signals: Signals, timeout: float) -> int:

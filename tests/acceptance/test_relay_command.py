@@ -6,6 +6,7 @@ import contextlib
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -128,6 +129,19 @@ def test_a_second_signal_ends_it_at_once(
     assert child.poll() is None
     child.send_signal(signal.SIGTERM)
     assert child.wait(2) == exit_codes.INTERRUPTED
+
+
+def test_a_signal_before_the_database_can_be_reached_is_a_clean_stop(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        child = start(OUTBOX_DATABASE_URL=f"postgresql://outbox@127.0.0.1:{port}/events")
+        connection, _ = silent.accept()
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        connection.close()
+        silent.close()
+        code, _output, errors = ended(child)
+    assert code == exit_codes.SUCCESS, errors
 
 
 def test_once_publishes_due_events_and_exits(

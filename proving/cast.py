@@ -10,6 +10,9 @@ from proving.processes import Program, Server
 
 __all__ = ["free_port", "programs"]
 
+_MARGIN = 5.0
+"""Seconds for a server to end after its workers."""
+
 
 def programs(
     environment: Mapping[str, str],
@@ -41,7 +44,9 @@ def programs(
         "script": program("script", "proving.programs.script"),
         "wsgi": server(
             "wsgi",
-            *("gunicorn", "-k", "gthread", "--threads", "3", "--graceful-timeout", "20"),
+            *("gunicorn", "-k", "gthread", "--threads", "3"),
+            # Longer than the drain at a worker's exit, or gunicorn kills it meanwhile.
+            *("--graceful-timeout", f"{grace - _MARGIN:.0f}"),
             *("-b", f"127.0.0.1:{ports['wsgi']}", "proving.programs.wsgi:app"),
             *("--log-level", "warning"),
             children=99,

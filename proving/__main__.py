@@ -47,7 +47,7 @@ def prove(
     bug: str = "",
     parking: bool = True,
     patience: float = 90.0,
-    drain: float = 40.0,
+    drain: float = 90.0,
     arrival: float = 120.0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Verdict, Counter[str]]:

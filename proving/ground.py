@@ -59,7 +59,7 @@ class Ground:
         parking: bool = True,
         own_user: bool = True,
         patience: float = 90.0,
-        drain: float = 40.0,
+        drain: float = 90.0,  # longer than several outages in a row
     ) -> None:
         """Prepare a ground; entering it starts everything.
 

@@ -140,6 +140,7 @@ class Server(Program):
             return own
         children = []
         for pid in own:
-            listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-            children += [int(child) for child in listed.split()]
+            for listed in Path(f"/proc/{pid}/task").glob("*/children"):  # those of each thread
+                with contextlib.suppress(OSError):  # the thread has ended
+                    children += [int(child) for child in listed.read_text().split()]
         return children[: self._children]

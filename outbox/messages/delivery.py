@@ -29,6 +29,9 @@ __all__ = [
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
+_COUNTED = "x-delivery-count"
+_ACQUIRED = "x-acquired-count"  # written by 4.3, also where nothing of it has counted
+
 QueueType = Literal["quorum", "classic"]
 
 
@@ -100,6 +103,22 @@ class Delivery:
         """The number of this attempt, from 1; without the header it is the first."""
         attempt = (self.headers or {}).get(ATTEMPT)
         return attempt if type(attempt) is int and attempt > 0 else 1
+
+    @property
+    def returned(self) -> int:
+        """How often it came back to its queue, as far as the broker has counted that: 0 or more.
+
+        A quorum queue counts (``x-delivery-count``); RabbitMQ 4.3 and later leave out what was
+        nacked, and count only what was lost with its channel, or rejected. Without a count it is 1
+        for a message that may have been delivered before.
+        """
+        if not self.redelivered:
+            return 0
+        headers = self.headers or {}
+        count = headers.get(_COUNTED)
+        if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
+            return int(count)
+        return 0 if _ACQUIRED in headers else 1
 
     @property
     def first_failure(self) -> datetime.datetime | None:

@@ -16,6 +16,7 @@ from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
 from outbox.consumers.worker.assignment import Assignment
 from outbox.consumers.worker.dispatch_queue import make_dispatch_queue
+from outbox.consumers.worker.renewal import Renewal
 from outbox.consumers.worker.task_engine import TaskEngine
 from outbox.consumers.worker.thread_engine import ThreadEngine
 from outbox.consumers.worker.worker_context import MakeMessage, Quota, WorkerContext
@@ -126,6 +127,7 @@ class Worker:
         )
         self._threads = ThreadEngine(work, threads) if assignment.plain else None
         self._tasks = TaskEngine(work, concurrency) if assignment.asynchronous else None
+        self._renewal = Renewal(self.publisher, self._subscription, self._receiver())
 
     @property
     def has_worked(self) -> bool:
@@ -152,7 +154,7 @@ class Worker:
         for engine in self._engines():
             engine.start()
         self.publisher.make_ready()
-        self._subscription.start(self._receiver(), self._on_refused)
+        self._subscription.start(self._renewal.receive, self._on_refused)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait at most ``timeout`` seconds for a reason to stop; return whether there is one.
@@ -182,6 +184,7 @@ class Worker:
             engine.ask_to_stop(deadline)
         self._subscription.cancel()
         ends = [engine.stop(deadline) for engine in self._engines()]
+        self._renewal.stop(deadline)
         if self._isolation is not None:
             self._isolation.end()
         finished = all(ends)

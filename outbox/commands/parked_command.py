@@ -24,8 +24,9 @@ __all__ = ["add_parser"]
 _LISTED = 50
 _MANY_RETURNS = 10
 _TOO_MANY_RETURNS = (
-    f"outbox: some messages have been requeued {_MANY_RETURNS} times or more; RabbitMQ 4.0 to 4.2 "
-    "deletes them after 20 times, unless a policy sets another delivery-limit"
+    f"outbox: some messages have been requeued {_MANY_RETURNS} times or more, and this look counts "
+    "as well; RabbitMQ 4.0 to 4.2 deletes them after 20 times, unless the queue (x-delivery-limit) "
+    "or a policy has another limit"
 )
 
 _EXAMPLES = """\

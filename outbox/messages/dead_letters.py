@@ -36,6 +36,7 @@ from outbox.messages.headers import (
     PARKED_PREFIX,
     PARKED_REASON,
     PARKED_TARGET,
+    RETURNED,
     is_brokers_own,
 )
 from outbox.messages.message_copy import NotCarried, copy_of, senders_headers, writable
@@ -50,6 +51,7 @@ __all__ = [
     "origin_headers",
     "origin_of",
     "parked",
+    "renewed",
     "restore_origin",
 ]
 
@@ -60,7 +62,7 @@ _LONGEST_REASON = 2_000  # characters
 _ADDED: dict[Kind, str] = {"parked": PARKED_PREFIX, "dead": DEAD_PREFIX}
 
 # A replayed dead letter starts over: it has no attempts yet.
-_OF_AN_ATTEMPT = (ORIGIN_EXCHANGE, ORIGIN_TARGET, ATTEMPT, FIRST_FAILURE)
+_OF_AN_ATTEMPT = (ORIGIN_EXCHANGE, ORIGIN_TARGET, ATTEMPT, FIRST_FAILURE, RETURNED)
 
 Header = Callable[[str], Any]
 """Returns the value of a header, or None."""
@@ -113,6 +115,24 @@ def dead_letter(
     if plain_table(headers, "headers")[1] > MAX_HEADER_BYTES:
         headers.pop(DEAD_TRACEBACK, None)
     return copy_of(delivery, dead_letter_queue(delivery.queue), headers)
+
+
+def renewed(delivery: Delivery) -> Event | None:
+    """Return the copy that returns a message to its queue with the broker's count at 0.
+
+    It is delivered as the message was: with its id, body, headers, attempt, exchange and target.
+    None if that can't be done: the sender's headers leave no room for outbox's, or are nested too
+    deeply, or the body has an encoding, which a copy can't name.
+    """
+    if delivery.content_encoding:
+        return None
+    try:
+        headers = senders_headers(delivery)
+    except NotCarried:
+        return None
+    origin = origin_headers(Address(delivery.exchange, delivery.target))
+    headers = {**headers, **origin, RETURNED: delivery.returned}
+    return copy_of(delivery, delivery.queue, headers)
 
 
 def parked(event: Event, reason: str) -> Event:

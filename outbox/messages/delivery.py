@@ -15,6 +15,7 @@ from outbox.messages.headers import (
     HEADER_FORMAT,
     HEADER_KEY,
     HEADER_OCCURRED_AT,
+    RETURNED,
 )
 
 __all__ = [
@@ -106,11 +107,20 @@ class Delivery:
 
     @property
     def returned(self) -> int:
-        """How often it came back to its queue, as far as the broker has counted that: 0 or more.
+        """How often it came back to its queue, as far as that was counted: 0 or more.
 
-        A quorum queue counts (``x-delivery-count``); RabbitMQ 4.3 and later leave out what was
-        nacked, and count only what was lost with its channel, or rejected. Without a count it is 1
-        for a message that may have been delivered before.
+        A quorum queue counts (:attr:`counted`), and a renewed copy remembers the count before it.
+        """
+        before = (self.headers or {}).get(RETURNED)
+        return self.counted + (before if type(before) is int and before > 0 else 0)
+
+    @property
+    def counted(self) -> int:
+        """How often it came back by the broker's own count, for which it may be given up.
+
+        RabbitMQ 4.3 and later leave out what was nacked, and count only what was lost with its
+        channel, or rejected. Without a count it is 1 for a message that may have been delivered
+        before.
         """
         if not self.redelivered:
             return 0

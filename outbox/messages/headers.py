@@ -29,6 +29,7 @@ __all__ = [
     "PARKED_PREFIX",
     "PARKED_REASON",
     "PARKED_TARGET",
+    "RETURNED",
     "is_brokers_own",
 ]
 
@@ -39,6 +40,7 @@ HEADER_KEY = "outbox-key"
 HEADER_OCCURRED_AT = "outbox-occurred-at-us"
 ATTEMPT = "outbox-attempt"
 FIRST_FAILURE = "outbox-first-failed-at"
+RETURNED = "outbox-returned"
 ORIGIN_EXCHANGE = "outbox-origin-exchange"
 ORIGIN_TARGET = "outbox-origin-target"
 DELAY_HEADERS = "outbox-delay-"

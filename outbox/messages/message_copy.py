@@ -1,4 +1,4 @@
-"""Copies of messages: for the dead letters, or for a retry in the same queue.
+"""Copies of messages: for the dead letters, or for the same queue.
 
 Any client may have sent the message, so its values are made writable first.
 """
@@ -13,7 +13,12 @@ from outbox.event import Event
 from outbox.header_values import MAX_HEADER_BYTES, plain_table
 from outbox.ids import new_id
 from outbox.messages.delivery import Delivery
-from outbox.messages.headers import HEADER_FORMAT, HEADER_OCCURRED_AT, is_brokers_own
+from outbox.messages.headers import (
+    HEADER_FORMAT,
+    HEADER_OCCURRED_AT,
+    RETURNED,
+    is_brokers_own,
+)
 from outbox.serializer import JSONSerializer
 
 __all__ = ["NotCarried", "copy_of", "senders_headers", "writable"]
@@ -55,7 +60,7 @@ def copy_of(
 
 
 def senders_headers(delivery: Delivery) -> dict[str, Any]:
-    """Return the headers to copy: all but the broker's.
+    """Return the headers to copy: all but the broker's, and the count of a delivery's past.
 
     Raises:
         NotCarried: they leave no room for ours, or are nested too deeply.
@@ -107,5 +112,5 @@ def _is_senders(name: Any) -> bool:
     return (
         isinstance(name, str)
         and not is_brokers_own(name)
-        and name not in (HEADER_FORMAT, HEADER_OCCURRED_AT)
+        and name not in (HEADER_FORMAT, HEADER_OCCURRED_AT, RETURNED)
     )

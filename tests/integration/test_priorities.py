@@ -10,6 +10,7 @@ import pytest
 
 from outbox import Publisher, UsageError
 from outbox.consumers import Consumer, ReceivedEvent, Worker
+from outbox.transports.rabbitmq.topology import DELIVERY_LIMIT
 from tests.amqp import Inspector
 from tests.places import RabbitMQPlace, events_for
 
@@ -61,7 +62,9 @@ def test_a_consumer_with_priorities_has_a_durable_classic_queue(
     }
     inspector.channel.queue_declare(name, durable=True, arguments=arguments)
     inspector.channel.queue_declare(
-        f"{name}.dead", durable=True, arguments={"x-queue-type": "quorum"}
+        f"{name}.dead",
+        durable=True,
+        arguments={"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT},
     )
 
 

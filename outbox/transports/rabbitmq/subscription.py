@@ -37,6 +37,8 @@ __all__ = ["RabbitMQSubscription"]
 
 logger = logging.getLogger("outbox.consumer")
 
+_GIVES_UP = (4, 0)
+"""Since then a quorum queue without a limit has one of 20 (RabbitMQ 4.0 release notes)."""
 _CANCEL_TIMEOUT = 2.0
 _ACK_PAUSE = 0.002
 """Seconds between two writes of acks: waking the link for each message costs more than the rest of
@@ -77,6 +79,7 @@ class RabbitMQSubscription:
         self._cancelling = False
         self._has_consumed = False
         self._consumers = 0  # those that the broker has confirmed on the channel
+        self._older: set[str] = set()  # those that were named for having no limit of ours
         self._failures = 0
         self._attempt = 0  # numbers the attempts to consume; callbacks of earlier ones are ignored
 
@@ -148,7 +151,7 @@ class RabbitMQSubscription:
                     self._cannot_consume(obstacle)
                     return
             declared = functools.partial(self._on_declared, self._attempt)
-            topology.declare(self._connection, self._steps(), declared)
+            topology.declare(self._connection, self._steps(), declared, older=self._on_older)
 
     def _steps(self) -> list[topology.Step]:
         mode = self._settings.declare
@@ -159,6 +162,21 @@ class RabbitMQSubscription:
             steps += topology.queue(spec, mode)
             steps += delay_ladder.way_to_queue(spec.name, mode)
         return steps
+
+    def _on_older(self, queue: str) -> None:
+        """Say once what it means that ``queue`` was declared without our limit."""
+        if queue in self._older or self._connection is None:
+            return
+        self._older.add(queue)
+        if self._connection.version >= _GIVES_UP:
+            logger.info(
+                "queue %r has no x-delivery-limit: unless a policy sets another delivery-limit, "
+                "RabbitMQ %s gives up a message that came back to it 20 times; set a policy with "
+                "the delivery-limit %d, or delete the queue so that it is declared with it",
+                queue,
+                ".".join(map(str, self._connection.version)),
+                topology.DELIVERY_LIMIT,
+            )
 
     def _declare_again(self) -> None:
         if self._connection is not None and self._connection.is_open:
@@ -325,8 +343,8 @@ class RabbitMQSubscription:
             return
         if self._acks.settle(delivery.tag):
             self._out[delivery.queue] -= 1
-            # Not a nack: RabbitMQ 4.3 doesn't count nacks against a quorum queue's delivery limit.
-            channel.basic_reject(delivery.tag, requeue=True)
+            # Not a reject, which RabbitMQ 4.3 counts against a quorum queue's delivery limit.
+            channel.basic_nack(delivery.tag, requeue=True)
 
     def _cancel(self) -> None:
         self._cancelling = True

@@ -6,7 +6,9 @@ else may use that channel.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pika
@@ -18,6 +20,7 @@ from outbox.settings import Declare
 from outbox.transports.rabbitmq.pika_errors import one_line
 
 __all__ = [
+    "DELIVERY_LIMIT",
     "Step",
     "declare",
     "durable_queue",
@@ -26,8 +29,13 @@ __all__ = [
     "obstacle",
     "parking_queue",
     "queue",
+    "quorum_queue",
 ]
 
+DELIVERY_LIMIT = 2**31 - 1
+"""In effect no limit, on every version: RabbitMQ 3.10 takes -1 for a limit that is over at once."""
+
+_LIMIT = "x-delivery-limit"
 _QUORUM_HAS_TWO_PRIORITIES = (4, 0)
 _QUORUM_HAS_PRIORITIES = (4, 3)
 _HIGHEST_OF_QUORUM = 31
@@ -59,33 +67,32 @@ def queue(spec: QueueSpec, mode: Declare) -> list[Step]:
     """Return the steps that declare a consumer's queue, its dead-letter queue and its bindings.
 
     Both are durable; the dead-letter queue is always a quorum queue
-    (``docs/decisions/0003-queue-arguments.md`` says why, and why the arguments must never change;
+    (``docs/decisions/0003-queue-arguments.md`` says why, and why an argument must never change;
     ``0007-priorities.md`` is about queues with priorities).
     """
     if mode == "never":
         return []
-    dead = dead_letter_queue(spec.name)
     arguments: dict[str, Any] = {
-        "x-queue-type": spec.queue_type,
         "x-dead-letter-exchange": "",
-        "x-dead-letter-routing-key": dead,
+        "x-dead-letter-routing-key": dead_letter_queue(spec.name),
         "x-overflow": "reject-publish",
     }
+    passive = mode == "passive"
     if spec.queue_type == "quorum":
         arguments["x-dead-letter-strategy"] = "at-least-once"
-    elif spec.max_priority is not None:
-        arguments["x-max-priority"] = spec.max_priority
+        consumed = quorum_queue(spec.name, arguments, passive=passive)
+    else:
+        arguments["x-queue-type"] = "classic"
+        if spec.max_priority is not None:
+            arguments["x-max-priority"] = spec.max_priority
+        consumed = durable_queue(spec.name, arguments, passive=passive)
 
     def bound(topic: str) -> Step:
         return lambda channel, done: channel.queue_bind(
             spec.name, spec.exchange, topic, callback=done
         )
 
-    passive = mode == "passive"
-    steps = [
-        durable_queue(dead, {"x-queue-type": "quorum"}, passive=passive),
-        durable_queue(spec.name, arguments, passive=passive),
-    ]
+    steps = [quorum_queue(dead_letter_queue(spec.name), passive=passive), consumed]
     if mode == "create" and spec.exchange:
         steps += [bound(topic) for topic in dict.fromkeys((spec.name, *spec.topics))]
     return steps
@@ -124,7 +131,7 @@ def parking_queue(name: str, mode: Declare) -> list[Step]:
     """
     if mode != "create":
         return []
-    return [durable_queue(name, {"x-queue-type": "quorum"})]
+    return [quorum_queue(name)]
 
 
 def durable_queue(name: str, arguments: dict[str, Any], *, passive: bool = False) -> Step:
@@ -134,31 +141,83 @@ def durable_queue(name: str, arguments: dict[str, Any], *, passive: bool = False
     )
 
 
+def quorum_queue(
+    name: str, arguments: dict[str, Any] | None = None, *, passive: bool = False
+) -> Step:
+    """Return the step that declares a durable quorum queue without a limit of deliveries.
+
+    RabbitMQ 4 otherwise gives up a message that came back 20 times, even if nothing has looked at
+    it. A queue that exists without the argument is accepted as it is.
+    """
+    return QuorumQueue(name, {"x-queue-type": "quorum", **(arguments or {})}, passive)
+
+
+@dataclass(frozen=True, slots=True)
+class QuorumQueue:
+    """A step that declares a quorum queue, and what to do where it exists without a limit."""
+
+    name: str
+    arguments: dict[str, Any]
+    passive: bool
+
+    def __call__(self, channel: pika.channel.Channel, done: Callable[[Any], None]) -> None:
+        """Declare the queue with the limit."""
+        arguments = {**self.arguments, _LIMIT: DELIVERY_LIMIT}
+        durable_queue(self.name, arguments, passive=self.passive)(channel, done)
+
+    def without_limit(self) -> Step:
+        """Return the step that declares it as earlier versions of outbox did."""
+        return durable_queue(self.name, self.arguments)
+
+    def is_older(self, refused: str) -> bool:
+        """Return whether the broker refused only the limit: it compares that argument last."""
+        return refused.startswith("PRECONDITION_FAILED") and f"'{_LIMIT}'" in refused
+
+
 def declare(
     connection: pika.SelectConnection,
     steps: Sequence[Step],
     done: Callable[[str | None], None],
+    *,
+    older: Callable[[str], object] = lambda queue: None,
 ) -> None:
     """Run ``steps`` one after the other; then call ``done`` with None or the broker's refusal.
 
     ``done`` isn't called if the connection ends first.
+
+    Args:
+        connection: an open connection.
+        steps: the steps.
+        done: the callback for the end.
+        older: the callback for the name of a queue that exists without our delivery limit.
     """
     if not steps:
         done(None)
         return
-    waiting = iter(steps)
+    waiting = deque(steps)
+    current: Step | None = None
 
     def next_step(channel: pika.channel.Channel) -> None:
-        step = next(waiting, None)
-        if step is None:
+        nonlocal current
+        current = waiting.popleft() if waiting else None
+        if current is None:
             channel.close()
         else:
-            step(channel, lambda _answer: next_step(channel))
+            current(channel, lambda _answer: next_step(channel))
+
+    def on_refused(refused: str) -> None:
+        if not (isinstance(current, QuorumQueue) and current.is_older(refused)):
+            done(refused)
+        elif connection.is_open:
+            older(current.name)
+            waiting.appendleft(current.without_limit())
+            connection.channel(on_open_callback=on_open)
 
     def on_close(_channel: pika.channel.Channel, reason: Exception) -> None:
         match reason:
             case pika.exceptions.ChannelClosedByBroker():
-                connection.ioloop.call_later(0, lambda: done(one_line(reason.reply_text)))
+                refused = one_line(reason.reply_text)
+                connection.ioloop.call_later(0, lambda: on_refused(refused))
             case pika.exceptions.ChannelClosedByClient():
                 connection.ioloop.call_later(0, lambda: done(None))
 

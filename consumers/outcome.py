@@ -54,10 +54,12 @@ class Failed:
         error: the exception.
         is_done: whether the handler's transaction was committed all the same: another attempt
             would be skipped as a duplicate.
+        failures: the members of ``error`` that are failures, if it is a group; else empty.
     """
 
     error: BaseException
     is_done: bool = False
+    failures: tuple[BaseException, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Dead:
         attempts: the number of attempts, this one included.
         first_failure: the time at which the first of them failed; None for now.
         is_done: as in ``Failed``.
+        decisive: the member of ``error`` that has decided, if it is a group.
     """
 
     reason: str
@@ -107,6 +110,7 @@ class Dead:
     attempts: int = 1
     first_failure: datetime.datetime | None = None
     is_done: bool = False
+    decisive: BaseException | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from outbox import UsageError
+from outbox.consumers.raised import leaves
 
 __all__ = ["Delay", "Retry", "RetryPolicy", "exponential", "seconds_of"]
 
@@ -86,8 +87,9 @@ class RetryPolicy:
     Attributes:
         max_attempts: the number of attempts, the first included; 1 or more.
         delay: the delay before the next attempt. Over RabbitMQ it is rounded up to whole seconds.
-        on: the exceptions after which to try again.
-        give_up_on: exceptions after which not to try again, even if ``on`` includes them.
+        on: the exceptions after which to try again. Of a group, all members must be among them.
+        give_up_on: exceptions after which not to try again, even if ``on`` includes them. Of a
+            group, one member is enough.
     """
 
     max_attempts: int = 5
@@ -118,6 +120,8 @@ class RetryPolicy:
     def delay_after(self, error: BaseException, attempts: int) -> float | None:
         """Return the seconds until the next attempt, or None to give up.
 
+        After a group that is the longest delay of its members, or None if one is given up on.
+
         Args:
             error: the exception of the last attempt.
             attempts: the number of attempts so far, 1 or more.
@@ -127,12 +131,16 @@ class RetryPolicy:
         """
         if attempts >= self.max_attempts:
             return None
-        if isinstance(error, Retry):
-            if error.delay is not None:
-                return error.delay
-        elif isinstance(error, self.give_up_on) or not isinstance(error, self.on):
-            return None
-        return seconds_of(self.delay(attempts) if callable(self.delay) else self.delay)
+        delays = []
+        for member in leaves(error):
+            if isinstance(member, Retry):
+                if member.delay is not None:
+                    delays.append(member.delay)
+                    continue
+            elif isinstance(member, self.give_up_on) or not isinstance(member, self.on):
+                return None
+            delays.append(seconds_of(self.delay(attempts) if callable(self.delay) else self.delay))
+        return max(delays)
 
 
 def seconds_of(delay: float | datetime.timedelta) -> float:

@@ -16,11 +16,11 @@ from outbox import BrokerError, ConnectionLost, configure, exit_codes
 from outbox.consumers import logs
 from outbox.consumers.discovery import load
 from outbox.consumers.isolation.process_pool import Orders
-from outbox.consumers.message.copies import traceback_of
 from outbox.consumers.message.deduplication import open_inbox
 from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message
 from outbox.consumers.outcome import Again, Dead, Hold, Outcome, RemoteError
+from outbox.consumers.tracebacks import traceback_of
 from outbox.messages.delivery import Delivery
 from outbox.system.child_process import Parent
 
@@ -56,8 +56,8 @@ def _portable(outcome: Outcome) -> Outcome:
     match outcome:
         case Again(error=error):
             return dataclasses.replace(outcome, error=_remote(error))
-        case Dead(error=error) if error is not None:
-            return dataclasses.replace(outcome, error=_remote(error))
+        case Dead(error=error, decisive=decisive) if error is not None:
+            return dataclasses.replace(outcome, error=_remote(error, decisive), decisive=None)
         case Hold(error=BrokerError()):  # Hold.is_brokers must still be true in the worker
             return Hold(ConnectionLost(str(outcome.error)))
         case Hold():
@@ -65,8 +65,8 @@ def _portable(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _remote(error: BaseException) -> RemoteError:
-    return RemoteError(type(error).__qualname__, traceback_of(error))
+def _remote(error: BaseException, decisive: BaseException | None = None) -> RemoteError:
+    return RemoteError(type(decisive or error).__qualname__, traceback_of(error))
 
 
 def _kill_group() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,12 +29,18 @@ from outbox.consumers.outcome import (
     Return,
     Unconfirmed,
 )
+from outbox.consumers.raised import causes, leaves, unwrapped
 from outbox.consumers.received_event import ReceivedEvent
+from outbox.consumers.retry import RetryPolicy
+from outbox.consumers.tracebacks import strip_engine
 from outbox.unit_of_work.unit_of_work import Scope
 
-__all__ = ["Attempt", "result_of", "text_of"]
+__all__ = ["FAILURES", "Attempt", "decided", "refuse_awaitable", "result_of", "text_of"]
 
 logger = logging.getLogger("outbox.consumer")
+
+FAILURES = (Exception, SystemExit, BaseExceptionGroup)
+"""What ends an attempt, not the worker: ``sys.exit()`` in a handler, too."""
 
 
 class Attempt:
@@ -63,7 +70,7 @@ class Attempt:
             outcome = yield from self._handle()
             if isinstance(outcome, Ack) and not outcome.duplicate:
                 outcome = yield from self._finish(outcome)
-        except (Exception, SystemExit) as error:  # sys.exit() in a handler must not end the worker
+        except FAILURES as error:
             outcome = yield from self._fail(error)
         finally:
             if self._entry is not None:
@@ -88,7 +95,7 @@ class Attempt:
         yield from self._refresh(calls)
         try:
             outcome = yield from self._process()
-        except (Exception, SystemExit):
+        except FAILURES:
             yield from self._refresh(calls)
             raise
         yield from self._refresh(calls)
@@ -118,6 +125,7 @@ class Attempt:
             result = yield Call(consumer.process, (event,), consumer.time_limit)
         outcome = ACK if result is None else result
         if not isinstance(outcome, Ack | Dead | Return):
+            refuse_awaitable(result, "process")
             raise TypeError(
                 f"process() returned {result!r}; return None, ACK, REJECT or REQUEUE, "
                 "and publish follow-on events with publish()"
@@ -145,13 +153,15 @@ class Attempt:
 
     def _fail(self, error: BaseException) -> Steps[Outcome | Failed]:
         """Return the result of a failed attempt; the message may be done all the same."""
+        strip_engine(error)
         result, entry = result_of(error), self._entry
         if entry is None:
             return result
         if entry.committed:
             if isinstance(result, Dead):
                 return dataclasses.replace(result, is_done=True)
-            return Failed(error, is_done=True)
+            failures = result.failures if isinstance(result, Failed) else ()
+            return Failed(error, is_done=True, failures=failures)
         if isinstance(result, Failed):
             try:
                 if (yield Blocking(entry.is_done)):
@@ -187,12 +197,74 @@ class Attempt:
         result = yield Call(consumer.process, (event,), consumer.time_limit)
         if result is None or isinstance(result, Ack):
             for name in filters.after:
-                yield Call(getattr(consumer, name), (event,))
+                refuse_awaitable((yield Call(getattr(consumer, name), (event,))), name)
         return result
 
 
+def refuse_awaitable(result: object, name: str) -> None:
+    """Refuse what a plain consumer's method has returned, if it should have been awaited.
+
+    Raises:
+        TypeError: it is awaitable; the message names the method and the remedy.
+    """
+    if result is None or not inspect.isawaitable(result):
+        return
+    if inspect.iscoroutine(result):
+        result.close()  # else Python warns that it was never awaited
+    raise TypeError(
+        f"{name}() returned {type(result).__qualname__!r}, which nothing awaits: a coroutine "
+        "function behind a plain decorator? Make the decorator's wrapper `async def`"
+    )
+
+
 def result_of(error: BaseException) -> Outcome | Failed:
-    """Return the result of an attempt that raised ``error``."""
+    """Return the result of an attempt that raised ``error``; of a group, the worst result.
+
+    The order, from the worst: dead-lettered at once, failed, held, requeued. Only the first two are
+    bounded: if one of the others decided, a failure that causes it could be repeated forever.
+    """
+    error = unwrapped(error)
+    members = leaves(error)
+    results = [_result_of(member) for member in members]
+    worst = max(results, key=_severity)
+    if members == [error]:
+        return worst
+    match worst:
+        case Dead():
+            decisive = worst.error
+            return dataclasses.replace(worst, error=error, decisive=decisive)
+        case Failed():
+            failures = tuple(result.error for result in results if isinstance(result, Failed))
+            return Failed(error, failures=failures)
+    return worst
+
+
+def decided(
+    policy: RetryPolicy, failed: Failed, attempts: int
+) -> tuple[BaseException, float | None]:
+    """Return the failure that decides, and the seconds until the next attempt; None to give up.
+
+    Raises:
+        Exception: a user-defined delay raised it.
+    """
+    failures = failed.failures or (failed.error,)
+    longest = 0.0
+    for failure in failures:
+        delay = policy.delay_after(failure, attempts)
+        if delay is None:
+            return failure, None
+        longest = max(longest, delay)
+    return failures[0], longest
+
+
+def _severity(result: Outcome | Failed) -> int:
+    return _FROM_BEST.index(type(result))
+
+
+_FROM_BEST: list[type] = [Return, Hold, Failed, Dead]
+
+
+def _result_of(error: BaseException) -> Outcome | Failed:
     match error:
         case Reject():
             return Dead(error.reason, error)
@@ -202,12 +274,20 @@ def result_of(error: BaseException) -> Outcome | Failed:
             return Dead(f"a follow-on event was rejected: {text_of(error)}", error)
         case UnpublishedEvents():
             return Dead(f"{type(error).__qualname__}: {text_of(error)}", error)
-        case BrokerError():
-            return Hold(error)
-        case Exception() if is_unavailable(error):
-            return Hold(error)
+        case Exception() if (unavailable := _unavailable(error)) is not None:
+            return Hold(unavailable)
         case _:
             return Failed(error)
+
+
+def _unavailable(error: Exception) -> Exception | None:
+    """Return what says that the broker or a database is unavailable: ``error`` or a cause."""
+    for cause in causes(error):
+        if isinstance(cause, PublishFailed) and cause.report.error is None:
+            return None  # the broker has answered: it refuses an event
+        if isinstance(cause, BrokerError):
+            return cause
+    return error if is_unavailable(error) else None
 
 
 def text_of(error: BaseException) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import traceback
-from pathlib import Path
 
 from outbox import Event
 from outbox.consumers.outcome import Again, Dead, RemoteError
+from outbox.consumers.tracebacks import traceback_of
 from outbox.messages import dead_letters
 from outbox.messages.dead_letters import origin_headers
 from outbox.messages.delivery import Delivery
@@ -15,11 +14,7 @@ from outbox.messages.headers import ATTEMPT, FIRST_FAILURE
 from outbox.messages.message_copy import NotCarried, copy_of, senders_headers
 from outbox.messages.parked_message import Address
 
-__all__ = ["dead_letter", "retry_copy", "traceback_of"]
-
-_LONGEST_TRACEBACK = 4_000
-_FRAMES = 20
-_HERE = str(Path(__file__).parent)
+__all__ = ["dead_letter", "retry_copy"]
 
 
 def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
@@ -30,7 +25,7 @@ def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
         outcome.reason,
         attempts=outcome.attempts,
         first_failure=outcome.first_failure,
-        error=None if error is None else _kind(error),
+        error=None if error is None else _kind(outcome.decisive or error),
         traceback=None if error is None else traceback_of(error),
     )
 
@@ -58,25 +53,3 @@ def retry_copy(delivery: Delivery, outcome: Again) -> Event | None:
 
 def _kind(error: BaseException) -> str:
     return error.kind if type(error) is RemoteError else type(error).__qualname__
-
-
-def traceback_of(error: BaseException) -> str:
-    """Return the end of the traceback, at most 4,000 characters, without the engine's frames.
-
-    It includes the exceptions that ``error`` was raised from.
-    """
-    try:
-        return error.traceback if isinstance(error, RemoteError) else _traceback_of(error)
-    except Exception as why:  # an application's exception may fail at anything
-        return f"(traceback unavailable: {type(why).__qualname__})"
-
-
-def _traceback_of(error: BaseException) -> str:
-    last = traceback.TracebackException.from_exception(error, max_group_width=5, max_group_depth=3)
-    part: traceback.TracebackException | None = last
-    while part is not None:
-        theirs = [frame for frame in part.stack if not frame.filename.startswith(_HERE)]
-        part.stack = traceback.StackSummary.from_list(theirs[-_FRAMES:])
-        part = part.__cause__ or part.__context__
-    text = "".join(last.format()).rstrip()
-    return text if len(text) <= _LONGEST_TRACEBACK else f"...{text[3 - _LONGEST_TRACEBACK :]}"

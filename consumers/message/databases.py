@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from outbox import sinks
+from outbox.consumers.raised import causes, leaves
 
 __all__ = ["is_unavailable", "refreshers"]
 
@@ -55,16 +56,13 @@ def is_unavailable(error: BaseException) -> bool:
     """Return whether ``error``, or one of its causes, says that a database is unavailable.
 
     It knows the exceptions of SQLAlchemy, Django, psycopg (2 and 3), asyncpg, PyMySQL, mysqlclient
-    and SQLite.
+    and SQLite. A group says so if all its members do.
     """
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    for cause in causes(error):
+        if isinstance(cause, BaseExceptionGroup):
+            return all(map(is_unavailable, leaves(cause)))
         if _is_connection_failure(cause):
             return True
-        original = getattr(cause, "orig", None)  # SQLAlchemy's
-        cause = original if isinstance(original, BaseException) else cause.__cause__
     return False
 
 

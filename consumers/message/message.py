@@ -21,7 +21,14 @@ from outbox import Event, EventCollector, PublishFailed, PublishReport
 from outbox.consumers.current import set_current_message
 from outbox.consumers.definition import Consumer
 from outbox.consumers.message import message_log
-from outbox.consumers.message.attempt import Attempt, result_of, text_of
+from outbox.consumers.message.attempt import (
+    FAILURES,
+    Attempt,
+    decided,
+    refuse_awaitable,
+    result_of,
+    text_of,
+)
 from outbox.consumers.message.copies import dead_letter, retry_copy
 from outbox.consumers.message.follow_ons import CallbackCollector
 from outbox.consumers.message.services import Services
@@ -40,7 +47,8 @@ from outbox.consumers.outcome import (
     Unconfirmed,
 )
 from outbox.consumers.received_event import ReceivedEvent, Undecodable, decode
-from outbox.consumers.retry import Retry, RetryPolicy
+from outbox.consumers.retry import RetryPolicy
+from outbox.consumers.tracebacks import strip_engine
 from outbox.ids import new_id
 from outbox.messages.delivery import Delivery
 
@@ -50,7 +58,7 @@ logger = logging.getLogger("outbox.consumer")
 
 _PAUSE = 0.5  # seconds between two checks whether the broker is available again
 _LONGEST_PAUSE = 30.0  # seconds, while a database is unavailable
-_DEFAULT_POLICY = RetryPolicy()  # after Retry, if the consumer has no policy
+_ONLY_AFTER_RETRY = RetryPolicy(on=())  # of a consumer without a policy
 
 
 class Message:
@@ -125,7 +133,7 @@ class Message:
     def attempt(self) -> Steps[Outcome | Failed | Unconfirmed]:
         """Process the message once; never raises an ``Exception``."""
         try:
-            event = self.event = self.event or decode(self.delivery)
+            event = self.event = decode(self.delivery)  # an earlier attempt may have changed it
         except Undecodable as error:
             return Dead(f"undecodable: {error}", error)
         set_current_message(event)
@@ -144,14 +152,16 @@ class Message:
         if event is None or not callbacks:  # an undecodable message has no event to call them with
             return outcome
         if isinstance(result, Failed):
-            if isinstance(result.error, ProcessTimeout) and "on_timeout" in callbacks:
-                yield from self._call_back(event, consumer.on_timeout, event)
+            failures = result.failures or (result.error,)
+            timed_out = any(isinstance(failure, ProcessTimeout) for failure in failures)
+            if timed_out and "on_timeout" in callbacks:
+                yield from self._call_back(event, consumer.on_timeout)
             if "on_failure" in callbacks:
-                yield from self._call_back(event, consumer.on_failure, event, result.error)
+                yield from self._call_back(event, consumer.on_failure, result.error)
         if isinstance(outcome, Dead) and "on_dead" in callbacks:
-            yield from self._call_back(event, consumer.on_dead, event, outcome.reason)
+            yield from self._call_back(event, consumer.on_dead, outcome.reason)
         if outcome is not DUPLICATE and isinstance(outcome, Ack) and "on_success" in callbacks:
-            yield from self._call_back(event, consumer.on_success, event)
+            yield from self._call_back(event, consumer.on_success)
         return outcome
 
     def settle(self, outcome: Outcome) -> Steps[Outcome | None]:
@@ -214,26 +224,21 @@ class Message:
         event, error = self.event, failed.error
         attempts = 1 if event is None else event.attempt
         first = (event and event.first_failure) or datetime.datetime.now(datetime.UTC)
-        reason = f"{type(error).__qualname__}: {text_of(error)}"
+        try:
+            decisive, delay = decided(self.consumer.retry or _ONLY_AFTER_RETRY, failed, attempts)
+        except Exception as wrong:  # a user-defined delay raised it
+            logger.exception(
+                "the retry policy of %r failed; dead-lettering the message", self.consumer
+            )
+            error.add_note(f"and then the retry policy failed: {wrong!r}")
+            decisive, delay = error, None
+        if delay is not None and not failed.is_done:
+            return Again(delay, error, attempts, first)
+        reason = f"{type(decisive).__qualname__}: {text_of(decisive)}"
         if failed.is_done:
             # A retry would be skipped as a duplicate: a person must finish what is missing.
             reason = f"failed after its transaction had been committed: {reason}"
-            return Dead(reason, error, attempts, first, is_done=True)
-        policy = self.consumer.retry
-        if policy is None and isinstance(error, Retry):
-            policy = _DEFAULT_POLICY
-        if policy is not None:
-            try:
-                delay = policy.delay_after(error, attempts)
-            except Exception as wrong:  # a user-defined delay raised it
-                logger.exception(
-                    "the retry policy of %r failed; dead-lettering the message", self.consumer
-                )
-                error.add_note(f"and then the retry policy failed: {wrong!r}")
-                delay = None
-            if delay is not None:
-                return Again(delay, error, attempts, first)
-        return Dead(reason, error, attempts, first)
+        return Dead(reason, error, attempts, first, failed.is_done, decisive)
 
     def _call_back(
         self, event: ReceivedEvent, call: Callable[..., Any], *arguments: Any
@@ -242,11 +247,15 @@ class Message:
         collector = CallbackCollector(self._services.publisher, event, auto_publish=True)
         with EventCollector.use(collector):
             try:
-                yield Call(call, arguments)
+                # As it was sent: the attempt, or another callback, may have changed its payload.
+                event = decode(self.delivery)
+                set_current_message(event)
+                refuse_awaitable((yield Call(call, (event, *arguments))), call.__name__)
                 collector.refuse()
                 if collector.events:
                     yield Confirm(collector.hand_over())
-            except (Exception, SystemExit):
+            except FAILURES as error:
+                strip_engine(error)
                 logger.exception("%s of %r failed", call.__name__, self.consumer)
             finally:
                 collector.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -95,20 +96,20 @@ def call(steps: Steps[T], take: Callable[[Step], Any]) -> T:
 async def drive(
     steps: Steps[T],
     take: Callable[[Step], Awaitable[Any]],
-    may_end: Callable[[], bool] = lambda: True,
+    is_ending: Callable[[], bool] | None = None,
 ) -> T:
     """Take ``steps`` in this task, and return their result.
 
     Args:
         steps: the steps of a message.
         take: takes one step and returns its result; its exceptions are raised in the steps.
-        may_end: returns whether a cancellation of the task ends it. Otherwise the handler caused
-            the cancellation, and the attempt has failed.
+        is_ending: returns whether the worker has cancelled the task. Otherwise the handler caused
+            the cancellation, and the attempt has failed. None if anybody may cancel the task.
     """
     task = asyncio.current_task()
 
-    def ends() -> bool:
-        return task is not None and task.cancelling() > 0 and may_end()
+    def is_cancelled() -> bool:
+        return task is not None and task.cancelling() > 0 and (is_ending is None or is_ending())
 
     value: Any = None
     error: BaseException | None = None
@@ -122,17 +123,19 @@ async def drive(
         try:
             value = await take(step)
         except asyncio.CancelledError as raised:
-            if ends():
+            if is_cancelled():
                 error = raised
             else:
-                # A cancellation that is left counted would make ends() true in later steps.
+                # A cancellation that is left counted would make is_cancelled() true in later steps.
                 while task is not None and task.uncancel():
                     pass
                 error = HandlerCancelled("the handler was cancelled, but not by the worker")
                 error.__cause__ = raised
         except BaseException as raised:
             error = of_handler(raised)
-            if ends():  # the handler turned its cancellation into another exception
+            # asyncio.TaskGroup leaves a cancellation counted (Python 3.11 and 3.12): that the task
+            # is being cancelled isn't enough to tell.
+            if is_ending is not None and is_ending():  # it turned its cancellation into that
                 error = asyncio.CancelledError()
                 error.__cause__ = raised
 
@@ -141,16 +144,20 @@ async def cancelled_in_time(value: Awaitable[Any], seconds: float) -> Any:
     """Await ``value``, and cancel it after ``seconds``.
 
     Raises:
-        ProcessTimeout: it was cancelled, even if it has swallowed the cancellation.
+        ProcessTimeout: it took longer, even if it has swallowed the cancellation, or has blocked
+            the event loop so that it couldn't be cancelled.
     """
+    deadline = time.monotonic() + seconds
     try:
         async with asyncio.timeout(seconds) as limit:
             result = await value
-    except Exception as error:
-        if not limit.expired():
+    except asyncio.CancelledError:  # of the whole task
+        raise
+    except BaseException as error:
+        if not limit.expired() and time.monotonic() < deadline:
             raise
         cause = None if isinstance(error, TimeoutError) else error
         raise ProcessTimeout.after(seconds) from cause
-    if limit.expired():
+    if limit.expired() or time.monotonic() >= deadline:
         raise ProcessTimeout.after(seconds)
     return result

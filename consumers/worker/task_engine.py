@@ -72,6 +72,7 @@ class TaskEngine:
         self._stopping: asyncio.Event
         self._deadline = 0.0
         self._finished = True
+        self._is_cancelling = False
         self._ready = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="outbox-worker-loop", daemon=True)
@@ -145,6 +146,7 @@ class TaskEngine:
         await stopping.wait()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=max(0.0, self._deadline - time.monotonic()))
+        self._is_cancelling = True
         for task in self._tasks:
             self._finished = False
             task.cancel()
@@ -200,7 +202,7 @@ class TaskEngine:
         delivery = life.message.delivery
         try:
             take_step = functools.partial(self._take_step, life)
-            return await drive(life.steps, take_step, lambda: self.is_stopping)
+            return await drive(life.steps, take_step, lambda: self._is_cancelling)
         except asyncio.CancelledError:
             if not self.is_stopping:  # not the worker's doing: the message must not be stuck here
                 self._shared.give_back(delivery)

@@ -31,8 +31,8 @@ examples:
       during development, restart whenever a source file changes
 
 On the first SIGTERM or SIGINT the command takes no new messages, gives running ones the shutdown
-timeout to finish, and requeues the rest. On the second it exits at once. With worker processes,
-SIGHUP replaces them one by one with new ones that import everything again.
+timeout to finish, and requeues the rest. On a second one, a second or more later, it exits at once.
+With worker processes, SIGHUP replaces them one by one with new ones that import everything again.
 
 exit codes: 0 all messages settled, 1 some did not finish in time, 2 wrong usage, 3 stopped at once
 by a second signal

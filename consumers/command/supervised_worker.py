@@ -9,7 +9,7 @@ import time
 
 from outbox.consumers.command import worker_main
 from outbox.system.child_process import Parent
-from outbox.system.signals import Signals, Stop
+from outbox.system.signals import Signals, Stop, handle, ignore
 
 __all__ = ["MARGIN", "READY", "STOPPING", "run", "stop_with"]
 
@@ -32,10 +32,11 @@ def run(options: argparse.Namespace, parent: Parent) -> int:
     children, to which the parent sends a signal as well. Only the parent kills a worker at once.
     """
     # Until the worker starts there is nothing to finish: a signal ends the process.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent handles it
-    stop = Signals(second_exits=None)
+    handle(signal.SIGTERM, signal.SIG_DFL)
+    handle(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        ignore(signal.SIGHUP)  # the parent handles it
+    stop = _WorkerSignals()
     stop_with(parent, stop, options.shutdown_timeout + MARGIN)
 
     def work() -> int:
@@ -51,6 +52,15 @@ def run(options: argparse.Namespace, parent: Parent) -> int:
     from outbox.consumers.command.autoreload import run_reloading
 
     return run_reloading(work, stop, options.shutdown_timeout + MARGIN)
+
+
+class _WorkerSignals(Signals):
+    """The signals of a worker process: SIGHUP is its parent's to handle."""
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        super().__init__(second_exits=None)
 
 
 def stop_with(parent: Parent, stop: Stop, grace: float) -> None:

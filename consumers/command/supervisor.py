@@ -17,6 +17,7 @@ from outbox.consumers.command.restarts import Restarts
 from outbox.consumers.command.signal_queue import SignalQueue
 from outbox.consumers.command.supervised_worker import MARGIN
 from outbox.consumers.command.worker_process import WorkerProcess
+from outbox.system.signals import BURST
 
 __all__ = ["Supervisor"]
 
@@ -45,9 +46,9 @@ class Supervisor:
     - A worker that exits with ``RECYCLED`` is replaced at once.
     - A worker that exits with ``USAGE`` stops all: a successor would fail in the same way.
     - Until a worker has consumed, only one is started at a time.
-    - SIGTERM and SIGINT stop all workers gracefully; a second one kills them. SIGHUP replaces them
-      one by one, each once its successor consumes, or, if it means that the terminal was closed,
-      stops all.
+    - SIGTERM and SIGINT stop all workers gracefully; a second one, a second or more later, kills
+      them. SIGHUP replaces them one by one, each once its successor consumes, or, if it means that
+      the terminal was closed, stops all.
     - If the supervisor dies, however that happens, its workers stop gracefully.
     """
 
@@ -73,6 +74,7 @@ class Supervisor:
         self._workers: list[WorkerProcess] = []
         self._proven = False  # whether a worker has consumed: only then start all of them
         self._stopping = False
+        self._stopping_since = 0.0
         self._code = exit_codes.SUCCESS
         self._to_replace: deque[_Slot] = deque()
         self._successor: WorkerProcess | None = None
@@ -125,7 +127,7 @@ class Supervisor:
         elif not self._stopping:
             logger.info("received %s; stopping", name)
             self._stop()
-        else:
+        elif time.monotonic() - self._stopping_since >= BURST:
             logger.warning("received %s while stopping; killing the workers", name)
             self._code = exit_codes.KILLED
 
@@ -207,6 +209,7 @@ class Supervisor:
 
     def _stop(self) -> None:
         self._stopping = True
+        self._stopping_since = time.monotonic()
         for worker in self._workers:
             worker.terminate(self._grace)
 

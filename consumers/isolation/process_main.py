@@ -18,10 +18,12 @@ from outbox.consumers.discovery import load
 from outbox.consumers.isolation.process_pool import Orders
 from outbox.consumers.message.deduplication import open_inbox
 from outbox.consumers.message.inline_engine import InlineEngine
-from outbox.consumers.message.message import Message
-from outbox.consumers.outcome import Again, Dead, Hold, Outcome, RemoteError
+from outbox.consumers.message.message import Message, may_be_excused
+from outbox.consumers.message.steps import Steps
+from outbox.consumers.outcome import Again, Dead, Failed, Hold, Outcome, RemoteError
 from outbox.consumers.tracebacks import traceback_of
 from outbox.messages.delivery import Delivery
+from outbox.system import signals
 from outbox.system.child_process import Parent
 
 __all__ = ["main"]
@@ -29,14 +31,14 @@ __all__ = ["main"]
 
 def main(parent: Parent) -> int:
     """Process the deliveries from the parent's channel until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the worker process decides when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _leave_signals_to_worker()
     parent.when_gone(_kill_group)
     connection = Connection(parent.channel)
     orders: Orders = connection.recv()
     logs.set_up(orders.log_level, orders.log_format)
     publisher = configure(orders.url)
     consumers = {consumer.queue: consumer for consumer in load(orders.consumers)}
+    _leave_signals_to_worker()  # also those that the application handles
     engine = InlineEngine(publisher, open_inbox(publisher.settings, consumers.values()))
     connection.send(None)  # ready: what it imports doesn't count towards a handler's time limit
     while True:
@@ -44,11 +46,30 @@ def main(parent: Parent) -> int:
             delivery: Delivery = connection.recv()
         except EOFError:
             break
-        message = Message(consumers[delivery.queue], delivery, engine)
+        message = _Message(consumers[delivery.queue], delivery, engine)
         context = contextvars.copy_context()
         connection.send(_portable(context.run(engine.conclude, message)))
     publisher.close()
     return exit_codes.SUCCESS
+
+
+def _leave_signals_to_worker() -> None:
+    """Have signals stop neither this process nor its handler: the worker decides when to stop."""
+    signals.note_stop(signal.SIGINT)
+    signals.note_stop(signal.SIGTERM)
+    signals.ignore(signal.SIGHUP)
+
+
+class _Message(Message):
+    """A message that is concluded here, before its outcome is sent to the worker."""
+
+    def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
+        """Conclude the message, or have the worker hold it if a stop may have failed it."""
+        if signals.stop_received and may_be_excused(result):
+            # If the worker doesn't stop, the signal was for this process alone: the next counts.
+            signals.stop_received = False
+            return Hold(_remote(result.error))
+        return (yield from super().conclude(result))
 
 
 def _portable(outcome: Outcome) -> Outcome:
@@ -66,6 +87,8 @@ def _portable(outcome: Outcome) -> Outcome:
 
 
 def _remote(error: BaseException, decisive: BaseException | None = None) -> RemoteError:
+    if isinstance(error, RemoteError):
+        return error
     return RemoteError(type(decisive or error).__qualname__, traceback_of(error))
 
 

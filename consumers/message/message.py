@@ -15,7 +15,7 @@ import dataclasses
 import datetime
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from outbox import Event, EventCollector, PublishFailed, PublishReport
 from outbox.consumers.current import set_current_message
@@ -51,8 +51,9 @@ from outbox.consumers.retry import RetryPolicy
 from outbox.consumers.tracebacks import strip_engine
 from outbox.ids import new_id
 from outbox.messages.delivery import Delivery
+from outbox.system import signals
 
-__all__ = ["Message"]
+__all__ = ["Message", "may_be_excused"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -190,7 +191,7 @@ class Message:
     ) -> Steps[Outcome | Unconfirmed | None]:
         """Act on the result of an attempt, and of further attempts while the message is held."""
         while not isinstance(result, Unconfirmed):
-            if self.is_given_up or self._is_lost(result):
+            if self.is_given_up or self._is_lost(result) or self._is_excused(result):
                 return None
             outcome = yield from self.conclude(result)
             if not isinstance(outcome, Hold):
@@ -209,6 +210,21 @@ class Message:
             return False
         logger.info(
             "lost message %r (channel closed); it will be redelivered", self.delivery.message_id
+        )
+        return True
+
+    def _is_excused(self, result: Outcome | Failed) -> bool:
+        """Return whether an attempt failed while the worker was stopping: it doesn't count."""
+        if not may_be_excused(result):
+            return False
+        if not (signals.stop_received or self._services.is_stopping):
+            return False
+        logger.warning(
+            "message %r of %r failed while the worker was stopping; it will be redelivered: %s",
+            self.delivery.message_id,
+            self.delivery.queue,
+            text_of(result.error),
+            exc_info=result.error,
         )
         return True
 
@@ -290,3 +306,15 @@ class Message:
                 return True
             yield Pause(_PAUSE)
         return False
+
+
+def may_be_excused(result: Outcome | Failed) -> TypeGuard[Failed]:
+    """Return whether an attempt doesn't count as failed if its worker was stopping.
+
+    The signal that stops a worker often stops what its handlers need as well, such as the programs
+    they wait for. But what the handler or its time limit has decided would have come in any case;
+    and a message that is done would be skipped as a duplicate when it is redelivered.
+    """
+    if not isinstance(result, Failed) or result.is_done:
+        return False
+    return not isinstance(result.error, Retry | ProcessTimeout)

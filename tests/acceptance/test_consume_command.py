@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from outbox import exit_codes
+from outbox.system.signals import BURST
 from tests.amqp import Inspector, properties_of
 from tests.waiting import wait_until
 
@@ -169,7 +170,7 @@ def test_a_second_signal_stops_at_once(
     inspector.publish(name, b"30")
     wait_for_file(tmp_path / "started")
     child.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(BURST + 0.2)
     child.send_signal(signal.SIGTERM)
     assert child.wait(5) == exit_codes.KILLED
     assert inspector.get(name).redelivered

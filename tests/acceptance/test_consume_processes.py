@@ -13,6 +13,7 @@ import pytest
 
 from outbox import exit_codes
 from outbox.messages.delivery import dead_letter_queue
+from outbox.system.signals import BURST
 from tests.consuming import Command
 from tests.places import Place, RabbitMQPlace, SQLitePlace
 from tests.waiting import wait_until
@@ -145,6 +146,7 @@ def test_a_second_signal_ends_all_workers_at_once(command: Command) -> None:
     command.wait_done(1, "began")
     command.process.send_signal(signal.SIGTERM)
     command.wait_for("received SIGTERM; stopping")
+    time.sleep(BURST)
     begin = time.monotonic()
     assert command.stop() == exit_codes.KILLED
     assert time.monotonic() - begin < 3

@@ -18,6 +18,7 @@ import pytest
 
 from outbox import exit_codes
 from outbox.sql import Store
+from outbox.system.signals import BURST
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.relaying import an_event, is_empty, many, opened
@@ -125,7 +126,7 @@ def test_a_second_signal_ends_it_at_once(
     store.put([an_event(1, name)])
     wait_until(lambda: store.status().leased == 1)
     child.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
+    time.sleep(BURST + 0.2)
     assert child.poll() is None
     child.send_signal(signal.SIGTERM)
     assert child.wait(2) == exit_codes.INTERRUPTED

@@ -174,6 +174,10 @@ class _Child(ChildProcess):
         self.wait()
         self.close()
 
+    def leave(self) -> None:
+        super().leave()
+        self._connection.close()
+
     def close(self) -> None:
         self.finish()
         super().close()

@@ -54,8 +54,8 @@ class InlineEngine:
 
     def _take(self, step: Step) -> Any:
         match step:
-            case Call(function, arguments):
-                return function(*arguments)
+            case Call():
+                return step.run()
             case Confirm(chunk):
                 return self.publisher.wait_for(chunk)
             case Blocking(function):

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from outbox.backlog.chunk import Chunk
 from outbox.consumers.outcome import ProcessTimeout, of_handler
+from outbox.system import process
+from outbox.system.forked_child import end_child
 
 __all__ = [
     "Abandoned",
@@ -39,6 +41,19 @@ class Call(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     timeout: float | None = None
+
+    def run(self) -> Any:
+        """Call the function; a child that it forks ends here, if not before."""
+        pid = process.pid
+        try:
+            result = self.function(*self.arguments)
+        except BaseException as error:
+            if process.pid != pid:
+                end_child(error)
+            raise
+        if process.pid != pid:
+            end_child(None)
+        return result
 
 
 class Confirm(NamedTuple):
@@ -111,6 +126,7 @@ async def drive(
     def is_cancelled() -> bool:
         return task is not None and task.cancelling() > 0 and (is_ending is None or is_ending())
 
+    pid = process.pid
     value: Any = None
     error: BaseException | None = None
     while True:
@@ -122,6 +138,8 @@ async def drive(
         value = error = None
         try:
             value = await take(step)
+            if process.pid != pid:  # a coroutine has forked, and this is the child
+                end_child(None)
         except asyncio.CancelledError as raised:
             if is_cancelled():
                 error = raised
@@ -132,6 +150,8 @@ async def drive(
                 error = HandlerCancelled("the handler was cancelled, but not by the worker")
                 error.__cause__ = raised
         except BaseException as raised:
+            if process.pid != pid:
+                end_child(raised)
             error = of_handler(raised)
             # asyncio.TaskGroup leaves a cancellation counted (Python 3.11 and 3.12): that the task
             # is being cancelled isn't enough to tell.

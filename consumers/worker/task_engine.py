@@ -28,6 +28,8 @@ from outbox.consumers.worker.dispatch_queue import OrderedDispatchQueue
 from outbox.consumers.worker.in_flight import InFlight, Life
 from outbox.consumers.worker.worker_context import WorkerContext
 from outbox.messages.delivery import Delivery
+from outbox.system import process
+from outbox.system.forked_child import end_child
 
 __all__ = ["TaskEngine"]
 
@@ -138,9 +140,10 @@ class TaskEngine:
 
     def _run(self) -> None:
         asyncio.run(self._main())
+        _loops.pop(threading.get_ident(), None)
 
     async def _main(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop = _loops[threading.get_ident()] = asyncio.get_running_loop()
         stopping = self._stopping = asyncio.Event()
         self._ready.set()
         await stopping.wait()
@@ -215,7 +218,7 @@ class TaskEngine:
     async def _take_step(self, life: Life, step: Step) -> Any:
         match step:
             case Call():
-                value = step.function(*step.arguments)
+                value = step.run()
                 if value is None or not inspect.isawaitable(value):
                     return value
                 if step.timeout is not None:
@@ -258,3 +261,18 @@ class TaskEngine:
             self._tasks.add(successor)
         else:
             logger.error("%d handlers are late; the worker is a task short", len(self._late))
+
+
+_loops: dict[int, asyncio.AbstractEventLoop] = {}
+"""The loops of running engines, by their threads."""
+
+
+def _after_fork() -> None:
+    """End a child of a coroutine when it first waits: its loop would run copies of all tasks."""
+    loop = _loops.get(threading.get_ident())
+    _loops.clear()
+    if loop is not None:
+        loop.call_soon(end_child, RuntimeError("a forked child can't wait in its parent's loop"))
+
+
+process.after_fork(_after_fork)

@@ -160,7 +160,7 @@ class ThreadEngine:
                 case Call():
                     if step.timeout is not None:
                         return self._call_watched(message, step, step.timeout)
-                    return step.function(*step.arguments)
+                    return step.run()
                 case Confirm(chunk):
                     return self.publisher.wait_for(chunk)
                 case Blocking(function):
@@ -176,7 +176,7 @@ class ThreadEngine:
         late = partial(self._on_late, message, threading.current_thread(), seconds)
         ticket = self._deadlines.enter(seconds, late)
         try:
-            result: object = step.function(*step.arguments)
+            result: object = step.run()
         except BaseException as error:
             if not self._deadlines.leave(ticket):
                 message.abandon()  # the successor may not have done so yet

@@ -11,13 +11,26 @@ import os
 import signal
 import subprocess
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 from outbox import exit_codes
+from outbox.system import process
 
 __all__ = ["ChildProcess", "Parent"]
 
 _VARIABLE = "_OUTBOX_PARENT"
+
+_children: weakref.WeakSet[ChildProcess] = weakref.WeakSet()
+
+
+def _leave_children() -> None:
+    for child in list(_children):
+        child.leave()
+    _children.clear()
+
+
+process.after_fork(_leave_children)
 
 
 class ChildProcess:
@@ -48,6 +61,7 @@ class ChildProcess:
         """
         self._leads_group = leads_group
         self._held = -1
+        _children.add(self)
         inherited = [channel]
         try:
             lifeline, self._held = os.pipe()
@@ -89,6 +103,11 @@ class ChildProcess:
                 os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()
 
+    def leave(self) -> None:
+        """Let go of the lifeline in a forked child, which doesn't keep its parent's children up."""
+        if self._held >= 0:
+            process.vacate(self._held)
+
     def close(self) -> None:
         """Close the lifeline: a child that still runs ends as if this process had died."""
         held, self._held = self._held, -1
@@ -109,6 +128,7 @@ class Parent:
         os.set_inheritable(channel, False)
         self._lifeline = lifeline
         self.channel = channel
+        process.after_fork(self._leave)
 
     @classmethod
     def inherited(cls) -> Parent | None:
@@ -118,6 +138,11 @@ class Parent:
             return None
         lifeline, _, channel = descriptors.partition(":")
         return cls(int(lifeline), int(channel))
+
+    def _leave(self) -> None:
+        """Let go of the pipes in a forked child: its end isn't this process's."""
+        process.vacate(self.channel)
+        process.vacate(self._lifeline)
 
     def report(self, status: bytes) -> None:
         """Write ``status`` to the channel."""

@@ -10,7 +10,16 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["PARENTS", "after_fork", "at_exit", "hooked_child", "pid", "run_exit_hooks_of"]
+__all__ = [
+    "PARENTS",
+    "after_fork",
+    "at_exit",
+    "hooked_child",
+    "pid",
+    "run_at_exit",
+    "run_exit_hooks_of",
+    "vacate",
+]
 
 pid = os.getpid()
 """The id of this process, also in a forked child, without a system call each time."""
@@ -25,6 +34,18 @@ def after_fork(function: Callable[[], object]) -> None:
     It may be called twice in a child.
     """
     _after_fork.append(function)
+
+
+def vacate(descriptor: int) -> None:
+    """Let go of a descriptor that a forked child has inherited, and keep its number taken.
+
+    Otherwise whatever is at the other end would take the parent to be there until the child has
+    ended, too. Objects of the child may still use, or close, the number.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    with contextlib.suppress(OSError):  # closed already
+        os.dup2(nothing, descriptor, inheritable=False)
+    os.close(nothing)
 
 
 def at_exit(function: Callable[[], object]) -> None:
@@ -50,7 +71,7 @@ def run_exit_hooks_of(child: Any, package: str) -> None:
     global hooked_child
     hooked_child = child
     util: Any = importlib.import_module(f"{package}.util")
-    util.Finalize(None, _run_at_exit, exitpriority=_EXIT_PRIORITY)
+    util.Finalize(None, run_at_exit, exitpriority=_EXIT_PRIORITY)
     celery: Any = sys.modules.get("celery.signals")
     if celery is not None:  # its pool's children skip what billiard's other children run
         celery.worker_process_shutdown.connect(_on_celery_exit, weak=False)
@@ -67,10 +88,11 @@ hooked_child: Any = None
 
 
 def _on_celery_exit(**_: object) -> None:
-    _run_at_exit()
+    run_at_exit()
 
 
-def _run_at_exit() -> None:
+def run_at_exit() -> None:
+    """Run the exit hooks, the latest first."""
     for hook in reversed(_at_exit):
         hook()
 
@@ -96,7 +118,7 @@ def _at_uwsgi_exit(uwsgi: Any) -> None:
     # uWSGI's own loops end by exit(3), and this option skips the interpreter's teardown. Otherwise
     # Python's exit hooks run a moment later, and the application's may still publish.
     if getattr(uwsgi, "loop", None) or "skip-atexit-teardown" in getattr(uwsgi, "opt", ()):
-        _run_at_exit()
+        run_at_exit()
 
 
 def _chain(module: Any, name: str, function: Callable[[], object]) -> None:

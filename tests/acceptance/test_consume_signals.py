@@ -13,12 +13,14 @@ import pytest
 from outbox import exit_codes
 from outbox.messages.delivery import dead_letter_queue
 from outbox.system.signals import BURST
+from tests.amqp import Inspector
 from tests.consuming import Command
-from tests.places import SQLitePlace
+from tests.places import RabbitMQPlace, SQLitePlace
+from tests.waiting import wait_until
 
 MODULE = """
-import os, subprocess, time
-from outbox.consumers import Reject, Retry, consumer
+import asyncio, multiprocessing, os, signal, subprocess, sys, time
+from outbox.consumers import Reject, consumer
 
 
 def note(*words):
@@ -37,7 +39,84 @@ def work(event):
     elif command == "reject":
         time.sleep(float(argument))
         raise Reject("as asked")
+    elif command == "terminate":  # a child of multiprocessing
+        context = multiprocessing.get_context(argument)
+        child = context.Process(target=time.sleep, args=(30,))
+        child.start()
+        child.terminate()
+        child.join(10)
+        note("ended", child.exitcode)
+        child.kill()
+    elif command == "pool":
+        with multiprocessing.get_context(argument).Pool(2) as pool:
+            note("ended", pool.map(abs, [-1]))
+    elif command == "signal":  # a program
+        for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
+            program = subprocess.Popen(["sleep", "30"])
+            program.send_signal(number)
+            try:
+                note("ended", program.wait(5))
+            finally:
+                program.kill()
+    elif command == "fork":
+        child = os.fork()
+        if not child:
+            end_as(argument)
+            return
+        note("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    elif command == "leave":  # a child that lives longer than this process
+        child = os.fork()
+        if not child:
+            time.sleep(float(argument))
+            os._exit(0)
+        note("child", event.id, child)
+        time.sleep(float(argument))
     note("done", event.id, os.getpid())
+
+
+def end_as(how):
+    if how == "raise":
+        raise RuntimeError("in the child")
+    elif how == "exit":
+        sys.exit(7)
+    elif how == "interrupt":
+        raise KeyboardInterrupt
+    elif how == "check":
+        handlers = [signal.getsignal(number) for number in range(1, signal.NSIG)]
+        os._exit(
+            handlers != HANDLERS
+            or signal.pthread_sigmask(signal.SIG_BLOCK, ()) != MASK
+            or signal.set_wakeup_fd(-1) != -1
+        )
+
+
+@consumer("{name}-tasks")
+async def tasks(event):
+    note("began", event.id, os.getpid())
+    how = event.payload["do"]
+    if how == "sleep":
+        await asyncio.sleep(0.5)
+    else:
+        waited_for = asyncio.get_running_loop().create_future()
+        child = os.fork()
+        if not child:
+            if how == "wait":
+                await waited_for
+            end_as(how)
+            return
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            await asyncio.sleep(0.01)
+        note("ended", os.waitstatus_to_exitcode(ended[1]))
+    note("done", event.id, os.getpid())
+"""
+
+USUAL = """
+import signal
+HANDLERS = [signal.getsignal(number) for number in range(1, signal.NSIG)]
+HANDLERS[signal.SIGINT - 1] = signal.default_int_handler
+for number in signal.SIGTERM, signal.SIGHUP:
+    HANDLERS[number - 1] = signal.SIG_DFL
+MASK = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 """
 
 ALONE: list[str] = []
@@ -48,7 +127,7 @@ ISOLATED = ["--isolate", "process"]
 @pytest.fixture
 def command(tmp_path: Path, name: str) -> Iterator[Command]:
     command = Command(tmp_path, SQLitePlace(str(tmp_path / "outbox.db"), name), name)
-    command.write(MODULE.format(name=name))
+    command.write(USUAL + MODULE.format(name=name))
     yield command
     command.close()
 
@@ -119,3 +198,69 @@ def test_a_rejected_message_is_dead_lettered_while_the_worker_stops(command: Com
     assert command.stop() == exit_codes.SUCCESS
     assert command.left() == 0
     assert command.place.count(dead_letter_queue(command.queue)) == 1
+
+
+def ends(command: Command) -> list[str]:
+    """Return what handlers have noted about the ends of their children."""
+    path = command.folder / "done"
+    rows = [line.split(" ", 1) for line in path.read_text().splitlines()]
+    return [row[1] for row in rows if row[0] == "ended"]
+
+
+@pytest.mark.parametrize("arguments", [ALONE, SUPERVISED, ISOLATED])
+def test_the_children_of_handlers_react_to_signals(command: Command, arguments: list[str]) -> None:
+    command.start("-t", "1", *arguments)
+    ways = ["terminate fork", "terminate spawn", "signal", "fork check", "pool fork"]
+    command.publish(*ways)
+    command.wait_done(len(ways))
+    assert command.stop() == exit_codes.SUCCESS
+    assert ends(command) == ["-15", "-15", "-15", "-2", "-1", "0", "[1]"]
+
+
+@pytest.mark.parametrize("arguments", [ALONE, SUPERVISED, ISOLATED])
+def test_a_forked_child_ends_where_its_handler_ends(command: Command, arguments: list[str]) -> None:
+    command.start("-t", "1", *arguments)
+    ways = ["return", "raise", "exit", "interrupt"]
+    messages = command.publish(*(f"fork {way}" for way in ways), *["sleep 0.05"] * 10)
+    command.wait_done(len(messages))
+    assert command.stop() == exit_codes.SUCCESS
+    assert sorted(message for message, _ in command.did("began")) == sorted(messages)
+    assert len({pid for _, pid in command.did("began")}) == 1
+    assert ends(command) == ["0", "1", "7", "1"]
+
+
+def test_a_child_forked_by_a_coroutine_does_not_run_its_loop(command: Command) -> None:
+    command.queue += "-tasks"
+    command.start()
+    ways = ["return", "raise", "exit", "wait", *["sleep"] * 10]
+    messages = command.publish(*ways)
+    command.wait_done(len(messages))
+    assert command.stop() == exit_codes.SUCCESS
+    assert sorted(message for message, _ in command.did("began")) == sorted(messages)
+    assert sorted(message for message, _ in command.did()) == sorted(messages)
+    assert sorted(ends(command)) == ["0", "1", "1", "7"]
+    assert "can't wait in its parent's loop" in command.text()
+
+
+@pytest.mark.parametrize("arguments", [ALONE, SUPERVISED])
+def test_a_child_left_by_a_killed_worker_does_not_keep_its_messages(
+    amqp_url: str, inspector: Inspector, tmp_path: Path, name: str, arguments: list[str]
+) -> None:
+    command = Command(tmp_path, RabbitMQPlace(amqp_url, name, inspector), name)
+    command.write(USUAL + MODULE.format(name=name))
+    inspector.clean_up(queue=f"{name}-tasks")
+    inspector.clean_up(queue=f"{name}-tasks.dead")
+    command.start(*arguments)
+    try:
+        command.publish("leave 15")
+        command.wait_done(1, "child")
+        [(_, worker)] = command.did("began")
+        os.kill(worker, signal.SIGKILL)
+        if arguments == ALONE:
+            wait_until(lambda: command.left() == 1, 5)
+        else:  # its successor gets it
+            wait_until(lambda: len(command.did("began")) == 2, 10)
+    finally:
+        for _, child in command.did("child"):
+            os.kill(child, signal.SIGKILL)
+        command.close()

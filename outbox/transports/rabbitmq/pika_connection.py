@@ -25,6 +25,7 @@ import re
 import socket
 import struct
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -125,6 +126,14 @@ class Connection(pika.SelectConnection):
         self._generation = generation
         self._queues = queues
         self._on_delivery = on_delivery
+        _consuming.add(self)
+
+    def leave_to_parent(self) -> None:
+        """Let go of the socket in a forked child, or the parent's messages would stay with it."""
+        transport: Any = self._transport
+        if transport is not None:
+            with contextlib.suppress(OSError, ValueError):
+                process.vacate(transport._sock.fileno())
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -278,6 +287,18 @@ _BODY_SIZE = struct.Struct(">Q")  # after class and weight, section 2.3.5.2
 
 class Forked(BaseException):
     """Raised by a loop in a forked child that has inherited it together with its greenlet."""
+
+
+_consuming: weakref.WeakSet[Connection] = weakref.WeakSet()
+
+
+def _leave_all_to_parent() -> None:
+    for connection in list(_consuming):
+        connection.leave_to_parent()
+    _consuming.clear()
+
+
+process.after_fork(_leave_all_to_parent)
 
 
 class Loop(IOLoop):

@@ -169,7 +169,8 @@ class EventAssertions:
             payload: the expected payload, compared with the decoded one. Objects are compared only
                 by the members given, at every depth; a compiled regular expression matches any text
                 that it is found in, a function any value that it returns true for, and anything
-                with ``==`` what it equals.
+                with ``==`` what it equals, as it is or as the serializer sends it: a UUID, a
+                Decimal or a dataclass matches what was made of it.
             times: the number of events that must match; by default at least one.
             **criteria: ``headers`` that the event must have, compared likewise; ``key``,
                 ``priority``, ``exchange``; ``delay`` in seconds or ``deliver_at``, within the
@@ -180,6 +181,8 @@ class EventAssertions:
 
         Raises:
             AssertionError: too few or too many match; the message lists the events, closest first.
+            Exception: a function in ``payload`` or ``headers`` raised it, and too few or too many
+                of the other events match.
         """
         __tracebackhide__ = True
         return self._assert("published", _wanted(target, payload, criteria), times)
@@ -196,15 +199,18 @@ class EventAssertions:
 
         Raises:
             AssertionError: the message lists the matching events.
+            Exception: a function in ``payload`` or ``headers`` raised it.
         """
         __tracebackhide__ = True
         wanted = _wanted(target, payload, criteria)
-        matching = [event for event in self.published if wanted.accepts(event)]
+        matching, error = _sorted_out(self.published, wanted)
         if matching:
             raise AssertionError(
                 f"expected no published event to {wanted}, "
                 f"found {len(matching)}\n{_lines('published', matching)}"
             )
+        if error is not None:
+            raise error
 
     def assert_nothing_published(self) -> None:
         """Assert that no event was published.
@@ -284,10 +290,12 @@ class EventAssertions:
         __tracebackhide__ = True
         for _ in self._looks():
             states = self._all()
-            matching = Matches(event for event in states[state] if wanted.accepts(event))
+            matching, error = _sorted_out(states[state], wanted)
             if matching if times is None else len(matching) == times:
                 break
         else:
+            if error is not None:
+                raise error
             number = "at least 1" if times is None else times
             noun = "event" if times in (None, 1) else "events"
             raise AssertionError(
@@ -316,6 +324,23 @@ def _wanted(target: str, payload: Any, criteria: Criteria) -> Wanted:
             hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(names)}"
             raise TypeError(f"{name!r} is not a criterion of an assertion; {hint}")
     return Wanted(target, payload, **criteria)
+
+
+def _sorted_out(events: Sequence[Event], wanted: Wanted) -> tuple[Matches, Exception | None]:
+    """Return the events that match, and the first error of a function among the criteria.
+
+    The function may have been written for the matching events alone; so its error for another one
+    only counts if the assertion isn't decided by those that match.
+    """
+    matching, first_error = [], None
+    for event in events:
+        try:
+            if wanted.accepts(event):
+                matching.append(event)
+        except Exception as error:
+            error.add_note(f"raised by a function of the assertion, for {event!r}")
+            first_error = first_error or error
+    return Matches(matching), first_error
 
 
 def _in_order(events: Sequence[Event], targets: Sequence[str]) -> list[Event]:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import EllipsisType
 from typing import Any
 
-from outbox import Event, UsageError
+from outbox import Event, InvalidEvent, UsageError
+from outbox.header_values import plain_table
 from outbox.messages.topics import matches
+from outbox.serializer import JSONSerializer, Serializer, serializer_for
 
 __all__ = ["Undecoded", "Wanted", "contains", "describe", "payload_of"]
 
 _WIDTH = 300
 _DIFF_LINES = 40
+_JSON = JSONSerializer()
+
+AsSent = Callable[[Any], Any]
+"""A function that returns a value as it arrives once it has been sent; raises if it can't be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +63,15 @@ class Wanted:
             )
 
     def accepts(self, event: Event) -> bool:
-        """Return whether ``event`` has these properties."""
+        """Return whether ``event`` has these properties.
+
+        Raises:
+            Exception: a function among the criteria raised it.
+        """
         return (
             matches(self.target, event.target)
-            and (self.payload is ... or contains(payload_of(event), self.payload))
-            and (self.headers is None or contains(dict(event.headers), self.headers))
+            and (self.payload is ... or self._has_payload(event))
+            and (self.headers is None or contains(dict(event.headers), self.headers, _as_header))
             and self.key in (..., event.key)
             and self.priority in (..., event.priority)
             and self.exchange in (..., event.exchange)
@@ -82,10 +94,10 @@ class Wanted:
             actual["target"] = self.target
         if self.payload is not ... and not callable(self.payload):
             wanted["payload"] = self.payload
-            actual["payload"] = _like(payload_of(event), self.payload)
+            actual["payload"] = _like(payload_of(event), self.payload, _as_payload_of(event))
         if self.headers is not None:
             wanted["headers"] = dict(self.headers)
-            actual["headers"] = _like(dict(event.headers), self.headers)
+            actual["headers"] = _like(dict(event.headers), self.headers, _as_header)
         for name in ("key", "priority", "exchange"):
             if getattr(self, name) is not ...:
                 wanted[name], actual[name] = getattr(self, name), getattr(event, name)
@@ -116,6 +128,9 @@ class Wanted:
         first, *rest = parts
         return first + (" " + " and ".join(rest) if rest else "")
 
+    def _has_payload(self, event: Event) -> bool:
+        return contains(payload_of(event), self.payload, _as_payload_of(event))
+
     def _after(self, event: Event) -> datetime.datetime | None:
         if self.delay is None or isinstance(self.delay, EllipsisType):
             return None
@@ -130,32 +145,65 @@ class Wanted:
         return abs((event.deliver_at - wanted).total_seconds()) <= self.tolerance
 
 
-def contains(actual: Any, wanted: Any) -> bool:
+def contains(actual: Any, wanted: Any, as_sent: AsSent | None = None) -> bool:
     """Return whether ``actual`` matches ``wanted``.
 
     Objects are compared only by the members in ``wanted``, at every depth. A compiled regular
-    expression matches any text in which it is found, a function any value that it returns true for
-    (a LookupError or TypeError counts as false), and anything with ``==`` what it equals.
+    expression matches any text in which it is found, a function any value that it returns true for,
+    and anything with ``==`` what it equals, or what it equals once it has been sent.
+
+    Raises:
+        Exception: a function in ``wanted`` raised it.
+        TypeError: such a function is a coroutine function, which returns no answer.
     """
     if isinstance(wanted, Mapping):
         return isinstance(actual, Mapping) and all(
-            name in actual and contains(actual[name], value) for name, value in wanted.items()
+            name in actual and contains(actual[name], value, as_sent)
+            for name, value in wanted.items()
         )
     if isinstance(wanted, list | tuple):
         return (
             isinstance(actual, Sequence)
             and not isinstance(actual, str | bytes)
             and len(actual) == len(wanted)
-            and all(map(contains, actual, wanted))
+            and all(map(partial(contains, as_sent=as_sent), actual, wanted))
         )
     if isinstance(wanted, re.Pattern):
         return isinstance(actual, str) and wanted.search(actual) is not None
     if _is_predicate(wanted):
-        try:
-            return bool(wanted(actual))
-        except (LookupError, TypeError):  # it expects payloads of another shape
-            return False
-    return bool(wanted == actual)
+        return _answer(wanted, actual)
+    if wanted == actual:
+        return True
+    if as_sent is None or isinstance(actual, Undecoded):
+        return False
+    try:
+        sent = as_sent(wanted)
+    except (TypeError, ValueError, InvalidEvent):  # a stand-in such as unittest.mock.ANY
+        return False
+    return contains(actual, sent)
+
+
+def _answer(predicate: Callable[[Any], Any], actual: Any) -> bool:
+    answer = predicate(actual)
+    if inspect.isawaitable(answer):
+        if inspect.iscoroutine(answer):
+            answer.close()  # else it warns that it was never awaited
+        raise TypeError(f"{predicate!r} is asynchronous; an expected payload takes plain functions")
+    return bool(answer)
+
+
+def _as_payload_of(event: Event) -> AsSent | None:
+    """Return a function that returns a value as it would arrive in an event like this one."""
+    serializer = serializer_for(event.content_type)
+    return None if serializer is None else partial(_through, serializer)
+
+
+def _through(serializer: Serializer, value: Any) -> Any:
+    return serializer.decode(bytes(serializer.encode(value)))
+
+
+def _as_header(value: Any) -> Any:
+    return plain_table({"value": value}, "headers")[0]["value"]
 
 
 def payload_of(event: Event) -> Any:
@@ -179,7 +227,9 @@ class Undecoded:
 def describe(value: Any) -> str:
     """Return ``value`` as one line, cut off after 300 characters."""
     try:
-        text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+        text = json.dumps(
+            value, ensure_ascii=False, sort_keys=True, default=partial(_through, _JSON)
+        )
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= _WIDTH else text[:_WIDTH] + "..."
@@ -195,17 +245,27 @@ def _alike(text: str, other: str) -> float:
     return difflib.SequenceMatcher(None, text, other, autojunk=False).ratio()
 
 
-def _like(actual: Any, wanted: Any) -> Any:
+def _like(actual: Any, wanted: Any, as_sent: AsSent | None) -> Any:
     """Reduce ``actual`` to what ``wanted`` compares, so that a diff shows real differences only."""
     if isinstance(wanted, Mapping) and isinstance(actual, Mapping):
         return {
-            name: _like(actual[name], value) for name, value in wanted.items() if name in actual
+            name: _like(actual[name], value, as_sent)
+            for name, value in wanted.items()
+            if name in actual
         }
     if isinstance(wanted, list | tuple) and isinstance(actual, list) and len(wanted) == len(actual):
-        return [_like(*pair) for pair in zip(actual, wanted, strict=True)]
-    return wanted if contains(actual, wanted) else actual
+        return [_like(*pair, as_sent) for pair in zip(actual, wanted, strict=True)]
+    return wanted if contains(actual, wanted, as_sent) else actual
 
 
 def _lines(value: Any) -> list[str]:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, indent=2, default=repr)
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, indent=2, default=_shown)
     return text.splitlines()
+
+
+def _shown(value: Any) -> Any:
+    """Return ``value`` as it would be sent; its ``repr()`` if it stands for others."""
+    try:
+        return _through(_JSON, value)
+    except (TypeError, ValueError):
+        return repr(value)

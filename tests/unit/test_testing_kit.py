@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import decimal
+import enum
 import re
 import unittest
 import unittest.mock
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +149,61 @@ def test_events_of_another_shape_do_not_make_a_function_matcher_fail(
         enqueue_event({"other": 1}, "order.paid")
         enqueue_event(None, "order.sent")
     assert collected_events.assert_published("#", lambda payload: payload["id"] == 1, times=1)
+    assert collected_events.assert_published("#", lambda payload: 1 / payload["id"] == 1, times=1)
+
+
+@dataclasses.dataclass
+class Line:
+    item: str
+    price: decimal.Decimal
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+def test_an_expected_payload_matches_as_the_serializer_sends_it(
+    collected_events: CollectedEvents,
+) -> None:
+    number, day = uuid.uuid4(), datetime.date(2026, 2, 1)
+    line = Line("tea", decimal.Decimal("12.50"))
+    whole = {"id": number, "day": day, "colour": Colour.RED, "lines": [line]}
+    with auto_publishing():
+        enqueue_event(whole, "order.placed", headers={"trace": number, "ratio": 1.5})
+        enqueue_event(line, "line.added")
+    for payload in (
+        whole,
+        {"id": number},
+        {"lines": [{"price": decimal.Decimal("12.50")}]},
+        {"lines": [line], "colour": "red"},
+    ):
+        collected_events.assert_published("order.placed", payload)
+    collected_events.assert_published("line.added", line)
+    collected_events.assert_published("order.placed", headers={"trace": number, "ratio": 1.5})
+    for wrong in ({"id": uuid.uuid4()}, {"lines": [Line("tea", decimal.Decimal(13))]}, number):
+        collected_events.assert_not_published("order.placed", wrong)
+    with pytest.raises(AssertionError) as failure:
+        collected_events.assert_published("line.added", Line("tea", decimal.Decimal(13)))
+    assert 'with {"item": "tea", "price": "13"}, found 0' in str(failure.value)
+    assert '-     "price": "13"' in str(failure.value)
+
+
+def test_a_function_matcher_that_raises_is_an_error_and_no_answer(
+    collected_events: CollectedEvents,
+) -> None:
+    place(1)
+    for name in ("assert_published", "assert_not_published"):
+        with pytest.raises(KeyError, match="nmae") as raised:
+            getattr(collected_events, name)("order.placed", lambda payload: payload["nmae"])
+        assert "'order.placed'" in raised.value.__notes__[0]
+        with pytest.raises(ZeroDivisionError):
+            getattr(collected_events, name)("order.placed", {"id": lambda found: found / 0})
+
+    async def never(payload: object) -> bool:
+        return False
+
+    with pytest.raises(TypeError, match="is asynchronous"):
+        collected_events.assert_not_published("order.placed", never)
 
 
 def test_an_undecodable_payload_is_shown_by_its_size(

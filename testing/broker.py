@@ -16,6 +16,7 @@ from outbox.testing.servers import (
     find_rabbitmq,
     first_byte,
     free_ports,
+    rabbitmq_root,
 )
 
 __all__ = ["BrokerMissing", "PrivateBroker"]
@@ -30,6 +31,13 @@ num_acceptors.tcp = 2
 loopback_users = none
 log.file.level = warning
 log.console = false
+"""
+
+# Another root folder has no /proc, where the node reads how much memory there is and how much it
+# uses; without either it would never block publishers.
+_CONFIG_WITHOUT_PROC = """\
+total_memory_available_override_value = 4GB
+vm_memory_calculation_strategy = allocated
 """
 
 # Loopback only, and with our own port mapper: one that Erlang starts would outlive the node.
@@ -58,9 +66,13 @@ class BrokerMissing(ServerMissing):
     """No RabbitMQ server is installed."""
 
     def __init__(self) -> None:
+        root = rabbitmq_root()
         super().__init__(
             "no RabbitMQ server found: install one (Debian and Ubuntu: "
             "sudo apt-get install rabbitmq-server; macOS: brew install rabbitmq)"
+            if root == Path("/")
+            else f"no RabbitMQ server found in {root}, which OUTBOX_TEST_RABBITMQ names: unset it, "
+            "or set it to the root folder of a system with RabbitMQ (scripts/rabbitmq-4 makes one)"
         )
 
 
@@ -70,6 +82,9 @@ class PrivateBroker(PrivateServer):
     It takes about 5 seconds to start and one to stop. The node and its port mapper (epmd) are
     children of this process and end with it: when it exits and, if ``setpriv`` is installed
     (Linux), also when it is killed, which leaves only the folder behind. Not thread-safe.
+
+    Where the variable OUTBOX_TEST_RABBITMQ names the root folder of another system, the server
+    installed there is started instead, with that folder as its root; only root may do so.
 
     Example:
         with PrivateBroker() as broker:
@@ -86,7 +101,13 @@ class PrivateBroker(PrivateServer):
 
         Raises:
             BrokerMissing: RabbitMQ isn't installed.
+            ValueError: ``directory`` is outside of the server's root folder.
         """
+        self._root = rabbitmq_root()
+        if directory is None and self._root != Path("/"):
+            directory = self._root / "tmp"
+        if directory is not None and not directory.resolve().is_relative_to(self._root):
+            raise ValueError(f"{directory} is outside of {self._root}, the server's root folder")
         super().__init__(directory=directory)
         server = find_rabbitmq()
         if server is None:
@@ -127,7 +148,7 @@ class PrivateBroker(PrivateServer):
         Raises:
             subprocess.CalledProcessError: the command failed.
         """
-        return self._run([str(self._server.with_name("rabbitmqctl")), *arguments], timeout)
+        return self._run(self._inside(self._server.with_name("rabbitmqctl"), *arguments), timeout)
 
     def empty_url(self) -> str:
         """Return the URL of an empty virtual host, a new one at each call.
@@ -151,7 +172,8 @@ class PrivateBroker(PrivateServer):
     def _prepare(self, folder: Path) -> None:
         with free_ports(3) as (self.port, distribution, self._epmd_port):
             pass
-        (folder / "rabbitmq.conf").write_text(_CONFIG.format(port=self.port))
+        config = _CONFIG if self._root == Path("/") else _CONFIG + _CONFIG_WITHOUT_PROC
+        (folder / "rabbitmq.conf").write_text(config.format(port=self.port))
         (folder / "plugins").write_text("[].\n")
         paths = {
             "RABBITMQ_CONFIG_FILE": "rabbitmq.conf",
@@ -165,7 +187,9 @@ class PrivateBroker(PrivateServer):
             "RABBITMQ_PID_FILE": "node.pid",
         }
         self._environment |= {
-            **{variable: str(folder / name) for variable, name in paths.items()},
+            **{variable: self._path_inside(folder / name) for variable, name in paths.items()},
+            "HOME": self._path_inside(folder),
+            "TMPDIR": self._path_inside(folder),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": str(self._epmd_port),
             "RABBITMQ_NODENAME": f"outbox-{self.port}@localhost",
@@ -177,11 +201,11 @@ class PrivateBroker(PrivateServer):
         }
 
     def _command(self, folder: Path) -> list[str]:
-        return [str(self._server)]
+        return self._inside(self._server)
 
     def _launch(self, folder: Path, deadline: float) -> None:
         if self._epmd is None or self._epmd.poll() is not None:
-            self._epmd = self._spawn([shutil.which("epmd") or "epmd"], subprocess.DEVNULL)
+            self._epmd = self._spawn(self._inside(self._find_epmd()), subprocess.DEVNULL)
         # Nodes look for their port mapper once, when they start.
         self._wait_for(lambda: first_byte(self._epmd_port, _EPMD_NAMES) != b"", deadline)
         super()._launch(folder, deadline)
@@ -189,3 +213,23 @@ class PrivateBroker(PrivateServer):
     def _answers(self) -> bool:
         # A method frame: Connection.Start.
         return first_byte(self.port, _PROTOCOL_HEADER) == b"\x01"
+
+    def _find_epmd(self) -> Path:
+        if self._root != Path("/"):
+            return self._root / "usr/bin/epmd"
+        return Path(shutil.which("epmd") or "epmd")
+
+    def _inside(self, program: Path, *arguments: str) -> list[str]:
+        """Return the command that runs one of the server's programs in the server's root folder.
+
+        chroot becomes the program, so that its process id is the one that we know.
+        """
+        if self._root == Path("/"):
+            return [str(program), *arguments]
+        return ["chroot", str(self._root), self._path_inside(program), *arguments]
+
+    def _path_inside(self, path: Path) -> str:
+        """Return an absolute path as the server sees it."""
+        if self._root == Path("/"):
+            return str(path)
+        return f"/{path.resolve().relative_to(self._root)}"

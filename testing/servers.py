@@ -28,6 +28,7 @@ __all__ = [
     "find_rabbitmq",
     "first_byte",
     "free_ports",
+    "rabbitmq_root",
 ]
 
 _RABBITMQ = ("/usr/lib/rabbitmq/lib", "/usr/local/lib/rabbitmq", "/opt/homebrew/opt/rabbitmq")
@@ -42,13 +43,22 @@ _STOP_TIMEOUT = 20.0  # seconds
 _CAN_AWAIT_STOP = hasattr(os, "waitid")  # not on macOS before Python 3.13
 
 
+def rabbitmq_root() -> Path:
+    """Return the root folder of the system whose RabbitMQ is used: / unless another one is named.
+
+    The variable OUTBOX_TEST_RABBITMQ names it, such as the one that scripts/rabbitmq-4 prints.
+    """
+    return Path(os.environ.get("OUTBOX_TEST_RABBITMQ") or "/").resolve()
+
+
 def find_rabbitmq() -> Path | None:
-    """Return RabbitMQ's own start script, or None.
+    """Return RabbitMQ's own start script in :func:`rabbitmq_root`, or None.
 
     It isn't the wrapper on the PATH, which on Debian switches to the user ``rabbitmq``: the script
     in RabbitMQ's library folder runs as the caller.
     """
-    for library in map(Path, _RABBITMQ):
+    root = rabbitmq_root()
+    for library in (root / folder.lstrip("/") for folder in _RABBITMQ):
         scripts = [*library.glob("rabbitmq_server-*/sbin/rabbitmq-server")]
         scripts += library.glob("sbin/rabbitmq-server")
         if scripts:

@@ -39,6 +39,18 @@ hypothesis.settings.load_profile(
 )
 
 
+_BROKERS = {"amqp_url", "outbox_broker", "private_broker", "mortal_broker", "tls_broker"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start a RabbitMQ or use one: those that another version may fail."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if fixtures & _BROKERS or parameters.get("place") == "rabbitmq":
+            item.add_marker("rabbitmq")
+
+
 def _started() -> PrivateBroker:
     try:
         return PrivateBroker().start()

@@ -20,8 +20,11 @@ ROOT = Path(__file__).parents[2]
 
 # As the fixtures do: CI has a server, unless another broker was named on purpose.
 REQUIRED = "CI" in os.environ and not os.environ.get("OUTBOX_TEST_AMQP_URL")
-needs_rabbitmq = pytest.mark.skipif(
-    find_rabbitmq() is None and not REQUIRED, reason="the demo starts a RabbitMQ itself"
+needs_rabbitmq = (
+    pytest.mark.rabbitmq,
+    pytest.mark.skipif(
+        find_rabbitmq() is None and not REQUIRED, reason="the demo starts a RabbitMQ itself"
+    ),
 )
 
 

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,17 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads L
 needs_setpriv = pytest.mark.skipif(shutil.which("setpriv") is None, reason="there is no setpriv")
 
 
+@pytest.fixture
+def parent(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder in the root folder of the server, for nodes' folders."""
+    root = servers.rabbitmq_root()
+    if tmp_path.is_relative_to(root):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=root / "tmp") as folder:
+        yield Path(folder)
+
+
 def _folder(directory: Path) -> Path:
     [found] = directory.glob("outbox-rabbitmq-*")
     return found
@@ -30,7 +43,7 @@ def _folder(directory: Path) -> Path:
 
 def _processes_of(folder: Path) -> dict[int, str]:
     """Return the living processes whose home the folder is, and what they run."""
-    wanted = f"HOME={folder}".encode()
+    wanted = f"HOME=/{folder.relative_to(servers.rabbitmq_root())}".encode()
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -67,7 +80,7 @@ def _wait_until_gone(folder: Path) -> None:
 def test_it_listens_on_loopback_only(private_broker: PrivateBroker) -> None:
     environment = Path(f"/proc/{private_broker.pid}/environ").read_bytes().split(b"\0")
     [home] = [one.decode()[5:] for one in environment if one.startswith(b"HOME=")]
-    processes = _processes_of(Path(home))
+    processes = _processes_of(servers.rabbitmq_root() / home.lstrip("/"))
     assert {"beam.smp", "epmd"} <= set(processes.values())
     addresses = {one.rpartition(":")[0] for one in _listeners_of(processes)}
     ports = {int(one.rpartition(":")[2], 16) for one in _listeners_of(processes)}
@@ -104,24 +117,24 @@ def test_ctl_speaks_to_this_node(private_broker: PrivateBroker) -> None:
 
 @linux
 @pytest.mark.usefixtures("private_broker")  # skipped where that is
-def test_stopping_leaves_neither_process_nor_folder(tmp_path: Path) -> None:
-    with PrivateBroker(directory=tmp_path) as broker:
-        folder = _folder(tmp_path)
+def test_stopping_leaves_neither_process_nor_folder(parent: Path) -> None:
+    with PrivateBroker(directory=parent) as broker:
+        folder = _folder(parent)
         assert _processes_of(folder)
     assert not broker.running
     assert _processes_of(folder) == {}
-    assert list(tmp_path.iterdir()) == []
+    assert list(parent.iterdir()) == []
 
 
 @linux
 @pytest.mark.usefixtures("private_broker")
 def test_a_node_that_does_not_start_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_CONFIG", "no.such.setting = {port}\n")
     with pytest.raises(TimeoutError, match=r"no\.such\.setting"):
-        PrivateBroker(directory=tmp_path).start()
-    assert list(tmp_path.iterdir()) == []
+        PrivateBroker(directory=parent).start()
+    assert list(parent.iterdir()) == []
 
 
 _SCRIPT = """
@@ -148,25 +161,21 @@ def _start_script(directory: Path) -> subprocess.Popen[str]:
 
 @linux
 @pytest.mark.usefixtures("private_broker")
-def test_a_program_that_forgets_to_stop_it_leaves_nothing_behind(
-    tmp_path: Path,
-) -> None:
-    with _start_script(tmp_path) as script:
-        folder = _folder(tmp_path)
+def test_a_program_that_forgets_to_stop_it_leaves_nothing_behind(parent: Path) -> None:
+    with _start_script(parent) as script:
+        folder = _folder(parent)
         script.communicate("\n", timeout=30)
         assert script.returncode == 0
     _wait_until_gone(folder)
-    assert list(tmp_path.iterdir()) == []
+    assert list(parent.iterdir()) == []
 
 
 @linux
 @needs_setpriv
 @pytest.mark.usefixtures("private_broker")
-def test_no_process_survives_a_program_that_is_killed(
-    tmp_path: Path,
-) -> None:
-    with _start_script(tmp_path) as script:
-        folder = _folder(tmp_path)
+def test_no_process_survives_a_program_that_is_killed(parent: Path) -> None:
+    with _start_script(parent) as script:
+        folder = _folder(parent)
         assert _processes_of(folder)
         script.kill()
     _wait_until_gone(folder)
@@ -175,7 +184,26 @@ def test_no_process_survives_a_program_that_is_killed(
 def test_a_missing_server_is_one_line_that_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("OUTBOX_TEST_RABBITMQ", raising=False)
     monkeypatch.setattr(servers, "_RABBITMQ", ())
     with pytest.raises(BrokerMissing, match="apt-get install rabbitmq-server") as caught:
         PrivateBroker()
     assert "\n" not in str(caught.value)
+
+
+def test_a_root_folder_without_a_server_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUTBOX_TEST_RABBITMQ", str(tmp_path))
+    with pytest.raises(BrokerMissing, match=r"OUTBOX_TEST_RABBITMQ.*scripts/rabbitmq-4") as caught:
+        PrivateBroker()
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_that_the_server_cannot_see_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    monkeypatch.setenv("OUTBOX_TEST_RABBITMQ", str(root))
+    with pytest.raises(ValueError, match=f"outside of {root}"):
+        PrivateBroker(directory=tmp_path)

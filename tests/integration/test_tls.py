@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,8 @@ class TLSBroker(PrivateBroker):
         with free_ports(1) as (self.tls_port,):
             pass
         config = folder / "rabbitmq.conf"
-        own = _CONFIG.format(port=self.tls_port, folder=self._certificates)
+        visible = shutil.copytree(self._certificates, folder / "tls")
+        own = _CONFIG.format(port=self.tls_port, folder=self._path_inside(visible))
         config.write_text(config.read_text() + own)
         (folder / "plugins").write_text("[rabbitmq_auth_mechanism_ssl].\n")
 

@@ -26,6 +26,7 @@ from sqlalchemy import (
     delete,
     insert,
     inspect,
+    literal,
     select,
 )
 from sqlalchemy.engine import URL, RootTransaction
@@ -33,7 +34,7 @@ from sqlalchemy.exc import IntegrityError
 
 from outbox.errors import CollectorClosed, UsageError
 from outbox.sql import commits
-from outbox.storage.clock import Timestamp, now, seconds_since
+from outbox.storage.clock import Timestamp, in_seconds, now, seconds_since
 from outbox.storage.engines import engine_beside, open_engine
 from outbox.storage.schema import DIALECTS, create_missing, for_migrations
 from outbox.storage.transactions import own_transaction
@@ -44,6 +45,7 @@ WINDOW = datetime.timedelta(days=7)
 """The time for which a message is remembered, unless the consumer sets another."""
 
 _PURGE = 3600.0  # seconds between two purges of older rows
+_AT_ONCE = 1000  # rows deleted in a transaction, which on SQLite holds up all other writers
 
 done = Table(
     "outbox_inbox",
@@ -137,21 +139,39 @@ class Inbox:
 
     def purge(self, consumer: str, seconds: float) -> int:
         """Forget messages that ``consumer`` processed over ``seconds`` ago; return how many."""
-        with self._transaction() as connection:
-            return connection.execute(
-                delete(done).where(
-                    done.c.consumer == consumer, seconds_since(done.c.done_at) > seconds
-                )
-            ).rowcount
+        count = 0
+        while deleted := self._purge_some(consumer, seconds):
+            count += deleted
+        return count
 
     def purge_now_and_then(self, consumer: str, seconds: float) -> None:
-        """Purge, unless that was done within the last hour."""
+        """Purge some, unless nothing was left to purge within the last hour."""
         current = time.monotonic()
         with self._lock:
             if current - self._purged.get(consumer, -_PURGE) < _PURGE:
                 return
             self._purged[consumer] = current
-        self.purge(consumer, seconds)
+        if self._purge_some(consumer, seconds) >= _AT_ONCE:
+            # A message waits for this, so it leaves the rest to the next one.
+            self._purged.pop(consumer, None)
+
+    def _purge_some(self, consumer: str, seconds: float) -> int:
+        # Compared with the column itself: an index can't be used on an expression of it.
+        old = (
+            select(done.c.message_id)
+            .where(done.c.consumer == consumer, done.c.done_at < in_seconds(literal(-seconds)))
+            .order_by(done.c.done_at)
+            .limit(_AT_ONCE)
+            .with_for_update(skip_locked=True)
+            # Materialized: a plan that evaluates it twice would delete more rows than the limit.
+            .cte("old")
+            .prefix_with("MATERIALIZED")
+        )
+        is_old = done.c.message_id.in_(select(old.c.message_id))
+        statement = delete(done).where(done.c.consumer == consumer, is_old)
+        with self._transaction() as connection:
+            # Python's sqlite3 doesn't count the rows of a statement that begins with WITH.
+            return len(connection.execute(statement.returning(done.c.message_id)).all())
 
 
 class _Entry:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, func, insert, select, text
+from sqlalchemy.event import listens_for
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -29,6 +30,7 @@ from outbox import (
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, before, consumer
 from outbox.messages.delivery import dead_letter_queue
 from outbox.sql import Inbox
+from outbox.sql.inbox import done as inbox_table
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.databases import Base, Effect
@@ -354,6 +356,64 @@ def test_after_the_deduplication_window_a_message_counts_as_new(
     assert effects(engine) == 2
     assert inbox.purge(name, 3600) == 0
     assert inbox.purge(name, 0) == 1
+
+
+def note(engine: Engine, consumer: str, count: int, *, days_ago: float) -> None:
+    """Note messages that ``consumer`` has processed."""
+    done_at = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days_ago)
+    rows = [
+        {"consumer": consumer, "message_id": f"{days_ago}-{number}", "done_at": done_at}
+        for number in range(count)
+    ]
+    with engine.begin() as connection:
+        connection.execute(insert(inbox_table), rows)
+
+
+def test_a_purge_reads_only_what_it_deletes(engine: Engine, inbox: Inbox, name: str) -> None:
+    note(engine, name, 20_000, days_ago=1)
+    note(engine, name, 3, days_ago=8)
+    plans: list[str] = []
+
+    @listens_for(inbox.engine, "before_cursor_execute")
+    def explain(connection: Any, cursor: Any, statement: str, parameters: Any, *_: object) -> None:
+        if "DELETE" in statement:
+            cursor.execute(f"EXPLAIN {query_plan}{statement}", parameters)
+            plans.append("\n".join(str(row) for row in cursor.fetchall()))
+
+    is_sqlite = engine.dialect.name == "sqlite"
+    query_plan = "QUERY PLAN " if is_sqlite else ""
+    if not is_sqlite:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("ANALYZE outbox_inbox")
+    assert inbox.purge(name, 7 * 86_400) == 3
+    bound = "consumer=? AND done_at<?" if is_sqlite else "(done_at < "
+    assert plans
+    for plan in plans:
+        assert bound in plan
+        assert "Index" in plan or "INDEX" in plan
+    with engine.connect() as connection:
+        assert connection.execute(select(func.count()).select_from(inbox_table)).scalar() == 20_000
+
+
+def test_a_message_waits_for_a_part_of_a_large_purge_only(
+    engine: Engine, inbox: Inbox, name: str
+) -> None:
+    note(engine, name, 2_500, days_ago=8)
+
+    def remaining() -> int:
+        with engine.connect() as connection:
+            count = connection.execute(select(func.count()).select_from(inbox_table)).scalar()
+        assert isinstance(count, int)
+        return count
+
+    counts = []
+    for _ in range(4):
+        inbox.purge_now_and_then(name, 7 * 86_400)
+        counts.append(remaining())
+    assert counts == [1_500, 500, 0, 0]
+    note(engine, name, 10, days_ago=9)
+    inbox.purge_now_and_then(name, 7 * 86_400)
+    assert remaining() == 10  # within the hour
 
 
 def test_a_coroutines_note_is_in_its_asynchronous_session(

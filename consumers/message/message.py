@@ -47,7 +47,7 @@ from outbox.consumers.outcome import (
     Unconfirmed,
 )
 from outbox.consumers.received_event import ReceivedEvent, Undecodable, decode
-from outbox.consumers.retry import RetryPolicy
+from outbox.consumers.retry import Retry, RetryPolicy
 from outbox.consumers.tracebacks import strip_engine
 from outbox.ids import new_id
 from outbox.messages.delivery import Delivery
@@ -317,4 +317,5 @@ def may_be_excused(result: Outcome | Failed) -> TypeGuard[Failed]:
     """
     if not isinstance(result, Failed) or result.is_done:
         return False
-    return not isinstance(result.error, Retry | ProcessTimeout)
+    failures = result.failures or (result.error,)
+    return not any(isinstance(failure, Retry | ProcessTimeout) for failure in failures)

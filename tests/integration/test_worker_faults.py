@@ -152,7 +152,12 @@ def test_a_consumer_cancelled_by_the_broker_consumes_again_and_drops_its_late_ac
     engine: Any,
 ) -> None:
     go_on = threading.Event()
-    seen = Seen(lambda event: None if event.redelivered else go_on.wait(20))
+
+    def act(event: ReceivedEvent) -> None:
+        if not event.redelivered:
+            go_on.wait(20)
+
+    seen = Seen(act)
     with running(through_proxy, inspector, engine(seen), name, threads=2) as worker:
         subscription: Any = worker._subscription
         [tag] = subscription._channel.consumer_tags

@@ -13,9 +13,16 @@ from outbox.publisher import Publisher
 from outbox.settings import SettingOverrides
 from outbox.system import process
 
-__all__ = ["configure", "configured_publisher", "default_publisher", "publisher_if_any"]
+__all__ = [
+    "configure",
+    "configured_publisher",
+    "default_publisher",
+    "override_url",
+    "publisher_if_any",
+]
 
 _publisher: Publisher | None = None
+_overriding_url: str | None = None
 _stand_in: tuple[Observer | None, Publisher] | None = None
 _lock = threading.RLock()
 
@@ -50,6 +57,7 @@ def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> P
         InvalidEvent: the new publisher cannot carry a kept event; likewise.
     """
     global _publisher
+    url = _overriding_url or url
     if url is None and seam.observer is not None and not _environment_has_url():
         url = "memory://"  # a test records the events: it needs no URL
     with _lock:
@@ -66,6 +74,16 @@ def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> P
         serializer.register(publisher.settings.serializer)
         _publisher = publisher
         return publisher
+
+
+def override_url(url: str | None) -> None:
+    """Use ``url`` in every ``configure()`` of this process, also the implicit one.
+
+    For a command that imports an application: its option has precedence over the application, which
+    may call ``configure()`` at any time. None changes nothing.
+    """
+    global _overriding_url
+    _overriding_url = url
 
 
 def default_publisher(observer: Observer | None = None) -> Publisher:
@@ -105,7 +123,8 @@ def _stand_in_for(observer: Observer | None) -> Publisher:
 
 def publisher_if_any() -> Publisher | None:
     """Return the default publisher, or None if neither code nor the environment names a URL."""
-    if _publisher is None and seam.observer is None and not _environment_has_url():
+    named = _overriding_url is not None or _environment_has_url()
+    if _publisher is None and seam.observer is None and not named:
         return None  # without the search of the environment for settings: an event waits for it
     try:
         return default_publisher()

@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from outbox import OutboxError, configure, exit_codes
+from outbox import OutboxError, exit_codes
+from outbox.configuration import default_publisher, override_url
 from outbox.consumers.command.arguments import limits_of
 from outbox.consumers.command.limits import Recycling
 from outbox.consumers.discovery import load, selected
@@ -47,8 +48,9 @@ def run(
     """
     limits = limits_of(options)
     try:
-        publisher = configure(options.url)
+        override_url(options.url)
         consumers, ranks = selected(load(options.consumers), options.queue)
+        publisher = default_publisher()  # the application's, if it has configured one
         isolation = _isolation(options)
         worker = Worker(
             consumers,

@@ -6,7 +6,7 @@ import datetime
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from outbox import BrokerError
+from outbox import Nacked, PublishFailed
 from outbox.backlog.chunk import Chunk
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Again",
     "Dead",
     "Failed",
+    "FollowOnsRefused",
     "HandlerExit",
     "Hold",
     "Outcome",
@@ -131,9 +132,10 @@ class Hold:
     error: Exception
 
     @property
-    def is_brokers(self) -> bool:
-        """Whether the broker is unavailable; False if a database is."""
-        return isinstance(self.error, BrokerError)
+    def is_refusal(self) -> bool:
+        """Whether the broker works, but refuses follow-on events for now: a queue is full."""
+        error = self.error
+        return isinstance(error.report.error if isinstance(error, PublishFailed) else error, Nacked)
 
 
 Outcome: TypeAlias = Ack | Again | Dead | Return | Hold
@@ -197,6 +199,10 @@ class RemoteError(Exception):
 
     def __str__(self) -> str:
         return f"{self.kind}, in another process:\n{self.traceback}"
+
+
+class FollowOnsRefused(Exception):
+    """A failed attempt: the broker has refused its follow-on events for minutes."""
 
 
 class HandlerExit(Exception):

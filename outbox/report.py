@@ -82,11 +82,14 @@ class PublishFailed(BrokerError):
 
     Attributes:
         report: the :class:`outbox.PublishReport` with every event's fate.
+        is_of_message: whether they are follow-on events of a message, published with its worker's
+            publisher.
     """
 
     def __init__(self, report: PublishReport) -> None:
         super().__init__(report)
         self.report = report
+        self.is_of_message = False
 
     def __str__(self) -> str:
         return str(self.report)

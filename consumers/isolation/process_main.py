@@ -12,7 +12,8 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from outbox import BrokerError, ConnectionLost, configure, exit_codes
+from outbox import BrokerError, ConnectionLost, Nacked, exit_codes
+from outbox.configuration import default_publisher, override_url
 from outbox.consumers import logs
 from outbox.consumers.discovery import load
 from outbox.consumers.isolation.process_pool import Orders
@@ -36,9 +37,10 @@ def main(parent: Parent) -> int:
     connection = Connection(parent.channel)
     orders: Orders = connection.recv()
     logs.set_up(orders.log_level, orders.log_format)
-    publisher = configure(orders.url)
+    override_url(orders.url)
     consumers = {consumer.queue: consumer for consumer in load(orders.consumers)}
     _leave_signals_to_worker()  # also those that the application handles
+    publisher = default_publisher()
     engine = InlineEngine(publisher, open_inbox(publisher.settings, consumers.values()))
     connection.send(None)  # ready: what it imports doesn't count towards a handler's time limit
     while True:
@@ -79,7 +81,9 @@ def _portable(outcome: Outcome) -> Outcome:
             return dataclasses.replace(outcome, error=_remote(error))
         case Dead(error=error, decisive=decisive) if error is not None:
             return dataclasses.replace(outcome, error=_remote(error, decisive), decisive=None)
-        case Hold(error=BrokerError()):  # Hold.is_brokers must still be true in the worker
+        case Hold() if outcome.is_refusal:
+            return Hold(Nacked(str(outcome.error)))
+        case Hold(error=BrokerError()):  # its text says enough
             return Hold(ConnectionLost(str(outcome.error)))
         case Hold():
             return Hold(_remote(outcome.error))

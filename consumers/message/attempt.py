@@ -8,12 +8,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from outbox import BrokerError, PublishFailed, UnpublishedEvents
+from outbox import PublishFailed, UnpublishedEvents
 from outbox.backlog.notifier import ids
 from outbox.consumers.definition import Consumer
 from outbox.consumers.message.databases import is_unavailable, refreshers
 from outbox.consumers.message.deduplication import InboxEntry
 from outbox.consumers.message.follow_ons import MessageCollector
+from outbox.consumers.message.republishing import republished
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Blocking, Call, Confirm, Steps
 from outbox.consumers.outcome import (
@@ -33,6 +34,8 @@ from outbox.consumers.raised import causes, leaves, unwrapped
 from outbox.consumers.received_event import ReceivedEvent
 from outbox.consumers.retry import RetryPolicy
 from outbox.consumers.tracebacks import strip_engine
+from outbox.messages.delivery import Delivery
+from outbox.report import Withdrawn
 from outbox.unit_of_work.unit_of_work import Scope
 
 __all__ = ["FAILURES", "Attempt", "decided", "refuse_awaitable", "result_of", "text_of"]
@@ -50,11 +53,14 @@ class Attempt:
     out with ``revoke()`` and ``close()``.
     """
 
-    __slots__ = ("_collector", "_consumer", "_entry", "_event", "_services")
+    __slots__ = ("_collector", "_consumer", "_delivery", "_entry", "_event", "_services")
 
-    def __init__(self, consumer: Consumer, event: ReceivedEvent, services: Services) -> None:
+    def __init__(
+        self, consumer: Consumer, delivery: Delivery, event: ReceivedEvent, services: Services
+    ) -> None:
         """Create the attempt, without running it yet."""
         self._consumer = consumer
+        self._delivery = delivery
         self._event = event
         self._services = services
         self._collector = MessageCollector(
@@ -146,7 +152,8 @@ class Attempt:
                 if is_last and self._services.overlaps:
                     return Unconfirmed(chunk)
                 report = yield Confirm(chunk)
-            report.raise_for_failure()
+            if not report.ok:
+                yield from republished(report, self._delivery, self._services)
         if entry is not None:
             yield Blocking(entry.note)
         return done
@@ -270,7 +277,7 @@ def _result_of(error: BaseException) -> Outcome | Failed:
             return Dead(error.reason, error)
         case Requeue():
             return Return()
-        case PublishFailed() if error.report.error is None:
+        case PublishFailed(is_of_message=True) if _has_rejected(error):
             return Dead(f"a follow-on event was rejected: {text_of(error)}", error)
         case UnpublishedEvents():
             return Dead(f"{type(error).__qualname__}: {text_of(error)}", error)
@@ -280,13 +287,16 @@ def _result_of(error: BaseException) -> Outcome | Failed:
             return Failed(error)
 
 
+def _has_rejected(error: PublishFailed) -> bool:
+    """Return whether the broker has rejected a follow-on event for good."""
+    return any(not isinstance(each, Withdrawn) for each in error.report.rejected)
+
+
 def _unavailable(error: Exception) -> Exception | None:
     """Return what says that the broker or a database is unavailable: ``error`` or a cause."""
     for cause in causes(error):
-        if isinstance(cause, PublishFailed) and cause.report.error is None:
-            return None  # the broker has answered: it refuses an event
-        if isinstance(cause, BrokerError):
-            return cause
+        if isinstance(cause, PublishFailed) and cause.is_of_message:
+            return None if _has_rejected(cause) else cause
     return error if is_unavailable(error) else None
 
 

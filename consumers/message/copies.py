@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from typing import Any
 
 from outbox import Event
 from outbox.consumers.outcome import Again, Dead, RemoteError
@@ -14,7 +15,7 @@ from outbox.messages.headers import ATTEMPT, FIRST_FAILURE
 from outbox.messages.message_copy import NotCarried, copy_of, senders_headers
 from outbox.messages.parked_message import Address
 
-__all__ = ["dead_letter", "retry_copy"]
+__all__ = ["dead_letter", "next_attempt", "retry_copy"]
 
 
 def dead_letter(delivery: Delivery, outcome: Dead) -> Event:
@@ -41,14 +42,21 @@ def retry_copy(delivery: Delivery, outcome: Again) -> Event | None:
     except NotCarried:
         return None
     added = {
-        ATTEMPT: outcome.attempts + 1,
-        FIRST_FAILURE: outcome.first_failure.isoformat(),
+        **next_attempt(outcome),
         **origin_headers(Address(delivery.exchange, delivery.target)),
     }
     at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=outcome.delay)
     return copy_of(
         delivery, delivery.queue, {**headers, **added}, deliver_at=at if outcome.delay else None
     )
+
+
+def next_attempt(outcome: Again) -> dict[str, Any]:
+    """Return the headers that number the next attempt."""
+    return {
+        ATTEMPT: outcome.attempts + 1,
+        FIRST_FAILURE: outcome.first_failure.isoformat(),
+    }
 
 
 def _kind(error: BaseException) -> str:

@@ -46,11 +46,11 @@ class InlineEngine:
 
         Its consumer's timeout is not enforced here.
         """
-        return call(_conclusion(message), self._take)
+        return _without_pause(call(_conclusion(message), self._take))
 
     async def conclude_async(self, message: Message) -> Outcome:
         """Process ``message`` once in this task, and return its outcome; enforces the timeout."""
-        return await drive(_conclusion(message), self._take_async)
+        return _without_pause(await drive(_conclusion(message), self._take_async))
 
     def _take(self, step: Step) -> Any:
         match step:
@@ -60,8 +60,6 @@ class InlineEngine:
                 return self.publisher.wait_for(chunk)
             case Blocking(function):
                 return function()
-            case Pause():
-                return None
 
     async def _take_async(self, step: Step) -> Any:
         if isinstance(step, Confirm):
@@ -71,6 +69,12 @@ class InlineEngine:
             return value
         timeout = step.timeout if isinstance(step, Call) else None
         return await (value if timeout is None else cancelled_in_time(value, timeout))
+
+
+def _without_pause(outcome: Outcome | Pause) -> Outcome:
+    if isinstance(outcome, Pause):
+        raise RuntimeError("an inline engine can't let a message wait")
+    return outcome
 
 
 def _conclusion(message: Message) -> Steps[Outcome]:

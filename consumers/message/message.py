@@ -14,10 +14,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
-from outbox import Event, EventCollector, PublishFailed, PublishReport
+from outbox import BrokerError, Event, EventCollector, Nacked, PublishFailed, PublishReport
 from outbox.consumers.current import set_current_message
 from outbox.consumers.definition import Consumer
 from outbox.consumers.message import message_log
@@ -29,10 +30,16 @@ from outbox.consumers.message.attempt import (
     result_of,
     text_of,
 )
-from outbox.consumers.message.copies import dead_letter, retry_copy
+from outbox.consumers.message.copies import dead_letter, next_attempt, retry_copy
 from outbox.consumers.message.follow_ons import CallbackCollector
+from outbox.consumers.message.republishing import (
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    PATIENCE,
+    republished,
+)
 from outbox.consumers.message.services import Services
-from outbox.consumers.message.steps import Call, Confirm, Pause, Steps
+from outbox.consumers.message.steps import Call, Closing, Confirm, Pause, Steps
 from outbox.consumers.outcome import (
     ACK,
     DUPLICATE,
@@ -40,6 +47,7 @@ from outbox.consumers.outcome import (
     Again,
     Dead,
     Failed,
+    FollowOnsRefused,
     Hold,
     Outcome,
     ProcessTimeout,
@@ -57,8 +65,16 @@ __all__ = ["Message", "may_be_excused"]
 
 logger = logging.getLogger("outbox.consumer")
 
-_PAUSE = 0.5  # seconds between two checks whether the broker is available again
-_LONGEST_PAUSE = 30.0  # seconds, while a database is unavailable
+_REFUSED = (10.0, 60.0)
+"""Seconds before a handler runs again whose publish() was refused, at first and from then on: its
+effects are repeated with it."""
+_LONGEST_WAIT = 600.0
+"""Seconds that a message may wait here: RabbitMQ takes back what isn't acked within 30 minutes."""
+_NO_ROOM = 3
+"""Refusals of a retry's copy after which the next attempt begins here: the queue may be full for as
+long as its worker waits for room in it."""
+_SOON = 30.0  # seconds: the longest delay of an attempt that begins here
+_LOGGED_EVERY = 600.0  # seconds, for what goes on being refused
 _ONLY_AFTER_RETRY = RetryPolicy(on=())  # of a consumer without a policy
 
 
@@ -70,6 +86,8 @@ class Message:
         delivery: the delivery, as it arrived.
         event: the decoded event; None until then.
         is_given_up: whether ``give_up()`` ends the message instead of its attempt.
+        is_acked_in_vain: whether all is done, but the delivery was stale: the message is
+            redelivered, and needs nothing but an ack.
     """
 
     def __init__(self, consumer: Consumer, delivery: Delivery, services: Services) -> None:
@@ -81,8 +99,12 @@ class Message:
         self._services = services
         self._attempt: Attempt | None = None
         self.is_given_up = False
+        self.is_acked_in_vain = False
         self._began = 0.0
-        self._pause = _PAUSE
+        self._pause = FIRST_PAUSE
+        self._waiting_since: float | None = None
+        self._refused_since: float | None = None
+        self._goes_on_here = False
 
     def live(self) -> Steps[Outcome | Unconfirmed | None]:
         """Process the message and settle it.
@@ -101,8 +123,9 @@ class Message:
             See :meth:`live`.
         """
         try:
-            report.raise_for_failure()
-        except PublishFailed as error:
+            if not report.ok:
+                yield from republished(report, self.delivery, self._services)
+        except (FollowOnsRefused, PublishFailed) as error:
             return (yield from self._follow(result_of(error)))
         return (yield from self._follow(ACK))
 
@@ -131,6 +154,10 @@ class Message:
         if self._attempt is not None:
             self._attempt.revoke()
 
+    def bury(self, reason: str) -> Steps[Outcome | None]:
+        """Dead-letter the message, whatever has become of its attempts."""
+        return self.settle(Dead(reason, attempts=self.delivery.attempt))
+
     def attempt(self) -> Steps[Outcome | Failed | Unconfirmed]:
         """Process the message once; never raises an ``Exception``."""
         try:
@@ -138,7 +165,7 @@ class Message:
         except Undecodable as error:
             return Dead(f"undecodable: {error}", error)
         set_current_message(event)
-        self._attempt = Attempt(self.consumer, event, self._services)
+        self._attempt = Attempt(self.consumer, self.delivery, event, self._services)
         return (yield from self._attempt.run())
 
     def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
@@ -179,7 +206,7 @@ class Message:
         message_log.ended(delivery, outcome, self._began)
         match outcome:
             case Ack():
-                subscription.ack(delivery)
+                self._ack()
             case Return(delay=delay):
                 subscription.requeue(delivery, delay)
             case Hold():
@@ -194,15 +221,56 @@ class Message:
             if self.is_given_up or self._is_lost(result) or self._is_excused(result):
                 return None
             outcome = yield from self.conclude(result)
-            if not isinstance(outcome, Hold):
-                return (yield from self.settle(outcome))
-            logger.warning("holding message %r: %s", self.delivery.message_id, outcome.error)
-            seconds = _PAUSE if outcome.is_brokers else self._pause
-            if not (yield from self._until_ready(seconds, outcome)):
-                return None
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+            if isinstance(outcome, Hold):
+                held = yield from self._hold(outcome)
+                if held is None:
+                    return None
+                result = held
+                continue
+            settled = yield from self.settle(outcome)
+            if not self._goes_on_here:
+                return settled
+            self._goes_on_here = False
             result = yield from self.attempt()
         return result
+
+    def _hold(self, hold: Hold) -> Steps[Outcome | Failed | Unconfirmed | None]:
+        """Wait until the broker or the database may be available, and process the message again.
+
+        Returns:
+            The result of the next attempt, or of none: the message has waited for too long; None
+            if it must be left.
+        """
+        if self._services.is_stopping:
+            return None
+        seconds = self._pause
+        if hold.is_refusal:
+            now = time.monotonic()
+            first, later = _REFUSED
+            seconds = first if self._refused_since is None else later
+            if self._refused_since is None:
+                self._refused_since = now
+            if now - self._refused_since >= PATIENCE:
+                refused = FollowOnsRefused(text_of(hold.error))
+                refused.__cause__ = hold.error
+                return Failed(refused)
+        else:
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        logger.warning(
+            "holding message %r of %r for %.1f s or longer: %s",
+            self.delivery.message_id,
+            self.delivery.queue,
+            seconds,
+            hold.error,
+        )
+        is_broker = isinstance(hold.error, BrokerError) and not hold.is_refusal
+        # Without the broker, messages that publish nothing can still be processed.
+        closing = Closing.WHEN_MANY if is_broker else Closing.AT_ONCE
+        if not (yield from self._until_ready(seconds, hold, closing)):
+            return None
+        if self._has_waited_long():
+            return Return(0.0)
+        return (yield from self.attempt())
 
     def _is_lost(self, result: Outcome | Failed) -> bool:
         """Return whether the message will be redelivered anyway: a copy would duplicate it."""
@@ -279,16 +347,33 @@ class Message:
     def _send_on(self, copy: Event, outcome: Outcome) -> Steps[Outcome | None]:
         """Publish the copy that replaces the message, and only ack it when that is confirmed."""
         services = self._services
+        pause = FIRST_PAUSE
+        refusals = 0
+        next_line = 0.0
         while True:
             chunk = services.publisher.submit_chunk([copy], keep=False)
             report: PublishReport = yield Confirm(chunk)
             if report.ok:
-                services.subscription.ack(self.delivery)
+                self._ack()
                 return outcome
-            logger.error("could not publish %r, retrying: %s", copy, report)
+            refusals += isinstance(report.error, Nacked)
+            if (
+                isinstance(outcome, Again)
+                and refusals >= _NO_ROOM
+                and self._may_go_on_here(outcome)
+            ):
+                logger.warning(
+                    "the broker has no room for %r; its next attempt begins here: %s", copy, report
+                )
+                yield from self._go_on_here(outcome)
+                return None
+            now = time.monotonic()
+            if now >= next_line:
+                logger.error("could not publish %r, retrying: %s", copy, report)
+                next_line = now + (_LOGGED_EVERY if next_line else LONGEST_PAUSE)
             if report.error is None:
                 services.subscription.declare_again()  # unroutable: its queue was deleted
-            if not (yield from self._until_ready(_PAUSE, outcome)):
+            if not (yield from self._until_ready(pause, outcome)):
                 if isinstance(outcome, Dead) and outcome.is_done:
                     logger.error(
                         "lost the dead letter %r of a message that is done: %s",
@@ -296,16 +381,53 @@ class Message:
                         outcome.reason,
                     )
                 return None
+            if self._has_waited_long() and not (isinstance(outcome, Dead) and outcome.is_done):
+                logger.warning(
+                    "requeued message %r: %r found no room", self.delivery.message_id, copy
+                )
+                services.subscription.requeue(self.delivery, 0.0)
+                return None
+            pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _until_ready(self, seconds: float, outcome: Outcome) -> Steps[bool]:
+    def _may_go_on_here(self, outcome: Again) -> bool:
+        return outcome.delay <= _SOON and not self.is_given_up  # else a late attempt still runs
+
+    def _go_on_here(self, outcome: Again) -> Steps[None]:
+        """Wait for the next attempt, as the copy would have done, and turn the message into it."""
+        if (yield from self._until_ready(outcome.delay, outcome)):
+            delivery = self.delivery
+            delivery.headers = {**(delivery.headers or {}), **next_attempt(outcome)}
+            self.event = None
+            self._goes_on_here = True
+
+    def _until_ready(
+        self, seconds: float, outcome: Outcome, closing: Closing = Closing.NEVER
+    ) -> Steps[bool]:
         """Wait ``seconds``, then for the broker; return False if the message must be left."""
         services = self._services
-        yield Pause(seconds)
-        while not services.is_stopping and not self._is_left_to_broker(outcome):
-            if services.publisher.connected:
-                return True
-            yield Pause(_PAUSE)
-        return False
+        if self._waiting_since is None:
+            self._waiting_since = time.monotonic()
+
+        def must_leave() -> bool:
+            return services.is_stopping or self._is_left_to_broker(outcome)
+
+        def may_go_on() -> bool:
+            return must_leave() or services.publisher.connected
+
+        yield Pause(seconds, may_go_on, closing)
+        return not must_leave()
+
+    def _has_waited_long(self) -> bool:
+        """Return whether the message must be given back before the broker takes it back."""
+        since = self._waiting_since
+        if since is None or not self._services.subscription.limits_processing:
+            return False
+        return time.monotonic() - since >= _LONGEST_WAIT
+
+    def _ack(self) -> None:
+        subscription = self._services.subscription
+        self.is_acked_in_vain = subscription.is_stale(self.delivery)
+        subscription.ack(self.delivery)
 
 
 def may_be_excused(result: Outcome | Failed) -> TypeGuard[Failed]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import time
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -16,6 +17,7 @@ __all__ = [
     "Abandoned",
     "Blocking",
     "Call",
+    "Closing",
     "Confirm",
     "HandlerCancelled",
     "Pause",
@@ -68,10 +70,32 @@ class Blocking(NamedTuple):
     function: Callable[[], Any]
 
 
+class Closing(enum.Enum):
+    """What becomes of a queue while one of its messages waits.
+
+    Attributes:
+        NEVER: its other messages begin as usual.
+        WHEN_MANY: none of them begins once as many wait as the engine has threads or tasks.
+        AT_ONCE: none of them begins.
+    """
+
+    NEVER = enum.auto()
+    WHEN_MANY = enum.auto()
+    AT_ONCE = enum.auto()
+
+
 class Pause(NamedTuple):
-    """A wait for ``seconds``, or until the worker stops."""
+    """A wait, or until the worker stops; the engine goes on with another message meanwhile.
+
+    Attributes:
+        seconds: the seconds to wait.
+        until: then a condition to wait for, which must not block; None for none.
+        closing: whether other messages of the queue may begin meanwhile.
+    """
 
     seconds: float
+    until: Callable[[], bool] | None = None
+    closing: Closing = Closing.NEVER
 
 
 Step: TypeAlias = Call | Confirm | Blocking | Pause
@@ -86,12 +110,15 @@ class HandlerCancelled(Exception):
     """A failed attempt: its handler was cancelled, but not by the worker."""
 
 
-def call(steps: Steps[T], take: Callable[[Step], Any]) -> T:
+def call(steps: Steps[T], take: Callable[[Step], Any]) -> T | Pause:
     """Take ``steps`` in this thread, and return their result.
+
+    A pause is returned as well, before it has begun: when it is over, call this once more.
 
     Args:
         steps: the steps of a message.
-        take: takes one step and returns its result; its exceptions are raised in the steps.
+        take: takes one step and returns its result; its exceptions are raised in the steps. It is
+            never given a pause.
     """
     value: Any = None
     error: BaseException | None = None
@@ -101,6 +128,8 @@ def call(steps: Steps[T], take: Callable[[Step], Any]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
+        if isinstance(step, Pause):
+            return step
         value = error = None
         try:
             value = take(step)
@@ -112,8 +141,8 @@ async def drive(
     steps: Steps[T],
     take: Callable[[Step], Awaitable[Any]],
     is_ending: Callable[[], bool] | None = None,
-) -> T:
-    """Take ``steps`` in this task, and return their result.
+) -> T | Pause:
+    """Take ``steps`` in this task, and return their result, or a pause; see :func:`call`.
 
     Args:
         steps: the steps of a message.
@@ -135,6 +164,8 @@ async def drive(
         except StopIteration as end:
             result: T = end.value
             return result
+        if isinstance(step, Pause):
+            return step
         value = error = None
         try:
             value = await take(step)

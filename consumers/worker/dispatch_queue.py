@@ -16,13 +16,20 @@ import itertools
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from outbox.messages.delivery import Delivery, QueueSpec
 
-__all__ = ["DispatchQueue", "OrderedDispatchQueue", "make_dispatch_queue"]
+__all__ = [
+    "DispatchQueue",
+    "OrderedDispatchQueue",
+    "PlainDispatchQueue",
+    "make_dispatch_queue",
+]
 
+_AHEAD = -256  # more urgent than any priority
 _ON_ITS_WAY = 0.25
 """Seconds within which a broker answers an ack with the next message, on any usable network."""
 
@@ -34,8 +41,16 @@ class DispatchQueue(Protocol):
         """Add a delivery, or None to end one of the threads."""
         ...
 
+    def put_ahead(self, delivery: Delivery) -> None:
+        """Add a delivery ahead of others: a message that was begun and has waited."""
+        ...
+
     def get(self) -> Delivery | None:
         """Wait for the next delivery, or None."""
+        ...
+
+    def waiting(self) -> list[Delivery]:
+        """Return the deliveries that wait in it, except those put ahead."""
         ...
 
 
@@ -47,15 +62,55 @@ def make_dispatch_queue(
     Args:
         queues: the queues; if all ranks are equal and there are no priorities, messages are handed
             out in the order of arrival.
-        out: returns the number of messages that the broker has sent of a queue and that are not
-            settled.
+        out: returns the number of messages of a queue that the broker has sent and that will be
+            settled soon.
         prefetch: the prefetch of each queue.
     """
     if len({spec.rank for spec in queues}) == 1 and all(
         spec.max_priority is None for spec in queues
     ):
-        return queue.SimpleQueue()
+        return PlainDispatchQueue()
     return OrderedDispatchQueue(queues, out, prefetch)
+
+
+class PlainDispatchQueue:
+    """DispatchQueue in the order of arrival.
+
+    A permit is put for each delivery, after it. So a thread with a permit finds a delivery, though
+    not always the one that the permit was put for.
+    """
+
+    def __init__(self) -> None:
+        """Create an empty queue."""
+        self._ahead: deque[Delivery] = deque()
+        self._new: deque[Delivery] = deque()
+        self._permits: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def put(self, delivery: Delivery | None) -> None:
+        """Add a delivery at the end; None makes a thread get None when it is done with the rest."""
+        if delivery is not None:
+            self._new.append(delivery)
+        self._permits.put(delivery is not None)
+
+    def put_ahead(self, delivery: Delivery) -> None:
+        """Add a delivery ahead of those of ``put()``, behind others of this kind."""
+        self._ahead.append(delivery)
+        self._permits.put(True)
+
+    def get(self) -> Delivery | None:
+        """Wait for the next delivery, or None."""
+        if not self._permits.get():
+            return None
+        while True:
+            for line in (self._ahead, self._new):
+                try:
+                    return line.popleft()
+                except IndexError:  # another thread took it, and has left one in the other line
+                    pass
+
+    def waiting(self) -> list[Delivery]:
+        """Return the deliveries of ``put()`` that wait."""
+        return list(self._new)
 
 
 class OrderedDispatchQueue:
@@ -91,10 +146,20 @@ class OrderedDispatchQueue:
                 urgency = 0
                 if spec.max_priority is not None:
                     urgency = -min(delivery.priority or 0, spec.max_priority)
-                key = (spec.rank, urgency, next(self._number), delivery)
-                heapq.heappush(self._waiting, key)
+                self._push(delivery, urgency)
                 self._note(delivery)
             self._changed.notify()
+
+    def put_ahead(self, delivery: Delivery) -> None:
+        """Add a delivery ahead of the others of its queue and of queues with the same rank."""
+        with self._changed:
+            self._push(delivery, _AHEAD)
+            self._changed.notify()
+
+    def waiting(self) -> list[Delivery]:
+        """Return the deliveries of ``put()`` that wait."""
+        with self._changed:
+            return [entry[-1] for entry in self._waiting if entry[1] != _AHEAD]
 
     def get(self) -> Delivery | None:
         """Wait for the next delivery that may start, or None."""
@@ -114,6 +179,10 @@ class OrderedDispatchQueue:
                             self._changed.notify()
                         return next_delivery
                 self._changed.wait(wait)
+
+    def _push(self, delivery: Delivery, urgency: int) -> None:
+        rank = self._specs[delivery.queue].rank
+        heapq.heappush(self._waiting, (rank, urgency, next(self._number), delivery))
 
     def _note(self, delivery: Delivery) -> None:
         now = self._clock()

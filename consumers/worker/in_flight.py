@@ -1,84 +1,109 @@
-"""The messages that an engine has started, including those that no thread or task works on.
+"""The messages that an engine has begun, including those that no thread or task works on.
 
-An ``Unconfirmed`` message waits here while its thread or task goes on with another message.
+An ``Unconfirmed`` message waits here while its thread or task goes on with another message, and so
+does one that pauses: see ``pen``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import OrderedDict
 from contextvars import Context
 from functools import partial
+from typing import Protocol, TypeAlias
 
 from outbox import PublishReport
 from outbox.backlog.chunk import Chunk
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
-from outbox.consumers.message.steps import Step, Steps, call
-from outbox.consumers.outcome import Outcome, Unconfirmed
+from outbox.consumers.message.steps import Abandoned, Confirm, Pause, Step, call
+from outbox.consumers.worker.life import Life
+from outbox.consumers.worker.pen import Pen
 from outbox.consumers.worker.worker_context import WorkerContext
 from outbox.messages.delivery import Delivery
 
-__all__ = ["Life", "InFlight"]
+__all__ = ["InFlight", "Line"]
 
 logger = logging.getLogger("outbox.consumer")
 
+_LONGEST_WAIT = 300.0
+"""Seconds between two looks at what waits to begin. What two looks have seen is given back: after
+30 minutes RabbitMQ would take it back, and with it all that has the same channel."""
+_REMEMBERED = 600.0  # seconds, for a message that is done and whose ack was in vain
+_MOST_REMEMBERED = 10_000
+_FAULTS = 10
+"""Times that outbox itself may fail to handle a message, before it becomes a dead letter."""
+_LONGEST_PAUSE = 30.0  # seconds after such a fault
 
-class Life:
-    """A message that was started; one thread or task at a time works on it.
 
-    Attributes:
-        message: the message.
-        steps: the steps to take next.
-        context: the context to take them in.
-    """
+_Key: TypeAlias = tuple[str, str | None, str, int, int]
 
-    __slots__ = ("context", "message", "steps")
 
-    def __init__(
-        self, message: Message, steps: Steps[Outcome | Unconfirmed | None], context: Context
-    ) -> None:
-        """Create the life, without taking a step yet."""
-        self.message = message
-        self.steps = steps
-        self.context = context
+class Line(Protocol):
+    """The line of an engine's deliveries that have not begun."""
+
+    def put(self, delivery: Delivery) -> None:
+        """Add a delivery at its end."""
+        ...
+
+    def put_ahead(self, delivery: Delivery) -> None:
+        """Add a delivery ahead of others."""
+        ...
+
+    def waiting(self) -> list[Delivery]:
+        """Return the deliveries in it."""
+        ...
 
 
 class InFlight:
-    """The lives of an engine, including those that wait until their chunk is reported. Thread-safe.
+    """The lives of an engine, including those that wait. Thread-safe.
 
     Those whose events are all confirmed end on this object's thread, where only an ack is left to
-    do. The others may call the application or wait: their deliveries are put into the engine once
-    more. There are at most as many waiting lives as the broker sends messages ahead.
+    do. The others may call the application: their deliveries are put into the engine once more.
+    There are at most as many waiting lives as the broker sends messages ahead.
+
+    A message may be redelivered while it is still being processed, because the broker has taken it
+    back: it has waited too long for the ack, or the channel was lost. Such a delivery waits until
+    the other one has ended. If that was a success, which could no longer be acked, only the ack is
+    left to do.
 
     Attributes:
         any_begun: whether a message was started.
     """
 
-    def __init__(
-        self, work: WorkerContext, services: Services, put: Callable[[Delivery], object]
-    ) -> None:
+    def __init__(self, work: WorkerContext, services: Services, line: Line, places: int) -> None:
         """Create the collection, without any life yet.
 
         Args:
             work: the context of the engine.
             services: the services of the engine.
-            put: puts a delivery into the engine as if it were new.
+            line: the line of the engine.
+            places: the number of its threads or tasks.
         """
         self.any_begun = False
         self._work = work
         self._services = services
-        self._put = put
+        self._line = line
         self._timeout = work.publisher.settings.timeout
         self._unconfirmed: dict[Life, tuple[float, Chunk]] = {}  # with the deadline, in its order
         self._stopping = False
         self._all_confirmed = threading.Event()
-        self._reported: queue.SimpleQueue[tuple[Life, PublishReport] | None] = queue.SimpleQueue()
+        self._reported: queue.SimpleQueue[tuple[Life, PublishReport] | _Order] = queue.SimpleQueue()
         self._put_again: dict[Delivery, Life] = {}
+        self._pen = Pen(self._resume, work.resting, places=places)
+        self._lock = threading.Lock()
+        self._begun: set[Message] = set()
+        self._waiting_for: dict[Message, list[Delivery]] = {}
+        self._done: OrderedDict[_Key, float] = OrderedDict()
+        self._given_back: set[Delivery] = set()
+        self._seen_waiting: set[Delivery] = set()
+        self._faults: OrderedDict[_Key, int] = OrderedDict()
 
     def start(self) -> None:
         """Start the thread."""
@@ -87,8 +112,8 @@ class InFlight:
     def of(self, delivery: Delivery, context: Context) -> Life | None:
         """Return the life to start or to go on with.
 
-        None if there is nothing to do: the message has been requeued, or will be when the
-        subscription closes.
+        None if there is nothing to do now: the message waits for another, or has been requeued, or
+        will be when the subscription closes.
 
         Args:
             delivery: the delivery of the message.
@@ -98,56 +123,197 @@ class InFlight:
         if life is not None:
             return life
         work = self._work
-        if work.subscription.is_stale(delivery):
-            return None
-        if work.quota is not None and not work.quota.begin():
-            return None
-        self.any_begun = True
-        message = work.make_message(work.consumers[delivery.queue], delivery, self._services)
-        return Life(message, message.live(), context.copy())
+        if self._may_begin(delivery) and (work.quota is None or work.quota.begin()):
+            self.any_begun = True
+            message = work.make_message(work.consumers[delivery.queue], delivery, self._services)
+            self._begun.add(message)
+            if self._pen.closed:
+                self._pen.began(delivery, message)
+            return Life(message, message.live(), context.copy())
+        if self._pen.closed:
+            self._pen.began(delivery, None)
+        return None
 
     def leave(self, life: Life, chunk: Chunk) -> None:
         """Hold ``life`` until ``chunk`` is reported, or its timeout is over.
 
         Call it outside the life's context, which another thread may enter at once.
         """
+        if self._pen.closed:
+            self._pen.passed(life.message)
         self._unconfirmed[life] = (time.monotonic() + self._timeout, chunk)
         chunk.on_reported(partial(self._on_reported, life))
 
-    def ends(self) -> None:
-        """Count a message that has ended; with the last one that is allowed, stop the worker."""
+    def park(self, life: Life, pause: Pause) -> None:
+        """Hold ``life`` until ``pause`` is over, then put it into the engine again.
+
+        Call it outside the life's context, which another thread may enter at once.
+        """
+        self._pen.park(life, pause)
+        self._reported.put(_Order.LOOK)
+
+    def ends(self, message: Message) -> None:
+        """Note that a message has ended; with the last one that is allowed, stop the worker."""
+        self._begun.discard(message)
+        if message.is_acked_in_vain:
+            self._remember(message.delivery)
+        if self._waiting_for:
+            self._release(message)
+        if self._pen.closed:
+            self._pen.passed(message)
         quota = self._work.quota
         if quota is not None and quota.end():
             self._work.on_used_up()
 
+    def failed(self, life: Life) -> None:
+        """Requeue or dead-letter a message after an error in outbox itself, and end it.
+
+        Call it where the error is handled, which is logged.
+        """
+        message = life.message
+        delivery = message.delivery
+        key = _key(delivery)
+        with self._lock:
+            faults = self._faults[key] = self._faults.pop(key, 0) + 1
+            if len(self._faults) > _MOST_REMEMBERED:
+                self._faults.popitem(last=False)
+        logger.exception("could not handle message %r of %r", delivery.message_id, delivery.queue)
+        if faults == _FAULTS:
+            life.steps = message.bury(f"outbox failed to handle it {faults} times; see the log")
+            self._resume(life)
+        else:
+            pause = min(_LONGEST_PAUSE, 0.5 * 2.0 ** min(faults - 1, 10))
+            self._work.subscription.requeue(delivery, pause)
+            self.ends(message)
+
     def stop(self, deadline: float) -> bool:
         """Wait for the unconfirmed lives, until ``deadline``; return whether all are reported.
 
-        The messages of the others are redelivered, and so are those whose events were not
-        confirmed: they are left as a held message is.
+        The messages of the others are redelivered, and so are those that wait, for whatever reason:
+        they are left.
         """
         self._stopping = True
         remaining = max(0.0, deadline - time.monotonic())
         finished = not self._unconfirmed or self._all_confirmed.wait(remaining)
-        self._reported.put(None)
+        self._reported.put(_Order.END)
         self._unconfirmed.clear()
+        for life in (*self._pen.empty(), *self._put_again.values()):
+            self._abandon(life)
         return finished
+
+    def _may_begin(self, delivery: Delivery) -> bool:
+        """Return whether ``delivery`` is to begin now; if it must wait, keep it."""
+        if self._work.subscription.is_stale(delivery):
+            return False
+        if self._given_back and self._withdraw(delivery):
+            return False
+        if delivery.redelivered and (self._is_done(delivery) or self._waits_for_other(delivery)):
+            return False
+        return not (self._pen.closed and self._pen.holds_back(delivery))
+
+    def _withdraw(self, delivery: Delivery) -> bool:
+        """Remove ``delivery`` from what is given back; return whether this call has done so."""
+        try:
+            self._given_back.remove(delivery)
+        except KeyError:
+            return False
+        return True
+
+    def _is_done(self, delivery: Delivery) -> bool:
+        """Ack ``delivery`` if its message is known to be done; return whether it is."""
+        if not self._done:
+            return False
+        with self._lock:
+            at = self._done.pop(_key(delivery), None)
+        if at is None or time.monotonic() - at > _REMEMBERED:
+            return False
+        self._ack(delivery)
+        return True
+
+    def _ack(self, delivery: Delivery) -> None:
+        logger.info(
+            "message %r of %r is done, but was redelivered, since its ack was lost; acked again",
+            delivery.message_id,
+            delivery.queue,
+        )
+        self._work.subscription.ack(delivery)
+
+    def _waits_for_other(self, delivery: Delivery) -> bool:
+        """Keep ``delivery`` while an earlier delivery of its message is processed."""
+        is_stale = self._work.subscription.is_stale
+        key = _key(delivery)
+        for message in list(self._begun):
+            if _key(message.delivery) == key and is_stale(message.delivery):
+                with self._lock:
+                    self._waiting_for.setdefault(message, []).append(delivery)
+                self._pen.wake(message)
+                if message not in self._begun:  # it has ended meanwhile
+                    self._release(message)
+                return True
+        return False
+
+    def _remember(self, delivery: Delivery) -> None:
+        with self._lock:
+            self._done[_key(delivery)] = time.monotonic()
+            if len(self._done) > _MOST_REMEMBERED:
+                self._done.popitem(last=False)
+
+    def _release(self, message: Message) -> None:
+        """Go on with the deliveries that have waited for the end of ``message``."""
+        with self._lock:
+            deliveries = self._waiting_for.pop(message, ())
+        for delivery in deliveries:
+            if not self._work.subscription.is_stale(delivery):
+                self._line.put_ahead(delivery)
+
+    def _resume(self, waiting: Life | Delivery) -> None:
+        if isinstance(waiting, Life):
+            self._put_again[waiting.message.delivery] = waiting
+            self._line.put_ahead(waiting.message.delivery)
+        else:
+            self._line.put_ahead(waiting)
+
+    def _abandon(self, life: Life) -> None:
+        """Let a message notice that the worker stops, and end it."""
+        try:
+            life.context.run(call, life.steps, self._take_at_stop)
+        except Abandoned:
+            pass
+        except BaseException:
+            logger.exception("could not leave message %r", life.message.delivery.message_id)
+        life.context.run(life.steps.close)
+
+    def _take_at_stop(self, step: Step) -> object:
+        if isinstance(step, Confirm):
+            return self._work.publisher.wait_for(step.chunk)
+        raise Abandoned
 
     def _on_reported(self, life: Life, report: PublishReport) -> None:
         self._reported.put((life, report))
 
     def _run(self) -> None:
-        pause = max(0.01, self._timeout / 4)
-        look_at = time.monotonic() + pause
+        longest = max(0.01, self._timeout / 4)
+        now = time.monotonic()
+        look_at, pen_at, old_at = now + longest, math.inf, now + _LONGEST_WAIT
         while True:
             with contextlib.suppress(queue.Empty):
-                reported = self._reported.get(timeout=pause)
-                if reported is None:
+                pause = min(look_at, pen_at) - time.monotonic()
+                reported = self._reported.get(timeout=max(0.0, pause))
+                if reported is _Order.END:
                     return
-                self._go_on(*reported)
-            if time.monotonic() >= look_at:
+                if reported is _Order.LOOK:
+                    pen_at = 0.0
+                else:
+                    self._go_on(*reported)
+            now = time.monotonic()
+            if now >= look_at:
                 self._report_late()
-                look_at = time.monotonic() + pause
+                look_at = now + longest
+            if now >= pen_at:
+                pen_at = now + self._pen.look()
+            if now >= old_at:
+                self._give_old_back()
+                old_at = now + _LONGEST_WAIT
 
     def _report_late(self) -> None:
         """Report the chunks whose timeout is over, as a waiting caller would have done."""
@@ -165,8 +331,8 @@ class InFlight:
         else:
             delivery = life.message.delivery
             self._put_again[delivery] = life
-            self._unconfirmed.pop(life, None)  # before put(): the engine may leave it here again
-            self._put(delivery)
+            self._unconfirmed.pop(life, None)  # before: the engine may leave it here again
+            self._line.put_ahead(delivery)
         if self._stopping and not self._unconfirmed:
             self._all_confirmed.set()
 
@@ -174,9 +340,47 @@ class InFlight:
         try:
             life.context.run(call, life.steps, _refuse)
         except BaseException:  # a bug in outbox must end neither the thread nor the message
-            logger.exception("could not handle message %r", life.message.delivery.message_id)
-            self._work.give_back(life.message.delivery)
-        self.ends()
+            self.failed(life)
+        else:
+            self.ends(life.message)
+
+    def _give_old_back(self) -> None:
+        """Give back what has waited to begin since the last call."""
+        if not self._work.subscription.limits_processing:
+            return
+        line, pen = self._line, self._pen
+        waiting = {*line.waiting(), *pen.waiting()}
+        returned = 0
+        for delivery in waiting & self._seen_waiting:
+            if not pen.give_up(delivery):
+                self._given_back.add(delivery)
+                if delivery not in line.waiting() and self._withdraw(delivery):
+                    continue  # a thread took it meanwhile, and begins it
+            self._work.subscription.requeue(delivery, 0.0)
+            returned += 1
+        self._seen_waiting = waiting
+        if returned:
+            logger.info(
+                "requeued %d message(s), which have waited here for more than %.0f s to begin",
+                returned,
+                _LONGEST_WAIT,
+            )
+
+
+class _Order(enum.Enum):
+    LOOK = enum.auto()
+    END = enum.auto()
+
+
+def _key(delivery: Delivery) -> _Key:
+    """Return what identifies an attempt at a message, also to senders that repeat ids."""
+    return (
+        delivery.queue,
+        delivery.message_id,
+        delivery.target,
+        delivery.attempt,
+        hash(delivery.body),
+    )
 
 
 def _refuse(step: Step) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import enum
 import functools
 import inspect
 import logging
@@ -25,7 +26,8 @@ from outbox.consumers.message.steps import (
 )
 from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed
 from outbox.consumers.worker.dispatch_queue import OrderedDispatchQueue
-from outbox.consumers.worker.in_flight import InFlight, Life
+from outbox.consumers.worker.in_flight import InFlight
+from outbox.consumers.worker.life import Life
 from outbox.consumers.worker.worker_context import WorkerContext
 from outbox.messages.delivery import Delivery
 from outbox.system import process
@@ -35,7 +37,15 @@ __all__ = ["TaskEngine"]
 
 logger = logging.getLogger("outbox.consumer")
 
-_Task: TypeAlias = "asyncio.Task[Outcome | Unconfirmed | None]"
+
+class _Failed(enum.Enum):
+    FAILED = enum.auto()
+
+
+_FAILED = _Failed.FAILED
+"""The result of a task in which outbox itself has failed: ``in_flight`` knows."""
+_Result: TypeAlias = "Outcome | Unconfirmed | Pause | _Failed | None"
+_Task: TypeAlias = "asyncio.Task[_Result]"
 _CANCELLED = 1.0  # seconds for a cancelled task to end
 
 
@@ -64,6 +74,7 @@ class TaskEngine:
         self.overlaps = concurrency > 1
         self._concurrency = concurrency
         self._waiting: deque[Delivery] = deque()
+        self._ahead: deque[Delivery] = deque()
         self._woken = False
         arrivals = work.make_dispatch_queue()
         self._ordered = arrivals if isinstance(arrivals, OrderedDispatchQueue) else None
@@ -79,7 +90,7 @@ class TaskEngine:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="outbox-worker-loop", daemon=True)
         self._context = contextvars.Context()
-        self.in_flight = InFlight(work, self, self.put)
+        self.in_flight = InFlight(work, self, self, concurrency)
 
     @property
     def late(self) -> int:
@@ -112,6 +123,18 @@ class TaskEngine:
         if not self._woken:
             self._woken = True
             self._call(self._dispatch)
+
+    def put_ahead(self, delivery: Delivery) -> None:
+        """Add a message, to be processed before others when there is room. Thread-safe."""
+        if self._ordered is not None:
+            self._ordered.put_ahead(delivery)
+            return
+        self._ahead.append(delivery)
+        self._call(self._dispatch)
+
+    def waiting(self) -> list[Delivery]:
+        """Return the messages that wait for room. Thread-safe."""
+        return list(self._waiting) if self._ordered is None else self._ordered.waiting()
 
     def ask_to_stop(self, deadline: float) -> None:
         """Start no further message, and cancel the running ones at ``deadline``. Thread-safe."""
@@ -168,8 +191,8 @@ class TaskEngine:
 
     def _dispatch(self) -> None:
         self._woken = False
-        while self._waiting and len(self._tasks) < self._concurrency:
-            self._begin(self._waiting.popleft())
+        while len(self._tasks) < self._concurrency and (self._ahead or self._waiting):
+            self._begin((self._ahead or self._waiting).popleft())
 
     def _begin(self, delivery: Delivery) -> None:
         # A message that isn't started is requeued when the subscription closes, or was already.
@@ -192,28 +215,28 @@ class TaskEngine:
             pass  # the successor ends the message
         elif isinstance(result, Unconfirmed):
             self.in_flight.leave(life, result.chunk)
-        else:
-            self.in_flight.ends()
+        elif isinstance(result, Pause):
+            self.in_flight.park(life, result)
+        elif result is not _FAILED:
+            self.in_flight.ends(life.message)
         if task in self._tasks:
             self._tasks.discard(task)
             self._room.release()
-            if self._waiting:
+            if self._waiting or self._ahead:
                 self._dispatch()
 
-    async def _handle(self, life: Life) -> Outcome | Unconfirmed | None:
+    async def _handle(self, life: Life) -> _Result:
         """Take the steps of a message, and return their result."""
-        delivery = life.message.delivery
         try:
             take_step = functools.partial(self._take_step, life)
             return await drive(life.steps, take_step, lambda: self._is_cancelling)
         except asyncio.CancelledError:
             if not self.is_stopping:  # not the worker's doing: the message must not be stuck here
-                self._shared.give_back(delivery)
+                self._shared.give_back(life.message.delivery)
             raise
         except BaseException:  # a bug in outbox must end neither the loop nor the message
-            logger.exception("could not handle message %r", delivery.message_id)
-            self._shared.give_back(delivery)
-        return None
+            self.in_flight.failed(life)
+            return _FAILED
 
     async def _take_step(self, life: Life, step: Step) -> Any:
         match step:
@@ -228,11 +251,7 @@ class TaskEngine:
                 return await self.publisher.wait_for_async(chunk)
             case Blocking(function):
                 return await asyncio.to_thread(function)
-            case Pause(seconds):
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(seconds):
-                        await self._stopping.wait()
-                return None
+        return None
 
     async def _in_time(self, life: Life, value: Awaitable[Any], seconds: float) -> Any:
         task: Any = asyncio.current_task()

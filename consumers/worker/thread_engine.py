@@ -1,7 +1,7 @@
 """The engine of plain consumers: a pool of threads, each with one message at a time.
 
-A thread that has nothing left to do for a message but wait for confirms goes on with another
-message; the first is then held in ``lives``.
+A thread that has nothing left to do for a message but wait goes on with another message; the first
+is then held in ``in_flight``.
 
 A thread can't be stopped. So a handler that exceeds its timeout is *late*: its message is given up
 and ended by a *successor*, a new thread that usually takes over the late thread's place. The watch
@@ -30,7 +30,8 @@ from outbox.consumers.message.steps import (
 )
 from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed, of_handler
 from outbox.consumers.worker.deadlines import Deadlines
-from outbox.consumers.worker.in_flight import InFlight, Life
+from outbox.consumers.worker.in_flight import InFlight
+from outbox.consumers.worker.life import Life
 from outbox.consumers.worker.places import Places
 from outbox.consumers.worker.worker_context import WorkerContext
 from outbox.messages.delivery import Delivery
@@ -68,7 +69,7 @@ class ThreadEngine:
         self._waiting = work.make_dispatch_queue()
         self._stopping = threading.Event()
         self._deadlines = Deadlines()
-        self.in_flight = InFlight(work, self, self.put)
+        self.in_flight = InFlight(work, self, self, threads)
         self._context = contextvars.Context()
 
     @property
@@ -92,6 +93,14 @@ class ThreadEngine:
     def put(self, delivery: Delivery) -> None:
         """Add a message, to be processed when a thread is free."""
         self._waiting.put(delivery)
+
+    def put_ahead(self, delivery: Delivery) -> None:
+        """Add a message, to be processed before others when a thread is free."""
+        self._waiting.put_ahead(delivery)
+
+    def waiting(self) -> list[Delivery]:
+        """Return the messages that wait for a thread."""
+        return self._waiting.waiting()
 
     def ask_to_stop(self, _deadline: float) -> None:
         """Start no further message."""
@@ -131,27 +140,34 @@ class ThreadEngine:
 
     def _go_on(self, life: Life) -> bool:
         """Take the steps of a message; return whether this thread still has its place."""
-        message, delivery = life.message, life.message.delivery
-        result: Outcome | Unconfirmed | None = None
+        message = life.message
+        result: Outcome | Unconfirmed | Pause | None = None
         try:
             result = life.context.run(self._live, message, life.steps)
         except (_Late, Abandoned):
             pass  # its successor ends it, or it is redelivered when the subscription closes
         except BaseException:  # a bug in outbox must end neither the thread nor the message
-            logger.exception("could not handle message %r", delivery.message_id)
-            if not message.is_given_up:
-                self._shared.give_back(delivery)
-        if message.is_given_up:  # even if an around filter has swallowed _Late
-            return self._places.come_back()
+            if not message.is_given_up or life.is_after_timeout:
+                self.in_flight.failed(life)
+                return True
+            logger.exception("could not handle message %r", message.delivery.message_id)
+        if message.is_given_up and not life.is_after_timeout:
+            return self._places.come_back()  # even if an around filter has swallowed _Late
+        self._after(life, result)
+        return True
+
+    def _after(self, life: Life, result: Outcome | Unconfirmed | Pause | None) -> None:
+        """Let a message wait as ``result`` says, or note that it has ended."""
         if isinstance(result, Unconfirmed):
             self.in_flight.leave(life, result.chunk)
+        elif isinstance(result, Pause):
+            self.in_flight.park(life, result)
         else:
-            self.in_flight.ends()
-        return True
+            self.in_flight.ends(life.message)
 
     def _live(
         self, message: Message, steps: Steps[Outcome | Unconfirmed | None]
-    ) -> Outcome | Unconfirmed | None:
+    ) -> Outcome | Unconfirmed | Pause | None:
         return call(steps, partial(self._take_step, message))
 
     def _take_step(self, message: Message, step: Step) -> object:
@@ -165,8 +181,7 @@ class ThreadEngine:
                     return self.publisher.wait_for(chunk)
                 case Blocking(function):
                     return function()
-                case Pause(seconds):
-                    return self._stopping.wait(seconds)
+            raise AssertionError("a pause is not a step to take")
         except (_Late, Abandoned):
             raise
         except BaseException as error:
@@ -205,18 +220,20 @@ class ThreadEngine:
         except RuntimeError:  # no more threads can be started: requeue the message instead
             message.abandon()
             self._shared.give_back(message.delivery)
-            self.in_flight.ends()
+            self.in_flight.ends(message)
             self._places.leave(to_late=goes_on)
             raise
 
     def _succeed(self, message: Message, error: ProcessTimeout, goes_on: bool) -> None:
         """End a message whose handler is late, and take over its thread's place."""
+        life = Life(message, message.give_up(error), self._context.copy())
+        life.is_after_timeout = True
         try:
-            self._context.copy().run(self._live, message, message.give_up(error))
+            result = life.context.run(self._live, message, life.steps)
         except BaseException:
-            logger.exception("could not end message %r", message.delivery.message_id)
-            self._shared.give_back(message.delivery)
-        self.in_flight.ends()
+            self.in_flight.failed(life)
+        else:
+            self._after(life, result)
         if goes_on:
             self._work()
         else:

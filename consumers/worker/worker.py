@@ -113,6 +113,7 @@ class Worker:
         self._isolation = isolation
         self._stopping = threading.Event()
         self._refused = ""
+        resting = dict.fromkeys(self.consumers, 0)
         work = WorkerContext(
             consumers=self.consumers,
             publisher=self.publisher,
@@ -121,8 +122,9 @@ class Worker:
             quota=self._quota,
             on_used_up=self._stopping.set,
             make_message=self._message_maker(),
+            resting=resting,
             make_dispatch_queue=lambda: make_dispatch_queue(
-                specs, self._subscription.out, self.prefetch
+                specs, lambda queue: self._subscription.out(queue) - resting[queue], self.prefetch
             ),
         )
         self._threads = ThreadEngine(work, threads) if assignment.plain else None

@@ -64,6 +64,8 @@ class WorkerContext:
         quota: the quota of messages, or None for any number.
         on_used_up: called when the last message of the quota has ended.
         make_message: creates a message from a consumer, a delivery and services.
+        resting: the number of deliveries that wait without being processed soon, by queue: those
+            of closed queues, for instance.
         make_dispatch_queue: creates the queue in which messages wait until they start.
     """
 
@@ -74,6 +76,7 @@ class WorkerContext:
     quota: Quota | None
     on_used_up: Callable[[], object]
     make_message: MakeMessage
+    resting: dict[str, int]
     make_dispatch_queue: Callable[[], DispatchQueue]
 
     def give_back(self, delivery: Delivery) -> None:

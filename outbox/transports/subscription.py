@@ -11,7 +11,14 @@ __all__ = ["Subscription"]
 
 
 class Subscription(Protocol):
-    """Consumes from a worker's queues, and reconnects automatically. Thread-safe."""
+    """Consumes from a worker's queues, and reconnects automatically. Thread-safe.
+
+    Attributes:
+        limits_processing: whether the broker takes back a message that isn't settled within a
+            certain time.
+    """
+
+    limits_processing: bool
 
     def start(self, deliver: Callable[[Delivery], None], refused: Callable[[str], None]) -> None:
         """Start consuming.

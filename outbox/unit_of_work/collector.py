@@ -24,7 +24,7 @@ from outbox.event import Event, Headers, MakeId, Unroutable, make_event
 from outbox.header_values import check_address
 from outbox.observer import seam
 from outbox.publisher import Publisher
-from outbox.report import PublishReport
+from outbox.report import PublishFailed, PublishReport
 from outbox.settings import Settings
 from outbox.sinks import Sink
 from outbox.system import process
@@ -436,9 +436,12 @@ class EventCollector:
             raise
         return chunk
 
-    @staticmethod
-    def _checked(chunk: Chunk, report: PublishReport) -> PublishReport:
-        return report if chunk.keep else report.raise_for_failure()
+    def _checked(self, chunk: Chunk, report: PublishReport) -> PublishReport:
+        if chunk.keep or report.ok:
+            return report
+        failure = PublishFailed(report)
+        failure.is_of_message = self._unit.is_of_message
+        raise failure from report.error
 
     def _drop(self, events: list[Event]) -> tuple[Event, ...]:
         if events:

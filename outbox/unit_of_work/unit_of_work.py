@@ -50,6 +50,7 @@ class UnitOfWork:
         publishes_itself: whether it publishes at its end, so that nested blocks join it.
         caution: the warning for its first event, which would wait for long; or None.
         make_id: the function that makes the ids of follow-on events; None outside a message.
+        is_of_message: whether its events are a message's, with the publisher of its worker.
         keeps: whether the publisher keeps what the broker hasn't confirmed; otherwise such events
             are withdrawn, and publishing raises.
         observer: the observer installed when the unit began; None to use the present one.
@@ -63,6 +64,7 @@ class UnitOfWork:
     __slots__ = (
         "autoflush",
         "caution",
+        "is_of_message",
         "keeps",
         "make_id",
         "max_bytes",
@@ -94,6 +96,7 @@ class UnitOfWork:
         self.max_events = max_events
         self.max_bytes = max_bytes
         self.make_id = make_id
+        self.is_of_message = make_id is not None
         self.keeps = make_id is None
         self.pid = process.pid
         self.total = 0
@@ -105,6 +108,7 @@ class UnitOfWork:
         In an independent block within a message, events are still follow-on events; and the inner
         unit uses the outer one's publisher, unless it has its own.
         """
+        self.is_of_message = outer.is_of_message and self.publisher in (None, outer.publisher)
         self.publisher = self.publisher or outer.publisher
         self.make_id = outer.make_id
         self.keeps = outer.make_id is None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from outbox import Publisher, enqueue_event, publish
-from outbox.consumers import ReceivedEvent
+from outbox.consumers import REQUEUE, ReceivedEvent
 from proving.proxy import BLOCKED, UNBLOCKED, FaultProxy, Frame, Way, channel_close, method_frame
 from tests.amqp import Inspector
 from tests.integration.test_worker import Seen, on_either_engine, running, send
@@ -117,27 +118,30 @@ def test_acks_of_handlers_that_outlived_their_connection_settle_no_new_delivery(
     go_on, held = threading.Event(), threading.Event()
 
     def process(event: ReceivedEvent) -> None:
-        # The first time they wait until the connection is gone, the second time until they are
-        # looked at.
-        (held if event.redelivered else go_on).wait(20)
+        # The first ones wait until the connection is gone, the others until they are looked at.
+        (held if event.payload >= 5 else go_on).wait(20)
 
     seen = Seen(process)
     with running(through_proxy, inspector, seen, name, threads=10) as worker:
+        subscription: Any = worker._subscription
         sent = send(publisher, name, *range(5))
         seen.wait(5)
         proxy.cut()
-        seen.wait(10)  # redelivered, with the numbers 1 to 5 of another channel
+        # Redelivered, with the numbers 1 to 5 of another channel, they wait for the first run.
+        wait_until(lambda: subscription.out(name) == 5)
+        sent += send(publisher, name, *range(5, 10))
+        seen.wait(10)
         go_on.set()
-        subscription: Any = worker._subscription
+        wait_until(lambda: subscription.out(name) == 5)
         settled = threading.Event()
         subscription._link.call(lambda: subscription._link.later(0.2, settled.set))
         assert settled.wait(5)
         assert inspector.consumers(name) == 1  # no channel was closed over an unknown number
-        proxy.cut()  # what is not acked comes back a second time
-        seen.wait(15)
+        assert subscription.out(name) == 5
         held.set()
+        wait_until(lambda: subscription.out(name) == 0)
         assert worker.stop(10)
-    assert {event.id for event in seen.events[10:15]} == set(sent)
+    assert Counter(event.id for event in seen.events) == Counter(sent)
     assert inspector.all(name) == []
 
 
@@ -152,15 +156,11 @@ def test_a_consumer_cancelled_by_the_broker_consumes_again_and_drops_its_late_ac
     engine: Any,
 ) -> None:
     go_on = threading.Event()
-
-    def act(event: ReceivedEvent) -> None:
-        if not event.redelivered:
-            go_on.wait(20)
-
-    seen = Seen(act)
+    seen = Seen(lambda event: None if go_on.wait(20) else REQUEUE)
     with running(through_proxy, inspector, engine(seen), name, threads=2) as worker:
         subscription: Any = worker._subscription
         [tag] = subscription._channel.consumer_tags
+        before = subscription._generation
         [first] = send(publisher, name, "first")
         seen.wait(1)
         text = tag.encode()
@@ -168,10 +168,13 @@ def test_a_consumer_cancelled_by_the_broker_consumes_again_and_drops_its_late_ac
             subscription._channel.channel_number, 60, 30, bytes([len(text)]) + text + b"\x01"
         )
         proxy.inject(cancel, to="consumer")
-        assert [event.id for event in seen.wait(2)] == [first, first]
-        go_on.set()
+        wait_until(lambda: subscription._generation > before)
+        wait_until(lambda: subscription.out(name) == 1)  # redelivered
         [second] = send(publisher, name, "second")
-        assert seen.wait(3)[2].id == second
+        assert [event.id for event in seen.wait(2)] == [first, second]
+        go_on.set()
+        wait_until(lambda: subscription.out(name) == 0)
+        assert len(seen.events) == 2
     assert inspector.all(name) == []
 
 
@@ -234,16 +237,16 @@ def test_an_attempt_that_fails_after_its_delivery_is_lost_leaves_the_message_to_
     name: str,
     is_async: bool,
 ) -> None:
-    again, failed = threading.Event(), threading.Event()
+    again = threading.Event()
 
     def process(event: ReceivedEvent) -> None:
         if event.redelivered:
             again.set()
             return
         proxy.cut()
-        assert again.wait(10)
+        wait_until(lambda: subscription.out(name) == 1 and subscription._generation > 2)
         wait_until(lambda: through_proxy.connected)
-        failed.set()
+        assert not again.is_set()
         raise ValueError("too late")
 
     async def process_as_task(event: ReceivedEvent) -> None:
@@ -251,8 +254,9 @@ def test_an_attempt_that_fails_after_its_delivery_is_lost_leaves_the_message_to_
 
     found: Any = process_as_task if is_async else process
     with running(through_proxy, inspector, found, name, threads=2) as worker:
+        subscription: Any = worker._subscription
         send(publisher, name, 1)
-        assert failed.wait(10)
+        assert again.wait(10)
         assert worker.stop(10)
     assert inspector.all(name) == []
     assert inspector.all(f"{name}.dead") == []

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import Counter
 
 import pytest
 
 from outbox.consumers.worker import dispatch_queue
-from outbox.consumers.worker.dispatch_queue import OrderedDispatchQueue, make_dispatch_queue
+from outbox.consumers.worker.dispatch_queue import (
+    OrderedDispatchQueue,
+    PlainDispatchQueue,
+    make_dispatch_queue,
+)
 from outbox.messages.delivery import Delivery, QueueSpec
 from tests.waiting import wait_until
 
@@ -59,9 +62,49 @@ def begins(found: OrderedDispatchQueue) -> bool:
 
 def test_without_ranks_or_priorities_messages_start_in_order_of_arrival() -> None:
     same = [HIGH, QueueSpec("other", (), "")]
-    assert isinstance(make_dispatch_queue(same, lambda name: 0, 10), queue.SimpleQueue)
+    arrivals = make_dispatch_queue(same, lambda name: 0, 10)
+    assert isinstance(arrivals, PlainDispatchQueue)
+    first, second = message("high", 1), message("other", 2)
+    arrivals.put(first)
+    arrivals.put(second)
+    assert arrivals.waiting() == [first, second]
+    assert [arrivals.get(), arrivals.get()] == [first, second]
     assert isinstance(make_dispatch_queue([HIGH, LOW], lambda name: 0, 10), OrderedDispatchQueue)
     assert isinstance(make_dispatch_queue([URGENT], lambda name: 0, 10), OrderedDispatchQueue)
+
+
+def test_a_message_put_ahead_starts_before_others_in_any_queue(
+    clock: Clock, out: Counter[str]
+) -> None:
+    for arrivals in (PlainDispatchQueue(), ordered(clock, out, HIGH, LOW)):
+        new, again = [message("high", tag) for tag in (1, 2)], message("high", 3)
+        arrivals.put(new[0])
+        arrivals.put(new[1])
+        arrivals.put_ahead(again)
+        assert sorted(arrivals.waiting(), key=lambda each: each.tag) == new
+        assert [arrivals.get() for _ in range(3)] == [again, *new]
+
+
+def test_threads_that_race_for_messages_get_each_once() -> None:
+    arrivals = PlainDispatchQueue()
+    taken: list[list[Delivery]] = [[] for _ in range(4)]
+
+    def take(mine: list[Delivery]) -> None:
+        while (delivery := arrivals.get()) is not None:
+            mine.append(delivery)
+
+    threads = [threading.Thread(target=take, args=(mine,)) for mine in taken]
+    for thread in threads:
+        thread.start()
+    sent = [message("high", tag) for tag in range(20_000)]
+    for delivery in sent:
+        (arrivals.put_ahead if delivery.tag % 3 else arrivals.put)(delivery)
+    for _ in threads:
+        arrivals.put(None)
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert sorted(delivery.tag for mine in taken for delivery in mine) == list(range(20_000))
 
 
 def test_the_lower_rank_starts_first_and_each_queue_keeps_its_order(

@@ -56,6 +56,8 @@ class RabbitMQSubscription:
     answers heartbeats however long a handler takes. The methods below the line run on that thread.
     """
 
+    limits_processing = True  # consumer_timeout, 30 minutes by default
+
     def __init__(
         self, url: BrokerURL, settings: Settings, queues: Sequence[QueueSpec], prefetch: int
     ) -> None:

@@ -56,6 +56,8 @@ class SQLiteSubscription:
     thread.
     """
 
+    limits_processing = False
+
     def __init__(
         self, url: BrokerURL, settings: Settings, queues: Sequence[QueueSpec], prefetch: int
     ) -> None:

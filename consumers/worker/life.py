@@ -1,0 +1,37 @@
+"""A message that an engine has begun, and the steps that are left of it."""
+
+from __future__ import annotations
+
+from contextvars import Context
+
+from outbox.consumers.message.message import Message
+from outbox.consumers.message.steps import Steps
+from outbox.consumers.outcome import Outcome, Unconfirmed
+
+__all__ = ["Life"]
+
+
+class Life:
+    """A message that was begun; one thread or task at a time works on it.
+
+    Attributes:
+        message: the message.
+        steps: the steps to take next.
+        context: the context to take them in.
+        is_after_timeout: whether it ends a message whose handler is late, and goes on.
+        has_failed_to_open: whether its queue was closed, and stayed so although it probed.
+        is_alone: whether its own pauses no longer close its queue, see ``Pen``.
+    """
+
+    # On the class: only the few lives that wait change them.
+    is_after_timeout = False
+    has_failed_to_open = False
+    is_alone = False
+
+    def __init__(
+        self, message: Message, steps: Steps[Outcome | Unconfirmed | None], context: Context
+    ) -> None:
+        """Create the life, without taking a step yet."""
+        self.message = message
+        self.steps = steps
+        self.context = context

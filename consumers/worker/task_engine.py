@@ -25,9 +25,11 @@ from outbox.consumers.message.steps import (
     drive,
 )
 from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed
+from outbox.consumers.worker import lasting_loop
 from outbox.consumers.worker.dispatch_queue import OrderedDispatchQueue
 from outbox.consumers.worker.in_flight import InFlight
 from outbox.consumers.worker.life import Life
+from outbox.consumers.worker.loop_watch import LoopWatch
 from outbox.consumers.worker.worker_context import WorkerContext
 from outbox.messages.delivery import Delivery
 from outbox.system import process
@@ -80,6 +82,8 @@ class TaskEngine:
         self._ordered = arrivals if isinstance(arrivals, OrderedDispatchQueue) else None
         self._room = threading.Semaphore(concurrency)
         self._tasks: set[_Task] = set()
+        self._running: dict[_Task, Delivery] = {}  # late ones, too
+        self._watch = LoopWatch(lambda: list(self._running.values()))
         self._late: set[_Task] = set()
         self._loop: asyncio.AbstractEventLoop  # set by its thread, as is _stopping
         self._stopping: asyncio.Event
@@ -162,16 +166,26 @@ class TaskEngine:
             self._loop.call_soon_threadsafe(function)
 
     def _run(self) -> None:
-        asyncio.run(self._main())
-        _loops.pop(threading.get_ident(), None)
+        try:
+            lasting_loop.run(self._main())
+        except BaseException as error:
+            if self._over.is_set():
+                return  # only handlers that don't end have outlived the work
+            logger.exception("the event loop has ended")
+            self._finished = False
+            self._over.set()
+            self._shared.on_failed(f"the event loop has ended: {error!r}")
+        finally:
+            self._watch.end()
+            _loops.pop(threading.get_ident(), None)
 
     async def _main(self) -> None:
         self._loop = _loops[threading.get_ident()] = asyncio.get_running_loop()
         stopping = self._stopping = asyncio.Event()
         self._ready.set()
-        await stopping.wait()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=max(0.0, self._deadline - time.monotonic()))
+        self._watch.start(self._loop, self._thread)
+        await lasting_loop.undisturbed(stopping.wait)
+        await lasting_loop.undisturbed(self._all_ended)
         self._is_cancelling = True
         for task in self._tasks:
             self._finished = False
@@ -179,6 +193,10 @@ class TaskEngine:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CANCELLED)
         self._over.set()
+
+    async def _all_ended(self) -> None:
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=max(0.0, self._deadline - time.monotonic()))
 
     def _pump(self, arrivals: OrderedDispatchQueue) -> None:
         """Take a message only when there is room for it: a more urgent one may still arrive."""
@@ -204,10 +222,12 @@ class TaskEngine:
 
     def _start_task(self, life: Life) -> _Task:
         task = self._loop.create_task(self._handle(life), context=life.context)
+        self._running[task] = life.message.delivery
         task.add_done_callback(functools.partial(self._on_done, life))
         return task
 
     def _on_done(self, life: Life, task: _Task) -> None:
+        del self._running[task]
         was_late = task in self._late
         self._late.discard(task)
         result = None if task.cancelled() else task.result()

@@ -113,6 +113,8 @@ class Worker:
         self._isolation = isolation
         self._stopping = threading.Event()
         self._refused = ""
+        self._failed = ""
+        self._started = threading.Lock()  # taken for good by start()
         resting = dict.fromkeys(self.consumers, 0)
         work = WorkerContext(
             consumers=self.consumers,
@@ -121,6 +123,7 @@ class Worker:
             inbox=open_inbox(settings, self.consumers.values()) if inbox is None else inbox,
             quota=self._quota,
             on_used_up=self._stopping.set,
+            on_failed=self._on_failed,
             make_message=self._message_maker(),
             resting=resting,
             make_dispatch_queue=lambda: make_dispatch_queue(
@@ -149,10 +152,16 @@ class Worker:
     @property
     def is_consuming(self) -> bool:
         """Whether the broker delivers messages as soon as there are any."""
-        return self._subscription.is_consuming
+        return self._subscription.is_consuming and not self._failed
 
     def start(self) -> None:
-        """Start consuming, in the background."""
+        """Start consuming, in the background.
+
+        Raises:
+            UsageError: it was started or stopped before.
+        """
+        if self._stopping.is_set() or not self._started.acquire(blocking=False):
+            raise UsageError("a worker can be started only once; make another Worker()")
         for engine in self._engines():
             engine.start()
         self.publisher.make_ready()
@@ -164,8 +173,11 @@ class Worker:
         Raises:
             UsageError: the broker has a queue or exchange with other arguments; its message
                 names the argument.
+            RuntimeError: the worker can't go on, because a handler has broken its event loop.
         """
         stopped = self._stopping.wait(timeout)
+        if self._failed:
+            raise RuntimeError(f"the worker has failed: {self._failed}")
         if self._refused:
             raise UsageError(f"cannot consume: {self._refused}")
         return stopped
@@ -222,6 +234,10 @@ class Worker:
             for queue, consumer in self.consumers.items()
         }
         return lambda delivery: of_queue[delivery.queue](delivery)
+
+    def _on_failed(self, reason: str) -> None:
+        self._failed = reason
+        self._stopping.set()
 
     def _on_refused(self, reason: str) -> None:
         self._refused = reason

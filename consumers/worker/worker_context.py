@@ -63,6 +63,7 @@ class WorkerContext:
         inbox: the inbox, or None.
         quota: the quota of messages, or None for any number.
         on_used_up: called when the last message of the quota has ended.
+        on_failed: called with the reason when the engine can't go on.
         make_message: creates a message from a consumer, a delivery and services.
         resting: the number of deliveries that wait without being processed soon, by queue: those
             of closed queues, for instance.
@@ -75,6 +76,7 @@ class WorkerContext:
     inbox: Inbox | None
     quota: Quota | None
     on_used_up: Callable[[], object]
+    on_failed: Callable[[str], object]
     make_message: MakeMessage
     resting: dict[str, int]
     make_dispatch_queue: Callable[[], DispatchQueue]

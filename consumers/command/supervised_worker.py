@@ -11,12 +11,12 @@ from outbox.consumers.command import worker_main
 from outbox.system.child_process import Parent
 from outbox.system.signals import Signals, Stop, handle, ignore
 
-__all__ = ["MARGIN", "READY", "STOPPING", "run", "stop_with"]
+__all__ = ["LOADED", "MARGIN", "READY", "STOPPING", "run", "stop_with"]
 
 logger = logging.getLogger("outbox.consumer")
 
-READY, STOPPING = b"r", b"s"
-"""The reports of a worker process: it consumes; it has begun to stop."""
+LOADED, READY, STOPPING = b"l", b"r", b"s"
+"""The reports of a worker process: it has imported the application, consumes, has begun to stop."""
 
 MARGIN = 10.0
 """Seconds beyond the shutdown timeout after which a stopping worker process is killed.
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace, parent: Parent) -> int:
     handle(signal.SIGINT, signal.SIG_DFL)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         ignore(signal.SIGHUP)  # the parent handles it
-    stop = _WorkerSignals()
+    stop = _WorkerSignals(parent)
     stop_with(parent, stop, options.shutdown_timeout + MARGIN)
 
     def work() -> int:
@@ -59,8 +59,14 @@ class _WorkerSignals(Signals):
 
     numbers = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, parent: Parent) -> None:
         super().__init__(second_exits=None)
+        self._parent = parent
+
+    def begin(self) -> None:
+        """Install the signal handlers, and report that the application is imported."""
+        super().begin()
+        self._parent.report(LOADED)
 
 
 def stop_with(parent: Parent, stop: Stop, grace: float) -> None:

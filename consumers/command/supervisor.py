@@ -25,6 +25,8 @@ logger = logging.getLogger("outbox.consumer.processes")
 
 _CHECK_EVERY = 5.0
 """Seconds, at most, between checks of the workers, even if nothing wakes it."""
+_LOAD_LIMIT = 300.0
+"""Seconds for a successor to import the application: enough for one that loads large models."""
 _END_TIMEOUT = 5.0
 """Seconds to wait for the exit of a killed process."""
 
@@ -44,11 +46,13 @@ class Supervisor:
 
     - A worker that dies is replaced, after a back-off that grows while its successors die early.
     - A worker that exits with ``RECYCLED`` is replaced at once.
-    - A worker that exits with ``USAGE`` stops all: a successor would fail in the same way.
+    - A worker that exits with ``USAGE`` before any has consumed stops all: a successor would fail
+      in the same way. Later, something outside has changed, and is expected to change again.
     - Until a worker has consumed, only one is started at a time.
     - SIGTERM and SIGINT stop all workers gracefully; a second one, a second or more later, kills
       them. SIGHUP replaces them one by one, each once its successor consumes, or, if it means that
-      the terminal was closed, stops all.
+      the terminal was closed, stops all. A further SIGHUP begins anew, with the code of that time;
+      a successor that hangs while it imports the application is killed, and the others stay.
     - If the supervisor dies, however that happens, its workers stop gracefully.
     """
 
@@ -59,6 +63,7 @@ class Supervisor:
         *,
         shutdown_timeout: float,
         margin: float = MARGIN,
+        load_limit: float = _LOAD_LIMIT,
     ) -> None:
         """Prepare to run ``processes`` processes of ``command``, without starting any.
 
@@ -67,9 +72,11 @@ class Supervisor:
             processes: the number of processes, 1 or more.
             shutdown_timeout: the seconds that a stopping worker gives its messages.
             margin: the seconds after that until a worker is killed.
+            load_limit: the seconds that a worker's successor has to import the application.
         """
         self._command = list(command)
         self._grace = shutdown_timeout + margin
+        self._load_limit = load_limit
         self._slots = [_Slot(number) for number in range(1, processes + 1)]
         self._workers: list[WorkerProcess] = []
         self._proven = False  # whether a worker has consumed: only then start all of them
@@ -113,6 +120,8 @@ class Supervisor:
                 self._on_end(worker, code)
             elif worker.kill_at is not None and time.monotonic() >= worker.kill_at:
                 self._on_stuck(worker)
+            elif not worker.loaded and worker.kill_at is None:
+                self._check_loading(worker)
         if not self._stopping:
             self._fill()
             self._replace()
@@ -123,7 +132,7 @@ class Supervisor:
         if number == signal.SIGHUP:
             if not self._stopping:
                 logger.info("received %s; replacing all workers, one by one", name)
-                self._to_replace = deque(self._slots)
+                self._begin_to_replace()
         elif not self._stopping:
             logger.info("received %s; stopping", name)
             self._stop()
@@ -148,7 +157,7 @@ class Supervisor:
                 logger.warning("%s %s", worker, _describe(code))
             return
         slot.worker = None
-        if code == exit_codes.USAGE:
+        if code == exit_codes.USAGE and not self._proven:
             logger.error("%s %s, as any other would; stopping", worker, _describe(code))
             self._code = exit_codes.USAGE
             self._stop()
@@ -156,12 +165,41 @@ class Supervisor:
             logger.info("%s %s; starting another", worker, _describe(code))
             slot.due = 0.0
         else:
-            self._back_off(slot, f"{worker} {_describe(code)} after {worker.age:.1f} s", worker.age)
+            self._back_off(
+                slot,
+                f"{worker} {_describe(code)} after {worker.age:.1f} s",
+                worker.age,
+                is_error=code == exit_codes.USAGE,
+            )
 
     def _on_stuck(self, worker: WorkerProcess) -> None:
         logger.error("%s did not exit in time; killing it", worker)
         worker.kill_at = None
         worker.kill()
+
+    def _check_loading(self, worker: WorkerProcess) -> None:
+        """Notice a worker whose import of the application hangs."""
+        if worker is self._successor and worker.age >= self._load_limit:
+            logger.error(
+                "%s did not import the application within %.0f s; killing it; the other workers "
+                "are not replaced",
+                worker,
+                self._load_limit,
+            )
+            self._successor = None
+            self._to_replace.clear()
+            worker.kill()
+        elif worker.is_slow():
+            logger.warning("%s is still importing the application after %.0f s", worker, worker.age)
+
+    def _begin_to_replace(self) -> None:
+        """Begin, or begin anew, to replace all workers by ones with the code of this time."""
+        successor, self._successor = self._successor, None
+        if successor is not None:
+            successor.terminate(self._grace)
+        self._to_replace = deque(self._slots)
+        for slot in self._slots:
+            slot.due = 0.0
 
     def _fill(self) -> None:
         """Start the workers that are missing and due."""
@@ -198,14 +236,14 @@ class Supervisor:
         self._workers.append(worker)
         return worker
 
-    def _back_off(self, slot: _Slot, what: str, lived: float) -> None:
+    def _back_off(self, slot: _Slot, what: str, lived: float, *, is_error: bool = False) -> None:
         wait = slot.restarts.died(lived)
         slot.due = time.monotonic() + wait
         if slot.restarts.looping:
-            count = slot.restarts.in_a_row
-            logger.error("%s (%d in a row); starting another in %.1f s", what, count, wait)
-        else:
-            logger.warning("%s; starting another in %.1f s", what, wait)
+            what = f"{what} ({slot.restarts.in_a_row} in a row)"
+            is_error = True
+        level = logging.ERROR if is_error else logging.WARNING
+        logger.log(level, "%s; starting another in %.1f s", what, wait)
 
     def _stop(self) -> None:
         self._stopping = True

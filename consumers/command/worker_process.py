@@ -7,10 +7,14 @@ import signal
 import time
 from collections.abc import Sequence
 
-from outbox.consumers.command.supervised_worker import READY, STOPPING
+from outbox.consumers.command.supervised_worker import LOADED, READY, STOPPING
 from outbox.system.child_process import ChildProcess
 
 __all__ = ["WorkerProcess"]
+
+
+_SLOW = 60.0
+"""Seconds between two warnings that a process is still importing the application."""
 
 
 class WorkerProcess(ChildProcess):
@@ -18,6 +22,7 @@ class WorkerProcess(ChildProcess):
 
     Attributes:
         slot: the number of its slot, from 1; its successors have the same.
+        loaded: whether it has reported that it has imported the application, or waits for changes.
         ready: whether it has reported that it consumes.
         kill_at: the time on the monotonic clock at which to kill it; None unless it is stopping.
     """
@@ -29,9 +34,11 @@ class WorkerProcess(ChildProcess):
             OSError: the command cannot be started.
         """
         self.slot = slot
+        self.loaded = False
         self.ready = False
         self.kill_at: float | None = None
         self._began = time.monotonic()
+        self._slow_at = _SLOW
         self._status, status = os.pipe()
         os.set_blocking(self._status, False)
         super().__init__(command, status, with_input=with_input)
@@ -57,8 +64,16 @@ class WorkerProcess(ChildProcess):
         if not reported:
             self._stop_listening()
         self.ready |= READY in reported
+        self.loaded |= LOADED in reported or self.ready
         if STOPPING in reported:
             self._set_deadline(grace)
+
+    def is_slow(self) -> bool:
+        """Return whether another minute has gone by without the application being imported."""
+        if self.loaded or self.age < self._slow_at:
+            return False
+        self._slow_at += _SLOW
+        return True
 
     def terminate(self, grace: float) -> None:
         """Ask it to exit within ``grace`` seconds; only the first call has an effect."""

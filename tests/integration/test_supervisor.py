@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,12 +22,12 @@ import logging, sys
 from outbox.consumers.command.supervisor import Supervisor
 logging.basicConfig(level="INFO", format="%(message)s")
 command = [sys.executable, "worker.py"] if {command!r} is None else {command!r}
-sys.exit(Supervisor(command, {processes}, shutdown_timeout=0.2, margin=0.2).run())
+sys.exit(Supervisor(command, {processes}, shutdown_timeout=0.2, margin=0.2, load_limit=2).run())
 """
 
 WORKER = """
 import os, signal, subprocess, sys, time
-from outbox.consumers.command.supervised_worker import READY, STOPPING
+from outbox.consumers.command.supervised_worker import LOADED, READY, STOPPING
 from outbox.system.child_process import Parent
 parent = Parent.inherited()
 """
@@ -109,6 +110,83 @@ def test_a_program_that_cannot_be_started_is_retried_slowly(
     driven = drive("", command=["/nonexistent/python"])
     driven.wait_for("worker 1 cannot be started: [Errno 2]", 2)
     assert driven.stop() == exit_codes.SUCCESS
+
+
+VERSIONS = """
+version = open("version").read().strip() if os.path.exists("version") else "one"
+print("version", version, file=sys.stderr, flush=True)
+if version == "hangs":
+    time.sleep(60)
+parent.report(LOADED)
+if version == "waits":
+    time.sleep(60)
+if version == "wrong":
+    sys.exit(2)
+parent.report(READY)
+print("consuming", version, file=sys.stderr, flush=True)
+while not (version == "one" and os.path.exists("go")):
+    time.sleep(0.01)
+sys.exit(int(open("go").read()))
+"""
+
+
+def deploy(driven: Driven, version: str) -> None:
+    (driven.folder / "version").write_text(version)
+    driven.process.send_signal(signal.SIGHUP)
+
+
+def test_a_successor_that_hangs_in_its_import_is_killed_and_the_workers_stay(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive(VERSIONS, processes=2)
+    driven.wait_for("consuming one", 2)
+    deploy(driven, "hangs")
+    driven.wait_for("did not import the application within 2 s; killing it")
+    driven.wait_for("was killed by SIGKILL")
+    deploy(driven, "two")
+    driven.wait_for("consuming two", 2)
+    assert driven.log().count("version hangs") == 1
+    driven.stop()
+
+
+def test_a_successor_that_waits_for_the_broker_is_not_killed(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive(VERSIONS)
+    driven.wait_for("consuming one")
+    deploy(driven, "waits")
+    driven.wait_for("version waits")
+    time.sleep(3)
+    assert "killed" not in driven.log()
+    driven.stop()
+
+
+@pytest.mark.parametrize("first", ["hangs", "waits"])
+def test_another_sighup_replaces_with_the_code_of_its_time(
+    drive: Callable[..., Driven], first: str
+) -> None:
+    driven = drive(VERSIONS, processes=2)
+    driven.wait_for("consuming one", 2)
+    deploy(driven, first)
+    driven.wait_for(f"version {first}")
+    deploy(driven, "two")
+    driven.wait_for("consuming two", 2)
+    assert "did not import" not in driven.log()
+    driven.stop()
+
+
+def test_wrong_usage_stops_all_only_before_a_worker_has_consumed(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive(VERSIONS, processes=2)
+    driven.wait_for("consuming one", 2)
+    (driven.folder / "version").write_text("wrong")
+    (driven.folder / "go").write_text("2")
+    driven.wait_for("ended with exit code 2 (wrong usage)", 4)
+    (driven.folder / "version").write_text("three")
+    driven.wait_for("consuming three", 2)
+    assert "stopping" not in driven.log()
+    driven.stop()
 
 
 @pytest.mark.hazard("G7")

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Command:
     def write(self, module: str) -> None:
         (self.folder / "work.py").write_text(module)
 
-    def start(self, *arguments: str) -> None:
+    def start(self, *arguments: str, wrapped_in: Sequence[str] = ()) -> None:
         environment = {
             **os.environ,
             "OUTBOX_URL": self.place.url,
@@ -70,7 +71,7 @@ class Command:
         command = ["outbox.consumers", "work", "--log-format", "json", *arguments]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [*wrapped_in, sys.executable, "-m", *command],
                 cwd=self.folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -17,6 +17,7 @@ from outbox.consumers.command.arguments import limits_of, make_parser
 from outbox.consumers.command.supervised_worker import MARGIN
 from outbox.consumers.command.supervisor import Supervisor
 from outbox.system.child_process import Parent
+from outbox.system.first_process import leave_work_to_child
 from outbox.system.signals import Signals
 
 __all__ = ["main"]
@@ -28,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code, one of ``outbox.exit_codes``.
 
     Worker processes run the same command line as this process, each in a new interpreter: a program
-    that calls ``main`` runs again in each of them, from its beginning.
+    that calls ``main`` runs again in each of them, from its beginning. In a container's first
+    process, all this happens in a child.
     """
+    leave_work_to_child()
     parent = Parent.inherited()
     options = make_parser().parse_args(arguments)
     logs.set_up(options.log_level, options.log_format)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +67,9 @@ def work(event):
             end_as(argument)
             return
         note("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    elif command == "orphan":
+        subprocess.run(["sh", "-c", "sleep 0.1 & exit 0"], check=True)
+        note("ended", subprocess.run(["sh", "-c", "exit 3"]).returncode)
     elif command == "leave":  # a child that lives longer than this process
         child = os.fork()
         if not child:
@@ -264,3 +270,51 @@ def test_a_child_left_by_a_killed_worker_does_not_keep_its_messages(
         for _, child in command.did("child"):
             os.kill(child, signal.SIGKILL)
         command.close()
+
+
+UNSHARE = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
+@pytest.fixture
+def container() -> list[str]:
+    """The beginning of a command line whose program becomes the first process of a namespace."""
+    if shutil.which(UNSHARE[0]) is None or subprocess.run([*UNSHARE, "true"]).returncode:
+        pytest.skip("needs unshare, and the right to make a PID namespace")
+    return UNSHARE
+
+
+def children_of(pid: int) -> dict[int, str]:
+    """Return the children of a process, each with its state."""
+    children = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid:
+                children[int(path.parent.name)] = state
+    return children
+
+
+@pytest.mark.parametrize("arguments", [ALONE, SUPERVISED])
+def test_the_first_process_of_a_container_leaves_no_zombies(
+    command: Command, container: list[str], arguments: list[str]
+) -> None:
+    command.start(*arguments, wrapped_in=container)
+    command.publish(*["orphan"] * 10)
+    command.wait_done(10)
+    [first] = children_of(command.process.pid)
+    wait_until(lambda: len(children_of(first)) == 1, 5)  # its work
+    assert ends(command) == ["3"] * 10
+    os.kill(first, signal.SIGTERM)
+    assert command.process.wait(20) == exit_codes.SUCCESS
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(ALONE, 143), (SUPERVISED, 0)])
+def test_the_first_process_of_a_container_can_be_stopped_while_it_imports(
+    command: Command, container: list[str], arguments: list[str], code: int
+) -> None:
+    command.write("import pathlib, time; pathlib.Path('done').touch(); time.sleep(60)")
+    command.start(*arguments, wrapped_in=container)
+    wait_until(lambda: (command.folder / "done").exists(), 20)
+    [first] = children_of(command.process.pid)
+    os.kill(first, signal.SIGTERM)
+    assert command.process.wait(10) == code

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from outbox.event import Event
     from outbox.publisher import Publisher
 
-__all__ = ["Sink", "bind", "bound", "is_begun", "remove"]
+__all__ = ["Sink", "bind", "bound", "has_session", "is_begun", "remove"]
 
 Sink = Callable[["Event", "Publisher | None"], None]
 """A function that stores an event in an open transaction, with the process's publisher, if any."""
@@ -22,14 +22,21 @@ remove: Callable[[], Any] | None = None
 """Removes the current session of the scoped session that was bound, if one was."""
 
 
+has_session: Callable[[], bool] | None = None
+"""Returns whether the scoped session that was bound, if one was, has a session in this scope."""
+
+
 is_begun: Callable[[], bool] | None = None
 """Returns whether a session's transaction that was begun explicitly in this context is open."""
 
 
 def bind(
-    provider: Callable[[], Sink | None] | None, removing: Callable[[], Any] | None = None
+    provider: Callable[[], Sink | None] | None,
+    removing: Callable[[], Any] | None = None,
+    having: Callable[[], bool] | None = None,
 ) -> None:
     """Store each event that is enqueued in a transaction in that one; None ends this."""
-    global bound, remove
+    global bound, has_session, remove
     bound = provider
+    has_session = having
     remove = removing

@@ -64,6 +64,9 @@ class States(Protocol):
     @property
     def parked(self) -> tuple[Event, ...]: ...  # noqa: D102
 
+    @property
+    def dead_letters(self) -> tuple[Event, ...]: ...  # noqa: D102
+
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -105,7 +108,10 @@ class EventAssertions:
 
     @property
     def published(self) -> tuple[Event, ...]:
-        """The published events, in order of publishing."""
+        """The events that the application has published, in order of publishing.
+
+        Dead letters, and copies for the next attempt at a message, are not among them.
+        """
         return self._states.published
 
     @property
@@ -132,6 +138,11 @@ class EventAssertions:
     def parked(self) -> tuple[Event, ...]:
         """The events parked because they were unroutable, in order of parking."""
         return self._states.parked
+
+    @property
+    def dead_letters(self) -> tuple[Event, ...]:
+        """The messages that consumers have dead-lettered, as they are in ``<queue>.dead``."""
+        return self._states.dead_letters
 
     def __repr__(self) -> str:
         counts = [f"{len(events)} {state}" for state, events in self._all().items() if events]
@@ -165,7 +176,8 @@ class EventAssertions:
         """Assert that a matching event was published, and return it.
 
         Args:
-            target: the routing key or a topic pattern (``*`` one word, ``#`` any number).
+            target: the routing key or a topic pattern (``*`` one word, ``#`` any number); a dead
+                letter matches only the full name of its queue, ``"<queue>.dead"``.
             payload: the expected payload, compared with the decoded one. Objects are compared only
                 by the members given, at every depth; a compiled regular expression matches any text
                 that it is found in, a function any value that it returns true for, and anything
@@ -203,7 +215,7 @@ class EventAssertions:
         """
         __tracebackhide__ = True
         wanted = _wanted(target, payload, criteria)
-        matching, error = _sorted_out(self.published, wanted)
+        matching, error = _sorted_out(self._where_to_look("published", wanted), wanted)
         if matching:
             raise AssertionError(
                 f"expected no published event to {wanted}, "
@@ -284,13 +296,20 @@ class EventAssertions:
             "kept": self.kept,
             "stored": self.stored,
             "parked": self.parked,
+            "dead-lettered": self.dead_letters,
         }
+
+    def _where_to_look(self, state: str, wanted: Wanted) -> tuple[Event, ...]:
+        """Return the events in ``state``, and the dead letters if ``wanted`` names their queue."""
+        events = self._all()[state]
+        if state != "published":
+            return events
+        return events + tuple(one for one in self.dead_letters if one.target == wanted.target)
 
     def _assert(self, state: str, wanted: Wanted, times: int | None) -> Event | Matches:
         __tracebackhide__ = True
         for _ in self._looks():
-            states = self._all()
-            matching, error = _sorted_out(states[state], wanted)
+            matching, error = _sorted_out(self._where_to_look(state, wanted), wanted)
             if matching if times is None else len(matching) == times:
                 break
         else:
@@ -300,7 +319,7 @@ class EventAssertions:
             noun = "event" if times in (None, 1) else "events"
             raise AssertionError(
                 f"expected {number} {state} {noun} to {wanted}, found {len(matching)}\n"
-                + _overview(states, state, wanted, matching)
+                + _overview(self._all(), state, wanted, matching)
             )
         self._matched.update(map(id, matching))
         return matching[0] if len(matching) == 1 else matching

@@ -30,7 +30,7 @@ class CollectedEvents(EventAssertions):
         """Make assertions about what ``recorder`` has recorded; the fixture calls this."""
         super().__init__(recorder, strict=strict)
         self._recorder = recorder
-        self._delivery = RecordedDelivery(lambda: recorder.published, self._publisher)
+        self._delivery = RecordedDelivery(recorder, self._publisher)
 
     # --------------------------------------------------------------- simulated transactions
 
@@ -103,33 +103,60 @@ class CollectedEvents(EventAssertions):
     # ------------------------------------------------------------------------- consumers
 
     def deliver(
-        self, *consumers: type[Consumer] | Consumer, raise_errors: bool = True
+        self,
+        *consumers: type[Consumer] | Consumer,
+        raise_errors: bool = True,
+        allow_none: bool = False,
     ) -> list[Delivered]:
         """Have ``consumers`` process the messages published for them and not delivered yet.
 
-        Each message is processed as in a worker: decoded from its bytes, in a new context, its
-        follow-on events published, dead-lettered on failure.
+        Each message has the life that it has in a worker: decoded from its bytes, in a new context,
+        with its consumer's ``timeout`` and ``deduplicate``, its follow-on events published, retried
+        or dead-lettered on failure. What it would have to wait for, a delay or the broker, doesn't
+        make the test wait: a delayed event is delivered at once, and a message that a worker would
+        hold is delivered again by the next call.
+
+        A plain handler runs in the test's thread, or in another if the test is a coroutine. A
+        session that the test has opened there in the scoped session given to
+        ``outbox.sql.bind()`` is left as it is. What was processed is remembered for the test alone.
 
         Args:
             *consumers: classes or instances; an event goes to each whose queue or topics match.
             raise_errors: whether to raise a handler's exception, once its message is settled.
+            allow_none: whether it may find no message for these consumers; otherwise that is an
+                error, unless they have received one earlier in the test.
 
         Returns:
             The delivered messages, in order, each with its outcome and follow-on events.
-        """
-        __tracebackhide__ = True
-        return self._delivery.deliver(consumers, raise_errors=raise_errors)
-
-    def deliver_all(
-        self, *consumers: type[Consumer] | Consumer, raise_errors: bool = True
-    ) -> list[Delivered]:
-        """Deliver until no messages are left, including those of follow-on events.
 
         Raises:
-            AssertionError: messages are left after 100 rounds.
+            AssertionError: there was nothing to deliver.
+            UsageError: a worker would refuse these consumers; or one of them is asynchronous, and
+                so is the test: await ``deliver_async()`` there.
         """
         __tracebackhide__ = True
-        return self._delivery.deliver_all(consumers, raise_errors=raise_errors)
+        return self._delivery.deliver(
+            consumers, until_quiet=False, raise_errors=raise_errors, allow_none=allow_none
+        )
+
+    def deliver_all(
+        self,
+        *consumers: type[Consumer] | Consumer,
+        raise_errors: bool = True,
+        allow_none: bool = False,
+    ) -> list[Delivered]:
+        """Deliver until no messages are left, including follow-on events and retries.
+
+        An exception is raised only if its message is not retried. Otherwise see :meth:`deliver`.
+
+        Raises:
+            AssertionError: messages are left after 100 rounds, or there was nothing to deliver.
+            UsageError: see :meth:`deliver`.
+        """
+        __tracebackhide__ = True
+        return self._delivery.deliver(
+            consumers, until_quiet=True, raise_errors=raise_errors, allow_none=allow_none
+        )
 
     def perform(
         self,
@@ -139,7 +166,7 @@ class CollectedEvents(EventAssertions):
         raise_errors: bool = True,
         **options: Any,
     ) -> Delivered:
-        """Have one consumer process one message, and return the result.
+        """Have one consumer process one message, once, and return the result.
 
         Args:
             consumer: a class or an instance.
@@ -147,9 +174,50 @@ class CollectedEvents(EventAssertions):
             raise_errors: whether to raise the handler's exception.
             **options: ``target`` (by default the consumer's queue), and the options of
                 ``enqueue_event()``.
+
+        Raises:
+            UsageError: see :meth:`deliver`.
         """
         __tracebackhide__ = True
         return self._delivery.perform(consumer, payload, options, raise_errors=raise_errors)
+
+    async def deliver_async(
+        self,
+        *consumers: type[Consumer] | Consumer,
+        raise_errors: bool = True,
+        allow_none: bool = False,
+    ) -> list[Delivered]:
+        """Do the same as :meth:`deliver`, with coroutines as tasks of the running event loop."""
+        __tracebackhide__ = True
+        return await self._delivery.deliver_async(
+            consumers, until_quiet=False, raise_errors=raise_errors, allow_none=allow_none
+        )
+
+    async def deliver_all_async(
+        self,
+        *consumers: type[Consumer] | Consumer,
+        raise_errors: bool = True,
+        allow_none: bool = False,
+    ) -> list[Delivered]:
+        """Do the same as :meth:`deliver_all`, with coroutines as tasks of the running loop."""
+        __tracebackhide__ = True
+        return await self._delivery.deliver_async(
+            consumers, until_quiet=True, raise_errors=raise_errors, allow_none=allow_none
+        )
+
+    async def perform_async(
+        self,
+        consumer: type[Consumer] | Consumer,
+        payload: Any = None,
+        *,
+        raise_errors: bool = True,
+        **options: Any,
+    ) -> Delivered:
+        """Do the same as :meth:`perform`, with a coroutine as a task of the running event loop."""
+        __tracebackhide__ = True
+        return await self._delivery.perform_async(
+            consumer, payload, options, raise_errors=raise_errors
+        )
 
     def _publisher(self) -> Publisher:
         return publisher_if_any() or Publisher("memory://")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -19,6 +18,8 @@ from outbox.messages.delivery import Delivery, QueueSpec
 from outbox.observer import seam
 from outbox.settings import Settings
 from outbox.system import process
+from outbox.system.steady_clock import monotonic
+from outbox.testing.matching import is_copy, is_dead_letter
 from outbox.testing.queue_reader import QueueReader
 from outbox.transports.registry import open_transport
 from outbox.transports.transport import Transport
@@ -74,6 +75,7 @@ class LiveBroker:
         self._parked: list[Event] = []
         self._published: list[Event] = []
         self._present: list[Event] = []
+        self._dead_letters: list[Event] = []
         self._confirmed: set[str] = set()
         self._expected: Counter[Address] = Counter()
         self._arrived: Counter[Address] = Counter()
@@ -119,7 +121,7 @@ class LiveBroker:
 
     @property
     def published(self) -> tuple[Event, ...]:
-        """The published events as they arrived, in order of arrival.
+        """The events that the application has published, in order of arrival.
 
         Raises:
             AssertionError: a confirmed event has not arrived within 30 seconds.
@@ -157,6 +159,13 @@ class LiveBroker:
         with self.changed:
             self._take_stock()
             return tuple(self._parked)
+
+    @property
+    def dead_letters(self) -> tuple[Event, ...]:
+        """The dead letters of the application's consumers."""
+        with self.changed:
+            self._take_stock()
+            return tuple(self._dead_letters)
 
     @property
     def kept(self) -> tuple[Event, ...]:
@@ -270,10 +279,10 @@ class LiveBroker:
             self.changed.notify_all()
 
     def _copy(self, events: list[Event]) -> tuple[Event, ...]:
-        deadline = time.monotonic() + _ARRIVAL_TIMEOUT
+        deadline = monotonic() + _ARRIVAL_TIMEOUT
         with self.changed:
             while missing := self._take_stock():
-                if not self.changed.wait(max(0.0, deadline - time.monotonic())):
+                if not self.changed.wait(max(0.0, deadline - monotonic())):
                     raise AssertionError(
                         "the broker confirmed events that did not arrive within "
                         f"{_ARRIVAL_TIMEOUT:g} s (id, exchange, target): {sorted(missing)}"
@@ -282,7 +291,12 @@ class LiveBroker:
 
     def _confirm(self, event: Event) -> None:
         self._confirmed.add(event.id)
-        if event.deliver_at is not None:
+        if is_dead_letter(event):
+            self._dead_letters.append(event)
+            self._present.append(event)
+        elif is_copy(event):
+            pass  # its message is settled by a later attempt: it is neither published nor present
+        elif event.deliver_at is not None:
             self._published.append(event)
         elif not event.exchange:
             self._published.append(event)

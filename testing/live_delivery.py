@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any
 from outbox import Event, Publisher
 from outbox.configuration import publisher_if_any
 from outbox.consumers import Consumer, Worker
+from outbox.consumers.message.deduplication import Inbox, open_inbox
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Steps
@@ -18,8 +19,19 @@ from outbox.consumers.outcome import Again, Dead, Outcome, Return
 from outbox.consumers.worker.worker_context import MakeMessage
 from outbox.messages.delivery import Delivery
 from outbox.messages.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET
+from outbox.settings import Settings
+from outbox.system.steady_clock import monotonic
+from outbox.testing.inline_worker import MemoryInbox
 from outbox.testing.live_broker import LiveBroker, event_of
-from outbox.testing.recorded_delivery import Delivered, event_for, instances_of, is_bound
+from outbox.testing.recorded_delivery import (
+    Delivered,
+    event_for,
+    handlers_own,
+    instances_of,
+    is_bound,
+    nothing_delivered,
+)
+from outbox.url import BrokerURL
 
 __all__ = ["LiveDelivery"]
 
@@ -39,6 +51,7 @@ class LiveDelivery:
         self._put: Counter[str] = Counter()
         self._settled: Counter[str] = Counter()
         self._delivered: list[Delivered] = []
+        self._memory = MemoryInbox()
 
     def deliver_all(
         self,
@@ -46,13 +59,24 @@ class LiveDelivery:
         *,
         raise_errors: bool,
         timeout: float,
+        patience: float | None,
     ) -> list[Delivered]:
-        """Deliver until no messages are left; see ``LiveEvents.deliver_all``."""
+        """Deliver until no messages are left; see ``LiveEvents.deliver_all``.
+
+        Args:
+            consumers: classes or instances.
+            raise_errors: whether to raise the first exception that made a dead letter.
+            timeout: the seconds to wait at most.
+            patience: the seconds to wait at most for the consumers' first event, without which it
+                fails; None if there may be no event.
+        """
         __tracebackhide__ = True
         instances = instances_of(consumers)
         publisher = _publisher()
         for consumer in instances:
             self._prepare_queue(consumer, publisher)
+        if patience is not None and not any(self._settled[one.queue] for one in instances):
+            self._await_first(instances, publisher, patience)
         return self._work(instances, publisher, raise_errors=raise_errors, timeout=timeout)
 
     def perform(
@@ -73,6 +97,19 @@ class LiveDelivery:
         self._put_into(instance.queue, [event])
         results = self._work([instance], publisher, raise_errors=raise_errors, timeout=timeout)
         return next(result for result in reversed(results) if result.event.id == event.id)
+
+    def _await_first(
+        self, consumers: Sequence[Consumer], publisher: Publisher, seconds: float
+    ) -> None:
+        __tracebackhide__ = True
+        deadline = monotonic() + seconds
+        while not self._unfinished(consumers, publisher):
+            if monotonic() > deadline:
+                raise AssertionError(
+                    nothing_delivered(consumers, publisher, self._broker.published)
+                )
+            with self._broker.changed:
+                self._broker.changed.wait(0.05)
 
     def _prepare_queue(self, consumer: Consumer, publisher: Publisher) -> None:
         if consumer.queue in self._queues:
@@ -105,15 +142,15 @@ class LiveDelivery:
         begin = len(self._delivered)
         if not self._unfinished(consumers, publisher):
             return []
-        deadline = time.monotonic() + timeout
-        worker = _Worker(consumers, publisher, self._broker, self._note)
+        deadline = monotonic() + timeout
+        worker = _Worker(consumers, publisher, self._broker, self._note, self._inbox(consumers))
         worker.start()
         try:
             while unfinished := self._unfinished(consumers, publisher):
                 error = _first_error(self._delivered[begin:])
                 if raise_errors and error is not None:
-                    raise error
-                if worker.wait(0) or time.monotonic() > deadline:
+                    raise handlers_own(error)
+                if worker.wait(0) or monotonic() > deadline:
                     raise AssertionError(
                         f"messages are left after {timeout:g} s: {', '.join(unfinished)}"
                         + _last(self._delivered[begin:])
@@ -124,8 +161,17 @@ class LiveDelivery:
             worker.stop(_STOP_TIMEOUT)
         error = _first_error(self._delivered[begin:])
         if raise_errors and error is not None:
-            raise error
+            raise handlers_own(error)
         return self._delivered[begin:]
+
+    def _inbox(self, consumers: Sequence[Consumer]) -> Inbox | None:
+        """Return the inbox that the worker can't find itself; None if it can, or needs none."""
+        if os.environ.get("OUTBOX_DATABASE_URL"):
+            return None
+        settings = Settings(url=self._broker.url)
+        if settings.url and BrokerURL.parse(settings.url).scheme == "sqlite":
+            return open_inbox(settings, consumers)  # in the test's file, not the application's
+        return self._memory
 
     def _unfinished(self, consumers: Sequence[Consumer], publisher: Publisher) -> list[str]:
         """Describe the queues with messages left to process."""
@@ -159,10 +205,11 @@ class _Worker(Worker):
         publisher: Publisher,
         broker: LiveBroker,
         note: Callable[[Delivered, str], None],
+        inbox: Inbox | None,
     ) -> None:
         self._broker = broker  # before: the worker asks for its message maker
         self._note = note
-        super().__init__(consumers, publisher=publisher, threads=1, concurrency=1)
+        super().__init__(consumers, publisher=publisher, threads=1, concurrency=1, inbox=inbox)
 
     def _message_maker(self) -> MakeMessage:
         return partial(_Message, broker=self._broker, note=self._note)
@@ -198,7 +245,7 @@ def _publisher() -> Publisher:
 
 def _first_error(delivered: Sequence[Delivered]) -> BaseException | None:
     outcomes = [result.outcome for result in delivered]
-    errors = [outcome.error for outcome in outcomes if isinstance(outcome, Again | Dead)]
+    errors = [outcome.error for outcome in outcomes if isinstance(outcome, Dead)]
     return next((error for error in errors if error is not None), None)
 
 
@@ -206,6 +253,9 @@ def _last(delivered: Sequence[Delivered]) -> str:
     if not delivered:
         return ""
     last = delivered[-1]
+    if isinstance(last.outcome, Again):
+        error, delay = last.outcome.error, last.outcome.delay
+        return f"; {last.event!r} failed with {error!r} and is retried {delay:g} s later"
     targets = [event.target for event in last.follow_ons]
     return f"; the last one processed was {last.event!r}, with follow-on events to {targets}"
 

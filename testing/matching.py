@@ -15,10 +15,19 @@ from typing import Any
 
 from outbox import Event, InvalidEvent, UsageError
 from outbox.header_values import plain_table
+from outbox.messages.headers import ATTEMPT, DEAD_REASON
 from outbox.messages.topics import matches
 from outbox.serializer import JSONSerializer, Serializer, serializer_for
 
-__all__ = ["Undecoded", "Wanted", "contains", "describe", "payload_of"]
+__all__ = [
+    "Undecoded",
+    "Wanted",
+    "contains",
+    "describe",
+    "is_copy",
+    "is_dead_letter",
+    "payload_of",
+]
 
 _WIDTH = 300
 _DIFF_LINES = 40
@@ -204,6 +213,16 @@ def _through(serializer: Serializer, value: Any) -> Any:
 
 def _as_header(value: Any) -> Any:
     return plain_table({"value": value}, "headers")[0]["value"]
+
+
+def is_copy(event: Event) -> bool:
+    """Return whether a consumer's failure made ``event``, not the application: see copies.py."""
+    return ATTEMPT in event.headers or is_dead_letter(event)
+
+
+def is_dead_letter(event: Event) -> bool:
+    """Return whether ``event`` is a dead letter; applications can't set its headers."""
+    return DEAD_REASON in event.headers
 
 
 def payload_of(event: Event) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from threading import Event as Signal
 
@@ -10,6 +9,7 @@ from outbox import Event
 from outbox.ids import new_id
 from outbox.messages.delivery import Delivery, QueueSpec
 from outbox.settings import Settings
+from outbox.system.steady_clock import monotonic
 from outbox.transports.registry import open_subscription
 from outbox.transports.transport import Transport
 
@@ -58,7 +58,7 @@ class QueueReader:
         Raises:
             AssertionError: the broker doesn't answer, or refuses the queue.
         """
-        deadline = time.monotonic() + _TIMEOUT
+        deadline = monotonic() + _TIMEOUT
         existed = self._greet(transport, deadline)
         self._subscription.start(self._on_delivery, self._on_refused)
         greeted = existed
@@ -66,7 +66,7 @@ class QueueReader:
             self._bound.wait(0.01)
             greeted = self._greet(transport, deadline)
         while not self._refused and not self._bound.wait(0.1):
-            if time.monotonic() > deadline:
+            if monotonic() > deadline:
                 raise AssertionError(f"queue {self._spec.name!r} was not bound in {_TIMEOUT:g} s")
         if self._refused:
             raise AssertionError(f"the broker refused queue {self._spec.name!r}: {self._refused}")
@@ -81,11 +81,11 @@ class QueueReader:
         chunk = transport.prepare([self._greeting], keep=False)
         transport.hand_in(chunk)
         try:
-            report = chunk.future.result(max(0.0, deadline - time.monotonic()))
+            report = chunk.future.result(max(0.0, deadline - monotonic()))
         except TimeoutError:
             transport.release(chunk)
             raise AssertionError(f"the test's broker did not answer in {_TIMEOUT:g} s") from None
-        if report.error is not None and time.monotonic() > deadline:
+        if report.error is not None and monotonic() > deadline:
             raise AssertionError(f"publishing to the test's broker failed: {report.error}")
         return bool(report.published)
 

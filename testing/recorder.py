@@ -14,6 +14,7 @@ from outbox.backlog.chunk import Chunk, Entry, Fate
 from outbox.configuration import configured_publisher
 from outbox.messages.topics import matches
 from outbox.settings import Settings
+from outbox.testing.matching import is_copy, is_dead_letter
 from outbox.transports.transport import Transport
 
 __all__ = ["Recorder", "SimulatedCrash"]
@@ -50,6 +51,7 @@ class Recorder:
         self._enqueued: dict[int, Event] = {}  # by identity: a test may enqueue equal events
         self._stored: dict[int, Event] = {}
         self._published: list[Event] = []
+        self._sent: list[Event] = []
         self._cleared: list[Event] = []
         self._pretended: dict[int, Fate] = {}
         self._parked: list[Event] = []
@@ -101,8 +103,18 @@ class Recorder:
 
     @property
     def published(self) -> tuple[Event, ...]:
-        """The published events, in order of publishing."""
+        """The events that the application has published, in order of publishing."""
         return self._copy(self._published)
+
+    @property
+    def dead_letters(self) -> tuple[Event, ...]:
+        """The dead letters of the application's consumers, in order of publishing."""
+        return tuple(event for event in self.sent if is_dead_letter(event))
+
+    @property
+    def sent(self) -> tuple[Event, ...]:
+        """All events published, also dead letters and copies for retries, in order."""
+        return self._copy(self._sent)
 
     @property
     def parked(self) -> tuple[Event, ...]:
@@ -151,7 +163,10 @@ class Recorder:
                 self._enqueued.pop(id(event), None)
                 self._stored.pop(id(event), None)
                 self._pretended[id(event)] = Fate.PUBLISHED if success else Fate.IGNORED
-                (self._published if success else self._cleared).append(event)
+                if success:
+                    self._note_published(event)
+                else:
+                    self._cleared.append(event)
 
     def end(self) -> None:
         """Note that the test is over; later events are recorded, but logged as late."""
@@ -256,8 +271,13 @@ class Recorder:
             self._left -= 1
         if any(matches(pattern, event.target) for pattern in self._unroutable):
             return self._fate_without_queue(event)
-        self._published.append(event)
+        self._note_published(event)
         return Fate.PUBLISHED, ""
+
+    def _note_published(self, event: Event) -> None:
+        self._sent.append(event)
+        if not is_copy(event):
+            self._published.append(event)
 
     def _fate_without_queue(self, event: Event) -> tuple[Fate, str]:
         publisher = configured_publisher()
@@ -275,7 +295,8 @@ class Recorder:
         with self._lock:
             self.backlog.up()
             entries = self.backlog.take(sys.maxsize, 0)
-            self._published += [entry.event for entry in entries]
+            for entry in entries:
+                self._note_published(entry.event)
             news = self.backlog.give_fate(entries, Fate.PUBLISHED)
         _resolve(news)
 

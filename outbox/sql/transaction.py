@@ -160,7 +160,10 @@ def bind(provider: Callable[[], Any] | Any | None, *, engine: Any = None) -> Non
             return None
         return _sink(session)
 
-    sinks.bind(sink, None if sessions is None else _remover(provider, sessions))
+    if sessions is None:
+        sinks.bind(sink)
+    else:
+        sinks.bind(sink, _remover(provider, sessions), lambda: _has(sessions))
     name_engine(engine)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import os
@@ -20,7 +21,7 @@ from outbox import (
     configure,
     enqueue_event,
 )
-from outbox.consumers import Consumer, Requeue, Worker
+from outbox.consumers import Consumer, Requeue, RetryPolicy, Worker, consumer
 from outbox.testing import LiveEvents, live, recorded
 from outbox.testing.broker import PrivateBroker
 from tests.invoicing import Invoices, Mails
@@ -107,6 +108,98 @@ def test_a_message_that_is_given_back_is_delivered_again(events: LiveEvents) -> 
     assert [one.acked for one in events.deliver_all(Later)] == [False, True]
 
 
+@pytest.mark.parametrize("delay", [0, 0.1])
+def test_a_retry_is_awaited_and_counts_as_the_same_message(
+    events: LiveEvents, delay: float
+) -> None:
+    class Flaky(Consumer):
+        queue = "order.placed"  # named like the event, as in the README
+        retry = RetryPolicy(max_attempts=2, delay=delay)
+
+        def process(self, event: Any) -> None:
+            if event.attempt < event.payload["id"]:
+                raise OSError(f"printer, {event.attempt}")
+
+    place(2)
+    done = events.deliver_all(Flaky)
+    assert [(one.retried, one.acked) for one in done] == [(True, False), (False, True)]
+    events.assert_published("order.placed", times=1)
+    place(9)
+    with pytest.raises(OSError, match="printer, 2"):
+        events.deliver_all(Flaky)
+    events.assert_published("order.placed", times=2)
+    events.assert_nothing_else_published()
+    assert [letter.target for letter in events.dead_letters] == ["order.placed.dead"]
+    assert repr(events) == "<LiveEvents 2 published, 1 dead-lettered>"
+
+
+def test_a_retry_that_comes_too_late_is_named(events: LiveEvents) -> None:
+    @consumer("flaky", retry=RetryPolicy(delay=60))
+    def flaky(event: Any) -> None:
+        raise OSError("printer")
+
+    with pytest.raises(AssertionError, match=r"OSError\('printer'\) and is retried 60 s later"):
+        events.perform(flaky, timeout=0.5)
+
+
+def test_delivering_nothing_is_an_error_after_some_patience(events: LiveEvents) -> None:
+    assert events.deliver_all(Invoices, Mails, allow_none=True) == []
+    events.patience = 0.2
+    place(1, "order_placed")
+    with pytest.raises(AssertionError, match=r"'mails' takes .*\n.*\n.*'order_placed' to"):
+        events.deliver_all(Invoices, Mails)
+    events.patience = 20
+    late = threading.Timer(0.2, place)
+    late.start()
+    assert [one.consumer.queue for one in events.deliver_all(Invoices, Mails)] == [
+        "invoices",
+        "mails",
+    ]
+    assert events.deliver_all(Invoices, Mails) == []
+    late.join()
+
+
+def test_deduplication_needs_no_database_of_the_applications(
+    events: LiveEvents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OUTBOX_DATABASE_URL", raising=False)
+    configure("amqp://127.0.0.1:1/")
+
+    class Once(Mails):
+        queue = "once"
+        deduplicate = True
+
+    place(1, "invoice.sent", id="twice")
+    assert [one.duplicate for one in events.deliver_all(Once)] == [False]
+    place(1, "invoice.sent", id="twice")
+    assert [one.duplicate for one in events.deliver_all(Once)] == [True]
+
+
+@pytest.mark.asyncio
+async def test_a_worker_does_not_block_the_tests_event_loop(events: LiveEvents) -> None:
+    @consumer("a", topics=["order.*"])
+    async def asynchronous(event: Any) -> None:
+        await asyncio.sleep(0)
+
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0.01)
+
+    async with auto_publishing():
+        enqueue_event({"id": 1}, "order.placed")
+    ticking = asyncio.create_task(tick())
+    [done] = await events.deliver_all_async(asynchronous, allow_none=True)
+    assert done.acked
+    assert (await events.perform_async(asynchronous, {"id": 2}, timeout=20)).acked
+    assert await events.deliver_async(asynchronous) == []
+    assert ticks > 2
+    ticking.cancel()
+
+
 def test_an_endless_loop_of_events_is_reported(events: LiveEvents) -> None:
     class Echo(Consumer):
         queue = "echo"
@@ -145,7 +238,7 @@ def test_the_applications_own_worker_consumes_from_the_tests_broker(
     events: LiveEvents,
 ) -> None:
     configure("amqp://127.0.0.1:1/")
-    assert events.deliver_all(Mails) == []  # from now on there is a queue
+    assert events.deliver_all(Mails, allow_none=True) == []  # from now on there is a queue
     worker = Worker([Mails])
     worker.start()
     try:
@@ -217,7 +310,10 @@ def test_a_stored_event_is_published_after_its_commit(events: LiveEvents, tmp_pa
 def test_a_delayed_event_is_published_but_does_not_arrive_yet(events: LiveEvents) -> None:
     place(1, delay=3600)
     events.assert_published("order.placed", delay=3600)
-    assert events.deliver_all(Invoices) == []
+    events.patience = 0.1
+    with pytest.raises(AssertionError, match=r"'order\.placed' .* due at 20"):
+        events.deliver_all(Invoices)
+    assert events.deliver_all(Invoices, allow_none=True) == []
 
 
 def test_a_delay_that_is_too_long_is_refused_as_rabbitmq_would(live_events: LiveEvents) -> None:
@@ -263,7 +359,7 @@ def test_a_test_sees_nothing_of_the_one_before(
         enqueue_event(3, "left")
     with live(outbox_broker.empty_url(), "the second") as second:
         left.__exit__(None, None, None)
-        assert second.deliver_all(Invoices) == []
+        assert second.deliver_all(Invoices, allow_none=True) == []
         assert repr(second) == "<LiveEvents none>"
     assert "their unit of work began in a test that is over, the first" in caplog.text
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import datetime
 import decimal
 import enum
 import re
+import threading
+import time
 import unittest
 import unittest.mock
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import scoped_session, sessionmaker
 
+import outbox.sql
 from outbox import (
+    CollectorClosed,
     Event,
     Publisher,
     PublishFailed,
@@ -24,8 +31,18 @@ from outbox import (
     auto_publishing,
     configure,
     enqueue_event,
+    publish,
+    publish_async,
 )
-from outbox.consumers import ACK, Consumer, Requeue, Worker
+from outbox.consumers import (
+    ACK,
+    Consumer,
+    ProcessTimeout,
+    Requeue,
+    RetryPolicy,
+    Worker,
+    consumer,
+)
 from outbox.testing import CollectedEvents, CollectedEventsMixin, SimulatedCrash, recorded
 from outbox.testing.matching import Wanted
 from tests.invoicing import Invoices, Mails
@@ -447,6 +464,314 @@ def test_a_message_with_unconfirmed_follow_ons_is_not_acked(
         collected_events.deliver(Invoices)
     assert collected_events.kept == ()
     collected_events.assert_not_published("invoice.#")
+
+
+class Flaky(Consumer):
+    """It is named like the event, and fails until the attempt that the event asks for."""
+
+    queue = "order.placed"
+    retry = RetryPolicy(max_attempts=3, delay=60)
+
+    def process(self, event: Any) -> None:
+        if event.attempt < event.payload["id"]:
+            raise OSError(f"printer, {event.attempt}")
+
+
+@pytest.mark.collected_events(strict=True)
+def test_retries_and_dead_letters_do_not_count_as_published_by_the_application(
+    collected_events: CollectedEvents,
+) -> None:
+    place(2)
+    done = collected_events.deliver_all(Flaky)
+    assert [(one.retried, one.acked) for one in done] == [(True, False), (False, True)]
+    assert collected_events.assert_published("order.placed", {"id": 2}, times=1).exchange
+    place(9)
+    with pytest.raises(OSError, match="printer, 3"):
+        collected_events.deliver_all(Flaky)
+    collected_events.assert_published("order.placed", times=2)
+    collected_events.assert_not_published("#", exchange="")
+    collected_events.assert_nothing_else_published()
+    [letter] = collected_events.dead_letters
+    assert letter is collected_events.assert_published("order.placed.dead", {"id": 9}, times=1)
+    assert repr(collected_events) == "<CollectedEvents 2 published, 1 dead-lettered>"
+
+
+def test_an_attempt_that_this_call_will_not_repeat_is_raised(
+    collected_events: CollectedEvents,
+) -> None:
+    place(2)
+    for deliver in (collected_events.deliver, collected_events.perform):
+        arguments: Any = [Flaky] if deliver == collected_events.deliver else [Flaky, {"id": 2}]
+        with pytest.raises(OSError, match="printer, 1"):
+            deliver(*arguments)
+    assert [one.acked for one in collected_events.deliver(Flaky)] == [True, True]
+
+
+def test_the_handlers_own_lines_are_shown_and_nothing_before_them(
+    collected_events: CollectedEvents,
+) -> None:
+    class Later(Invoices):
+        queue = "later"
+
+        async def process(self, event: Any) -> None:  # type: ignore[override]
+            raise ValueError("thirteen")
+
+    for failing in (Invoices, Later):
+        with pytest.raises(ValueError, match="thirteen") as failure:
+            collected_events.perform(failing, {"id": 13})
+        assert failure.value.__context__ is None
+        engine = [
+            entry.frame.f_globals["__name__"]
+            for entry in failure.traceback
+            if not entry.frame.f_locals.get("__tracebackhide__")
+        ]
+        assert not [name for name in engine if name.startswith(("outbox", "asyncio"))]
+        assert failure.traceback[-1].name == "process"
+
+
+def test_delivering_nothing_is_an_error_that_lists_what_there_was(
+    collected_events: CollectedEvents,
+) -> None:
+    place(1, "order_placed")
+    for deliver in (collected_events.deliver, collected_events.deliver_all):
+        with pytest.raises(AssertionError) as failure:
+            deliver(Invoices, Mails)
+        assert "'invoices' takes ['invoices', 'order.*'] from the exchange" in str(failure.value)
+        assert "'order_placed' to the exchange" in str(failure.value)
+        assert deliver(Invoices, allow_none=True) == []
+    place(1)
+    assert len(collected_events.deliver_all(Invoices, Mails)) == 2
+    assert collected_events.deliver_all(Invoices, Mails) == []
+
+
+def test_a_worker_would_refuse_these_consumers(collected_events: CollectedEvents) -> None:
+    class Nameless(Consumer):
+        def process(self, event: Any) -> None: ...
+
+    class Twin(Mails):
+        pass
+
+    for consumers, message in (
+        ([Nameless], "names no queue"),
+        ([Mails, Twin], "mails"),
+        ([type("Idle", (Consumer,), {"queue": "idle"})], r"has no process\(\)"),
+        ([], "at least one consumer"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            collected_events.deliver_all(*consumers)
+
+
+def test_a_plain_handler_is_held_to_its_timeout(collected_events: CollectedEvents) -> None:
+    refused: list[BaseException] = []
+    called: list[str] = []
+
+    class Slow(Consumer):
+        queue = "slow"
+        timeout = 0.05
+
+        def process(self, event: Any) -> None:
+            enqueue_event(1, "early")
+            for _ in range(100):
+                time.sleep(0.05)
+                try:
+                    enqueue_event(2, "late")
+                except CollectorClosed as error:
+                    refused.append(error)
+                    return
+
+        def on_timeout(self, event: Any) -> None:
+            called.append(threading.current_thread().name)
+
+    before = threading.active_count()
+    with pytest.raises(ProcessTimeout, match=r"more than 0\.05 s"):
+        collected_events.perform(Slow)
+    assert refused
+    assert called == [threading.current_thread().name]
+    collected_events.assert_nothing_published()
+    [letter] = collected_events.dead_letters
+    assert "ProcessTimeout" in letter.headers["outbox-dead-reason"]
+    assert threading.active_count() == before
+
+    class Quick(Slow):
+        timeout = 60
+
+        def process(self, event: Any) -> None:
+            enqueue_event(1, "early")
+            publish()
+
+    assert collected_events.perform(Quick).acked
+    assert threading.active_count() == before
+
+
+def test_a_message_is_processed_only_once_by_a_consumer_that_deduplicates(
+    collected_events: CollectedEvents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Once(Consumer):
+        queue = "once"
+        topics = ("order.*",)
+        deduplicate: ClassVar[bool | datetime.timedelta] = datetime.timedelta(days=2)
+        done: ClassVar[list[str]] = []
+
+        def process(self, event: Any) -> None:
+            if not event.payload["id"]:
+                raise ValueError("no id")
+            self.done.append(event.id)
+
+    class Again(Once):
+        queue = "again"
+        deduplicate = False
+
+    first = collected_events.perform(Once, {"id": 1})
+    event_id = first.event.id
+    assert (first.acked, first.duplicate) == (True, False)
+    second = collected_events.perform(Once, {"id": 1}, id=event_id)
+    assert (second.acked, second.duplicate) == (True, True)
+    assert not collected_events.perform(Again, {"id": 1}, id=event_id).duplicate
+    assert not collected_events.perform(Again, {"id": 1}, id=event_id).duplicate
+    assert Once.done == [event_id] * 3
+    place(2, id="twice")
+    place(2, id="twice")
+    assert [one.duplicate for one in collected_events.deliver_all(Once)] == [False, True]
+    for _ in range(2):  # a failed attempt is not remembered
+        assert collected_events.perform(Once, {"id": 0}, id="f", raise_errors=False).dead
+
+    tomorrow = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=3)
+
+    class Frozen(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return tomorrow
+
+    monkeypatch.setattr(datetime, "datetime", Frozen)
+    assert not collected_events.perform(Once, {"id": 1}, id=event_id).duplicate
+
+
+def test_the_tests_own_session_is_left_as_it_is(
+    collected_events: CollectedEvents, tmp_path: Path
+) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/shop.db")
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE orders (id INTEGER)"))
+    session = scoped_session(sessionmaker(engine))
+    seen: list[Any] = []
+
+    class Counting(Consumer):
+        queue = "counting"
+        topics = ("order.*",)
+
+        def process(self, event: Any) -> None:
+            seen.append(session())
+            rows = session.execute(text("SELECT count(*) FROM orders")).scalar()
+            assert rows == event.payload["id"]
+
+    class CountingLater(Counting):
+        queue = "counting.later"
+
+        async def process(self, event: Any) -> None:  # type: ignore[override]
+            Counting.process(self, event)
+
+    outbox.sql.bind(session)
+    try:
+        session.execute(text("INSERT INTO orders VALUES (1)"))
+        mine = session()
+        for counting in (Counting, CountingLater):
+            assert collected_events.perform(counting, {"id": 1}).acked
+        with pytest.raises(AssertionError):
+            collected_events.perform(Counting, {"id": 5})
+        assert session() is mine
+        assert set(seen) == {mine}
+        assert session.execute(text("SELECT count(*) FROM orders")).scalar() == 1
+        session.remove()
+        del seen[:]
+        for counting in (Counting, CountingLater):
+            assert collected_events.perform(counting, {"id": 0}).acked
+        assert len(set(seen)) == 2  # each message had one for itself, which was removed
+        assert not session.registry.has()
+    finally:
+        session.remove()
+        outbox.sql.bind(None)
+        engine.dispose()
+
+
+@pytest.mark.asyncio
+async def test_coroutines_run_in_the_tests_own_loop_or_not_at_all(
+    collected_events: CollectedEvents,
+) -> None:
+    loops: list[Any] = []
+
+    @consumer("a", topics=["order.*"], timeout=5)
+    async def asynchronous(event: Any) -> None:
+        loops.append((asyncio.get_running_loop(), asyncio.current_task()))
+        await asyncio.sleep(0)
+        enqueue_event({"id": 1}, "invoice.sent")
+        await publish_async()
+
+    async with auto_publishing():
+        enqueue_event({"id": 1}, "order.placed")
+    for refused in (
+        lambda: collected_events.deliver(asynchronous),
+        lambda: collected_events.deliver_all(Invoices, asynchronous),
+        lambda: collected_events.perform(asynchronous),
+    ):
+        with pytest.raises(UsageError, match=r"await deliver_async\(\)"):
+            refused()
+    assert loops == []
+    done = await collected_events.deliver_all_async(asynchronous, Mails)
+    assert [one.consumer.queue for one in done] == ["a", "mails"]
+    assert (await collected_events.perform_async(asynchronous)).acked
+    assert (await collected_events.perform_async(Invoices, {"id": 1})).acked
+    assert await collected_events.deliver_async(asynchronous) == []
+    assert {loop for loop, _ in loops} == {asyncio.get_running_loop()}
+    assert asyncio.current_task() not in [task for _, task in loops]
+
+    @consumer("slow", timeout=0.02)
+    async def slow(event: Any) -> None:
+        await asyncio.sleep(60)
+
+    with pytest.raises(ProcessTimeout):
+        await collected_events.perform_async(slow)
+
+    @consumer("crash", retry=RetryPolicy())
+    async def crashing(event: Any) -> None:
+        pytest.fail("as a mock would")
+
+    with pytest.raises(pytest.fail.Exception, match="as a mock would"):
+        await collected_events.perform_async(crashing)
+
+
+def test_a_synchronous_test_keeps_its_current_event_loop(
+    collected_events: CollectedEvents,
+) -> None:
+    @consumer("a")
+    async def asynchronous(event: Any) -> None: ...
+
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        assert collected_events.perform(asynchronous).acked
+        assert asyncio.get_event_loop() is loop
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def test_what_could_not_be_settled_is_delivered_again_by_the_next_call(
+    collected_events: CollectedEvents,
+) -> None:
+    place(1)
+    place(13)
+    with collected_events.broker_down():
+        left = collected_events.deliver_all(Invoices, raise_errors=False)
+    assert not any(one.acked for one in left)
+    collected_events.assert_not_published("invoice.#")
+    assert collected_events.dead_letters == ()
+    done = collected_events.deliver_all(Invoices, raise_errors=False)
+    assert [(one.acked, one.dead) for one in done] == [(True, False), (False, True)]
+    place(2)
+    with collected_events.crash_after_confirm(), pytest.raises(SimulatedCrash):
+        collected_events.deliver_all(Invoices)
+    [again] = collected_events.deliver_all(Invoices)
+    assert again.acked
 
 
 # ----------------------------------------------------------------------------------- fixtures

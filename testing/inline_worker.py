@@ -1,0 +1,338 @@
+"""Processes and settles one message in a test, through the life it has in a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import datetime
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from outbox import Event, Publisher, UsageError, sinks
+from outbox.consumers import Consumer, ProcessTimeout, ReceivedEvent
+from outbox.consumers.message.inline_engine import InlineEngine
+from outbox.consumers.message.message import Message
+from outbox.consumers.message.steps import Call, Pause, Step, Steps, call, drive
+from outbox.consumers.outcome import Failed, Outcome
+from outbox.messages.delivery import Delivery
+from outbox.testing.recorder import Recorder
+
+__all__ = [
+    "InlineMessage",
+    "InlineWorker",
+    "MemoryInbox",
+    "check_loop",
+    "process",
+    "process_async",
+]
+
+_WINDOW = datetime.timedelta(days=7)  # as in outbox.sql.Inbox
+
+
+class InlineMessage(Message):
+    """A message that notes how it ended.
+
+    Attributes:
+        sent: the event, as it was published.
+        outcome: the outcome; None until it is known.
+        is_settled: False if the message is still in its queue: it is held, or was returned.
+        follow_ons: the events that it has published.
+    """
+
+    def __init__(
+        self,
+        consumer: Consumer,
+        delivery: Delivery,
+        worker: InlineWorker,
+        event: Event,
+        recorder: Recorder,
+    ) -> None:
+        """Create the message of ``event``, which ``worker`` will process."""
+        super().__init__(consumer, delivery, worker)
+        self.sent = event
+        self.worker = worker
+        self.outcome: Outcome | None = None
+        self.is_settled = False
+        self.follow_ons: tuple[Event, ...] = ()
+        self._recorder = recorder
+        self._before = len(recorder.published)
+
+    def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
+        """Decide what follows, and note it: a message that is held is never settled."""
+        self.outcome = yield from super().conclude(result)
+        self.follow_ons = self._recorder.published[self._before :]
+        return self.outcome
+
+    def settle(self, outcome: Outcome) -> Steps[Outcome | None]:
+        """Settle the message, and note its last outcome."""
+        settled = yield from super().settle(outcome)
+        if settled is not None:
+            self.outcome, self.is_settled = settled, True
+        return settled
+
+    def abandon(self) -> None:
+        """Leave the message to ``give_up()``; from now on its attempt can publish nothing."""
+        super().abandon()
+        if self._attempt is not None:
+            self._attempt.close()
+
+
+class MemoryInbox:
+    """Remembers for one test what its consumers have done. Thread-safe.
+
+    It knows nothing of the handlers' transactions, so none of them notes a message.
+    """
+
+    def __init__(self) -> None:
+        """Create an empty inbox."""
+        self.done: dict[tuple[str, str], datetime.datetime] = {}
+
+    def entry(self, consumer: Consumer, event: ReceivedEvent) -> _Entry:
+        """Return the entry of ``event``."""
+        window = consumer.deduplicate
+        if not isinstance(window, datetime.timedelta):
+            window = _WINDOW
+        return _Entry(self, (consumer.queue, event.id), window)
+
+
+class _Entry:
+    """The entry of one message; see ``outbox.consumers.message.deduplication.InboxEntry``."""
+
+    committed = False
+
+    def __init__(
+        self, inbox: MemoryInbox, key: tuple[str, str], window: datetime.timedelta
+    ) -> None:
+        self._inbox = inbox
+        self._key = key
+        self._window = window
+        self._given_up = False
+
+    def is_done(self) -> bool:
+        at = self._inbox.done.get(self._key)
+        return at is not None and datetime.datetime.now(datetime.UTC) - at <= self._window
+
+    def join(self) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
+
+    def note(self) -> None:
+        if not self._given_up:
+            self._inbox.done[self._key] = datetime.datetime.now(datetime.UTC)
+
+    def give_up(self) -> bool:
+        self._given_up = True
+        return False
+
+
+class _Settled:
+    """The subscription of a message that no broker has delivered; see ``Subscription``."""
+
+    is_consuming = True
+    limits_processing = False
+
+    def start(self, deliver: Callable[[Delivery], None], refused: Callable[[str], None]) -> None:
+        pass
+
+    def ack(self, delivery: Delivery) -> None:
+        pass
+
+    def requeue(self, delivery: Delivery, delay: float) -> None:
+        pass
+
+    def out(self, queue: str) -> int:
+        return 0
+
+    def is_stale(self, delivery: Delivery) -> bool:
+        return False
+
+    def declare_again(self) -> None:
+        pass
+
+    def cancel(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Late(BaseException):
+    """Raised in the steps of a message when a call ends after its timeout."""
+
+
+class InlineWorker(InlineEngine):
+    """An engine that processes and settles one message in its caller.
+
+    The handler runs in the caller's thread or event loop. A message that would have to wait is
+    left. A plain handler that exceeds its timeout can't be stopped, as in a worker: the message is
+    given up in time, and ended when the handler returns.
+    """
+
+    is_stopping = False
+
+    def __init__(self, publisher: Publisher, inbox: MemoryInbox) -> None:
+        """Create an engine whose message publishes with ``publisher``."""
+        super().__init__(publisher, inbox)
+        self._abandon: Callable[[], None] = _do_nothing
+        self._timeout: ProcessTimeout | None = None
+        self._keeps_session: bool | None = None
+        self._interruption: BaseException | None = None
+
+    @property
+    def subscription(self) -> _Settled:
+        """A subscription that does nothing."""
+        return _Settled()
+
+    def run(self, message: InlineMessage) -> None:
+        """Process and settle ``message``."""
+        self._abandon = message.abandon
+        steps = message.live()
+        with contextlib.suppress(_Late):
+            if isinstance(call(steps, self._take), Pause):
+                self.is_stopping = True  # so the message is left as it is
+                call(steps, self._take)
+        if self._timeout is not None:
+            call(message.give_up(self._timeout), self._take)
+
+    async def run_async(self, message: InlineMessage) -> None:
+        """Process and settle ``message`` in this task."""
+        steps = message.live()
+        if isinstance(await drive(steps, self._take_async), Pause):
+            self.is_stopping = True  # so the message is left as it is
+            await drive(steps, self._take_async)
+        if self._interruption is not None:
+            message.is_settled = False
+            raise self._interruption
+
+    def _call(self, step: Call) -> Any:
+        if self._is_refresh(step.function):
+            return None
+        if step.timeout is None:
+            return super()._call(step)
+        limit = _TimeLimit(step.timeout, self._abandon)
+        try:
+            result = super()._call(step)
+        except BaseException as error:
+            if limit.leave():
+                raise
+            self._timeout = ProcessTimeout.after(step.timeout)
+            raise _Late from error
+        if limit.leave():
+            return result
+        self._timeout = ProcessTimeout.after(step.timeout)
+        raise _Late
+
+    async def _take_async(self, step: Step) -> Any:
+        try:
+            return await super()._take_async(step)
+        except (Exception, SystemExit, asyncio.CancelledError):
+            raise
+        except BaseException as error:  # pytest.fail() or a simulated crash: it ends the test
+            self._interruption = error
+            raise
+
+    def _is_refresh(self, function: Callable[..., Any]) -> bool:
+        """Return whether the call would clean up database connections that are the test's own.
+
+        A session that the test has opened in this scope is left as it is. One that the handler has
+        opened is the handler's, and is removed.
+        """
+        function = getattr(function, "func", function)  # asgiref's sync_to_async() has wrapped it
+        if function is getattr(sys.modules.get("django.db"), "close_old_connections", None):
+            return True
+        if function is not sinks.remove or sinks.has_session is None:
+            return False
+        if self._keeps_session is None:
+            self._keeps_session = sinks.has_session()
+        return self._keeps_session
+
+
+def check_loop(consumers: Iterable[Consumer]) -> None:
+    """Check that the calling test can run ``consumers``.
+
+    Raises:
+        UsageError: one is asynchronous, and an event loop is running, in which it should run.
+    """
+    for consumer in consumers:
+        if consumer.is_async and _loop_runs():
+            raise UsageError(
+                f"{consumer!r} is asynchronous, and so is the test: await deliver_async(), "
+                "deliver_all_async() or perform_async(), which run it in the test's event loop"
+            )
+
+
+def process(message: InlineMessage) -> None:
+    """Process and settle ``message`` in a new context; call ``check_loop()`` before."""
+    context = contextvars.Context()
+    if message.consumer.is_async:
+        # With a factory of its own, it leaves the current event loop of the thread alone.
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            runner.run(message.worker.run_async(message), context=context)
+    elif _loop_runs():  # there is none in a worker's thread, and publish() would refuse to block it
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(context.run, message.worker.run, message).result()
+    else:
+        context.run(message.worker.run, message)
+
+
+async def process_async(message: InlineMessage) -> None:
+    """Process and settle ``message`` in a new context: a coroutine as a task of this loop."""
+    context = contextvars.Context()
+    if message.consumer.is_async:
+        await asyncio.create_task(message.worker.run_async(message), context=context)
+        return
+    if "django.db" in sys.modules:
+        # Django's connections belong to a thread: here, to that of the test's own ORM calls.
+        asgiref: Any = sys.modules["asgiref.sync"]
+        await asgiref.sync_to_async(context.run)(message.worker.run, message)
+    else:
+        await asyncio.to_thread(context.run, message.worker.run, message)
+
+
+def _loop_runs() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _do_nothing() -> None:
+    pass
+
+
+class _TimeLimit:
+    """A time limit on one call. Thread-safe.
+
+    ``threading`` waits by the real clock even where a test has frozen the time.
+    """
+
+    def __init__(self, seconds: float, on_expired: Callable[[], None]) -> None:
+        self._lock = threading.Lock()
+        self._is_over = False
+        self._on_expired = on_expired
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def leave(self) -> bool:
+        """End the call; return whether it was in time."""
+        self._timer.cancel()
+        with self._lock:
+            in_time = not self._is_over
+            self._is_over = True
+        self._timer.join()
+        return in_time
+
+    def _expire(self) -> None:
+        with self._lock:
+            if self._is_over:
+                return
+            self._is_over = True
+        self._on_expired()

@@ -23,7 +23,7 @@ MakeId = Callable[[str, str, str | None, bytes], str]
 
 
 _UTC = datetime.UTC
-_now = datetime.datetime.now
+_datetime = datetime.datetime  # a module's attribute: freezegun replaces it, but no bound now()
 _UNROUTABLE = get_args(Unroutable)
 
 
@@ -57,7 +57,7 @@ class Event:
     priority: int | None = None
     deliver_at: datetime.datetime | None = None
     key: str | None = None
-    occurred_at: datetime.datetime = field(default_factory=lambda: _now(_UTC))
+    occurred_at: datetime.datetime = field(default_factory=lambda: _datetime.now(_UTC))
     unroutable: Unroutable | None = None
 
     @property
@@ -139,7 +139,7 @@ def make_event(
         raise InvalidEvent(f"the priority {priority!r} is not an int from 0 to 255")
     if unroutable is not None and unroutable not in _UNROUTABLE:
         raise InvalidEvent(f"unroutable={unroutable!r} is not one of {', '.join(_UNROUTABLE)}")
-    now = _now(_UTC)
+    now = _datetime.now(_UTC)
     if delay is not None or deliver_at is not None:
         deliver_at = _delivery_time(now, delay, deliver_at)
     event = _new(Event)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import datetime
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -14,11 +15,21 @@ from typing import Any
 
 from outbox import Event, Publisher, UsageError, sinks
 from outbox.consumers import Consumer, ProcessTimeout, ReceivedEvent
-from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message
-from outbox.consumers.message.steps import Call, Pause, Step, Steps, call, drive
+from outbox.consumers.message.steps import (
+    Blocking,
+    Call,
+    Confirm,
+    Pause,
+    Step,
+    Steps,
+    call,
+    cancelled_in_time,
+    drive,
+)
 from outbox.consumers.outcome import Failed, Outcome
 from outbox.messages.delivery import Delivery
+from outbox.system.steady_clock import monotonic
 from outbox.testing.recorder import Recorder
 
 __all__ = [
@@ -132,13 +143,9 @@ class _Entry:
 
 
 class _Settled:
-    """The subscription of a message that no broker has delivered; see ``Subscription``."""
+    """What a message that no broker has delivered asks of its subscription: nothing."""
 
-    is_consuming = True
     limits_processing = False
-
-    def start(self, deliver: Callable[[Delivery], None], refused: Callable[[str], None]) -> None:
-        pass
 
     def ack(self, delivery: Delivery) -> None:
         pass
@@ -146,19 +153,10 @@ class _Settled:
     def requeue(self, delivery: Delivery, delay: float) -> None:
         pass
 
-    def out(self, queue: str) -> int:
-        return 0
-
     def is_stale(self, delivery: Delivery) -> bool:
         return False
 
     def declare_again(self) -> None:
-        pass
-
-    def cancel(self) -> None:
-        pass
-
-    def close(self) -> None:
         pass
 
 
@@ -166,76 +164,99 @@ class _Late(BaseException):
     """Raised in the steps of a message when a call ends after its timeout."""
 
 
-class InlineWorker(InlineEngine):
-    """An engine that processes and settles one message in its caller.
+class InlineWorker:
+    """An engine that processes and settles one message in its caller; see ``Services``.
 
     The handler runs in the caller's thread or event loop. A message that would have to wait is
-    left. A plain handler that exceeds its timeout can't be stopped, as in a worker: the message is
-    given up in time, and ended when the handler returns.
+    left, as when a worker stops. A plain handler that exceeds its timeout can't be stopped, as in a
+    worker: the message is given up in time, and ended when the handler returns.
     """
 
-    is_stopping = False
+    overlaps = False
 
     def __init__(self, publisher: Publisher, inbox: MemoryInbox) -> None:
         """Create an engine whose message publishes with ``publisher``."""
-        super().__init__(publisher, inbox)
+        self.publisher = publisher
+        self.inbox = inbox
+        self.subscription: Any = _Settled()
+        self.is_stopping = False
         self._abandon: Callable[[], None] = _do_nothing
         self._timeout: ProcessTimeout | None = None
         self._keeps_session: bool | None = None
         self._interruption: BaseException | None = None
 
-    @property
-    def subscription(self) -> _Settled:
-        """A subscription that does nothing."""
-        return _Settled()
-
     def run(self, message: InlineMessage) -> None:
         """Process and settle ``message``."""
         self._abandon = message.abandon
-        steps = message.live()
         with contextlib.suppress(_Late):
-            if isinstance(call(steps, self._take), Pause):
-                self.is_stopping = True  # so the message is left as it is
-                call(steps, self._take)
+            self._take_all(message.live())
         if self._timeout is not None:
-            call(message.give_up(self._timeout), self._take)
+            self._take_all(message.give_up(self._timeout))
 
     async def run_async(self, message: InlineMessage) -> None:
         """Process and settle ``message`` in this task."""
         steps = message.live()
-        if isinstance(await drive(steps, self._take_async), Pause):
-            self.is_stopping = True  # so the message is left as it is
-            await drive(steps, self._take_async)
+        ended: object = await drive(steps, self._take_async)
+        while isinstance(ended, Pause):
+            self.is_stopping = True
+            ended = await drive(steps, self._take_async)
         if self._interruption is not None:
             message.is_settled = False
             raise self._interruption
 
-    def _call(self, step: Call) -> Any:
-        if self._is_refresh(step.function):
-            return None
-        if step.timeout is None:
-            return super()._call(step)
-        limit = _TimeLimit(step.timeout, self._abandon)
-        try:
-            result = super()._call(step)
-        except BaseException as error:
-            if limit.leave():
-                raise
-            self._timeout = ProcessTimeout.after(step.timeout)
-            raise _Late from error
-        if limit.leave():
-            return result
-        self._timeout = ProcessTimeout.after(step.timeout)
-        raise _Late
+    def _take_all(self, steps: Steps[Any]) -> None:
+        ended: object = call(steps, self._take)
+        while isinstance(ended, Pause):
+            self.is_stopping = True
+            ended = call(steps, self._take)
+
+    def _take(self, step: Step) -> Any:
+        match step:
+            case Call(function) if self._is_refresh(function):
+                return None
+            case Call(timeout=seconds) if seconds is not None:
+                return self._call_in_time(step, seconds)
+            case Call():
+                return step.run()
+            case Confirm(chunk):
+                return self.publisher.wait_for(chunk)
+            case Blocking(function):
+                return function()
+            case Pause():
+                self.is_stopping = True
+                return None
 
     async def _take_async(self, step: Step) -> Any:
         try:
-            return await super()._take_async(step)
+            if isinstance(step, Confirm):
+                return await self.publisher.wait_for_async(step.chunk)
+            if not isinstance(step, Call):
+                return self._take(step)
+            value = self._take(step._replace(timeout=None))
+            if value is None or not inspect.isawaitable(value):
+                return value
+            seconds = step.timeout
+            return await (value if seconds is None else cancelled_in_time(value, seconds))
         except (Exception, SystemExit, asyncio.CancelledError):
             raise
         except BaseException as error:  # pytest.fail() or a simulated crash: it ends the test
             self._interruption = error
             raise
+
+    def _call_in_time(self, step: Call, seconds: float) -> Any:
+        limit = _TimeLimit(seconds, self._abandon)
+        error: BaseException | None = None
+        result = None
+        try:
+            result = step.run()
+        except BaseException as raised:
+            error = raised
+        if not limit.leave():
+            self._timeout = ProcessTimeout.after(seconds)
+            raise _Late from error
+        if error is not None:
+            raise error
+        return result
 
     def _is_refresh(self, function: Callable[..., Any]) -> bool:
         """Return whether the call would clean up database connections that are the test's own.
@@ -271,8 +292,8 @@ def process(message: InlineMessage) -> None:
     """Process and settle ``message`` in a new context; call ``check_loop()`` before."""
     context = contextvars.Context()
     if message.consumer.is_async:
-        # With a factory of its own, it leaves the current event loop of the thread alone.
-        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        # Given a factory, it leaves the current event loop of the thread alone.
+        with asyncio.Runner(loop_factory=_new_loop) as runner:
             runner.run(message.worker.run_async(message), context=context)
     elif _loop_runs():  # there is none in a worker's thread, and publish() would refuse to block it
         with ThreadPoolExecutor(1) as executor:
@@ -293,6 +314,14 @@ async def process_async(message: InlineMessage) -> None:
         await asgiref.sync_to_async(context.run)(message.worker.run, message)
     else:
         await asyncio.to_thread(context.run, message.worker.run, message)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    """Return an event loop whose timeouts end even where the test has frozen the time."""
+    loop = asyncio.new_event_loop()
+    with contextlib.suppress(AttributeError):  # uvloop's are measured in C anyway
+        loop.time = monotonic  # type: ignore[method-assign]
+    return loop
 
 
 def _loop_runs() -> bool:

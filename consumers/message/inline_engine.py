@@ -28,8 +28,8 @@ __all__ = ["InlineEngine"]
 class InlineEngine:
     """An engine that runs one attempt in its caller; see ``Services`` for its attributes."""
 
-    is_stopping: bool = True
-    overlaps: bool = False
+    is_stopping = True
+    overlaps = False
 
     def __init__(self, publisher: Publisher, inbox: Inbox | None = None) -> None:
         """Create an engine whose messages publish with ``publisher``."""
@@ -55,25 +55,19 @@ class InlineEngine:
     def _take(self, step: Step) -> Any:
         match step:
             case Call():
-                return self._call(step)
+                return step.run()
             case Confirm(chunk):
                 return self.publisher.wait_for(chunk)
             case Blocking(function):
                 return function()
-        return None
-
-    def _call(self, step: Call) -> Any:
-        return step.run()
 
     async def _take_async(self, step: Step) -> Any:
         if isinstance(step, Confirm):
             return await self.publisher.wait_for_async(step.chunk)
-        if not isinstance(step, Call):
-            return self._take(step)
-        value = self._call(step._replace(timeout=None))
+        value = self._take(step)
         if value is None or not inspect.isawaitable(value):
             return value
-        timeout = step.timeout
+        timeout = step.timeout if isinstance(step, Call) else None
         return await (value if timeout is None else cancelled_in_time(value, timeout))
 
 

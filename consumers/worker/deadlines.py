@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable
+
+from outbox.system.steady_clock import monotonic
 
 __all__ = ["Ticket", "Deadlines"]
 
@@ -49,7 +50,7 @@ class Deadlines:
             seconds: the time limit of the call.
             on_expired: called when the limit is exceeded, on the watch's thread; must be quick.
         """
-        ticket = Ticket(time.monotonic() + seconds, on_expired)
+        ticket = Ticket(monotonic() + seconds, on_expired)
         with self._lock:
             self._running.add(ticket)
             if ticket.deadline < self._next_look:
@@ -90,11 +91,11 @@ class Deadlines:
                     logger.exception("could not give up a late call")
 
     def _wait_for_late(self) -> list[Ticket]:
-        while not self._closed and (remaining := self._next_look - time.monotonic()) > 0:
+        while not self._closed and (remaining := self._next_look - monotonic()) > 0:
             self._earlier.wait(None if remaining == math.inf else remaining)
         if self._closed:
             return []
-        now = time.monotonic()
+        now = monotonic()
         late = sorted((ticket for ticket in self._running if ticket.deadline <= now), key=_deadline)
         self._running.difference_update(late)
         self._next_look = min(map(_deadline, self._running), default=math.inf)

@@ -18,6 +18,7 @@ from outbox.storage.engines import open_sqlite
 from outbox.storage.store import Store
 from outbox.system import process
 from outbox.transports.sqlite import routing
+from outbox.transports.sqlite.disk_room import room_for_events
 from outbox.transports.sqlite.location import Location
 from outbox.transports.sqlite.shared_file import shared_file_at
 from outbox.transports.sqlite.sqlite_errors import DATABASE_ERRORS, is_busy, is_failure, of_database
@@ -39,12 +40,19 @@ class Database:
     It also reopens the file if another one has replaced it at the same path.
     """
 
-    def __init__(self, location: Location, given_up: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        location: Location,
+        given_up: Callable[[], bool] = lambda: False,
+        on_reopened: Callable[[bool], None] = lambda _: None,
+    ) -> None:
         """Check that the file can be created; nothing is connected yet.
 
         Args:
             location: the location of the file.
             given_up: a function that returns whether to stop waiting for others.
+            on_reopened: called when the path was opened again, with whether it is another file,
+                because the old one was deleted or replaced.
 
         Raises:
             UsageError: the path is a symbolic link, not a regular file, or another user's.
@@ -52,12 +60,14 @@ class Database:
         self.path = location.path
         self._location = location
         self._given_up = given_up
+        self._on_reopened = on_reopened
         self._shared_file = shared_file_at(location.path)
         self._engine: Engine = self._make_engine()
         self._store = Store(self._engine)
         self._connection: Connection | None = None
         self._raw: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
+        self._last_identity: tuple[int, int] | None = None  # also of a file that isn't open now
         self._version: int | None = None
         self._shared_file.members.add(self)
         _made.add(self)
@@ -100,6 +110,20 @@ class Database:
             version: int = self._raw_opened().execute("PRAGMA data_version").fetchone()[0]
         before, self._version = self._version, version
         return version != before
+
+    def room(self) -> int:
+        """Return the number of bytes of events that may be written now, 0 or less if none.
+
+        Raises:
+            BrokerError: the file can't be used now.
+        """
+        with self._turn():
+            room = room_for_events(self.path)
+            if room <= 0:
+                # The log keeps its size when it is empty, until it is truncated.
+                self._raw_opened().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                room = room_for_events(self.path)
+        return room
 
     def due_in(self, queue: str) -> float | None:
         """Return the seconds until a row of ``queue`` is due; None if the queue is empty.
@@ -152,7 +176,7 @@ class Database:
         connection = self._patiently(self._engine.connect)
         try:
             with self._patiently(connection.begin):
-                self._store.create(connection=connection)
+                is_new = self._store.create(connection=connection)
                 self._store.check(connection=connection)
                 routing.create(connection)
         except BaseException:
@@ -162,6 +186,10 @@ class Database:
         raw = connection.connection.driver_connection
         self._raw = raw if isinstance(raw, sqlite3.Connection) else None
         self._identity = self._identity_now()
+        before, self._last_identity = self._last_identity, self._identity
+        if before is not None:
+            # A new file may get the number of one that was deleted.
+            self._on_reopened(is_new or before != self._identity)
         return connection
 
     def _make_engine(self) -> Engine:

@@ -8,7 +8,7 @@ never settled here: settling it could delete a row that another worker is proces
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from outbox.storage.store import Claimed
 
@@ -33,6 +33,7 @@ class Leases:
         self._of_queue: Counter[str] = Counter()
         self._last_tag = 0
         self._since = 0.0  # all present leases began at this time or later
+        self._extend_at = 0.0
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -48,7 +49,7 @@ class Leases:
     def take(self, row: Claimed, now: float) -> int:
         """Add ``row``, leased at ``now``, and return its delivery tag."""
         if not self._rows:
-            self._since = now
+            self._begin(now)
         self._last_tag += 1
         self._rows[self._last_tag] = row
         self._of_queue[row.queue] += 1
@@ -75,7 +76,23 @@ class Leases:
 
     def extend_in(self, now: float) -> float | None:
         """Return the seconds until the leases have to be extended; None if there are none."""
-        return self._since + _EXTEND_AFTER - now if self._rows else None
+        return self._extend_at - now if self._rows else None
+
+    def extend_soon(self) -> None:
+        """Have the leases extended at once: in the file they may have ended."""
+        self._extend_at = self._since
+
+    def among(self, rows: Iterable[Claimed], *, settled: Container[int]) -> bool:
+        """Return whether a row is in ``rows`` that is held here and not among those ``settled``.
+
+        Args:
+            rows: rows that were claimed again.
+            settled: the tags of rows whose settlement is part of the same transaction.
+        """
+        again = {row.seq for row in rows if row.deliveries > 1}
+        return bool(again) and any(
+            row.seq in again and tag not in settled for tag, row in self._rows.items()
+        )
 
     def extended(self, seqs: set[int], now: float) -> int:
         """Note that at ``now`` exactly the leases of the rows ``seqs`` were extended.
@@ -85,13 +102,21 @@ class Leases:
         """
         lost = [tag for tag, row in self._rows.items() if row.seq not in seqs]
         self.drop(lost)
-        self._since = now
+        self._begin(now)
         return len(lost)
 
     def end(self, now: float) -> int:
         """Remove all rows if their leases may have ended; return the number of rows."""
         if not self._rows or now < self._since + LEASE:
             return 0
+        return self.drop_all()
+
+    def drop_all(self) -> int:
+        """Remove all rows; return the number of rows."""
         count = len(self._rows)
         self.drop(list(self._rows))
         return count
+
+    def _begin(self, now: float) -> None:
+        self._since = now
+        self._extend_at = now + _EXTEND_AFTER

@@ -66,6 +66,11 @@ class Plan:
         """Whether any event is to be parked."""
         return (Fate.PARKED, "") in self.fates
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every event has a queue."""
+        return not self.without_queue and self.fates.keys() <= {(Fate.PUBLISHED, "")}
+
     def park_nothing(self) -> None:
         """Move the entries to park to ``without_queue``: the parking queue doesn't exist."""
         self.without_queue = self.fates.pop((Fate.PARKED, ""), [])

@@ -18,6 +18,7 @@ from outbox.storage.store import Claimed
 from outbox.system.backoff import backoff
 from outbox.transports.sqlite import routing
 from outbox.transports.sqlite.claimed_rows import delivery_of, is_deadly, letter_of_deadly
+from outbox.transports.sqlite.clock_jumps import ClockJumps
 from outbox.transports.sqlite.database import Database
 from outbox.transports.sqlite.leases import LEASE, Leases
 from outbox.transports.sqlite.location import Location
@@ -38,8 +39,21 @@ _LOOK_AGAIN = 1.0
 _LONGEST_PAUSE = 2.0
 """The longest back-off in seconds: short, because the leases have to be extended in time."""
 
+_LOOK_AT_CLOCK = 0.5
+"""The longest time in seconds in which a worker with leases doesn't notice a jump of the clock."""
+
+_TIME_TO_EXTEND = 2.0
+"""Seconds after such a jump in which other workers have extended their leases."""
+
 _CANCEL_TIMEOUT = 2.0
 _CLOSE_TIMEOUT = 3.0
+
+
+_CLOCK_JUMPED = "the clock has jumped %.0f s forward: extending all leases"
+_REPLACED = (
+    "%s was deleted or replaced by another file: declaring the queues there; %d message(s) of the "
+    "old one can't be acknowledged any more"
+)
 
 
 class _Done(NamedTuple):
@@ -47,6 +61,10 @@ class _Done(NamedTuple):
 
     tag: int
     delay: float | None
+
+
+class _OwnRowsAreDue(Exception):
+    """A claim has got rows that this worker holds: their leases ended early, by the clock."""
 
 
 class SQLiteSubscription:
@@ -73,8 +91,14 @@ class SQLiteSubscription:
         self._stopping = False
         self._give_up_at = 0.0
         self._database = Database(
-            location, lambda: self._stopping and time.monotonic() > self._give_up_at
+            location,
+            lambda: self._stopping and time.monotonic() > self._give_up_at,
+            self._on_reopened,
         )
+        # Written only when the file isn't in use: a log handler may publish.
+        self._to_log: list[tuple[int, str, tuple[Any, ...]]] = []
+        self._clock_jumps = ClockJumps()
+        self._claim_at = 0.0
         self._shared_file = shared_file_at(location.path)
         self._deliver: Callable[[Delivery], None] = _not_started
         self._refused: Callable[[str], None] = _not_started
@@ -151,6 +175,8 @@ class SQLiteSubscription:
                     self._turn()
                     self._has_consumed = True
                     self._failures = 0
+            except _OwnRowsAreDue:
+                self._leases.extend_soon()
             except (BrokerError, UsageError) as error:
                 self._on_failure(error)
             except Exception as error:  # a bug in outbox must not end the thread
@@ -158,9 +184,15 @@ class SQLiteSubscription:
                     "unexpected error while consuming from %s; retrying", self._database.path
                 )
                 self._on_failure(ConnectionLost(str(error)))
+            self._write_log()
         self._give_back()
         self._database.close()
         self._cancelled.set()
+
+    def _write_log(self) -> None:
+        lines, self._to_log = self._to_log, []
+        for level, message, arguments in lines:
+            logger.log(level, message, *arguments)
 
     def _wait(self) -> None:
         """Wait until there is something to do."""
@@ -169,10 +201,10 @@ class SQLiteSubscription:
             if self._cancelling:
                 self._cancelled.set()
             now = time.monotonic()
-            extend_in = self._leases.extend_in(now)
-            has_room = not self._cancelling and any(
+            has_room = self._may_claim(now) and any(
                 self._leases.free(queue.name) > 0 for queue in self._queues
             )
+            extend_in = self._leases.extend_in(now)
             if (
                 self._stopping
                 or self._done
@@ -181,17 +213,38 @@ class SQLiteSubscription:
                 or (has_room and self._is_due(now))
             ):
                 return
-            pauses = [
-                pause for pause in (extend_in, *self._pauses(now, has_room)) if pause is not None
-            ]
-            if self._wake.wait(min(pauses, default=None)):
+            if self._was_replaced(has_room):
+                return
+            self._write_log()
+            if self._wake.wait(min(self._pauses(now, extend_in, has_room), default=None)):
                 self._look_at = 0.0
 
-    def _pauses(self, now: float, has_room: bool) -> tuple[float | None, ...]:
-        if not has_room:
-            return ()
-        self._poll, poll = min(_LONGEST_POLL, self._poll * _POLL_GROWTH), self._poll
-        return poll, max(0.0, self._look_at - now)
+    def _was_replaced(self, has_room: bool) -> bool:
+        """Return whether the queues have to be declared, since the file is another one now."""
+        if not has_room and not self._cancelling:  # nothing else has looked at the file
+            self._database.open()
+        return self._to_declare
+
+    def _pauses(self, now: float, extend_in: float | None, has_room: bool) -> list[float]:
+        pauses = []
+        if extend_in is not None:
+            pauses += [extend_in, _LOOK_AT_CLOCK]
+        if now < self._claim_at:
+            pauses.append(self._claim_at - now)
+        if has_room:
+            self._poll, poll = min(_LONGEST_POLL, self._poll * _POLL_GROWTH), self._poll
+            pauses += [poll, max(0.0, self._look_at - now)]
+        return pauses
+
+    def _may_claim(self, now: float) -> bool:
+        """Return whether to claim rows: not while stopping, or right after the clock has jumped."""
+        if jump := self._clock_jumps.look():
+            # For the file all leases may have ended by now. Each worker extends its own ones before
+            # another worker takes their rows, which are being processed.
+            self._to_log.append((logging.WARNING, _CLOCK_JUMPED, (jump,)))
+            self._leases.extend_soon()
+            self._claim_at = now + _TIME_TO_EXTEND
+        return not self._cancelling and now >= self._claim_at
 
     def _is_due(self, now: float) -> bool:
         """Return whether a row is due, looking it up only if the answer may have changed."""
@@ -218,7 +271,9 @@ class SQLiteSubscription:
                     self._declare(connection)
                 self._settle(done, connection)
                 leased = self._extend(connection) if extending else set()
-                claimed = [] if self._cancelling else self._claim(done, connection)
+                claimed = self._claim(done, connection) if self._may_claim(now) else []
+                if self._leases.among(claimed, settled={settlement.tag for settlement in done}):
+                    raise _OwnRowsAreDue
                 deadly = [row for row in claimed if is_deadly(row)]
                 self._dead_letter(deadly, connection)
         except BaseException:
@@ -325,6 +380,12 @@ class SQLiteSubscription:
             logger.warning(
                 "cannot release messages; they will be redelivered after %.0f s: %s", LEASE, error
             )
+
+    def _on_reopened(self, is_another_file: bool) -> None:
+        self._to_declare = True
+        if is_another_file:
+            lost = self._leases.drop_all()
+            self._to_log.append((logging.ERROR, _REPLACED, (self._database.path, lost)))
 
     def _on_failure(self, error: OutboxError) -> None:
         if UsageError in (type(error), type(error.__cause__)) and not self._has_consumed:

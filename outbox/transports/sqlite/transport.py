@@ -14,7 +14,7 @@ from sqlalchemy.exc import StatementError
 
 from outbox.backlog.chunk import Entry, Fate
 from outbox.backlog.notifier import Notifier, call_hook
-from outbox.errors import BrokerError, ConnectionLost, Nacked
+from outbox.errors import Blocked, BrokerError, ConnectionLost, Nacked
 from outbox.event import Event
 from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.settings import MIB, Settings
@@ -38,8 +38,25 @@ _WRITE_EVENTS = 10_000
 _WRITE_BYTES = 16 * MIB
 _CLOSE_TIMEOUT = 2.0
 
+_LOOK_FOR_ROOM = 1.0
+"""Seconds between two looks at the space left on the disk, while there is plenty."""
+
+_TIME_TO_DECLARE = 1.5
+"""Seconds in which workers notice that the file is another one, and declare their queues there."""
+
+_LOOK_FOR_QUEUES = 0.02
+"""Seconds between two looks for them."""
+
 _FAULTS_OF_EVENTS = (StatementError, ValueError, TypeError, AttributeError, ArithmeticError)
 """Exceptions about an event that fits no row; ``enqueue_event`` makes no such event."""
+
+
+class _QueuesMissing(Exception):
+    """Events have no queue, in a file in which workers haven't had the time to declare theirs."""
+
+
+class _NoRoom(Exception):
+    """Rows are larger than the room that is left on the disk for events."""
 
 
 class SQLiteTransport(BackloggedTransport):
@@ -65,7 +82,11 @@ class SQLiteTransport(BackloggedTransport):
         self._wanted = False
         self._stopping = False
         self._hurries = False
-        self._database = Database(location, lambda: self._stopping)
+        self._database = Database(location, lambda: self._stopping, self._on_reopened)
+        self._was_replaced = False
+        self._queues_missing_until = 0.0
+        self._room = 0
+        self._look_for_room_at = 0.0
         self._shared_file = shared_file_at(location.path)
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread = BackgroundThread(lambda: None, self._run, name="outbox-publisher")
@@ -154,10 +175,12 @@ class SQLiteTransport(BackloggedTransport):
         self._hurries = False
         try:
             self._database.open()
-            self._on_success()
             self._requeue_due()
             while self.backlog.queued and not self._stopping:
                 self._write_next()
+            self._log_replacement()
+            # Not before: a file on a full disk can be opened, so the pauses would never grow.
+            self._on_success()
         except BrokerError as error:
             self._on_failure(error)
         except Exception as error:  # a bug in outbox must neither end the thread nor lose events
@@ -165,33 +188,58 @@ class SQLiteTransport(BackloggedTransport):
             self._on_failure(ConnectionLost(f"{self._address}: {error}"))
 
     def _write_next(self) -> None:
-        entries = self.backlog.take(_WRITE_EVENTS, _WRITE_BYTES)
+        now = time.monotonic()
+        if self._room < _WRITE_BYTES or now >= self._look_for_room_at:
+            self._room = self._database.room()
+            self._look_for_room_at = now + _LOOK_FOR_ROOM
+        entries = self.backlog.take(_WRITE_EVENTS, min(_WRITE_BYTES, self._room))
         if not entries:
             return
         try:
             self._write(entries)
+        except _QueuesMissing:
+            self.backlog.requeue(entries)
+            time.sleep(_LOOK_FOR_QUEUES)
         except BaseException:
             self.backlog.requeue(entries)  # skips those that have a fate
             raise
 
     def _write(self, entries: Sequence[Entry]) -> None:
-        """Write ``entries`` in one transaction, or in halves to find one that can't be stored."""
+        """Write ``entries`` in one transaction, or in halves.
+
+        In halves if one can't be stored, to find it, and if not all have room on the disk.
+
+        Raises:
+            BrokerError: the file can't be written.
+            _QueuesMissing: nothing was written, since workers are about to declare their queues.
+        """
         try:
             with self._database.transaction() as connection:
                 self._routes.update(routing.load(connection))
                 plan = Plan(entries, self._routes, self._settings.unroutable)
+                if not plan.is_complete and time.monotonic() < self._queues_missing_until:
+                    raise _QueuesMissing
                 if plan.parks and not self._make_parking_queue(connection):
                     plan.park_nothing()  # the other events must not wait for the queue
+                size = sum(len(row["payload"]) for row in plan.rows)
+                if size > self._room:
+                    raise _NoRoom
                 self._database.store.put_rows(plan.rows, connection=connection)
-        except _FAULTS_OF_EVENTS as error:
+        except (_NoRoom, *_FAULTS_OF_EVENTS) as error:
             if len(entries) > 1:
                 half = len(entries) // 2
                 self._write(entries[:half])
                 self._write(entries[half:])
+            elif isinstance(error, _NoRoom):
+                raise Blocked(
+                    f"no space left for {self._database.path}: the rest of the disk is reserved "
+                    "for workers, which need room to settle messages"
+                ) from None
             else:
                 why = f"cannot be stored: {getattr(error, 'orig', None) or error}"
                 self._notify(self.backlog.give_fate(entries, Fate.REJECTED, why))
             return
+        self._room -= size
         self._shared_file.wake()
         self.backlog.confirmed()
         for (fate, reason), settled in plan.fates.items():
@@ -224,6 +272,23 @@ class SQLiteTransport(BackloggedTransport):
         if due:
             self._backing_off = [waiting for waiting in self._backing_off if waiting[0] > now]
             self.backlog.requeue(due)
+
+    def _on_reopened(self, is_another_file: bool) -> None:
+        if not is_another_file:
+            return
+        self._was_replaced = True
+        self._queues_missing_until = time.monotonic() + _TIME_TO_DECLARE
+        self._shared_file.wake()
+
+    def _log_replacement(self) -> None:
+        # Not at once, while the file is in use: a log handler may publish.
+        if self._was_replaced:
+            self._was_replaced = False
+            logger.error(
+                "%s was deleted or replaced by another file: what was in the old one isn't "
+                "delivered from here any more",
+                self._address,
+            )
 
     def _on_success(self) -> None:
         self._failures = 0

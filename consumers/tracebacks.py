@@ -10,6 +10,7 @@ from outbox.consumers.outcome import RemoteError
 
 __all__ = ["strip_engine", "strip_import", "traceback_of"]
 
+_ENGINES = ("outbox.consumers.", "outbox.testing.")
 _LONGEST = 4_000
 _FRAMES = 20
 
@@ -31,7 +32,7 @@ def strip_engine(error: BaseException) -> None:
     So logs, dead letters, callbacks and error trackers begin at the application's code. A bug of
     outbox keeps its frames: then there are no others.
     """
-    _strip(error, lambda module: module.startswith("outbox.consumers."))
+    _strip(error, lambda module: module.startswith(_ENGINES))
 
 
 def strip_import(error: BaseException) -> None:

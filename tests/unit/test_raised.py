@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 import pytest
 
 import outbox.consumers
-from outbox import ConnectionLost, PublishTimeout
+from outbox import ConnectionLost, PublishFailed, PublishReport
 from outbox.consumers import (
     Consumer,
     ReceivedEvent,
@@ -60,6 +60,13 @@ def group(*errors: Exception) -> ExceptionGroup[Exception]:
     return ExceptionGroup("unhandled errors in a TaskGroup", errors)
 
 
+def unavailable() -> PublishFailed:
+    """Return what ``publish()`` raises in a handler while the broker is unavailable."""
+    error = PublishFailed(PublishReport(published=(), error=ConnectionLost("gone")))
+    error.is_of_message = True
+    return error
+
+
 ALWAYS = RetryPolicy(max_attempts=2, delay=7)
 
 
@@ -76,7 +83,7 @@ def test_outcomes_are_found_in_groups_however_deep(
     assert isinstance(retried, Again)
     assert retried.delay == 30
     assert outcome(Requeue()) == Return()
-    for error in (locked, ConnectionLost("gone")):
+    for error in (locked, unavailable()):
         held = outcome(error)
         assert isinstance(held, Hold)
         assert held.error is error
@@ -97,7 +104,7 @@ def test_of_a_group_the_worst_member_decides(
     assert isinstance(everything, Dead)
     assert everything.reason == "never"
     # Holding and requeueing have no bound: a failure beside them counts.
-    for other in (locked, ConnectionLost("gone"), Requeue()):
+    for other in (locked, unavailable(), Requeue()):
         again = outcome(ValueError(), other)
         assert isinstance(again, Again)
         assert again.delay == 7
@@ -152,7 +159,7 @@ def test_what_an_exception_was_raised_from_decides_only_about_availability(
         return outcome_of(collected_events, error)
 
     # Libraries and services wrap what a database or the broker raises ...
-    for cause in (locked, PublishTimeout("slow"), group(locked, group(locked))):
+    for cause in (locked, unavailable(), group(locked, group(locked))):
         assert isinstance(outcome(cause), Hold), cause
     # ... but whoever raises another exception from a Reject means that one.
     for cause in (Reject("no"), Requeue(), Retry(), group(locked, ValueError())):

@@ -133,7 +133,7 @@ class OrderedDispatchQueue:
         self._waiting: list[tuple[int, int, int, Delivery]] = []
         self._number = itertools.count()
         self._ends = 0
-        self._generation: int | None = None
+        self._generation = -1
         self._filled_at = dict.fromkeys(self._specs, 0.0)
 
     def put(self, delivery: Delivery | None) -> None:
@@ -186,8 +186,8 @@ class OrderedDispatchQueue:
 
     def _note(self, delivery: Delivery) -> None:
         now = self._clock()
-        if delivery.generation != self._generation:
-            # The first message of a connection: those of other queues may be on their way.
+        if delivery.generation > self._generation:
+            # The first message of a channel: those of other queues may be on their way.
             self._generation = delivery.generation
             self._filled_at = dict.fromkeys(self._specs, now)
         elif self._out(delivery.queue) >= self._filled:

@@ -151,7 +151,11 @@ class Worker:
 
     @property
     def is_consuming(self) -> bool:
-        """Whether the broker delivers messages as soon as there are any."""
+        """Whether the broker delivers messages as soon as there are any.
+
+        A queue that can't be had for now, such as one whose node is down, is left out, unless there
+        is no other.
+        """
         return self._subscription.is_consuming and not self._failed
 
     def start(self) -> None:

@@ -32,7 +32,10 @@ class Subscription(Protocol):
 
     @property
     def is_consuming(self) -> bool:
-        """Whether messages are delivered as they arrive; False while the broker is unavailable."""
+        """Whether messages are delivered as they arrive; False while the broker is unavailable.
+
+        A queue that can't be had for now is left out, unless there is no other.
+        """
         ...
 
     def ack(self, delivery: Delivery) -> None:

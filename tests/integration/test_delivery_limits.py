@@ -182,6 +182,21 @@ def test_messages_sent_ahead_survive_any_number_of_stops(
     all_arrive(passive, inspector, limited, ids)
 
 
+def test_what_is_given_back_at_a_stop_counts_only_where_the_broker_leaves_no_way(
+    publisher: Publisher, inspector: Inspector, name: str
+) -> None:
+    inspector.queue(dead_letter_queue(name))
+    inspector.queue(name, name, (name,), arguments_of(name, DELIVERY_LIMIT))
+    send(publisher, name, *range(MESSAGES))
+    with stuck(publisher, name) as worker:
+        subscription: Any = worker._subscription
+        wait_until(lambda: is_out(subscription, name))
+        is_counted = subscription._connection.version < (4, 3)
+    messages = inspector.messages(name, MESSAGES)
+    counts = [message.properties.headers.get("x-delivery-count") or 0 for message in messages]
+    assert counts == [is_counted] * MESSAGES
+
+
 def test_messages_sent_ahead_survive_any_number_of_cut_links(
     proxy: FaultProxy, inspector: Inspector, passive: Publisher, limited: str
 ) -> None:

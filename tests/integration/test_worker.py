@@ -549,10 +549,11 @@ def test_a_connection_lost_while_a_cancelled_consumer_waits_leaves_one_consumer(
     seen = Seen()
     with running(publisher, inspector, seen, name, threads=2) as worker:
         subscription: Any = worker._subscription
-        subscription._failures = 2  # as after earlier ones: consuming again waits 1 to 2 seconds
+        consuming = subscription._consumers[name]
+        consuming._failures = 2  # as after earlier ones: consuming again waits 1 to 2 seconds
         inspector.channel.queue_delete(name)
         deadline = time.monotonic() + 10
-        while subscription._channel is not None:  # the broker's cancel has arrived
+        while worker.is_consuming:  # the broker's cancel has arrived
             assert time.monotonic() < deadline
             time.sleep(0.001)
         lost = ConnectionLost("as if the broker had gone")

@@ -143,7 +143,7 @@ class Stream(pika_connection.Connection):
             self._header = frame_value
         fragment = getattr(frame_value, "fragment", b"")
         if self._header is not None and self._header.body_size == len(fragment):
-            receive = self._subscription._receiver("orders")
+            receive = self._subscription._consumers["orders"].receiver(0)
             receive(None, self._method, self._header.properties, fragment)
             self._header = None
 

@@ -17,9 +17,9 @@ from outbox import Event
 from outbox.backlog.chunk import Chunk, Entry
 from outbox.messages.delivery import Delivery
 from outbox.system.backoff import backoff
-from outbox.transports.rabbitmq.acks import Acks, Done
 from outbox.transports.rabbitmq.amqp.encoder import PUBLISH_CHANNEL, Encoder
 from outbox.transports.rabbitmq.confirms import Confirms
+from outbox.transports.rabbitmq.consuming.acks import Acks, Done
 from tests.amqp import properties_of_event
 
 

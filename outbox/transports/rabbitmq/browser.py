@@ -27,8 +27,8 @@ from pika.adapters.blocking_connection import BlockingChannel
 from outbox.errors import ConnectionLost, OutboxError, UsageError
 from outbox.messages.parked_message import ParkedMessage
 from outbox.transports.rabbitmq import pika_connection, pika_errors
-from outbox.transports.rabbitmq.acks import Acks
 from outbox.transports.rabbitmq.amqp.content_header import ContentHeader, MalformedHeader
+from outbox.transports.rabbitmq.consuming.acks import Acks
 from outbox.transports.rabbitmq.replayed import HeldMessage, read
 
 __all__ = ["Browser", "broker_errors", "next_window"]

@@ -96,11 +96,10 @@ class Connection(pika.SelectConnection):
     """
 
     _plain = False
-    _swift_channel = 0  # none: channel 0 is the connection's own
+    _swift: Mapping[int, tuple[int, Mapping[bytes, str]]] = {}
+    """By the number of a channel decoded here: its generation, and its queues by consumer tag."""
     _on_confirms: Callable[[Sequence[tuple[int, int]]], None] | None = None
     _on_delivery: Callable[[Delivery], None] | None = None
-    _generation = 0
-    _queues: Mapping[bytes, str] = {}
 
     def read_confirms(
         self, channel: int, on_confirms: Callable[[Sequence[tuple[int, int]]], None]
@@ -111,7 +110,7 @@ class Connection(pika.SelectConnection):
             channel: the number of the channel.
             on_confirms: the callback for a group: (delivery tag, multiple) of each, in order.
         """
-        self._swift_channel = channel
+        self._swift = {channel: (0, {})}
         self._on_confirms = on_confirms
 
     def read_deliveries(
@@ -121,10 +120,11 @@ class Connection(pika.SelectConnection):
         queues: Mapping[bytes, str],
         on_delivery: Callable[[Delivery], None],
     ) -> None:
-        """Decode the deliveries of ``channel`` to the consumer tags in ``queues`` here."""
-        self._swift_channel = channel
-        self._generation = generation
-        self._queues = queues
+        """Decode the deliveries of ``channel`` to the consumer tags in ``queues`` here.
+
+        Any number of channels, with the same ``on_delivery``.
+        """
+        self._swift = {**self._swift, channel: (generation, queues)}
         self._on_delivery = on_delivery
         _consuming.add(self)
 
@@ -159,7 +159,11 @@ class Connection(pika.SelectConnection):
 
     def read_all_with_pika(self) -> None:
         """Leave all frames to pika again."""
-        self._swift_channel = 0
+        self._swift = {}
+
+    def read_with_pika(self, channel: int) -> None:
+        """Leave the frames of ``channel`` to pika again."""
+        self._swift = {number: rest for number, rest in self._swift.items() if number != channel}
 
     def _proto_connection_made(self, transport: Any) -> None:
         self._plain = type(getattr(transport, "_sock", None)) is socket.socket
@@ -179,7 +183,7 @@ class Connection(pika.SelectConnection):
         super()._adapter_emit_data(data)
 
     def _on_data_available(self, data_in: bytes) -> None:
-        if not self._swift_channel:
+        if not self._swift:
             super()._on_data_available(data_in)
             return
         buffer = self._frame_buffer + data_in if self._frame_buffer else data_in
@@ -192,7 +196,7 @@ class Connection(pika.SelectConnection):
             if behind > end:
                 break
             method = 0
-            if channel and channel == self._swift_channel and kind == pika.spec.FRAME_METHOD:
+            if kind == pika.spec.FRAME_METHOD and channel in self._swift:
                 [method] = _METHOD.unpack_from(buffer, offset + _FRAME_START.size)
             if method == decoder.BASIC_ACK and self._on_confirms is not None:
                 confirms.append(_CONFIRM.unpack_from(buffer, offset + _FRAME_START.size + 4))
@@ -203,9 +207,7 @@ class Connection(pika.SelectConnection):
                 self._on_confirms(confirms)
                 confirms = []
             if method == decoder.BASIC_DELIVER and self._on_delivery is not None:
-                behind_all, delivery = decoder.delivery_at(
-                    buffer, offset, self._generation, self._queues
-                )
+                behind_all, delivery = decoder.delivery_at(buffer, offset, *self._swift[channel])
                 if delivery is not None:
                     self._on_delivery(delivery)
                     self.bytes_received += behind_all - offset

@@ -26,6 +26,7 @@ __all__ = [
     "durable_queue",
     "exchange",
     "existing_exchange",
+    "is_wrong_usage",
     "obstacle",
     "parking_queue",
     "queue",
@@ -122,6 +123,23 @@ def obstacle(spec: QueueSpec, version: tuple[int, ...]) -> str | None:
     if spec.max_priority > _HIGHEST_OF_QUORUM:
         return f"{problem}quorum queues have priorities up to {_HIGHEST_OF_QUORUM}; {advice}"
     return None
+
+
+def is_wrong_usage(refused: str, mode: Declare) -> bool:
+    """Return whether the broker refuses a queue until its user changes something.
+
+    All else passes by itself: the node of a classic queue is down (a 404 as well), another
+    connection has the queue for itself (a 405, or a 403 "in exclusive use").
+
+    Args:
+        refused: the reply text, such as ``NOT_FOUND - no queue 'a' in vhost '/'``.
+        mode: whether queues may be declared: a queue that is missing nevertheless was just deleted.
+    """
+    if refused.startswith("ACCESS_REFUSED"):
+        return not refused.endswith("in exclusive use")
+    if refused.startswith("NOT_FOUND"):
+        return mode != "create" and refused.startswith("NOT_FOUND - no ")
+    return refused.startswith("PRECONDITION_FAILED")
 
 
 def parking_queue(name: str, mode: Declare) -> list[Step]:

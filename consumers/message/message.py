@@ -90,6 +90,14 @@ class Message:
             redelivered, and needs nothing but an ack.
     """
 
+    # On the class: few messages change them.
+    is_given_up = False
+    is_acked_in_vain = False
+    _pause = FIRST_PAUSE
+    _waiting_since: float | None = None
+    _refused_since: float | None = None
+    _goes_on_here = False
+
     def __init__(self, consumer: Consumer, delivery: Delivery, services: Services) -> None:
         """Create the message, without processing it yet. Without an id it gets a temporary one."""
         delivery.message_id = delivery.message_id or new_id()
@@ -98,13 +106,7 @@ class Message:
         self.event: ReceivedEvent | None = None
         self._services = services
         self._attempt: Attempt | None = None
-        self.is_given_up = False
-        self.is_acked_in_vain = False
         self._began = 0.0
-        self._pause = FIRST_PAUSE
-        self._waiting_since: float | None = None
-        self._refused_since: float | None = None
-        self._goes_on_here = False
 
     def live(self) -> Steps[Outcome | Unconfirmed | None]:
         """Process the message and settle it.
@@ -426,7 +428,8 @@ class Message:
 
     def _ack(self) -> None:
         subscription = self._services.subscription
-        self.is_acked_in_vain = subscription.is_stale(self.delivery)
+        if subscription.is_stale(self.delivery):
+            self.is_acked_in_vain = True
         subscription.ack(self.delivery)
 
 

@@ -11,6 +11,8 @@ a more urgent one that arrives later overtakes them.
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import heapq
 import itertools
 import queue
@@ -73,44 +75,62 @@ def make_dispatch_queue(
     return OrderedDispatchQueue(queues, out, prefetch)
 
 
+class _Sign(enum.Enum):
+    AHEAD = enum.auto()
+
+
 class PlainDispatchQueue:
     """DispatchQueue in the order of arrival.
 
-    A permit is put for each delivery, after it. So a thread with a permit finds a delivery, though
-    not always the one that the permit was put for.
+    Nearly all deliveries pass through a queue in C alone. For each one that is put ahead, a sign
+    goes through that queue: it stands for the first of those ahead, or else of those overtaken,
+    which a thread had taken out when others were ahead. So there are as many signs as both lines
+    have deliveries.
+
+    Attributes:
+        put: adds a delivery at the end; None makes a thread get None when it is done with the rest.
     """
 
     def __init__(self) -> None:
         """Create an empty queue."""
+        self._arrived: queue.SimpleQueue[Delivery | _Sign | None] = queue.SimpleQueue()
+        self.put: Callable[[Delivery | None], None] = self._arrived.put
+        self._lock = threading.Lock()
         self._ahead: deque[Delivery] = deque()
-        self._new: deque[Delivery] = deque()
-        self._permits: queue.SimpleQueue[bool] = queue.SimpleQueue()
-
-    def put(self, delivery: Delivery | None) -> None:
-        """Add a delivery at the end; None makes a thread get None when it is done with the rest."""
-        if delivery is not None:
-            self._new.append(delivery)
-        self._permits.put(delivery is not None)
+        self._overtaken: deque[Delivery] = deque()
 
     def put_ahead(self, delivery: Delivery) -> None:
         """Add a delivery ahead of those of ``put()``, behind others of this kind."""
         self._ahead.append(delivery)
-        self._permits.put(True)
+        self._arrived.put(_Sign.AHEAD)
 
     def get(self) -> Delivery | None:
         """Wait for the next delivery, or None."""
-        if not self._permits.get():
-            return None
-        while True:
-            for line in (self._ahead, self._new):
-                try:
-                    return line.popleft()
-                except IndexError:  # another thread took it, and has left one in the other line
-                    pass
+        arrived = self._arrived.get()
+        if arrived.__class__ is Delivery and not self._ahead and not self._overtaken:
+            return arrived
+        with self._lock:
+            if arrived is None:
+                return None
+            if isinstance(arrived, Delivery):
+                self._overtaken.append(arrived)
+            return (self._ahead or self._overtaken).popleft()
 
     def waiting(self) -> list[Delivery]:
         """Return the deliveries of ``put()`` that wait."""
-        return list(self._new)
+        with self._lock:
+            others: list[_Sign | None] = []
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    arrived = self._arrived.get_nowait()
+                    if isinstance(arrived, Delivery):
+                        self._overtaken.append(arrived)
+                        others.append(_Sign.AHEAD)
+                    else:
+                        others.append(arrived)
+            for other in others:
+                self._arrived.put(other)
+            return list(self._overtaken)
 
 
 class OrderedDispatchQueue:

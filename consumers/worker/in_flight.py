@@ -122,17 +122,23 @@ class InFlight:
         life = self._put_again.pop(delivery, None)
         if life is not None:
             return life
-        work = self._work
-        if self._may_begin(delivery) and (work.quota is None or work.quota.begin()):
-            self.any_begun = True
-            message = work.make_message(work.consumers[delivery.queue], delivery, self._services)
-            self._begun.add(message)
-            if self._pen.closed:
-                self._pen.began(delivery, message)
-            return Life(message, message.live(), context.copy())
-        if self._pen.closed:
-            self._pen.began(delivery, None)
-        return None
+        work, pen = self._work, self._pen
+        if (
+            work.subscription.is_stale(delivery)
+            or (self._given_back and self._withdraw(delivery))
+            or (delivery.redelivered and self._has_predecessor(delivery))
+            or (pen.closed and pen.holds_back(delivery))
+            or (work.quota is not None and not work.quota.begin())
+        ):
+            if pen.closed:
+                pen.began(delivery, None)
+            return None
+        self.any_begun = True
+        message = work.make_message(work.consumers[delivery.queue], delivery, self._services)
+        self._begun.add(message)
+        if pen.closed:
+            pen.began(delivery, message)
+        return Life(message, message.live(), context.copy())
 
     def leave(self, life: Life, chunk: Chunk) -> None:
         """Hold ``life`` until ``chunk`` is reported, or its timeout is over.
@@ -201,16 +207,6 @@ class InFlight:
             self._abandon(life)
         return finished
 
-    def _may_begin(self, delivery: Delivery) -> bool:
-        """Return whether ``delivery`` is to begin now; if it must wait, keep it."""
-        if self._work.subscription.is_stale(delivery):
-            return False
-        if self._given_back and self._withdraw(delivery):
-            return False
-        if delivery.redelivered and (self._is_done(delivery) or self._waits_for_other(delivery)):
-            return False
-        return not (self._pen.closed and self._pen.holds_back(delivery))
-
     def _withdraw(self, delivery: Delivery) -> bool:
         """Remove ``delivery`` from what is given back; return whether this call has done so."""
         try:
@@ -218,6 +214,10 @@ class InFlight:
         except KeyError:
             return False
         return True
+
+    def _has_predecessor(self, delivery: Delivery) -> bool:
+        """Return whether an earlier delivery of its message is processed, or was a success."""
+        return self._is_done(delivery) or self._waits_for_other(delivery)
 
     def _is_done(self, delivery: Delivery) -> bool:
         """Ack ``delivery`` if its message is known to be done; return whether it is."""

@@ -85,6 +85,19 @@ def test_a_message_put_ahead_starts_before_others_in_any_queue(
         assert [arrivals.get() for _ in range(3)] == [again, *new]
 
 
+def test_a_look_at_what_waits_changes_no_order() -> None:
+    arrivals = PlainDispatchQueue()
+    sent = [message("high", tag) for tag in range(4)]
+    for delivery in sent[:2]:
+        arrivals.put(delivery)
+    assert arrivals.waiting() == sent[:2]
+    arrivals.put(sent[2])
+    arrivals.put_ahead(sent[3])
+    assert arrivals.waiting() == sent[:3]
+    arrivals.put(None)
+    assert [arrivals.get() for _ in range(5)] == [sent[3], *sent[:3], None]
+
+
 def test_threads_that_race_for_messages_get_each_once() -> None:
     arrivals = PlainDispatchQueue()
     taken: list[list[Delivery]] = [[] for _ in range(4)]
@@ -98,7 +111,9 @@ def test_threads_that_race_for_messages_get_each_once() -> None:
         thread.start()
     sent = [message("high", tag) for tag in range(20_000)]
     for delivery in sent:
-        (arrivals.put_ahead if delivery.tag % 3 else arrivals.put)(delivery)
+        (arrivals.put if delivery.tag % 3 else arrivals.put_ahead)(delivery)
+        if not delivery.tag % 100:
+            arrivals.waiting()
     for _ in threads:
         arrivals.put(None)
     for thread in threads:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import difflib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, get_args
 
@@ -36,6 +38,8 @@ def _check(consumer: type[Consumer] | Consumer, what: str) -> None:
         raise UsageError(f"{what}: {error}") from None
     if consumer.retry is not None and not isinstance(consumer.retry, RetryPolicy):
         raise UsageError(f"{what}: retry is {consumer.retry!r}, not a RetryPolicy")
+    if not isinstance(consumer.auto_publish, bool):
+        raise UsageError(f"{what}: auto_publish is {consumer.auto_publish!r}, not a bool")
     for name in ("timeout", "deduplicate"):
         value = getattr(consumer, name)
         if value is None or (name == "deduplicate" and isinstance(value, bool)):
@@ -57,19 +61,53 @@ def _check(consumer: type[Consumer] | Consumer, what: str) -> None:
         )
 
 
-def check_process(consumer: Consumer) -> None:
-    """Check that ``process`` exists and takes an event.
+def instance_of(consumer: Consumer | type[Consumer]) -> Consumer:
+    """Return ``consumer``, or an instance of it if it is a class.
 
     Raises:
-        UsageError: it doesn't; the message names the consumer.
+        UsageError: it isn't a consumer, or a class of which no instance can be made.
+    """
+    if isinstance(consumer, Consumer):
+        return consumer
+    if not (isinstance(consumer, type) and issubclass(consumer, Consumer)):
+        raise UsageError(f"{consumer!r} is not a consumer: a class derived from Consumer, or one")
+    what = f"the consumer {consumer.__qualname__}"
+    if inspect.isabstract(consumer):
+        missing = ", ".join(
+            f"{name}()" for name in sorted(getattr(consumer, "__abstractmethods__", ()))
+        )
+        raise UsageError(f"{what} is abstract: it has no {missing}")
+    try:
+        inspect.signature(consumer).bind()
+    except TypeError:
+        raise UsageError(
+            f"{what} takes arguments: make an instance, and give that to Worker() or to "
+            "outbox-consume (MODULE:NAME) instead of the class"
+        ) from None
+    except ValueError:  # it has no signature
+        pass
+    return consumer()
+
+
+def has_process(consumer: type[Consumer]) -> bool:
+    """Return whether the class or a base of it defines ``process``."""
+    return consumer.process is not Consumer.process
+
+
+def check_process(consumer: Consumer) -> None:
+    """Check that ``process`` exists and takes an event, and what ``__init__`` has set.
+
+    Raises:
+        UsageError: it doesn't, or an attribute is invalid; the message names the consumer.
     """
     handler: Callable[..., Any]
     if isinstance(consumer, FunctionConsumer):
-        handler, what = consumer._function, f"the consumer {consumer._function.__qualname__}()"
+        handler, what = consumer._function, f"the consumer {_name_of(consumer._function)}()"
     else:
         handler, what = consumer.process, f"the consumer {type(consumer).__qualname__}"
-        if type(consumer).process is Consumer.process:
+        if not has_process(type(consumer)):
             raise UsageError(f"{what} has no process()")
+        _check(consumer, what)
     try:
         signature = inspect.signature(handler)
     except (TypeError, ValueError):  # a callable without a signature, such as some built-ins
@@ -81,6 +119,66 @@ def check_process(consumer: Consumer) -> None:
 
 
 _CALLBACKS = ("on_success", "on_failure", "on_timeout", "on_dead")
+_SETTINGS = (
+    "queue",
+    "topics",
+    "exchange",
+    "auto_publish",
+    "retry",
+    "timeout",
+    "deduplicate",
+    "skip",
+    "max_priority",
+    "queue_type",
+)
+_COMPUTED = ("filters", "callbacks", "is_async", "time_limit")
+_LIKENESS = 0.85
+
+
+def _check_names(consumer: type[Consumer], what: str) -> None:
+    """Refuse or warn of names that look like an attribute of consumers, and have no effect."""
+    for name, value in vars(consumer).items():
+        if name in _COMPUTED:
+            raise UsageError(f"{what}: {name} can't be set, it is computed; choose another name")
+        if name.startswith("_") or hasattr(Consumer, name):
+            continue
+        known = _CALLBACKS if callable(value) else _SETTINGS
+        [meant] = difflib.get_close_matches(name.lower(), known, 1, _LIKENESS) or [""]
+        if name == "topic":
+            raise UsageError(f"{what}: topic is not an attribute of consumers; set topics = [...]")
+        if meant:
+            warnings.warn(
+                f"{what}: {name} is not an attribute of consumers; do you mean {meant}?",
+                stacklevel=3,
+            )
+
+
+def _is_coroutine_function(function: Any, what: str) -> bool:
+    """Return whether calls of ``function`` must be awaited, as far as can be seen.
+
+    Raises:
+        UsageError: it is a generator function, which a call doesn't even start.
+    """
+    inner = function
+    while not inspect.isfunction(inner):
+        if isinstance(inner, functools.partial | functools.partialmethod):
+            inner = inner.func
+        elif isinstance(inner, staticmethod | classmethod):
+            inner = inner.__func__
+        else:
+            break
+    if not isinstance(inner, type) and not inspect.isroutine(inner):
+        inner = getattr(type(inner), "__call__", inner)  # noqa: B004  a callable object
+    if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
+        raise UsageError(f"{what}: process() has a yield, so that calling it does nothing")
+    return inspect.iscoroutinefunction(inner)
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """Return the name of a function, a partial or a callable object."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 class Consumer:
@@ -137,13 +235,15 @@ class Consumer:
         """
         super().__init_subclass__(**kwargs)
         what = f"the consumer {cls.__qualname__}"
+        _check_names(cls, what)
         _check(cls, what)
         cls.filters = filters_of(cls, what=what)
         cls.callbacks = frozenset(
             name for name in _CALLBACKS if getattr(cls, name) is not getattr(Consumer, name)
         )
-        cls.is_async = inspect.iscoroutinefunction(cls.process)
-        if not cls.is_async and cls.process is not Consumer.process:
+        process = inspect.getattr_static(cls, "process")  # as it stands there: a partialmethod
+        cls.is_async = _is_coroutine_function(process, what)
+        if not cls.is_async and has_process(cls):
             for name in (*cls.callbacks, *sum(dataclasses.astuple(cls.filters), ())):
                 member = getattr(cls, name)
                 if inspect.iscoroutinefunction(member) or getattr(member, "is_async", False):
@@ -212,16 +312,21 @@ class FunctionConsumer(Consumer):
         self._function = function
         for name, value in attributes.items():
             setattr(self, name, value)
-        self.is_async = inspect.iscoroutinefunction(function)  # type: ignore[misc]
-        _check(self, f"the consumer {function.__qualname__}")
+        what = f"the consumer {_name_of(function)}"
+        if isinstance(function, type):
+            raise UsageError(f"{what} is a class: derive it from Consumer, and set queue in it")
+        if not callable(function):
+            raise UsageError(f"@consumer needs a function, not {function!r}")
+        self.is_async = _is_coroutine_function(function, what)  # type: ignore[misc]
+        _check(self, what)
         if not self.queue:
-            raise UsageError(f"the consumer {function.__qualname__} names no queue")
+            raise UsageError(f"{what} names no queue")
 
     def __call__(self, event: ReceivedEvent) -> Any:  # noqa: D102
         return self._function(event)
 
     def __repr__(self) -> str:
-        return f"<consumer {self._function.__qualname__} of {self.queue!r}>"
+        return f"<consumer {_name_of(self._function)} of {self.queue!r}>"
 
     def process(self, event: ReceivedEvent) -> Any:
         """Call the function."""
@@ -245,6 +350,10 @@ def consumer(
     Raises:
         UsageError: an argument is invalid; the message names it and the function.
     """
+    if callable(queue):
+        raise UsageError(
+            f"{_name_of(queue)}: @consumer needs the name of a queue: @consumer('name')"
+        )
 
     def decorate(function: Callable[[ReceivedEvent], Any]) -> FunctionConsumer:
         return FunctionConsumer(

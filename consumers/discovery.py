@@ -3,39 +3,77 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import inspect
+import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
+from typing import TypeAlias, TypeGuard, TypeVar
 
-from outbox import UsageError
-from outbox.consumers.definition import Consumer, FunctionConsumer
+from outbox import BrokerError, OutboxError, UsageError
+from outbox.consumers import logs
+from outbox.consumers.definition import Consumer, FunctionConsumer, has_process, instance_of
+from outbox.consumers.tracebacks import strip_import, traceback_of
 
 __all__ = ["load", "selected"]
 
+logger = logging.getLogger("outbox.consumer")
 
-def load(names: Iterable[str]) -> list[Consumer]:
+T = TypeVar("T")
+
+_Member: TypeAlias = type[Consumer] | Consumer
+
+# What fails in the same way each time. Anything else, such as a database that is unavailable while
+# a module is imported, may pass.
+_WRONG = (ImportError, SyntaxError, NameError, AttributeError, TypeError)
+
+
+def load(names: Iterable[str], *, warn: bool = True) -> list[Consumer]:
     """Import and return the consumers named by ``names`` (``MODULE[:ATTR]``), each once.
 
-    Modules are also looked for in the working directory.
+    Modules are also looked for in the working directory. If ``DJANGO_SETTINGS_MODULE`` is set,
+    Django is set up first. Of a module without an attribute, these are the consumers that it or a
+    module below it defines and those that ``__all__`` names; if there are none, all that it
+    imports. A class is left out where one derived from it, or an instance, has the same queue.
+
+    Args:
+        names: the names.
+        warn: whether to log what is left out although it looks like a consumer to run.
 
     Raises:
-        UsageError: a module does not exist, or does not have such a consumer.
+        UsageError: a module does not exist, can't be imported, or does not have such a consumer.
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    consumers: dict[object, Consumer] = {}
+    _imported("the Django project", _set_up_django)
+    members: dict[int, _Member] = {}
+    left_out: list[tuple[_Member, str]] = []
     for name in names:
         module_name, _, attribute = name.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not (module_name + ".").startswith(error.name + "."):
-                raise  # the module exists; something that it imports does not
-            raise UsageError(f"there is no module {module_name!r}") from error
-        for member in _of_module(module, attribute):
-            consumers[member] = member() if isinstance(member, type) else member
-    return list(consumers.values())
+        if not module_name or module_name.startswith("."):
+            raise UsageError(f"{name!r} is not the name of a module, or MODULE:ATTR")
+        module = _imported(f"the module {module_name!r}", partial(_module, module_name))
+        if attribute:
+            member = _named(module, attribute)
+            members[id(member)] = member
+        else:
+            found = _Found(module)
+            members |= {id(member): member for member in found.members}
+            left_out += found.left_out
+    consumers = [instance_of(member) for member in members.values()]
+    if logs.enable() and warn:
+        logger.warning(
+            "logging.config has disabled the loggers of outbox; they are enabled again. Configure "
+            "logging with disable_existing_loggers=False"
+        )
+    if warn:
+        for member, why in left_out:
+            if id(member) not in members:
+                logger.warning("%s is not run: %s", _name_of(member), why)
+    return consumers
 
 
 def selected(
@@ -65,19 +103,174 @@ def selected(
     return [consumer for consumer in consumers if consumer.queue in ranks], ranks
 
 
-def _of_module(module: ModuleType, attribute: str) -> list[type[Consumer] | FunctionConsumer]:
-    if attribute:
-        member = getattr(module, attribute, None)
-        if not _is_consumer(member):
-            raise UsageError(f"{module.__name__}:{attribute} is not a consumer with a queue")
-        return [member]  # type: ignore[list-item]
-    members = [member for member in vars(module).values() if _is_consumer(member)]
-    if not members:
-        raise UsageError(f"the module {module.__name__!r} has no consumer")
-    return members
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name + ".").startswith(error.name + "."):
+            raise  # the module exists; something that it imports does not
+        meant = name.removesuffix(".py").replace("/", ".")
+        hint = "" if meant == name else f"; did you mean {meant!r}?"
+        raise UsageError(f"there is no module {name!r}{hint}") from error
 
 
-def _is_consumer(member: object) -> bool:
+def _imported(what: str, run: Callable[[], T]) -> T:
+    """Run ``run``, which imports ``what``.
+
+    Raises:
+        UsageError: the application's code can't be imported; the message has the traceback.
+        RuntimeError: the broker was unavailable meanwhile.
+    """
+    try:
+        return run()
+    except BrokerError as error:
+        raise RuntimeError(f"the broker was unavailable while {what} was imported") from error
+    except OutboxError:
+        raise  # it names its cause
+    except SystemExit as error:
+        raise UsageError(f"{what} exits with {error.code!r} when it is imported") from error
+    except Exception as error:
+        is_djangos = type(error).__module__ == "django.core.exceptions"
+        if not is_djangos and not isinstance(error, _WRONG):
+            raise
+        hint = ""
+        if is_djangos and not os.environ.get("DJANGO_SETTINGS_MODULE"):
+            hint = "\nSet DJANGO_SETTINGS_MODULE: then outbox-consume calls django.setup() first."
+        strip_import(error)
+        raise UsageError(f"cannot import {what}:\n{traceback_of(error)}{hint}") from None
+
+
+def _set_up_django() -> None:
+    name = os.environ.get("DJANGO_SETTINGS_MODULE")
+    if name and importlib.util.find_spec("django") is not None:
+        django = importlib.import_module("django")
+        if not importlib.import_module("django.apps").apps.ready:
+            django.setup()
+
+
+def _named(module: ModuleType, path: str) -> _Member:
+    """Return the member of ``module`` that the command line names, such as ``Outer.Inner``."""
+    name = f"{module.__name__}:{path}"
+    member = _attribute(module, path)
+    if member is None:
+        raise UsageError(f"{name} is not a consumer: there is no such attribute")
+    if not _is_consumer(member):
+        raise UsageError(f"{name} is not a consumer")
+    if not member.queue:
+        raise UsageError(f"{name} has no queue")
+    return member
+
+
+def _attribute(module: ModuleType, path: str) -> object:
+    """Return the attribute, such as ``Outer.Inner``, or None."""
+    member: object = module
+    for name in path.split("."):
+        member = getattr(member, name, None)
+    return member
+
+
+class _Found:
+    """The consumers of a module.
+
+    Attributes:
+        members: those to run.
+        left_out: others that look as if they should run, with the reason and the remedy.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        """Look at the module's namespace.
+
+        Raises:
+            UsageError: it has no consumer.
+        """
+        self.left_out: list[tuple[_Member, str]] = []
+        self._module = module
+        self._name = module.__name__
+        there = {id(member): member for member in vars(module).values() if _is_consumer(member)}
+        exported = {id(getattr(module, name, None)) for name in getattr(module, "__all__", ())}
+        own = [
+            member
+            for key, member in there.items()
+            if key in exported or not self._is_imported(member)
+        ]
+        self.members = self._runnable(own)
+        runnable = self._runnable(there.values())
+        if not self.members:
+            self.members = runnable
+        for member in runnable:
+            if member not in self.members and member not in own:
+                why = (
+                    f"{self._name} only imports it; name {_name_of(member)}, too, or list it in "
+                    f"{self._name}.__all__"
+                )
+                self.left_out.append((member, why))
+        for kind in _all_subclasses(Consumer):
+            self._look_at(kind, set(map(id, own)))
+        if not self.members:
+            why = "".join(f"; {_name_of(member)} {why}" for member, why in self.left_out)
+            raise UsageError(f"the module {self._name!r} has no consumer{why}")
+
+    def _is_imported(self, member: _Member) -> bool:
+        """Return whether ``member`` is another module's, which is not below this one."""
+        origin = str(getattr(member, "__module__", ""))
+        if (origin + ".").startswith(self._name + "."):
+            return False
+        # What another module has made for this one isn't there.
+        other = sys.modules.get(origin)
+        return other is not None and any(value is member for value in vars(other).values())
+
+    def _runnable(self, members: Iterable[_Member]) -> list[_Member]:
+        candidates = [
+            member
+            for member in members
+            if member.queue and not (isinstance(member, type) and inspect.isabstract(member))
+        ]
+        return [
+            member
+            for member in candidates
+            if not any(_stands_for(other, member) for other in candidates)
+        ]
+
+    def _look_at(self, kind: type[Consumer], own: set[int]) -> None:
+        """Note a class of this module that isn't run, and probably should."""
+        if (
+            kind.__module__ != self._name
+            or _attribute(self._module, kind.__qualname__) is not kind
+            or kind.__name__.startswith("_")
+            or kind.__subclasses__()
+            or not has_process(kind)
+            or inspect.isabstract(kind)
+            or any(isinstance(member, kind) for member in self.members)
+        ):
+            return
+        if not kind.queue and id(kind) in own:
+            self.left_out.append(
+                (kind, "it has no queue; set queue = 'name', or _ before a base's name")
+            )
+        elif kind.queue and "." in kind.__qualname__ and id(kind) not in own:
+            self.left_out.append((kind, f"it is nested; name {_name_of(kind)}"))
+
+
+def _stands_for(other: _Member, member: _Member) -> bool:
+    """Return whether ``other`` is run instead of ``member``: a class, from which it is made."""
+    if other is member or not isinstance(member, type):
+        return False
+    kind = other if isinstance(other, type) else type(other)
+    return issubclass(kind, member) and (other.queue == member.queue or not has_process(member))
+
+
+def _is_consumer(member: object) -> TypeGuard[_Member]:
     if isinstance(member, type):
-        return issubclass(member, Consumer) and bool(member.queue)
-    return isinstance(member, FunctionConsumer)
+        return issubclass(member, Consumer) and member not in (Consumer, FunctionConsumer)
+    return isinstance(member, Consumer)
+
+
+def _all_subclasses(kind: type[Consumer]) -> Iterator[type[Consumer]]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _all_subclasses(subclass)
+
+
+def _name_of(member: _Member) -> str:
+    name = getattr(member, "__qualname__", None) or type(member).__qualname__
+    return f"{member.__module__}:{name}"

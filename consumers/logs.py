@@ -20,6 +20,10 @@ from outbox.consumers.received_event import ReceivedEvent
 __all__ = ["FORMATS", "JSONFormatter", "MessageFilter", "TextFormatter", "set_up"]
 
 _CARRIED = ("message_id", "queue", "attempt", "duration")
+_STANDARD = {
+    *vars(logging.LogRecord("", 0, "", 0, "", None, None)),
+    *("message", "asctime", "taskName", "outbox_message", "of_message", *_CARRIED),
+}
 
 
 class MessageFilter(logging.Filter):
@@ -75,7 +79,8 @@ class JSONFormatter(logging.Formatter):
     Its keys are ``time`` (ISO 8601, UTC, to the microsecond), ``level``, ``logger``, ``process``
     and ``message``; for a message of a queue, ``message_id``, ``queue`` and ``attempt``; in the
     line about its end, ``duration`` in seconds; with an exception, ``exc_info``, the traceback as
-    text.
+    text. What the application logs as ``extra`` is added; a name that is taken becomes
+    ``extra_<name>``, and a value that JSON doesn't have is written as text.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -97,11 +102,38 @@ class JSONFormatter(logging.Formatter):
             values["exc_info"] = record.exc_text
         if record.stack_info:
             values["stack_info"] = self.formatStack(record.stack_info)
+        for name, value in record.__dict__.items():
+            if name not in _STANDARD:
+                values[f"extra_{name}" if name in values else name] = _plain(value)
         return json.dumps(values, ensure_ascii=True, default=str)
 
 
 FORMATS: dict[str, type[logging.Formatter]] = {"text": TextFormatter, "json": JSONFormatter}
 """The formatters, by the value of ``--log-format``."""
+
+
+def enable() -> bool:
+    """Enable outbox's loggers again if ``logging.config`` has disabled them; return whether it has.
+
+    ``dictConfig`` and ``fileConfig`` disable all loggers that exist already, unless they are given
+    ``disable_existing_loggers=False``: dead letters would pile up unseen.
+    """
+    disabled = disabled_loggers()
+    for logger in disabled:
+        logger.disabled = False
+    return bool(disabled)
+
+
+def disabled_loggers() -> list[logging.Logger]:
+    """Return outbox's loggers that are disabled."""
+    loggers = list(logging.root.manager.loggerDict.items())
+    return [
+        logger
+        for name, logger in loggers
+        if (name + ".").startswith("outbox.")
+        and isinstance(logger, logging.Logger)
+        and logger.disabled
+    ]
 
 
 def set_up(level: str, form: str) -> None:
@@ -136,6 +168,17 @@ def _log_uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
         logging.getLogger("outbox.consumer").critical(
             "uncaught %s in thread %r", args.exc_type.__qualname__, name, exc_info=args.exc_value
         )
+
+
+def _plain(value: object) -> object:
+    """Return a value of the application in a form that certainly can be written."""
+    try:
+        return json.loads(json.dumps(value, default=str, allow_nan=False))
+    except Exception:  # such as a cycle, NaN, keys that are tuples, or a __str__ that raises
+        try:
+            return repr(value)
+        except Exception as why:
+            return f"(unavailable: {type(why).__qualname__})"
 
 
 def _time(seconds: float) -> str:

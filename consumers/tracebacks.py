@@ -32,15 +32,15 @@ def strip_engine(error: BaseException) -> None:
     So logs, dead letters, callbacks and error trackers begin at the application's code. A bug of
     outbox keeps its frames: then there are no others.
     """
-    _strip(error, lambda module: module.startswith(_ENGINES))
+    _strip(error, lambda module: module.startswith(_ENGINES), keeps_bugs=True)
 
 
 def strip_import(error: BaseException) -> None:
     """Remove outbox's and importlib's frames, likewise, from an error in an imported module."""
-    _strip(error, lambda module: module.startswith(("outbox.", "importlib")))
+    _strip(error, lambda module: module.startswith(("outbox.", "importlib")), keeps_bugs=False)
 
 
-def _strip(error: BaseException, is_foreign: Callable[[str], bool]) -> None:
+def _strip(error: BaseException, is_foreign: Callable[[str], bool], *, keeps_bugs: bool) -> None:
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
@@ -49,7 +49,8 @@ def _strip(error: BaseException, is_foreign: Callable[[str], bool]) -> None:
             continue
         seen.add(id(part))
         stripped = _stripped(part.__traceback__, is_foreign)
-        if stripped is not None or type(part).__module__.startswith("outbox."):
+        is_bug = stripped is None and not type(part).__module__.startswith("outbox.")
+        if not (is_bug and keeps_bugs):
             part.__traceback__ = stripped
         pending += [part.__cause__, part.__context__]
         if isinstance(part, BaseExceptionGroup):

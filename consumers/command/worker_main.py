@@ -12,6 +12,7 @@ from outbox import OutboxError, exit_codes
 from outbox.configuration import default_publisher, override_url
 from outbox.consumers.command.arguments import limits_of
 from outbox.consumers.command.limits import Recycling
+from outbox.consumers.definition import Consumer
 from outbox.consumers.discovery import load, selected
 from outbox.consumers.isolation.process_pool import Orders, ProcessPool
 from outbox.consumers.worker.worker import Worker
@@ -87,7 +88,10 @@ def run(
             finished = worker.stop(options.shutdown_timeout)
             publisher.close()
     except OutboxError as error:
-        print(f"outbox-consume: {error}", file=sys.stderr)
+        if options.log_format == "json":
+            logger.critical("%s", error)
+        else:
+            print(f"outbox-consume: {error}", file=sys.stderr)
         return exit_codes.USAGE
     if reason is not None and not stop.asked:
         return exit_codes.RECYCLED
@@ -97,11 +101,16 @@ def run(
 def _log_start(worker: Worker) -> None:
     logger.info(
         "consuming %s with %d thread(s), %d task(s), prefetch %d",
-        ", ".join(map(repr, worker.consumers)),
+        ", ".join(map(_described, worker.consumers.values())),
         worker.threads,
         worker.concurrency,
         worker.prefetch,
     )
+
+
+def _described(consumer: Consumer) -> str:
+    topics = f" (topics {', '.join(map(repr, consumer.topics))})" if consumer.topics else ""
+    return f"{consumer.queue!r}{topics}"
 
 
 def _isolation(options: argparse.Namespace) -> ProcessPool | None:

@@ -38,7 +38,7 @@ def main(parent: Parent) -> int:
     orders: Orders = connection.recv()
     logs.set_up(orders.log_level, orders.log_format)
     override_url(orders.url)
-    consumers = {consumer.queue: consumer for consumer in load(orders.consumers)}
+    consumers = {consumer.queue: consumer for consumer in load(orders.consumers, warn=False)}
     _leave_signals_to_worker()  # also those that the application handles
     publisher = default_publisher()
     engine = InlineEngine(publisher, open_inbox(publisher.settings, consumers.values()))

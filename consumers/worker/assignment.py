@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from outbox import UsageError
-from outbox.consumers.definition import Consumer, check_process
+from outbox.consumers.definition import Consumer, check_process, instance_of
 from outbox.messages.delivery import QueueSpec
 
 __all__ = ["Assignment"]
@@ -74,7 +74,7 @@ class Assignment:
 def _by_queue(consumers: Iterable[Consumer | type[Consumer]]) -> dict[str, Consumer]:
     by_queue: dict[str, Consumer] = {}
     for given in consumers:
-        consumer = given() if isinstance(given, type) else given
+        consumer = instance_of(given)
         if not consumer.queue:
             raise UsageError(f"the consumer {type(consumer).__qualname__} names no queue")
         if consumer.queue in by_queue:

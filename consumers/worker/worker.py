@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 from outbox import Publisher, UsageError
 from outbox.configuration import default_publisher
+from outbox.consumers import logs
 from outbox.consumers.definition import Consumer
 from outbox.consumers.isolation.process_pool import IsolatedMessage, ProcessPool
 from outbox.consumers.message.deduplication import Inbox, open_inbox
@@ -166,6 +168,12 @@ class Worker:
         """
         if self._stopping.is_set() or not self._started.acquire(blocking=False):
             raise UsageError("a worker can be started only once; make another Worker()")
+        if disabled := logs.disabled_loggers():
+            warnings.warn(
+                f"the logger {disabled[0].name!r} is disabled, so dead letters go unseen; "
+                "configure logging with disable_existing_loggers=False",
+                stacklevel=2,
+            )
         for engine in self._engines():
             engine.start()
         self.publisher.make_ready()

@@ -114,7 +114,7 @@ import asyncio
 from outbox.consumers import consumer
 
 
-@consumer("work")
+@consumer("work", topics=["order.*", "#.paid"])
 async def work(event):
     loop = asyncio.get_running_loop()
     loop._selector.close()  # as os.closerange() does
@@ -129,7 +129,8 @@ def test_a_worker_whose_loop_can_not_go_on_ends(place: SQLitePlace, tmp_path: Pa
         process = subprocess.Popen(command, cwd=tmp_path, stderr=output)
     try:
         with place.publisher() as publisher:
-            wait_until(lambda: "consuming" in log.read_text(), 20)
+            begins = "consuming 'work' (topics 'order.*', '#.paid') with"
+            wait_until(lambda: begins in log.read_text(), 20)
             publisher.publish(events_for(publisher, ["work"], exchange=""))
         assert process.wait(20) == 1
     finally:

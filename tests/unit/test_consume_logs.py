@@ -223,6 +223,35 @@ def test_a_records_own_fields_are_not_overwritten(output: Any) -> None:
     assert (line["message_id"], line["queue"]) == ("m-1", "printer")
 
 
+def test_extra_fields_are_in_a_line_of_json_whatever_they_hold(output: Any) -> None:
+    class Hostile:
+        def __repr__(self) -> str:
+            raise ValueError
+
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    extra = {
+        "order_id": 17,
+        "tags": {"a": [1.5, None]},
+        "when": datetime.date(2026, 11, 21),
+        "time": "noon",
+        "nan": float("nan"),
+        "cycle": cycle,
+        "keys": {("a", 1): 2},
+        "hostile": Hostile(),
+    }
+    log.warning("charged", extra=extra)
+    [line] = output()
+    assert line["message"] == "charged"
+    assert line["time"].endswith("Z")
+    assert line["extra_time"] == "noon"
+    assert (line["order_id"], line["tags"], line["when"]) == (17, extra["tags"], "2026-11-21")
+    assert (line["nan"], line["cycle"], line["keys"]) == ("nan", "[[...]]", "{('a', 1): 2}")
+    assert line["hostile"] == "(unavailable: ValueError)"
+    log.warning("nothing")
+    assert set(output()[1]) == {"time", "level", "logger", "process", "message"}
+
+
 def test_the_filter_works_with_a_custom_format() -> None:
     record = logging.makeLogRecord({"msg": "hello"})
     assert MessageFilter().filter(record)

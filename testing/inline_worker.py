@@ -291,7 +291,9 @@ def check_loop(consumers: Iterable[Consumer]) -> None:
 def process(message: InlineMessage) -> None:
     """Process and settle ``message`` in a new context; call ``check_loop()`` before."""
     context = contextvars.Context()
-    if message.consumer.is_async:
+    if message.consumer.is_async and "django.db" in sys.modules:
+        context.run(_asgiref().async_to_sync(message.worker.run_async), message)
+    elif message.consumer.is_async:
         # Given a factory, it leaves the current event loop of the thread alone.
         with asyncio.Runner(loop_factory=_new_loop) as runner:
             runner.run(message.worker.run_async(message), context=context)
@@ -309,11 +311,17 @@ async def process_async(message: InlineMessage) -> None:
         await asyncio.create_task(message.worker.run_async(message), context=context)
         return
     if "django.db" in sys.modules:
-        # Django's connections belong to a thread: here, to that of the test's own ORM calls.
-        asgiref: Any = sys.modules["asgiref.sync"]
-        await asgiref.sync_to_async(context.run)(message.worker.run, message)
+        await _asgiref().sync_to_async(context.run)(message.worker.run, message)
     else:
         await asyncio.to_thread(context.run, message.worker.run, message)
+
+
+def _asgiref() -> Any:
+    """Return what crosses between threads and event loops for Django.
+
+    Its connections belong to a thread: with these, to that of the test's own queries.
+    """
+    return sys.modules["asgiref.sync"]
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -87,7 +87,11 @@ def prove(
             track_done.result()
         ground.heal()
         progress("the faults are over: waiting until everything is settled")
-        ground.settle(arrival)
+        try:
+            ground.settle(arrival)
+        except Exception as error:  # what has happened until then can still be judged
+            progress(f"settling failed: {error!r:.300}")
+            ground.history.write("astray", process="the proof", how=f"did not settle: {error!r}")
     progress("checking the history")
     return check(read(folder)), Counter(each.fault.name for each in planned)
 

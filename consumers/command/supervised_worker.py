@@ -11,12 +11,16 @@ from outbox.consumers.command import worker_main
 from outbox.system.child_process import Parent
 from outbox.system.signals import Signals, Stop, handle, ignore
 
-__all__ = ["LOADED", "MARGIN", "READY", "STOPPING", "run", "stop_with"]
+__all__ = ["LOADED", "MARGIN", "READY", "RETIRE", "RETIRING", "STOPPING", "run", "stop_with"]
 
 logger = logging.getLogger("outbox.consumer")
 
-LOADED, READY, STOPPING = b"l", b"r", b"s"
-"""The reports of a worker process: it has imported the application, consumes, has begun to stop."""
+LOADED, READY, RETIRING, STOPPING = b"l", b"c", b"r", b"s"
+"""The reports of a worker process: it has imported the application; it consumes; it only finishes
+what runs, and is to be replaced; it has begun to stop."""
+
+RETIRE = b"r"
+"""The word of its parent: begin nothing more, and end when what runs has ended."""
 
 MARGIN = 10.0
 """Seconds beyond the shutdown timeout after which a stopping worker process is killed.
@@ -44,6 +48,7 @@ def run(options: argparse.Namespace, parent: Parent) -> int:
             options,
             stop,
             on_ready=lambda: parent.report(READY),
+            on_retiring=lambda: parent.report(RETIRING),
             on_stopping=lambda: parent.report(STOPPING),
         )
 
@@ -70,11 +75,18 @@ class _WorkerSignals(Signals):
 
 
 def stop_with(parent: Parent, stop: Stop, grace: float) -> None:
-    """Request a stop when the parent dies; exit forcibly ``grace`` seconds later."""
+    """Request a stop when the parent dies, and exit forcibly ``grace`` seconds later.
+
+    If the parent lets the process retire, request that.
+    """
 
     def stop_gracefully() -> None:
         logger.warning("the parent process has died; stopping")
         stop.ask()
         time.sleep(grace)
 
-    parent.when_gone(stop_gracefully)
+    def on_word(word: bytes) -> None:
+        if word == RETIRE:
+            stop.retire()
+
+    parent.when_gone(stop_gracefully, on_word)

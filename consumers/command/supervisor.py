@@ -45,7 +45,8 @@ class Supervisor:
     """Keeps a number of worker processes running until a signal stops them.
 
     - A worker that dies is replaced, after a back-off that grows while its successors die early.
-    - A worker that exits with ``RECYCLED`` is replaced at once.
+    - A worker that retires, because it has reached a limit, is replaced at once. It exits when what
+      runs has ended, however long that takes; but only one at a time retires in each slot.
     - A worker that exits with ``USAGE`` before any has consumed stops all: a successor would fail
       in the same way. Later, something outside has changed, and is expected to change again.
     - Until a worker has consumed, only one is started at a time.
@@ -123,6 +124,7 @@ class Supervisor:
             elif not worker.loaded and worker.kill_at is None:
                 self._check_loading(worker)
         if not self._stopping:
+            self._relieve()
             self._fill()
             self._replace()
         return self._code != exit_codes.KILLED and bool(self._workers or not self._stopping)
@@ -153,7 +155,7 @@ class Supervisor:
             logger.error("%s %s; the other workers are not replaced", worker, _describe(code))
             return
         if slot.worker is not worker:
-            if code != exit_codes.SUCCESS:
+            if code not in (exit_codes.SUCCESS, exit_codes.RECYCLED):
                 logger.warning("%s %s", worker, _describe(code))
             return
         slot.worker = None
@@ -201,6 +203,17 @@ class Supervisor:
         for slot in self._slots:
             slot.due = 0.0
 
+    def _relieve(self) -> None:
+        """Free the slots of retiring workers for their successors."""
+        for slot in self._slots:
+            worker = slot.worker
+            if worker is None or not worker.retiring:
+                continue
+            if not any(other.slot == slot.number for other in self._workers if other is not worker):
+                logger.info("%s is retiring; starting another", worker)
+                slot.worker = None
+                slot.due = 0.0
+
     def _fill(self) -> None:
         """Start the workers that are missing and due."""
         now = time.monotonic()
@@ -220,7 +233,10 @@ class Supervisor:
             slot = self._slots[successor.slot - 1]
             predecessor, slot.worker, self._successor = slot.worker, successor, None
             if predecessor is not None:
-                predecessor.terminate(self._grace)
+                if predecessor.ready:
+                    predecessor.retire()
+                else:
+                    predecessor.terminate(self._grace)
         while self._to_replace and self._successor is None:
             slot = self._to_replace.popleft()
             if slot.worker is not None:  # otherwise _fill() starts a new one in any case

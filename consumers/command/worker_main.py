@@ -11,11 +11,12 @@ from collections.abc import Callable
 from outbox import OutboxError, exit_codes
 from outbox.configuration import default_publisher, override_url
 from outbox.consumers.command.arguments import limits_of
-from outbox.consumers.command.limits import Recycling
+from outbox.consumers.command.limits import Limits, Recycling
 from outbox.consumers.definition import Consumer
 from outbox.consumers.discovery import load, selected
 from outbox.consumers.isolation.process_pool import Orders, ProcessPool
 from outbox.consumers.worker.worker import Worker
+from outbox.system import signals
 from outbox.system.resident_memory import resident_bytes
 from outbox.system.signals import Stop
 
@@ -27,6 +28,8 @@ _POLL = 0.2
 """Seconds, at most, until a signal is noticed."""
 _FIRST_POLL = 0.05
 """Likewise, until the worker consumes."""
+_LINE_EVERY = 60.0
+"""Seconds between two log lines of a process that waits for its messages."""
 
 
 def run(
@@ -34,6 +37,7 @@ def run(
     stop: Stop,
     *,
     on_ready: Callable[[], None] = lambda: None,
+    on_retiring: Callable[[], None] = lambda: None,
     on_stopping: Callable[[], None] = lambda: None,
 ) -> int:
     """Consume until ``stop`` is requested, or a limit is reached.
@@ -42,6 +46,7 @@ def run(
         options: the parsed command line.
         stop: the request to stop, which is checked several times a second.
         on_ready: the function to call when the worker begins to consume.
+        on_retiring: the function to call when the worker begins to finish what runs, after a limit.
         on_stopping: the function to call when the worker begins to stop.
 
     Returns:
@@ -67,23 +72,17 @@ def run(
         stop.begin()
         worker.start()
         reason = None
-        is_ready = False
         try:
-            while not stop.asked:
-                stopped = worker.wait(_POLL if is_ready else _FIRST_POLL)
-                if worker.is_consuming and not is_ready:
-                    is_ready = True
-                    on_ready()
-                    _log_start(worker)
-                if stopped:
-                    if worker.used_up:
-                        reason = f"{limits.messages} messages processed"
-                    break
-                reason = recycling.reason(time.monotonic(), has_worked=worker.has_worked)
-                if reason is not None:
-                    break
+            reason = _consume(worker, stop, limits, recycling, on_ready)
+            if reason is not None:
+                logger.info("stopping: %s", reason)
+                on_retiring()
+                _retire(worker, stop)
             on_stopping()
-            logger.info("stopping: %s", reason or "shutdown requested")
+            if isolation is not None and signals.stop_received:
+                isolation.announce_stop()
+            if stop.asked or reason is None:
+                logger.info("stopping: shutdown requested")
         finally:
             finished = worker.stop(options.shutdown_timeout)
             publisher.close()
@@ -96,6 +95,48 @@ def run(
     if reason is not None and not stop.asked:
         return exit_codes.RECYCLED
     return exit_codes.SUCCESS if finished else exit_codes.UNFINISHED
+
+
+def _consume(
+    worker: Worker,
+    stop: Stop,
+    limits: Limits,
+    recycling: Recycling,
+    on_ready: Callable[[], None],
+) -> str | None:
+    """Wait until there is a reason to stop; return it if the process is to be replaced."""
+    is_ready = False
+    while not stop.asked:
+        stopped = worker.wait(_POLL if is_ready else _FIRST_POLL)
+        if worker.is_consuming and not is_ready:
+            is_ready = True
+            on_ready()
+            _log_start(worker)
+        if worker.has_begun_all:
+            return f"{limits.messages} messages processed"
+        if stopped:
+            return None
+        if stop.retiring:
+            return "replaced by another process"
+        reason = recycling.reason(time.monotonic(), has_worked=worker.has_worked)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _retire(worker: Worker, stop: Stop) -> None:
+    """Begin no more messages, and wait for those that run: only a stop or a timeout ends them."""
+    worker.retire()
+    began = time.monotonic()
+    next_line = began + _LINE_EVERY
+    while not stop.asked and not worker.is_idle:
+        time.sleep(_FIRST_POLL)
+        if time.monotonic() >= next_line:
+            next_line += _LINE_EVERY
+            logger.info(
+                "this process still waits for running messages after %.0f s",
+                time.monotonic() - began,
+            )
 
 
 def _log_start(worker: Worker) -> None:

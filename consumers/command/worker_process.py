@@ -7,7 +7,13 @@ import signal
 import time
 from collections.abc import Sequence
 
-from outbox.consumers.command.supervised_worker import LOADED, READY, STOPPING
+from outbox.consumers.command.supervised_worker import (
+    LOADED,
+    READY,
+    RETIRE,
+    RETIRING,
+    STOPPING,
+)
 from outbox.system.child_process import ChildProcess
 
 __all__ = ["WorkerProcess"]
@@ -24,6 +30,7 @@ class WorkerProcess(ChildProcess):
         slot: the number of its slot, from 1; its successors have the same.
         loaded: whether it has reported that it has imported the application, or waits for changes.
         ready: whether it has reported that it consumes.
+        retiring: whether it has reported that it begins nothing more, and needs a successor.
         kill_at: the time on the monotonic clock at which to kill it; None unless it is stopping.
     """
 
@@ -36,6 +43,7 @@ class WorkerProcess(ChildProcess):
         self.slot = slot
         self.loaded = False
         self.ready = False
+        self.retiring = False
         self.kill_at: float | None = None
         self._began = time.monotonic()
         self._slow_at = _SLOW
@@ -65,6 +73,7 @@ class WorkerProcess(ChildProcess):
             self._stop_listening()
         self.ready |= READY in reported
         self.loaded |= LOADED in reported or self.ready
+        self.retiring |= RETIRING in reported
         if STOPPING in reported:
             self._set_deadline(grace)
 
@@ -74,6 +83,10 @@ class WorkerProcess(ChildProcess):
             return False
         self._slow_at += _SLOW
         return True
+
+    def retire(self) -> None:
+        """Ask it to begin nothing more, and to exit when what runs has ended."""
+        self.say(RETIRE)
 
     def terminate(self, grace: float) -> None:
         """Ask it to exit within ``grace`` seconds; only the first call has an effect."""

@@ -16,7 +16,7 @@ from outbox import BrokerError, ConnectionLost, Nacked, exit_codes
 from outbox.configuration import default_publisher, override_url
 from outbox.consumers import logs
 from outbox.consumers.discovery import load
-from outbox.consumers.isolation.process_pool import Orders
+from outbox.consumers.isolation.process_pool import STOPPING, Orders
 from outbox.consumers.message.deduplication import open_inbox
 from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message, may_be_excused
@@ -33,7 +33,7 @@ __all__ = ["main"]
 def main(parent: Parent) -> int:
     """Process the deliveries from the parent's channel until it is closed."""
     _leave_signals_to_worker()
-    parent.when_gone(_kill_group)
+    parent.when_gone(_kill_group, _on_word)
     connection = Connection(parent.channel)
     orders: Orders = connection.recv()
     logs.set_up(orders.log_level, orders.log_format)
@@ -53,6 +53,11 @@ def main(parent: Parent) -> int:
         connection.send(_portable(context.run(engine.conclude, message)))
     publisher.close()
     return exit_codes.SUCCESS
+
+
+def _on_word(word: bytes) -> None:
+    if word == STOPPING:
+        signals.set_stop_received()
 
 
 def _leave_signals_to_worker() -> None:

@@ -29,7 +29,10 @@ from outbox.messages.delivery import Delivery
 from outbox.system.child_process import ChildProcess
 from outbox.system.resident_memory import resident_bytes
 
-__all__ = ["ProcessPool", "IsolatedMessage", "Orders"]
+__all__ = ["STOPPING", "IsolatedMessage", "Orders", "ProcessPool"]
+
+STOPPING = b"s"
+"""The word to a subprocess that a signal stops its worker."""
 
 _COMMAND = [sys.executable, "-m", "outbox.consumers.isolation.process_main"]
 _START = 60.0  # seconds for a subprocess to import the application
@@ -96,6 +99,12 @@ class ProcessPool:
         """Return the resident size of the largest subprocess, in bytes."""
         with self._lock:
             return max((resident_bytes(child.pid) for child in self._children.values()), default=0)
+
+    def announce_stop(self) -> None:
+        """Let the subprocesses know that a signal stops the worker."""
+        with self._lock:
+            for child in self._children.values():
+                child.say(STOPPING)
 
     def end(self) -> None:
         """Kill the subprocesses that are in a handler, and let the idle ones exit."""

@@ -287,7 +287,8 @@ class Message:
         """Return whether an attempt failed while the worker was stopping: it doesn't count."""
         if not may_be_excused(result):
             return False
-        if not (signals.stop_received or self._services.is_stopping):
+        # A worker that retires isn't being stopped: this may be the message that made it do so.
+        if not signals.stop_received:
             return False
         logger.warning(
             "message %r of %r failed while the worker was stopping; it will be redelivered: %s",

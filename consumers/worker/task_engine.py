@@ -49,6 +49,7 @@ _FAILED = _Failed.FAILED
 _Result: TypeAlias = "Outcome | Unconfirmed | Pause | _Failed | None"
 _Task: TypeAlias = "asyncio.Task[_Result]"
 _CANCELLED = 1.0  # seconds for a cancelled task to end
+_LOOK_EVERY = 0.2  # seconds between two looks at the deadline of a stop
 
 
 class TaskEngine:
@@ -106,6 +107,11 @@ class TaskEngine:
         """Whether the engine is stopping."""
         return self._stopping.is_set()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all tasks have ended after ``ask_to_stop``, except for late handlers."""
+        return self._over.is_set()
+
     def start(self) -> None:
         """Start the loop; messages run in copies of the caller's context."""
         self._context = contextvars.copy_context()
@@ -141,7 +147,10 @@ class TaskEngine:
         return list(self._waiting) if self._ordered is None else self._ordered.waiting()
 
     def ask_to_stop(self, deadline: float) -> None:
-        """Start no further message, and cancel the running ones at ``deadline``. Thread-safe."""
+        """Start no further message, and cancel the running ones at ``deadline``. Thread-safe.
+
+        A second call may bring the deadline forward.
+        """
         self._deadline = deadline
         if self._ready.is_set():
             self._call(self._stopping.set)
@@ -195,8 +204,9 @@ class TaskEngine:
         self._over.set()
 
     async def _all_ended(self) -> None:
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=max(0.0, self._deadline - time.monotonic()))
+        # The deadline of a worker that retires may be brought forward by a stop.
+        while self._tasks and (left := self._deadline - time.monotonic()) > 0:
+            await asyncio.wait(self._tasks, timeout=min(left, _LOOK_EVERY))
 
     def _pump(self, arrivals: OrderedDispatchQueue) -> None:
         """Take a message only when there is room for it: a more urgent one may still arrive."""

@@ -82,6 +82,11 @@ class ThreadEngine:
         """Whether the engine is stopping."""
         return self._stopping.is_set()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all threads have ended after ``ask_to_stop``, except for late handlers."""
+        return self._places.wait_until_empty(0)
+
     def start(self) -> None:
         """Start the threads; messages run in copies of the caller's context."""
         self._context = contextvars.copy_context()

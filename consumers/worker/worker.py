@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import warnings
@@ -147,6 +148,16 @@ class Worker:
         return self._quota is not None and self._quota.used_up
 
     @property
+    def has_begun_all(self) -> bool:
+        """Whether ``max_messages`` messages were started; some may still be processed."""
+        return self._quota is not None and self._quota.all_begun
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a retired worker processes no message any more, except in late handlers."""
+        return all(engine.is_idle for engine in self._engines())
+
+    @property
     def late(self) -> int:
         """The number of handlers that go on after their timeout."""
         return sum(engine.late for engine in self._engines())
@@ -193,6 +204,13 @@ class Worker:
         if self._refused:
             raise UsageError(f"cannot consume: {self._refused}")
         return stopped
+
+    def retire(self) -> None:
+        """Start no more messages, but let those being processed go on; then call ``stop``."""
+        self._stopping.set()
+        for engine in self._engines():
+            engine.ask_to_stop(math.inf)
+        self._subscription.cancel()
 
     def stop(self, timeout: float = 30.0) -> bool:
         """Start no more messages, finish those being processed, requeue the rest, disconnect.

@@ -37,6 +37,11 @@ class Quota:
         """Whether all allowed messages have ended."""
         return self._ended >= self._limit
 
+    @property
+    def all_begun(self) -> bool:
+        """Whether no further message may start."""
+        return self._begun >= self._limit
+
     def begin(self) -> bool:
         """Return whether one more message may start, and count it."""
         with self._lock:

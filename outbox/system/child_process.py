@@ -1,7 +1,8 @@
 """A child process that ends when its parent does, seen from both sides.
 
-The child inherits two descriptors. The lifeline is the reading end of a pipe to which nothing is
-ever written: it closes when the parent dies, however that happens. The channel carries messages.
+The child inherits two descriptors. The lifeline is the reading end of a pipe that closes when the
+parent dies, however that happens; until then it carries the parent's words, which may arrive at any
+time. The channel carries messages.
 """
 
 from __future__ import annotations
@@ -95,6 +96,12 @@ class ChildProcess:
             self._process.wait(timeout)
         return self._process.returncode
 
+    def say(self, word: bytes) -> None:
+        """Send the child a word, one byte; see ``Parent.when_gone``."""
+        if self._held >= 0:
+            with contextlib.suppress(OSError):  # it has ended
+                os.write(self._held, word)
+
     def kill(self) -> None:
         """Kill the child, with its process group if it leads one."""
         if self._leads_group:
@@ -149,11 +156,19 @@ class Parent:
         with contextlib.suppress(OSError):  # the parent is dead: when_gone() notices that
             os.write(self.channel, status)
 
-    def when_gone(self, action: Callable[[], object]) -> None:
-        """Call ``action`` on a thread when the parent dies, then exit this process at once."""
+    def when_gone(
+        self, action: Callable[[], object], on_word: Callable[[bytes], object] = lambda _: None
+    ) -> None:
+        """Call ``action`` on a thread when the parent dies, then exit this process at once.
+
+        Args:
+            action: the function to call.
+            on_word: the function to call, on the same thread, with each word of the parent.
+        """
 
         def watch() -> None:
-            os.read(self._lifeline, 1)
+            while word := os.read(self._lifeline, 1):
+                on_word(word)
             action()
             os._exit(exit_codes.KILLED)
 

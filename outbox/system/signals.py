@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeAlias
 
-__all__ = ["BURST", "Signals", "Stop", "handle", "ignore", "note_stop"]
+__all__ = ["BURST", "Signals", "Stop", "handle", "ignore", "note_stop", "set_stop_received"]
 
 BURST = 1.0
 """Seconds after the first signal in which further ones mean the same.
@@ -69,14 +69,20 @@ class Stop:
 
     Attributes:
         asked: whether it was made.
+        retiring: whether what runs is to be finished, however long it takes, and nothing begun.
     """
 
     def __init__(self) -> None:
         self.asked = False
+        self.retiring = False
 
     def ask(self) -> None:
         """Request an orderly stop. May be called from anywhere, any number of times."""
         self.asked = True
+
+    def retire(self) -> None:
+        """Request that nothing more is begun. May be called from anywhere, any number of times."""
+        self.retiring = True
 
     def begin(self) -> None:
         """Note that from now on there is something to finish."""
@@ -121,13 +127,18 @@ class Signals(Stop):
         self.ask()
 
 
+def set_stop_received() -> None:
+    """Take a signal to have arrived: another process has received it, and says so."""
+    global stop_received
+    stop_received = True
+
+
 def _do_nothing(_number: int, _frame: FrameType | None) -> None:
     pass
 
 
 def _note_stop(_number: int, _frame: FrameType | None) -> None:
-    global stop_received
-    stop_received = True
+    set_stop_received()
 
 
 _masks: dict[int, set[int]] = {}

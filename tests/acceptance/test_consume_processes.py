@@ -208,6 +208,46 @@ def test_a_process_is_recycled_at_its_maximum_age_without_losing_its_messages(
     assert command.stop() == exit_codes.SUCCESS
 
 
+@pytest.mark.parametrize("isolation", [[], ["--isolate", "process"]])
+def test_a_recycled_worker_lets_its_messages_finish_while_another_consumes(
+    command: Command, isolation: list[str]
+) -> None:
+    command.start("-t", "2", "--max-age", "1", "--shutdown-timeout", "0.2", *isolation)
+    command.consuming(1)
+    [long] = command.publish("sleep 5")
+    command.wait_done(1, "began")
+    command.consuming(2)
+    [short] = command.publish("nothing")
+    command.wait_done(2)
+    assert [message for message, _ in command.did()] == [short, long]
+    assert [message for message, _ in command.did("began")] == [long]
+    command.stop()
+    assert "did not finish" not in command.text()
+
+
+def test_a_worker_that_waits_for_its_last_message_has_a_successor(command: Command) -> None:
+    command.start("-t", "2", "--max-messages", "2")
+    command.consuming(1)
+    [long, *short] = command.publish("sleep 5", *["nothing"] * 5)
+    command.wait_done(6)
+    done = [message for message, _ in command.did()]
+    assert sorted(done) == sorted([long, *short])
+    assert done.index(long) > 2
+    assert command.stop() == exit_codes.SUCCESS
+
+
+def test_a_stop_ends_a_worker_that_waits_for_its_messages(command: Command) -> None:
+    command.start("-t", "2", "--max-age", "1", "--shutdown-timeout", "0.5")
+    command.consuming(1)
+    command.publish("sleep 60")
+    command.wait_done(1, "began")
+    command.consuming(2)
+    begin = time.monotonic()
+    assert command.stop() == exit_codes.UNFINISHED
+    assert time.monotonic() - begin < 10
+    assert command.left() == 1
+
+
 def test_wrong_usage_ends_all_workers_with_its_exit_code_and_is_reported_once(
     command: Command,
 ) -> None:
@@ -218,9 +258,9 @@ def test_wrong_usage_ends_all_workers_with_its_exit_code_and_is_reported_once(
 
 
 def test_sighup_replaces_all_workers_one_by_one(command: Command) -> None:
-    command.start("-p", "2", "-t", "1")
+    command.start("-p", "2", "-t", "1", "--shutdown-timeout", "0.2")
     before = command.consuming(2)
-    command.publish("sleep 1")
+    command.publish("sleep 3")
     command.wait_done(1, "began")
     command.process.send_signal(signal.SIGHUP)
     after = command.consuming(4)[2:]

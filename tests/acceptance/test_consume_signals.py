@@ -100,8 +100,8 @@ def end_as(how):
 async def tasks(event):
     note("began", event.id, os.getpid())
     how = event.payload["do"]
-    if how == "sleep":
-        await asyncio.sleep(0.5)
+    if how in ("sleep", "long"):
+        await asyncio.sleep(4 if how == "long" else 0.5)
     else:
         waited_for = asyncio.get_running_loop().create_future()
         child = os.fork()
@@ -246,6 +246,16 @@ def test_a_child_forked_by_a_coroutine_does_not_run_its_loop(command: Command) -
     assert sorted(message for message, _ in command.did()) == sorted(messages)
     assert sorted(ends(command)) == ["0", "1", "1", "7"]
     assert "can't wait in its parent's loop" in command.text()
+
+
+def test_a_recycled_worker_lets_its_coroutines_finish(command: Command) -> None:
+    command.queue += "-tasks"
+    command.start("--max-age", "1", "--shutdown-timeout", "0.2")
+    command.consuming(1)
+    [message] = command.publish("long")
+    command.wait_done(1)
+    assert [done for done, _ in command.did("began")] == [message]
+    command.consuming(2)
 
 
 @pytest.mark.parametrize("arguments", [ALONE, SUPERVISED])

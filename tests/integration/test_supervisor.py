@@ -27,7 +27,7 @@ sys.exit(Supervisor(command, {processes}, shutdown_timeout=0.2, margin=0.2, load
 
 WORKER = """
 import os, signal, subprocess, sys, time
-from outbox.consumers.command.supervised_worker import LOADED, READY, STOPPING
+from outbox.consumers.command.supervised_worker import LOADED, READY, RETIRING, STOPPING
 from outbox.system.child_process import Parent
 parent = Parent.inherited()
 """
@@ -101,6 +101,27 @@ time.sleep(60)
 """)
     driven.wait_for("did not exit in time; killing it")
     driven.wait_for(" started", 2)
+    driven.stop()
+
+
+def test_only_one_worker_of_a_slot_retires_at_a_time(drive: Callable[..., Driven]) -> None:
+    driven = drive("""
+parent.report(READY)
+parent.report(RETIRING)
+while not os.path.exists(f"go {os.getpid()}"):
+    time.sleep(0.01)
+parent.report(STOPPING)
+sys.exit(4)
+""")
+    driven.wait_for("is retiring; starting another")
+    driven.wait_for(" started", 2)
+    time.sleep(1)
+    assert driven.log().count(" started") == 2
+    first, second = re.findall(r"\(process (\d+)\) started", driven.log())
+    (driven.folder / f"go {first}").touch()
+    driven.wait_for(" started", 3)
+    assert driven.log().count(f"(process {second}) is retiring") == 1
+    assert "did not exit in time" not in driven.log()
     driven.stop()
 
 

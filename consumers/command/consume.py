@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [sys.executable, *sys.orig_argv[1:]],
             options.processes or 1,
             shutdown_timeout=options.shutdown_timeout,
+            places=2 * (options.threads + options.concurrency),
         ).run()
     return worker_main.run(
         options,

@@ -13,6 +13,10 @@ _HEALTHY = 60.0
 
 _LOOP = 3
 
+_MESSAGES_DELAY = 2.0
+"""Seconds, at most, until a process is replaced that died while messages ran. A message that kills
+it ends by itself after a few losses; until then the others must not wait for long."""
+
 
 class Restarts:
     """The deaths of the processes in one slot.
@@ -25,6 +29,17 @@ class Restarts:
         """Start with none; ``delay(n)`` returns the seconds to wait after ``n`` earlier deaths."""
         self._delay = delay
         self.in_a_row = 0
+        self._with_messages = 0
+
+    def died_with_messages(self, lived: float) -> float:
+        """Count a death while messages ran; return the seconds to wait before the next start.
+
+        It is not an early death: as far as is known, a message has caused it.
+        """
+        if lived >= _HEALTHY:
+            self._with_messages = 0
+        self._with_messages += 1
+        return min(_MESSAGES_DELAY, self._delay(self._with_messages - 1))
 
     def died(self, lived: float) -> float:
         """Count a death after ``lived`` seconds; return the seconds to wait before the next start.

@@ -8,6 +8,7 @@ import signal
 import time
 
 from outbox.consumers.command import worker_main
+from outbox.consumers.worker.begun_table import BegunTable
 from outbox.system.child_process import Parent
 from outbox.system.signals import Signals, Stop, handle, ignore
 
@@ -42,6 +43,7 @@ def run(options: argparse.Namespace, parent: Parent) -> int:
         ignore(signal.SIGHUP)  # the parent handles it
     stop = _WorkerSignals(parent)
     stop_with(parent, stop, options.shutdown_timeout + MARGIN)
+    begun = BegunTable.inherited()
 
     def work() -> int:
         return worker_main.run(
@@ -50,6 +52,7 @@ def run(options: argparse.Namespace, parent: Parent) -> int:
             on_ready=lambda: parent.report(READY),
             on_retiring=lambda: parent.report(RETIRING),
             on_stopping=lambda: parent.report(STOPPING),
+            begun=begun,
         )
 
     if not options.reload:

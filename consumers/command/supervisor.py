@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from outbox import exit_codes
+from outbox.consumers.command.begun_keeper import BegunKeeper
 from outbox.consumers.command.restarts import Restarts
 from outbox.consumers.command.signal_queue import SignalQueue
 from outbox.consumers.command.supervised_worker import MARGIN
@@ -27,6 +28,8 @@ _CHECK_EVERY = 5.0
 """Seconds, at most, between checks of the workers, even if nothing wakes it."""
 _LOAD_LIMIT = 300.0
 """Seconds for a successor to import the application: enough for one that loads large models."""
+_NAMED = 10
+"""Messages, at most, that the log names when a worker has died."""
 _END_TIMEOUT = 5.0
 """Seconds to wait for the exit of a killed process."""
 
@@ -65,6 +68,7 @@ class Supervisor:
         shutdown_timeout: float,
         margin: float = MARGIN,
         load_limit: float = _LOAD_LIMIT,
+        places: int = 108,
     ) -> None:
         """Prepare to run ``processes`` processes of ``command``, without starting any.
 
@@ -74,6 +78,7 @@ class Supervisor:
             shutdown_timeout: the seconds that a stopping worker gives its messages.
             margin: the seconds after that until a worker is killed.
             load_limit: the seconds that a worker's successor has to import the application.
+            places: the number of messages that a worker may have begun at a time.
         """
         self._command = list(command)
         self._grace = shutdown_timeout + margin
@@ -87,6 +92,7 @@ class Supervisor:
         self._to_replace: deque[_Slot] = deque()
         self._successor: WorkerProcess | None = None
         self._signals = SignalQueue()
+        self._keeper = _keeper(processes, places)
 
     def run(self) -> int:
         """Run the workers until a signal stops them; return one of ``outbox.exit_codes``.
@@ -105,6 +111,8 @@ class Supervisor:
                 # If a bug has ended the loop, this stops the remaining workers gracefully.
                 for worker in self._workers:
                     worker.close()
+                if self._keeper is not None:
+                    self._keeper.close()
         return self._code
 
     def _turn(self) -> bool:
@@ -118,7 +126,7 @@ class Supervisor:
             if code is not None:
                 self._workers.remove(worker)
                 worker.close()
-                self._on_end(worker, code)
+                self._on_end(worker, code, worker.take_messages(code))
             elif worker.kill_at is not None and time.monotonic() >= worker.kill_at:
                 self._on_stuck(worker)
             elif not worker.loaded and worker.kill_at is None:
@@ -142,8 +150,11 @@ class Supervisor:
             logger.warning("received %s while stopping; killing the workers", name)
             self._code = exit_codes.KILLED
 
-    def _on_end(self, worker: WorkerProcess, code: int) -> None:
+    def _on_end(self, worker: WorkerProcess, code: int, lost: list[str]) -> None:
         slot = self._slots[worker.slot - 1]
+        if lost:
+            names = ", ".join(lost[:_NAMED]) + (", ..." if len(lost) > _NAMED else "")
+            logger.warning("%s died while %d message(s) ran: %s", worker, len(lost), names)
         if self._stopping:
             if code not in (exit_codes.SUCCESS, exit_codes.RECYCLED) and worker.ready:
                 logger.warning("%s %s", worker, _describe(code))
@@ -167,12 +178,9 @@ class Supervisor:
             logger.info("%s %s; starting another", worker, _describe(code))
             slot.due = 0.0
         else:
-            self._back_off(
-                slot,
-                f"{worker} {_describe(code)} after {worker.age:.1f} s",
-                worker.age,
-                is_error=code == exit_codes.USAGE,
-            )
+            what = f"{worker} {_describe(code)} after {worker.age:.1f} s"
+            is_error = code == exit_codes.USAGE
+            self._back_off(slot, what, worker.age, is_error=is_error, has_lost=bool(lost))
 
     def _on_stuck(self, worker: WorkerProcess) -> None:
         logger.error("%s did not exit in time; killing it", worker)
@@ -244,7 +252,9 @@ class Supervisor:
 
     def _start(self, slot: _Slot) -> WorkerProcess | None:
         try:
-            worker = WorkerProcess(slot.number, self._command, with_input=len(self._slots) == 1)
+            worker = WorkerProcess(
+                slot.number, self._command, self._keeper, with_input=len(self._slots) == 1
+            )
         except OSError as error:
             self._back_off(slot, f"worker {slot.number} cannot be started: {error}", 0.0)
             return None
@@ -252,11 +262,20 @@ class Supervisor:
         self._workers.append(worker)
         return worker
 
-    def _back_off(self, slot: _Slot, what: str, lived: float, *, is_error: bool = False) -> None:
-        wait = slot.restarts.died(lived)
+    def _back_off(
+        self,
+        slot: _Slot,
+        what: str,
+        lived: float,
+        *,
+        is_error: bool = False,
+        has_lost: bool = False,
+    ) -> None:
+        restarts = slot.restarts
+        wait = restarts.died_with_messages(lived) if has_lost else restarts.died(lived)
         slot.due = time.monotonic() + wait
-        if slot.restarts.looping:
-            what = f"{what} ({slot.restarts.in_a_row} in a row)"
+        if restarts.looping and not has_lost:
+            what = f"{what} ({restarts.in_a_row} in a row)"
             is_error = True
         level = logging.ERROR if is_error else logging.WARNING
         logger.log(level, "%s; starting another in %.1f s", what, wait)
@@ -278,6 +297,14 @@ class Supervisor:
         statuses = [worker.status for worker in self._workers if worker.status is not None]
         select.select([self._signals.fileno(), *statuses], [], [], max(0.0, pause))
         self._signals.clear_wake_up()
+
+
+def _keeper(processes: int, places: int) -> BegunKeeper | None:
+    try:
+        return BegunKeeper(processes, places)
+    except OSError as error:
+        logger.warning("no memory to share with the workers, so they can't see losses: %s", error)
+        return None
 
 
 def _describe(code: int) -> str:

@@ -15,6 +15,7 @@ from outbox.consumers.command.limits import Limits, Recycling
 from outbox.consumers.definition import Consumer
 from outbox.consumers.discovery import load, selected
 from outbox.consumers.isolation.process_pool import Orders, ProcessPool
+from outbox.consumers.worker.begun_table import BegunTable
 from outbox.consumers.worker.worker import Worker
 from outbox.system import signals
 from outbox.system.resident_memory import resident_bytes
@@ -39,6 +40,7 @@ def run(
     on_ready: Callable[[], None] = lambda: None,
     on_retiring: Callable[[], None] = lambda: None,
     on_stopping: Callable[[], None] = lambda: None,
+    begun: BegunTable | None = None,
 ) -> int:
     """Consume until ``stop`` is requested, or a limit is reached.
 
@@ -48,6 +50,7 @@ def run(
         on_ready: the function to call when the worker begins to consume.
         on_retiring: the function to call when the worker begins to finish what runs, after a limit.
         on_stopping: the function to call when the worker begins to stop.
+        begun: the table that the process shares with its siblings; see ``Worker``.
 
     Returns:
         The exit code, one of ``outbox.exit_codes``.
@@ -67,6 +70,7 @@ def run(
             max_messages=limits.messages,
             ranks=ranks,
             isolation=isolation,
+            begun=begun,
         )
         recycling = Recycling(limits, time.monotonic(), resident=_resident(isolation))
         stop.begin()
@@ -112,6 +116,7 @@ def _consume(
             is_ready = True
             on_ready()
             _log_start(worker)
+        worker.take_over()
         if worker.has_begun_all:
             return f"{limits.messages} messages processed"
         if stopped:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Sequence
 
+from outbox.consumers.command.begun_keeper import BegunKeeper
 from outbox.consumers.command.supervised_worker import (
     LOADED,
     READY,
@@ -34,8 +35,16 @@ class WorkerProcess(ChildProcess):
         kill_at: the time on the monotonic clock at which to kill it; None unless it is stopping.
     """
 
-    def __init__(self, slot: int, command: Sequence[str], *, with_input: bool) -> None:
+    def __init__(
+        self, slot: int, command: Sequence[str], keeper: BegunKeeper | None, *, with_input: bool
+    ) -> None:
         """Start ``command`` in the slot with this number.
+
+        Args:
+            slot: the number of the slot.
+            command: the program and its arguments.
+            keeper: keeps the table of begun messages; None if there is none.
+            with_input: whether the process gets the parent's standard input.
 
         Raises:
             OSError: the command cannot be started.
@@ -49,7 +58,22 @@ class WorkerProcess(ChildProcess):
         self._slow_at = _SLOW
         self._status, status = os.pipe()
         os.set_blocking(self._status, False)
-        super().__init__(command, status, with_input=with_input)
+        self._keeper = keeper
+        self._region = None if keeper is None else keeper.take()
+        try:
+            if keeper is None or self._region is None:
+                super().__init__(command, status, with_input=with_input)
+            else:
+                super().__init__(
+                    command,
+                    status,
+                    with_input=with_input,
+                    shared=[keeper.descriptor],
+                    variables=keeper.variables(self._region),
+                )
+        except BaseException:
+            self.take_messages(0)
+            raise
 
     @property
     def age(self) -> float:
@@ -93,6 +117,22 @@ class WorkerProcess(ChildProcess):
         if self.kill_at is None:
             self._set_deadline(grace)
             self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill it; the messages that run in it lose nothing by that."""
+        if self._keeper is not None and self._region is not None:
+            self._keeper.spare(self._region)
+        super().kill()
+
+    def take_messages(self, code: int) -> list[str]:
+        """Return the messages that ran in it when it ended with ``code``, for people to read.
+
+        Each has lost an attempt. Only the first call returns them.
+        """
+        region, self._region = self._region, None
+        if self._keeper is None or region is None:
+            return []
+        return self._keeper.free(region, code)
 
     def close(self) -> None:
         """Close both pipes; if the process still runs, it stops."""

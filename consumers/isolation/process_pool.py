@@ -23,7 +23,14 @@ from outbox.consumers.definition import Consumer
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Abandoned, Call, Steps
-from outbox.consumers.outcome import Failed, Hold, Outcome, ProcessDied, ProcessTimeout
+from outbox.consumers.outcome import (
+    Failed,
+    Hold,
+    Outcome,
+    ProcessDied,
+    ProcessTimeout,
+    Unconfirmed,
+)
 from outbox.consumers.received_event import Undecodable, decode
 from outbox.messages.delivery import Delivery
 from outbox.system.child_process import ChildProcess
@@ -237,7 +244,7 @@ class IsolatedMessage(Message):
         self._isolation = isolation
         self._is_concluded = False
 
-    def attempt(self) -> Steps[Outcome | Failed]:
+    def attempt(self) -> Steps[Outcome | Failed | Unconfirmed]:
         """Process the message once in a subprocess, which also concludes it, if it survives."""
         self._is_concluded = False
         arguments = (self.delivery, self.consumer.time_limit)

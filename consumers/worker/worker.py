@@ -13,12 +13,18 @@ from outbox import Publisher, UsageError
 from outbox.configuration import default_publisher
 from outbox.consumers import logs
 from outbox.consumers.definition import Consumer
-from outbox.consumers.isolation.process_pool import IsolatedMessage, ProcessPool
+from outbox.consumers.isolation.process_pool import ProcessPool
 from outbox.consumers.message.deduplication import Inbox, open_inbox
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
 from outbox.consumers.worker.assignment import Assignment
+from outbox.consumers.worker.begun_table import BegunTable, key_of
 from outbox.consumers.worker.dispatch_queue import make_dispatch_queue
+from outbox.consumers.worker.guarded_message import (
+    Guard,
+    GuardedIsolatedMessage,
+    GuardedMessage,
+)
 from outbox.consumers.worker.renewal import Renewal
 from outbox.consumers.worker.task_engine import TaskEngine
 from outbox.consumers.worker.thread_engine import ThreadEngine
@@ -67,6 +73,7 @@ class Worker:
         ranks: Mapping[str, int] | None = None,
         inbox: Inbox | None = None,
         isolation: ProcessPool | None = None,
+        begun: BegunTable | None = None,
     ) -> None:
         """Create a worker, without connecting yet.
 
@@ -88,6 +95,7 @@ class Worker:
             inbox: the record of what consumers that ``deduplicate`` have done; the default is in
                 the database ``OUTBOX_DATABASE_URL``, or in the file that is consumed from.
             isolation: the subprocesses for plain handlers; None to run them on the threads.
+            begun: the table in which worker processes of one parent note what they have begun.
 
         Raises:
             UsageError: there is no consumer, two have the same queue, one has no ``process`` that
@@ -114,6 +122,7 @@ class Worker:
         self._subscription = open_subscription(consumed, specs, self.prefetch)
         self._quota = None if max_messages is None else Quota(max_messages)
         self._isolation = isolation
+        self._begun = begun
         self._stopping = threading.Event()
         self._refused = ""
         self._failed = ""
@@ -188,6 +197,9 @@ class Worker:
         for engine in self._engines():
             engine.start()
         self.publisher.make_ready()
+        if self._begun is not None:
+            self._begun.own(self._subscription.owner)
+            self.take_over()
         self._subscription.start(self._renewal.receive, self._on_refused)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -204,6 +216,14 @@ class Worker:
         if self._refused:
             raise UsageError(f"cannot consume: {self._refused}")
         return stopped
+
+    def take_over(self) -> None:
+        """Have what dead siblings of this process held delivered now, if it would come later."""
+        begun = self._begun
+        if begun is not None and (owners := begun.dead_owners()):
+            self._subscription.release_of(
+                owners, lambda queue, each: begun.loss_of(key_of(queue, each)) is not None
+            )
 
     def retire(self) -> None:
         """Start no more messages, but let those being processed go on; then call ``stop``."""
@@ -236,19 +256,24 @@ class Worker:
             logger.warning(
                 "some messages did not finish within %.1f s; they will be redelivered", timeout
             )
+        if self._begun is not None:
+            self._begun.close()  # first: what still runs is redelivered, but not lost
         self._subscription.close()
         return finished
 
     def _message_maker(self) -> MakeMessage:
         """Return what makes the message of a consumer, a delivery and its engine's services."""
-        isolation = self._isolation
-        if isolation is None:
-            return Message
+        isolation, guard = self._isolation, Guard(self._begun)
 
         def make(consumer: Consumer, delivery: Delivery, services: Services) -> Message:
-            if consumer.is_async:
-                return Message(consumer, delivery, services)
-            return IsolatedMessage(consumer, delivery, services, isolation)
+            key = guard.key_of(delivery)
+            message: GuardedMessage
+            if isolation is None or consumer.is_async:
+                message = GuardedMessage(consumer, delivery, services)
+            else:
+                message = GuardedIsolatedMessage(consumer, delivery, services, isolation)
+            message.guard, message.key = guard, key
+            return message
 
         return make
 

@@ -35,7 +35,7 @@ from outbox.storage.schema import DIALECTS, create_missing, ddl, events
 from outbox.storage.statements import statements
 from outbox.storage.transactions import own_transaction, try_again
 
-__all__ = ["Claimed", "Status", "Store"]
+__all__ = ["OWNER_LENGTH", "Claimed", "Status", "Store"]
 
 logger = logging.getLogger("outbox.sql")
 
@@ -44,6 +44,8 @@ _T = TypeVar("_T")
 _WINDOW = 500  # rows, or keys, at least: what an ordered claim looks at in one statement
 _LOOKS = 8  # statements in which a claim searches for a free key; the next one goes on there
 _ADDED_LATER = ("index outbox_events_heads", "index outbox_events_unkeyed")
+_TOKEN = 36  # the length of its column
+OWNER_LENGTH = 12
 _READ_THROUGH = 30.0  # seconds between two searches through a whole backlog for rows without a key
 
 
@@ -102,13 +104,15 @@ class Store:
     SQLAlchemy's.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, owner: str = "") -> None:
         """Make a store of the table in the database of ``engine``, which the caller disposes of.
 
         Args:
             engine: the engine; for SQLite one from :func:`outbox.storage.engines.open_engine`,
                 whose transactions take the lock when they begin: otherwise two claims could get
                 the same row.
+            owner: the name under which :meth:`held_by` finds the rows that this store leases:
+                ``OWNER_LENGTH`` hexadecimal digits; empty if nobody looks for them.
 
         Raises:
             UsageError: outbox can't store events in that database.
@@ -118,6 +122,7 @@ class Store:
                 f"events cannot be stored in {engine.dialect.name}, only in {' or '.join(DIALECTS)}"
             )
         self.engine = engine
+        self._owner = owner
         self._is_postgresql = engine.dialect.name == "postgresql"
         self._statements = statements(is_postgresql=self._is_postgresql)
         # Where an ordered claim goes on; threads that share them only look at some keys twice.
@@ -284,6 +289,24 @@ class Store:
         parameters = {"numbers": self._statements.numbers(list(tokens))}
         leases = connection.execute(self._statements.leases, parameters)
         return {row.seq for row in leases if row.lease_token == tokens[row.seq]}
+
+    def held_by(
+        self, owners: Sequence[str], *, connection: Connection | None = None
+    ) -> list[Claimed]:
+        """Return the rows that are leased to the stores with these owners.
+
+        It reads the whole table.
+        """
+        if connection is None:
+            with own_transaction(self.engine) as connection:
+                return self.held_by(owners, connection=connection)
+        token = events.c.lease_token
+        is_theirs = func.substr(token, 1, OWNER_LENGTH).in_(list(owners))
+        tokens = select(token).where(is_theirs, events.c.dead_at.is_(None)).distinct()
+        held: list[Claimed] = []
+        for each in connection.execute(tokens).scalars().all():
+            held += self._claimed(connection, each, self._read_one_by_one(connection, each))
+        return held
 
     def alive(self, ids: Mapping[int, str], *, connection: Connection | None = None) -> set[int]:
         """Return the numbers of those rows, given by number and id, that are alive."""
@@ -542,12 +565,17 @@ class Store:
     def _lease(
         self, connection: Connection, statement: Update, parameters: dict[str, Any]
     ) -> list[Claimed]:
-        token = str(uuid.uuid4())
+        # Such a token begins with digits only, unlike one without an owner.
+        token = f"{self._owner}{uuid.uuid4().hex}"[:_TOKEN] if self._owner else str(uuid.uuid4())
         parameters = {**parameters, "of_token": token}
         try:
             rows: Iterable[Any] = connection.execute(statement, parameters).all()
         except _UNREADABLE:
             rows = self._read_one_by_one(connection, token)
+        return self._claimed(connection, token, rows)
+
+    def _claimed(self, connection: Connection, token: str, rows: Iterable[Any]) -> list[Claimed]:
+        """Return the leased ``rows`` in their order, and bury those that can't be read."""
         claimed: list[Claimed] = []
         for row in rows:
             try:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from outbox import exit_codes
 from outbox.system import process
@@ -48,6 +48,8 @@ class ChildProcess:
         *,
         with_input: bool = False,
         leads_group: bool = False,
+        shared: Sequence[int] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         """Start ``command``, whose program finds its parent with ``Parent.inherited()``.
 
@@ -56,6 +58,8 @@ class ChildProcess:
             channel: the child's end of the channel; closed here in any case.
             with_input: whether the child gets the parent's standard input, for a debugger.
             leads_group: whether it leads a process group, which includes the processes it starts.
+            shared: further descriptors that it inherits; they stay open here.
+            variables: additions to its environment.
 
         Raises:
             OSError: it cannot be started.
@@ -69,8 +73,8 @@ class ChildProcess:
             inherited.append(lifeline)
             self._process = subprocess.Popen(
                 command,
-                env={**os.environ, _VARIABLE: f"{lifeline}:{channel}"},
-                pass_fds=inherited,
+                env={**os.environ, **(variables or {}), _VARIABLE: f"{lifeline}:{channel}"},
+                pass_fds=[*inherited, *shared],
                 stdin=None if with_input else subprocess.DEVNULL,
                 process_group=0 if leads_group else None,
             )

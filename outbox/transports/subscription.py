@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from outbox.messages.delivery import Delivery
@@ -35,6 +35,21 @@ class Subscription(Protocol):
         """Whether messages are delivered as they arrive; False while the broker is unavailable.
 
         A queue that can't be had for now is left out, unless there is no other.
+        """
+        ...
+
+    @property
+    def owner(self) -> str:
+        """The name of this subscription where it leases messages for a time, else empty."""
+        ...
+
+    def release_of(self, owners: Sequence[str], was_begun: Callable[[str, str], bool]) -> None:
+        """Have what subscriptions of dead processes hold delivered soon.
+
+        Args:
+            owners: the ``owner`` of each of them.
+            was_begun: returns whether a message, given by its queue and id, had been begun.
+                The others lose nothing.
         """
         ...
 

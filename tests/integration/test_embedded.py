@@ -469,6 +469,33 @@ def test_a_message_that_is_never_settled_is_dead_lettered_with_the_reason(
     assert repr(sent[0].id) in caplog.text
 
 
+def test_messages_lost_several_times_are_claimed_alone_so_that_others_lose_nothing_by_them(
+    place: SQLitePlace, publisher: Publisher, name: str
+) -> None:
+    with reading(place, name):
+        pass
+    events = events_for(publisher, [name] * 4)
+    publisher.publish(events)
+    sent = [event.id for event in events]
+    place.execute("UPDATE outbox_events SET deliveries = 6 WHERE id != ?", sent[3])
+    losses = "SELECT deliveries - 1 - attempts FROM outbox_events WHERE id = ?"
+    with reading(place, name, again=True) as reader:
+        [fourth] = reader.take(1)  # what was never lost doesn't wait
+        assert fourth.message_id == sent[3]
+        reader._subscription.ack(fourth)
+        for number, each in enumerate(sent[:3]):
+            [alone] = reader.take(1)
+            assert alone.message_id == each
+            assert place.execute(losses, each) == [(6,)]
+            for later in sent[number + 1 : 3]:
+                assert place.execute(losses, later) == [(5,)]  # if it dies now, they lose nothing
+            with pytest.raises(AssertionError, match="0 of 1"):
+                reader.take(1, timeout=0.3)
+            reader._subscription.ack(alone)
+        publisher.publish(events_for(publisher, [name] * 2))
+        assert len(reader.take(2)) == 2
+
+
 def test_a_message_given_back_repeatedly_is_not_taken_for_a_deadly_one(
     place: SQLitePlace, publisher: Publisher, name: str
 ) -> None:

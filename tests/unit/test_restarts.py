@@ -105,3 +105,11 @@ def test_a_quota_is_used_up_when_the_last_message_ends_not_when_it_starts() -> N
     assert not quota.used_up
     assert quota.end()
     assert quota.used_up
+
+
+def test_deaths_while_messages_ran_are_no_failed_starts_and_wait_two_seconds_at_most() -> None:
+    restarts = Restarts(doubling)
+    assert [restarts.died_with_messages(1.0) for _ in range(4)] == [0.5, 1, 2, 2]
+    assert not restarts.looping
+    assert restarts.died(1.0) == 0.5
+    assert restarts.died_with_messages(60.0) == 0.5

@@ -94,6 +94,14 @@ class RabbitMQSubscription:
             consumer.is_consuming or consumer.is_waiting for consumer in consumers
         )
 
+    @property
+    def owner(self) -> str:
+        """Empty: the broker itself notices when a process dies."""
+        return ""
+
+    def release_of(self, owners: Sequence[str], was_begun: Callable[[str, str], bool]) -> None:
+        """Do nothing: the broker has done it."""
+
     def ack(self, delivery: Delivery) -> None:
         """Ack ``delivery`` soon, together with others."""
         if self._done.add(delivery):

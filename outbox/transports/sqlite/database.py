@@ -45,6 +45,8 @@ class Database:
         location: Location,
         given_up: Callable[[], bool] = lambda: False,
         on_reopened: Callable[[bool], None] = lambda _: None,
+        *,
+        owner: str = "",
     ) -> None:
         """Check that the file can be created; nothing is connected yet.
 
@@ -53,6 +55,7 @@ class Database:
             given_up: a function that returns whether to stop waiting for others.
             on_reopened: called when the path was opened again, with whether it is another file,
                 because the old one was deleted or replaced.
+            owner: the owner of the rows that are leased here; see ``Store``.
 
         Raises:
             UsageError: the path is a symbolic link, not a regular file, or another user's.
@@ -62,8 +65,9 @@ class Database:
         self._given_up = given_up
         self._on_reopened = on_reopened
         self._shared_file = shared_file_at(location.path)
+        self._owner = owner
         self._engine: Engine = self._make_engine()
-        self._store = Store(self._engine)
+        self._store = Store(self._engine, owner)
         self._connection: Connection | None = None
         self._raw: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
@@ -171,7 +175,7 @@ class Database:
                 "publish nothing before the fork (uWSGI: lazy-apps = true)"
             )
         self._engine = self._make_engine()
-        self._store = Store(self._engine)
+        self._store = Store(self._engine, self._owner)
         # The first connection turns on the write-ahead log, which needs exclusive access.
         connection = self._patiently(self._engine.connect)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,10 +15,15 @@ from sqlalchemy import Connection
 from outbox.errors import BrokerError, ConnectionLost, OutboxError, UsageError
 from outbox.messages.delivery import Delivery, QueueSpec, dead_letter_queue
 from outbox.settings import Settings
-from outbox.storage.store import Claimed
+from outbox.storage.store import OWNER_LENGTH, Claimed
 from outbox.system.backoff import backoff
 from outbox.transports.sqlite import routing
-from outbox.transports.sqlite.claimed_rows import delivery_of, is_deadly, letter_of_deadly
+from outbox.transports.sqlite.claimed_rows import (
+    delivery_of,
+    is_deadly,
+    is_suspect,
+    letter_of_deadly,
+)
 from outbox.transports.sqlite.clock_jumps import ClockJumps
 from outbox.transports.sqlite.database import Database
 from outbox.transports.sqlite.leases import LEASE, Leases
@@ -45,6 +51,10 @@ _LOOK_AT_CLOCK = 0.5
 _TIME_TO_EXTEND = 2.0
 """Seconds after such a jump in which other workers have extended their leases."""
 
+_ALONE = 60.0
+"""Seconds for which a message that was lost several times may keep others from being claimed, and
+others may keep it from being claimed."""
+
 _CANCEL_TIMEOUT = 2.0
 _CLOSE_TIMEOUT = 3.0
 
@@ -67,6 +77,13 @@ class _OwnRowsAreDue(Exception):
     """A claim has got rows that this worker holds: their leases ended early, by the clock."""
 
 
+class _Dead(NamedTuple):
+    """Dead processes whose rows are to be released, and what had been begun there."""
+
+    owners: Sequence[str]
+    was_begun: Callable[[str, str], bool]
+
+
 class SQLiteSubscription:
     """Settles and claims rows for all queues of a worker, on one thread.
 
@@ -85,6 +102,7 @@ class SQLiteSubscription:
             UsageError: the URL has an unknown option, or the file can't be used.
         """
         location = Location.of(url)
+        self.owner = uuid.uuid4().hex[:OWNER_LENGTH]
         self._settings = settings
         self._queues = queues
         self._leases = Leases(prefetch)
@@ -94,6 +112,7 @@ class SQLiteSubscription:
             location,
             lambda: self._stopping and time.monotonic() > self._give_up_at,
             self._on_reopened,
+            owner=self.owner,
         )
         # Written only when the file isn't in use: a log handler may publish.
         self._to_log: list[tuple[int, str, tuple[Any, ...]]] = []
@@ -106,6 +125,9 @@ class SQLiteSubscription:
         self._cancelling = False
         self._cancelled = threading.Event()
         self._done: deque[_Done] = deque()
+        self._dead: deque[_Dead] = deque()
+        self._suspected: str | None = None  # the queue of a message that is claimed alone
+        self._alone_at = 0.0
         self._thread: threading.Thread | None = None
         self._to_declare = True
         self._has_consumed = False
@@ -125,6 +147,11 @@ class SQLiteSubscription:
     def is_consuming(self) -> bool:
         """Whether the queues are declared and the last turn succeeded."""
         return self._has_consumed and not self._failures
+
+    def release_of(self, owners: Sequence[str], was_begun: Callable[[str, str], bool]) -> None:
+        """Release the rows of dead processes soon, in place."""
+        self._dead.append(_Dead(owners, was_begun))
+        self._wake.set()
 
     def ack(self, delivery: Delivery) -> None:
         """Delete the row of ``delivery`` soon, together with others."""
@@ -201,13 +228,16 @@ class SQLiteSubscription:
             if self._cancelling:
                 self._cancelled.set()
             now = time.monotonic()
-            has_room = self._may_claim(now) and any(
-                self._leases.free(queue.name) > 0 for queue in self._queues
+            has_room = (
+                self._may_claim(now)
+                and any(self._leases.free(queue.name) > 0 for queue in self._queues)
+                and not (len(self._leases) and self._is_left_alone(now))
             )
             extend_in = self._leases.extend_in(now)
             if (
                 self._stopping
                 or self._done
+                or self._dead
                 or self._to_declare
                 or (extend_in is not None and extend_in <= 0)
                 or (has_room and self._is_due(now))
@@ -262,6 +292,7 @@ class SQLiteSubscription:
     def _turn(self) -> None:
         now = time.monotonic()
         done = [self._done.popleft() for _ in range(len(self._done))]
+        dead = [self._dead.popleft() for _ in range(len(self._dead))]
         declaring, self._to_declare = self._to_declare, False
         extend_in = self._leases.extend_in(now)
         extending = extend_in is not None and extend_in <= 0
@@ -270,6 +301,7 @@ class SQLiteSubscription:
                 if declaring:
                     self._declare(connection)
                 self._settle(done, connection)
+                self._release_dead(dead, connection)
                 leased = self._extend(connection) if extending else set()
                 claimed = self._claim(done, connection) if self._may_claim(now) else []
                 if self._leases.among(claimed, settled={settlement.tag for settlement in done}):
@@ -279,6 +311,7 @@ class SQLiteSubscription:
         except BaseException:
             # Rolled back: the next turn does all of it. So the leases change only after the commit.
             self._done.extendleft(reversed(done))
+            self._dead.extendleft(reversed(dead))
             self._to_declare |= declaring
             raise
         self._leases.drop(settlement.tag for settlement in done)
@@ -346,16 +379,54 @@ class SQLiteSubscription:
         self._database.store.extend(rows, LEASE, connection=connection)
         return self._database.store.leased(rows, connection=connection)
 
+    def _release_dead(self, dead: Sequence[_Dead], connection: Connection) -> None:
+        store = self._database.store
+        for owners, was_begun in dead:
+            begun: list[Claimed] = []
+            sent_ahead: list[Claimed] = []
+            for row in store.held_by(owners, connection=connection):
+                (begun if was_begun(row.queue, row.event.id) else sent_ahead).append(row)
+            store.release(begun, in_place=True, connection=connection)
+            self._release_unbegun(sent_ahead, connection)
+
+    def _release_unbegun(self, rows: Sequence[Claimed], connection: Connection) -> None:
+        # Counted as returned, so that is_deadly() doesn't count the claim as a loss.
+        self._database.store.release(rows, failed=True, in_place=True, connection=connection)
+
     def _claim(self, done: Sequence[_Done], connection: Connection) -> list[Claimed]:
         store = self._database.store
         rows = (self._leases.get(tag) for tag in {settlement.tag for settlement in done})
         settled = Counter(row.queue for row in rows if row is not None)
+        if self._suspected is not None:
+            return self._claim_alone(len(self._leases) - settled.total(), connection)
         claimed: list[Claimed] = []
         for queue in self._queues:
             free = self._leases.free(queue.name) + settled[queue.name]
             if free > 0:
                 claimed += store.claim(free, queue=queue.name, lease=LEASE, connection=connection)
+        suspects = [row for row in claimed if is_suspect(row) and not is_deadly(row)]
+        if suspects:
+            # Whatever is in hand when a worker dies counts a loss, and may soon be deadly itself.
+            self._release_unbegun(suspects, connection)
+            self._suspected, self._alone_at = suspects[0].queue, time.monotonic()
+        released = {row.seq for row in suspects}
+        return [row for row in claimed if row.seq not in released]
+
+    def _claim_alone(self, held: int, connection: Connection) -> list[Claimed]:
+        """Claim a suspect if no other row is held, or has been held for too long."""
+        now = time.monotonic()
+        if self._suspected is None or (held and self._is_left_alone(now)):
+            return []
+        store = self._database.store
+        claimed = store.claim(1, queue=self._suspected, lease=LEASE, connection=connection)
+        self._alone_at = now
+        if not any(map(is_suspect, claimed)):
+            self._suspected = None
         return claimed
+
+    def _is_left_alone(self, now: float) -> bool:
+        """Return whether nothing is claimed besides the rows that are held."""
+        return self._suspected is not None and now < self._alone_at + _ALONE
 
     def _dead_letter(self, rows: Sequence[Claimed], connection: Connection) -> None:
         for row in rows:
@@ -373,9 +444,7 @@ class SQLiteSubscription:
             with self._database.transaction() as connection:
                 self._settle(done, connection)
                 self._leases.drop(settled)
-                self._database.store.release(
-                    self._leases.rows, failed=True, in_place=True, connection=connection
-                )
+                self._release_unbegun(self._leases.rows, connection)
         except BrokerError as error:
             logger.warning(
                 "cannot release messages; they will be redelivered after %.0f s: %s", LEASE, error

@@ -123,6 +123,7 @@ class Worker:
         self._quota = None if max_messages is None else Quota(max_messages)
         self._isolation = isolation
         self._begun = begun
+        self._guard = Guard(begun)
         self._stopping = threading.Event()
         self._refused = ""
         self._failed = ""
@@ -263,7 +264,7 @@ class Worker:
 
     def _message_maker(self) -> MakeMessage:
         """Return what makes the message of a consumer, a delivery and its engine's services."""
-        isolation, guard = self._isolation, Guard(self._begun)
+        isolation, guard = self._isolation, self._guard
 
         def make(consumer: Consumer, delivery: Delivery, services: Services) -> Message:
             key = guard.key_of(delivery)

@@ -12,6 +12,8 @@ __all__ = ["BegunKeeper"]
 
 _GRAVES = 1024
 _MOST_LOSSES = 255  # what a place can hold
+_ENDED = 64
+"""More places than messages can run: so many that have ended stay known until their acks arrive."""
 _MORE_REGIONS = 8
 """Regions beyond two for each process: while workers are replaced, predecessors still end."""
 
@@ -25,6 +27,7 @@ class BegunKeeper:
         Raises:
             OSError: there is no memory for it.
         """
+        places += _ENDED
         layout = Layout(2 * processes + _MORE_REGIONS, places, max(_GRAVES, 4 * places))
         self._memory = Memory(_shared_memory(layout.size), layout)
         self._free = list(range(layout.regions))
@@ -60,11 +63,14 @@ class BegunKeeper:
         lost = []
         if not memory.is_spared(region):
             for number in range(memory.layout.places):
-                running = memory.read(memory.layout.place(region, number))
-                if running is not None:
-                    key, losses, _ = running
-                    self._bury(key, min(losses + 1, _MOST_LOSSES), code)
+                begun = memory.read(memory.layout.place(region, number))
+                if begun is None:
+                    continue
+                key, losses, has_ended = begun
+                if not has_ended:
+                    losses = min(losses + 1, _MOST_LOSSES)
                     lost.append(message_of(key))
+                self._bury(key, losses, code)
         owner = memory.owner_of(region)
         if owner:
             graves, owners = memory.counts()

@@ -2,10 +2,13 @@
 
 A message that was begun and whose process died has lost an attempt of its own; what was only sent
 ahead to that process has lost nothing. A broker can't tell them apart, the table can: a worker
-writes each message into a *place* when it begins, and clears the place when it ends. Whatever kills
+writes each message into a *place* when it begins, and marks the place when it ends. Whatever kills
 a process, its places stay as they were, and its siblings read them there as soon as the broker
 redelivers the messages to them. The parent then moves them to the *graves*, which outlive the
 process's successor.
+
+A message that had ended has lost nothing, but if it is redelivered, its ack didn't arrive, and a
+second death must not repeat it once more. So a place is used again as late as possible.
 
 Nobody waits for anybody. A region is written by its own process until that dies, then by the
 parent; graves are written by the parent, and cleared by a worker in which the message has ended.
@@ -16,6 +19,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections import deque
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -28,7 +32,9 @@ _HEAD = struct.Struct("=II56x")
 _REGION = struct.Struct("=BB32s30x")
 """Whether it is in use, whether the parent has killed its process, and who leases rows for it."""
 _PLACE = struct.Struct("=BBh124s")
-"""The length of the key, 0 if the place is free; earlier losses; an exit code (of a grave)."""
+"""The length of the key, 0 if the place is empty; earlier losses; of a grave, the exit code, of a
+place, whether the message has ended."""
+_ENDED = 2  # the offset of that
 _KEY = 124
 _OWNER = 32
 _OWNERS = 64
@@ -38,7 +44,7 @@ class Loss(NamedTuple):
     """What is known of the processes in which a message was lost.
 
     Attributes:
-        times: how often it was lost, 1 or more.
+        times: how often it was lost; 0 if it had ended, and only its ack didn't arrive.
         code: the exit code of the last process, negative for a signal; None if the parent hasn't
             noted it yet.
     """
@@ -105,7 +111,10 @@ class Memory:
         self._bytes = mmap.mmap(descriptor, layout.size)
 
     def read(self, offset: int) -> tuple[bytes, int, int] | None:
-        """Return key, losses and exit code of a place or grave; None if it is free."""
+        """Return key, losses and exit code of a grave, or whether a place's message has ended.
+
+        None if it is empty.
+        """
         length, losses, code, key = _PLACE.unpack_from(self._bytes, offset)
         return (key[:length], losses, code) if length else None
 
@@ -113,8 +122,12 @@ class Memory:
         """Write a place or a grave."""
         _PLACE.pack_into(self._bytes, offset, len(key), losses, code, key)
 
+    def end(self, offset: int) -> None:
+        """Note that the message in a place has ended."""
+        self._bytes[offset + _ENDED] = 1
+
     def clear(self, offset: int) -> None:
-        """Free a place or a grave."""
+        """Empty a place or a grave."""
         self._bytes[offset] = 0
 
     def clear_region(self, region: int, *, in_use: bool) -> None:
@@ -197,7 +210,7 @@ class BegunTable:
         self._memory = memory
         self._region = region
         places = range(memory.layout.places)
-        self._free = [memory.layout.place(region, place) for place in places]
+        self._free = deque(memory.layout.place(region, place) for place in places)
         self._owners_seen = max(0, memory.counts()[1] - _OWNERS)
         fcntl.lockf(memory.descriptor, fcntl.LOCK_EX, 1, region)
 
@@ -224,7 +237,7 @@ class BegunTable:
         redelivered like one that was never begun.
         """
         try:
-            place = self._free.pop()
+            place = self._free.popleft()
         except IndexError:
             return -1
         self._memory.write(place, key, losses)
@@ -233,11 +246,11 @@ class BegunTable:
     def end(self, place: int) -> None:
         """Note that the message in this place has ended."""
         if place >= 0:
-            self._memory.clear(place)
+            self._memory.end(place)
             self._free.append(place)
 
     def loss_of(self, key: bytes) -> Loss | None:
-        """Return what is known of a message that was lost with its process, else None."""
+        """Return what is known of a message that a process began which then died, else None."""
         memory = self._memory
         places = range(memory.layout.places)
         for region in range(memory.layout.regions):
@@ -246,9 +259,10 @@ class BegunTable:
             if memory.is_spared(region) or not self._is_dead(region):
                 continue
             for number in places:
-                running = memory.read(memory.layout.place(region, number))
-                if running is not None and running[0] == key:
-                    return Loss(running[1] + 1, None)
+                begun = memory.read(memory.layout.place(region, number))
+                if begun is not None and begun[0] == key:
+                    _, losses, has_ended = begun
+                    return Loss(losses if has_ended else losses + 1, None)
         # Looked up last: the parent writes a grave before it clears the place.
         offset = memory.grave_of(key)
         grave = None if offset is None else memory.read(offset)

@@ -222,9 +222,12 @@ class Worker:
         """Have what dead siblings of this process held delivered now, if it would come later."""
         begun = self._begun
         if begun is not None and (owners := begun.dead_owners()):
-            self._subscription.release_of(
-                owners, lambda queue, each: begun.loss_of(key_of(queue, each)) is not None
-            )
+
+            def was_lost(queue: str, message_id: str) -> bool:
+                loss = begun.loss_of(key_of(queue, message_id))
+                return loss is not None and loss.times > 0
+
+            self._subscription.release_of(owners, was_lost)
 
     def retire(self) -> None:
         """Start no more messages, but let those being processed go on; then call ``stop``."""

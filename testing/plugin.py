@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
 from outbox import MissingExtra
+from outbox.observer import seam
 from outbox.testing.assertions import EventAssertions
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.collected_events import CollectedEvents
@@ -22,7 +24,9 @@ _MARKER = (
     "collected_events(strict=False): with strict=True the test fails if a published event was "
     "matched by no assertion; also for live_events and embedded_events"
 )
-_FIXTURES = ("collected_events", "live_events", "embedded_events")
+_FIXTURES = {"collected_events", "live_events", "embedded_events"}
+_CHECKED = pytest.StashKey[list[EventAssertions]]()
+_SESSION = pytest.StashKey[ExitStack]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,10 +35,35 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Register the setting."""
+    """Register the settings."""
     parser.addini(
         "outbox_strict", "make collected_events strict in every test", type="bool", default=False
     )
+    parser.addini(
+        "outbox_always",
+        "collect the events of all tests: none reaches a real broker, with or without a fixture",
+        type="bool",
+        default=False,
+    )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Collect the events of imports, of fixtures for several tests, and between tests."""
+    blocks = session.config.stash[_SESSION] = ExitStack()
+    if session.config.getini("outbox_always") and seam.observer is None:
+        blocks.enter_context(recorded("pytest's setting outbox_always", replaceable=True))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop collecting."""
+    if blocks := config.stash.get(_SESSION, None):
+        blocks.close()
+
+
+@pytest.fixture(autouse=True)
+def _outbox_always(request: pytest.FixtureRequest) -> None:
+    if request.config.getini("outbox_always") and not _FIXTURES.intersection(request.fixturenames):
+        request.getfixturevalue("collected_events")
 
 
 @pytest.fixture
@@ -45,7 +74,14 @@ def collected_events(request: pytest.FixtureRequest) -> Iterator[CollectedEvents
     makes; pytest runs one test at a time in a process, also under pytest-xdist. It needs no broker,
     and leaves nothing behind for the next test.
     """
-    with recorded(_where(request), strict=_is_strict(request)) as collected:
+    # Requested by the setting alone, it makes room for other ways to collect, and isn't checked.
+    is_implied = request.config.getini("outbox_always") and (
+        request.fixturename not in request.fixturenames
+    )
+    where = _where(request)
+    with recorded(where, strict=_is_strict(request), replaceable=is_implied) as collected:
+        if not is_implied:
+            _check_at_end(request, collected)
         yield collected
 
 
@@ -80,6 +116,7 @@ def live_events(
     """
     url = outbox_broker.start().empty_url()
     with live(url, _where(request), strict=_is_strict(request)) as published:
+        _check_at_end(request, published)
         yield published
     outbox_broker.give_back(url)
 
@@ -97,6 +134,7 @@ def embedded_events(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
         pytest.fail(f"the fixture embedded_events: {error}", pytrace=False)
     url = f"sqlite:///{quote(str(tmp_path / 'outbox-events.db'))}"
     with live(url, _where(request), strict=_is_strict(request)) as published:
+        _check_at_end(request, published)
         yield published
 
 
@@ -104,11 +142,13 @@ def embedded_events(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Fail a strict test if a published event was matched by no assertion."""
     result = yield
-    for name in _FIXTURES:
-        events = getattr(item, "funcargs", {}).get(name)
-        if isinstance(events, EventAssertions):
-            events.check_strict()
+    for events in item.stash.get(_CHECKED, []):
+        events.check_strict()
     return result
+
+
+def _check_at_end(request: pytest.FixtureRequest, events: EventAssertions) -> None:
+    request.node.stash.setdefault(_CHECKED, []).append(events)
 
 
 def _where(request: pytest.FixtureRequest) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import unittest
+from collections.abc import Iterator
 
 from outbox.testing.collected_events import CollectedEvents
 from outbox.testing.installation import recorded
@@ -27,12 +29,23 @@ class CollectedEventsMixin(unittest.TestCase):
     collected_events: CollectedEvents
     strict_events = False
 
-    def setUp(self) -> None:
-        """Start collecting events."""
-        super().setUp()
-        block = recorded(self.id(), strict=self.strict_events)
-        self.collected_events = block.__enter__()
-        self.addCleanup(block.__exit__, None, None, None)
+    # Around the whole test, and not in setUp(): a class whose own setUp() doesn't call it would
+    # publish to the real broker.
+
+    def run(self, result: unittest.TestResult | None = None) -> unittest.TestResult | None:
+        """Run the test, its ``setUp()`` and its cleanups included, collecting its events."""
+        with self._collecting():
+            return super().run(result)
+
+    def debug(self) -> None:
+        """Run the test without collecting its errors."""
+        with self._collecting():
+            super().debug()
+
+    @contextlib.contextmanager
+    def _collecting(self) -> Iterator[None]:
+        with recorded(self.id(), strict=self.strict_events) as self.collected_events:
+            yield
 
     def _callTestMethod(self, method: object) -> None:
         super()._callTestMethod(method)  # type: ignore[misc]

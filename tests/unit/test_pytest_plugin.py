@@ -269,3 +269,103 @@ def test_live_tests_without_a_server_say_what_to_install(
     result = pytester.runpytest_subprocess("-rs", "-p", "no:cacheprovider")
     result.assert_outcomes(errors=int(in_ci), skipped=int(not in_ci))
     result.stdout.fnmatch_lines(["*apt-get install rabbitmq-server*embedded_events*"])
+
+
+ALWAYS = """
+    import unittest
+    import pytest
+    import outbox
+    from outbox import auto_publishing, enqueue_event
+    from outbox.testing import CollectedEventsMixin, recorded
+
+    def publish(target="order.placed"):
+        with auto_publishing():
+            enqueue_event(1, target)
+
+    publish("at.import")
+
+    @pytest.fixture(scope="session", autouse=True)
+    def seeds():
+        publish("in.session.fixture")
+        yield
+        publish("at.the.end")
+
+    def test_without_the_fixture():
+        publish()
+
+    def test_with_the_fixture(collected_events):
+        publish()
+        collected_events.assert_published("order.placed", times=1)
+        collected_events.assert_nothing_else_published()
+
+    def test_in_a_block():
+        publish()
+        with recorded("a block") as events:
+            publish("other")
+            events.assert_published("#", times=1)
+        publish()
+
+    def test_really(embedded_events):
+        publish()
+        assert embedded_events.assert_published("order.placed")
+
+    def test_really_after_all(request):
+        publish()
+        events = request.getfixturevalue("embedded_events")
+        publish()
+        events.assert_published("order.placed", times=1)
+
+    @pytest.mark.collected_events(strict=True)
+    def test_strict(request):
+        publish()
+        request.getfixturevalue("collected_events")
+
+    class TestCase(unittest.TestCase):
+        def test_without_the_mixin(self):
+            publish()
+
+    class TestMixin(CollectedEventsMixin, unittest.TestCase):
+        def test_with_the_mixin(self):
+            publish()
+            self.collected_events.assert_published("order.placed", times=1)
+
+    @pytest.mark.xfail(strict=True, raises=outbox.UsageError)
+    def test_twice(collected_events):
+        with recorded("a block"):
+            pass
+"""
+
+
+def test_the_setting_always_keeps_every_event_from_the_real_broker(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = tmp_path / "real.db"
+    monkeypatch.setenv("OUTBOX_URL", f"sqlite:///{real}")
+    pytester.makepyfile(ALWAYS)
+    pytester.makeini("[pytest]\noutbox_always = true\n")
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(passed=8, xfailed=1)
+    assert not real.stat().st_size
+    pytester.makeini("[pytest]\n")
+    pytester.runpytest_subprocess("-p", "no:cacheprovider", "-k", "without_the_fixture")
+    assert real.stat().st_size
+
+
+def test_a_strict_test_is_checked_however_it_has_got_its_events(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+        from outbox import auto_publishing, enqueue_event
+
+        @pytest.mark.collected_events(strict=True)
+        def test_strict(request):
+            request.getfixturevalue("collected_events")
+            with auto_publishing():
+                enqueue_event(1, "overlooked")
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*to match an assertion, but 1 did not*"])

@@ -43,6 +43,7 @@ from outbox.consumers import (
     Worker,
     consumer,
 )
+from outbox.observer import seam
 from outbox.testing import CollectedEvents, CollectedEventsMixin, SimulatedCrash, recorded
 from outbox.testing.matching import Wanted
 from tests.invoicing import Invoices, Mails
@@ -866,6 +867,32 @@ class TestMixin(CollectedEventsMixin, unittest.TestCase):
 
     def test_it_starts_empty(self) -> None:
         self.collected_events.assert_nothing_published()
+
+
+class TestMixinWithSetUpOfItsOwn(CollectedEventsMixin, unittest.IsolatedAsyncioTestCase):
+    def setUp(self) -> None:  # without super()
+        place(1)
+        self.addCleanup(self.look, 4)
+
+    async def asyncSetUp(self) -> None:
+        async with auto_publishing():
+            enqueue_event(2, "order.placed")
+
+    async def test_it_collects_from_the_beginning_to_the_end(self) -> None:
+        self.look(2)
+        async with auto_publishing():
+            enqueue_event(3, "order.placed")
+
+    def tearDown(self) -> None:
+        place(4)
+
+    def look(self, number: int) -> None:
+        self.collected_events.assert_published("order.placed", times=number)
+
+
+def test_a_test_case_collects_when_it_is_debugged_too() -> None:
+    TestMixin("test_it_collects").debug()
+    assert seam.observer is None
 
 
 def test_a_strict_test_case_fails_for_unmatched_events_too() -> None:

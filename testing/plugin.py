@@ -47,10 +47,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Collect the events of imports, of fixtures for several tests, and between tests."""
-    blocks = session.config.stash[_SESSION] = ExitStack()
-    if session.config.getini("outbox_always") and seam.observer is None:
+    blocks = early_config.stash[_SESSION] = ExitStack()
+    if early_config.getini("outbox_always") and seam.observer is None:
         blocks.enter_context(recorded("pytest's setting outbox_always", replaceable=True))
 
 

@@ -342,8 +342,16 @@ def test_the_setting_always_keeps_every_event_from_the_real_broker(
     real = tmp_path / "real.db"
     monkeypatch.setenv("OUTBOX_URL", f"sqlite:///{real}")
     pytester.makepyfile(ALWAYS)
+    pytester.makeconftest(
+        """
+        from outbox import auto_publishing, enqueue_event
+
+        with auto_publishing():
+            enqueue_event(1, "in.conftest")
+        """
+    )
     pytester.makeini("[pytest]\noutbox_always = true\n")
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-n", "2")
     result.assert_outcomes(passed=8, xfailed=1)
     assert not real.stat().st_size
     pytester.makeini("[pytest]\n")

@@ -206,7 +206,7 @@ class InlineWorker:
 
     def _take_all(self, steps: Steps[Any]) -> None:
         ended: object = call(steps, self._take)
-        while isinstance(ended, Pause):
+        while isinstance(ended, Pause):  # a wait ends at once, and the message is left
             self.is_stopping = True
             ended = call(steps, self._take)
 

@@ -222,9 +222,6 @@ class InlineWorker:
                 return self.publisher.wait_for(chunk)
             case Blocking(function):
                 return function()
-            case Pause():
-                self.is_stopping = True
-                return None
 
     async def _take_async(self, step: Step) -> Any:
         try:

@@ -206,10 +206,15 @@ class JSONSerializer:
         Raises:
             ValueError: ``body`` is not JSON in UTF-8, or holds ``NaN`` or an infinity.
         """
+        if body.startswith(_BOM):  # a reader may ignore it (RFC 8259, section 8.1)
+            body = body[len(_BOM) :]
         try:
             return self._decode(body.decode())
         except RecursionError:
             raise ValueError("the body is nested too deeply") from None
+
+
+_BOM = b"\xef\xbb\xbf"
 
 
 def _refuse_constant(name: str) -> Any:
@@ -225,10 +230,16 @@ def register(serializer: Serializer) -> None:
 
 
 def serializer_for(content_type: str | None) -> Serializer | None:
-    """Return the serializer of ``content_type`` (ignoring parameters like ``charset``), or None."""
+    """Return the serializer of ``content_type`` (ignoring parameters like ``charset``), or None.
+
+    A type that ends with ``+json`` is read as JSON unless it has a serializer (RFC 6839).
+    """
     if content_type is None:
         return None
     serializer = _by_content_type.get(content_type)
     if serializer is None:
-        serializer = _by_content_type.get(content_type.partition(";")[0].strip().lower())
+        name = content_type.partition(";")[0].strip().lower()
+        serializer = _by_content_type.get(name)
+        if serializer is None and name.endswith("+json"):
+            serializer = _by_content_type[JSONSerializer.content_type]
     return serializer

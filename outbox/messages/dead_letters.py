@@ -124,7 +124,7 @@ def renewed(delivery: Delivery) -> Event | None:
     None if that can't be done: the sender's headers leave no room for outbox's, or are nested too
     deeply, or the body has an encoding, which a copy can't name.
     """
-    if delivery.content_encoding:
+    if delivery.is_encoded:
         return None
     try:
         headers = senders_headers(delivery)

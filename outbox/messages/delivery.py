@@ -30,6 +30,8 @@ __all__ = [
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
+_NOT_ENCODED = frozenset(("utf-8", "utf8", "utf_8", "us-ascii", "ascii", "identity"))
+"""The property is for compression, but many clients write the charset there."""
 _COUNTED = "x-delivery-count"
 _ACQUIRED = "x-acquired-count"  # written by 4.3, also where nothing of it has counted
 
@@ -98,6 +100,12 @@ class Delivery:
     message_id: str | None = None
     priority: int | None = None
     timestamp: int | None = None
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the content encoding says that the body isn't what the content type says."""
+        encoding = self.content_encoding or ""
+        return encoding != "" and encoding.lower() not in _NOT_ENCODED
 
     @property
     def attempt(self) -> int:

@@ -89,7 +89,7 @@ def _short(text: str) -> str:
 def _carried(value: Any) -> Any:
     """Return a header's value in a type that can be written again, whatever its sender used."""
     match value:
-        case None | bool() | bytes():
+        case None | bool() | bytes() | float():
             return value
         case int():
             return int(value) if -(1 << 63) <= value < 1 << 63 else str(value)

@@ -18,7 +18,7 @@ from outbox import Publisher
 from outbox.consumers import consumer
 from outbox.consumers.message.copies import dead_letter
 from outbox.consumers.outcome import Ack, Dead
-from outbox.consumers.received_event import ReceivedEvent
+from outbox.consumers.received_event import ReceivedEvent, decode
 from outbox.messages.delivery import Delivery, QueueSpec
 from outbox.settings import Settings
 from outbox.testing.recorded_delivery import processed
@@ -238,6 +238,29 @@ def test_a_header_frame_without_its_end_mark_ends_the_connection(swift: bool) ->
     header = frame(2, struct.pack(">HHQH", 60, 0, 0, 0))[:-1] + b"!"
     with pytest.raises(pika.exceptions.InvalidFrameError):
         Stream(swift=swift)._on_data_available(frame(1, method) + header)
+
+
+@pytest.mark.parametrize("swift", [True, False])
+def test_a_double_is_read_as_one_wherever_it_stands(swift: bool) -> None:
+    half = b"d" + struct.pack(">d", 0.5)
+    single = b"f" + struct.pack(">f", 2.25)
+    table = b"".join(
+        [
+            entry(b"a", half),
+            entry(b"b", single),
+            entry(b"c", sized(b"A", half + sized(b"F", entry(b"d", half)))),
+            entry(b"e", b"I" + struct.pack(">i", -3)),
+        ]
+    )
+    method = struct.pack(">HH", 60, 60) + short(b"ctag1") + struct.pack(">QB", 7, 0) + b"\0\0"
+    header = struct.pack(">HHQH", 60, 0, 2, 0xE000) + short(b"application/json") + short(b"utf8")
+    header += struct.pack(">I", len(table)) + table
+    message = frame(1, method) + frame(2, header) + frame(3, b"{}")
+    [delivery] = delivered(message, swift=swift)
+    expected = {"a": 0.5, "b": 2.25, "c": [0.5, {"d": 0.5}], "e": -3}
+    assert delivery.headers == expected
+    assert decode(delivery).headers == expected
+    assert dead_letter(delivery, Dead("why")).headers.items() >= expected.items()
 
 
 HUGE = struct.pack(">I", 0xFFFF_FFFF)

@@ -223,7 +223,12 @@ class Connection(pika.SelectConnection):
 
     def _read_frame(self) -> Any:
         try:
-            return super()._read_frame()
+            end, frame = super()._read_frame()
+            if isinstance(frame, pika.frame.Header) and frame.properties.headers:
+                payload = self._frame_buffer[_FRAME_START.size : end - 1]
+                with contextlib.suppress(Exception):  # malformed; pika has made something of it
+                    frame.properties.headers = decoder.headers_in(payload)
+            return end, frame
         except pika.exceptions.InvalidFrameError:  # the framing is broken, not a frame's content
             raise
         except Exception:

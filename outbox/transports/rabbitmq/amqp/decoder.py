@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from typing import Any
 
 from outbox.messages.delivery import Delivery
 from outbox.transports.rabbitmq.amqp.field_table import read as read_table
 
-__all__ = ["BASIC_ACK", "BASIC_DELIVER", "LEAVE", "WAIT", "delivery_at"]
+__all__ = ["BASIC_ACK", "BASIC_DELIVER", "LEAVE", "WAIT", "delivery_at", "headers_in"]
 
 BASIC_ACK = 60 << 16 | 80
 BASIC_DELIVER = 60 << 16 | 60
@@ -32,6 +33,8 @@ _tag_and_size = struct.Struct(">QBB").unpack_from  # tag, redelivered, size of t
 _header = struct.Struct(">BHIHHQH").unpack_from
 _HEADER_SIZE = 21
 _start = struct.Struct(">BHI").unpack_from
+_PROPERTIES = 14  # class, weight, size of the body, flags: the properties follow
+_flags = struct.Struct(">H").unpack_from
 _timestamp = struct.Struct(">Q").unpack_from
 
 
@@ -144,3 +147,17 @@ def _delivery_at(
         priority,
         timestamp,
     )
+
+
+def headers_in(payload: bytes) -> dict[str, Any]:
+    """Return the headers in the payload of a header frame, which has some.
+
+    Raises:
+        Exception: it is malformed, or nested too deeply.
+    """
+    at = _PROPERTIES
+    [flags] = _flags(payload, at - 2)
+    for flag in (0x8000, 0x4000):  # content type, content encoding
+        if flags & flag:
+            at += 1 + payload[at]
+    return read_table(payload, at)[0]

@@ -4,16 +4,16 @@ All encoding and decoding of tables is here (AMQP 0-9-1, section 4.2.5, with the
 RabbitMQ's errata). There are three ways to read a table, for three purposes:
 
 - ``read`` decodes a delivery's headers to a dict in one pass. It decodes common types itself, and
-  the others with pika, so that a consumer gets the same headers from both decoders.
+  those that pika gets wrong: it reads a double as an integer. The others are left to pika.
 - ``split`` only finds the boundaries of the entries, so that they can be sent on unchanged. pika's
-  decoding loses information: it reads a double as an integer, and can't read a date beyond the year
-  9999 at all.
+  decoding loses information: it can't read a date beyond the year 9999 at all.
 - ``decode`` decodes one value from ``split``.
 """
 
 from __future__ import annotations
 
 import datetime
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -127,10 +127,33 @@ def read(buffer: bytes, at: int) -> tuple[dict[str, Any], int]:
             at += 4 + size
             table[name] = buffer[at - size : at].decode()
         else:
-            table[name], at = pika.data.decode_value(buffer, end)
+            table[name], at = _read_value(buffer, end)
     if at != limit:
         raise ValueError("the table does not end where its size says")
     return table, at
+
+
+def _read_value(buffer: bytes, at: int) -> tuple[Any, int]:
+    """Return the value whose type letter is at ``at``, and where it ends."""
+    kind = buffer[at : at + 1]
+    if kind in (b"d", b"f"):
+        [number] = _FIXED[kind].unpack_from(buffer, at + 1)
+        if not math.isfinite(number):  # which pika can't read
+            raise MalformedTable(f"{number} isn't a number that a reader could use")
+        return number, at + 1 + _FIXED[kind].size
+    if kind == b"F":
+        return read(buffer, at + 1)
+    if kind == b"A":
+        items = []
+        [size] = _unpack_size(buffer, at + 1)
+        at += 5
+        limit = at + size
+        while at < limit:
+            item, at = _read_value(buffer, at)
+            items.append(item)
+        return items, at
+    value, at = pika.data.decode_value(buffer, at)
+    return value, at
 
 
 def split(data: bytes, at: int) -> tuple[tuple[Entry, ...], int]:

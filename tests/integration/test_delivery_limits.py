@@ -22,9 +22,11 @@ from outbox import Publisher, UsageError
 from outbox.consumers import ReceivedEvent, Worker, consumer
 from outbox.consumers.outcome import Return
 from outbox.messages.delivery import dead_letter_queue
+from outbox.settings import Settings
 from outbox.transports.rabbitmq.topology import DELIVERY_LIMIT
+from outbox.transports.registry import open_parked_queues
 from proving.proxy import FaultProxy
-from tests.amqp import Inspector
+from tests.amqp import Inspector, properties_of
 from tests.integration.test_worker import Seen, running, send
 from tests.waiting import wait_until
 
@@ -101,6 +103,24 @@ def test_queues_of_an_earlier_version_are_consumed_from_and_named(
     assert sorted(line.split("'")[1] for line in named) == (
         [name, dead_letter_queue(name)] if counts else []
     )
+
+
+def test_the_dead_letters_that_the_broker_has_made_are_counted_at_the_start(
+    publisher: Publisher, inspector: Inspector, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "outbox.consumer")
+    with running(publisher, inspector, Seen(), name):
+        pass
+    inspector.publish(name, b"{}", properties=properties_of(delivery_mode=2, expiration="1"))
+    wait_until(lambda: inspector.count(dead_letter_queue(name)) == 1)
+    with running(publisher, inspector, Seen(), name):
+        pass
+    assert caplog.text.count(f"1 dead letter(s) of '{name}' wait in") == 1
+    url = publisher.settings.url
+    with open_parked_queues(Settings.load(url, {})) as parked:
+        with parked.browse(dead_letter_queue(name), 1) as browsing:
+            [[message]] = browsing.windows()
+            assert message.reason == "dead-lettered by the broker: expired"
 
 
 def test_a_queue_with_another_limit_is_refused_in_the_brokers_words(

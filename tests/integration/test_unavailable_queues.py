@@ -16,6 +16,7 @@ from outbox.consumers import Worker, consumer
 from outbox.messages.delivery import dead_letter_queue
 from outbox.testing.broker import PrivateBroker
 from outbox.transports.rabbitmq.topology import is_wrong_usage
+from proving.proxy import FaultProxy, Frame, Way
 from tests.amqp import Inspector
 from tests.integration.test_worker import Seen, send
 from tests.waiting import wait_until
@@ -162,6 +163,30 @@ def test_one_queue_that_must_be_changed_still_ends_the_start(
         pytest.raises(UsageError, match=r"PRECONDITION_FAILED.*x-"),
     ):
         worker.wait(10)
+
+
+def test_missing_queues_are_declared_again_once_in_two_seconds_for_all_that_miss_them(
+    proxy: FaultProxy, inspector: Inspector, name: str
+) -> None:
+    declared = []
+
+    def is_declaration(frame: Frame) -> bool:
+        if frame.way is Way.UP and frame.method == (50, 10):
+            declared.append(frame)
+        return False
+
+    with (
+        Publisher(proxy.url, exchange=name) as publisher,
+        working(publisher, inspector, consumer(name)(Seen())) as worker,
+    ):
+        wait_until(lambda: worker.is_consuming)
+        inspector.channel.queue_delete(dead_letter_queue(name))
+        proxy.cut_at(is_declaration)
+        for _ in range(20):
+            worker._subscription.declare_again()
+            time.sleep(0.01)
+        inspector.wait_for_queue(dead_letter_queue(name))
+        assert 1 <= len(declared) <= 4  # the queue, and its dead letters
 
 
 @pytest.mark.parametrize(

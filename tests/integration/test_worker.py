@@ -142,6 +142,20 @@ def test_a_queue_is_bound_to_its_name_and_its_topics(
         assert sorted(event.payload for event in seen.wait(3)) == [1, 2, 3]
 
 
+def test_a_topic_that_was_taken_out_is_warned_of_when_its_messages_arrive(
+    publisher: Publisher, inspector: Inspector, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(publisher, inspector, Seen(), name, topics=["old.*", "kept.#"]):
+        pass
+    seen = Seen()
+    with running(publisher, inspector, seen, name, topics=["kept.#"]):
+        for target in (name, "kept.a", "old.a", "old.a", "old.b"):
+            send(publisher, target, 1)
+        seen.wait(5)
+    lines = [line for line in caplog.text.splitlines() if "beside its consumer's topics" in line]
+    assert [line.split("message for ")[1].split("'")[1] for line in lines] == ["old.a", "old.b"]
+
+
 @pytest.mark.hazard("G1")
 def test_follow_on_events_are_confirmed_before_the_ack(
     publisher: Publisher, inspector: Inspector, name: str

@@ -157,7 +157,10 @@ class RabbitMQSubscription:
             restore_delayed(delivery)
         if not delivery.exchange:  # perhaps a dead letter that was replayed to this queue
             restore_origin(delivery)
-        self._consumers[delivery.queue].out += 1
+        consumer = self._consumers[delivery.queue]
+        consumer.out += 1
+        if consumer.unknown_targets and delivery.target not in consumer.known_targets:
+            consumer.check_target(delivery)
         self._deliver(delivery)
 
     def _declare_again(self) -> None:

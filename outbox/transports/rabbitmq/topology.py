@@ -6,6 +6,7 @@ else may use that channel.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -177,19 +178,21 @@ class QuorumQueue:
     name: str
     arguments: dict[str, Any]
     passive: bool
+    is_limited: bool = True
 
     def __call__(self, channel: pika.channel.Channel, done: Callable[[Any], None]) -> None:
-        """Declare the queue with the limit."""
-        arguments = {**self.arguments, _LIMIT: DELIVERY_LIMIT}
-        durable_queue(self.name, arguments, passive=self.passive)(channel, done)
+        """Declare the queue."""
+        limit = {_LIMIT: DELIVERY_LIMIT} if self.is_limited else {}
+        durable_queue(self.name, {**self.arguments, **limit}, passive=self.passive)(channel, done)
 
-    def without_limit(self) -> Step:
+    def without_limit(self) -> QuorumQueue:
         """Return the step that declares it as earlier versions of outbox did."""
-        return durable_queue(self.name, self.arguments)
+        return dataclasses.replace(self, is_limited=False)
 
     def is_older(self, refused: str) -> bool:
         """Return whether the broker refused only the limit: it compares that argument last."""
-        return refused.startswith("PRECONDITION_FAILED") and f"'{_LIMIT}'" in refused
+        is_of_limit = refused.startswith("PRECONDITION_FAILED") and f"'{_LIMIT}'" in refused
+        return self.is_limited and is_of_limit
 
 
 def declare(
@@ -198,6 +201,7 @@ def declare(
     done: Callable[[str | None], None],
     *,
     older: Callable[[str], object] = lambda queue: None,
+    counted: Callable[[str, int], object] = lambda queue, messages: None,
 ) -> None:
     """Run ``steps`` one after the other; then call ``done`` with None or the broker's refusal.
 
@@ -208,6 +212,7 @@ def declare(
         steps: the steps.
         done: the callback for the end.
         older: the callback for the name of a queue that exists without our delivery limit.
+        counted: the callback for the name of a quorum queue and the number of messages ready in it.
     """
     if not steps:
         done(None)
@@ -221,7 +226,12 @@ def declare(
         if current is None:
             channel.close()
         else:
-            current(channel, lambda _answer: next_step(channel))
+            current(channel, lambda answer: on_answer(channel, answer))
+
+    def on_answer(channel: pika.channel.Channel, answer: Any) -> None:
+        if isinstance(current, QuorumQueue):
+            counted(current.name, answer.method.message_count)
+        next_step(channel)
 
     def on_refused(refused: str) -> None:
         if not (isinstance(current, QuorumQueue) and current.is_older(refused)):

@@ -24,7 +24,8 @@ import pika.channel
 import pika.exceptions
 import pika.spec
 
-from outbox.messages.delivery import Delivery, QueueSpec
+from outbox.messages.delivery import Delivery, QueueSpec, dead_letter_queue
+from outbox.messages.topics import matches
 from outbox.settings import Declare
 from outbox.system.backoff import backoff
 from outbox.transports.rabbitmq import delay_ladder, pika_connection, topology
@@ -39,6 +40,7 @@ logger = logging.getLogger("outbox.consumer")
 _GIVES_UP = (4, 0)
 """Since then a quorum queue without a limit has one of 20 (RabbitMQ 4.0 release notes)."""
 _NACKS_DO_NOT_COUNT = (4, 3)
+_CHECKED_TARGETS = 1000
 
 
 class QueueConsumer:
@@ -52,6 +54,8 @@ class QueueConsumer:
         out: the number of unsettled deliveries on the channel.
         is_consuming: whether the broker has a consumer for it.
         is_waiting: whether it can't be had for now, and is tried again after a pause.
+        known_targets: the targets of messages that arrived and need no check.
+        unknown_targets: how many others are still checked.
     """
 
     def __init__(
@@ -80,6 +84,9 @@ class QueueConsumer:
         self.out = 0
         self.is_consuming = False
         self.is_waiting = False
+        self.known_targets: set[str] = {spec.name}
+        # Where others bind the queue, its topics say nothing about what may arrive.
+        self.unknown_targets = _CHECKED_TARGETS if mode == "create" else 0
         self._mode = mode
         self._prefetch = prefetch
         self._link = link
@@ -94,6 +101,7 @@ class QueueConsumer:
         self._is_trying = False
         self._is_suspect = False
         self._failures = 0
+        self._has_counted = False
         self._older: set[str] = set()  # those named for having no limit of ours
         self._on_cancelled: Callable[[], None] | None = None  # set from the first cancel() on
 
@@ -150,7 +158,16 @@ class QueueConsumer:
             return
         self._is_trying = True
         declared = functools.partial(self._on_declared, self._try)
-        topology.declare(connection, self.steps(), declared, older=self._on_older)
+        topology.declare(
+            connection, self.steps(), declared, older=self._on_older, counted=self._on_counted
+        )
+
+    def _on_counted(self, queue: str, messages: int) -> None:
+        """Say once how many dead letters wait: those that the broker made are logged nowhere."""
+        if queue == dead_letter_queue(self.spec.name) and not self._has_counted:
+            self._has_counted = True
+            if messages:
+                logger.info("%d dead letter(s) of %r wait in %r", messages, self.spec.name, queue)
 
     def _on_older(self, queue: str) -> None:
         """Say once what it means that ``queue`` was declared without our limit."""
@@ -364,6 +381,29 @@ class QueueConsumer:
         apart, self._apart = self._apart, None
         if apart is not None:
             apart.close()
+
+    # ------------------------------------------------------------------ bindings
+
+    def check_target(self, delivery: Delivery) -> None:
+        """Warn of a binding that none of the consumer's topics has made.
+
+        A topic that is taken out of them stays bound, and no client can list a queue's bindings:
+        only what arrives shows that. A limited number of targets is checked, as they may contain
+        user data.
+        """
+        spec, target = self.spec, delivery.target
+        if delivery.exchange != spec.exchange:
+            return  # bound to it by others, or sent to the queue itself
+        self.unknown_targets -= 1
+        self.known_targets.add(target)
+        if not any(matches(topic, target) for topic in spec.topics):
+            logger.warning(
+                "queue %r is bound to %r beside its consumer's topics, perhaps by earlier ones: a "
+                "message for %r has arrived; delete the binding if it is not wanted",
+                spec.name,
+                spec.exchange,
+                target,
+            )
 
     # ------------------------------------------------------------------ settling
 

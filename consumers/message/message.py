@@ -11,6 +11,7 @@ crash in between may duplicate a message, but can't lose it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import logging
@@ -86,13 +87,13 @@ class Message:
         delivery: the delivery, as it arrived.
         event: the decoded event; None until then.
         is_given_up: whether ``give_up()`` ends the message instead of its attempt.
-        is_acked_in_vain: whether all is done, but the delivery was stale: the message is
-            redelivered, and needs nothing but an ack.
+        is_acked: whether all is done, so that an ack is all that the message needs, also if it is
+            redelivered.
     """
 
     # On the class: few messages change them.
     is_given_up = False
-    is_acked_in_vain = False
+    is_acked = False
     _pause = FIRST_PAUSE
     _waiting_since: float | None = None
     _refused_since: float | None = None
@@ -255,6 +256,9 @@ class Message:
             if now - self._refused_since >= PATIENCE:
                 refused = FollowOnsRefused(text_of(hold.error))
                 refused.__cause__ = hold.error
+                if self.event is None:  # a subprocess has decoded it
+                    with contextlib.suppress(Undecodable):
+                        self.event = decode(self.delivery)
                 return Failed(refused)
         else:
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
@@ -428,10 +432,8 @@ class Message:
         return time.monotonic() - since >= _LONGEST_WAIT
 
     def _ack(self) -> None:
-        subscription = self._services.subscription
-        if subscription.is_stale(self.delivery):
-            self.is_acked_in_vain = True
-        subscription.ack(self.delivery)
+        self.is_acked = True
+        self._services.subscription.ack(self.delivery)
 
 
 def may_be_excused(result: Outcome | Failed) -> TypeGuard[Failed]:

@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from contextvars import Context
 from functools import partial
 from typing import Protocol, TypeAlias
@@ -35,14 +35,17 @@ logger = logging.getLogger("outbox.consumer")
 _LONGEST_WAIT = 300.0
 """Seconds between two looks at what waits to begin. What two looks have seen is given back: after
 30 minutes RabbitMQ would take it back, and with it all that has the same channel."""
-_REMEMBERED = 600.0  # seconds, for a message that is done and whose ack was in vain
+_REMEMBERED = 600.0  # seconds, for a message that is done, but whose delivery was stale by then
 _MOST_REMEMBERED = 10_000
+_LATEST = 100
+"""Messages whose ack may still be on its way, and be lost with the channel."""
 _FAULTS = 10
 """Times that outbox itself may fail to handle a message, before it becomes a dead letter."""
 _LONGEST_PAUSE = 30.0  # seconds after such a fault
+_ENDING = 2.0  # seconds for the thread to end
 
 
-_Key: TypeAlias = tuple[str, str | None, str, int, int]
+_Key: TypeAlias = tuple[str, str | None, str, int | None, int, int]
 
 
 class Line(Protocol):
@@ -96,10 +99,14 @@ class InFlight:
         self._all_confirmed = threading.Event()
         self._reported: queue.SimpleQueue[tuple[Life, PublishReport] | _Order] = queue.SimpleQueue()
         self._put_again: dict[Delivery, Life] = {}
+        self._thread = threading.Thread(
+            target=self._run, name="outbox-worker-confirms", daemon=True
+        )
         self._pen = Pen(self._resume, work.resting, places=places)
         self._lock = threading.Lock()
         self._begun: set[Message] = set()
         self._waiting_for: dict[Message, list[Delivery]] = {}
+        self._acked: deque[Delivery] = deque(maxlen=_LATEST)
         self._done: OrderedDict[_Key, float] = OrderedDict()
         self._given_back: set[Delivery] = set()
         self._seen_waiting: set[Delivery] = set()
@@ -107,7 +114,7 @@ class InFlight:
 
     def start(self) -> None:
         """Start the thread."""
-        threading.Thread(target=self._run, name="outbox-worker-confirms", daemon=True).start()
+        self._thread.start()
 
     def of(self, delivery: Delivery, context: Context) -> Life | None:
         """Return the life to start or to go on with.
@@ -160,9 +167,12 @@ class InFlight:
 
     def ends(self, message: Message) -> None:
         """Note that a message has ended; with the last one that is allowed, stop the worker."""
+        if message.is_acked:
+            delivery = message.delivery
+            self._acked.append(delivery)
+            if self._work.subscription.is_stale(delivery):
+                self._remember(delivery)
         self._begun.discard(message)
-        if message.is_acked_in_vain:
-            self._remember(message.delivery)
         if self._waiting_for:
             self._release(message)
         if self._pen.closed:
@@ -202,6 +212,8 @@ class InFlight:
         remaining = max(0.0, deadline - time.monotonic())
         finished = not self._unconfirmed or self._all_confirmed.wait(remaining)
         self._reported.put(_Order.END)
+        if self._thread.is_alive():
+            self._thread.join(_ENDING)  # else it could resume what is left here
         self._unconfirmed.clear()
         for life in (*self._pen.empty(), *self._put_again.values()):
             self._abandon(life)
@@ -221,32 +233,39 @@ class InFlight:
 
     def _is_done(self, delivery: Delivery) -> bool:
         """Ack ``delivery`` if its message is known to be done; return whether it is."""
-        if not self._done:
-            return False
+        key = _key(delivery)
         with self._lock:
-            at = self._done.pop(_key(delivery), None)
-        if at is None or time.monotonic() - at > _REMEMBERED:
+            at = self._done.pop(key, None)
+            acked = [
+                first
+                for first in list(self._acked)
+                if first.message_id == delivery.message_id
+                and first.generation != delivery.generation
+                and _key(first) == key
+            ]
+            for first in acked:
+                with contextlib.suppress(ValueError):  # others have pushed it out meanwhile
+                    self._acked.remove(first)
+        if not acked and (at is None or time.monotonic() - at > _REMEMBERED):
             return False
-        self._ack(delivery)
-        return True
-
-    def _ack(self, delivery: Delivery) -> None:
         logger.info(
             "message %r of %r is done, but was redelivered, since its ack was lost; acked again",
             delivery.message_id,
             delivery.queue,
         )
         self._work.subscription.ack(delivery)
+        return True
 
     def _waits_for_other(self, delivery: Delivery) -> bool:
         """Keep ``delivery`` while an earlier delivery of its message is processed."""
-        is_stale = self._work.subscription.is_stale
         key = _key(delivery)
         for message in list(self._begun):
-            if _key(message.delivery) == key and is_stale(message.delivery):
+            first = message.delivery
+            if first.message_id == delivery.message_id and _key(first) == key:
                 with self._lock:
                     self._waiting_for.setdefault(message, []).append(delivery)
-                self._pen.wake(message)
+                if self._work.subscription.is_stale(first):
+                    self._pen.wake(message)
                 if message not in self._begun:  # it has ended meanwhile
                     self._release(message)
                 return True
@@ -378,6 +397,7 @@ def _key(delivery: Delivery) -> _Key:
         delivery.queue,
         delivery.message_id,
         delivery.target,
+        delivery.timestamp,
         delivery.attempt,
         hash(delivery.body),
     )

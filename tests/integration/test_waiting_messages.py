@@ -18,6 +18,7 @@ from outbox.consumers.message import message, republishing
 from outbox.consumers.message.message import Message
 from outbox.consumers.worker import in_flight
 from outbox.messages.delivery import dead_letter_queue
+from outbox.testing.broker import PrivateBroker
 from tests.amqp import Inspector
 from tests.places import Place, RabbitMQPlace, events_for, made, reading, working
 from tests.waiting import wait_until
@@ -434,6 +435,45 @@ def test_a_held_message_is_requeued_before_the_broker_takes_it_back(
         database.unlock()
         wait_until(lambda: worker._subscription.out(name) == 0)
     assert place.count(dead_letter_queue(name)) == 0
+
+
+@contextlib.contextmanager
+def limited(broker: PrivateBroker, seconds: float) -> Iterator[None]:
+    """Let the broker close channels on which something isn't acked within ``seconds``."""
+
+    def set_limit(limit: float, tick: float) -> None:
+        broker.ctl(
+            "eval",
+            f"application:set_env(rabbit, consumer_timeout, {1000 * limit:.0f}), "
+            f"application:set_env(rabbit, channel_tick_interval, {1000 * tick:.0f}).",
+        )
+
+    set_limit(seconds, 0.3)
+    try:
+        yield
+    finally:
+        set_limit(1800, 60)
+
+
+def test_messages_that_outlast_the_brokers_limit_for_acks_are_processed_once(
+    private_broker: PrivateBroker, name: str
+) -> None:
+    """The slow one itself, and what was sent ahead with it."""
+    slow = Runs(lambda event: time.sleep(4.0 if event.payload["n"] == 0 else 0.5))
+    with limited(private_broker, 1.5), Publisher(private_broker.url, exchange=name) as publisher:
+        worker = Worker([of(name, slow)], publisher=publisher, threads=2)
+        worker.start()
+        try:
+            wait_until(lambda: worker.is_consuming)
+            send(publisher, name, 10)
+            wait_until(lambda: len(slow.done) == 10, 30)
+            wait_until(lambda: worker._subscription.out(name) == 0, 30)
+        finally:
+            worker.stop(10)
+        time.sleep(0.5)
+    assert sorted(n for n, _ in slow.begun) == list(range(10))
+    with contextlib.closing(Inspector(private_broker.url)) as inspector:
+        assert inspector.all(name) == []
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])

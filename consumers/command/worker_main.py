@@ -136,6 +136,7 @@ def _retire(worker: Worker, stop: Stop) -> None:
     next_line = began + _LINE_EVERY
     while not stop.asked and not worker.is_idle:
         time.sleep(_FIRST_POLL)
+        worker.give_back()
         if time.monotonic() >= next_line:
             next_line += _LINE_EVERY
             logger.info(

@@ -25,7 +25,7 @@ from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Abandoned, Confirm, Pause, Step, call
 from outbox.consumers.worker.life import Life
 from outbox.consumers.worker.pen import Pen
-from outbox.consumers.worker.worker_context import WorkerContext
+from outbox.consumers.worker.worker_context import Quota, WorkerContext
 from outbox.messages.delivery import Delivery
 
 __all__ = ["InFlight", "Line"]
@@ -110,6 +110,7 @@ class InFlight:
         self._done: OrderedDict[_Key, float] = OrderedDict()
         self._given_back: set[Delivery] = set()
         self._seen_waiting: set[Delivery] = set()
+        self._aside: deque[Delivery] = deque()
         self._faults: OrderedDict[_Key, int] = OrderedDict()
 
     def start(self) -> None:
@@ -135,7 +136,7 @@ class InFlight:
             or (self._given_back and self._withdraw(delivery))
             or (delivery.redelivered and self._has_predecessor(delivery))
             or (pen.closed and pen.holds_back(delivery))
-            or (work.quota is not None and not work.quota.begin())
+            or (work.quota is not None and self._is_beyond(work.quota, delivery))
         ):
             if pen.closed:
                 pen.began(delivery, None)
@@ -146,6 +147,11 @@ class InFlight:
         if pen.closed:
             pen.began(delivery, message)
         return Life(message, message.live(), context.copy())
+
+    def set_aside(self, delivery: Delivery) -> None:
+        """Keep a delivery that was taken from the line while the engine begins no more messages."""
+        if delivery not in self._put_again:
+            self._aside.append(delivery)
 
     def leave(self, life: Life, chunk: Chunk) -> None:
         """Hold ``life`` until ``chunk`` is reported, or its timeout is over.
@@ -201,6 +207,16 @@ class InFlight:
             pause = min(_LONGEST_PAUSE, 0.5 * 2.0 ** min(faults - 1, 10))
             self._work.subscription.requeue(delivery, pause)
             self.ends(message)
+
+    def give_back(self) -> None:
+        """Requeue what waits to begin, after the engine was asked to stop.
+
+        May be called again, for what arrives late.
+        """
+        for delivery in {*self._line.waiting(), *self._pen.waiting()} - self._given_back:
+            self._return(delivery)
+        while self._aside:
+            self._work.subscription.requeue(self._aside.popleft(), 0.0)
 
     def stop(self, deadline: float) -> bool:
         """Wait for the unconfirmed lives, until ``deadline``; return whether all are reported.
@@ -367,16 +383,8 @@ class InFlight:
         """Give back what has waited to begin since the last call."""
         if not self._work.subscription.limits_processing:
             return
-        line, pen = self._line, self._pen
-        waiting = {*line.waiting(), *pen.waiting()}
-        returned = 0
-        for delivery in waiting & self._seen_waiting:
-            if not pen.give_up(delivery):
-                self._given_back.add(delivery)
-                if delivery not in line.waiting() and self._withdraw(delivery):
-                    continue  # a thread took it meanwhile, and begins it
-            self._work.subscription.requeue(delivery, 0.0)
-            returned += 1
+        waiting = {*self._line.waiting(), *self._pen.waiting()}
+        returned = sum(map(self._return, waiting & self._seen_waiting))
         self._seen_waiting = waiting
         if returned:
             logger.info(
@@ -384,6 +392,21 @@ class InFlight:
                 returned,
                 _LONGEST_WAIT,
             )
+
+    def _return(self, delivery: Delivery) -> bool:
+        """Requeue a delivery that waits to begin; return False if a thread has just taken it."""
+        if not self._pen.give_up(delivery):
+            self._given_back.add(delivery)
+            if delivery not in self._line.waiting() and self._withdraw(delivery):
+                return False
+        self._work.subscription.requeue(delivery, 0.0)
+        return True
+
+    def _is_beyond(self, quota: Quota, delivery: Delivery) -> bool:
+        if quota.begin():
+            return False
+        self.set_aside(delivery)
+        return True
 
 
 class _Order(enum.Enum):

@@ -223,8 +223,12 @@ class TaskEngine:
             self._begin((self._ahead or self._waiting).popleft())
 
     def _begin(self, delivery: Delivery) -> None:
-        # A message that isn't started is requeued when the subscription closes, or was already.
-        life = None if self.is_stopping else self.in_flight.of(delivery, self._context)
+        # A message that isn't started is requeued, at the latest when the subscription closes.
+        if self.is_stopping:
+            self.in_flight.set_aside(delivery)
+            life = None
+        else:
+            life = self.in_flight.of(delivery, self._context)
         if life is None:
             self._room.release()
             return

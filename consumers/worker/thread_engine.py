@@ -139,7 +139,8 @@ class ThreadEngine:
     def _process(self, delivery: Delivery) -> bool:
         """Process a message; return whether this thread still has its place."""
         if self._stopping.is_set():
-            return True  # the message is requeued when the subscription closes
+            self.in_flight.set_aside(delivery)  # requeued, or when the subscription closes
+            return True
         life = self.in_flight.of(delivery, self._context)
         return True if life is None else self._go_on(life)
 

@@ -230,11 +230,20 @@ class Worker:
             self._subscription.release_of(owners, was_lost)
 
     def retire(self) -> None:
-        """Start no more messages, but let those being processed go on; then call ``stop``."""
+        """Start no more messages, but let those being processed go on; then call ``stop``.
+
+        What has not started is given back, for other workers.
+        """
         self._stopping.set()
         for engine in self._engines():
             engine.ask_to_stop(math.inf)
         self._subscription.cancel()
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Requeue what a retired worker has received and not started, such as what came late."""
+        for engine in self._engines():
+            engine.in_flight.give_back()
 
     def stop(self, timeout: float = 30.0) -> bool:
         """Start no more messages, finish those being processed, requeue the rest, disconnect.

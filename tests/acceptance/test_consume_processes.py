@@ -225,6 +225,17 @@ def test_a_recycled_worker_lets_its_messages_finish_while_another_consumes(
     assert "did not finish" not in command.text()
 
 
+@pytest.mark.parametrize("limit", ["--max-age", "--max-messages"])
+def test_a_recycled_worker_gives_back_what_it_has_not_begun(anywhere: Command, limit: str) -> None:
+    anywhere.start("-t", "1", limit, "1", "--shutdown-timeout", "0.2")
+    anywhere.consuming(1)
+    messages = anywhere.publish("sleep 8", *["nothing"] * 2)
+    anywhere.wait_done(3)
+    assert sorted(message for message, _ in anywhere.did()) == sorted(messages)
+    assert anywhere.did()[-1][0] == messages[0]
+    anywhere.stop()
+
+
 def test_a_worker_that_waits_for_its_last_message_has_a_successor(command: Command) -> None:
     command.start("-t", "2", "--max-messages", "2")
     command.consuming(1)

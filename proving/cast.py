@@ -71,7 +71,8 @@ def programs(
         "worker": server(
             "worker",
             *("outbox.consumers", "proving.programs.worker", "-p", "2", "-t", "16"),
-            *("--log-level", "WARNING"),
+            # A broker that is away for long is no reason to end with an error.
+            *("--log-level", "WARNING", "--shutdown-timeout", f"{grace - 5:.0f}"),
             children=1,
         ),
     }

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from outbox import Blocked, Event, Publisher
-from outbox.consumers import Consumer, ReceivedEvent
+from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy
 from outbox.transports.sqlite import database, subscription
 from outbox.transports.sqlite.clock_jumps import ClockJumps
+from outbox.transports.sqlite.disk_room import Room
 from tests.places import Reader, SQLitePlace, events_for, made, reading, working
 from tests.waiting import wait_until
 
@@ -198,15 +199,19 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.parametrize("failures", [0, 1], ids=["all succeed", "all are retried"])
 def test_a_disk_that_the_backlog_has_filled_is_emptied_by_a_worker(
-    tmp_path: Path, name: str
+    tmp_path: Path, name: str, failures: int
 ) -> None:
     processed: set[str] = set()
 
     class Take(Consumer):
         queue = name
+        retry = RetryPolicy(delay=0.5)
 
         def process(self, event: ReceivedEvent) -> None:
+            if event.attempt <= failures:
+                raise RuntimeError("not yet")
             processed.add(event.id)
 
     with small_disk(tmp_path, 32):
@@ -221,8 +226,25 @@ def test_a_disk_that_the_backlog_has_filled_is_emptied_by_a_worker(
             kept = len(publisher.kept)
             assert published > 400  # most of the disk was used
             with working(publisher, Take):
-                wait_until(lambda: len(processed) == published + kept, timeout=40)
+                wait_until(lambda: len(processed) == published + kept, timeout=60)
             assert publisher.kept == ()
+
+
+def test_copies_of_messages_are_written_where_new_events_have_no_room(
+    place: SQLitePlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.bind(name, "x", "#")
+    monkeypatch.setattr(database, "room_at", lambda path: Room(0, 10_000))
+    new = large_events(2, 1000, "a", "x")
+    assert publisher.publish(new).kept == tuple(new)
+    copies = large_events(3, 1000, "a", "x")
+    with place.publisher() as of_worker:
+        assert of_worker.publish(copies, keep=False).ok
+        assert place.count(name) == 3
+        report = of_worker.publish(large_events(1, 20_000, "a", "x"), keep=False)
+        assert len(report.rejected) == 1
+    assert publisher.kept == tuple(new)
+    monkeypatch.setattr(database, "room_at", lambda path: Room(10_000, 10_000))
 
 
 def test_while_only_the_workers_reserve_is_left_events_are_kept_with_growing_pauses(
@@ -236,11 +258,11 @@ def test_while_only_the_workers_reserve_is_left_events_are_kept_with_growing_pau
     room = 0
     looks: list[float] = []
 
-    def room_for_events(path: str) -> int:
+    def room_at(path: str) -> Room:
         looks.append(time.monotonic())
-        return room
+        return Room(room, room)
 
-    monkeypatch.setattr(database, "room_for_events", room_for_events)
+    monkeypatch.setattr(database, "room_at", room_at)
     caplog.set_level(logging.WARNING, "outbox.publisher")
     events = events_for(publisher, ["a"])
     report = publisher.publish(events)
@@ -260,12 +282,12 @@ def test_a_large_chunk_fills_the_room_that_there_is(
 ) -> None:
     place.bind(name, "x", "#")
     place.bind(f"{name}-copy", "x", "#")  # a row for each queue
-    monkeypatch.setattr(database, "room_for_events", lambda path: 30_000)
+    monkeypatch.setattr(database, "room_at", lambda path: Room(30_000, 30_000))
     publisher.publish(large_events(25, 1000, "a", "x"))
     wait_until(lambda: place.count(name) >= 12)
     assert publisher.drain(20)
     assert place.count(name) == place.count(f"{name}-copy") == 25
     event = large_events(1, 20_000, "a", "x")
     assert publisher.publish(event).kept == tuple(event)
-    monkeypatch.setattr(database, "room_for_events", lambda path: 50_000)
+    monkeypatch.setattr(database, "room_at", lambda path: Room(50_000, 50_000))
     assert publisher.drain(20)

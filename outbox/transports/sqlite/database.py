@@ -18,7 +18,7 @@ from outbox.storage.engines import open_sqlite
 from outbox.storage.store import Store
 from outbox.system import process
 from outbox.transports.sqlite import routing
-from outbox.transports.sqlite.disk_room import room_for_events
+from outbox.transports.sqlite.disk_room import Room, room_at
 from outbox.transports.sqlite.location import Location
 from outbox.transports.sqlite.shared_file import shared_file_at
 from outbox.transports.sqlite.sqlite_errors import DATABASE_ERRORS, is_busy, is_failure, of_database
@@ -115,18 +115,18 @@ class Database:
         before, self._version = self._version, version
         return version != before
 
-    def room(self) -> int:
-        """Return the number of bytes of events that may be written now, 0 or less if none.
+    def room(self) -> Room:
+        """Return the room for events on the disk.
 
         Raises:
             BrokerError: the file can't be used now.
         """
         with self._turn():
-            room = room_for_events(self.path)
-            if room <= 0:
+            room = room_at(self.path)
+            if room.for_new <= 0:
                 # The log keeps its size when it is empty, until it is truncated.
                 self._raw_opened().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                room = room_for_events(self.path)
+                room = room_at(self.path)
         return room
 
     def due_in(self, queue: str) -> float | None:

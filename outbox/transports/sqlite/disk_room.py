@@ -1,16 +1,18 @@
-"""How much may be published before the disk is full.
+"""How much may be written before the disk is full.
 
 Claiming and deleting a message need room on the disk, too: SQLite writes each changed page to the
 log first, and into the file later. If publishers filled the disk to the last byte, no worker could
-ever make room again. So they stop earlier, as RabbitMQ does with ``disk_free_limit``.
+ever make room again. So they stop earlier, as RabbitMQ does with ``disk_free_limit``. What replaces
+messages, such as the copies for retries, stops later: or messages that all fail would stay forever.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from typing import NamedTuple
 
-__all__ = ["room_for_events"]
+__all__ = ["Room", "room_at"]
 
 _RESERVE = 16 * 1024 * 1024
 _SMALLEST_SHARE = 10  # of a small disk, the reserve is one tenth
@@ -19,10 +21,24 @@ _COPIES = 3
 """The bytes written for each byte of an event: to the log, into the file, for pages and indexes."""
 
 
-def room_for_events(path: str) -> int:
-    """Return the number of bytes of events that may be written to the file at ``path`` now.
+class Room(NamedTuple):
+    """The bytes of events that may be written; 0 or less if none.
 
-    It is 0 or less if only the workers' reserve is left.
+    Attributes:
+        for_new: bytes of events that come in addition.
+        for_copies: bytes of events each of which is about to replace a message.
+    """
+
+    for_new: int
+    for_copies: int
+
+    def without(self, size: int) -> Room:
+        """Return the room that remains after events of ``size`` bytes."""
+        return Room(self.for_new - size, self.for_copies - size)
+
+
+def room_at(path: str) -> Room:
+    """Return the room for events in the file at ``path``.
 
     Raises:
         OSError: the disk can't be asked.
@@ -32,4 +48,5 @@ def room_for_events(path: str) -> int:
     log = 0
     with contextlib.suppress(FileNotFoundError):
         log = os.stat(f"{path}-wal").st_size  # all of it may still have to be copied into the file
-    return (disk.f_bavail * disk.f_frsize - reserve - log) // _COPIES
+    free = disk.f_bavail * disk.f_frsize - log
+    return Room((free - reserve) // _COPIES, (free - reserve // 2) // _COPIES)

@@ -24,6 +24,7 @@ from outbox.system.fork_pause import Pause
 from outbox.transports.backlogged import BackloggedTransport
 from outbox.transports.sqlite import routing
 from outbox.transports.sqlite.database import Database
+from outbox.transports.sqlite.disk_room import Room
 from outbox.transports.sqlite.location import Location
 from outbox.transports.sqlite.plan import Plan
 from outbox.transports.sqlite.routing import Routes
@@ -85,7 +86,7 @@ class SQLiteTransport(BackloggedTransport):
         self._database = Database(location, lambda: self._stopping, self._on_reopened)
         self._was_replaced = False
         self._queues_missing_until = 0.0
-        self._room = 0
+        self._room = Room(0, 0)
         self._look_for_room_at = 0.0
         self._shared_file = shared_file_at(location.path)
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -189,10 +190,10 @@ class SQLiteTransport(BackloggedTransport):
 
     def _write_next(self) -> None:
         now = time.monotonic()
-        if self._room < _WRITE_BYTES or now >= self._look_for_room_at:
+        if self._room.for_new < _WRITE_BYTES or now >= self._look_for_room_at:
             self._room = self._database.room()
             self._look_for_room_at = now + _LOOK_FOR_ROOM
-        entries = self.backlog.take(_WRITE_EVENTS, min(_WRITE_BYTES, self._room))
+        entries = self.backlog.take(_WRITE_EVENTS, _WRITE_BYTES)
         if not entries:
             return
         try:
@@ -222,7 +223,9 @@ class SQLiteTransport(BackloggedTransport):
                 if plan.parks and not self._make_parking_queue(connection):
                     plan.park_nothing()  # the other events must not wait for the queue
                 size = sum(len(row["payload"]) for row in plan.rows)
-                if size > self._room:
+                # What isn't kept is what workers publish: copies of messages, mostly.
+                new = any(entry.chunk.keep for entry in entries)
+                if size > (self._room.for_new if new else self._room.for_copies):
                     raise _NoRoom
                 self._database.store.put_rows(plan.rows, connection=connection)
         except (_NoRoom, *_FAULTS_OF_EVENTS) as error:
@@ -239,7 +242,7 @@ class SQLiteTransport(BackloggedTransport):
                 why = f"cannot be stored: {getattr(error, 'orig', None) or error}"
                 self._notify(self.backlog.give_fate(entries, Fate.REJECTED, why))
             return
-        self._room -= size
+        self._room = self._room.without(size)
         self._shared_file.wake()
         self.backlog.confirmed()
         for (fate, reason), settled in plan.fates.items():

@@ -245,6 +245,9 @@ class TaskEngine:
         was_late = task in self._late
         self._late.discard(task)
         result = None if task.cancelled() else task.result()
+        if task.cancelled() and not self.is_stopping:
+            # A handler has cancelled it with all other tasks, maybe before its first step.
+            self._shared.give_back(life.message.delivery)
         if was_late:
             pass  # the successor ends the message
         elif isinstance(result, Unconfirmed):
@@ -265,8 +268,6 @@ class TaskEngine:
             take_step = functools.partial(self._take_step, life)
             return await drive(life.steps, take_step, lambda: self._is_cancelling)
         except asyncio.CancelledError:
-            if not self.is_stopping:  # not the worker's doing: the message must not be stuck here
-                self._shared.give_back(life.message.delivery)
             raise
         except BaseException:  # a bug in outbox must end neither the loop nor the message
             self.in_flight.failed(life)

@@ -18,7 +18,7 @@ from outbox import Publisher, UsageError
 from outbox.consumers import Consumer, ReceivedEvent, Worker
 from outbox.consumers.worker import loop_watch
 from outbox.messages.delivery import dead_letter_queue
-from tests.places import SQLitePlace, events_for, working
+from tests.places import SQLitePlace, events_for, made, working
 from tests.waiting import wait_until
 
 
@@ -107,6 +107,29 @@ def test_whatever_a_task_of_a_handler_does_the_loop_goes_on(
         assert done == ([1, 3] if is_dead else [1, 2, 3])
         assert worker.is_consuming
         assert not worker.wait(0)
+
+
+def test_messages_whose_tasks_are_cancelled_before_they_begin_are_redelivered(
+    place: SQLitePlace, publisher: Publisher, name: str
+) -> None:
+    done = set()
+
+    class Work(Consumer):
+        queue = made(place, name)
+
+        async def process(self, event: ReceivedEvent) -> None:
+            if event.headers["number"] == 0 and not event.redelivered:
+                time.sleep(0.5)  # noqa: ASYNC251  meanwhile the others arrive
+                await asyncio.sleep(0)  # their tasks are made, and have yet to take a step
+                for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                    task.cancel()
+            done.add(event.headers["number"])
+
+    for number in range(20):
+        headers = {"number": number}
+        publisher.publish(events_for(publisher, [name], exchange="", headers=headers))
+    with working(publisher, Work):
+        wait_until(lambda: len(done) == 20)
 
 
 BREAKS = """

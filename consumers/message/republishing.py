@@ -57,7 +57,7 @@ def republished(report: PublishReport, delivery: Delivery, services: Services) -
                 pause,
                 report,
             )
-            yield Pause(pause, may_go_on)
+            yield Pause(pause, may_go_on, is_in_attempt=True)
             if must_leave():
                 break
             events = [each.event for each in report.rejected]

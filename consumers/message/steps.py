@@ -91,11 +91,14 @@ class Pause(NamedTuple):
         seconds: the seconds to wait.
         until: then a condition to wait for, which must not block; None for none.
         closing: whether other messages of the queue may begin meanwhile.
+        is_in_attempt: whether an attempt goes on afterwards, in the same context. Otherwise it goes
+            on in a fresh one: the next attempt sees nothing of the last one.
     """
 
     seconds: float
     until: Callable[[], bool] | None = None
     closing: Closing = Closing.NEVER
+    is_in_attempt: bool = False
 
 
 Step: TypeAlias = Call | Confirm | Blocking | Pause

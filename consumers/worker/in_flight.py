@@ -20,6 +20,7 @@ from typing import Protocol, TypeAlias
 
 from outbox import PublishReport
 from outbox.backlog.chunk import Chunk
+from outbox.consumers.current import set_current_message
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Abandoned, Confirm, Pause, Step, call
@@ -125,10 +126,14 @@ class InFlight:
 
         Args:
             delivery: the delivery of the message.
-            context: the context that a new life gets a copy of.
+            context: the context that a new life, and each of its attempts, gets a copy of.
         """
         life = self._put_again.pop(delivery, None)
         if life is not None:
+            if not life.keeps_context:
+                life.context = context.copy()
+                if life.message.event is not None:
+                    life.context.run(set_current_message, life.message.event)
             return life
         work, pen = self._work, self._pen
         if (
@@ -168,6 +173,7 @@ class InFlight:
 
         Call it outside the life's context, which another thread may enter at once.
         """
+        life.keeps_context = pause.is_in_attempt
         self._pen.park(life, pause)
         self._reported.put(_Order.LOOK)
 

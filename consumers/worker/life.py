@@ -18,12 +18,14 @@ class Life:
         message: the message.
         steps: the steps to take next.
         context: the context to take them in.
+        keeps_context: whether it goes on in the same context after a pause.
         is_after_timeout: whether it ends a message whose handler is late, and goes on.
         has_failed_to_open: whether its queue was closed, and stayed so although it probed.
         is_alone: whether its own pauses no longer close its queue, see ``Pen``.
     """
 
     # On the class: only the few lives that wait change them.
+    keeps_context = False
     is_after_timeout = False
     has_failed_to_open = False
     is_alone = False

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import dataclasses
 import datetime
 import itertools
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import create_engine, text
@@ -38,6 +40,7 @@ from outbox.consumers import (
     Worker,
     around,
     consumer,
+    current_message,
 )
 from outbox.consumers.message.message import Message
 from outbox.consumers.worker.thread_engine import ThreadEngine
@@ -827,3 +830,41 @@ def test_a_handler_that_ends_just_after_its_timeout_settles_nothing_whatever_its
         [letter] = dead_letters(place, name)
     assert calls == ["dead"]
     assert (letter.headers or {})["outbox-dead-error"] == "ProcessTimeout"
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_each_attempt_of_a_held_message_begins_with_what_was_sent(
+    place: Place, publisher: Publisher, name: str, is_async: bool
+) -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+    seen: list[tuple[str, list[str], str]] = []
+
+    def take(event: ReceivedEvent) -> None:
+        current = current_message()
+        assert current is event
+        seen.append((variable.get(), list(event.payload), event.headers["tenant"]))
+        variable.set("set by an earlier attempt")
+        event.payload.clear()
+        cast("dict[str, Any]", event.headers).clear()
+        if len(seen) < 3:
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+            raise error
+
+    class Plain(Consumer):
+        queue = made(place, name)
+
+        def process(self, event: ReceivedEvent) -> None:
+            take(event)
+
+    class Coroutine(Consumer):
+        queue = name
+
+        async def process(self, event: ReceivedEvent) -> None:
+            take(event)
+
+    with working(publisher, Coroutine if is_async else Plain):
+        [event] = events_for(publisher, [name], exchange="", headers={"tenant": "acme"})
+        publisher.publish([dataclasses.replace(event, body=b'["a"]')])
+        wait_until(lambda: len(seen) == 3, 15)
+    assert seen == [("unset", ["a"], "acme")] * 3

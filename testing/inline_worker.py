@@ -28,6 +28,7 @@ from outbox.consumers.message.steps import (
     drive,
 )
 from outbox.consumers.outcome import Failed, Outcome
+from outbox.consumers.worker import lasting_loop
 from outbox.messages.delivery import Delivery
 from outbox.system.steady_clock import monotonic
 from outbox.testing.recorder import Recorder
@@ -292,8 +293,8 @@ def process(message: InlineMessage) -> None:
         context.run(_asgiref().async_to_sync(message.worker.run_async), message)
     elif message.consumer.is_async:
         # Given a factory, it leaves the current event loop of the thread alone.
-        with asyncio.Runner(loop_factory=_new_loop) as runner:
-            runner.run(message.worker.run_async(message), context=context)
+        work = message.worker.run_async(message)
+        lasting_loop.run(work, loop_factory=_new_loop, context=context)
     elif _loop_runs():  # there is none in a worker's thread, and publish() would refuse to block it
         with ThreadPoolExecutor(1) as executor:
             executor.submit(context.run, message.worker.run, message).result()

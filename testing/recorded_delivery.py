@@ -15,6 +15,7 @@ from outbox.consumers import Consumer
 from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message
 from outbox.consumers.outcome import Ack, Again, Dead, Hold, Outcome, Return
+from outbox.consumers.worker import lasting_loop
 from outbox.consumers.worker.assignment import Assignment
 from outbox.event import make_event
 from outbox.messages.dead_letters import restore_origin
@@ -318,8 +319,8 @@ def processed(consumer: Consumer, delivery: Delivery, publisher: Publisher) -> O
     context = contextvars.Context()
     if not consumer.is_async:
         return context.run(engine.conclude, message)
-    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
-        return runner.run(engine.conclude_async(message), context=context)
+    conclusion = engine.conclude_async(message)
+    return lasting_loop.run(conclusion, loop_factory=asyncio.new_event_loop, context=context)
 
 
 def is_bound(consumer: Consumer, event: Event, publisher: Publisher) -> bool:

@@ -234,7 +234,7 @@ def result_of(error: BaseException) -> Outcome | Failed:
     members = leaves(error)
     results = [_result_of(member) for member in members]
     worst = max(results, key=_severity)
-    if members == [error]:
+    if members[0] is error:
         return worst
     match worst:
         case Dead():

@@ -8,6 +8,7 @@ message would end all others.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
@@ -20,21 +21,31 @@ T = TypeVar("T")
 logger = logging.getLogger("outbox.consumer")
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
+def run(
+    main: Coroutine[Any, Any, T],
+    *,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    context: contextvars.Context | None = None,
+) -> T:
     """Run ``main`` in a new event loop, as ``asyncio.run`` does, whatever its other tasks raise.
 
     A task that has raised SystemExit or KeyboardInterrupt has failed like one that has raised
     anything else: whatever awaits it gets the exception. In the main thread Ctrl-C still ends the
     loop.
 
+    Args:
+        main: the coroutine.
+        loop_factory: creates the loop; None for the default.
+        context: the context of ``main``; None for a copy of the caller's.
+
     Raises:
         BaseException: ``main`` raised it, or the loop can't go on.
     """
     is_main = threading.current_thread() is threading.main_thread()
     survived = SystemExit if is_main else (SystemExit, KeyboardInterrupt)
-    with asyncio.Runner() as runner:
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
         loop = runner.get_loop()
-        task = loop.create_task(main)
+        task = loop.create_task(main, context=context)
         while True:
             try:
                 return loop.run_until_complete(task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -357,3 +358,26 @@ def test_a_coroutine_that_blocks_the_loop_beyond_its_timeout_has_timed_out(
         assert isinstance(outcome, Dead)
         assert outcome.reason == "ProcessTimeout: it took more than 0.05 s"
     assert Blocks.ends == ["returns", "fails"]
+
+
+def test_in_a_test_the_exit_of_a_handlers_task_is_a_failed_attempt_too(
+    collected_events: CollectedEvents,
+) -> None:
+    class Imports(Consumer):
+        queue = "imports"
+
+        async def process(self, event: ReceivedEvent) -> None:
+            if event.payload == "group":
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self.parse())
+            else:
+                await asyncio.gather(self.parse())
+
+        async def parse(self) -> None:
+            await asyncio.sleep(0)
+            sys.exit("wrong arguments")
+
+    for payload in ("group", "gather"):
+        outcome = collected_events.perform(Imports, payload, raise_errors=False).outcome
+        assert isinstance(outcome, Dead)
+        assert outcome.reason == "SystemExit: wrong arguments"

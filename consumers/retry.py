@@ -89,7 +89,7 @@ class RetryPolicy:
         delay: the delay before the next attempt. Over RabbitMQ it is rounded up to whole seconds.
         on: the exceptions after which to try again. Of a group, all members must be among them.
         give_up_on: exceptions after which not to try again, even if ``on`` includes them. Of a
-            group, one member is enough.
+            group, one member is enough. A class of groups, named in either, counts as a whole.
     """
 
     max_attempts: int = 5
@@ -132,7 +132,7 @@ class RetryPolicy:
         if attempts >= self.max_attempts:
             return None
         delays = []
-        for member in leaves(error):
+        for member in [error] if self.names_group(error) else leaves(error):
             if isinstance(member, Retry):
                 if member.delay is not None:
                     delays.append(member.delay)
@@ -141,6 +141,16 @@ class RetryPolicy:
                 return None
             delays.append(seconds_of(self.delay(attempts) if callable(self.delay) else self.delay))
         return max(delays)
+
+    def names_group(self, error: BaseException) -> bool:
+        """Return whether ``error`` is a group of a class that ``on`` or ``give_up_on`` names.
+
+        Such a group counts as a whole, instead of its members.
+        """
+        return isinstance(error, BaseExceptionGroup) and any(
+            issubclass(kind, BaseExceptionGroup) and isinstance(error, kind)
+            for kind in (*self.on, *self.give_up_on)
+        )
 
 
 def seconds_of(delay: float | datetime.timedelta) -> float:

@@ -255,6 +255,8 @@ def decided(
         Exception: a user-defined delay raised it.
     """
     failures = failed.failures or (failed.error,)
+    if policy.names_group(failed.error):
+        failures = (failed.error,)
     longest = 0.0
     for failure in failures:
         delay = policy.delay_after(failure, attempts)

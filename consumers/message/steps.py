@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import time
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -12,6 +11,7 @@ from outbox.backlog.chunk import Chunk
 from outbox.consumers.outcome import ProcessTimeout, of_handler
 from outbox.system import process
 from outbox.system.forked_child import end_child
+from outbox.system.steady_clock import monotonic
 
 __all__ = [
     "Abandoned",
@@ -201,17 +201,17 @@ async def cancelled_in_time(value: Awaitable[Any], seconds: float) -> Any:
         ProcessTimeout: it took longer, even if it has swallowed the cancellation, or has blocked
             the event loop so that it couldn't be cancelled.
     """
-    deadline = time.monotonic() + seconds
+    deadline = monotonic() + seconds
     try:
         async with asyncio.timeout(seconds) as limit:
             result = await value
     except asyncio.CancelledError:  # of the whole task
         raise
     except BaseException as error:
-        if not limit.expired() and time.monotonic() < deadline:
+        if not limit.expired() and monotonic() < deadline:
             raise
         cause = None if isinstance(error, TimeoutError) else error
         raise ProcessTimeout.after(seconds) from cause
-    if limit.expired() or time.monotonic() >= deadline:
+    if limit.expired() or monotonic() >= deadline:
         raise ProcessTimeout.after(seconds)
     return result

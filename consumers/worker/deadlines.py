@@ -27,8 +27,8 @@ class Ticket:
 class Deadlines:
     """A watch over calls, with a thread that calls back for late ones. Thread-safe.
 
-    A call either leaves in time or expires, never both: whichever removes its ticket first, under
-    the lock, decides. The thread runs from the first call until :meth:`close`.
+    A call either leaves in time or expires, never both: whichever removes its ticket, under the
+    lock, decides. The thread runs from the first call until :meth:`close`.
 
     Nearly all calls leave long before their deadline. So a call that leaves doesn't wake the
     thread, which sleeps until the earliest deadline that was known when it last looked.
@@ -58,10 +58,15 @@ class Deadlines:
         return ticket
 
     def leave(self, ticket: Ticket) -> bool:
-        """Stop watching a call; return whether it was in time."""
+        """Stop watching a call; return whether it was in time.
+
+        The clock decides: a call that has kept the thread from running, by holding the GIL, is late
+        although it hasn't expired yet, which it does then.
+        """
         with self._lock:
-            in_time = ticket in self._running
-            self._running.discard(ticket)
+            in_time = ticket in self._running and (self._closed or monotonic() < ticket.deadline)
+            if in_time:
+                self._running.remove(ticket)
         return in_time
 
     def close(self) -> None:

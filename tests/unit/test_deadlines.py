@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 
@@ -73,6 +75,25 @@ def test_calls_that_are_late_together_are_reported_in_order_of_their_deadlines(
     assert done.wait(10)
     overdue.join()
     assert reported == [1, 2]
+
+
+def test_a_call_that_keeps_the_watch_from_running_is_late(watch: Deadlines) -> None:
+    late = threading.Event()
+    asleep = threading.Event()
+    watch.enter(0, asleep.set)
+    assert asleep.wait(10)
+    time.sleep(0.1)  # the watch waits for the next call, without the GIL
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    try:
+        ticket = watch.enter(0.05, late.set)
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            pass
+        assert not watch.leave(ticket)
+    finally:
+        sys.setswitchinterval(interval)
+    assert late.wait(10)
 
 
 @pytest.mark.hazard("G4")

@@ -136,6 +136,23 @@ def test_a_policy_looks_into_groups() -> None:
     assert RetryPolicy(delay=3).delay_after(group(KeyError()), 1) == 3
 
 
+class Unfinished(ExceptionGroup[Exception]):
+    """A group that the application raises itself."""
+
+
+def test_a_group_whose_class_a_policy_names_counts_as_a_whole(
+    collected_events: CollectedEvents,
+) -> None:
+    error = Unfinished("order 17", [KeyError(), ValueError()])
+    retried = outcome_of(collected_events, error, RetryPolicy(on=(Unfinished,), delay=3))
+    assert isinstance(retried, Again)
+    assert retried.delay == 3
+    given_up = outcome_of(collected_events, error, RetryPolicy(give_up_on=(Unfinished,)))
+    assert isinstance(given_up, Dead)
+    assert given_up.reason.startswith("Unfinished: order 17")
+    assert isinstance(outcome_of(collected_events, error, RetryPolicy(delay=3)), Again)
+
+
 def test_the_dead_letter_of_a_group_names_the_member_and_shows_the_whole_group(
     collected_events: CollectedEvents,
 ) -> None:

@@ -32,6 +32,7 @@ from outbox.consumers.outcome import (
     Unconfirmed,
 )
 from outbox.consumers.received_event import Undecodable, decode
+from outbox.consumers.tracebacks import strip_engine
 from outbox.messages.delivery import Delivery
 from outbox.system.child_process import ChildProcess
 from outbox.system.resident_memory import resident_bytes
@@ -253,6 +254,7 @@ class IsolatedMessage(Message):
         except _NotStarted as error:  # not the message's fault
             return Hold(error)
         except (ProcessTimeout, ProcessDied) as error:
+            strip_engine(error)
             with contextlib.suppress(Undecodable):
                 self.event = decode(self.delivery)  # for the callbacks, which run here now
                 set_current_message(self.event)

@@ -19,7 +19,7 @@ from outbox.consumers.message.steps import (
     cancelled_in_time,
     drive,
 )
-from outbox.consumers.outcome import Outcome, Unconfirmed
+from outbox.consumers.outcome import Outcome, Unconfirmed, of_handler
 from outbox.transports.subscription import Subscription
 
 __all__ = ["InlineEngine"]
@@ -55,7 +55,10 @@ class InlineEngine:
     def _take(self, step: Step) -> Any:
         match step:
             case Call():
-                return step.run()
+                try:
+                    return step.run()
+                except BaseException as error:
+                    raise of_handler(error)  # noqa: B904  it has a cause, or is the error itself
             case Confirm(chunk):
                 return self.publisher.wait_for(chunk)
             case Blocking(function):

@@ -128,6 +128,7 @@ def test_a_handler_that_crashes_its_process_affects_nothing_else(
     assert letter.message_id == crashes
     reason = (letter.headers or {})["outbox-dead-reason"]
     assert reason == f"ProcessDied: its subprocess ended with signal {signal.SIGABRT}"
+    assert "  File " not in (letter.headers or {})["outbox-dead-traceback"]  # all are the engine's
     wait_until(lambda: {one for one, _ in command.did()} == set(others))
     assert command.process.pid not in {pid for _, pid in command.did()}
     assert command.stop() == exit_codes.SUCCESS

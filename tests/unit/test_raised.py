@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import sqlite3
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, cast
 import pytest
 
 import outbox.consumers
-from outbox import ConnectionLost, PublishFailed, PublishReport
+from outbox import ConnectionLost, Publisher, PublishFailed, PublishReport
 from outbox.consumers import (
     Consumer,
     ReceivedEvent,
@@ -25,9 +26,13 @@ from outbox.consumers import (
     consumer,
 )
 from outbox.consumers.message.databases import is_unavailable
+from outbox.consumers.message.inline_engine import InlineEngine
+from outbox.consumers.message.message import Message
 from outbox.consumers.outcome import Again, Dead, Hold, Outcome, Return
 from outbox.consumers.raised import leaves
+from outbox.messages.delivery import as_delivered
 from outbox.testing import CollectedEvents
+from tests.places import events_for
 
 FILE = Path(__file__).name
 ENGINE = Path(outbox.consumers.__file__).parent
@@ -398,3 +403,18 @@ def test_in_a_test_the_exit_of_a_handlers_task_is_a_failed_attempt_too(
         outcome = collected_events.perform(Imports, payload, raise_errors=False).outcome
         assert isinstance(outcome, Dead)
         assert outcome.reason == "SystemExit: wrong arguments"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()])
+def test_a_bare_base_exception_does_not_end_a_subprocess(error: BaseException) -> None:
+    @consumer("q")
+    def raises(event: ReceivedEvent) -> None:
+        raise error
+
+    with Publisher("memory://") as publisher:
+        [event] = events_for(publisher, ["q"])
+        engine = InlineEngine(publisher)
+        message = Message(raises, as_delivered(event, "q", 1), engine)
+        outcome = contextvars.Context().run(engine.conclude, message)
+    assert isinstance(outcome, Dead)
+    assert outcome.reason == f"HandlerExit: the handler raised {type(error).__name__}"

@@ -8,7 +8,7 @@ import signal
 import time
 
 from outbox.consumers.command import worker_main
-from outbox.consumers.worker.begun_table import BegunTable
+from outbox.consumers.losses.begun_table import BegunTable
 from outbox.system.child_process import Parent
 from outbox.system.signals import Signals, Stop, handle, ignore
 

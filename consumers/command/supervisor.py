@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Sequence
 
 from outbox import exit_codes
-from outbox.consumers.command.begun_keeper import BegunKeeper
 from outbox.consumers.command.restarts import Restarts
 from outbox.consumers.command.signal_queue import SignalQueue
 from outbox.consumers.command.supervised_worker import MARGIN
 from outbox.consumers.command.worker_process import WorkerProcess
+from outbox.consumers.losses.begun_keeper import BegunKeeper
 from outbox.system.signals import BURST
 
 __all__ = ["Supervisor"]

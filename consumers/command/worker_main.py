@@ -15,7 +15,7 @@ from outbox.consumers.command.limits import Limits, Recycling
 from outbox.consumers.definition import Consumer
 from outbox.consumers.discovery import load, selected
 from outbox.consumers.isolation.process_pool import Orders, ProcessPool
-from outbox.consumers.worker.begun_table import BegunTable
+from outbox.consumers.losses.begun_table import BegunTable
 from outbox.consumers.worker.worker import Worker
 from outbox.system import signals
 from outbox.system.resident_memory import resident_bytes

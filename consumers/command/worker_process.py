@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Sequence
 
-from outbox.consumers.command.begun_keeper import BegunKeeper
 from outbox.consumers.command.supervised_worker import (
     LOADED,
     READY,
@@ -15,6 +14,7 @@ from outbox.consumers.command.supervised_worker import (
     RETIRING,
     STOPPING,
 )
+from outbox.consumers.losses.begun_keeper import BegunKeeper
 from outbox.system.child_process import ChildProcess
 
 __all__ = ["WorkerProcess"]

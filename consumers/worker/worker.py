@@ -14,17 +14,17 @@ from outbox.configuration import default_publisher
 from outbox.consumers import logs
 from outbox.consumers.definition import Consumer
 from outbox.consumers.isolation.process_pool import ProcessPool
-from outbox.consumers.message.deduplication import Inbox, open_inbox
-from outbox.consumers.message.message import Message
-from outbox.consumers.message.services import Services
-from outbox.consumers.worker.assignment import Assignment
-from outbox.consumers.worker.begun_table import BegunTable, key_of
-from outbox.consumers.worker.dispatch_queue import make_dispatch_queue
-from outbox.consumers.worker.guarded_message import (
+from outbox.consumers.losses.begun_table import BegunTable, key_of
+from outbox.consumers.losses.guarded_message import (
     Guard,
     GuardedIsolatedMessage,
     GuardedMessage,
 )
+from outbox.consumers.message.deduplication import Inbox, open_inbox
+from outbox.consumers.message.message import Message
+from outbox.consumers.message.services import Services
+from outbox.consumers.worker.assignment import Assignment
+from outbox.consumers.worker.dispatch_queue import make_dispatch_queue
 from outbox.consumers.worker.renewal import Renewal
 from outbox.consumers.worker.task_engine import TaskEngine
 from outbox.consumers.worker.thread_engine import ThreadEngine

@@ -19,8 +19,8 @@ from outbox.consumers import (
     Worker,
     consumer,
 )
-from outbox.consumers.command.begun_keeper import BegunKeeper
-from outbox.consumers.worker.begun_table import BegunTable, key_of
+from outbox.consumers.losses.begun_keeper import BegunKeeper
+from outbox.consumers.losses.begun_table import BegunTable, key_of
 from outbox.messages.delivery import dead_letter_queue
 from tests.places import Place, events_for, made, reading, working
 from tests.waiting import wait_until

@@ -78,6 +78,7 @@ ROOMS = (
     "consumers",
     "consumers.message",
     "consumers.isolation",
+    "consumers.losses",
     "consumers.worker",
     "consumers.command",
     "consumers.__init__ consumers.__main__",

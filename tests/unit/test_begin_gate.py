@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from outbox.consumers.worker import begin_gate
-from outbox.consumers.worker.begin_gate import BeginGate, Suspect
+from outbox.consumers.losses import begin_gate
+from outbox.consumers.losses.begin_gate import BeginGate, Suspect
 
 
 class Clock:

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from outbox.consumers.command.begun_keeper import BegunKeeper
-from outbox.consumers.worker.begun_table import BegunTable, Loss, key_of, message_of
+from outbox.consumers.losses.begun_keeper import BegunKeeper
+from outbox.consumers.losses.begun_table import BegunTable, Loss, key_of, message_of
 
 PROGRAM = """
 import sys, time
-from outbox.consumers.worker.begun_table import BegunTable, key_of
+from outbox.consumers.losses.begun_table import BegunTable, key_of
 table = BegunTable.inherited()
 assert table is not None and BegunTable.inherited() is None
 table.own(sys.argv[1])

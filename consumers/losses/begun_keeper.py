@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 
-from outbox.consumers.worker.begun_table import BegunTable, Layout, Memory, message_of
+from outbox.consumers.losses.begun_table import BegunTable, Layout, Memory, message_of
 
 __all__ = ["BegunKeeper"]
 

@@ -13,12 +13,12 @@ from typing import TypeAlias
 
 from outbox.consumers.current import set_current_message
 from outbox.consumers.isolation.process_pool import IsolatedMessage
+from outbox.consumers.losses.begin_gate import BeginGate, Suspect
+from outbox.consumers.losses.begun_table import BegunTable, Loss, key_of
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.steps import Pause, Steps
 from outbox.consumers.outcome import Dead, Failed, Outcome, Return, Unconfirmed
 from outbox.consumers.received_event import Undecodable, decode
-from outbox.consumers.worker.begin_gate import BeginGate, Suspect
-from outbox.consumers.worker.begun_table import BegunTable, Loss, key_of
 from outbox.messages.delivery import Delivery
 
 __all__ = ["Guard", "GuardedIsolatedMessage", "GuardedMessage"]

@@ -38,11 +38,18 @@ class Suspect:
 
     Those with fewer losses begin first, since they are less likely to kill the process: as many
     others as possible are done by then.
+
+    Attributes:
+        losses: how often it was lost with its process.
+        since: the time from which it waits.
+        is_harmless: whether it has ended once; it only keeps away from what kills the process.
     """
 
-    def __init__(self, losses: int, since: float) -> None:
+    def __init__(self, losses: int, since: float, *, is_harmless: bool = False) -> None:
         """Create a suspect that waits since ``since``, and was lost ``losses`` times."""
+        self.losses = losses
         self.since = since
+        self.is_harmless = is_harmless
         self.rank = (losses, random.random())  # in no order that killed the process before
 
 
@@ -82,9 +89,9 @@ class BeginGate:
         """Note that a message has ended."""
         self._running.pop()
 
-    def suspect(self, losses: int) -> Suspect:
+    def suspect(self, losses: int, *, is_harmless: bool = False) -> Suspect:
         """Return a suspect that waits from now on, until it begins or leaves."""
-        waiting = Suspect(losses, self._clock())
+        waiting = Suspect(losses, self._clock(), is_harmless=is_harmless)
         with self._lock:
             self._waiting.append(waiting)
         return waiting
@@ -109,11 +116,11 @@ class BeginGate:
                     if now >= self._opens_at:
                         self._open(_OPEN)
                     return False
-            elif self._quiet_since is None:
-                self._quiet_since = now
-                return False
-            elif now < self._quiet_since + _SETTLED:
-                return False
+            else:
+                if self._quiet_since is None:
+                    self._quiet_since = now
+                if now < self._quiet_since + _SETTLED and not suspect.is_harmless:
+                    return False
             self._waiting.remove(suspect)
             self._alone.add(suspect)
             self._opens_at = now + _ALONE

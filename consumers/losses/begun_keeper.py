@@ -12,8 +12,6 @@ __all__ = ["BegunKeeper"]
 
 _GRAVES = 1024
 _MOST_LOSSES = 255  # what a place can hold
-_ENDED = 64
-"""More places than messages can run: so many that have ended stay known until their acks arrive."""
 _MORE_REGIONS = 8
 """Regions beyond two for each process: while workers are replaced, predecessors still end."""
 
@@ -27,7 +25,6 @@ class BegunKeeper:
         Raises:
             OSError: there is no memory for it.
         """
-        places += _ENDED
         layout = Layout(2 * processes + _MORE_REGIONS, places, max(_GRAVES, 4 * places))
         self._memory = Memory(_shared_memory(layout.size), layout)
         self._free = list(range(layout.regions))
@@ -62,15 +59,15 @@ class BegunKeeper:
         memory = self._memory
         lost = []
         if not memory.is_spared(region):
-            for number in range(memory.layout.places):
-                begun = memory.read(memory.layout.place(region, number))
-                if begun is None:
-                    continue
-                key, losses, has_ended = begun
-                if not has_ended:
-                    losses = min(losses + 1, _MOST_LOSSES)
-                    lost.append(message_of(key))
-                self._bury(key, losses, code)
+            places = range(memory.layout.places)
+            noted = [memory.read(memory.layout.place(region, number)) for number in places]
+            for ended in noted:
+                if ended is not None and ended.has_ended:
+                    self._bury(ended.key, 0, code)
+            for running in noted:  # last: it may have ended before, and begun once more
+                if running is not None and not running.has_ended:
+                    self._bury(running.key, min(running.losses + 1, _MOST_LOSSES), code)
+                    lost.append(message_of(running.key))
         owner = memory.owner_of(region)
         if owner:
             graves, owners = memory.counts()

@@ -2,13 +2,10 @@
 
 A message that was begun and whose process died has lost an attempt of its own; what was only sent
 ahead to that process has lost nothing. A broker can't tell them apart, the table can: a worker
-writes each message into a *place* when it begins, and marks the place when it ends. Whatever kills
+writes each message into a *place* when it begins, and clears the place when it ends. Whatever kills
 a process, its places stay as they were, and its siblings read them there as soon as the broker
 redelivers the messages to them. The parent then moves them to the *graves*, which outlive the
 process's successor.
-
-A message that had ended has lost nothing, but if it is redelivered, its ack didn't arrive, and a
-second death must not repeat it once more. So a place is used again as late as possible.
 
 Nobody waits for anybody. A region is written by its own process until that dies, then by the
 parent; graves are written by the parent, and cleared by a worker in which the message has ended.
@@ -31,11 +28,11 @@ _HEAD = struct.Struct("=II56x")
 """How many graves and how many owners have been written since the start."""
 _REGION = struct.Struct("=BB32s30x")
 """Whether it is in use, whether the parent has killed its process, and who leases rows for it."""
-_PLACE = struct.Struct("=BBh124s")
-"""The length of the key, 0 if the place is empty; earlier losses; of a grave, the exit code, of a
-place, whether the message has ended."""
-_ENDED = 2  # the offset of that
-_KEY = 124
+_PLACE = struct.Struct("=BBBxh122s")
+"""The length of the key, 0 if there is none; earlier losses; whether the message has ended; an exit
+code (of a grave); the key."""
+_ENDED = 2
+_KEY = 122
 _OWNER = 32
 _OWNERS = 64
 
@@ -44,13 +41,29 @@ class Loss(NamedTuple):
     """What is known of the processes in which a message was lost.
 
     Attributes:
-        times: how often it was lost; 0 if it had ended, and only its ack didn't arrive.
+        times: how often it was lost; 0 if it had ended, but its ack may not have been written.
         code: the exit code of the last process, negative for a signal; None if the parent hasn't
             noted it yet.
     """
 
     times: int
     code: int | None
+
+
+class Noted(NamedTuple):
+    """A place or a grave, as it is read.
+
+    Attributes:
+        key: the key of the message.
+        losses: in a place the losses before this attempt, in a grave all of them.
+        has_ended: whether the message has ended.
+        code: in a grave the exit code of the process.
+    """
+
+    key: bytes
+    losses: int
+    has_ended: bool
+    code: int
 
 
 class Layout(NamedTuple):
@@ -110,20 +123,17 @@ class Memory:
         self.layout = layout
         self._bytes = mmap.mmap(descriptor, layout.size)
 
-    def read(self, offset: int) -> tuple[bytes, int, int] | None:
-        """Return key, losses and exit code of a grave, or whether a place's message has ended.
-
-        None if it is empty.
-        """
-        length, losses, code, key = _PLACE.unpack_from(self._bytes, offset)
-        return (key[:length], losses, code) if length else None
+    def read(self, offset: int) -> Noted | None:
+        """Return what is noted in a place or grave; None if it is empty."""
+        length, losses, has_ended, code, key = _PLACE.unpack_from(self._bytes, offset)
+        return Noted(key[:length], losses, bool(has_ended), code) if length else None
 
     def write(self, offset: int, key: bytes, losses: int, code: int = 0) -> None:
-        """Write a place or a grave."""
-        _PLACE.pack_into(self._bytes, offset, len(key), losses, code, key)
+        """Write a place, or a grave."""
+        _PLACE.pack_into(self._bytes, offset, len(key), losses, False, code, key)
 
     def end(self, offset: int) -> None:
-        """Note that the message in a place has ended."""
+        """Note in a place that its message has ended."""
         self._bytes[offset + _ENDED] = 1
 
     def clear(self, offset: int) -> None:
@@ -175,7 +185,7 @@ class Memory:
         while found >= 0:
             offset = found - (found - begin) % _PLACE.size
             grave = self.read(offset)
-            if grave is not None and grave[0] == key:
+            if grave is not None and grave.key == key:
                 return offset
             found = self._bytes.find(key, found + 1, end)
         return None
@@ -244,29 +254,34 @@ class BegunTable:
         return place
 
     def end(self, place: int) -> None:
-        """Note that the message in this place has ended."""
+        """Note that the message in this place has ended.
+
+        It can be read there until the place is taken again, after all others: its ack may not have
+        been written yet.
+        """
         if place >= 0:
             self._memory.end(place)
             self._free.append(place)
 
     def loss_of(self, key: bytes) -> Loss | None:
-        """Return what is known of a message that a process began which then died, else None."""
+        """Return what is known of a message that was lost with its process, else None."""
         memory = self._memory
-        places = range(memory.layout.places)
+        losses: list[int] = []
         for region in range(memory.layout.regions):
             if region == self._region or not memory.is_in_use(region):
                 continue
             if memory.is_spared(region) or not self._is_dead(region):
                 continue
-            for number in places:
-                begun = memory.read(memory.layout.place(region, number))
-                if begun is not None and begun[0] == key:
-                    _, losses, has_ended = begun
-                    return Loss(losses if has_ended else losses + 1, None)
+            for number in range(memory.layout.places):
+                noted = memory.read(memory.layout.place(region, number))
+                if noted is not None and noted.key == key:
+                    losses.append(0 if noted.has_ended else noted.losses + 1)
+        if losses:
+            return Loss(max(losses), None)
         # Looked up last: the parent writes a grave before it clears the place.
         offset = memory.grave_of(key)
         grave = None if offset is None else memory.read(offset)
-        return None if grave is None else Loss(grave[1], grave[2])
+        return None if grave is None else Loss(grave.losses, grave.code)
 
     def forget(self, key: bytes) -> None:
         """Forget the losses of a message that has ended."""

@@ -84,8 +84,8 @@ class Guard:
         place, suspect = begun
         if self._table is not None:
             self._table.end(place)
-            if suspect is not None:
-                self._table.forget(key)
+            if suspect is not None and suspect.losses < _MOST_LOSSES:
+                self._table.forget(key)  # of a dead one only when it is lost anew: it isn't settled
         if delivery.redelivered and delivery.returned >= _MANY_RETURNS - 1:
             self._remember(key, delivery.returned)
         if suspect is None:
@@ -192,13 +192,15 @@ class GuardedMessage(Message):
         delivery, services, guard = self.delivery, self._services, self.guard
         loss, suspect = self._loss, None
         if loss is not None:
-            suspect = guard.gate.suspect(loss.times)
-            logger.warning(
-                "message %r of %r was %s; it begins alone",
-                delivery.message_id,
-                delivery.queue,
-                _describe(loss, delivery.returned),
-            )
+            is_harmless = not loss.times and delivery.returned < _MANY_RETURNS
+            suspect = guard.gate.suspect(loss.times, is_harmless=is_harmless)
+            if not is_harmless:
+                logger.warning(
+                    "message %r of %r was %s; it begins alone",
+                    delivery.message_id,
+                    delivery.queue,
+                    _describe(loss, delivery.returned),
+                )
         begun: _Begun | None = None
         pause = _FIRST_PAUSE
         try:
@@ -247,7 +249,7 @@ class GuardedIsolatedMessage(GuardedMessage, IsolatedMessage):
 def _describe(loss: Loss, returned: int) -> str:
     """Say what happened to a message, to follow "it was"."""
     if not loss.times:
-        return f"returned {returned} times" if returned > 1 else "returned"
+        return f"returned {returned} times"
     times = "once" if loss.times == 1 else f"{loss.times} times"
     if loss.code is None:
         return f"lost with its process {times}"

@@ -223,11 +223,11 @@ class Worker:
         begun = self._begun
         if begun is not None and (owners := begun.dead_owners()):
 
-            def was_lost(queue: str, message_id: str) -> bool:
+            def was_running(queue: str, message_id: str) -> bool:
                 loss = begun.loss_of(key_of(queue, message_id))
                 return loss is not None and loss.times > 0
 
-            self._subscription.release_of(owners, was_lost)
+            self._subscription.release_of(owners, was_running)
 
     def retire(self) -> None:
         """Start no more messages, but let those being processed go on; then call ``stop``.

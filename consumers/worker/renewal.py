@@ -51,12 +51,14 @@ class Renewal:
         self._timer: threading.Timer | None = None
         self._stopped = False
 
-    def receive(self, delivery: Delivery) -> None:
-        """Take a message from the subscription; doesn't block."""
-        if delivery.redelivered and delivery.counted >= _OFTEN:
-            self._renew(delivery, 1)
-        else:
-            self._pass_on(delivery)
+    def receiver(self) -> Callable[[Delivery], None]:
+        """Return the function that takes a message from the subscription, and doesn't block."""
+        renew, pass_on = self._renew, self._pass_on
+        return lambda delivery: (
+            renew(delivery, 1)
+            if delivery.redelivered and delivery.counted >= _OFTEN
+            else pass_on(delivery)
+        )
 
     def stop(self, deadline: float) -> None:
         """Wait for the copies under way, until ``deadline`` (monotonic); begin no others."""

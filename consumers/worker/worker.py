@@ -201,7 +201,7 @@ class Worker:
         if self._begun is not None:
             self._begun.own(self._subscription.owner)
             self.take_over()
-        self._subscription.start(self._renewal.receive, self._on_refused)
+        self._subscription.start(self._renewal.receiver(), self._on_refused)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait at most ``timeout`` seconds for a reason to stop; return whether there is one.

@@ -329,7 +329,7 @@ def test_under_a_real_memory_alarm_publishers_keep_events_and_workers_go_on_acki
                 wait_until(lambda: not publisher.connected)
                 assert publisher.kept == (event,)
                 alarmed.set()
-                acks = worker._subscription._consumers[name]._acks  # type: ignore[attr-defined]
+                acks = worker._subscription._consumers[name].acks  # type: ignore[attr-defined]
                 wait_until(lambda: len(acks._settled) + acks._lowest - 1 == 3)
             finally:
                 private_broker.ctl("set_vm_memory_high_watermark", "0.4")

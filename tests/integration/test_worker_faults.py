@@ -170,7 +170,7 @@ def test_a_consumer_cancelled_by_the_broker_consumes_again_and_drops_its_late_ac
     seen = Seen(lambda event: None if go_on.wait(20) else REQUEUE)
     with running(through_proxy, inspector, engine(seen), name, threads=2) as worker:
         subscription: Any = worker._subscription
-        channel = subscription._consumers[name]._channel
+        channel = subscription._consumers[name].channel
         [tag] = channel.consumer_tags
         before = subscription._consumers[name].generation
         [first] = send(publisher, name, "first")
@@ -210,7 +210,7 @@ def test_a_worker_whose_publisher_is_blocked_still_acks_messages_without_follow_
         wait_until(lambda: not through_proxy.connected)
         send(publisher, name, "publishes", *range(20))
         seen.wait(21)
-        acks = subscription._consumers[name]._acks
+        acks = subscription._consumers[name].acks
         wait_until(lambda: len(acks._settled) + acks._lowest - 1 == 20)
         proxy.inject(UNBLOCKED, to="publisher")
         assert inspector.get(follow_ons).payload == {"of": "publishes"}
@@ -296,7 +296,7 @@ def test_a_channel_that_the_broker_closes_over_a_late_ack_is_reopened(
         [first] = send(publisher, name, "first")
         seen.wait(1)
         text = "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out"
-        close = channel_close(406, text, subscription._consumers[name]._channel.channel_number)
+        close = channel_close(406, text, subscription._consumers[name].channel.channel_number)
         # The broker has forgotten its own half of the channel: a new one has another number.
         proxy.inject(close, to="consumer")
         wait_until(lambda: worker.is_consuming and inspector.consumers(name) >= 1)

@@ -181,11 +181,12 @@ class RabbitMQSubscription:
         self._write_acks()
 
     def _write_acks(self, *, hold: bool = True) -> None:
+        consumers = self._consumers
         tags: dict[str, list[int]] = {
-            name: [] for name, consumer in self._consumers.items() if consumer.holds_acks
+            name: [] for name, consumer in consumers.items() if consumer.acks.held
         }
         for delivery in self._done.take():
-            consumer = self._consumers[delivery.queue]
+            consumer = consumers[delivery.queue]
             if delivery.generation == consumer.generation:
                 tags.setdefault(delivery.queue, []).append(delivery.tag)
                 consumer.out -= 1
@@ -196,17 +197,19 @@ class RabbitMQSubscription:
                     delivery.message_id,
                     delivery.queue,
                 )
-        written = max(
-            (self._consumers[queue].ack(done, hold=hold) for queue, done in tags.items()),
-            default=0,
-        )
-        if written > _MANY_ACKS:
-            self._settled_at = time.monotonic() + _SETTLING
+        for queue, done in tags.items():
+            channel = consumers[queue].channel
+            if channel is not None and channel.is_open:
+                acks = consumers[queue].acks.done(done, hold=hold)
+                for tag, multiple in acks:
+                    channel.basic_ack(tag, multiple)
+                if len(acks) > _MANY_ACKS:
+                    self._settled_at = time.monotonic() + _SETTLING
 
     def _on_pause_over(self) -> None:
         self._pausing = False
         if self._done.end_pause() or any(
-            consumer.holds_acks for consumer in self._consumers.values()
+            consumer.acks.held for consumer in self._consumers.values()
         ):
             self._on_done()
 

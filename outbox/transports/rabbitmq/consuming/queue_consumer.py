@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pika
@@ -52,6 +52,8 @@ class QueueConsumer:
         spec: the queue.
         generation: the number of its channel, unlike that of any other queue's; 0 without one.
         out: the number of unsettled deliveries on the channel.
+        channel: its channel, or None.
+        acks: the unsettled deliveries of the channel.
         is_consuming: whether the broker has a consumer for it.
         is_waiting: whether it can't be had for now, and is tried again after a pause.
         known_targets: the targets of messages that arrived and need no check.
@@ -82,6 +84,8 @@ class QueueConsumer:
         self.spec = spec
         self.generation = 0
         self.out = 0
+        self.channel: pika.channel.Channel | None = None
+        self.acks = Acks()
         self.is_consuming = False
         self.is_waiting = False
         self.known_targets: set[str] = {spec.name}
@@ -94,9 +98,7 @@ class QueueConsumer:
         self._hand_out = hand_out
         self._refused = refused
         self._connection: pika_connection.Connection | None = None
-        self._channel: pika.channel.Channel | None = None
         self._apart: ConnectionApart | None = None
-        self._acks = Acks()
         self._try = 0  # numbers the tries; callbacks of earlier ones are ignored
         self._is_trying = False
         self._is_suspect = False
@@ -208,9 +210,9 @@ class QueueConsumer:
         if number != self._try or self._connection is None:
             return
         queue = self.spec.name
-        self._acks = Acks()
+        self.acks = Acks()
         self.out = 0
-        self._channel = channel
+        self.channel = channel
         self.generation = generation = self._next_generation()
         consuming = functools.partial(self._on_consuming, number)
         tag = channel.basic_consume(queue, self.receiver(generation), callback=consuming)
@@ -295,7 +297,7 @@ class QueueConsumer:
 
         RabbitMQ 4.3 cancels the consumer also when a message waits for its ack too long.
         """
-        if channel is not self._channel:
+        if channel is not self.channel:
             return
         logger.warning("the broker cancelled the consumer of %r; retrying", self.spec.name)
         self.give_back()
@@ -312,7 +314,7 @@ class QueueConsumer:
         if number != self._try or not isinstance(reason, pika.exceptions.ChannelClosedByBroker):
             return
         was_consuming = self.is_consuming
-        if channel is self._channel:
+        if channel is self.channel:
             self._forget_channel()
         self._try += 1
         if was_consuming:
@@ -330,8 +332,9 @@ class QueueConsumer:
             self._cannot_consume(refused, is_usage=usage)
 
     def _forget_channel(self) -> None:
-        channel, self._channel = self._channel, None
+        channel, self.channel = self.channel, None
         self.generation = 0
+        self.acks = Acks()
         self.is_consuming = False
         if self._connection is not None and channel is not None:
             self._connection.read_with_pika(channel.channel_number)
@@ -407,32 +410,12 @@ class QueueConsumer:
 
     # ------------------------------------------------------------------ settling
 
-    @property
-    def holds_acks(self) -> bool:
-        """Whether acks are held back, to be joined with others."""
-        return self.generation > 0 and self._acks.held
-
-    def ack(self, tags: Iterable[int], *, hold: bool) -> int:
-        """Ack the deliveries ``tags`` of the channel; return the number of acks written.
-
-        Args:
-            tags: the numbers of deliveries of this generation.
-            hold: whether acks may be held back until the next call.
-        """
-        channel = self._channel
-        if channel is None or not channel.is_open:
-            return 0
-        acks = self._acks.done(tags, hold=hold)
-        for tag, multiple in acks:
-            channel.basic_ack(tag, multiple)
-        return len(acks)
-
     def requeue(self, delivery: Delivery) -> None:
         """Return ``delivery`` to its queue; do nothing if it is stale."""
-        channel = self._channel
+        channel = self.channel
         if channel is None or not channel.is_open or delivery.generation != self.generation:
             return
-        if self._acks.settle(delivery.tag):
+        if self.acks.settle(delivery.tag):
             self.out -= 1
             # Not a reject, which RabbitMQ 4.3 counts against a quorum queue's delivery limit.
             channel.basic_nack(delivery.tag, requeue=True)
@@ -442,12 +425,13 @@ class QueueConsumer:
 
         Earlier brokers count a nack like the end of the channel, which does the same.
         """
-        channel, connection = self._channel, self._connection
+        channel, connection = self.channel, self._connection
         if channel is None or not channel.is_open or connection is None:
             return
         if self.out and connection.version >= _NACKS_DO_NOT_COUNT:
             channel.basic_nack(0, multiple=True, requeue=True)
         self.generation = 0  # a later ack would settle a delivery twice
+        self.acks = Acks()
 
     def cancel(self, done: Callable[[], None]) -> None:
         """Cancel the consumer and begin no other; call ``done``, perhaps more than once."""
@@ -455,7 +439,7 @@ class QueueConsumer:
         self._cancel()
 
     def _cancel(self) -> None:
-        done, channel = self._on_cancelled, self._channel
+        done, channel = self._on_cancelled, self.channel
         if done is None:
             return
         if channel is None or not channel.is_open or not channel.consumer_tags:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from proving.history import Journal
 
 __all__ = ["Program", "Server"]
 
+# As Celery reports it, which may kill its own children when it is terminated.
+_KILLED_CHILD = re.compile(r"pid:(\d+) exited with 'signal 9")
 _KILLED = 60.0  # seconds until a killed process is gone, at most
 
 
@@ -106,7 +109,8 @@ class Program:
 
     def log(self) -> str:
         """Return the last 4,000 characters of its output."""
-        return (self._folder / f"{self.kind}.log").read_text(errors="replace")[-4000:]
+        path = self._folder / f"{self.kind}.log"
+        return path.read_text(errors="replace")[-4000:] if path.exists() else ""
 
     def _note_astray(self, history: Journal, how: str) -> None:
         history.write(
@@ -133,6 +137,12 @@ class Server(Program):
         """Prepare it; a kill hits up to ``children`` child processes, or the server itself if 0."""
         super().__init__(kind, arguments, environment, folder, grace=grace)
         self._children = children
+
+    def terminate(self, history: Journal) -> None:
+        """Send SIGTERM, and wait; write down which child processes the server has killed itself."""
+        super().terminate(history)
+        for pid in _KILLED_CHILD.findall(self.log()):
+            history.write("killed", process=f"{self.kind}-{pid}")
 
     def _workers(self) -> list[int]:
         own = super()._workers()

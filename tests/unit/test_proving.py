@@ -20,6 +20,7 @@ from proving.checker import MAX_ATTEMPTS, check
 from proving.ground import HABITS, KINDS
 from proving.history import Journal, Record, read
 from proving.pace import Pace
+from proving.processes import Server
 from proving.programs.interrupted import TimeLimit, until_alarm
 
 
@@ -331,3 +332,17 @@ def test_every_habit_exposes_a_bug() -> None:
 def test_every_bound_is_a_module() -> None:
     for module, *_ in BOUNDS:
         assert importlib.util.find_spec(module) is not None
+
+
+def test_a_child_that_its_server_has_killed_counts_as_killed(tmp_path: Path) -> None:
+    server = Server("prefork", ["nothing"], {}, tmp_path, children=1)
+    journal = Journal(tmp_path, "driver")
+    server.terminate(journal)  # without a log
+    assert read(tmp_path) == []
+    (tmp_path / "prefork.log").write_text(
+        "worker: Warm shutdown (MainProcess)\n[2026-11-27 04:13:50,043: ERROR/MainProcess] "
+        "Process 'ForkPoolWorker-37' pid:24764 exited with 'signal 9 (SIGKILL)'\n"
+    )
+    server.terminate(journal)
+    [killed] = read(tmp_path)
+    assert (killed.what, killed.facts["process"]) == ("killed", "prefork-24764")

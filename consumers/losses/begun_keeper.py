@@ -63,7 +63,7 @@ class BegunKeeper:
             noted = [memory.read(memory.layout.place(region, number)) for number in places]
             for ended in noted:
                 if ended is not None and ended.has_ended:
-                    self._bury(ended.key, 0, code)
+                    self._bury(ended.key, ended.losses, code)
             for running in noted:  # last: it may have ended before, and begun once more
                 if running is not None and not running.has_ended:
                     self._bury(running.key, min(running.losses + 1, _MOST_LOSSES), code)

@@ -41,7 +41,7 @@ class Loss(NamedTuple):
     """What is known of the processes in which a message was lost.
 
     Attributes:
-        times: how often it was lost; 0 if it had ended, but its ack may not have been written.
+        times: how often it was lost; 0 if it only had ended before its ack was written.
         code: the exit code of the last process, negative for a signal; None if the parent hasn't
             noted it yet.
     """
@@ -275,7 +275,7 @@ class BegunTable:
             for number in range(memory.layout.places):
                 noted = memory.read(memory.layout.place(region, number))
                 if noted is not None and noted.key == key:
-                    losses.append(0 if noted.has_ended else noted.losses + 1)
+                    losses.append(noted.losses + (not noted.has_ended))
         if losses:
             return Loss(max(losses), None)
         # Looked up last: the parent writes a grave before it clears the place.

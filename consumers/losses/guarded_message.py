@@ -249,7 +249,11 @@ class GuardedIsolatedMessage(GuardedMessage, IsolatedMessage):
 def _describe(loss: Loss, returned: int) -> str:
     """Say what happened to a message, to follow "it was"."""
     if not loss.times:
-        return f"returned {returned} times"
+        return (
+            f"returned {returned} times"
+            if returned >= _MANY_RETURNS
+            else "finished, but not acked before its process died"
+        )
     times = "once" if loss.times == 1 else f"{loss.times} times"
     if loss.code is None:
         return f"lost with its process {times}"

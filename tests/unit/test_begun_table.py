@@ -105,6 +105,21 @@ def test_the_losses_of_a_message_are_counted_in_one_grave(
         assert sibling.loss_of(key_of("q", "running")) == Loss(losses + 1, 1)
 
 
+def test_the_losses_of_what_has_ended_are_kept_until_it_is_acked(
+    keeper: BegunKeeper, sibling: BegunTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a dead letter whose process died before its confirm would be run again."""
+    region = keeper.take()
+    assert region is not None
+    for name, value in keeper.variables(region).items():
+        monkeypatch.setenv(name, value)
+    table = BegunTable.inherited()
+    assert table is not None
+    table.end(table.begin(key_of("q", "dead"), 3))
+    assert keeper.free(region, 1) == []
+    assert sibling.loss_of(key_of("q", "dead")) == Loss(3, 1)
+
+
 def test_what_a_process_gave_up_in_order_is_no_loss(
     keeper: BegunKeeper, sibling: BegunTable
 ) -> None:

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import TypeAlias
 
 from outbox.consumers.current import set_current_message
-from outbox.consumers.isolation.process_pool import IsolatedMessage
+from outbox.consumers.definition import Consumer
+from outbox.consumers.isolation.process_pool import IsolatedMessage, ProcessPool
 from outbox.consumers.losses.begin_gate import BeginGate, Suspect
 from outbox.consumers.losses.begun_table import BegunTable, Loss, key_of
 from outbox.consumers.message.message import Message
+from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Pause, Steps
 from outbox.consumers.outcome import Dead, Failed, Outcome, Return, Unconfirmed
 from outbox.consumers.received_event import Undecodable, decode
 from outbox.messages.delivery import Delivery
 
-__all__ = ["Guard", "GuardedIsolatedMessage", "GuardedMessage"]
+__all__ = ["Guard", "GuardedIsolatedMessage", "GuardedMessage", "message_maker"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -244,6 +247,24 @@ class GuardedIsolatedMessage(GuardedMessage, IsolatedMessage):
     """A message whose attempts run in a subprocess, which it can kill without a loss to others."""
 
     is_noted = False
+
+
+def message_maker(
+    guard: Guard, isolation: ProcessPool | None
+) -> Callable[[Consumer, Delivery, Services], Message]:
+    """Return what makes the message of a consumer, a delivery and its engine's services."""
+
+    def make(consumer: Consumer, delivery: Delivery, services: Services) -> Message:
+        key = guard.key_of(delivery)
+        message: GuardedMessage
+        if isolation is None or consumer.is_async:
+            message = GuardedMessage(consumer, delivery, services)
+        else:
+            message = GuardedIsolatedMessage(consumer, delivery, services, isolation)
+        message.guard, message.key = guard, key
+        return message
+
+    return make
 
 
 def _describe(loss: Loss, returned: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import Context
+from dataclasses import dataclass
 
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.steps import Steps
@@ -11,6 +12,7 @@ from outbox.consumers.outcome import Outcome, Unconfirmed
 __all__ = ["Life"]
 
 
+@dataclass(eq=False)
 class Life:
     """A message that was begun; one thread or task at a time works on it.
 
@@ -24,16 +26,12 @@ class Life:
         is_alone: whether its own pauses no longer close its queue, see ``Pen``.
     """
 
-    # On the class: only the few lives that wait change them.
+    message: Message
+    steps: Steps[Outcome | Unconfirmed | None]
+    context: Context
+
+    # On the class, not fields: only the few lives that wait change them.
     keeps_context = False
     is_after_timeout = False
     has_failed_to_open = False
     is_alone = False
-
-    def __init__(
-        self, message: Message, steps: Steps[Outcome | Unconfirmed | None], context: Context
-    ) -> None:
-        """Create the life, without taking a step yet."""
-        self.message = message
-        self.steps = steps
-        self.context = context

@@ -17,18 +17,15 @@ from outbox.consumers.isolation.process_pool import ProcessPool
 from outbox.consumers.losses.begun_table import BegunTable, key_of
 from outbox.consumers.losses.guarded_message import (
     Guard,
-    GuardedIsolatedMessage,
-    GuardedMessage,
+    message_maker,
 )
 from outbox.consumers.message.deduplication import Inbox, open_inbox
-from outbox.consumers.message.message import Message
-from outbox.consumers.message.services import Services
 from outbox.consumers.worker.assignment import Assignment
 from outbox.consumers.worker.dispatch_queue import make_dispatch_queue
 from outbox.consumers.worker.renewal import Renewal
 from outbox.consumers.worker.task_engine import TaskEngine
 from outbox.consumers.worker.thread_engine import ThreadEngine
-from outbox.consumers.worker.worker_context import MakeMessage, Quota, WorkerContext
+from outbox.consumers.worker.worker_context import Quota, WorkerContext
 from outbox.messages.delivery import Delivery
 from outbox.observer import seam
 from outbox.transports.registry import open_subscription
@@ -137,7 +134,7 @@ class Worker:
             quota=self._quota,
             on_used_up=self._stopping.set,
             on_failed=self._on_failed,
-            make_message=self._message_maker(),
+            make_message=message_maker(self._guard, isolation),
             resting=resting,
             make_dispatch_queue=lambda: make_dispatch_queue(
                 specs, lambda queue: self._subscription.out(queue) - resting[queue], self.prefetch
@@ -273,22 +270,6 @@ class Worker:
             self._begun.close()  # first: what still runs is redelivered, but not lost
         self._subscription.close()
         return finished
-
-    def _message_maker(self) -> MakeMessage:
-        """Return what makes the message of a consumer, a delivery and its engine's services."""
-        isolation, guard = self._isolation, self._guard
-
-        def make(consumer: Consumer, delivery: Delivery, services: Services) -> Message:
-            key = guard.key_of(delivery)
-            message: GuardedMessage
-            if isolation is None or consumer.is_async:
-                message = GuardedMessage(consumer, delivery, services)
-            else:
-                message = GuardedIsolatedMessage(consumer, delivery, services, isolation)
-            message.guard, message.key = guard, key
-            return message
-
-        return make
 
     def _engines(self) -> list[ThreadEngine | TaskEngine]:
         return [engine for engine in (self._threads, self._tasks) if engine is not None]

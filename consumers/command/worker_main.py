@@ -31,6 +31,8 @@ _FIRST_POLL = 0.05
 """Likewise, until the worker consumes."""
 _LINE_EVERY = 60.0
 """Seconds between two log lines of a process that waits for its messages."""
+_NAMED = 5
+"""Messages that such a line names."""
 
 
 def run(
@@ -139,10 +141,19 @@ def _retire(worker: Worker, stop: Stop) -> None:
         worker.give_back()
         if time.monotonic() >= next_line:
             next_line += _LINE_EVERY
-            logger.info(
-                "this process still waits for running messages after %.0f s",
-                time.monotonic() - began,
-            )
+            _log_running(worker, time.monotonic() - began)
+
+
+def _log_running(worker: Worker, seconds: float) -> None:
+    running = worker.running()
+    names = [f"{delivery.message_id!r} of {delivery.queue!r}" for delivery in running[:_NAMED]]
+    logger.info(
+        "waiting for %d message(s) to end, for %.0f s now: %s%s",
+        len(running),
+        seconds,
+        ", ".join(names),
+        ", ..." if len(running) > _NAMED else "",
+    )
 
 
 def _log_start(worker: Worker) -> None:

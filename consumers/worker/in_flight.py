@@ -214,6 +214,10 @@ class InFlight:
             self._work.subscription.requeue(delivery, pause)
             self.ends(message)
 
+    def running(self) -> list[Delivery]:
+        """Return the deliveries of the messages that have begun and not ended."""
+        return [message.delivery for message in list(self._begun)]
+
     def give_back(self) -> None:
         """Requeue what waits to begin, after the engine was asked to stop.
 

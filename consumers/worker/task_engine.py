@@ -327,6 +327,9 @@ def _after_fork() -> None:
     _loops.clear()
     if loop is not None:
         loop.call_soon(end_child, RuntimeError("a forked child can't wait in its parent's loop"))
+        ready: Any = getattr(loop, "_ready", None)
+        if isinstance(ready, deque):  # asyncio's own loop: ahead of the tasks that are ready
+            ready.rotate(1)
 
 
 process.after_fork(_after_fork)

@@ -164,6 +164,10 @@ class Worker:
         """Whether a retired worker processes no message any more, except in late handlers."""
         return all(engine.is_idle for engine in self._engines())
 
+    def running(self) -> list[Delivery]:
+        """Return the deliveries of the messages that have begun and not ended, held or not."""
+        return [delivery for engine in self._engines() for delivery in engine.in_flight.running()]
+
     @property
     def late(self) -> int:
         """The number of handlers that go on after their timeout."""

@@ -246,6 +246,7 @@ def test_a_child_forked_by_a_coroutine_does_not_run_its_loop(command: Command) -
     assert sorted(message for message, _ in command.did()) == sorted(messages)
     assert sorted(ends(command)) == ["0", "1", "1", "7"]
     assert "can't wait in its parent's loop" in command.text()
+    assert "could not handle" not in command.text()  # copies of other tasks
 
 
 def test_a_recycled_worker_lets_its_coroutines_finish(command: Command) -> None:

@@ -131,7 +131,9 @@ def test_a_message_that_kills_its_process_is_dead_lettered_and_costs_the_others_
     begun = Counter(each for each, _ in command.did("began"))
     assert max(begun[each] for each in good) <= 2
     for each, poison in deadly.items():
-        assert begun[each] == 3 + (poison == "exit at the second attempt")
+        most = 3 + (poison == "exit at the second attempt")
+        # Another one may kill the process between its begin and its first line.
+        assert most - len(poisons) + 1 <= begun[each] <= most
     assert command.left() == 0
     assert all(repr(each) in command.text() for each in deadly)
 

@@ -58,7 +58,7 @@ def decode(delivery: Delivery) -> ReceivedEvent:
             the body is not valid for it, or the headers are nested too deeply.
     """
     content_type = delivery.content_type or JSONSerializer.content_type
-    if delivery.is_encoded:
+    if delivery.content_encoding and delivery.is_encoded:
         raise Undecodable(f"its content encoding {delivery.content_encoding!r} is not supported")
     serializer = serializer_for(content_type)
     if serializer is None:

@@ -206,12 +206,14 @@ class JSONSerializer:
         Raises:
             ValueError: ``body`` is not JSON in UTF-8, or holds ``NaN`` or an infinity.
         """
-        if body.startswith(_BOM):  # a reader may ignore it (RFC 8259, section 8.1)
-            body = body[len(_BOM) :]
         try:
             return self._decode(body.decode())
         except RecursionError:
             raise ValueError("the body is nested too deeply") from None
+        except ValueError:
+            if body.startswith(_BOM):  # a reader may ignore it (RFC 8259, section 8.1)
+                return self.decode(body[len(_BOM) :])
+            raise
 
 
 _BOM = b"\xef\xbb\xbf"

@@ -15,6 +15,7 @@ import pika.exceptions
 import pytest
 
 from outbox import Event
+from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.messages.delivery import headers_on_the_wire
 
 
@@ -87,7 +88,9 @@ class Inspector:
         """Declare a durable queue, bound to a topic exchange if one is named; return its name."""
 
         def act() -> None:
-            quorum = {"x-queue-type": "quorum"}
+            quorum: dict[str, Any] = {"x-queue-type": "quorum"}
+            if name == PARKING_QUEUE:  # as a publisher declares it, which may do so at any time
+                quorum["x-delivery-limit"] = 2**31 - 1
             self.channel.queue_declare(name, durable=True, arguments=arguments or quorum)
             if exchange:
                 self.channel.exchange_declare(exchange, "topic", durable=True)

@@ -25,7 +25,7 @@ from outbox.consumers.worker.dispatch_queue import make_dispatch_queue
 from outbox.consumers.worker.renewal import Renewal
 from outbox.consumers.worker.task_engine import TaskEngine
 from outbox.consumers.worker.thread_engine import ThreadEngine
-from outbox.consumers.worker.worker_context import Quota, WorkerContext
+from outbox.consumers.worker.worker_context import MakeMessage, Quota, WorkerContext
 from outbox.messages.delivery import Delivery
 from outbox.observer import seam
 from outbox.transports.registry import open_subscription
@@ -134,7 +134,7 @@ class Worker:
             quota=self._quota,
             on_used_up=self._stopping.set,
             on_failed=self._on_failed,
-            make_message=message_maker(self._guard, isolation),
+            make_message=self._message_maker(),
             resting=resting,
             make_dispatch_queue=lambda: make_dispatch_queue(
                 specs, lambda queue: self._subscription.out(queue) - resting[queue], self.prefetch
@@ -274,6 +274,10 @@ class Worker:
             self._begun.close()  # first: what still runs is redelivered, but not lost
         self._subscription.close()
         return finished
+
+    def _message_maker(self) -> MakeMessage:
+        """Return what makes messages; the testing kit makes others."""
+        return message_maker(self._guard, self._isolation)
 
     def _engines(self) -> list[ThreadEngine | TaskEngine]:
         return [engine for engine in (self._threads, self._tasks) if engine is not None]

@@ -259,7 +259,13 @@ def test_every_command_shown_exists(page: Path) -> None:
             if command.startswith(("./", ".ci/")):
                 assert (ROOT / command).exists(), command
             else:
-                assert command in ("pip", "outbox", "outbox-consume", "rabbitmqctl"), command
+                assert command in (
+                    "pip",
+                    "outbox",
+                    "outbox-consume",
+                    "rabbitmqctl",
+                    "rabbitmqadmin",
+                )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -307,6 +313,6 @@ def test_the_documented_options_of_the_commands_exist() -> None:
         )
         known += done.stdout
     text = "".join(page.read_text() for page in PAGES)
-    for option in re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text):
+    for option in re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]+)", text):
         assert option in known, option
     assert configure("memory://").settings.exchange == "outbox"

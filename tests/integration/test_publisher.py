@@ -543,7 +543,7 @@ def test_a_hook_that_exits_ends_nothing(amqp_url: str, inspector: Inspector, nam
 def test_a_large_chunk_that_is_unroutable_is_parked_in_order(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
-    parked = inspector.queue("outbox.unroutable", arguments={"x-queue-type": "quorum"})
+    parked = inspector.queue(PARKING_QUEUE)
     inspector.channel.queue_purge(parked)
     events = make_events(publisher, ["nowhere"] * 5_000)
     assert publisher.publish(events, timeout=30).parked == tuple(events)

@@ -251,6 +251,9 @@ def test_the_readme_can_be_read_anywhere() -> None:
     assert all((inline or defined).startswith(HOMEPAGE) for inline, defined in targets)
 
 
+COMMANDS = ("pip", "outbox", "outbox-consume", "rabbitmqctl", "rabbitmqadmin")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_shown_exists(page: Path) -> None:
     for snippet in snippets(page, "console"):
@@ -259,13 +262,7 @@ def test_every_command_shown_exists(page: Path) -> None:
             if command.startswith(("./", ".ci/")):
                 assert (ROOT / command).exists(), command
             else:
-                assert command in (
-                    "pip",
-                    "outbox",
-                    "outbox-consume",
-                    "rabbitmqctl",
-                    "rabbitmqadmin",
-                )
+                assert command in COMMANDS, command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -290,7 +287,7 @@ def test_the_exit_codes_are_documented_once() -> None:
 
 
 def test_the_documented_options_of_the_commands_exist() -> None:
-    known = "--all-pythons --help --apply-to --hypothesis-profile "
+    known = "--all-pythons --init --rabbitmq-4 --help --apply-to --hypothesis-profile "
     for command in (
         ["outbox.consumers"],
         ["outbox", "parked", "list"],

@@ -252,7 +252,7 @@ def test_a_handler_whose_own_publishing_is_refused_runs_again_seldom(
             inspector.get(f"{name}-full")
             inspector.get(f"{name}-full")
             wait_until(lambda: worker._subscription.out(name) == 0)
-    assert len(runs) == 3
+    assert len(runs) in (2, 3)  # there may have been room in time for the second
     assert full.count(dead_letter_queue(name)) == 0
 
 

@@ -62,14 +62,14 @@ from outbox.ids import new_id
 from outbox.messages.delivery import Delivery
 from outbox.system import signals
 
-__all__ = ["Message", "may_be_excused"]
+__all__ = ["LONGEST_WAIT", "Message", "may_be_excused"]
 
 logger = logging.getLogger("outbox.consumer")
 
 _REFUSED = (10.0, 60.0)
 """Seconds before a handler runs again whose publish() was refused, at first and from then on: its
 effects are repeated with it."""
-_LONGEST_WAIT = 600.0
+LONGEST_WAIT = 600.0
 """Seconds that a message may wait here: RabbitMQ takes back what isn't acked within 30 minutes."""
 _NO_ROOM = 3
 """Refusals of a retry's copy after which the next attempt begins here: the queue may be full for as
@@ -429,7 +429,7 @@ class Message:
         since = self._waiting_since
         if since is None or not self._services.subscription.limits_processing:
             return False
-        return time.monotonic() - since >= _LONGEST_WAIT
+        return time.monotonic() - since >= LONGEST_WAIT
 
     def _ack(self) -> None:
         self.is_acked = True

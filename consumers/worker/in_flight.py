@@ -22,6 +22,7 @@ from outbox import PublishReport
 from outbox.backlog.chunk import Chunk
 from outbox.consumers.current import set_current_message
 from outbox.consumers.message.message import Message
+from outbox.consumers.message.republishing import FIRST_PAUSE, LONGEST_PAUSE
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Abandoned, Confirm, Pause, Step, call
 from outbox.consumers.worker.life import Life
@@ -42,7 +43,6 @@ _LATEST = 100
 """Messages whose ack may still be on its way, and be lost with the channel."""
 _FAULTS = 10
 """Times that outbox itself may fail to handle a message, before it becomes a dead letter."""
-_LONGEST_PAUSE = 30.0  # seconds after such a fault
 _ENDING = 2.0  # seconds for the thread to end
 
 
@@ -210,7 +210,7 @@ class InFlight:
             life.steps = message.bury(f"outbox failed to handle it {faults} times; see the log")
             self._resume(life)
         else:
-            pause = min(_LONGEST_PAUSE, 0.5 * 2.0 ** min(faults - 1, 10))
+            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(faults - 1, 10))
             self._work.subscription.requeue(delivery, pause)
             self.ends(message)
 

@@ -16,18 +16,16 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeAlias
 
-from outbox.consumers.message.message import Message
+from outbox.consumers.message.message import LONGEST_WAIT, Message
+from outbox.consumers.message.republishing import FIRST_PAUSE, LONGEST_PAUSE
 from outbox.consumers.message.steps import Closing, Pause
 from outbox.consumers.worker.life import Life
 from outbox.messages.delivery import Delivery
 
 __all__ = ["Pen"]
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds, between two probes
 _TURNS_FROM = 8.0  # seconds: the pause from which the others take turns
 _LOOK = 0.5  # seconds between two checks of a condition
-_LONGEST_WAIT = 600.0
-"""Seconds that a message may wait here: see ``Message``, which then ends."""
 
 _Waiting: TypeAlias = Life | Delivery
 
@@ -46,7 +44,7 @@ class _ClosedQueue:
 
     def __init__(self, prober: Message) -> None:
         self.prober: Message | Delivery = prober
-        self.pause = _FIRST_PAUSE
+        self.pause = FIRST_PAUSE
         self.held: deque[tuple[float, Life]] = deque()
         self.unbegun: deque[tuple[float, Delivery]] = deque()
 
@@ -174,12 +172,12 @@ class Pen:
                     over.remove(waiting)
                     self._timed[waiting] = (now + _LOOK, until)
             for closed in self.closed.values():
-                while closed.held and closed.held[0][0] <= now - _LONGEST_WAIT:
+                while closed.held and closed.held[0][0] <= now - LONGEST_WAIT:
                     over.append(closed.held.popleft()[1])
             for waiting in over:
                 self._timed.pop(waiting, None)
                 self._rest_no_more(waiting)
-            next_due = min((due for due, _ in self._timed.values()), default=now + _LONGEST_PAUSE)
+            next_due = min((due for due, _ in self._timed.values()), default=now + LONGEST_PAUSE)
         self._put(over)
         return max(0.0, next_due - now)
 
@@ -219,7 +217,7 @@ class Pen:
 
     def _probe_again(self, closed: _ClosedQueue, life: Life, pause: Pause, now: float) -> None:
         seconds = max(pause.seconds, closed.pause)
-        closed.pause = min(2 * seconds, _LONGEST_PAUSE)
+        closed.pause = min(2 * seconds, LONGEST_PAUSE)
         prober: _Waiting = life
         if self._places > 1 and seconds >= _TURNS_FROM:
             other = closed.take_next()

@@ -419,7 +419,7 @@ def test_a_held_message_is_requeued_before_the_broker_takes_it_back(
     database: Database,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(message, "_LONGEST_WAIT", 0.3)
+    monkeypatch.setattr(message, "LONGEST_WAIT", 0.3)
     place = RabbitMQPlace(amqp_url, name, inspector)
     redelivered: list[bool] = []
 

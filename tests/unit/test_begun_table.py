@@ -109,12 +109,8 @@ def test_the_losses_of_what_has_ended_are_kept_until_it_is_acked(
     keeper: BegunKeeper, sibling: BegunTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise a dead letter whose process died before its confirm would be run again."""
-    region = keeper.take()
-    assert region is not None
-    for name, value in keeper.variables(region).items():
-        monkeypatch.setenv(name, value)
-    table = BegunTable.inherited()
-    assert table is not None
+    table = table_of(keeper, monkeypatch)
+    region = table._region
     table.end(table.begin(key_of("q", "dead"), 3))
     assert keeper.free(region, 1) == []
     assert sibling.loss_of(key_of("q", "dead")) == Loss(3, 1)
@@ -175,12 +171,8 @@ def test_regions_and_graves_are_bounded(keeper: BegunKeeper) -> None:
 def test_the_oldest_losses_are_forgotten_first(
     keeper: BegunKeeper, sibling: BegunTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    region = keeper.take()
-    assert region is not None
-    for name, value in keeper.variables(region).items():
-        monkeypatch.setenv(name, value)
-    table = BegunTable.inherited()
-    assert table is not None
+    table = table_of(keeper, monkeypatch)
+    region = table._region
     for number in range(1025):
         place = table.begin(key_of("q", f"m{number}"))
         keeper.free(region, 1)

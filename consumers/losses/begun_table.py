@@ -2,12 +2,12 @@
 
 A message that was begun and whose process died has lost an attempt of its own; what was only sent
 ahead to that process has lost nothing. A broker can't tell them apart, the table can: a worker
-writes each message into a *place* when it begins, and clears the place when it ends. Whatever kills
+writes each message into a *place* when it begins, and marks the place when it ends. Whatever kills
 a process, its places stay as they were, and its siblings read them there as soon as the broker
 redelivers the messages to them. The parent then moves them to the *graves*, which outlive the
 process's successor.
 
-Nobody waits for anybody. A region is written by its own process until that dies, then by the
+No process waits for another. A region is written by its own process until that dies, then by the
 parent; graves are written by the parent, and cleared by a worker in which the message has ended.
 """
 

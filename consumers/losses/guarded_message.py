@@ -1,7 +1,7 @@
 """Messages that begin through the gate, and are noted while they run.
 
 An attempt and the callbacks after it are application code, which may kill the process. What comes
-before and after, such as settling and waiting, is not, and holds up nobody.
+before and after, such as settling and waiting, is not, and holds up no other message.
 """
 
 from __future__ import annotations
@@ -130,13 +130,13 @@ class GuardedMessage(Message):
     # Here, not in an initializer: a message's life is short.
     _is_looked_up = False
     _loss: Loss | None = None
-    _begun: list[_Begun] | None = None  # whoever takes it out ends it: a late attempt's successor
+    _begun: list[_Begun] | None = None  # the thread that takes it out ends it: a successor's
 
     def give_up(self, error: BaseException) -> Steps[Outcome | None]:
         """End the message instead of its attempt, as in ``Message``.
 
-        The late handler goes on, but holds up nobody from now on. If it kills the process, that is
-        a loss of those that run then.
+        The late handler goes on, but no longer holds up other messages. If it kills the process,
+        that is a loss of those that run then.
         """
         self._end()
         return (yield from super().give_up(error))

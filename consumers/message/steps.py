@@ -151,7 +151,7 @@ async def drive(
         steps: the steps of a message.
         take: takes one step and returns its result; its exceptions are raised in the steps.
         is_ending: returns whether the worker has cancelled the task. Otherwise the handler caused
-            the cancellation, and the attempt has failed. None if anybody may cancel the task.
+            the cancellation, and the attempt has failed. None if any caller may cancel the task.
     """
     task = asyncio.current_task()
 

@@ -112,7 +112,7 @@ class Store:
                 whose transactions take the lock when they begin: otherwise two claims could get
                 the same row.
             owner: the name under which :meth:`held_by` finds the rows that this store leases:
-                ``OWNER_LENGTH`` hexadecimal digits; empty if nobody looks for them.
+                ``OWNER_LENGTH`` hexadecimal digits; empty if they are never looked for.
 
         Raises:
             UsageError: outbox can't store events in that database.

@@ -146,7 +146,7 @@ _masks: dict[int, set[int]] = {}
 
 
 def _before_fork() -> None:
-    # A signal that reaches the child before _after_fork_in_child() would be lost: whoever sends it,
+    # A signal that reaches the child before _after_fork_in_child() would be lost, and its sender,
     # such as multiprocessing's terminate(), may wait for its effect without a limit.
     if _ours:
         _masks[threading.get_ident()] = signal.pthread_sigmask(signal.SIG_BLOCK, _ours)

@@ -13,7 +13,7 @@ at most 1.8 s in an hour, stays below."""
 
 
 class ClockJumps:
-    """Compares the machine's clock with one that nobody sets and that stops while it sleeps.
+    """Compares the machine's clock with one that can't be set and that stops while it sleeps.
 
     For one thread, which must look every few minutes at least.
     """

@@ -155,6 +155,7 @@ class OrderedDispatchQueue:
         self._ends = 0
         self._generation = -1
         self._filled_at = dict.fromkeys(self._specs, 0.0)
+        self._was_filled = dict.fromkeys(self._specs, False)
 
     def put(self, delivery: Delivery | None) -> None:
         """Add a delivery; None makes one of the threads get None, ahead of what waits."""
@@ -193,6 +194,7 @@ class OrderedDispatchQueue:
                     wait = self._wait_for_better(self._waiting[0][0])
                     if wait <= 0:
                         next_delivery = heapq.heappop(self._waiting)[-1]
+                        self._look_at(next_delivery.queue, self._clock())
                         # This thread may have used up the notification of a delivery that is still
                         # here, as each put() wakes only one thread.
                         if self._waiting:
@@ -210,8 +212,18 @@ class OrderedDispatchQueue:
             # The first message of a channel: those of other queues may be on their way.
             self._generation = delivery.generation
             self._filled_at = dict.fromkeys(self._specs, now)
-        elif self._out(delivery.queue) >= self._filled:
-            self._filled_at[delivery.queue] = now
+        self._look_at(delivery.queue, now)
+
+    def _look_at(self, name: str, now: float) -> None:
+        """Note whether the window of a queue is at least half full.
+
+        If it was at the last look, it may have been so until just now: messages are settled
+        without a word to this class.
+        """
+        is_filled = self._out(name) >= self._filled
+        if is_filled or self._was_filled[name]:
+            self._filled_at[name] = now
+        self._was_filled[name] = is_filled
 
     def _wait_for_better(self, rank: int) -> float:
         """Return the seconds until a message of ``rank`` may start; 0 or less if it may now."""
@@ -221,7 +233,6 @@ class OrderedDispatchQueue:
         wait = 0.0
         for name, spec in self._specs.items():
             if spec.rank < rank:
-                if self._out(name) >= self._filled:
-                    self._filled_at[name] = now
+                self._look_at(name, now)
                 wait = max(wait, self._filled_at[name] + _ON_ITS_WAY - now)
         return wait

@@ -68,7 +68,9 @@ sys.exit(7)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_it_passes_signals_on(number: int) -> None:
     handle = f"signal.signal({int(number)}, lambda number, frame: sys.exit(number + 50))\n"
-    code, _ = run(handle + "print('ready', flush=True)\ntime.sleep(20)\n", number)
+    # Not one long sleep: a signal just before it would be handled after it.
+    wait = "print('ready', flush=True)\nfor _ in range(400):\n    time.sleep(0.05)\n"
+    code, _ = run(handle + wait, number)
     assert code == number + 50
 
 

@@ -171,6 +171,22 @@ def test_a_window_that_was_full_when_a_message_arrived_is_remembered(
     assert begins(found)
 
 
+def test_a_window_that_was_full_until_its_messages_were_settled_is_remembered(
+    clock: Clock, out: Counter[str]
+) -> None:
+    found = ordered(clock, out, HIGH, LOW)
+    out["high"] = 5
+    found.put(message("high"))
+    clock.now += 10
+    assert found.get() is not None
+    clock.now += 10
+    out["high"] = 0
+    found.put(message("low"))
+    assert not begins(found)
+    clock.now += dispatch_queue._ON_ITS_WAY + 0.001
+    assert begins(found)
+
+
 def test_a_preferred_queue_with_occasional_messages_holds_up_no_others(
     clock: Clock, out: Counter[str]
 ) -> None:

@@ -70,12 +70,15 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         payload = serializer.decode(delivery.body)
     except Exception as error:
         raise Undecodable(f"its body is not valid {content_type}: {error}") from error
-    headers = delivery.headers or {}
-    try:
-        senders = {name: _plain(value) for name, value in headers.items() if _is_senders(name)}
-    except RecursionError:
-        raise Undecodable("its headers are nested too deeply") from None
-    key = headers.get(HEADER_KEY)
+    headers = delivery.headers
+    senders: dict[str, Any] = {}
+    key: Any = None
+    if headers:
+        try:
+            senders = {name: _plain(value) for name, value in headers.items() if _is_senders(name)}
+        except RecursionError:
+            raise Undecodable("its headers are nested too deeply") from None
+        key = headers.get(HEADER_KEY)
     return ReceivedEvent(
         id=delivery.message_id or new_id(),
         target=delivery.target,
@@ -87,9 +90,9 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         key=key if isinstance(key, str) else None,
         occurred_at=delivery.occurred_at,
         queue=delivery.queue,
-        attempt=delivery.attempt,
+        attempt=delivery.attempt if headers else 1,
         redelivered=delivery.redelivered,
-        first_failure=delivery.first_failure,
+        first_failure=delivery.first_failure if headers else None,
         _payload=payload,
     )
 

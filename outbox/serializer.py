@@ -131,7 +131,7 @@ class JSONSerializer:
             ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_default
         ).encode
         self._encode_quickly = _quick_encoder()
-        self._decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+        self._decoder = json.JSONDecoder(parse_constant=_refuse_constant)
 
     def encode(self, payload: Any) -> bytes:
         """Return ``payload`` as JSON in UTF-8.
@@ -207,7 +207,14 @@ class JSONSerializer:
             ValueError: ``body`` is not JSON in UTF-8, or holds ``NaN`` or an infinity.
         """
         try:
-            return self._decode(body.decode())
+            text = body.decode()
+            try:
+                value, end = self._decoder.raw_decode(text)
+                if end == len(text):
+                    return value
+            except ValueError:
+                pass
+            return self._decoder.decode(text)  # there is whitespace around it, or an error
         except RecursionError:
             raise ValueError("the body is nested too deeply") from None
         except ValueError:

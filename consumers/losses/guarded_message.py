@@ -132,63 +132,22 @@ class GuardedMessage(Message):
     _loss: Loss | None = None
     _begun: list[_Begun] | None = None  # the thread that takes it out ends it: a successor's
 
-    def give_up(self, error: BaseException) -> Steps[Outcome | None]:
-        """End the message instead of its attempt, as in ``Message``.
-
-        The late handler goes on, but no longer holds up other messages. If it kills the process,
-        that is a loss of those that run then.
-        """
-        self._end()
-        return (yield from super().give_up(error))
-
     def attempt(self) -> Steps[Outcome | Failed | Unconfirmed]:
         """Process the message once, when it may begin."""
         guard, delivery = self.guard, self.delivery
         if delivery.redelivered and self.is_noted and not self._is_looked_up:
             self._is_looked_up = True
             self._loss = guard.loss_of(self.key, delivery.returned)
-        begun = None
         if self._loss is None:
             begun = guard.begin(self.key, is_noted=self.is_noted)
-        if begun is not None:
-            self._begun = [begun]
-        else:
-            ended = yield from self._begin_later()
-            if ended is not None:
-                return ended
-        try:
-            result = yield from super().attempt()
-        except BaseException:
-            self._end()
-            raise
-        if isinstance(result, Unconfirmed):
-            self._end()
-        return result
+            if begun is not None:
+                self._begun = [begun]
+                return super().attempt()
+        return self._attempt_later()
 
-    def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
-        """Decide what follows from an attempt, as in ``Message``; then it has ended."""
-        if self.consumer.callbacks:
-            return self._conclude_guarded(result)
-        self._end()
-        return super().conclude(result)
-
-    def _conclude_guarded(self, result: Outcome | Failed) -> Steps[Outcome]:
-        try:
-            return (yield from super().conclude(result))
-        finally:
-            self._end()
-
-    def _is_lost(self, result: Outcome | Failed) -> bool:
-        is_lost = super()._is_lost(result)
-        if is_lost:  # then it isn't concluded
-            self._end()
-        return is_lost
-
-    def _is_excused(self, result: Outcome | Failed) -> bool:
-        is_excused = super()._is_excused(result)
-        if is_excused:  # likewise
-            self._end()
-        return is_excused
+    def _attempt_later(self) -> Steps[Outcome | Failed | Unconfirmed]:
+        ended = yield from self._begin_later()
+        return (yield from super().attempt()) if ended is None else ended
 
     def _begin_later(self) -> Steps[Outcome | None]:
         """Wait until the message may begin; return an outcome if it ends without an attempt."""
@@ -234,7 +193,9 @@ class GuardedMessage(Message):
         reason = _describe(latest, delivery.returned)
         return Dead(reason, None, delivery.attempt, delivery.first_failure)
 
-    def _end(self) -> None:
+    def _over(self) -> None:
+        # A late handler goes on, but no longer holds up other messages. If it kills the process,
+        # that is a loss of those that run then.
         if self._begun:
             try:
                 begun = self._begun.pop()

@@ -75,7 +75,9 @@ class Attempt:
         try:
             outcome = yield from self._handle()
             if isinstance(outcome, Ack) and not outcome.duplicate:
-                outcome = yield from self._finish(outcome)
+                self._collector.refuse()
+                if self._collector.has_events or self._entry is not None:
+                    outcome = yield from self._finish(outcome)
         except FAILURES as error:
             outcome = yield from self._fail(error)
         finally:
@@ -98,6 +100,8 @@ class Attempt:
     def _handle(self) -> Steps[Outcome]:
         """Process the message with fresh database connections, and clean them up afterwards."""
         calls = refreshers(is_async=self._consumer.is_async)
+        if not calls:
+            return (yield from self._process())
         yield from self._refresh(calls)
         try:
             outcome = yield from self._process()
@@ -141,7 +145,6 @@ class Attempt:
     def _finish(self, done: Ack) -> Steps[Ack | Unconfirmed]:
         """Publish the events that ``process`` left, and note that the message is done."""
         collector, entry = self._collector, self._entry
-        collector.refuse()
         if collector.has_events:
             if not self._consumer.auto_publish:
                 raise UnpublishedEvents(tuple(event.id for event in collector.events))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import threading
+import itertools
+from collections.abc import Iterator
 from contextvars import Token
 
 from outbox import Event, EventCollector, Publisher
@@ -69,16 +70,15 @@ class _FollowOnIds:
     event never gets it. Identical events in one attempt are numbered.
     """
 
+    __slots__ = ("_event", "_seen")
+
     def __init__(self, event: ReceivedEvent) -> None:
         self._event = event
-        self._lock = threading.Lock()
-        self._seen: dict[tuple[str, ...], int] = {}
+        self._seen: dict[tuple[str, ...], Iterator[int]] = {}
 
     def __call__(self, exchange: str, target: str, key: str | None, body: bytes) -> str:
         digest = hashlib.sha256(body).hexdigest()
         keyed = "" if key is None else f"={key}"
         parts = (self._event.id, self._event.queue, exchange, target, keyed, digest)
-        with self._lock:
-            number = self._seen.get(parts, 0)
-            self._seen[parts] = number + 1
+        number = next(self._seen.setdefault(parts, itertools.count()))  # both steps are atomic
         return follow_on_id(*parts, str(number))

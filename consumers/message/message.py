@@ -117,7 +117,11 @@ class Message:
             None if the message is left unsettled, to be redelivered.
         """
         self._began = message_log.started(self.delivery)
-        return (yield from self._follow((yield from self.attempt())))
+        try:
+            return (yield from self._follow((yield from self.attempt())))
+        except BaseException:
+            self._over()
+            raise
 
     def confirmed(self, report: PublishReport) -> Steps[Outcome | Unconfirmed | None]:
         """Continue an ``Unconfirmed`` message, now that its chunk is reported.
@@ -138,6 +142,7 @@ class Message:
         From now on the attempt can publish nothing, can't commit a transaction that would note the
         message in the inbox, and must not settle.
         """
+        self._over()
         self.abandon()
         if self.event is not None:
             set_current_message(self.event)
@@ -221,9 +226,13 @@ class Message:
     ) -> Steps[Outcome | Unconfirmed | None]:
         """Act on the result of an attempt, and of further attempts while the message is held."""
         while not isinstance(result, Unconfirmed):
-            if self.is_given_up or self._is_lost(result) or self._is_excused(result):
+            if self.is_given_up or (
+                not isinstance(result, Ack) and (self._is_lost(result) or self._is_excused(result))
+            ):
+                self._over()
                 return None
             outcome = yield from self.conclude(result)
+            self._over()
             if isinstance(outcome, Hold):
                 held = yield from self._hold(outcome)
                 if held is None:
@@ -235,7 +244,14 @@ class Message:
                 return settled
             self._goes_on_here = False
             result = yield from self.attempt()
+        self._over()
         return result
+
+    def _over(self) -> None:
+        """Note that no application code runs for the message, until its next attempt if any.
+
+        Called at least once after each attempt and the callbacks that follow it.
+        """
 
     def _hold(self, hold: Hold) -> Steps[Outcome | Failed | Unconfirmed | None]:
         """Wait until the broker or the database may be available, and process the message again.

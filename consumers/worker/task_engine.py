@@ -230,7 +230,7 @@ class TaskEngine:
         else:
             life = self.in_flight.of(delivery, self._context)
         if life is None:
-            self._room.release()
+            self._leave_room()
             return
         self._tasks.add(self._start_task(life))
 
@@ -258,9 +258,13 @@ class TaskEngine:
             self.in_flight.ends(life.message)
         if task in self._tasks:
             self._tasks.discard(task)
-            self._room.release()
+            self._leave_room()
             if self._waiting or self._ahead:
                 self._dispatch()
+
+    def _leave_room(self) -> None:
+        if self._ordered is not None:  # only the pump asks for room
+            self._room.release()
 
     async def _handle(self, life: Life) -> _Result:
         """Take the steps of a message, and return their result."""

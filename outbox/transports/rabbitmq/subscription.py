@@ -185,10 +185,14 @@ class RabbitMQSubscription:
         tags: dict[str, list[int]] = {
             name: [] for name, consumer in consumers.items() if consumer.acks.held
         }
+        queue = None
         for delivery in self._done.take():
-            consumer = consumers[delivery.queue]
+            if delivery.queue != queue:
+                queue = delivery.queue
+                consumer = consumers[queue]
+                of_queue = tags.setdefault(queue, [])
             if delivery.generation == consumer.generation:
-                tags.setdefault(delivery.queue, []).append(delivery.tag)
+                of_queue.append(delivery.tag)
                 consumer.out -= 1
             else:
                 logger.warning(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Unpack
 
 from outbox import serializer
@@ -18,10 +19,12 @@ __all__ = [
     "configured_publisher",
     "default_publisher",
     "override_url",
+    "provide",
     "publisher_if_any",
 ]
 
 _publisher: Publisher | None = None
+_provider: Callable[[], Publisher | None] | None = None
 _overriding_url: str | None = None
 _stand_in: tuple[Observer | None, Publisher] | None = None
 _lock = threading.RLock()
@@ -86,8 +89,22 @@ def override_url(url: str | None) -> None:
     _overriding_url = url
 
 
+def provide(provider: Callable[[], Publisher | None] | None) -> None:
+    """Ask ``provider`` for the default publisher before the process's own is used.
+
+    For a framework of which a process may run several applications, each with its settings. None
+    ends this.
+
+    Args:
+        provider: returns the publisher of the application that runs here, or None. It is called
+            for each event, from any thread.
+    """
+    global _provider
+    _provider = provider
+
+
 def default_publisher(observer: Observer | None = None) -> Publisher:
-    """Return the process's default publisher, creating it from the environment if necessary.
+    """Return the default publisher, creating the process's from the environment if necessary.
 
     Args:
         observer: the observer of the calling unit of work; the default is the installed one.
@@ -95,6 +112,8 @@ def default_publisher(observer: Observer | None = None) -> Publisher:
     Raises:
         NotConfigured: ``configure()`` was not called, and ``OUTBOX_URL`` is not set.
     """
+    if _provider is not None and (provided := _provider()) is not None:
+        return provided
     publisher = _publisher  # without the lock: every event comes this way
     if publisher is not None:
         return publisher
@@ -123,6 +142,8 @@ def _stand_in_for(observer: Observer | None) -> Publisher:
 
 def publisher_if_any() -> Publisher | None:
     """Return the default publisher, or None if neither code nor the environment names a URL."""
+    if _provider is not None and (provided := _provider()) is not None:
+        return provided
     named = _overriding_url is not None or _environment_has_url()
     if _publisher is None and seam.observer is None and not named:
         return None  # without the search of the environment for settings: an event waits for it

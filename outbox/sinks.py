@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from outbox.event import Event
     from outbox.publisher import Publisher
 
-__all__ = ["Sink", "bind", "bound", "has_session", "is_begun", "remove"]
+__all__ = [
+    "BOUND",
+    "Bound",
+    "Sink",
+    "bind",
+    "bound",
+    "has_session",
+    "is_begun",
+    "remove",
+    "sink_using",
+]
 
 Sink = Callable[["Event", "Publisher | None"], None]
 """A function that stores an event in an open transaction, with the process's publisher, if any."""
+
+
+class Bound(enum.Enum):
+    """The type of :data:`BOUND`."""
+
+    BOUND = enum.auto()
+
+
+BOUND: Final = Bound.BOUND
+"""The default of ``session=`` and ``using=``: what was bound, or configured, decides."""
+
+sink_using: Callable[[str | Bound], Sink | None] | None = None
+"""Returns the sink of a framework's database by its alias, with BOUND of the configured one.
+
+None if no framework is set up; its result is None if events are to be collected.
+"""
 
 bound: Callable[[], Sink | None] | None = None
 """Returns the sink of the transaction that is open here, or None; see ``bind``."""

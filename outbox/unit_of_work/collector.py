@@ -26,7 +26,7 @@ from outbox.observer import seam
 from outbox.publisher import Publisher
 from outbox.report import PublishFailed, PublishReport
 from outbox.settings import Settings
-from outbox.sinks import Sink
+from outbox.sinks import BOUND, Bound, Sink
 from outbox.system import process
 from outbox.unit_of_work.origin import Origin, application_frame, warn_at
 from outbox.unit_of_work.unit_of_work import Buffer, SavepointBuffer, Scope, UnitOfWork
@@ -78,6 +78,7 @@ class EventOptions(TypedDict, total=False):
     unroutable: Unroutable | None
     session: Any
     connection: Any
+    using: str | Bound | None
 
 
 class EventCollector:
@@ -214,8 +215,9 @@ class EventCollector:
         id: str | uuid.UUID | None = None,
         exchange: str | None = None,
         unroutable: Unroutable | None = None,
-        session: Any = None,
+        session: Any = BOUND,
         connection: Any = None,
+        using: str | Bound | None = BOUND,
     ) -> Event:
         """Serialise ``payload`` now, and collect the event until the unit of work has succeeded.
 
@@ -237,8 +239,12 @@ class EventCollector:
             id: at most 255 bytes; the default is a new UUIDv7.
             exchange: the exchange; the default is the publisher's ``exchange``.
             unroutable: what to do when no queue is bound for it; the default is the publisher's.
-            session: a ``Session``, ``scoped_session`` or ``AsyncSession`` of SQLAlchemy.
+            session: a ``Session``, ``scoped_session`` or ``AsyncSession`` of SQLAlchemy. None: the
+                event is not stored, also where a session was bound.
             connection: a ``Connection`` of SQLAlchemy.
+            using: with ``outbox.django`` the alias of the database to store it in; the default is
+                the setting ``STORE``. None: the event belongs to no transaction, and is published
+                at once, as with ``autoflush``.
 
         Returns:
             The event, with its id.
@@ -253,10 +259,10 @@ class EventCollector:
             MissingExtra: SQLAlchemy, which storing needs, is not installed.
         """
         sink: sinks.Sink | None = None
-        if session is not None or connection is not None:
-            sink = sink_of(session, connection)
-        elif sinks.bound is not None:
-            sink = sinks.bound()
+        if session is not BOUND or connection is not None or using is not BOUND:
+            sink = sink_of(session, connection, using)
+        elif sinks.bound is not None or sinks.sink_using is not None:
+            sink = _bound_sink()
         unit = self._unit
         publisher: Publisher | None
         if sink is None:
@@ -295,7 +301,10 @@ class EventCollector:
             if observer is not None:
                 observer.stored_in_transaction(event)
         elif publisher is not None:
-            self._collect(event, publisher)
+            if using is None:
+                EventCollector(publisher=publisher, autoflush=True)._collect(event, publisher)
+            else:
+                self._collect(event, publisher)
         return event
 
     def _collect(self, event: Event, publisher: Publisher) -> None:
@@ -584,17 +593,36 @@ def clear_events() -> tuple[Event, ...]:
     return EventCollector.current().clear_events()
 
 
-def sink_of(session: Any, connection: Any) -> Sink | None:
-    """Return the sink that stores events in the transaction of ``session`` or ``connection``.
+def sink_of(session: Any, connection: Any, using: str | Bound | None = BOUND) -> Sink | None:
+    """Return the sink that stores events in the transaction of one of these.
 
-    It is None where the session's transaction is over.
+    It is None where the session's transaction is over, and for None instead of a session or an
+    alias.
 
     Raises:
-        UsageError: both are given, or events cannot be stored with the given one.
+        UsageError: two are given, or events cannot be stored with the given one.
         MissingExtra: SQLAlchemy is not installed.
     """
-    if session is not None and connection is not None:
-        raise UsageError("give session or connection, not both")
+    if (session is not BOUND) + (connection is not None) + (using is not BOUND) > 1:
+        raise UsageError("give only one of session, connection and using")
+    if using is not BOUND:
+        if using is None:
+            return None
+        if sinks.sink_using is None:
+            raise UsageError(
+                f"using={using!r} names a database of Django's, but outbox.django is not set up: "
+                "add it to INSTALLED_APPS and call django.setup(); for SQLAlchemy give session"
+            )
+        return sinks.sink_using(using)
+    if session is None:
+        return None
     from outbox.sql.transaction import sink_of_connection, sink_of_session
 
     return sink_of_session(session) if connection is None else sink_of_connection(connection)
+
+
+def _bound_sink() -> Sink | None:
+    sink = None if sinks.bound is None else sinks.bound()
+    if sink is None and sinks.sink_using is not None:
+        sink = sinks.sink_using(BOUND)
+    return sink

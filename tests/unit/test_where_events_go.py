@@ -78,7 +78,7 @@ def test_an_event_of_no_database_is_published_at_once(collected_events: Collecte
 
 def test_an_alias_needs_a_framework() -> None:
     configure("memory://")
-    with pytest.raises(UsageError, match="outbox.django is not set up"):
+    with pytest.raises(UsageError, match=r"outbox\.django is not set up"):
         enqueue_event({}, "orders", using="default")
 
 

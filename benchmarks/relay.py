@@ -29,8 +29,8 @@ from benchmarks.publish import Broker
 from benchmarks.tables import Bound, machine, median, print_bounds, progress, table
 from outbox import Publisher, configure, enqueue_event
 from outbox.event import Event
+from outbox.messages.rows import values_of
 from outbox.sql import Relay, Store
-from outbox.storage.rows import values_of
 from outbox.testing.broker import PrivateBroker
 from outbox.testing.postgresql import PrivatePostgreSQL
 from outbox.transports.rabbitmq.amqp.encoder import Encoder

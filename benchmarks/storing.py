@@ -23,7 +23,7 @@ from benchmarks.peers import BODY, EXCHANGE, TARGET
 from benchmarks.tables import Bound, median, print_bounds, progress
 from outbox import configure, enqueue_event
 from outbox.event import Event
-from outbox.storage.rows import values_of
+from outbox.messages.rows import values_of
 from outbox.testing.postgresql import PrivatePostgreSQL
 
 _EVENTS = 10

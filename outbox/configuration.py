@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from outbox import serializer
 from outbox.errors import NotConfigured, UsageError
 from outbox.observer import Observer, seam
 from outbox.publisher import Publisher
-from outbox.settings import SettingOverrides
+from outbox.settings import SettingOverrides, Settings
 from outbox.system import process
 
 __all__ = [
@@ -21,10 +22,12 @@ __all__ = [
     "override_url",
     "provide",
     "publisher_if_any",
+    "settings_to_store",
 ]
 
 _publisher: Publisher | None = None
 _provider: Callable[[], Publisher | None] | None = None
+_settings: Callable[[], Settings] | None = None
 _overriding_url: str | None = None
 _stand_in: tuple[Observer | None, Publisher] | None = None
 _lock = threading.RLock()
@@ -89,7 +92,10 @@ def override_url(url: str | None) -> None:
     _overriding_url = url
 
 
-def provide(provider: Callable[[], Publisher | None] | None) -> None:
+def provide(
+    provider: Callable[[], Publisher | None] | None,
+    settings: Callable[[], Settings] | None = None,
+) -> None:
     """Ask ``provider`` for the default publisher before the process's own is used.
 
     For a framework of which a process may run several applications, each with its settings. None
@@ -98,9 +104,22 @@ def provide(provider: Callable[[], Publisher | None] | None) -> None:
     Args:
         provider: returns the publisher of the application that runs here, or None. It is called
             for each event, from any thread.
+        settings: returns the settings of events that are stored where there is no publisher; None
+            for those of the environment.
     """
-    global _provider
+    global _provider, _settings
     _provider = provider
+    _settings = settings
+
+
+def settings_to_store() -> Settings:
+    """Return the settings of events that are stored where there is no publisher."""
+    return _settings_of_environment() if _settings is None else _settings()
+
+
+@functools.cache
+def _settings_of_environment() -> Settings:
+    return Settings.load(None, {})
 
 
 def default_publisher(observer: Observer | None = None) -> Publisher:

@@ -22,8 +22,11 @@ __all__ = [
     "sink_using",
 ]
 
-Sink = Callable[["Event", "Publisher | None"], None]
-"""A function that stores an event in an open transaction, with the process's publisher, if any."""
+Sink = Callable[["Event", "Publisher | None"], bool]
+"""A function that takes an event, with the publisher of the unit or the process, if any.
+
+It returns whether it has stored the event in a transaction; otherwise it publishes it later.
+"""
 
 
 class Bound(enum.Enum):

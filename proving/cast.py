@@ -34,8 +34,13 @@ def programs(
     def program(kind: str, *arguments: str, **more: str) -> Program:
         return Program(kind, arguments, {**environment, **more}, folder, grace=grace)
 
-    def server(kind: str, *arguments: str, children: int) -> Server:
-        return Server(kind, arguments, environment, folder, children=children, grace=grace)
+    def server(kind: str, *arguments: str, children: int, survives: bool = True) -> Server:
+        return Server(
+            *(kind, arguments, environment, folder),
+            children=children,
+            survives=survives,
+            grace=grace,
+        )
 
     # Notifications don't pass through the pooler: the relay has to find that out.
     listens = [] if pooler is None else ["--listen"]
@@ -63,6 +68,7 @@ def programs(
             *("--max-tasks-per-child", "3", "--without-gossip", "--without-mingle"),
             *("--without-heartbeat", "--loglevel", "WARNING"),
             children=1,
+            survives=False,
         ),
         "durable": program("durable", "proving.programs.durable"),
         "relay": program("relay", "proving.programs.relay"),

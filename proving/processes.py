@@ -85,7 +85,8 @@ class Program:
                 code = process.wait(self._grace)
             except subprocess.TimeoutExpired:
                 self.end()
-                self._note_astray(history, f"did not end within {self._grace:.0f} s")
+                if self._must_end():
+                    self._note_astray(history, f"did not end within {self._grace:.0f} s")
                 return
             if code not in (0, -signal.SIGTERM):  # uvicorn re-raises the signal
                 self._note_astray(history, f"ended with {code}")
@@ -117,6 +118,9 @@ class Program:
             "astray", process=self.kind, how=f"{how}; its last lines: {self.log()[-1000:]}"
         )
 
+    def _must_end(self) -> bool:
+        return True
+
     def _workers(self) -> list[int]:
         return [self._process.pid] if self._process is not None and self.running else []
 
@@ -132,11 +136,33 @@ class Server(Program):
         folder: Path,
         *,
         children: int,
+        survives: bool = True,
         grace: float = 60.0,
     ) -> None:
-        """Prepare it; a kill hits up to ``children`` child processes, or the server itself if 0."""
+        """Prepare it.
+
+        Args:
+            kind: see :class:`Program`, like the next ones.
+            arguments: the module and its arguments.
+            environment: variables to add to this process's.
+            folder: the folder of the history.
+            children: a kill hits up to so many child processes, or the server itself if 0.
+            survives: whether it must end in order after a child was killed. Celery's pool may wait
+                for ever for a lock that the child has held.
+            grace: the seconds for an orderly exit.
+        """
         super().__init__(kind, arguments, environment, folder, grace=grace)
         self._children = children
+        self._survives = survives
+        self._has_lost_child = False
+
+    def kill(self, history: Journal) -> None:
+        """Kill child processes, or the server itself, and write that down."""
+        super().kill(history)
+        self._has_lost_child = True
+
+    def _must_end(self) -> bool:
+        return self._survives or not self._has_lost_child
 
     def terminate(self, history: Journal) -> None:
         """Send SIGTERM, and wait; write down which child processes the server has killed itself."""

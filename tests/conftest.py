@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -144,10 +145,17 @@ def mortal_postgresql() -> Iterator[PrivatePostgreSQL]:
 @pytest.fixture
 def postgresql_url(postgresql: PrivatePostgreSQL) -> Iterator[str]:
     """An empty PostgreSQL database that no other test uses."""
+    with new_database(postgresql) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def new_database(postgresql: PrivatePostgreSQL, *, template: str = "template1") -> Iterator[str]:
+    """Create a database for the block, empty or a copy of another one."""
     database = f"test_{uuid.uuid4().hex[:12]}"
     admin = create_engine(postgresql.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     with admin.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {database}")
+        connection.exec_driver_sql(f"CREATE DATABASE {database} TEMPLATE {template}")
     yield make_url(postgresql.url).set(database=database).render_as_string(hide_password=False)
     with admin.connect() as connection:
         connection.exec_driver_sql(f"DROP DATABASE {database} WITH (FORCE)")

@@ -27,11 +27,11 @@ from sqlalchemy.orm.session import SessionTransactionOrigin
 from outbox import sinks
 from outbox.errors import UsageError
 from outbox.event import Event
+from outbox.messages.rows import values_of
 from outbox.observer import Observer, seam
 from outbox.publisher import Publisher
 from outbox.sql.commits import commits_by_itself, is_autocommit
 from outbox.sql.handover import Handover, Place, Row, doubt, handover_for, name_engine, place_of
-from outbox.storage.rows import values_of
 from outbox.storage.schema import DIALECTS, events, events_with_grace
 
 __all__ = ["bind", "sink_of_connection", "sink_of_session"]
@@ -223,7 +223,7 @@ def sink_of_connection(connection: Any) -> sinks.Sink:
         raise UsageError(f"{connection!r} is not an SQLAlchemy Connection{hint}")
     _check(connection)
 
-    def store(stored: Event, publisher: Publisher | None) -> None:
+    def store(stored: Event, publisher: Publisher | None) -> bool:
         if not connection.in_transaction():
             connection.begin()  # as any statement would
         if commits_by_itself(connection):
@@ -234,6 +234,7 @@ def sink_of_connection(connection: Any) -> sinks.Sink:
         key = connection.execute(insert(table), values_of(stored)).inserted_primary_key
         if handover is not None and key is not None:
             _hand_over_later(connection, handover, stored, key[0], at)
+        return True
 
     return store
 
@@ -285,8 +286,9 @@ def _handover(engine: Engine, stored: Event, publisher: Publisher | None) -> Han
 
 
 def _sink(session: Session) -> sinks.Sink:
-    def store(stored: Event, publisher: Publisher | None) -> None:
+    def store(stored: Event, publisher: Publisher | None) -> bool:
         _store_in_session(session, stored, publisher)
+        return True
 
     return store
 

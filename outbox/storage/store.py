@@ -29,8 +29,8 @@ from sqlalchemy.exc import DataError
 
 from outbox.errors import UsageError
 from outbox.event import Event
+from outbox.messages.rows import event_of, values_of
 from outbox.storage.clock import now, seconds_since
-from outbox.storage.rows import event_of, values_of
 from outbox.storage.schema import DIALECTS, create_missing, ddl, events
 from outbox.storage.statements import statements
 from outbox.storage.transactions import own_transaction, try_again
@@ -180,7 +180,7 @@ class Store:
     def put_rows(
         self, rows: Sequence[dict[str, Any]], *, connection: Connection | None = None
     ) -> None:
-        """Store rows made by :func:`outbox.storage.rows.values_of`, in their order."""
+        """Store rows made by :func:`outbox.messages.rows.values_of`, in their order."""
         if connection is None:
             with own_transaction(self.engine) as connection:
                 self.put_rows(rows, connection=connection)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import logging
 import sys
 import threading
@@ -25,7 +24,6 @@ from outbox.header_values import check_address
 from outbox.observer import seam
 from outbox.publisher import Publisher
 from outbox.report import PublishFailed, PublishReport
-from outbox.settings import Settings
 from outbox.sinks import BOUND, Bound, Sink
 from outbox.system import process
 from outbox.unit_of_work.origin import Origin, application_frame, warn_at
@@ -51,12 +49,6 @@ _console: EventCollector | None = None
 
 _at_console: EventCollector | None = None
 """The collector of a console's main thread outside of any unit, for the same reason."""
-
-
-@functools.cache
-def _settings() -> Settings:
-    """Return the settings of events that are stored without a publisher: the environment's."""
-    return Settings.load(None, {})
 
 
 def set_console(collector: EventCollector | None) -> None:
@@ -89,6 +81,9 @@ class EventCollector:
     """
 
     __slots__ = ("__weakref__", "_buffer", "_unit")
+
+    is_lazy = False
+    """Whether it is of no unit of work: nothing publishes its events at the end."""
 
     def __init__(
         self,
@@ -270,7 +265,9 @@ class EventCollector:
             settings = publisher.settings
         else:
             publisher = unit.publisher or configuration.publisher_if_any()
-            settings = _settings() if publisher is None else publisher.settings
+            settings = (
+                configuration.settings_to_store() if publisher is None else publisher.settings
+            )
         if unit.pid != process.pid and sink is None:
             raise CollectorClosed(
                 f"this collector belongs to the process {unit.pid}; "
@@ -296,9 +293,9 @@ class EventCollector:
             unroutable,
         )
         if sink is not None:
-            sink(event, publisher)
+            is_stored = sink(event, publisher)
             observer = unit.observer or seam.observer
-            if observer is not None:
+            if observer is not None and is_stored:
                 observer.stored_in_transaction(event)
         elif publisher is not None:
             if using is None:
@@ -493,6 +490,8 @@ class _LazyCollector(EventCollector):
     """
 
     __slots__ = ("_origin", "_watched")
+
+    is_lazy = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,8 +14,9 @@ from sqlalchemy.orm import Session
 
 from outbox import ids
 from outbox.configuration import default_publisher
+from outbox.messages import rows
 from outbox.sql import Store, metadata, relay, row_fates, transaction, waves
-from outbox.storage import rows, schema, store
+from outbox.storage import schema, store
 from outbox.storage.statements import Statements
 from proving.bugs.bug import Bug
 

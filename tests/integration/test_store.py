@@ -31,11 +31,11 @@ from sqlalchemy.orm import Session
 
 from outbox import UsageError, configure, enqueue_event
 from outbox.event import Event, make_event
+from outbox.messages.rows import headers_of, values_of
 from outbox.serializer import JSONSerializer
 from outbox.sql import Store, metadata
 from outbox.storage import store as module
 from outbox.storage.engines import open_engine, open_sqlite
-from outbox.storage.rows import headers_of, values_of
 from outbox.storage.schema import ddl, events, events_with_grace
 from outbox.storage.store import Claimed
 from tests.relaying import opened

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from outbox import Event, EventCollector, InvalidEvent, Publisher, UsageError
 from outbox.event import make_event
 from outbox.header_values import MAX_HEADER_BYTES, plain_table
+from outbox.messages.rows import event_of, values_of
 from outbox.messages.topics import matches
 from outbox.serializer import JSONSerializer
 from outbox.settings import Settings
 from outbox.sql import Store
 from outbox.storage.engines import open_engine
-from outbox.storage.rows import event_of, values_of
 from outbox.transports.memory import MemoryTransport
 from outbox.transports.rabbitmq.amqp.encoder import Encoder
 from outbox.transports.rabbitmq.parameters import connection_parameters

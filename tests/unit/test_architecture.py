@@ -25,6 +25,7 @@ from outbox import errors
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("consumers", "middleware", "testing")
+FRAMEWORKS = ("django", "flask")
 
 
 def modules() -> dict[str, Path]:
@@ -82,6 +83,7 @@ ROOMS = (
     "consumers.worker",
     "consumers.command",
     "consumers.__init__ consumers.__main__",
+    "django",
     "testing",
 )
 FLOORS = {f"outbox.{name}": floor for floor, room in enumerate(ROOMS) for name in room.split()}
@@ -101,6 +103,8 @@ def floor_of(module: str) -> int:
 
 def part_of(module: str) -> str:
     second = module.split(".")[1] if "." in module else ""
+    if second in FRAMEWORKS:
+        return "frameworks"
     return second if second in PARTS else "core"
 
 
@@ -109,6 +113,7 @@ ALLOWED = {
     "middleware": {"core", "middleware"},
     "consumers": {"core", "consumers"},
     "testing": {"core", "consumers", "testing"},
+    "frameworks": {"core", "middleware", "consumers", "frameworks"},
 }
 
 
@@ -158,7 +163,14 @@ def test_no_public_name_hides_a_module(package: ModuleType) -> None:
 def test_a_driver_is_imported_only_in_its_own_room(module: str) -> None:
     homes = {
         "pika": ("outbox.transports.rabbitmq",),
-        "sqlalchemy": ("outbox.storage", "outbox.sql", "outbox.transports.sqlite"),
+        "sqlalchemy": (
+            "outbox.storage",
+            "outbox.sql",
+            "outbox.transports.sqlite",
+            "outbox.django.connecting",
+            "outbox.flask",
+        ),
+        "django": ("outbox.django",),
         "sqlite3": ("outbox.storage", "outbox.sql", "outbox.transports.sqlite"),
         "starlette": ("outbox.middleware.asgi",),
     }
@@ -275,7 +287,8 @@ def test_the_version_is_that_of_the_project_installed_or_not() -> None:
 
 def test_every_module_can_be_imported() -> None:
     for _, name, _ in pkgutil.walk_packages(outbox.__path__, "outbox."):
-        importlib.import_module(name)
+        if not name.startswith("outbox.django."):  # which need a project: see tests/django
+            importlib.import_module(name)
 
 
 @pytest.mark.hazard("A12")

@@ -26,7 +26,11 @@ class Database:
         self.stored: list[tuple[str | sinks.Bound, Event]] = []
 
     def sink_using(self, alias: str | sinks.Bound) -> sinks.Sink | None:
-        return lambda event, publisher: self.stored.append((alias, event))
+        def store(event: Event, publisher: Publisher | None) -> bool:
+            self.stored.append((alias, event))
+            return True
+
+        return store
 
 
 @pytest.fixture
@@ -50,10 +54,10 @@ def test_an_alias_chooses_the_database(database: Database) -> None:
 def test_a_session_that_was_bound_comes_first(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken: list[Event] = []
-    monkeypatch.setattr(sinks, "bound", lambda: lambda event, publisher: taken.append(event))
+    session = Database()
+    monkeypatch.setattr(sinks, "bound", lambda: session.sink_using(sinks.BOUND))
     event = enqueue_event({}, "orders")
-    assert taken == [event]
+    assert session.stored == [(sinks.BOUND, event)]
     assert not database.stored
     monkeypatch.setattr(sinks, "bound", lambda: None)
     enqueue_event({}, "orders")

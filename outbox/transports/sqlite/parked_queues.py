@@ -15,9 +15,9 @@ from outbox.event import Event
 from outbox.messages.dead_letters import fields_of, is_kept_on_replay, origin_headers
 from outbox.messages.delivery import headers_on_the_wire
 from outbox.messages.parked_message import ParkedMessage, ReplayResult
+from outbox.messages.rows import event_of
 from outbox.settings import MIB, Settings
 from outbox.storage.clock import now
-from outbox.storage.rows import event_of
 from outbox.storage.schema import events
 from outbox.transports.sqlite import routing
 from outbox.transports.sqlite.database import Database

@@ -9,7 +9,7 @@ from typing import Any
 from outbox.backlog.chunk import Entry, Fate
 from outbox.event import Event, Unroutable
 from outbox.messages.dead_letters import PARKING_QUEUE, parked
-from outbox.storage.rows import values_of
+from outbox.messages.rows import values_of
 from outbox.transports.sqlite.routing import Routes
 
 __all__ = ["NO_ROUTE", "Plan", "rows_of"]

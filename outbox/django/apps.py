@@ -1,0 +1,37 @@
+"""The Django app: it has every ``enqueue_event()`` of the process store through Django."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.apps import AppConfig
+from django.core.signals import setting_changed
+
+from outbox import configuration, sinks
+from outbox.django import project, storing
+
+__all__ = ["OutboxConfig"]
+
+
+class OutboxConfig(AppConfig):
+    """The app ``outbox.django``, labelled ``outbox_events``.
+
+    ``ready()`` opens nothing and starts nothing: it runs in every command, also where there is no
+    database, and in processes that fork later.
+    """
+
+    name = "outbox.django"
+    label = "outbox_events"
+    verbose_name = "Outbox"
+    default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        """Set up the process."""
+        configuration.provide(project.publisher, project.settings_to_store)
+        sinks.sink_using = storing.sink_using
+        setting_changed.connect(_on_setting_changed, dispatch_uid="outbox.django")
+
+
+def _on_setting_changed(*, setting: str, **_: Any) -> None:
+    if setting == "OUTBOX":
+        project.forget()

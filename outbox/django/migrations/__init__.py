@@ -1,0 +1,1 @@
+"""The migrations of outbox's tables."""

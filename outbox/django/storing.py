@@ -1,0 +1,349 @@
+"""Events stored through Django's connection, or held until its commit.
+
+An event is one INSERT on the connection of its alias. So Django and the database decide what
+becomes of it, as for every other row, and nothing has to run at the commit. A callback of
+``on_commit`` only makes it faster: this process publishes the row without waiting for a relay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib.util
+import logging
+import os
+import time
+from typing import Any
+
+from django.conf import settings as django_settings
+from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
+
+from outbox import EventCollector, UsageError
+from outbox.backlog.notifier import ids
+from outbox.configuration import default_publisher
+from outbox.django import project
+from outbox.django.connecting import can_hand_over, engine_of, vendor_of
+from outbox.django.moments import in_column
+from outbox.event import Event
+from outbox.messages.rows import values_of
+from outbox.observer import seam
+from outbox.publisher import Publisher
+from outbox.sinks import Bound, Sink
+from outbox.unit_of_work.origin import application_frame, warn_at
+
+__all__ = ["pending_of", "sink_using"]
+
+logger = logging.getLogger("outbox.django")
+
+_GRACE = 1  # seconds, as in outbox.storage.schema, which needs SQLAlchemy
+
+_COLUMNS = (
+    "id",
+    "aggregatetype",
+    "aggregateid",
+    "type",
+    "payload",
+    "exchange",
+    "content_type",
+    "headers",
+    "key",
+    "priority",
+    "unroutable",
+    "occurred_at",  # the last one: it is converted for the database
+)
+_SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
+_NOW = {
+    "postgresql": "statement_timestamp()",
+    "sqlite": _SQLITE_NOW,
+    "mysql": "UTC_TIMESTAMP(6)",
+}
+_AFTER_GRACE = {
+    "postgresql": f"statement_timestamp() + interval '{_GRACE} second'",
+    "sqlite": f"{_SQLITE_NOW} + {_GRACE}",
+    "mysql": f"UTC_TIMESTAMP(6) + INTERVAL {_GRACE} SECOND",
+}
+
+
+def sink_using(alias: str | Bound) -> Sink | None:
+    """Return the sink of a database of the project, or of the one that ``OUTBOX`` names.
+
+    It is None if the event is to be collected, with ``STORE = None``.
+
+    Raises:
+        UsageError: the alias is unknown; an event loop runs in this thread; the event would be
+            stored outside of the transaction that is open, or outside of any where ``OUTBOX``
+            forbids that.
+    """
+    outbox = project.current()
+    if isinstance(alias, Bound):
+        if outbox.store is None:
+            return _sink_without_store()
+        chosen, is_named = outbox.store, False
+    else:
+        if alias not in django_settings.DATABASES:
+            known = ", ".join(map(repr, django_settings.DATABASES))
+            raise UsageError(f"using={alias!r} is not in DATABASES ({known})")
+        chosen, is_named = alias, True
+    _check_no_loop()
+    connection = connections[chosen]
+    if not _in_transaction(connection):
+        if not is_named:
+            _check_others(chosen)
+        _check_outside(outbox.outside_atomic, chosen)
+    return functools.partial(_store, connection)
+
+
+def pending_of(function: object) -> Pending | None:
+    """Return what a callback in a connection's ``run_on_commit`` publishes, if it is of outbox."""
+    pending = getattr(function, "pending", None)
+    return pending if isinstance(pending, Pending) else None
+
+
+class Pending:
+    """What is published after the commit of a transaction, or of one of its savepoints.
+
+    Django drops it together with the savepoint that is rolled back.
+
+    Attributes:
+        publisher: the publisher; None if a relay publishes the rows.
+        events: the events, in their order.
+        rows: the number of each event's row, and the monotonic time at which it was stored; empty
+            if the events were not stored.
+    """
+
+    def __init__(self, alias: str, publisher: Publisher | None) -> None:
+        """Begin without events."""
+        self._alias = alias
+        self.publisher = publisher
+        self.events: list[Event] = []
+        self.rows: list[tuple[int, float]] = []
+
+    def publish(self) -> None:
+        """Publish what was committed; never raise, since others' callbacks may follow."""
+        try:
+            if self.publisher is None:
+                return
+            if not self.rows:
+                _publish(self.publisher, self.events)
+            elif not connections[self._alias].in_atomic_block:
+                # In one, the transaction is a test's, and was not committed.
+                _hand_over(self._alias, self.publisher, self.events, self.rows)
+        except Exception:
+            logger.exception("could not publish after the commit: %s", ids(self.events))
+
+
+def _store(connection: Any, event: Event, publisher: Publisher | None) -> bool:
+    """Insert ``event`` through Django's ``connection``: one query, whatever happens later."""
+    alias: str = connection.alias
+    observer = seam.observer
+    hands_over = (
+        publisher is not None
+        and publisher.settings.after_commit != "nothing"
+        and event.deliver_at is None
+        and _has_sqlalchemy()
+        and (observer.hands_over if observer else not project.is_test_environment())
+        and can_hand_over(alias)
+    )
+    at = time.monotonic()
+    number = _insert(connection, event, in_grace=hands_over)
+    if connection.in_atomic_block:
+        if hands_over or observer is not None:
+            pending = _pending_at_commit(connection, publisher if hands_over else None)
+            pending.events.append(event)
+            pending.rows.append((number, at))
+    elif hands_over and publisher is not None and connection.get_autocommit():
+        _hand_over(alias, publisher, [event], [(number, at)])
+    # else the process can't learn of the commit: a relay publishes it
+    return True
+
+
+def _insert(connection: Any, event: Event, *, in_grace: bool) -> int:
+    vendor = vendor_of(connection.alias)
+    values = values_of(event)
+    times = (
+        [event.occurred_at] if event.deliver_at is None else [event.occurred_at, event.deliver_at]
+    )
+    parameters = [values[name] for name in _COLUMNS[:-1]]
+    parameters += [in_column(time, vendor) for time in times]
+    statement = _statement(vendor, in_grace, event.deliver_at is not None)
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute(statement, parameters)
+            number = cursor.fetchone()[0] if vendor == "postgresql" else cursor.lastrowid
+    except DatabaseError as error:
+        text = str(error)
+        if "outbox_events" in text and ("exist" in text or "no such table" in text):
+            raise UsageError(
+                f"the table outbox_events does not exist in the database {connection.alias!r}; "
+                f"run `manage.py migrate outbox_events --database {connection.alias}`"
+            ) from error
+        raise
+    return int(number)
+
+
+@functools.cache
+def _statement(vendor: str, in_grace: bool, is_scheduled: bool) -> str:
+    quote = "`" if vendor == "mysql" else '"'
+    columns = [*_COLUMNS, "stored_at", "available_at"]
+    names = ", ".join(f"{quote}{name}{quote}" for name in columns)
+    due = "%s" if is_scheduled else (_AFTER_GRACE if in_grace else _NOW)[vendor]
+    values = ", ".join(["%s"] * len(_COLUMNS) + [_NOW[vendor], due])
+    returning = " RETURNING seq" if vendor == "postgresql" else ""
+    return f"INSERT INTO outbox_events ({names}) VALUES ({values}){returning}"
+
+
+def _pending_at_commit(connection: Any, publisher: Publisher | None) -> Pending:
+    """Return what is published at the commit of the innermost savepoint, for one more event."""
+    hooks = connection.run_on_commit
+    if hooks:
+        savepoints, function = hooks[-1][:2]
+        pending = pending_of(function)
+        if (
+            pending is not None
+            and pending.publisher is publisher
+            and savepoints == set(connection.savepoint_ids)
+        ):
+            return pending
+    pending = Pending(connection.alias, publisher)
+
+    # A function, since Django wants a name for its log of callbacks that raise.
+    def publish_after_commit() -> None:
+        pending.publish()
+
+    publish_after_commit.pending = pending  # type: ignore[attr-defined]
+    connection.on_commit(publish_after_commit, robust=True)
+    return pending
+
+
+def _hand_over(
+    alias: str, publisher: Publisher, events: list[Event], rows: list[tuple[int, float]]
+) -> None:
+    """Have the process's background thread publish committed rows; never raise."""
+    try:
+        from outbox.sql.handover import Place, Row, handover_for
+
+        engine = engine_of(alias)
+        handover = handover_for(engine, publisher)
+        if handover is not None:
+            handover.submit(
+                Place(engine),
+                [
+                    Row(number, event.id, at)
+                    for event, (number, at) in zip(events, rows, strict=True)
+                ],
+            )
+    except Exception:
+        logger.exception("leaving stored events to the relay: %s", ids(events))
+
+
+def _sink_without_store() -> Sink | None:
+    """Return what holds an event until the commit, or publishes it at once outside of one."""
+    open_here = [each for each in _initialized() if each.in_atomic_block]
+    aliases = [each.alias for each in open_here]
+    if open_here:
+        if len(open_here) > 1 and DEFAULT_DB_ALIAS not in aliases:
+            raise UsageError(
+                f"transactions of {' and '.join(map(repr, aliases))} are open, and with "
+                "OUTBOX['STORE'] = None nothing says which one the event belongs to: set STORE, "
+                "or enqueue it with using=alias, which stores it there"
+            )
+        chosen = [each for each in open_here if each.alias == DEFAULT_DB_ALIAS] or open_here
+        return functools.partial(_hold, chosen[0])
+    for each in _initialized():
+        if _in_transaction(each):
+            raise UsageError(
+                f"the database {each.alias!r} is not in autocommit mode, so Django calls nothing "
+                "at its commit, and OUTBOX['STORE'] = None can't hold the event until then; use "
+                "transaction.atomic()"
+            )
+    return _publish_soon if EventCollector.current().is_lazy else None
+
+
+def _hold(connection: Any, event: Event, publisher: Publisher | None) -> bool:
+    publisher = publisher or default_publisher()
+    _pending_at_commit(connection, publisher).events.append(event)
+    if seam.observer is not None:
+        seam.observer.enqueued(event)
+    return False
+
+
+def _publish_soon(event: Event, publisher: Publisher | None) -> bool:
+    if seam.observer is not None:
+        seam.observer.enqueued(event)
+    _publish(publisher or default_publisher(), [event])
+    return False
+
+
+def _publish(publisher: Publisher, events: list[Event]) -> None:
+    """Publish ``events`` as one chunk, and wait for the confirms where waiting is possible."""
+    try:
+        publisher.check_may_wait()
+    except UsageError:
+        publisher.submit(events)
+    else:
+        publisher.publish(events)
+
+
+def _initialized() -> list[Any]:
+    return list(connections.all(initialized_only=True))
+
+
+def _in_transaction(connection: Any) -> bool:
+    """Return whether the application has a transaction open on ``connection``.
+
+    The one that Django's ``TestCase`` puts around each test is not the application's.
+    """
+    if connection.in_atomic_block:
+        return any(
+            not getattr(block, "_from_testcase", False) for block in connection.atomic_blocks
+        )
+    if connection.connection is None:  # not connected: its attribute says nothing yet
+        return not connection.settings_dict["AUTOCOMMIT"]
+    return not connection.autocommit
+
+
+def _check_others(alias: str) -> None:
+    for other in _initialized():
+        if other.alias != alias and _in_transaction(other):
+            raise UsageError(
+                f"a transaction of the database {other.alias!r} is open, but the event would be "
+                f"stored in {alias!r}, at once: a rollback would not undo it. Pass "
+                f"using={other.alias!r} to store it in that transaction, using={alias!r} to store "
+                "it at once, or using=None to publish it at once"
+            )
+
+
+def _check_outside(what: project.OutsideAtomic, alias: str) -> None:
+    if what == "store":
+        return
+    text = (
+        f"an event is stored outside of transaction.atomic(using={alias!r}): it commits at once, "
+        "apart from the data it belongs to"
+    )
+    if what == "error":
+        raise UsageError(text)
+    frame = application_frame()
+    warn_at(text, frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+
+
+def _check_no_loop() -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    if not os.environ.get("DJANGO_ALLOW_ASYNC_UNSAFE"):
+        raise UsageError(
+            "Django's connections can't be used on an event loop; use "
+            "`await outbox.django.aenqueue_event(...)`"
+        )
+
+
+@functools.cache
+def _has_sqlalchemy() -> bool:
+    found = importlib.util.find_spec("sqlalchemy") is not None
+    if not found:
+        logger.warning(
+            "SQLAlchemy isn't installed: this process stores events, and leaves publishing them to "
+            "a relay; pip install 'outbox-events[django]'"
+        )
+    return found

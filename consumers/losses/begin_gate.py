@@ -9,6 +9,10 @@ again, no other message loses anything. Three bounds keep it from stopping the o
 - Once it has run for a minute, the others begin beside it; other suspects wait for their ten
   minutes.
 - Between two suspects, messages that were held up begin.
+
+Suspects of which no loss is known, only that the broker has returned them often, run beside each
+other where a table would know by the next time which of them was lost: where connections break
+often, there may be hundreds.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ and would be delivered again if the suspect killed the process before that. A br
 for an ack than for a message."""
 _BETWEEN = 0.2
 """Seconds in which messages that were held up may begin between two suspects."""
+_JOINED = 2.0
+"""Seconds in which suspects that share may join those that run: then the others have their turn."""
 
 
 class Suspect:
@@ -43,13 +49,17 @@ class Suspect:
         losses: how often it was lost with its process.
         since: the time from which it waits.
         is_harmless: whether it has ended once; it only keeps away from what kills the process.
+        shares: whether it may run beside others that share.
     """
 
-    def __init__(self, losses: int, since: float, *, is_harmless: bool = False) -> None:
+    def __init__(
+        self, losses: int, since: float, *, is_harmless: bool = False, shares: bool = False
+    ) -> None:
         """Create a suspect that waits since ``since``, and was lost ``losses`` times."""
         self.losses = losses
         self.since = since
         self.is_harmless = is_harmless
+        self.shares = shares
         self.rank = (losses, random.random())  # in no order that killed the process before
 
 
@@ -69,6 +79,7 @@ class BeginGate:
         self._alone: set[Suspect] = set()
         self._opens_at = 0.0
         self._closes_at = 0.0
+        self._joined_until = 0.0
         self._quiet_since: float | None = None
         self._holds_up = False  # whether a message was refused since the gate was closed
 
@@ -89,9 +100,9 @@ class BeginGate:
         """Note that a message has ended."""
         self._running.pop()
 
-    def suspect(self, losses: int, *, is_harmless: bool = False) -> Suspect:
+    def suspect(self, losses: int, *, is_harmless: bool = False, shares: bool = False) -> Suspect:
         """Return a suspect that waits from now on, until it begins or leaves."""
-        waiting = Suspect(losses, self._clock(), is_harmless=is_harmless)
+        waiting = Suspect(losses, self._clock(), is_harmless=is_harmless, shares=shares)
         with self._lock:
             self._waiting.append(waiting)
         return waiting
@@ -101,6 +112,11 @@ class BeginGate:
         with self._lock:
             now = self._clock()
             is_patient = now < suspect.since + _LONGEST
+            if self._may_join(suspect, now):
+                self._waiting.remove(suspect)
+                self._alone.add(suspect)
+                self._running.append(None)
+                return True
             if suspect is not min(self._waiting, key=_rank) or (self._alone and is_patient):
                 return False
             if not self._is_closed:
@@ -124,6 +140,7 @@ class BeginGate:
             self._waiting.remove(suspect)
             self._alone.add(suspect)
             self._opens_at = now + _ALONE
+            self._joined_until = now + _JOINED
             self._running.append(None)
             return True
 
@@ -132,6 +149,8 @@ class BeginGate:
         with self._lock:
             self._running.pop()
             self._alone.remove(suspect)
+            if self._alone and suspect.shares:
+                return
             self._quiet_since = None
             self._opens_at = self._clock() + _CLOSED
             if self._holds_up or not self._waiting:
@@ -143,6 +162,15 @@ class BeginGate:
             self._waiting.remove(suspect)
             if not self._waiting and not self._alone:
                 self._open(0.0)
+
+    def _may_join(self, suspect: Suspect, now: float) -> bool:
+        return (
+            suspect.shares
+            and self._is_closed
+            and now < self._joined_until
+            and bool(self._alone)
+            and all(each.shares for each in self._alone)
+        )
 
     def _open(self, seconds: float) -> None:
         self._is_closed = False

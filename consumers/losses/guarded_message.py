@@ -47,11 +47,16 @@ class Guard:
     """The gate of a worker, and the table of begun messages if its parent has made one.
 
     Thread-safe.
+
+    Attributes:
+        gate: the gate.
+        has_table: whether losses are noted.
     """
 
     def __init__(self, table: BegunTable | None) -> None:
         """Guard a worker; without a table only the broker's count makes a message a suspect."""
         self._table = table
+        self.has_table = table is not None
         self.gate = BeginGate()
         self._harmless: dict[bytes, int] = {}
 
@@ -155,7 +160,11 @@ class GuardedMessage(Message):
         loss, suspect = self._loss, None
         if loss is not None:
             is_harmless = not loss.times and delivery.returned < _MANY_RETURNS
-            suspect = guard.gate.suspect(loss.times, is_harmless=is_harmless)
+            suspect = guard.gate.suspect(
+                loss.times,
+                is_harmless=is_harmless,
+                shares=guard.has_table and not is_harmless and not loss.times,
+            )
             if not is_harmless:
                 logger.warning(
                     "message %r of %r was %s; it begins alone",

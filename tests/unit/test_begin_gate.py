@@ -76,6 +76,30 @@ def test_suspects_begin_one_after_the_other_those_with_fewer_losses_first(
     assert begins(gate, clock, worse)
 
 
+def test_suspects_of_which_no_loss_is_known_run_side_by_side_for_a_while(
+    gate: BeginGate, clock: Clock
+) -> None:
+    waiting = [gate.suspect(0, shares=True) for _ in range(3)]
+    lost = gate.suspect(1)
+    first = next(each for each in waiting if begins(gate, clock, each))
+    second, late = (each for each in waiting if each is not first)
+    assert gate.begin_alone(second)
+    assert not gate.begin()
+    assert not begins(gate, clock, lost)
+    clock.now += begin_gate._JOINED
+    assert not gate.begin_alone(late)
+    gate.end_alone(first)
+    assert not gate.begin()
+    gate.end_alone(second)
+    assert gate.begin()  # those that were held up have their turn
+    gate.end()
+    clock.now += begin_gate._BETWEEN
+    assert begins(gate, clock, late)
+    gate.end_alone(late)
+    clock.now += begin_gate._BETWEEN
+    assert begins(gate, clock, lost)
+
+
 def test_between_two_suspects_messages_that_were_held_up_begin(
     gate: BeginGate, clock: Clock
 ) -> None:

@@ -32,7 +32,7 @@ from outbox.event import Event
 from outbox.messages.rows import values_of
 from outbox.sql import Relay, Store
 from outbox.testing.broker import PrivateBroker
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from outbox.transports.rabbitmq.amqp.encoder import Encoder
 
 _BATCH = 1000

@@ -24,7 +24,7 @@ from benchmarks.tables import Bound, median, print_bounds, progress
 from outbox import configure, enqueue_event
 from outbox.event import Event
 from outbox.messages.rows import values_of
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 
 _EVENTS = 10
 _TRANSACTIONS = 100

@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
 from outbox.sql import metadata
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from proving.history import Journal
 from proving.proxy import FaultProxy
 from tests.pgbouncer import PrivatePgBouncer

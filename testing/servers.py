@@ -24,6 +24,7 @@ from typing import IO, Self
 __all__ = [
     "PrivateServer",
     "ServerMissing",
+    "find_mariadb",
     "find_postgresql",
     "find_rabbitmq",
     "first_byte",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 _RABBITMQ = ("/usr/lib/rabbitmq/lib", "/usr/local/lib/rabbitmq", "/opt/homebrew/opt/rabbitmq")
+_MARIADB = ("/usr/sbin", "/usr/local/sbin", "/usr/local/bin", "/opt/homebrew/bin")
 _POSTGRESQL = ("/usr/lib/postgresql", "/usr/local/pgsql", "/opt/homebrew/opt")
 
 # Below the ports of outgoing connections (Linux from 32768, others from 49152): while a server is
@@ -75,6 +77,12 @@ def find_postgresql() -> Path | None:
     return None
 
 
+def find_mariadb() -> Path | None:
+    """Return the program of the MariaDB server that is installed, or None."""
+    found = shutil.which("mariadbd", path=os.pathsep.join(_MARIADB))
+    return None if found is None else Path(found)
+
+
 def _number(name: str) -> float:
     digits = "".join(char for char in name.rpartition("@")[2] if char.isdigit() or char == ".")
     return float(digits or 0)
@@ -95,11 +103,11 @@ def free_ports(count: int) -> Iterator[list[int]]:
         yield ports
 
 
-def first_byte(port: int, request: bytes) -> bytes:
-    """Send ``request`` to a local server; return the first byte of its answer, b"" if none."""
+def first_byte(port: int, request: bytes, *, skip: int = 0) -> bytes:
+    """Send ``request`` to a local server; return the byte behind ``skip`` others, b"" if none."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as link:
         link.sendall(request)
-        return link.recv(1)
+        return link.recv(skip + 1, socket.MSG_WAITALL)[skip:]
     return b""
 
 

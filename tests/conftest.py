@@ -21,7 +21,7 @@ from outbox import Publisher, configuration
 from outbox.observer import seam
 from outbox.sql import Store
 from outbox.testing.broker import BrokerMissing, PrivateBroker
-from outbox.testing.postgresql import PostgreSQLMissing, PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PostgreSQLMissing, PrivatePostgreSQL
 from outbox.unit_of_work.unit_of_work import Scope
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector

@@ -7,7 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from outbox.testing.servers import PrivateServer, ServerMissing, first_byte, free_ports
 
 __all__ = ["PrivatePgBouncer"]

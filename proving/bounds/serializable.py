@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from outbox import configure, enqueue_event
 from outbox.sql import Relay, Store, drain
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 
 __all__: list[str] = []
 

@@ -25,7 +25,7 @@ from sqlalchemy.engine import make_url
 
 from outbox import configuration, sinks
 from outbox.django import project as outbox_project
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from tests.conftest import new_database
 
 if not settings.configured:

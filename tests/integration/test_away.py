@@ -14,7 +14,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from outbox.consumers.message.databases import is_unavailable
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from outbox.testing.servers import free_ports
 
 

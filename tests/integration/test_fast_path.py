@@ -30,7 +30,7 @@ from outbox.event import make_event
 from outbox.serializer import JSONSerializer
 from outbox.sql import Store
 from outbox.storage.engines import open_engine
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.databases import Base, Order, targets

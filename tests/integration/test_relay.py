@@ -20,7 +20,7 @@ from sqlalchemy.exc import OperationalError
 from outbox import BrokerError, Event, Publisher, UsageError
 from outbox.sql import Relay, Store
 from outbox.sql import relay as module
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from proving.proxy import FaultProxy, Frame, Way
 from tests.amqp import Inspector
 from tests.relaying import an_event, is_empty, many, opened, running

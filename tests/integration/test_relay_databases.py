@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 from outbox import Publisher
 from outbox.sql import Inbox, Relay
 from outbox.sql import listening as module
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from outbox.testing.servers import ServerMissing
 from tests.pgbouncer import PrivatePgBouncer
 from tests.relaying import an_event, is_empty, many, opened, running

@@ -1,0 +1,1 @@
+"""Private database servers, for tests and benchmarks of the durable outbox."""

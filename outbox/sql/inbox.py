@@ -36,7 +36,7 @@ from outbox.errors import CollectorClosed, UsageError
 from outbox.sql import commits
 from outbox.storage.clock import Timestamp, in_seconds, now, seconds_since
 from outbox.storage.engines import engine_beside, open_engine
-from outbox.storage.schema import DIALECTS, create_missing, for_migrations
+from outbox.storage.schema import DIALECTS, MARIADB_OPTIONS, create_missing, for_migrations
 from outbox.storage.transactions import own_transaction
 
 __all__ = ["WINDOW", "Inbox"]
@@ -53,6 +53,7 @@ done = Table(
     Column("consumer", String(255), primary_key=True),
     Column("message_id", String(255), primary_key=True),
     Column("done_at", Timestamp, nullable=False, default=now()),
+    **MARIADB_OPTIONS,
 )
 Index("outbox_inbox_done", done.c.consumer, done.c.done_at)
 for_migrations(done)

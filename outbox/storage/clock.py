@@ -9,6 +9,7 @@ import datetime
 from typing import Any
 
 from sqlalchemy import TIMESTAMP, Dialect, Float
+from sqlalchemy.dialects import mysql
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -17,11 +18,17 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 __all__ = ["Timestamp", "in_seconds", "now", "seconds_after", "seconds_since"]
 
 _UTC = datetime.UTC
+_MARIADB = ("mariadb", "mysql")  # SQLAlchemy's names, by the beginning of the URL
+_MARIADB_NOW = "UTC_TIMESTAMP(6)"
 _SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
 
 
 class Timestamp(TypeDecorator[datetime.datetime]):
-    """An aware datetime: ``TIMESTAMP WITH TIME ZONE``; on SQLite, seconds since the epoch."""
+    """An aware datetime: ``TIMESTAMP WITH TIME ZONE``.
+
+    On SQLite, seconds since the epoch; on MariaDB ``DATETIME(6)`` in UTC, since a ``TIMESTAMP`` is
+    converted to the zone of the session and ends in 2038.
+    """
 
     impl = TIMESTAMP
     cache_ok = True
@@ -29,14 +36,23 @@ class Timestamp(TypeDecorator[datetime.datetime]):
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:  # noqa: D102
         if dialect.name == "sqlite":
             return dialect.type_descriptor(Float())
+        if dialect.name in _MARIADB:
+            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
         return dialect.type_descriptor(TIMESTAMP(timezone=True))
 
     def process_bind_param(self, value: datetime.datetime | None, dialect: Dialect) -> Any:  # noqa: D102
-        return value.timestamp() if value is not None and dialect.name == "sqlite" else value
+        if value is not None and dialect.name == "sqlite":
+            return value.timestamp()
+        if value is not None and dialect.name in _MARIADB:
+            return value.astimezone(_UTC).replace(tzinfo=None)
+        return value
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime.datetime | None:  # noqa: D102
         if value is not None and dialect.name == "sqlite":
             return datetime.datetime.fromtimestamp(value, _UTC)
+        if value is not None and dialect.name in _MARIADB:
+            # Some drivers pass text where the value is no time, such as a day 0.
+            return datetime.datetime.combine(value, value.timetz(), _UTC)
         instant: datetime.datetime | None = value
         return instant
 
@@ -78,6 +94,11 @@ def _(element: now, compiler: SQLCompiler, **_: Any) -> str:
     return "statement_timestamp()"
 
 
+@compiles(now, *_MARIADB)
+def _(element: now, compiler: SQLCompiler, **_: Any) -> str:
+    return _MARIADB_NOW
+
+
 @compiles(now, "sqlite")
 def _(element: now, compiler: SQLCompiler, **_: Any) -> str:
     return _SQLITE_NOW
@@ -89,6 +110,11 @@ def _(element: in_seconds, compiler: SQLCompiler, **options: Any) -> str:
     return f"(statement_timestamp() + make_interval(secs => {seconds}))"
 
 
+@compiles(in_seconds, *_MARIADB)
+def _(element: in_seconds, compiler: SQLCompiler, **options: Any) -> str:
+    return _later(_MARIADB_NOW, compiler.process(element.clauses, **options))
+
+
 @compiles(in_seconds, "sqlite")
 def _(element: in_seconds, compiler: SQLCompiler, **options: Any) -> str:
     return f"({_SQLITE_NOW} + {compiler.process(element.clauses, **options)})"
@@ -98,6 +124,12 @@ def _(element: in_seconds, compiler: SQLCompiler, **options: Any) -> str:
 def _(element: seconds_after, compiler: SQLCompiler, **options: Any) -> str:
     moment, seconds = (compiler.process(each, **options) for each in element.clauses)
     return f"({moment} + make_interval(secs => {seconds}))"
+
+
+@compiles(seconds_after, *_MARIADB)
+def _(element: seconds_after, compiler: SQLCompiler, **options: Any) -> str:
+    moment, seconds = (compiler.process(each, **options) for each in element.clauses)
+    return _later(moment, seconds)
 
 
 @compiles(seconds_after, "sqlite")
@@ -112,6 +144,16 @@ def _(element: seconds_since, compiler: SQLCompiler, **options: Any) -> str:
     return f"EXTRACT(EPOCH FROM statement_timestamp() - {moment})::float8"
 
 
+@compiles(seconds_since, *_MARIADB)
+def _(element: seconds_since, compiler: SQLCompiler, **options: Any) -> str:
+    moment = compiler.process(element.clauses, **options)
+    return f"(TIMESTAMPDIFF(MICROSECOND, {moment}, {_MARIADB_NOW}) / 1e6)"
+
+
 @compiles(seconds_since, "sqlite")
 def _(element: seconds_since, compiler: SQLCompiler, **options: Any) -> str:
     return f"({_SQLITE_NOW} - {compiler.process(element.clauses, **options)})"
+
+
+def _later(moment: str, seconds: str) -> str:
+    return f"({moment} + INTERVAL ROUND(({seconds}) * 1e6) MICROSECOND)"

@@ -3,9 +3,16 @@
 A table exists twice: once with the types that outbox's statements need, and once, in ``metadata``,
 with plain types of SQLAlchemy, since a generated migration must run where only SQLAlchemy is
 imported. Both create the same columns.
+
+On MariaDB two indexes have other columns, which :data:`metadata` can't express: an index has no
+condition there. So tables that a migration has generated lack them, and work, but slower.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 from sqlalchemy import (
     TIMESTAMP,
@@ -29,7 +36,8 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.dialects import registry
+from sqlalchemy.dialects import mysql
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
 
@@ -39,17 +47,22 @@ from outbox.storage.clock import Timestamp, in_seconds, now
 __all__ = [
     "DIALECTS",
     "GRACE",
+    "MARIADB_OPTIONS",
     "create_missing",
     "ddl",
+    "dialect_of",
     "events",
     "events_with_grace",
     "for_migrations",
     "metadata",
     "missing",
+    "statements_of",
 ]
 
-DIALECTS = ("postgresql", "sqlite")
+DIALECTS = ("postgresql", "mariadb", "sqlite")
 """The supported databases: outbox is tested with these."""
+
+_ALSO = {"mysql": "mariadb"}
 
 GRACE = 1.0
 """The seconds for which relays leave a new row to the process that stored it."""
@@ -57,8 +70,30 @@ GRACE = 1.0
 metadata = MetaData()
 """All tables with plain types, for ``create_all`` and for migrations."""
 
-_PLAIN_TIMESTAMP = TIMESTAMP(timezone=True).with_variant(Float(), "sqlite")
+_MARIADB = ("mariadb", "mysql")  # SQLAlchemy's names, by the beginning of the URL
+_PLAIN_TIMESTAMP = (
+    TIMESTAMP(timezone=True)
+    .with_variant(Float(), "sqlite")
+    .with_variant(mysql.DATETIME(fsp=6), *_MARIADB)
+)
+# MariaDB's BLOB and TEXT end at 64 KB.
+_BYTES = LargeBinary().with_variant(mysql.LONGBLOB(), *_MARIADB)
+_TEXT = Text().with_variant(mysql.LONGTEXT(), *_MARIADB)
+
+MARIADB_OPTIONS: dict[str, Any] = {
+    f"{name}_{option}": value
+    for name in _MARIADB
+    for option, value in (
+        ("engine", "InnoDB"),
+        ("charset", "utf8mb4"),
+        # By default "mail", "Mail" and "mail " would be one queue, one key, one id.
+        ("collate", "utf8mb4_nopad_bin"),
+    )
+}
+"""The options of every table on MariaDB; the others ignore them."""
+
 _CREATING = 0x6F7574626F78  # "outbox": the advisory lock of those that create tables
+_LOCK_TIMEOUT = 60  # seconds for which MariaDB waits for it
 
 
 def for_migrations(table: Table) -> None:
@@ -80,7 +115,7 @@ def _table(metadata: MetaData, grace: float) -> Table:
         Column("aggregatetype", String(255), nullable=False),
         Column("aggregateid", String(255), nullable=False),
         Column("type", String(255), nullable=False),
-        Column("payload", LargeBinary, nullable=False),
+        Column("payload", _BYTES, nullable=False),
         Column(
             "seq",
             BigInteger().with_variant(Integer, "sqlite"),
@@ -92,7 +127,7 @@ def _table(metadata: MetaData, grace: float) -> Table:
         Column("queue", String(255), nullable=False, server_default=text("''")),
         Column("exchange", String(255), nullable=False),
         Column("content_type", String(255), nullable=False),
-        Column("headers", Text),
+        Column("headers", _TEXT),
         Column("key", String(255)),
         Column("priority", SmallInteger),
         Column("rank", SmallInteger, nullable=False, server_default=text("0")),
@@ -109,7 +144,8 @@ def _table(metadata: MetaData, grace: float) -> Table:
         Column("deliveries", Integer, nullable=False, server_default=text("0")),
         Column("attempts", Integer, nullable=False, server_default=text("0")),
         Column("dead_at", Timestamp),
-        Column("reason", Text),
+        Column("reason", _TEXT),
+        **MARIADB_OPTIONS,
     )
 
 
@@ -157,12 +193,40 @@ Index(
 )
 for_migrations(events)
 
+# An index has no condition here, so it has columns in its place. Dead rows leave the index of what
+# is due otherwise: they are due in the year 9999.
+_MARIADB_INDEXES = {
+    "outbox_events_heads": ("queue", "key", "dead_at", "seq"),
+    "outbox_events_unkeyed": ("queue", "key", "available_at", "seq"),
+}
+
+
+def dialect_of(name: str) -> str | None:
+    """Return which of :data:`DIALECTS` SQLAlchemy's ``name`` for a dialect means; None if none."""
+    name = _ALSO.get(name, name)
+    return name if name in DIALECTS else None
+
+
+def _tables(dialect: str) -> list[Table]:
+    """Return the tables of :data:`metadata` as they are created on ``dialect``."""
+    if dialect != "mariadb":
+        return metadata.sorted_tables
+    copies = MetaData()
+    for table in metadata.sorted_tables:
+        copy = table.to_metadata(copies)
+        for index in list(copy.indexes):
+            names = _MARIADB_INDEXES.get(str(index.name))
+            if names is not None:
+                copy.indexes.discard(index)
+                Index(index.name, *(copy.columns[name] for name in names))
+    return copies.sorted_tables
+
 
 def missing(connection: Connection) -> list[Table | Index]:
     """Return the tables of :data:`metadata`, and the indexes, that the database lacks."""
     inspector = inspect(connection)
     found: list[Table | Index] = []
-    for table in metadata.sorted_tables:
+    for table in _tables(dialect_of(connection.dialect.name) or ""):
         schema = connection.schema_for_object(table)
         if not inspector.has_table(table.name, schema=schema):
             found += [table, *_indexes(table)]
@@ -175,18 +239,34 @@ def missing(connection: Connection) -> list[Table | Index]:
 def create_missing(connection: Connection) -> list[str]:
     """Create the tables and indexes that the database lacks; return their names.
 
-    Processes that do this at the same time wait for each other.
+    Processes that do this at the same time wait for each other. On MariaDB this commits the
+    connection's transaction.
     """
-    if connection.dialect.name == "postgresql":
+    with _alone(connection):
+        lacking = missing(connection)
+        for each in lacking:
+            if isinstance(each, Table):
+                connection.execute(CreateTable(each, if_not_exists=True))
+            else:
+                connection.execute(CreateIndex(each, if_not_exists=True))
+    return [str(each.name) for each in lacking]
+
+
+@contextlib.contextmanager
+def _alone(connection: Connection) -> Iterator[None]:
+    """Wait until no other connection creates tables, and keep others waiting in the block."""
+    dialect = dialect_of(connection.dialect.name)
+    if dialect == "postgresql":
         # Without it, all but one would fail: even IF NOT EXISTS sees only what is committed.
         connection.execute(select(func.pg_advisory_xact_lock(_CREATING)))
-    lacking = missing(connection)
-    for each in lacking:
-        if isinstance(each, Table):
-            connection.execute(CreateTable(each, if_not_exists=True))
-        else:
-            connection.execute(CreateIndex(each, if_not_exists=True))
-    return [str(each.name) for each in lacking]
+    elif dialect == "mariadb":
+        # A lock of the connection: creating a table commits, which would end any other.
+        connection.execute(select(func.get_lock(str(_CREATING), _LOCK_TIMEOUT)))
+    try:
+        yield
+    finally:
+        if dialect == "mariadb" and not connection.invalidated:
+            connection.execute(select(func.release_lock(str(_CREATING))))
 
 
 def _indexes(table: Table) -> list[Index]:
@@ -194,18 +274,28 @@ def _indexes(table: Table) -> list[Index]:
 
 
 def ddl(dialect: str) -> str:
-    """Return the statements that create the tables, for ``dialect``.
+    """Return the statements that create the tables, for ``dialect``, as a script.
 
     Raises:
-        UsageError: ``dialect`` is not in :data:`DIALECTS`.
+        UsageError: ``dialect`` is not in :data:`DIALECTS`, nor ``"mysql"`` for MariaDB.
     """
-    if dialect not in DIALECTS:
+    return "".join(f"{statement};\n" for statement in statements_of(dialect))
+
+
+def statements_of(dialect: str) -> list[str]:
+    """Return the statements that create the tables, for ``dialect``, one by one.
+
+    Raises:
+        UsageError: ``dialect`` is not in :data:`DIALECTS`, nor ``"mysql"`` for MariaDB.
+    """
+    known = dialect_of(dialect)
+    if known is None:
         raise UsageError(f"unknown dialect {dialect!r}; use one of {', '.join(DIALECTS)}")
     try:
-        chosen = registry.load(dialect)()
+        chosen = URL.create(known).get_dialect()()
     except NoSuchModuleError as error:
         raise UsageError(f"SQLAlchemy has no dialect {dialect!r}") from error
     statements: list[ExecutableDDLElement] = []
-    for table in metadata.sorted_tables:
+    for table in _tables(known):
         statements += [CreateTable(table), *map(CreateIndex, _indexes(table))]
-    return "".join(f"{str(stmt.compile(dialect=chosen)).strip()};\n" for stmt in statements)
+    return [str(statement.compile(dialect=chosen)).strip() for statement in statements]

@@ -23,8 +23,9 @@ publisher is drained, even if the application doesn't support lifespan.
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 
-from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Message, Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from outbox import Publisher
@@ -55,7 +56,7 @@ class OutboxMiddleware:
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: Callable[..., Awaitable[None]],
         *,
         publisher: Publisher | None = None,
         is_success: IsSuccess = below_400,
@@ -63,7 +64,7 @@ class OutboxMiddleware:
         """Wrap ``app``.
 
         Args:
-            app: the application.
+            app: the application: of Starlette's types, Litestar's, or another framework's.
             publisher: the publisher of the events; the default is the process's.
             is_success: decides by the response's status code whether to publish the events.
         """

@@ -16,11 +16,14 @@ from outbox.settings import SettingOverrides, Settings
 from outbox.system import process
 
 __all__ = [
+    "asks_application",
     "configure",
     "configured_publisher",
     "default_publisher",
     "override_url",
+    "overriding_url",
     "provide",
+    "provided_publisher",
     "publisher_if_any",
     "settings_to_store",
 ]
@@ -28,6 +31,8 @@ __all__ = [
 _publisher: Publisher | None = None
 _provider: Callable[[], Publisher | None] | None = None
 _settings: Callable[[], Settings] | None = None
+asks_application = False
+"""Whether ``provide()`` has named a function that may know another publisher."""
 _overriding_url: str | None = None
 _stand_in: tuple[Observer | None, Publisher] | None = None
 _lock = threading.RLock()
@@ -92,6 +97,11 @@ def override_url(url: str | None) -> None:
     _overriding_url = url
 
 
+def overriding_url() -> str | None:
+    """Return the URL of ``override_url()``, or None."""
+    return _overriding_url
+
+
 def provide(
     provider: Callable[[], Publisher | None] | None,
     settings: Callable[[], Settings] | None = None,
@@ -107,9 +117,10 @@ def provide(
         settings: returns the settings of events that are stored where there is no publisher; None
             for those of the environment.
     """
-    global _provider, _settings
+    global _provider, _settings, asks_application
     _provider = provider
     _settings = settings
+    asks_application = provider is not None
 
 
 def settings_to_store() -> Settings:
@@ -120,6 +131,11 @@ def settings_to_store() -> Settings:
 @functools.cache
 def _settings_of_environment() -> Settings:
     return Settings.load(None, {})
+
+
+def provided_publisher() -> Publisher | None:
+    """Return the publisher of the application that runs here, or None without one."""
+    return None if _provider is None else _provider()
 
 
 def default_publisher(observer: Observer | None = None) -> Publisher:

@@ -185,7 +185,7 @@ class EventCollector:
             NotConfigured: the process has no publisher.
         """
         unit = self._unit
-        return unit.publisher or configuration.default_publisher(unit.observer)
+        return unit.publisher or unit.provided or configuration.default_publisher(unit.observer)
 
     def __len__(self) -> int:
         return len(self._innermost().events)
@@ -311,6 +311,8 @@ class EventCollector:
             publisher.check_carries(event, observer)
         if self._unit.caution is not None:
             self._warn_of_waiting(self._unit.caution)
+        if configuration.asks_application and self._unit.publisher is None:
+            self._unit.note_provided(configuration.provided_publisher())
         if not buffer.events:
             publisher.make_ready(observer)
         buffer.append(event, publisher.settings.max_events, publisher.settings.max_bytes)
@@ -454,7 +456,8 @@ class EventCollector:
             observer = self._unit.observer or seam.observer
             if observer is not None:
                 observer.cleared(events)
-            publisher = self._unit.publisher or configuration.configured_publisher()
+            unit = self._unit
+            publisher = unit.publisher or unit.provided or configuration.configured_publisher()
             if publisher is not None:
                 publisher.note_cleared(events)
         return tuple(events)

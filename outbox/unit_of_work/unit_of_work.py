@@ -24,7 +24,7 @@ from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import Any, ClassVar
 
-from outbox.errors import CollectorClosed, CollectorFull
+from outbox.errors import CollectorClosed, CollectorFull, UsageError
 from outbox.event import Event, MakeId
 from outbox.header_values import plain_table
 from outbox.observer import Observer
@@ -46,6 +46,8 @@ class UnitOfWork:
 
     Attributes:
         publisher: the publisher of its events; None for the process's default publisher.
+        provided: the publisher of the application that its present events were enqueued in, if
+            that has one and the unit none.
         autoflush: whether to publish each event as it is enqueued.
         publishes_itself: whether it publishes at its end, so that nested blocks join it.
         caution: the warning for its first event, which would wait for long; or None.
@@ -71,6 +73,7 @@ class UnitOfWork:
         "max_events",
         "observer",
         "pid",
+        "provided",
         "publisher",
         "publishes_itself",
         "total",
@@ -89,6 +92,7 @@ class UnitOfWork:
     ) -> None:
         """Begin a unit in this process; see the attributes."""
         self.publisher = publisher
+        self.provided: Publisher | None = None
         self.observer = observer
         self.publishes_itself = publishes_itself
         self.autoflush = autoflush
@@ -101,6 +105,20 @@ class UnitOfWork:
         self.pid = process.pid
         self.total = 0
         self.total_size = 0
+
+    def note_provided(self, provided: Publisher | None) -> None:
+        """Note the application's publisher for a further event: the unit may end elsewhere.
+
+        Raises:
+            UsageError: the events that wait here are for another one.
+        """
+        if not self.total:
+            self.provided = provided
+        elif provided is not self.provided:
+            raise UsageError(
+                "the events of one unit of work are for the publishers of two applications; give "
+                "each its own, with auto_publishing(independent=True)"
+            )
 
     def follow(self, outer: UnitOfWork) -> None:
         """Inherit publisher and ids from ``outer``, without joining it.

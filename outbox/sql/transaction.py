@@ -25,6 +25,7 @@ from sqlalchemy.orm import Mapper, Session, SessionTransaction, registry
 from sqlalchemy.orm.session import SessionTransactionOrigin
 
 from outbox import sinks
+from outbox.backlog.notifier import ids
 from outbox.errors import UsageError
 from outbox.event import Event
 from outbox.messages.rows import values_of
@@ -34,7 +35,7 @@ from outbox.sql.commits import commits_by_itself, is_autocommit
 from outbox.sql.handover import Handover, Place, Row, doubt, handover_for, name_engine, place_of
 from outbox.storage.schema import DIALECTS, events, events_with_grace
 
-__all__ = ["bind", "sink_of_connection", "sink_of_session"]
+__all__ = ["bind", "sink_of_connection", "sink_of_session", "uncommitted_events"]
 
 logger = logging.getLogger("outbox.sql")
 
@@ -75,9 +76,10 @@ class _Rows(dict["_Row", "_Stored"]):
         connection: the connection that has written the last ones, and may write more.
         place: where it writes.
         committing: whether the commit of the transaction has begun.
+        expects_commit: whether closing the session without a commit or rollback is logged.
     """
 
-    __slots__ = ("committing", "connection", "place", "unwritten")
+    __slots__ = ("committing", "connection", "expects_commit", "place", "unwritten")
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,6 +87,7 @@ class _Rows(dict["_Row", "_Stored"]):
         self.connection: Connection | None = None
         self.place: Place | None = None
         self.committing = False
+        self.expects_commit = False
 
 
 @dataclass(slots=True, eq=False)
@@ -114,7 +117,9 @@ class _Stored:
     seq: int = 0
 
 
-def bind(provider: Callable[[], Any] | Any | None, *, engine: Any = None) -> None:
+def bind(
+    provider: Callable[[], Any] | Any | None, *, engine: Any = None, begin: bool = False
+) -> None:
     """Store events in the current session's transaction if they are enqueued while it is open.
 
     Without a session, or before it begins a transaction, events are collected as usual, and so they
@@ -131,6 +136,9 @@ def bind(provider: Callable[[], Any] | Any | None, *, engine: Any = None) -> Non
         engine: the ``Engine`` or ``AsyncEngine`` with which this process publishes stored events
             after their commit, also those that are enqueued with ``session=`` or ``connection=``.
             The default is to connect as the engine of their session does.
+        begin: True to store each event in the current session, which is created, and its
+            transaction begun, if need be: as by ``session.add()``. Events whose session is closed
+            without a commit or rollback are named in the log at WARNING.
 
     Raises:
         UsageError: ``provider`` or ``engine`` is something else.
@@ -143,7 +151,9 @@ def bind(provider: Callable[[], Any] | Any | None, *, engine: Any = None) -> Non
         name_engine(engine)
         return
     sessions = getattr(provider, "registry", None)
-    current = provider if sessions is None else lambda: sessions() if _has(sessions) else None
+    current = provider
+    if sessions is not None and not begin:
+        current = lambda: sessions() if _has(sessions) else None  # noqa: E731
     if isinstance(provider, Session) or not callable(current):
         raise UsageError(
             "bind() needs a scoped_session or a callable that returns the current session, not "
@@ -156,9 +166,11 @@ def bind(provider: Callable[[], Any] | Any | None, *, engine: Any = None) -> Non
         except (LookupError, RuntimeError) as error:  # outside an application context
             logger.debug("no session here: %r", error)
             return None
-        if session is None or _open_transaction(session) is None:
+        if session is None:
             return None
-        return _sink(session)
+        if _open_transaction(session) is None and not (begin and not session.in_transaction()):
+            return None
+        return _sink(session, expects_commit=begin)
 
     if sessions is None:
         sinks.bind(sink)
@@ -285,9 +297,11 @@ def _handover(engine: Engine, stored: Event, publisher: Publisher | None) -> Han
     return handover_for(engine, publisher)
 
 
-def _sink(session: Session) -> sinks.Sink:
+def _sink(session: Session, *, expects_commit: bool = False) -> sinks.Sink:
     def store(stored: Event, publisher: Publisher | None) -> bool:
         _store_in_session(session, stored, publisher)
+        if expects_commit:
+            session.info[_STORED].expects_commit = True
         return True
 
     return store
@@ -433,10 +447,25 @@ def _hand_over_doubtful(rows: _Rows) -> None:
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is None and _STORED in session.info:
         rows: _Rows = session.info.pop(_STORED)
+        if rows and rows.expects_commit and not rows.committing:
+            logger.warning(
+                "%d event(s) dropped: the session that they were stored in was closed without a "
+                "commit; call commit() on it (in Flask db.session.commit()), or enqueue with "
+                "session=None what doesn't belong to its transaction: %s",
+                len(rows),
+                ids([stored.event for stored in rows.values()]),
+            )
         _hand_over_doubtful(rows)
         for stored in rows.values():
             _note_cleared(stored)
         rows.clear()
+
+
+@event.listens_for(Session, "after_rollback")
+def _after_rollback(session: Session) -> None:
+    rows: _Rows | None = session.info.get(_STORED)
+    if rows and not session.in_nested_transaction():
+        rows.expects_commit = False  # it was rolled back explicitly, or its commit failed
 
 
 @event.listens_for(Session, "after_soft_rollback")
@@ -482,6 +511,12 @@ def _is_begun() -> bool:
 
 
 sinks.is_begun = _is_begun
+
+
+def uncommitted_events(session: Session) -> tuple[Event, ...]:
+    """Return the events that are stored in the open transaction of ``session``."""
+    rows: _Rows = session.info.get(_STORED) or _Rows()
+    return tuple(stored.event for stored in rows.values())
 
 
 def _note_cleared(stored: _Stored) -> None:

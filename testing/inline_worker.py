@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from outbox import Event, Publisher, UsageError, sinks
+from outbox import Event, Publisher, UsageError, sinks, surroundings
 from outbox.consumers import Consumer, ProcessTimeout, ReceivedEvent
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.steps import (
@@ -179,6 +179,7 @@ class InlineWorker:
         """Create an engine whose message publishes with ``publisher``."""
         self.publisher = publisher
         self.inbox = inbox
+        self.surroundings = surroundings.here()
         self.subscription: Any = _Settled()
         self.is_stopping = False
         self._abandon: Callable[[], None] = _do_nothing

@@ -17,6 +17,7 @@ from outbox.consumers.message.follow_ons import MessageCollector
 from outbox.consumers.message.republishing import republished
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Blocking, Call, Confirm, Steps
+from outbox.consumers.message.surrounded import surrounded
 from outbox.consumers.outcome import (
     ACK,
     DUPLICATE,
@@ -98,6 +99,13 @@ class Attempt:
         self._collector.end()
 
     def _handle(self) -> Steps[Outcome]:
+        """Process the message in its surroundings, if there are any."""
+        surroundings = self._services.surroundings
+        if surroundings is None:
+            return (yield from self._refreshed())
+        return (yield from surrounded(surroundings, self._refreshed()))
+
+    def _refreshed(self) -> Steps[Outcome]:
         """Process the message with fresh database connections, and clean them up afterwards."""
         calls = refreshers(is_async=self._consumer.is_async)
         if not calls:

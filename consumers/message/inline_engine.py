@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from outbox import Publisher
+from outbox import Publisher, surroundings
 from outbox.consumers.message.deduplication import Inbox
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.steps import (
@@ -35,6 +35,7 @@ class InlineEngine:
         """Create an engine whose messages publish with ``publisher``."""
         self.publisher = publisher
         self.inbox = inbox
+        self.surroundings = surroundings.here()
 
     @property
     def subscription(self) -> Subscription:

@@ -41,6 +41,7 @@ from outbox.consumers.message.republishing import (
 )
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Call, Closing, Confirm, Pause, Steps
+from outbox.consumers.message.surrounded import surrounded, taken
 from outbox.consumers.outcome import (
     ACK,
     DUPLICATE,
@@ -357,7 +358,8 @@ class Message:
                 # As it was sent: the attempt, or another callback, may have changed its payload.
                 event = decode(self.delivery)
                 set_current_message(event)
-                refuse_awaitable((yield Call(call, (event, *arguments))), call.__name__)
+                result = yield from self._surrounded(Call(call, (event, *arguments)))
+                refuse_awaitable(result, call.__name__)
                 collector.refuse()
                 if collector.events:
                     yield Confirm(collector.hand_over())
@@ -366,6 +368,12 @@ class Message:
                 logger.exception("%s of %r failed", call.__name__, self.consumer)
             finally:
                 collector.end()
+
+    def _surrounded(self, step: Call) -> Steps[Any]:
+        surroundings = self._services.surroundings
+        if surroundings is None:
+            return (yield step)
+        return (yield from surrounded(surroundings, taken(step)))
 
     def _send_on(self, copy: Event, outcome: Outcome) -> Steps[Outcome | None]:
         """Publish the copy that replaces the message, and only ack it when that is confirmed."""

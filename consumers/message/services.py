@@ -6,6 +6,7 @@ from typing import Protocol
 
 from outbox import Publisher
 from outbox.consumers.message.deduplication import Inbox
+from outbox.surroundings import Surroundings
 from outbox.transports.subscription import Subscription
 
 __all__ = ["Services"]
@@ -27,6 +28,11 @@ class Services(Protocol):
     @property
     def inbox(self) -> Inbox | None:
         """The inbox, or None if no consumer deduplicates."""
+        ...
+
+    @property
+    def surroundings(self) -> Surroundings | None:
+        """What each handler and callback needs around it, or None."""
         ...
 
     @property

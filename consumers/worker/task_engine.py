@@ -63,7 +63,7 @@ class TaskEngine:
     are places.
 
     Attributes:
-        publisher, subscription, inbox: see ``Services``.
+        publisher, subscription, inbox, surroundings: see ``Services``.
         overlaps: False with a concurrency of 1, which processes messages one after the other.
         in_flight: the messages that were started.
     """
@@ -73,6 +73,7 @@ class TaskEngine:
         self.publisher = work.publisher
         self.subscription = work.subscription
         self.inbox = work.inbox
+        self.surroundings = work.surroundings
         self._shared = work
         self.overlaps = concurrency > 1
         self._concurrency = concurrency

@@ -52,7 +52,7 @@ class ThreadEngine:
     Beyond that, a place stays empty until a late thread comes back.
 
     Attributes:
-        publisher, subscription, inbox: see ``Services``.
+        publisher, subscription, inbox, surroundings: see ``Services``.
         overlaps: False with a single thread, which processes its messages one after the other.
         in_flight: the messages that were started.
     """
@@ -62,6 +62,7 @@ class ThreadEngine:
         self.publisher = work.publisher
         self.subscription = work.subscription
         self.inbox = work.inbox
+        self.surroundings = work.surroundings
         self._shared = work
         self.overlaps = threads > 1
         self._size = threads

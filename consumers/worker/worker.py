@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 
-from outbox import Publisher, UsageError
+from outbox import Publisher, UsageError, surroundings
 from outbox.configuration import default_publisher
 from outbox.consumers import logs
 from outbox.consumers.definition import Consumer
@@ -131,6 +131,7 @@ class Worker:
             publisher=self.publisher,
             subscription=self._subscription,
             inbox=open_inbox(settings, self.consumers.values()) if inbox is None else inbox,
+            surroundings=surroundings.here(),
             quota=self._quota,
             on_used_up=self._stopping.set,
             on_failed=self._on_failed,

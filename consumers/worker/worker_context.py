@@ -13,6 +13,7 @@ from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
 from outbox.consumers.worker.dispatch_queue import DispatchQueue
 from outbox.messages.delivery import Delivery
+from outbox.surroundings import Surroundings
 from outbox.transports.subscription import Subscription
 
 __all__ = ["MakeMessage", "Quota", "WorkerContext"]
@@ -66,6 +67,7 @@ class WorkerContext:
         publisher: the publisher of follow-on events, retries and dead letters.
         subscription: the subscription that delivers the messages.
         inbox: the inbox, or None.
+        surroundings: see ``Services``.
         quota: the quota of messages, or None for any number.
         on_used_up: called when the last message of the quota has ended.
         on_failed: called with the reason when the engine can't go on.
@@ -79,6 +81,7 @@ class WorkerContext:
     publisher: Publisher
     subscription: Subscription
     inbox: Inbox | None
+    surroundings: Surroundings | None
     quota: Quota | None
     on_used_up: Callable[[], object]
     on_failed: Callable[[str], object]

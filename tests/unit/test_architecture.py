@@ -70,7 +70,7 @@ ROOMS = (
     "transports.rabbitmq.holding",
     "transports.rabbitmq",
     "transports.sqlite",
-    "observer publisher configuration sinks",
+    "observer publisher configuration sinks surroundings",
     "sql",
     "unit_of_work",
     "__init__",
@@ -84,6 +84,7 @@ ROOMS = (
     "consumers.command",
     "consumers.__init__ consumers.__main__",
     "django",
+    "flask",
     "testing",
 )
 FLOORS = {f"outbox.{name}": floor for floor, room in enumerate(ROOMS) for name in room.split()}
@@ -173,6 +174,8 @@ def test_a_driver_is_imported_only_in_its_own_room(module: str) -> None:
         "django": ("outbox.django",),
         "sqlite3": ("outbox.storage", "outbox.sql", "outbox.transports.sqlite"),
         "starlette": ("outbox.middleware.asgi",),
+        "flask": ("outbox.flask",),
+        "click": ("outbox.flask",),
     }
     for name in imports(MODULES[module]):
         home = homes.get(name.split(".")[0])

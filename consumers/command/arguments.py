@@ -39,10 +39,10 @@ by a second signal
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+def make_parser(prog: str = "outbox-consume") -> argparse.ArgumentParser:
+    """Return the parser of the command line, for a command called ``prog``."""
     parser = argparse.ArgumentParser(
-        prog="outbox-consume",
+        prog=prog,
         description="Run consumers until stopped by a signal.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -25,16 +25,20 @@ __all__ = ["main"]
 logger = logging.getLogger("outbox.consumer")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, prog: str = "outbox-consume") -> int:
     """Run the command and return its exit code, one of ``outbox.exit_codes``.
 
     Worker processes run the same command line as this process, each in a new interpreter: a program
     that calls ``main`` runs again in each of them, from its beginning. In a container's first
     process, all this happens in a child.
+
+    Args:
+        arguments: the command line; the default is that of the process.
+        prog: how the command is called, for its help.
     """
     leave_work_to_child()
     parent = Parent.inherited()
-    options = make_parser().parse_args(arguments)
+    options = make_parser(prog).parse_args(arguments)
     logs.set_up(options.log_level, options.log_format)
     if parent is not None:
         try:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from outbox import exit_codes
 from outbox.commands import parked_command, relay_command, sql_command, stored_command
+from outbox.commands.application import Application
 from outbox.commands.options import Version
 from outbox.commands.printing import printable
 from outbox.errors import BrokerError, OutboxError
@@ -26,10 +27,17 @@ exit codes: 0 done, 1 done in part, 2 wrong usage, 7 the broker or the database 
 _SUB_COMMANDS = (relay_command, stored_command, sql_command, parked_command)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code, one of ``outbox.exit_codes``."""
-    parser = _parser()
+def main(arguments: Sequence[str] | None = None, *, application: Application | None = None) -> int:
+    """Run the command and return its exit code, one of ``outbox.exit_codes``.
+
+    Args:
+        arguments: the command line; the default is that of the process.
+        application: whose broker and database are meant where the command line names none.
+    """
+    application = application or Application()
+    parser = _parser(application.prog)
     options = parser.parse_args(arguments)
+    options.application = application
     if options.run is None:
         parser.print_help(sys.stderr)
         return exit_codes.USAGE
@@ -55,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="outbox",
+        prog=prog,
         description="Publish stored events and manage parked ones.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -33,13 +33,18 @@ def open_store(options: argparse.Namespace, *, check: bool = True) -> Iterator[S
         UsageError: no database is named, or it cannot be used.
         DatabaseUnavailable: the database failed; raised instead of SQLAlchemy's errors.
     """
-    url = options.database or os.environ.get(DATABASE_VARIABLE)
-    if not url:
-        raise UsageError(f"no database is named; pass --database URL, or set {DATABASE_VARIABLE}")
+    application = options.application
+    url = options.database or application.database_url
+    if not url and application.engine is None:
+        url = os.environ.get(DATABASE_VARIABLE)
+        if not url:
+            raise UsageError(
+                f"no database is named; pass --database URL, or set {DATABASE_VARIABLE}"
+            )
     from outbox.sql import Store
     from outbox.storage.engines import open_engine
 
-    engine = open_engine(url)
+    engine = application.engine() if not url else open_engine(url)
     try:
         with translate_errors():
             store = Store(engine)
@@ -47,7 +52,8 @@ def open_store(options: argparse.Namespace, *, check: bool = True) -> Iterator[S
                 store.check()
             yield store
     finally:
-        engine.dispose()
+        if url:  # otherwise it is the application's
+            engine.dispose()
 
 
 @contextlib.contextmanager

@@ -231,7 +231,9 @@ def _confirmed(queue: str, total: int, options: argparse.Namespace) -> bool:
 
 
 def _open(options: argparse.Namespace) -> ParkedQueues:
-    return open_parked_queues(Settings.load(options.url, {}))
+    application = options.application
+    settings = Settings.load(options.url or application.url, application.settings)
+    return open_parked_queues(settings)
 
 
 def _queues(options: argparse.Namespace) -> list[str]:

@@ -105,7 +105,8 @@ def _run(options: argparse.Namespace) -> int:
 def _relay(store: Store, signals: Signals, options: argparse.Namespace) -> int:
     from outbox.sql import Relay
 
-    publisher = Publisher(options.url)
+    application = options.application
+    publisher = Publisher(options.url or application.url, **application.settings)
     try:
         relay = Relay(
             store,

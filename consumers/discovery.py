@@ -18,11 +18,14 @@ from outbox.consumers import logs
 from outbox.consumers.definition import Consumer, FunctionConsumer, has_process, instance_of
 from outbox.consumers.tracebacks import strip_import, traceback_of
 
-__all__ = ["load", "selected"]
+__all__ = ["FLASK_APP_VARIABLE", "load", "selected"]
 
 logger = logging.getLogger("outbox.consumer")
 
 T = TypeVar("T")
+
+FLASK_APP_VARIABLE = "OUTBOX_FLASK_APP"
+"""The variable from which subprocesses know the Flask application, as ``flask --app`` takes it."""
 
 _Member: TypeAlias = type[Consumer] | Consumer
 
@@ -35,9 +38,11 @@ def load(names: Iterable[str], *, warn: bool = True) -> list[Consumer]:
     """Import and return the consumers named by ``names`` (``MODULE[:ATTR]``), each once.
 
     Modules are also looked for in the working directory. If ``DJANGO_SETTINGS_MODULE`` is set,
-    Django is set up first. Of a module without an attribute, these are the consumers that it or a
-    module below it defines and those that ``__all__`` names; if there are none, all that it
-    imports. A class is left out where one derived from it, or an instance, has the same queue.
+    Django is set up first. In a subprocess of ``flask outbox consume``, a context of the Flask
+    application is pushed for the rest of the process. Of a module without an attribute, these are
+    the consumers that it or a module below it defines and those that ``__all__`` names; if there
+    are none, all that it imports. A class is left out where one derived from it, or an instance,
+    has the same queue.
 
     Args:
         names: the names.
@@ -49,6 +54,7 @@ def load(names: Iterable[str], *, warn: bool = True) -> list[Consumer]:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     _imported("the Django project", _set_up_django)
+    _imported("the Flask application", _push_flask_context)
     members: dict[int, _Member] = {}
     left_out: list[tuple[_Member, str]] = []
     for name in names:
@@ -146,6 +152,16 @@ def _set_up_django() -> None:
         django = importlib.import_module("django")
         if not importlib.import_module("django.apps").apps.ready:
             django.setup()
+
+
+def _push_flask_context() -> None:
+    """Push a context of the application that ``flask outbox consume`` has found in its parent."""
+    path = os.environ.get(FLASK_APP_VARIABLE)
+    if not path or importlib.util.find_spec("flask") is None:
+        return
+    flask = importlib.import_module("flask")
+    if not flask.has_app_context():
+        importlib.import_module("flask.cli").ScriptInfo(path).load_app().app_context().push()
 
 
 def _named(module: ModuleType, path: str) -> _Member:

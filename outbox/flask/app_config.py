@@ -55,9 +55,11 @@ class AppConfig:
 
 
 def _hint(key: str) -> str:
-    known = (*_SETTINGS, _URL, _DATABASE_URL)
-    close = difflib.get_close_matches(key, known, 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    known = [known.removeprefix(_PREFIX) for known in (*_SETTINGS, _URL, _DATABASE_URL)]
+    close = difflib.get_close_matches(key.removeprefix(_PREFIX), known, 1)
+    if close:
+        return f"; did you mean {_PREFIX + close[0]!r}?"
+    return f"; known: {', '.join(_PREFIX + name for name in known)}"
 
 
 def _checked(key: str, value: Any) -> Any:

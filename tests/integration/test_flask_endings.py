@@ -21,7 +21,7 @@ from sqlalchemy.pool import NullPool
 
 from outbox import configuration, enqueue_event, sinks, surroundings
 from outbox.sql import handover
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from tests.integration.apps import flask_endings
 from tests.integration.apps.flask_endings import create_app, db, order
 from tests.integration.test_servers import Served

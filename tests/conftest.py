@@ -21,6 +21,7 @@ from outbox import Publisher, configuration
 from outbox.observer import seam
 from outbox.sql import Store
 from outbox.testing.broker import BrokerMissing, PrivateBroker
+from outbox.testing.databases.mariadb import MariaDBMissing, PrivateMariaDB
 from outbox.testing.databases.postgresql import PostgreSQLMissing, PrivatePostgreSQL
 from outbox.unit_of_work.unit_of_work import Scope
 from proving.proxy import FaultProxy
@@ -67,6 +68,15 @@ def _started_postgresql() -> PrivatePostgreSQL:
     try:
         return PrivatePostgreSQL().start()
     except PostgreSQLMissing as error:
+        if "CI" in os.environ:
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+def _started_mariadb() -> PrivateMariaDB:
+    try:
+        return PrivateMariaDB().start()
+    except MariaDBMissing as error:
         if "CI" in os.environ:
             pytest.fail(str(error))
         pytest.skip(str(error))
@@ -161,12 +171,35 @@ def new_database(postgresql: PrivatePostgreSQL, *, template: str = "template1") 
         connection.exec_driver_sql(f"DROP DATABASE {database} WITH (FORCE)")
 
 
-@pytest.fixture(params=["postgresql", "sqlite"])
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[PrivateMariaDB]:
+    """A MariaDB server for all tests that leave it alive."""
+    server = _started_mariadb()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def mariadb_url(mariadb: PrivateMariaDB) -> Iterator[str]:
+    """An empty MariaDB database that no other test uses."""
+    database = f"test_{uuid.uuid4().hex[:12]}"
+    admin = create_engine(mariadb.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {database}")
+    yield make_url(mariadb.url).set(database=database).render_as_string(hide_password=False)
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {database}")
+
+
+@pytest.fixture(params=["postgresql", "mariadb", "sqlite"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database: each test that uses it runs on both kinds."""
+    """An empty database: each test that uses it runs on every kind.
+
+    Modules whose tests are about what SQLAlchemy does leave MariaDB out.
+    """
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/events.db"
-    url: str = request.getfixturevalue("postgresql_url")
+    url: str = request.getfixturevalue(f"{request.param}_url")
     return url
 
 
@@ -182,6 +215,14 @@ def store(database_url: str) -> Iterator[Store]:
 def postgresql_store(postgresql_url: str) -> Iterator[Store]:
     """A store with its table, in PostgreSQL only."""
     store = opened(postgresql_url)
+    yield store
+    store.engine.dispose()
+
+
+@pytest.fixture
+def mariadb_store(mariadb_url: str) -> Iterator[Store]:
+    """A store with its table, in MariaDB only."""
+    store = opened(mariadb_url)
     yield store
     store.engine.dispose()
 

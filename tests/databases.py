@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ForeignKey, text
+from sqlalchemy import ForeignKey, ForeignKeyConstraint, String, text
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = ["Base", "Effect", "Line", "Order", "targets"]
@@ -19,7 +20,7 @@ class Order(Base):
 
     __tablename__ = "orders"
     id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str] = mapped_column(String(100), unique=True)
 
 
 class Line(Base):
@@ -37,7 +38,14 @@ class Effect(Base):
 
     __tablename__ = "effects"
     id: Mapped[int] = mapped_column(primary_key=True)
-    of: Mapped[str]
+    of: Mapped[str] = mapped_column(String(100))
+
+
+@compiles(ForeignKeyConstraint, "mariadb")
+def _without_deferring(constraint: ForeignKeyConstraint, compiler: Any, **options: Any) -> str:
+    """MariaDB checks each statement."""
+    clause: str = compiler.visit_foreign_key_constraint(constraint, **options)
+    return clause.replace(" DEFERRABLE INITIALLY DEFERRED", "")
 
 
 def targets(connection: Any) -> list[str]:

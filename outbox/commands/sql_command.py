@@ -38,7 +38,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         help="print the statements that create the table",
         description="Print the statements that create the table and its indexes.",
     )
-    show.add_argument("--dialect", required=True, metavar="NAME", help="postgresql or sqlite")
+    show.add_argument("--dialect", required=True, metavar="NAME", help="postgresql, mariadb or sqlite")
     show.set_defaults(run=_ddl)
 
     check = actions.add_parser(

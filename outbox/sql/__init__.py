@@ -10,7 +10,7 @@ from outbox.sql.handover import drain
 from outbox.sql.inbox import Inbox
 from outbox.sql.relay import Relay, RelayStats
 from outbox.sql.transaction import bind
-from outbox.storage.schema import events, metadata
+from outbox.storage.schema import events, metadata, metadata_of
 from outbox.storage.store import Claimed, Status, Store
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "drain",
     "events",
     "metadata",
+    "metadata_of",
 ]
 
 del _storage

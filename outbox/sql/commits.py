@@ -16,6 +16,8 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
 
+from outbox.storage.schema import dialect_of
+
 __all__ = [
     "Watcher",
     "commits_by_itself",
@@ -27,6 +29,11 @@ __all__ = [
 ]
 
 _CHANGES = "outbox.sql: changes before this transaction"
+_IN_TRANSACTION = 1  # SERVER_STATUS_IN_TRANS, in the protocol of MariaDB
+_MARIADB_CHANGES = (
+    "SELECT SUM(VARIABLE_VALUE) FROM information_schema.SESSION_STATUS WHERE VARIABLE_NAME IN "
+    "('HANDLER_WRITE', 'HANDLER_UPDATE', 'HANDLER_DELETE')"
+)
 
 
 class Watcher(Protocol):
@@ -91,6 +98,10 @@ def commits_by_itself(connection: Connection) -> bool:
         if is_open is not None:  # asyncpg; SQLAlchemy begins with the first statement
             adapted: Any = connection.connection.dbapi_connection
             return getattr(adapted, "isolation_level", None) == "autocommit"
+        mode = getattr(driver_connection, "get_autocommit", None)
+        if mode is not None:  # PyMySQL, mysqlclient and others: what the server has said last
+            status = getattr(driver_connection, "server_status", 0)
+            return bool(mode()) and not status & _IN_TRANSACTION
         return getattr(driver_connection, "autocommit", False) is True
     if driver_connection.in_transaction:
         return False
@@ -103,18 +114,20 @@ def commits_by_itself(connection: Connection) -> bool:
 
 
 def has_changes(connection: Connection) -> bool:
-    """Return whether the current transaction has written or locked anything; True if unknown.
+    """Return whether the current transaction has written anything; True if unknown.
+
+    On PostgreSQL also whether it has locked rows.
 
     A transaction that has already failed has not: it will be rolled back instead of committed.
     """
     try:
-        if connection.dialect.name == "sqlite":
-            before: int | None = connection.info.get(_CHANGES)
-            after = _changes(connection)
-            return before is None or after is None or before != after
-        # PostgreSQL assigns a number to a transaction at its first write.
-        number = connection.exec_driver_sql("SELECT txid_current_if_assigned()")
-        return number.scalar() is not None
+        if connection.dialect.name == "postgresql":
+            # PostgreSQL assigns a number to a transaction at its first write.
+            number = connection.exec_driver_sql("SELECT txid_current_if_assigned()")
+            return number.scalar() is not None
+        before: int | None = connection.info.get(_CHANGES)
+        after = _changes(connection)
+        return before is None or after is None or before != after
     except DBAPIError as error:
         if error.connection_invalidated:
             raise
@@ -122,13 +135,18 @@ def has_changes(connection: Connection) -> bool:
 
 
 def _changes(connection: Connection) -> int | None:
-    """Return how many rows an SQLite connection has changed since it was opened, if known."""
-    count: int | None = getattr(connection.connection.driver_connection, "total_changes", None)
-    return count
+    """Return how many rows a connection has changed since it was opened, if known."""
+    dialect = dialect_of(connection.dialect.name)
+    if dialect == "mariadb":
+        return int(connection.exec_driver_sql(_MARIADB_CHANGES).scalar_one())
+    if dialect == "sqlite":
+        count: int | None = getattr(connection.connection.driver_connection, "total_changes", None)
+        return count
+    return None
 
 
 def _on_begin(connection: Connection) -> None:
-    if _watcher.get() is not None and connection.dialect.name == "sqlite":
+    if _watcher.get() is not None:
         connection.info[_CHANGES] = _changes(connection)
 
 

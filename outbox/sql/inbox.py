@@ -36,7 +36,7 @@ from outbox.errors import CollectorClosed, UsageError
 from outbox.sql import commits
 from outbox.storage.clock import Timestamp, in_seconds, now, seconds_since
 from outbox.storage.engines import engine_beside, open_engine
-from outbox.storage.schema import DIALECTS, MARIADB_OPTIONS, create_missing, for_migrations
+from outbox.storage.schema import MARIADB_OPTIONS, create_missing, dialect_of, for_migrations
 from outbox.storage.transactions import own_transaction
 
 __all__ = ["WINDOW", "Inbox"]
@@ -82,8 +82,8 @@ class Inbox:
         """Make an inbox, not connected yet.
 
         Args:
-            database: a URL or an engine, for PostgreSQL or SQLite; preferably the database in which
-                the handlers work.
+            database: a URL or an engine, for PostgreSQL, MariaDB or SQLite; preferably the database
+                in which the handlers work.
 
         Raises:
             UsageError: the database can't hold an inbox.
@@ -91,14 +91,14 @@ class Inbox:
         """
         engine = open_engine(database) if isinstance(database, str) else database
         beside = engine_beside(engine)
-        if engine.dialect.name not in DIALECTS or beside is None:
+        if dialect_of(engine.dialect.name) is None or beside is None:
             if engine.dialect.is_async and engine.dialect.name != "sqlite":
                 raise UsageError(
                     "an inbox can't connect as this asyncio engine does, since more than its URL "
                     "decides how; give it a URL or an engine with a synchronous driver"
                 )
             raise UsageError(
-                "an inbox needs a PostgreSQL database or an SQLite file, not "
+                "an inbox needs a PostgreSQL or MariaDB database, or an SQLite file, not "
                 f"{engine.dialect.name}{'' if beside else ' in memory'}"
             )
         self.url = engine.url
@@ -164,15 +164,13 @@ class Inbox:
             .order_by(done.c.done_at)
             .limit(_AT_ONCE)
             .with_for_update(skip_locked=True)
-            # Materialized: a plan that evaluates it twice would delete more rows than the limit.
-            .cte("old")
-            .prefix_with("MATERIALIZED")
         )
-        is_old = done.c.message_id.in_(select(old.c.message_id))
-        statement = delete(done).where(done.c.consumer == consumer, is_old)
         with self._transaction() as connection:
-            # Python's sqlite3 doesn't count the rows of a statement that begins with WITH.
-            return len(connection.execute(statement.returning(done.c.message_id)).all())
+            ids = connection.execute(old).scalars().all()
+            if ids:
+                is_old = (done.c.consumer == consumer) & done.c.message_id.in_(ids)
+                connection.execute(delete(done).where(is_old))
+        return len(ids)
 
 
 class _Entry:
@@ -258,8 +256,11 @@ class _Entry:
 def _place(url: URL) -> tuple[object, ...]:
     """Return the identity of a database, whatever the user and the driver."""
     name, database, port = url.get_backend_name(), url.database, url.port
+    name = dialect_of(name) or name
     if name == "sqlite":
         database = os.path.abspath(database or "")
     elif name == "postgresql":
         port = port or 5432
+    elif name == "mariadb":
+        port = port or 3306
     return name, url.host, port, database

@@ -33,7 +33,7 @@ from outbox.observer import Observer, seam
 from outbox.publisher import Publisher
 from outbox.sql.commits import commits_by_itself, is_autocommit
 from outbox.sql.handover import Handover, Place, Row, doubt, handover_for, name_engine, place_of
-from outbox.storage.schema import DIALECTS, events, events_with_grace
+from outbox.storage.schema import events, events_with_grace, known_dialect
 
 __all__ = ["bind", "sink_of_connection", "sink_of_session", "uncommitted_events"]
 
@@ -584,10 +584,6 @@ def _on_error(context: ExceptionContext) -> None:
 
 def _check(where: Engine | Connection) -> None:
     """Raise UsageError if events can't be stored through ``where``."""
-    dialect = where.dialect
-    if dialect.name not in DIALECTS:
-        raise UsageError(
-            f"events cannot be stored in {dialect.name}, only in {' or '.join(DIALECTS)}"
-        )
+    known_dialect(where.dialect.name)
     if is_autocommit(where):
         raise UsageError(_AUTOCOMMIT)

@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from outbox.errors import MissingExtra, UsageError
-from outbox.storage.schema import DIALECTS
+from outbox.storage.schema import known_dialect
 from outbox.system import process
 
 __all__ = ["engine_beside", "names_memory", "open_engine", "open_sqlite"]
@@ -26,11 +26,20 @@ __all__ = ["engine_beside", "names_memory", "open_engine", "open_sqlite"]
 logger = logging.getLogger("outbox.sql")
 
 _BUSY_TIMEOUT = 10.0  # seconds
-_DRIVERS = {"postgresql": ("psycopg", "psycopg2")}
+_DRIVERS = {"postgresql": ("psycopg", "psycopg2"), "mariadb": ("pymysql", "mysqldb")}
+_MODULES = {"mysqldb": "MySQLdb"}
+_PACKAGES = {"mysqldb": "mysqlclient"}
 # By default, a server that is gone without a word would be noticed only after hours.
 _KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+# These drivers can set no interval. Nothing that outbox does takes this long.
+_TIMEOUTS = {"connect_timeout": 10, "read_timeout": 120, "write_timeout": 120}
 # A pooler may run each transaction on another connection, where the statement isn't prepared.
-_CONNECT_ARGS: dict[str, dict[str, Any]] = {"psycopg": {"prepare_threshold": None}, "psycopg2": {}}
+_CONNECT_ARGS: dict[str, dict[str, Any]] = {
+    "psycopg": {**_KEEPALIVE, "prepare_threshold": None},
+    "psycopg2": _KEEPALIVE,
+    "pymysql": _TIMEOUTS,
+    "mysqldb": _TIMEOUTS,
+}
 
 
 def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
@@ -40,7 +49,8 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
     one that is installed.
 
     Args:
-        url: the URL of a PostgreSQL or SQLite database; white space around it is not part of it.
+        url: the URL of a PostgreSQL, MariaDB or SQLite database; white space around it is not part
+            of it.
         pool: the pool class for SQLite.
 
     Raises:
@@ -55,9 +65,7 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
             "the database URL is invalid; use postgresql://user:password@host/database "
             "or sqlite:///file.db"
         ) from None
-    dialect = parsed.get_backend_name()
-    if dialect not in DIALECTS:
-        raise UsageError(f"events cannot be stored in {dialect}, only in {' or '.join(DIALECTS)}")
+    dialect = known_dialect(parsed.get_backend_name())
     if dialect == "sqlite":
         if parsed.query:
             raise UsageError("a sqlite:// database URL takes no options here; remove them")
@@ -66,24 +74,26 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
         if not Path(path).parent.is_dir():
             raise UsageError(f"{path} cannot be opened: its folder does not exist")
         return _sqlite_engine(path, pool=pool)
-    installed = [name for name in _DRIVERS[dialect] if importlib.util.find_spec(name)]
+    drivers = _DRIVERS[dialect]
+    installed = [name for name in drivers if importlib.util.find_spec(_MODULES.get(name, name))]
     requested = parsed.get_driver_name() if "+" in parsed.drivername else ""
-    driver = requested if requested in _DRIVERS[dialect] else (installed or [""])[0]
+    driver = requested if requested in drivers else (installed or [""])[0]
     if driver not in installed:
+        name = _PACKAGES.get(driver, driver) or drivers[0]
         raise MissingExtra(
-            f"the database needs the driver {driver or _DRIVERS[dialect][0]}, which isn't "
-            f"installed: pip install '{(driver or _DRIVERS[dialect][0])}'"
+            f"the database needs the driver {name}, which isn't installed: pip install '{name}'"
         )
     connect_args = {
-        name: value
-        for name, value in {**_KEEPALIVE, **_CONNECT_ARGS[driver]}.items()
-        if name not in parsed.query
+        name: value for name, value in _CONNECT_ARGS[driver].items() if name not in parsed.query
     }
+    # Here once for each connection, since MariaDB needs four statements to do it for a transaction.
+    options = {"isolation_level": "READ COMMITTED"} if dialect == "mariadb" else {}
     try:
         return create_engine(
             parsed.set(drivername=f"{dialect}+{driver}"),
             pool_pre_ping=True,
             connect_args=connect_args,
+            **options,
         )
     except (ArgumentError, NoSuchModuleError) as error:
         raise UsageError(f"SQLAlchemy rejects the database URL: {error}") from error

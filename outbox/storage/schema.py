@@ -4,8 +4,8 @@ A table exists twice: once with the types that outbox's statements need, and onc
 with plain types of SQLAlchemy, since a generated migration must run where only SQLAlchemy is
 imported. Both create the same columns.
 
-On MariaDB two indexes have other columns, which :data:`metadata` can't express: an index has no
-condition there. So tables that a migration has generated lack them, and work, but slower.
+On MariaDB two indexes have other columns, since an index has no condition there. ``metadata`` can't
+express that; :func:`metadata_of` can.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ __all__ = [
     "events",
     "events_with_grace",
     "for_migrations",
+    "known_dialect",
     "metadata",
+    "metadata_of",
     "missing",
     "statements_of",
 ]
@@ -207,10 +209,30 @@ def dialect_of(name: str) -> str | None:
     return name if name in DIALECTS else None
 
 
-def _tables(dialect: str) -> list[Table]:
-    """Return the tables of :data:`metadata` as they are created on ``dialect``."""
-    if dialect != "mariadb":
-        return metadata.sorted_tables
+def known_dialect(name: str) -> str:
+    """Return the same, or raise UsageError: outbox can't store events in that database."""
+    dialect = dialect_of(name)
+    if dialect is None:
+        raise UsageError(f"events cannot be stored in {name}, only in {' or '.join(DIALECTS)}")
+    return dialect
+
+
+def metadata_of(dialect: str) -> MetaData:
+    """Return all tables as they are created on a database: :data:`metadata`, except on MariaDB.
+
+    Use it where that is given to Alembic, or to ``create_all``, for a MariaDB database.
+
+    Args:
+        dialect: one of :data:`DIALECTS`, or ``"mysql"`` for MariaDB.
+
+    Raises:
+        UsageError: it is another one.
+    """
+    known = dialect_of(dialect)
+    if known is None:
+        raise UsageError(f"unknown dialect {dialect!r}; use one of {', '.join(DIALECTS)}")
+    if known != "mariadb":
+        return metadata
     copies = MetaData()
     for table in metadata.sorted_tables:
         copy = table.to_metadata(copies)
@@ -219,14 +241,17 @@ def _tables(dialect: str) -> list[Table]:
             if names is not None:
                 copy.indexes.discard(index)
                 Index(index.name, *(copy.columns[name] for name in names))
-    return copies.sorted_tables
+        for column in copy.columns:
+            if column.identity is not None:  # there an AUTO_INCREMENT
+                column.identity = column.server_default = None
+    return copies
 
 
 def missing(connection: Connection) -> list[Table | Index]:
     """Return the tables of :data:`metadata`, and the indexes, that the database lacks."""
     inspector = inspect(connection)
     found: list[Table | Index] = []
-    for table in _tables(dialect_of(connection.dialect.name) or ""):
+    for table in metadata_of(connection.dialect.name).sorted_tables:
         schema = connection.schema_for_object(table)
         if not inspector.has_table(table.name, schema=schema):
             found += [table, *_indexes(table)]
@@ -255,7 +280,7 @@ def create_missing(connection: Connection) -> list[str]:
 @contextlib.contextmanager
 def _alone(connection: Connection) -> Iterator[None]:
     """Wait until no other connection creates tables, and keep others waiting in the block."""
-    dialect = dialect_of(connection.dialect.name)
+    dialect = known_dialect(connection.dialect.name)
     if dialect == "postgresql":
         # Without it, all but one would fail: even IF NOT EXISTS sees only what is committed.
         connection.execute(select(func.pg_advisory_xact_lock(_CREATING)))
@@ -288,14 +313,12 @@ def statements_of(dialect: str) -> list[str]:
     Raises:
         UsageError: ``dialect`` is not in :data:`DIALECTS`, nor ``"mysql"`` for MariaDB.
     """
-    known = dialect_of(dialect)
-    if known is None:
-        raise UsageError(f"unknown dialect {dialect!r}; use one of {', '.join(DIALECTS)}")
+    tables = metadata_of(dialect).sorted_tables
     try:
-        chosen = URL.create(known).get_dialect()()
+        chosen = URL.create(dialect_of(dialect) or dialect).get_dialect()()
     except NoSuchModuleError as error:
         raise UsageError(f"SQLAlchemy has no dialect {dialect!r}") from error
     statements: list[ExecutableDDLElement] = []
-    for table in _tables(known):
+    for table in tables:
         statements += [CreateTable(table), *map(CreateIndex, _indexes(table))]
     return [str(statement.compile(dialect=chosen)).strip() for statement in statements]

@@ -5,15 +5,20 @@ Building a statement takes longer than the database takes to run it.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import (
+    CTE,
     ColumnElement,
+    Connection,
     Delete,
     Float,
+    Insert,
     Integer,
     Select,
     String,
@@ -27,15 +32,18 @@ from sqlalchemy import (
     delete,
     exists,
     func,
+    insert,
     literal,
     literal_column,
     or_,
     select,
     true,
+    tuple_,
     union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, BIGINT
+from sqlalchemy.sql.dml import ReturningInsert
 
 from outbox.storage.clock import in_seconds, now, seconds_after, seconds_since
 from outbox.storage.schema import GRACE, events
@@ -54,49 +62,58 @@ _TOKEN = bindparam("of_token", type_=String)
 _WHY = bindparam("why", type_=Text)
 _FAILURES = bindparam("failures", type_=Integer)
 
+_FEW_ROWS = {"insertmanyvalues_page_size": 100}
+_NEVER = datetime.datetime(9999, 12, 31, tzinfo=datetime.UTC)
+
 _WITH_AGE = (events, seconds_since(events.c.stored_at).label("age"))
 
 
-class Statements:
-    """The statements for one kind of database. Thread-safe."""
+class Statements(ABC):
+    """The statements for one kind of database. Thread-safe.
 
-    def __init__(self, *, is_postgresql: bool) -> None:
-        """Build each statement when it is first used."""
-        self._is_postgresql = is_postgresql
+    A statement is built when it is first used. A subclass adds what the databases don't share:
+    how many rows are named by one parameter, and how rows are leased.
+    """
 
+    indexes_all_unkeyed = False
+    """Whether an index has all alive rows without a key, so that ``unkeyed`` reads only those."""
+
+    def lease(
+        self, connection: Connection, statement: Any, parameters: dict[str, Any]
+    ) -> Sequence[Any]:
+        """Run one of the statements ``lease_...``, and return the rows that it has leased."""
+        return connection.execute(statement, parameters).all()
+
+    @abstractmethod
     def numbers(self, seqs: Sequence[int]) -> Any:
         """Return ``seqs`` as the parameter ``numbers``: one parameter for any number of rows."""
-        return list(seqs) if self._is_postgresql else json.dumps(list(seqs))
 
-    def firsts(self, heads: dict[str, int]) -> dict[str, Any]:
-        """Return the first row of each key as parameters of the statements for rows behind it."""
-        if self._is_postgresql:
-            return {"keys": list(heads), "firsts": list(heads.values())}
-        return {"keys": json.dumps(list(heads))}
+    def gathered(self, numbers: Any) -> Any:
+        """Return the numbers that :attr:`near` has found as the parameter ``numbers``."""
+        return numbers
 
-    @functools.cached_property
-    def is_one_of(self) -> ColumnElement[bool]:
-        """Whether a row is one of ``numbers``."""
-        if self._is_postgresql:
-            return events.c.seq == any_(bindparam("numbers", type_=ARRAY(BIGINT)))
-        each = func.json_each(bindparam("numbers", type_=Text)).table_valued("value")
-        return events.c.seq.in_(select(each.c.value))
-
+    @abstractmethod
     def marks(self, ids: Mapping[int, str]) -> Any:
         """Return numbers and ids of rows as the parameter ``marks``."""
-        marks = [f"{seq} {id}" for seq, id in ids.items()]
-        return marks if self._is_postgresql else json.dumps(marks)
+
+    @abstractmethod
+    def firsts(self, heads: dict[str, int]) -> dict[str, Any]:
+        """Return the first row of each key as parameters of the statements for rows behind it."""
 
     @functools.cached_property
+    @abstractmethod
+    def is_one_of(self) -> ColumnElement[bool]:
+        """Whether a row is one of ``numbers``."""
+
+    @functools.cached_property
+    @abstractmethod
     def is_marked(self) -> ColumnElement[bool]:
         """Whether number and id of a row, one of ``numbers``, are among ``marks``."""
-        mark = cast(events.c.seq, Text) + " " + events.c.id
-        if self._is_postgresql:
-            marked = mark == any_(bindparam("marks", type_=ARRAY(Text)))
-        else:
-            each = func.json_each(bindparam("marks", type_=Text)).table_valued("value")
-            marked = mark.in_(select(each.c.value))
-        return and_(self.is_one_of, marked)
+
+    @functools.cached_property
+    def put(self) -> Insert | ReturningInsert[Any]:
+        """Insert rows."""
+        return insert(events)
 
     @functools.cached_property
     def due(self) -> ColumnElement[bool]:
@@ -136,24 +153,24 @@ class Statements:
         )
 
     @functools.cached_property
-    def lease_due(self) -> Update:
+    def lease_due(self) -> Update | Select[Any]:
         """Lease due rows."""
         return self._lease(self.due)
 
     @functools.cached_property
-    def lease_chosen(self) -> Update:
+    def lease_chosen(self) -> Update | Select[Any]:
         """Lease chosen rows."""
         return self._lease(self.chosen)
 
     @functools.cached_property
-    def lease_due_named(self) -> Update:
+    def lease_due_named(self) -> Update | Select[Any]:
         """Lease those of ``numbers`` that are due."""
         # Without the queue, so that no database walks the index of what is due there to find them.
         row = events.c
         return self._lease(and_(self.is_one_of, row.dead_at.is_(None), row.available_at <= now()))
 
     @functools.cached_property
-    def lease_first_chosen(self) -> Update:
+    def lease_first_chosen(self) -> Update | Select[Any]:
         """Lease chosen rows that are the first of their key."""
         earlier = events.alias("earlier")
         is_first = ~exists().where(
@@ -174,22 +191,17 @@ class Statements:
         parameter that names them.
         """
         row = events.c
-        window = (
-            select(row.seq, row.key)
-            .where(self.due)
-            .order_by(row.available_at, row.seq)
-            .limit(_AMONG)
-            .cte("near")
-            .prefix_with("MATERIALIZED")
-        )
+        oldest = select(row.seq, row.key).where(self.due).order_by(row.available_at, row.seq)
+        window = self._materialized(self._by_due(oldest.limit(_AMONG)).cte("near"))
         keys = select(window.c.key).where(window.c.key.is_not(None)).distinct().subquery("keys")
         unkeyed = select(window.c.seq).where(window.c.key.is_(None))
-        heads = select(_due_head_of(keys.c.key)).select_from(keys)  # NULL where it isn't due
+        heads = select(self._due_head_of(keys.c.key)).select_from(keys)  # NULL where it isn't due
         found = union_all(unkeyed, heads).subquery("found")
-        gathered = func.array_agg if self._is_postgresql else func.json_group_array
         size = select(func.count()).select_from(window).scalar_subquery()
         return select(
-            gathered(found.c.seq).label("numbers"), func.count().label("found"), size.label("size")
+            self._gather(found.c.seq).label("numbers"),
+            func.count().label("found"),
+            size.label("size"),
         ).where(found.c.seq.is_not(None))
 
     @functools.cached_property
@@ -218,7 +230,7 @@ class Statements:
                 keys.c.key.is_not(None), keys.c.place < _AMONG
             )
         )
-        return select(keys.c.key, _due_head_of(keys.c.key).label("seq")).where(
+        return select(keys.c.key, self._due_head_of(keys.c.key).label("seq")).where(
             keys.c.key.is_not(None)
         )
 
@@ -310,8 +322,80 @@ class Statements:
     def _ours(self) -> ColumnElement[bool]:
         return and_(self.is_one_of, events.c.lease_token == _TOKEN)
 
-    def _lease(self, condition: ColumnElement[bool]) -> Update:
+    @abstractmethod
+    def _lease(self, condition: ColumnElement[bool]) -> Update | Select[Any]:
         """Lease the oldest rows that meet ``condition``, up to ``at_most`` and ``max_bytes``."""
+
+    @abstractmethod
+    def _following(self, condition: ColumnElement[bool]) -> Select[Any]:
+        """Rows of ``keys`` from the first on, in order, and whether they meet ``condition``."""
+
+    @abstractmethod
+    def _gather(self, numbers: ColumnElement[int]) -> ColumnElement[Any]:
+        """Gather ``numbers`` in one value."""
+
+    def _materialized(self, cte: CTE) -> CTE:
+        """Have ``cte`` evaluated once."""
+        return cte.prefix_with("MATERIALIZED")
+
+    def _by_due(self, statement: Select[Any]) -> Select[Any]:
+        """Have rows read in the order of the index of what is due."""
+        return statement
+
+    def _by_key(self, statement: Select[Any], table: Any = events) -> Select[Any]:
+        """Have rows read in the order of the index of the keys."""
+        return statement
+
+    def _is_key(self, column: ColumnElement[Any], key: ColumnElement[Any]) -> ColumnElement[bool]:
+        """Whether ``column`` equals ``key``, in a query that orders by column and number."""
+        # With a plain ``=`` PostgreSQL may decide to walk the primary key until it meets the key,
+        # since that has the right order, too: past a whole backlog.
+        return and_(column >= key, column <= key)
+
+    def _order_of_heads(self, row: Any) -> Sequence[ColumnElement[Any]]:
+        """The order of the rows of one key, so that it comes from the index of the keys."""
+        return (row.key, row.seq)
+
+    def _unkeyed(self, *conditions: ColumnElement[bool]) -> Select[Any]:
+        row = events.c
+        oldest = select(row.seq).where(row.key.is_(None), *conditions)
+        return oldest.order_by(row.available_at, row.seq).limit(_AT_MOST)
+
+    def _behind(self, condition: ColumnElement[bool]) -> Select[Any]:
+        """Rows that have their place, and whether they meet ``condition`` and are free."""
+        row = events.c
+        free = or_(row.lease_token.is_(None), row.available_at <= now())
+        return select(
+            row.seq,
+            row.key,
+            func.length(row.payload).label("size"),
+            and_(condition, free).label("ready"),
+        ).where(row.queue == _QUEUE, row.dead_at.is_(None), _has_its_place(events))
+
+    def _due_head_of(self, key: ColumnElement[str]) -> Any:
+        """The number of the first row of ``key``; NULL if it isn't due."""
+        head = events.alias("head")
+        is_due = and_(head.c.rank == _RANK, head.c.available_at <= now())
+        first = (
+            select(case((is_due, head.c.seq)).label("seq"))
+            .where(
+                head.c.queue == _QUEUE,
+                self._is_key(head.c.key, key),
+                head.c.dead_at.is_(None),
+                _has_its_place(head),
+            )
+            .order_by(*self._order_of_heads(head.c))
+            .limit(1)
+        )
+        return self._by_key(first, head).scalar_subquery()
+
+
+class _InOneStatement(Statements):
+    """Those of databases that return what they update."""
+
+    _lock = False  # whether to lock the rows first, and to skip those that others have locked
+
+    def _lease(self, condition: ColumnElement[bool]) -> Update | Select[Any]:
         row = events.c
         oldest = (
             select(row.seq, row.available_at, func.length(row.payload).label("size"))
@@ -319,46 +403,43 @@ class Statements:
             .order_by(row.available_at, row.seq)
             .limit(_AT_MOST)
         )
-        if self._is_postgresql:
+        if self._lock:
             oldest = oldest.with_for_update(skip_locked=True)
-        # Materialised: a plan that evaluates it twice would lease more rows than the limit.
-        due = oldest.cte("due").prefix_with("MATERIALIZED")
+        # A plan that evaluates it twice would lease more rows than the limit.
+        due = self._materialized(oldest.cte("due"))
         before = func.sum(due.c.size).over(order_by=(due.c.available_at, due.c.seq)) - due.c.size
         bounded = select(due.c.seq, before.label("before")).subquery("bounded")
         return (
-            update(events)
+            _leased_rows()
             .where(row.seq.in_(select(bounded.c.seq).where(bounded.c.before < _MAX_BYTES)))
-            .values(
-                lease_token=_TOKEN,
-                available_at=in_seconds(_SECONDS),
-                deliveries=row.deliveries + 1,
-            )
             .returning(*_WITH_AGE)
         )
 
-    def _unkeyed(self, *conditions: ColumnElement[bool]) -> Select[Any]:
-        row = events.c
-        return (
-            select(row.seq)
-            .where(row.key.is_(None), *conditions)
-            .order_by(row.available_at, row.seq)
-            .limit(_AT_MOST)
-        )
+
+class _PostgreSQLStatements(_InOneStatement):
+    _lock = True
+
+    def numbers(self, seqs: Sequence[int]) -> Any:
+        return list(seqs)
+
+    def marks(self, ids: Mapping[int, str]) -> Any:
+        return _marks(ids)
+
+    def firsts(self, heads: dict[str, int]) -> dict[str, Any]:
+        return {"keys": list(heads), "firsts": list(heads.values())}
+
+    @functools.cached_property
+    def is_one_of(self) -> ColumnElement[bool]:
+        return events.c.seq == any_(bindparam("numbers", type_=ARRAY(BIGINT)))
+
+    @functools.cached_property
+    def is_marked(self) -> ColumnElement[bool]:
+        return and_(self.is_one_of, _mark() == any_(bindparam("marks", type_=ARRAY(Text))))
+
+    def _gather(self, numbers: ColumnElement[int]) -> ColumnElement[Any]:
+        return func.array_agg(numbers)
 
     def _following(self, condition: ColumnElement[bool]) -> Select[Any]:
-        row = events.c
-        free = or_(row.lease_token.is_(None), row.available_at <= now())
-        behind = select(
-            row.seq,
-            row.key,
-            func.length(row.payload).label("size"),
-            and_(condition, free).label("ready"),
-        ).where(row.queue == _QUEUE, row.dead_at.is_(None), _has_its_place(events))
-        if not self._is_postgresql:
-            # Key by key, in the order of the index: no key's rows are all read to be sorted.
-            each = func.json_each(bindparam("keys", type_=Text)).table_valued("value")
-            of_keys = behind.where(row.key.in_(select(each.c.value)))
-            return of_keys.order_by(row.key, row.seq).limit(_AT_MOST)
         firsts = (
             func.unnest(
                 bindparam("keys", type_=ARRAY(Text)), bindparam("firsts", type_=ARRAY(BIGINT))
@@ -366,9 +447,12 @@ class Statements:
             .table_valued("key", "seq", name="firsts")
             .render_derived()
         )
-        # Likewise; an IN would be sorted here.
+        # Key by key, in the order of the index: no key's rows are all read to be sorted, as they
+        # would be with an IN.
+        row = events.c
         of_key = (
-            behind.where(_is_key(row.key, firsts.c.key), row.seq > firsts.c.seq)
+            self._behind(condition)
+            .where(self._is_key(row.key, firsts.c.key), row.seq > firsts.c.seq)
             .order_by(row.key, row.seq)
             .limit(_AT_MOST)
             .lateral("behind")
@@ -376,10 +460,194 @@ class Statements:
         return select(of_key).select_from(firsts.join(of_key, true())).limit(_AT_MOST)
 
 
+class _SQLiteStatements(_InOneStatement):
+    def numbers(self, seqs: Sequence[int]) -> Any:
+        return json.dumps(list(seqs))
+
+    def marks(self, ids: Mapping[int, str]) -> Any:
+        return json.dumps(_marks(ids))
+
+    def firsts(self, heads: dict[str, int]) -> dict[str, Any]:
+        return {"keys": json.dumps(list(heads))}
+
+    @functools.cached_property
+    def is_one_of(self) -> ColumnElement[bool]:
+        return events.c.seq.in_(_each_of("numbers"))
+
+    @functools.cached_property
+    def is_marked(self) -> ColumnElement[bool]:
+        return and_(self.is_one_of, _mark().in_(_each_of("marks")))
+
+    def _gather(self, numbers: ColumnElement[int]) -> ColumnElement[Any]:
+        return func.json_group_array(numbers)
+
+    def _following(self, condition: ColumnElement[bool]) -> Select[Any]:
+        # Key by key, in the order of the index: no key's rows are all read to be sorted.
+        of_keys = self._behind(condition).where(events.c.key.in_(_each_of("keys")))
+        return of_keys.order_by(events.c.key, events.c.seq).limit(_AT_MOST)
+
+
+class _MariaDBStatements(Statements):
+    """Those of MariaDB, which returns nothing from an UPDATE.
+
+    The order of a claim must come from an index: if the rows were sorted, one claim would lock all
+    that are due, and the others would find none. The optimizer prefers sorting in small tables.
+    """
+
+    indexes_all_unkeyed = True
+
+    def lease(
+        self, connection: Connection, statement: Any, parameters: dict[str, Any]
+    ) -> Sequence[Any]:
+        size, seqs = 0, []
+        for row in connection.execute(statement, parameters).all():
+            if size >= parameters["max_bytes"]:
+                break
+            size += row.size
+            seqs.append(row.seq)
+        if not seqs:
+            return []
+        named = {
+            "numbers": seqs,
+            "seconds": parameters["seconds"],
+            "of_token": parameters["of_token"],
+        }
+        connection.execute(self._lease_named, named)
+        return connection.execute(self._named, {"numbers": seqs}).all()
+
+    def numbers(self, seqs: Sequence[int]) -> Any:
+        return list(seqs)
+
+    def gathered(self, numbers: Any) -> Any:
+        return json.loads(numbers)
+
+    def marks(self, ids: Mapping[int, str]) -> Any:
+        return list(ids.items())
+
+    def firsts(self, heads: dict[str, int]) -> dict[str, Any]:
+        return {"keys": list(heads)}
+
+    @functools.cached_property
+    def is_one_of(self) -> ColumnElement[bool]:
+        return events.c.seq.in_(bindparam("numbers", type_=Integer, expanding=True))
+
+    @functools.cached_property
+    def is_marked(self) -> ColumnElement[bool]:
+        marked = tuple_(events.c.seq, events.c.id).in_(bindparam("marks", expanding=True))
+        return and_(self.is_one_of, marked)
+
+    @functools.cached_property
+    def put(self) -> Insert | ReturningInsert[Any]:
+        # Only with RETURNING SQLAlchemy writes more than one row in a statement here. Not too many,
+        # since the server accepts no more than max_allowed_packet.
+        return insert(events).returning(events.c.seq).execution_options(**_FEW_ROWS)
+
+    @functools.cached_property
+    def heads(self) -> Select[Any]:
+        row = events.c
+        # MariaDB jumps from key to key, too, if it groups by all the first columns of an index. The
+        # queue must not be a plain "=": then it would drop out of the columns, and the result be
+        # sorted. In the recursive form MariaDB would read all rows up to each key.
+        keys = (
+            self._by_key(select(row.queue, row.key))
+            .where(row.queue >= _QUEUE, row.queue <= _QUEUE, row.key >= _AFTER)
+            .group_by(row.queue, row.key)
+            .order_by(row.queue, row.key)
+            .limit(_AMONG)
+            .subquery("keys")
+        )
+        return select(keys.c.key, self._due_head_of(keys.c.key).label("seq")).order_by(keys.c.key)
+
+    @functools.cached_property
+    def unkeyed(self) -> Select[Any]:
+        return _forced(self._unkeyed(self.due), events, "outbox_events_unkeyed")
+
+    @functools.cached_property
+    def bury(self) -> Update:
+        # Out of the index of what is due, which has no condition here.
+        return super().bury.values(available_at=_NEVER)
+
+    @functools.cached_property
+    def _lease_named(self) -> Update:
+        return _leased_rows().where(self.is_one_of)
+
+    @functools.cached_property
+    def _named(self) -> Select[Any]:
+        return select(*_WITH_AGE).where(self.is_one_of)
+
+    def _lease(self, condition: ColumnElement[bool]) -> Update | Select[Any]:
+        row = events.c
+        oldest = select(row.seq, func.length(row.payload).label("size")).where(condition)
+        ordered = oldest.order_by(row.available_at, row.seq).limit(_AT_MOST)
+        if condition is self.due:
+            ordered = self._by_due(ordered)
+        return ordered.with_for_update(skip_locked=True)
+
+    def _gather(self, numbers: ColumnElement[int]) -> ColumnElement[Any]:
+        return func.json_arrayagg(numbers)
+
+    def _materialized(self, cte: CTE) -> CTE:
+        return cte
+
+    def _by_due(self, statement: Select[Any]) -> Select[Any]:
+        return _forced(statement, events, "outbox_events_due")
+
+    def _by_key(self, statement: Select[Any], table: Any = events) -> Select[Any]:
+        return _forced(statement, table, "outbox_events_heads")
+
+    def _is_key(self, column: ColumnElement[Any], key: ColumnElement[Any]) -> ColumnElement[bool]:
+        return column == key  # with a range, it would read all keys
+
+    def _order_of_heads(self, row: Any) -> Sequence[ColumnElement[Any]]:
+        return (row.seq,)
+
+    def _following(self, condition: ColumnElement[bool]) -> Select[Any]:
+        is_of_keys = events.c.key.in_(bindparam("keys", type_=String, expanding=True))
+        of_keys = self._by_key(self._behind(condition).where(is_of_keys))
+        # Of alive rows dead_at has one value, but only by its name the order is that of the index.
+        row = events.c
+        return of_keys.order_by(row.key, row.dead_at, row.seq).limit(_AT_MOST)
+
+
+_KINDS: dict[str, type[Statements]] = {
+    "postgresql": _PostgreSQLStatements,
+    "mariadb": _MariaDBStatements,
+    "sqlite": _SQLiteStatements,
+}
+
+
 @functools.cache
-def statements(*, is_postgresql: bool) -> Statements:
-    """Return the statements for PostgreSQL or SQLite, built once per process."""
-    return Statements(is_postgresql=is_postgresql)
+def statements(dialect: str) -> Statements:
+    """Return the statements for one of ``DIALECTS``, built once per process."""
+    return _KINDS[dialect]()
+
+
+def _leased_rows() -> Update:
+    return update(events).values(
+        lease_token=_TOKEN,
+        available_at=in_seconds(_SECONDS),
+        deliveries=events.c.deliveries + 1,
+    )
+
+
+def _marks(ids: Mapping[int, str]) -> list[str]:
+    return [f"{seq} {id}" for seq, id in ids.items()]
+
+
+def _mark() -> ColumnElement[str]:
+    return cast(events.c.seq, Text) + " " + events.c.id
+
+
+def _each_of(parameter: str) -> Select[Any]:
+    """The elements of a parameter that is a JSON array."""
+    each = func.json_each(bindparam(parameter, type_=Text)).table_valued("value")
+    return select(each.c.value)
+
+
+def _forced(statement: Select[Any], table: Any, index: str) -> Select[Any]:
+    for dialect in ("mariadb", "mysql"):
+        statement = statement.with_hint(table, f"FORCE INDEX ({index})", dialect)
+    return statement
 
 
 def _has_its_place(row: Any) -> ColumnElement[bool]:
@@ -393,30 +661,3 @@ def _has_its_place(row: Any) -> ColumnElement[bool]:
         row.c.available_at <= now(),
         row.c.available_at <= seconds_after(row.c.stored_at, literal_column(str(GRACE + 0.01))),
     )
-
-
-def _due_head_of(key: ColumnElement[str]) -> Any:
-    """The number of the first row of ``key``; NULL if it isn't due."""
-    head = events.alias("head")
-    is_due = and_(head.c.rank == _RANK, head.c.available_at <= now())
-    return (
-        select(case((is_due, head.c.seq)).label("seq"))
-        .where(
-            head.c.queue == _QUEUE,
-            _is_key(head.c.key, key),
-            head.c.dead_at.is_(None),
-            _has_its_place(head),
-        )
-        .order_by(head.c.key, head.c.seq)
-        .limit(1)
-        .scalar_subquery()
-    )
-
-
-def _is_key(column: ColumnElement[Any], key: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Whether ``column`` equals ``key``, in a query that orders by the column and the number.
-
-    With a plain ``=`` PostgreSQL may decide to walk the primary key until it meets the key, since
-    that has the right order, too: past a whole backlog.
-    """
-    return and_(column >= key, column <= key)

@@ -16,10 +16,11 @@ from sqlalchemy import (
     Connection,
     Delete,
     Engine,
+    Select,
     Update,
+    case,
     delete,
     func,
-    insert,
     inspect,
     select,
     text,
@@ -31,7 +32,7 @@ from outbox.errors import UsageError
 from outbox.event import Event
 from outbox.messages.rows import event_of, values_of
 from outbox.storage.clock import now, seconds_since
-from outbox.storage.schema import DIALECTS, create_missing, ddl, events
+from outbox.storage.schema import create_missing, ddl, events, known_dialect
 from outbox.storage.statements import statements
 from outbox.storage.transactions import own_transaction, try_again
 
@@ -117,14 +118,10 @@ class Store:
         Raises:
             UsageError: outbox can't store events in that database.
         """
-        if engine.dialect.name not in DIALECTS:
-            raise UsageError(
-                f"events cannot be stored in {engine.dialect.name}, only in {' or '.join(DIALECTS)}"
-            )
+        dialect = known_dialect(engine.dialect.name)
         self.engine = engine
         self._owner = owner
-        self._is_postgresql = engine.dialect.name == "postgresql"
-        self._statements = statements(is_postgresql=self._is_postgresql)
+        self._statements = statements(dialect)
         # Where an ordered claim goes on; threads that share them only look at some keys twice.
         self._next_key: dict[str, str] = {}
         self._read_through_at = -math.inf
@@ -188,7 +185,7 @@ class Store:
         # The rows of one statement must have the same columns. Only neighbours are grouped, because
         # the order of insertion is the order of the rows.
         for _, alike in itertools.groupby(rows, key=lambda row: "available_at" in row):
-            connection.execute(insert(events), list(alike))
+            connection.execute(self._statements.put, list(alike))
 
     def claim(
         self,
@@ -335,10 +332,10 @@ class Store:
         with own_transaction(self.engine) as connection:
             counts = connection.execute(
                 select(
-                    func.count().filter(waiting).label("waiting"),
-                    func.count().filter(scheduled).label("scheduled"),
-                    func.count().filter(leased).label("leased"),
-                    seconds_since(func.min(row.stored_at).filter(waiting)).label("oldest"),
+                    func.count(case((waiting, 1))).label("waiting"),
+                    func.count(case((scheduled, 1))).label("scheduled"),
+                    func.count(case((leased, 1))).label("leased"),
+                    seconds_since(func.min(case((waiting, row.stored_at)))).label("oldest"),
                 )
             ).one()
             dead = connection.execute(
@@ -458,7 +455,7 @@ class Store:
         near = connection.execute(sql.near, {**parameters, "among": among}).one()
         claimed: list[Claimed] = []
         if near.found:
-            named = {**parameters, "numbers": near.numbers}
+            named = {**parameters, "numbers": sql.gathered(near.numbers)}
             heads = self._lease(connection, sql.lease_due_named, named)
             claimed = self._with_followers(connection, heads, parameters)
         room = limit - len(claimed)
@@ -491,7 +488,7 @@ class Store:
         chosen = "numbers" in parameters
         following: Sequence[Any] = connection.execute(
             sql.following_chosen if chosen else sql.following_due,
-            # On SQLite the first rows are among them.
+            # Except on PostgreSQL the first rows are among them.
             {**parameters, **sql.firsts(firsts), "at_most": room + len(firsts)},
         ).all()
         following = [row for row in following if row.seq > firsts[row.key]]
@@ -512,6 +509,8 @@ class Store:
     def _unkeyed(self, connection: Connection, parameters: dict[str, Any]) -> list[int]:
         """Return the numbers of due rows without a key, wherever they are in the backlog."""
         sql = self._statements
+        if sql.indexes_all_unkeyed:
+            return list(connection.execute(sql.unkeyed, parameters).scalars())
         found: list[int] = []
         if not parameters["of_queue"]:
             found += connection.execute(sql.new_unkeyed, parameters).scalars()
@@ -563,13 +562,13 @@ class Store:
         return [row for row in leased if row.seq not in taken]
 
     def _lease(
-        self, connection: Connection, statement: Update, parameters: dict[str, Any]
+        self, connection: Connection, statement: Update | Select[Any], parameters: dict[str, Any]
     ) -> list[Claimed]:
         # Such a token begins with digits only, unlike one without an owner.
         token = f"{self._owner}{uuid.uuid4().hex}"[:_TOKEN] if self._owner else str(uuid.uuid4())
         parameters = {**parameters, "of_token": token}
         try:
-            rows: Iterable[Any] = connection.execute(statement, parameters).all()
+            rows: Iterable[Any] = self._statements.lease(connection, statement, parameters)
         except _UNREADABLE:
             rows = self._read_one_by_one(connection, token)
         return self._claimed(connection, token, rows)

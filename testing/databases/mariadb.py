@@ -23,6 +23,8 @@ port = {port}
 socket = {folder}/mariadb.sock
 pid-file = {folder}/mariadb.pid
 init-file = {folder}/account.sql
+# Apart from other servers, since one that starts deletes what it finds there of temporary tables.
+tmpdir = {folder}
 max_connections = 100
 skip-name-resolve
 innodb_buffer_pool_size = 64M

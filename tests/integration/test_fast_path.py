@@ -37,6 +37,15 @@ from tests.databases import Base, Order, targets
 from tests.waiting import wait_until
 
 
+@pytest.fixture(params=["postgresql", "sqlite"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The kinds that differ in what SQLAlchemy does: MariaDB adds nothing."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/events.db"
+    url: str = request.getfixturevalue("postgresql_url")
+    return url
+
+
 @pytest.fixture(autouse=True)
 def unbound() -> Iterator[None]:
     yield

@@ -24,6 +24,7 @@ from outbox.consumers.message.message import Message
 from outbox.consumers.outcome import ACK, DUPLICATE, Again, Dead, Outcome
 from outbox.messages.delivery import as_delivered
 from outbox.sql import Inbox, commits
+from outbox.sql.inbox import done as inbox_table
 from tests.databases import Base, Order
 
 ORDERS = Base.metadata.tables["orders"]
@@ -86,9 +87,9 @@ def noted(inbox: Inbox) -> int:
 def note_beside(inbox: Inbox, message_id: str, *, days: float = 0) -> None:
     """Note a message as another worker would, or did some days ago."""
     at = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days)
-    values = {"id": message_id, "at": at if inbox.engine.name == "postgresql" else at.timestamp()}
+    values = {"consumer": "work", "message_id": message_id, "done_at": at}
     with commits.unwatched(), inbox.engine.begin() as connection:
-        connection.execute(text("INSERT INTO outbox_inbox VALUES ('work', :id, :at)"), values)
+        connection.execute(insert(inbox_table), values)
 
 
 # ------------------------------------------------------------------ the ways to have a transaction
@@ -162,6 +163,8 @@ def _plain(way: Commits, engine: Engine, then: Callable[[], None]) -> Callable[[
 
 def _coroutine(way: Any, engine: Engine, then: Callable[[], None]) -> Callable[[str], Consumer]:
     driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
+    if engine.dialect.name not in driver:
+        pytest.skip(f"no asyncio driver of {engine.dialect.name} is installed")
     url = engine.url.set(drivername=driver[engine.dialect.name])
 
     def make(name: str) -> Consumer:

@@ -49,6 +49,8 @@ def test_a_generated_migration_creates_the_tables_and_leaves_nothing_to_do(
             for line in lines
         )
     )
+    if database_url.startswith("mariadb"):
+        metadata = metadata.replace("outbox.sql.metadata", 'outbox.sql.metadata_of("mariadb")')
     environment = tmp_path / "migrations" / "env.py"
     environment.write_text(environment.read_text().replace("target_metadata = None", metadata))
     alembic("revision", "--autogenerate", "-m", "outbox")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,15 @@ from outbox.consumers.message.databases import refreshers
 from outbox.unit_of_work.auto_publishing import _warn_once_of_transaction
 from outbox.unit_of_work.collector import EventOptions
 from tests.databases import Base, Order, targets
+
+
+@pytest.fixture(params=["postgresql", "sqlite"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The kinds that differ in what SQLAlchemy does: MariaDB adds nothing."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/events.db"
+    url: str = request.getfixturevalue("postgresql_url")
+    return url
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
 
-from outbox import Publisher, configuration
+from outbox import Publisher, configuration, surroundings
 from outbox.observer import seam
 from outbox.sql import Store
 from outbox.testing.broker import BrokerMissing, PrivateBroker
@@ -264,6 +264,8 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             monkeypatch.delenv(variable)
     monkeypatch.setattr(configuration, "_publisher", None)
     yield
+    configuration.provide(None)
+    surroundings.provide(None)
     default = configuration.configured_publisher()
     if default is not None:
         default.close(0)

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ HOMEPAGE: str = PROJECT["urls"]["Homepage"]
 PUBLIC = {
     "outbox",
     "outbox.consumers",
+    "outbox.flask",
     "outbox.middleware.asgi",
     "outbox.middleware.wsgi",
     "outbox.serializer",
@@ -121,6 +123,39 @@ def test_the_quick_start_works_in_the_order_of_the_readme(tmp_path: Path) -> Non
     finally:
         worker.terminate()
         assert worker.wait(20) == exit_codes.SUCCESS
+
+
+def test_the_program_of_the_page_on_flask_works_in_its_order(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "flask.md"
+    (tmp_path / "shop.py").write_text(snippets(page)[0])
+    create, consume, serve, _ = snippets(page, "console")[1].splitlines()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    log = tmp_path / "log"
+
+    def start(line: str, *options: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", *shlex.split(line), *options]
+        with log.open("ab") as output:
+            return subprocess.Popen(
+                command, cwd=tmp_path, env=environment, stdout=output, stderr=output
+            )
+
+    assert start(create).wait(30) == 0, log.read_text()
+    worker = start(consume)
+    server = start(serve, "--port", "0")
+    try:
+        wait_until(lambda: "consuming 'receipts'" in log.read_text(), 30)
+        wait_until(lambda: "Running on" in log.read_text(), 30)
+        [address] = re.findall(r"Running on (http://\S+)", log.read_text())
+        order = urllib.request.Request(f"{address}/orders", method="POST")
+        with urllib.request.urlopen(order, timeout=20) as response:
+            assert response.status == 201
+        [printed] = re.findall(r"The consumer prints `(.*?)`", page.read_text())
+        wait_until(lambda: printed in log.read_text(), 20)
+    finally:
+        server.terminate()
+        worker.terminate()
+        assert worker.wait(20) == exit_codes.SUCCESS
+        server.wait(20)
 
 
 def test_the_first_consumer_of_the_page_on_consuming_does_what_it_says(file: SQLitePlace) -> None:
@@ -251,7 +286,7 @@ def test_the_readme_can_be_read_anywhere() -> None:
     assert all((inline or defined).startswith(HOMEPAGE) for inline, defined in targets)
 
 
-COMMANDS = ("pip", "outbox", "outbox-consume", "rabbitmqctl", "rabbitmqadmin")
+COMMANDS = ("pip", "outbox", "outbox-consume", "rabbitmqctl", "rabbitmqadmin", "flask", "curl")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -299,6 +334,7 @@ def test_the_documented_options_of_the_commands_exist() -> None:
         ["outbox", "sql", "ddl"],
         ["proving"],
         ["examples.demo"],
+        ["flask"],
     ):
         done = subprocess.run(
             [sys.executable, "-m", *command, "--help"],

@@ -19,7 +19,7 @@ from flask import Flask
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
-from outbox import configuration, enqueue_event, sinks, surroundings
+from outbox import enqueue_event, sinks
 from outbox.sql import handover
 from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from tests.integration.apps import flask_endings
@@ -62,15 +62,21 @@ ENDINGS: dict[str, tuple[int, list[str], list[str]]] = {
     "async-view": (200, ["async"], []),
     "async-view-fails": (500, [], []),
     "two-databases": (200, [], []),
+    "alone-caught": (200, [], ["alone-caught"]),
+    "alone-abort": (404, [], []),
+    "alone-error-handler": (402, [], []),
+    "alone-after-request-raises": (500, [], []),
+    "alone-stream-fails": (200, [], []),
+    "alone-nested-context": (200, [], ["alone-nested"]),
+    "alone-request-context-in-thread": (409, [], ["alone-copied"]),
+    "alone-async-view": (200, [], ["alone-async"]),
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def unbound() -> Iterator[None]:
     """Nothing of the applications remains in the process."""
     yield
-    configuration.provide(None)
-    surroundings.provide(None)
     sinks.bind(None)
 
 
@@ -183,7 +189,7 @@ def app(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flask]:
 def test_a_request_of_the_test_client(ending: str, app: Flask, shop: Shop) -> None:
     status, orders, alone = ENDINGS[ending]
     client = app.test_client()
-    if ending == "stream-fails":
+    if ending.endswith("stream-fails"):
         with pytest.raises(ValueError), closing(client.get(f"/{ending}")) as response:
             response.get_data()
     else:
@@ -212,7 +218,7 @@ def served(
 def test_a_request_to_a_server(ending: str, served: Served, shop: Shop) -> None:
     shop.forget()
     status, orders, alone = ENDINGS[ending]
-    if ending == "stream-fails":
+    if ending.endswith("stream-fails"):
         with pytest.raises(Exception):  # noqa: B017  the server ends the connection
             served.get(f"/{ending}")
     else:

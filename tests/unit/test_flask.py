@@ -24,7 +24,6 @@ from outbox import (
     enqueue_event,
     publish,
     sinks,
-    surroundings,
 )
 from outbox.configuration import override_url
 from outbox.consumers import Consumer
@@ -37,8 +36,6 @@ from outbox.testing import CollectedEvents, recorded
 def unbound() -> Iterator[None]:
     """Nothing of the applications remains in the process."""
     yield
-    configuration.provide(None)
-    surroundings.provide(None)
     sinks.bind(None)
     override_url(None)
 

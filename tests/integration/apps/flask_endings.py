@@ -70,6 +70,7 @@ def create_app() -> Flask:
     _add_handlers(app)
     _add_streams(app)
     _add_elsewhere(app)
+    _add_without_transaction(app)
     _add_commands(app)
     return app
 
@@ -207,7 +208,7 @@ def _add_handlers(app: Flask) -> None:
     def after(response: Response) -> Response:
         from flask import request
 
-        if request.path == "/after-request-raises":
+        if request.path.endswith("after-request-raises"):
             raise ValueError
         if request.path == "/after-request-commits":
             db.session.commit()
@@ -300,6 +301,60 @@ def _add_elsewhere(app: Flask) -> None:
             other.exec_driver_sql("SELECT 1")
         order("two-databases")
         db.session.rollback()
+        return ""
+
+
+def _add_without_transaction(app: Flask) -> None:
+    @app.get("/alone-caught")
+    def alone_caught() -> str:
+        try:
+            enqueue_event("alone-caught", "order.placed", session=None)
+            raise ValueError
+        except ValueError:
+            return ""
+
+    @app.get("/alone-abort")
+    def alone_abort() -> str:
+        enqueue_event("alone-abort", "order.placed", session=None)
+        abort(404)
+
+    @app.get("/alone-error-handler")
+    def alone_error_handler() -> str:
+        enqueue_event("alone-error-handler", "order.placed", session=None)
+        raise Refused("plain")
+
+    @app.get("/alone-after-request-raises")
+    def alone_after_request_raises() -> str:
+        enqueue_event("alone-after-request-raises", "order.placed", session=None)
+        return ""
+
+    @app.get("/alone-stream-fails")
+    def alone_stream_fails() -> Response:
+        def body() -> Iterator[str]:
+            enqueue_event("alone-stream-fails", "order.placed", session=None)
+            yield "one"
+            raise ValueError
+
+        return Response(stream_with_context(body()))
+
+    @app.get("/alone-nested-context")
+    def alone_nested_context() -> str:
+        with app.app_context():
+            enqueue_event("alone-nested", "order.placed", session=None)
+        return ""
+
+    @app.get("/alone-request-context-in-thread")
+    def alone_request_context_in_thread() -> tuple[str, int]:
+        @copy_current_request_context
+        def work() -> None:
+            enqueue_event("alone-copied", "order.placed", session=None)
+
+        in_thread(work)
+        return "", 409
+
+    @app.get("/alone-async-view")
+    async def alone_async_view() -> str:
+        enqueue_event("alone-async", "order.placed", session=None)
         return ""
 
 

@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import textwrap
 import tomllib
 import urllib.request
 from pathlib import Path
@@ -43,6 +45,8 @@ PUBLIC = {
     "outbox.testing",
 }
 RECIPES = ROOT / "docs" / "recipes.md"
+PROGRAMS = [ROOT / "docs" / f"{name}.md" for name in ("fastapi", "litestar", "starlette")]
+"""Pages with a whole program, in files."""
 
 
 def snippets(page: Path, language: str = "python") -> list[str]:
@@ -182,7 +186,9 @@ def test_the_first_consumer_of_the_page_on_consuming_does_what_it_says(file: SQL
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES[1:] if page != RECIPES], ids=lambda page: page.stem
+    "page",
+    [page for page in PAGES[1:] if page not in (RECIPES, *PROGRAMS)],
+    ids=lambda page: page.stem,
 )
 def test_the_snippets_of_every_page_run(everything: str, page: Path) -> None:
     run(page)
@@ -236,6 +242,72 @@ def test_every_recipe_passes_as_a_separate_module(pytester: pytest.Pytester) -> 
     result.assert_outcomes(passed=count)
 
 
+def write_program(page: Path, folder: Path) -> str:
+    """Write the page's files, and return the rest of its snippets, which go on from ``shop.py``."""
+    rest = "from shop import *\n"
+    for snippet in snippets(page):
+        if named := re.match(r"# (\w+\.py)\n", snippet):
+            (folder / named[1]).write_text(snippet)
+        else:
+            rest += snippet
+    indented = re.findall(r"^  ```python\n(.*?)^  ```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return "\n".join([rest, *map(textwrap.dedent, indented)])
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.stem)
+def test_the_tests_of_the_program_on_a_page_pass(page: Path, pytester: pytest.Pytester) -> None:
+    pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
+    rest = write_program(page, pytester.path)
+    (pytester.path / "test_rest.py").write_text(f"{rest}\n\ndef test_rest(): pass\n")
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "error", timeout=60)
+    result.assert_outcomes(passed=3)
+    assert not (pytester.path / "shop.db").exists()
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.stem)
+def test_the_program_on_a_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
+    write_program(page, tmp_path)
+    [_, commands] = snippets(page, "console")
+    consume, serve, order = map(shlex.split, commands.splitlines())
+    assert (consume[0], serve[0], order[:3]) == (
+        "outbox-consume",
+        "uvicorn",
+        ["curl", "-X", "POST"],
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    [printed] = snippets(page, "text")
+    output, log = tmp_path / "output", tmp_path / "log"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    running = []
+    try:
+        for module, arguments in (
+            ("outbox.consumers", consume[1:]),
+            ("uvicorn", [*serve[1:], "--port", port]),
+        ):
+            with output.open("a") as stdout, log.open("a") as stderr:
+                running.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", module, *arguments],
+                        cwd=tmp_path,
+                        env=environment,
+                        stdout=stdout if module == "outbox.consumers" else stderr,
+                        stderr=stderr,
+                    )
+                )
+            wait_until(lambda: "consuming 'invoices'" in log.read_text(), 20)
+        wait_until(lambda: "Application startup complete" in log.read_text(), 20)
+        request = urllib.request.Request(order[3].replace("8000", port), method="POST")
+        with urllib.request.urlopen(request, timeout=20) as response:
+            assert (response.status, json.load(response)) == (201, {"order_id": 1})
+        wait_until(lambda: output.read_text() == printed, 20)
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait(20)
+
+
 def imported(source: str) -> set[str]:
     """Every name that ``source`` imports from the package."""
     names: set[str] = set()
@@ -286,7 +358,10 @@ def test_the_readme_can_be_read_anywhere() -> None:
     assert all((inline or defined).startswith(HOMEPAGE) for inline, defined in targets)
 
 
-COMMANDS = ("pip", "outbox", "outbox-consume", "rabbitmqctl", "rabbitmqadmin", "flask", "curl")
+COMMANDS = (
+    *("pip", "outbox", "outbox-consume", "rabbitmqctl", "rabbitmqadmin"),
+    *("flask", "uvicorn", "curl", "python"),
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -1,13 +1,14 @@
 """How requests end in FastAPI, Starlette and Litestar, and what is delivered then.
 
 Each application serves all rows of the table, and has ended, before the broker's file and the
-databases are looked at.
+databases are looked at. The pages of the frameworks show the same table.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -167,8 +168,8 @@ STORED = {
     ),
     "commit_fails": Ending("the commit fails", 500, "rolled back, and collected events dropped"),
     "bound": Ending(
-        "the session was bound with `outbox.sql.bind()`, also for threads of the pool",
-        200,
+        "the session is bound with `outbox.sql.bind()`, also for threads of the pool",
+        409,
         "committed and delivered",
         ("bound", "bound.thread"),
         ("bound",),
@@ -370,3 +371,19 @@ def test_what_is_committed_is_delivered_on_a_server(
         served.stop()
     assert statuses == requested(framework)
     assert left_behind() == expected(framework), served.log
+
+
+def shown(table: dict[str, Ending]) -> list[str]:
+    return [
+        f"| {ending.title} | {ending.status or ''} | {ending.says} |" for ending in table.values()
+    ]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_page_of_a_framework_shows_its_table_of_endings(framework: str) -> None:
+    page = (ROOT / "docs" / f"{framework}.md").read_text()
+    section = page.partition("\n## How a request ends\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\|.*\|$", section, re.MULTILINE)
+    assert [row for row in rows if not row.startswith(("| ---", "| how it ends"))] == [
+        row for table in tables(framework) for row in shown(table)
+    ]

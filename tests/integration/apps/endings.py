@@ -28,7 +28,7 @@ __all__ = [
     "Framework",
     "OutOfStock",
     "either",
-    "sessions",
+    "session_of_request",
     "store_in_thread",
 ]
 
@@ -50,6 +50,16 @@ sync_sessions = sessionmaker(create_engine(SHOP))
 
 bound_session: ContextVar[AsyncSession | None] = ContextVar("bound_session", default=None)
 outbox.sql.bind(bound_session.get)
+
+
+async def session_of_request() -> AsyncIterator[AsyncSession]:
+    """Yield the session of a request, and commit it if the request succeeds."""
+    async with sessions.begin() as session:
+        token = bound_session.set(session)
+        try:
+            yield session
+        finally:
+            bound_session.reset(token)
 
 
 class Framework(Protocol):
@@ -357,14 +367,10 @@ async def stored_then_background_fails(
 
 @with_session
 async def bound(framework: Framework, session: AsyncSession) -> Any:
-    token = bound_session.set(session)
-    try:
-        session.add(Order(name="bound"))
-        enqueue_event({}, "bound")
-        await framework.in_thread(lambda: enqueue_event({}, "bound.thread"))
-    finally:
-        bound_session.reset(token)
-    return framework.respond(200)
+    session.add(Order(name="bound"))
+    enqueue_event({}, "bound")
+    await framework.in_thread(lambda: enqueue_event({}, "bound.thread"))
+    return framework.respond(409)  # which drops what is collected
 
 
 def either(shop: Any, others: dict[str, Any]) -> ASGIApp:

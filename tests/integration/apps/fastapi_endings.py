@@ -17,7 +17,7 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from outbox import auto_publishing, enqueue_event
 from outbox.middleware.asgi import OutboxMiddleware
 from tests.integration.apps import endings
-from tests.integration.apps.endings import OutOfStock, either, sessions
+from tests.integration.apps.endings import OutOfStock, either, session_of_request
 
 
 class _FastAPI:
@@ -44,11 +44,6 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
     enqueue_event({}, "lifespan.startup")
     yield
     enqueue_event({}, "lifespan.shutdown")
-
-
-async def session_of_request() -> AsyncIterator[AsyncSession]:
-    async with sessions.begin() as session:
-        yield session
 
 
 async def block() -> AsyncIterator[None]:

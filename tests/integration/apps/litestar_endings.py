@@ -19,7 +19,7 @@ from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoin
 from outbox import auto_publishing, enqueue_event
 from outbox.middleware.asgi import OutboxMiddleware
 from tests.integration.apps import endings
-from tests.integration.apps.endings import OutOfStock, either, sessions
+from tests.integration.apps.endings import OutOfStock, either, session_of_request
 
 
 class _Litestar:
@@ -45,11 +45,6 @@ async def started() -> None:
 
 async def stopped() -> None:
     enqueue_event({}, "lifespan.shutdown")
-
-
-async def session_of_request() -> AsyncIterator[AsyncSession]:
-    async with sessions.begin() as session:
-        yield session
 
 
 async def block() -> AsyncIterator[None]:

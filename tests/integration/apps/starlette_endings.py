@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket
 from outbox import auto_publishing, enqueue_event
 from outbox.middleware.asgi import OutboxMiddleware
 from tests.integration.apps import endings
-from tests.integration.apps.endings import OutOfStock, either, sessions
+from tests.integration.apps.endings import OutOfStock, either, session_of_request
 
 
 class _Starlette:
@@ -67,7 +67,7 @@ def plain(endpoint: Callable[..., Awaitable[Any]]) -> Callable[[Request], Awaita
 
 def with_session(endpoint: Callable[..., Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
     async def respond(_: Request) -> Any:
-        async with sessions.begin() as session:
+        async with asynccontextmanager(session_of_request)() as session:
             return await endpoint(_Starlette(), session)
 
     return respond

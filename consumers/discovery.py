@@ -18,7 +18,7 @@ from outbox.consumers import logs
 from outbox.consumers.definition import Consumer, FunctionConsumer, has_process, instance_of
 from outbox.consumers.tracebacks import strip_import, traceback_of
 
-__all__ = ["FLASK_APP_VARIABLE", "load", "selected"]
+__all__ = ["FLASK_APP_VARIABLE", "load", "selected", "with_consumers"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -80,6 +80,20 @@ def load(names: Iterable[str], *, warn: bool = True) -> list[Consumer]:
             if id(member) not in members:
                 logger.warning("%s is not run: %s", _name_of(member), why)
     return consumers
+
+
+def with_consumers(names: Iterable[str]) -> list[str]:
+    """Import modules, and return the names of those that have a consumer to run.
+
+    Raises:
+        UsageError: one of them can't be imported.
+    """
+
+    def has_consumer(name: str) -> bool:
+        module = _imported(f"the module {name!r}", partial(_module, name))
+        return any(_is_consumer(member) and member.queue for member in vars(module).values())
+
+    return [name for name in names if has_consumer(name)]
 
 
 def selected(

@@ -7,6 +7,7 @@ import math
 
 from outbox.commands.options import Version, broker_option, positive
 from outbox.consumers import logs
+from outbox.consumers.command.framework import Framework
 from outbox.consumers.command.limits import Limits
 
 __all__ = ["limits_of", "make_parser"]
@@ -39,22 +40,28 @@ by a second signal
 """
 
 
-def make_parser(prog: str = "outbox-consume") -> argparse.ArgumentParser:
+def make_parser(
+    prog: str = "outbox-consume", framework: Framework | None = None
+) -> argparse.ArgumentParser:
     """Return the parser of the command line, for a command called ``prog``."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Run consumers until stopped by a signal.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[broker_option()],
+        parents=[broker_option() if framework is None else broker_option(framework.url_default)],
     )
+    parser.set_defaults(prog=prog)
     parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
     parser.add_argument(
         "consumers",
-        nargs="+",
+        nargs="+" if framework is None else "*",
         metavar="MODULE[:ATTR]",
-        help="run all consumers in a module, or the one called ATTR",
+        help="run all consumers in a module, or the one called ATTR"
+        + ("" if framework is None else " (default: all that the project's apps have)"),
     )
+    if framework is not None:
+        framework.add_arguments(parser)
     _add_consuming(parser.add_argument_group("consuming"))
     _add_processes(parser.add_argument_group("processes"))
     _add_log(parser.add_argument_group("logging, to standard error"))

@@ -14,6 +14,7 @@ from outbox import MissingExtra, exit_codes
 from outbox.consumers import logs
 from outbox.consumers.command import supervised_worker, worker_main
 from outbox.consumers.command.arguments import limits_of, make_parser
+from outbox.consumers.command.framework import Framework
 from outbox.consumers.command.supervised_worker import MARGIN
 from outbox.consumers.command.supervisor import Supervisor
 from outbox.system.child_process import Parent
@@ -25,7 +26,12 @@ __all__ = ["main"]
 logger = logging.getLogger("outbox.consumer")
 
 
-def main(arguments: Sequence[str] | None = None, *, prog: str = "outbox-consume") -> int:
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    prog: str = "outbox-consume",
+    framework: Framework | None = None,
+) -> int:
     """Run the command and return its exit code, one of ``outbox.exit_codes``.
 
     Worker processes run the same command line as this process, each in a new interpreter: a program
@@ -35,16 +41,17 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "outbox-consume"
     Args:
         arguments: the command line; the default is that of the process.
         prog: how the command is called, for its help.
+        framework: what the project of a framework adds to the command.
     """
     leave_work_to_child()
     parent = Parent.inherited()
-    options = make_parser(prog).parse_args(arguments)
+    options = make_parser(prog, framework).parse_args(arguments)
     logs.set_up(options.log_level, options.log_format)
     if parent is not None:
         try:
-            return supervised_worker.run(options, parent)
+            return supervised_worker.run(options, parent, framework)
         except MissingExtra as error:
-            print(f"outbox-consume: {error}", file=sys.stderr)
+            print(f"{prog}: {error}", file=sys.stderr)
             return exit_codes.USAGE
     if _is_supervised(options):
         return Supervisor(
@@ -57,6 +64,7 @@ def main(arguments: Sequence[str] | None = None, *, prog: str = "outbox-consume"
         options,
         Signals(second_exits=exit_codes.KILLED),
         on_stopping=lambda: _exit_within(options.shutdown_timeout + MARGIN),
+        framework=framework,
     )
 
 

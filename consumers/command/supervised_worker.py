@@ -8,6 +8,7 @@ import signal
 import time
 
 from outbox.consumers.command import worker_main
+from outbox.consumers.command.framework import Framework
 from outbox.consumers.losses.begun_table import BegunTable
 from outbox.system.child_process import Parent
 from outbox.system.signals import Signals, Stop, handle, ignore
@@ -30,7 +31,7 @@ They cover closing its connections and draining its publisher, which have timeou
 """
 
 
-def run(options: argparse.Namespace, parent: Parent) -> int:
+def run(options: argparse.Namespace, parent: Parent, framework: Framework | None = None) -> int:
     """Run a worker process; return its exit code.
 
     A repeated signal has no effect on it: a terminal or systemd may signal both the parent and its
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace, parent: Parent) -> int:
             on_retiring=lambda: parent.report(RETIRING),
             on_stopping=lambda: parent.report(STOPPING),
             begun=begun,
+            framework=framework,
         )
 
     if not options.reload:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from outbox import OutboxError, exit_codes
 from outbox.configuration import default_publisher, override_url
 from outbox.consumers.command.arguments import limits_of
+from outbox.consumers.command.framework import Framework
 from outbox.consumers.command.limits import Limits, Recycling
 from outbox.consumers.definition import Consumer
 from outbox.consumers.discovery import load, selected
@@ -43,6 +45,7 @@ def run(
     on_retiring: Callable[[], None] = lambda: None,
     on_stopping: Callable[[], None] = lambda: None,
     begun: BegunTable | None = None,
+    framework: Framework | None = None,
 ) -> int:
     """Consume until ``stop`` is requested, or a limit is reached.
 
@@ -53,6 +56,7 @@ def run(
         on_retiring: the function to call when the worker begins to finish what runs, after a limit.
         on_stopping: the function to call when the worker begins to stop.
         begun: the table that the process shares with its siblings; see ``Worker``.
+        framework: what the project of a framework adds.
 
     Returns:
         The exit code, one of ``outbox.exit_codes``.
@@ -60,6 +64,8 @@ def run(
     limits = limits_of(options)
     try:
         override_url(options.url)
+        if framework is not None:
+            options.consumers = framework.consumers(options)
         consumers, ranks = selected(load(options.consumers), options.queue)
         publisher = default_publisher()  # the application's, if it has configured one
         isolation = _isolation(options)
@@ -76,27 +82,31 @@ def run(
         )
         recycling = Recycling(limits, time.monotonic(), resident=_resident(isolation))
         stop.begin()
-        worker.start()
         reason = None
-        try:
-            reason = _consume(worker, stop, limits, recycling, on_ready)
-            if reason is not None:
-                logger.info("stopping: %s", reason)
-                on_retiring()
-                _retire(worker, stop)
-            on_stopping()
-            if isolation is not None and signals.stop_received:
-                isolation.announce_stop()
-            if stop.asked or reason is None:
-                logger.info("stopping: shutdown requested")
-        finally:
-            finished = worker.stop(options.shutdown_timeout)
-            publisher.close()
+        with contextlib.ExitStack() as beside:
+            if framework is not None:
+                beside.enter_context(framework.beside(options, publisher))
+            worker.start()
+            try:
+                reason = _consume(worker, stop, limits, recycling, on_ready)
+                if reason is not None:
+                    logger.info("stopping: %s", reason)
+                    on_retiring()
+                    _retire(worker, stop)
+                on_stopping()
+                if isolation is not None and signals.stop_received:
+                    isolation.announce_stop()
+                if stop.asked or reason is None:
+                    logger.info("stopping: shutdown requested")
+            finally:
+                finished = worker.stop(options.shutdown_timeout)
+                beside.close()
+                publisher.close()
     except OutboxError as error:
         if options.log_format == "json":
             logger.critical("%s", error)
         else:
-            print(f"outbox-consume: {error}", file=sys.stderr)
+            print(f"{options.prog}: {error}", file=sys.stderr)
         return exit_codes.USAGE
     if reason is not None and not stop.asked:
         return exit_codes.RECYCLED
@@ -175,7 +185,13 @@ def _isolation(options: argparse.Namespace) -> ProcessPool | None:
     if options.isolate is None:
         return None
     return ProcessPool(
-        Orders(tuple(options.consumers), options.url, options.log_level, options.log_format)
+        Orders(
+            tuple(options.consumers),
+            options.url,
+            options.log_level,
+            options.log_format,
+            tuple(sys.path),
+        )
     )
 
 

@@ -37,6 +37,8 @@ def main(parent: Parent) -> int:
     connection = Connection(parent.channel)
     orders: Orders = connection.recv()
     logs.set_up(orders.log_level, orders.log_format)
+    # A script's folder, such as that of manage.py, is in the path of its own process alone.
+    sys.path[:] = orders.path or sys.path
     override_url(orders.url)
     consumers = {consumer.queue: consumer for consumer in load(orders.consumers, warn=False)}
     _leave_signals_to_worker()  # also those that the application handles

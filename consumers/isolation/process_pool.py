@@ -61,12 +61,14 @@ class Orders:
         url: the broker URL; None for ``OUTBOX_URL``.
         log_level: the level from which it logs.
         log_format: ``text`` or ``json``.
+        path: where the worker finds modules; empty for where a subprocess does.
     """
 
     consumers: Sequence[str]
     url: str | None = field(repr=False)
     log_level: str
     log_format: str
+    path: Sequence[str] = ()
 
 
 class ProcessPool:

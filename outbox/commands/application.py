@@ -22,6 +22,8 @@ class Application:
         database_url: the database with the stored events, or None.
         engine: returns the engine of its database, which the command leaves open, if there is no
             ``database_url``; None for ``OUTBOX_DATABASE_URL``.
+        engine_of: returns the engine of the database that ``--database`` names by its alias, with
+            None that of the application's; None if ``--database`` takes a URL.
     """
 
     prog: str = "outbox"
@@ -29,3 +31,4 @@ class Application:
     settings: SettingOverrides = field(default_factory=SettingOverrides, repr=False)
     database_url: str | None = field(default=None, repr=False)
     engine: Callable[[], Any] | None = None
+    engine_of: Callable[[str | None], Any] | None = None

@@ -15,7 +15,7 @@ from outbox.commands.options import Version
 from outbox.commands.printing import printable
 from outbox.errors import BrokerError, OutboxError
 
-__all__ = ["main"]
+__all__ = ["code_of", "main", "run"]
 
 _EPILOG = """\
 'outbox COMMAND --help' shows more, with examples.
@@ -35,7 +35,33 @@ def main(arguments: Sequence[str] | None = None, *, application: Application | N
         application: whose broker and database are meant where the command line names none.
     """
     application = application or Application()
-    parser = _parser(application.prog)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # escape what the encoding can't represent
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = run(arguments, application)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, such as head, has closed the pipe. Python's flush at exit would fail as well.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_codes.SUCCESS
+    except OutboxError as error:
+        print(f"outbox: {printable(str(error))}", file=sys.stderr)
+        return code_of(error)
+    except KeyboardInterrupt:
+        print("outbox: interrupted", file=sys.stderr)
+        return exit_codes.INTERRUPTED
+    return code
+
+
+def run(arguments: Sequence[str] | None, application: Application) -> int:
+    """Run the command as ``main`` does, and return its exit code.
+
+    Raises:
+        OutboxError: what the user is to be shown; ``code_of`` has the exit code.
+        SystemExit: the command line is wrong, or asks for help.
+    """
+    parser = _parser(application)
     options = parser.parse_args(arguments)
     options.application = application
     if options.run is None:
@@ -44,28 +70,18 @@ def main(arguments: Sequence[str] | None = None, *, application: Application | N
     logging.basicConfig(
         level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # escape what the encoding can't represent
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        code: int = options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader, such as head, has closed the pipe. Python's flush at exit would fail as well.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exit_codes.SUCCESS
-    except OutboxError as error:
-        print(f"outbox: {printable(str(error))}", file=sys.stderr)
-        return exit_codes.UNAVAILABLE if isinstance(error, BrokerError) else exit_codes.USAGE
-    except KeyboardInterrupt:
-        print("outbox: interrupted", file=sys.stderr)
-        return exit_codes.INTERRUPTED
+    code: int = options.run(options)
     return code
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def code_of(error: OutboxError) -> int:
+    """Return the exit code for an error that ends the command."""
+    return exit_codes.UNAVAILABLE if isinstance(error, BrokerError) else exit_codes.USAGE
+
+
+def _parser(application: Application) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=prog,
+        prog=application.prog,
         description="Publish stored events and manage parked ones.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -73,6 +89,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
     parser.set_defaults(run=None)
     common = argparse.ArgumentParser(add_help=False)
+    common.set_defaults(application=application)
     common.add_argument(
         "--log-level",
         default="CRITICAL",

@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outbox.commands.options import DATABASE_VARIABLE
 from outbox.errors import BrokerError, UsageError
 
 if TYPE_CHECKING:
+    from outbox.commands.application import Application
     from outbox.sql import Store
 
 __all__ = ["DatabaseUnavailable", "open_store", "translate_errors"]
@@ -33,18 +34,9 @@ def open_store(options: argparse.Namespace, *, check: bool = True) -> Iterator[S
         UsageError: no database is named, or it cannot be used.
         DatabaseUnavailable: the database failed; raised instead of SQLAlchemy's errors.
     """
-    application = options.application
-    url = options.database or application.database_url
-    if not url and application.engine is None:
-        url = os.environ.get(DATABASE_VARIABLE)
-        if not url:
-            raise UsageError(
-                f"no database is named; pass --database URL, or set {DATABASE_VARIABLE}"
-            )
     from outbox.sql import Store
-    from outbox.storage.engines import open_engine
 
-    engine = application.engine() if not url else open_engine(url)
+    engine, is_applications = _engine(options)
     try:
         with translate_errors():
             store = Store(engine)
@@ -52,8 +44,24 @@ def open_store(options: argparse.Namespace, *, check: bool = True) -> Iterator[S
                 store.check()
             yield store
     finally:
-        if url:  # otherwise it is the application's
+        if not is_applications:
             engine.dispose()
+
+
+def _engine(options: argparse.Namespace) -> tuple[Any, bool]:
+    """Return the engine of the database, and whether it is the application's, to be left open."""
+    application: Application = options.application
+    if application.engine_of is not None:
+        return application.engine_of(options.database), True
+    url = options.database or application.database_url
+    if not url and application.engine is not None:
+        return application.engine(), True
+    url = url or os.environ.get(DATABASE_VARIABLE)
+    if not url:
+        raise UsageError(f"no database is named; pass --database URL, or set {DATABASE_VARIABLE}")
+    from outbox.storage.engines import open_engine
+
+    return open_engine(url), False
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from outbox.commands.application import Application
 from outbox.version import installed_version
 
 __all__ = ["DATABASE_VARIABLE", "Version", "broker_option", "database_option", "positive"]
@@ -23,20 +24,28 @@ class Version(argparse.Action):
         parser.exit()
 
 
-def broker_option() -> argparse.ArgumentParser:
-    """Return a parent parser with the option ``--url``."""
+def broker_option(default: str = "OUTBOX_URL") -> argparse.ArgumentParser:
+    """Return a parent parser with the option ``--url``, whose default is at ``default``."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--url",
         help="the broker, amqp://user:password@host:5672/vhost or sqlite:///outbox.db (default: "
-        "OUTBOX_URL, which keeps the password out of the process list)",
+        f"{default}, which keeps the password out of the process list)",
     )
     return parser
 
 
-def database_option() -> argparse.ArgumentParser:
-    """Return a parent parser with the option ``--database``."""
+def database_option(application: Application) -> argparse.ArgumentParser:
+    """Return a parent parser with the option ``--database``: a URL, or an application's alias."""
     parser = argparse.ArgumentParser(add_help=False)
+    if application.engine_of is not None:
+        parser.add_argument(
+            "--database",
+            metavar="ALIAS",
+            help="the alias of the database with the stored events (default: the one that the "
+            "application stores them in)",
+        )
+        return parser
     parser.add_argument(
         "--database",
         metavar="URL",

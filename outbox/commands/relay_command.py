@@ -50,9 +50,10 @@ _LOG_INTERVAL = 60.0  # seconds between log lines
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add ``relay`` to the sub-commands of ``outbox``; see ``parked_command.add_parser``."""
+    database = database_option(common.get_default("application"))
     relay = commands.add_parser(
         "relay",
-        parents=[common, broker_option(), database_option()],
+        parents=[common, broker_option(), database],
         help="publish stored events",
         description="Publish the events that transactions have stored. Any number of relays may "
         "run at the same time.",

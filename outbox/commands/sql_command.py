@@ -20,7 +20,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         description="Create or check the table of stored events.",
     )
     actions = sql.add_subparsers(title="actions", metavar="ACTION", required=True)
-    database = database_option()
+    database = database_option(common.get_default("application"))
 
     create = actions.add_parser(
         "create",
@@ -38,7 +38,9 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         help="print the statements that create the table",
         description="Print the statements that create the table and its indexes.",
     )
-    show.add_argument("--dialect", required=True, metavar="NAME", help="postgresql, mariadb or sqlite")
+    show.add_argument(
+        "--dialect", required=True, metavar="NAME", help="postgresql, mariadb or sqlite"
+    )
     show.set_defaults(run=_ddl)
 
     check = actions.add_parser(

@@ -33,7 +33,7 @@ be reached, 130 interrupted by Ctrl-C
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add these sub-commands to ``outbox``; see ``parked_command.add_parser``."""
-    database = database_option()
+    database = database_option(common.get_default("application"))
     status = commands.add_parser(
         "status",
         parents=[common, database],

@@ -12,7 +12,7 @@ from django.conf import settings as django_settings
 from django.core import mail
 
 from outbox import Publisher, UsageError
-from outbox.configuration import configured_publisher
+from outbox.configuration import configured_publisher, overriding_url
 from outbox.observer import seam
 from outbox.settings import Settings
 from outbox.system import process
@@ -112,7 +112,7 @@ def publisher() -> Publisher | None:
     if configured_publisher() is not None:
         return None
     project = current()
-    url = project.url
+    url = overriding_url() or project.url
     if is_test_environment() and seam.observer is None:
         url = "memory://"
     key = str(url), repr(project.overrides)

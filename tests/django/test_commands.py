@@ -1,0 +1,151 @@
+"""``manage.py outbox``, in this process and in processes of a project's folder."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core.management import CommandError, call_command
+
+from outbox import Event
+from outbox.django import enqueue_event
+from outbox.django.connecting import engine_of
+from outbox.sql import Store
+from tests.django.project_folder import ProjectFolder
+
+_STORE = """\
+from django.conf import settings
+settings.OUTBOX = {"AFTER_COMMIT": "nothing"}
+from outbox import enqueue_event
+print(enqueue_event({}, "order.placed").id)
+"""
+
+
+def outbox(*arguments: str) -> str:
+    out = io.StringIO()
+    call_command("outbox", *arguments, stdout=out)
+    return out.getvalue()
+
+
+def bury(event: Event, reason: str = "NOT_FOUND") -> None:
+    store = Store(engine_of("default"))
+    for claimed in store.claim(10):
+        if claimed.event.id == event.id:
+            store.bury([claimed], reason)
+        else:
+            store.release([claimed])
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("databases")
+class TestInThisProcess:
+    @pytest.fixture(autouse=True)
+    def without_publisher(self, outbox_setting: Any) -> None:
+        outbox_setting()
+
+    def test_the_store_is_shown_and_any_other_alias(self) -> None:
+        enqueue_event({}, "order.placed")
+        assert outbox("status").splitlines()[0].startswith("1 event waiting")
+        assert outbox("status", "--database", "other").splitlines()[0] == "0 events waiting"
+
+    def test_dead_events_are_shown_made_due_and_deleted(self) -> None:
+        event = enqueue_event({}, "order.placed")
+        bury(event)
+        assert event.id in outbox("retry", "--all", "--dry-run")
+        assert outbox("retry", "--reason", "NOT_FOUND") == "1 event due again\n"
+        bury(event)
+        assert outbox("purge", "--id", event.id, "--yes") == "1 event deleted\n"
+        assert outbox("status", "--json").startswith('{"waiting": 0')
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            (["status", "--database", "nowhere"], "'nowhere' is not in DATABASES"),
+            (["retry"], "select events with --id, --reason, --target, or --all"),
+            (["relay", "--once"], r"set OUTBOX\['URL'\] in the settings, or OUTBOX_URL"),
+            (["parked", "list"], r"set OUTBOX\['URL'\] in the settings, or OUTBOX_URL"),
+        ],
+    )
+    def test_an_error_is_one_line_with_the_exit_code(
+        self, arguments: list[str], text: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("OUTBOX_URL", raising=False)
+        with pytest.raises(CommandError, match=text) as raised:
+            outbox(*arguments)
+        assert raised.value.returncode == 2
+        assert "\n" not in str(raised.value)
+
+    def test_without_the_table_the_error_names_the_migration(self) -> None:
+        call_command("migrate", "outbox_events", "zero", verbosity=0)
+        with pytest.raises(CommandError, match=r"manage\.py migrate outbox_events --database def"):
+            outbox("status")
+
+    def test_where_nothing_is_stored_a_database_must_be_named(self, outbox_setting: Any) -> None:
+        outbox_setting(STORE=None)
+        with pytest.raises(CommandError, match="--database ALIAS"):
+            outbox("status")
+        assert outbox("status", "--database", "default")
+
+
+def test_consume_runs_the_apps_consumers_with_a_relay_beside_them(tmp_path: Path) -> None:
+    project = ProjectFolder(tmp_path)
+    arguments = ("-p", "1", "--isolate", "process", "--settings", "config.settings")
+    with project.running("outbox", "consume", *arguments) as process:
+        wait_until(project.consumes)
+        stored = project.shell(_STORE).strip()
+        wait_until(lambda: project.mails)
+        assert process.poll() is None
+    assert project.mails == [f"{stored} config.settings"]
+    assert process.returncode == 0
+
+
+def test_without_its_relay_consume_leaves_what_is_stored_to_another(tmp_path: Path) -> None:
+    project = ProjectFolder(tmp_path)
+    with project.running("outbox_consume", "--no-relay") as process:
+        wait_until(project.consumes)
+        stored = project.shell(_STORE).strip()
+        time.sleep(2.5)  # a relay polls every 2 s
+        assert project.mails == []
+        done = project.run("outbox", "relay", "--once")
+        assert done.stdout == "1 event published\n", done.stderr
+        wait_until(lambda: project.mails)
+    assert project.mails == [f"{stored} config.settings"]
+    assert process.returncode == 0
+
+
+def test_consume_reloads_changed_code(tmp_path: Path) -> None:
+    project = ProjectFolder(tmp_path)
+    path = tmp_path / "site" / "mail" / "consumers.py"
+    with project.running("outbox", "consume", "--reload"):
+        wait_until(project.consumes)
+        project.shell(_STORE)
+        wait_until(lambda: len(project.mails) == 1)
+        path.write_text(path.read_text().replace("{event.id}", "changed"))
+        time.sleep(1)
+        project.shell(_STORE)
+        wait_until(lambda: len(project.mails) == 2)
+    assert project.mails[1].startswith("changed")
+
+
+def test_consume_says_what_it_lacks(tmp_path: Path) -> None:
+    project = ProjectFolder(tmp_path)
+    settings = tmp_path / "site" / "config" / "settings.py"
+    complete = settings.read_text()
+    settings.write_text(complete.replace("OUTBOX = ", "_ = "))
+    done = project.run("outbox", "consume")
+    assert done.returncode == 2
+    assert done.stderr.startswith("manage.py outbox consume: no broker is known: set OUTBOX['URL']")
+    settings.write_text(complete.replace('"mail"', '"django.contrib.contenttypes"'))
+    done = project.run("outbox", "consume", "-p", "2")
+    assert done.returncode == 2
+    assert "no app of INSTALLED_APPS has a consumer in its module consumers" in done.stderr

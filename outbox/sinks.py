@@ -17,6 +17,7 @@ __all__ = [
     "bind",
     "bound",
     "has_session",
+    "inbox",
     "is_begun",
     "remove",
     "sink_using",
@@ -50,6 +51,10 @@ bound: Callable[[], Sink | None] | None = None
 
 remove: Callable[[], Any] | None = None
 """Removes the current session of the scoped session that was bound, if one was."""
+
+
+inbox: Callable[[], Any] | None = None
+"""Returns the inbox in a framework's database; None if no framework is set up."""
 
 
 has_session: Callable[[], bool] | None = None

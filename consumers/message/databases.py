@@ -31,8 +31,9 @@ _MYSQL = {1040, 1053, 1077, 1152, 1203, 2002, 2003, 2006, 2013, 2055}
 def refreshers(*, is_async: bool) -> list[Callable[[], Any]]:
     """Return the functions to call before and after a message, in its handler's thread or task.
 
-    - Django's connections are closed if they are broken or older than ``CONN_MAX_AGE``, as Django
-      does around a request.
+    - Django's connections are closed if they are broken or older than ``CONN_MAX_AGE``, and forget
+      the queries that they have noted, as Django does around a request; but not those that a test
+      has in a transaction.
     - The session given to ``outbox.sql.bind()`` is removed, if it is a scoped one.
 
     Args:
@@ -41,15 +42,25 @@ def refreshers(*, is_async: bool) -> list[Callable[[], Any]]:
     functions: list[Callable[[], Any]] = []
     django: Any = sys.modules.get("django.db")
     if django is not None and sys.modules["django.conf"].settings.configured:
-        close = django.close_old_connections
+        refresh = _refresh_django
         if is_async:
             # Connections belong to a thread: this is the one that runs the handler's ORM calls.
-            close = sys.modules["asgiref.sync"].sync_to_async(close)
-        functions.append(close)
+            refresh = sys.modules["asgiref.sync"].sync_to_async(refresh)
+        functions.append(refresh)
     remove = sinks.remove
     if remove is not None and (is_async or not inspect.iscoroutinefunction(remove)):
         functions.append(remove)
     return functions
+
+
+def _refresh_django() -> None:
+    """Refresh Django's connections of this thread."""
+    for connection in sys.modules["django.db"].connections.all(initialized_only=True):
+        if connection.in_atomic_block:  # the transaction of a test, which a handler joins
+            continue
+        if not connection.force_debug_cursor:  # a test counts its queries
+            connection.queries_log.clear()  # with DEBUG, there would be thousands in a worker
+        connection.close_if_unusable_or_obsolete()
 
 
 def is_unavailable(error: BaseException) -> bool:
@@ -74,6 +85,8 @@ def _is_connection_failure(error: BaseException) -> bool:
     for module in ("pymysql", "MySQLdb"):
         if _is_of(module, "OperationalError", error):
             return bool(error.args) and error.args[0] in _MYSQL
+        if _is_of(module, "InterfaceError", error):
+            return bool(error.args) and error.args[0] == 0  # the connection is closed
     if isinstance(error, OSError):
         return _is_from("asyncpg.connect_utils", error)  # asyncpg doesn't wrap its socket's errors
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)

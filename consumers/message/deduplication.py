@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import Protocol
 
-from outbox import UsageError
+from outbox import UsageError, sinks
 from outbox.consumers.definition import Consumer
 from outbox.consumers.received_event import ReceivedEvent
 from outbox.settings import Settings
@@ -62,7 +62,8 @@ class Inbox(Protocol):
 def open_inbox(settings: Settings, consumers: Iterable[Consumer]) -> Inbox | None:
     """Return the inbox that ``consumers`` need; None if none of them deduplicates.
 
-    It is in the database ``OUTBOX_DATABASE_URL``, or else in the SQLite file that is consumed from.
+    It is in the database of the framework that is set up; otherwise in that of
+    ``OUTBOX_DATABASE_URL``, or else in the SQLite file that is consumed from.
 
     An unavailable database is not an error: messages are held until it is back.
 
@@ -73,6 +74,9 @@ def open_inbox(settings: Settings, consumers: Iterable[Consumer]) -> Inbox | Non
     deduplicating = [consumer for consumer in consumers if consumer.deduplicate]
     if not deduplicating:
         return None
+    if sinks.inbox is not None:
+        inbox_of_framework: Inbox = sinks.inbox()
+        return inbox_of_framework
     url = os.environ.get("OUTBOX_DATABASE_URL")
     broker = BrokerURL.parse(settings.url or "memory://")
     if not url and broker.scheme != "sqlite":

@@ -29,7 +29,14 @@ class OutboxConfig(AppConfig):
         """Set up the process."""
         configuration.provide(project.publisher, project.settings_to_store)
         sinks.sink_using = storing.sink_using
+        sinks.inbox = _inbox
         setting_changed.connect(_on_setting_changed, dispatch_uid="outbox.django")
+
+
+def _inbox() -> Any:
+    from outbox.django import noting  # a web process needs none
+
+    return noting.open_inbox()
 
 
 def _on_setting_changed(*, setting: str, **_: Any) -> None:

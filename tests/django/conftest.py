@@ -71,6 +71,7 @@ if not settings.configured:
     # What ready() has set up is for the tests of this folder alone.
     configuration.provide(None)
     sinks.sink_using = None
+    sinks.inbox = None
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +82,7 @@ def outbox_in_django() -> Iterator[None]:
     yield
     configuration.provide(None)
     sinks.sink_using = None
+    sinks.inbox = None
     setting_changed.disconnect(dispatch_uid="outbox.django")
     outbox_project.forget()
     for publisher in outbox_project._publishers.values():

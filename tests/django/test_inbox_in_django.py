@@ -1,0 +1,290 @@
+"""Consumers under Django: fresh connections, and messages noted with the handler's data."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import datetime
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+from django.db import InterfaceError, OperationalError, connection, connections, transaction
+
+from outbox import CollectorClosed, Event, Publisher, UsageError, sinks
+from outbox.consumers import Consumer, consumer
+from outbox.consumers.message.databases import is_unavailable, refreshers
+from outbox.consumers.message.inline_engine import InlineEngine
+from outbox.consumers.message.message import Message
+from outbox.consumers.outcome import Again, Dead, Hold, Outcome
+from outbox.django.noting import TransactionInbox, open_inbox
+from outbox.messages.delivery import as_delivered
+from tests.django.shop.models import Order
+
+pytestmark = pytest.mark.usefixtures("databases")
+
+
+@pytest.fixture
+def inbox() -> TransactionInbox:
+    return open_inbox()
+
+
+def processed(work: Consumer, inbox: Any, id: str = "a") -> Outcome:
+    """Process a message once, as a worker would."""
+    event = Event(id, "work", "", b"{}")
+    with Publisher("memory://") as publisher:
+        engine = InlineEngine(publisher, inbox)
+        message = Message(work, as_delivered(event, "work", 1), engine)
+        if not work.is_async:
+            return contextvars.copy_context().run(engine.conclude, message)
+        return asyncio.run(engine.conclude_async(message))
+
+
+def noted(using: str = "default") -> int:
+    with connections[using].cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM outbox_inbox")
+        return int(cursor.fetchone()[0])
+
+
+def orders() -> list[int]:
+    return list(Order.objects.order_by("pk").values_list("number", flat=True))
+
+
+def working(process: Callable[[], object]) -> Consumer:
+    @consumer("work", deduplicate=True)
+    def work(event: object) -> None:
+        process()
+
+    return work
+
+
+def test_the_note_is_committed_with_the_handlers_data(inbox: TransactionInbox) -> None:
+    seen: list[int] = []
+
+    def process() -> None:
+        with transaction.atomic():
+            Order.objects.create(number=1)
+            seen.append(noted())
+        transaction.get_connection().rollback()  # nothing is left to be rolled back
+        seen.append(noted())
+
+    work = working(process)
+    processed(work, inbox)
+    assert seen == [0, 1]
+    outcome: Any = processed(work, inbox)
+    assert outcome.duplicate
+    assert orders() == [1]
+
+
+def test_a_rolled_back_handler_is_not_noted_and_runs_again(inbox: TransactionInbox) -> None:
+    def process() -> None:
+        with transaction.atomic():
+            Order.objects.create(number=1)
+            raise KeyError
+
+    work = working(process)
+    assert isinstance(processed(work, inbox), Dead | Again)
+    assert noted() == len(orders()) == 0
+
+
+def test_a_savepoint_that_is_rolled_back_keeps_the_note(inbox: TransactionInbox) -> None:
+    def process() -> None:
+        with transaction.atomic():
+            with pytest.raises(KeyError), transaction.atomic():
+                Order.objects.create(number=1)
+                raise KeyError
+            Order.objects.create(number=2)
+
+    processed(working(process), inbox)
+    assert (noted(), orders()) == (1, [2])
+
+
+def test_a_transaction_that_only_reads_is_not_taken_for_the_handlers_work(
+    inbox: TransactionInbox,
+) -> None:
+    seen: list[int] = []
+
+    def process() -> None:
+        Order.objects.create(number=0)  # commits at once
+        with transaction.atomic():
+            Order.objects.count()
+        seen.append(noted())
+        with transaction.atomic():
+            Order.objects.create(number=1)
+        seen.append(noted())
+
+    processed(working(process), inbox)
+    assert seen == [0, 1]
+
+
+def test_what_commits_at_once_is_noted_after_the_handler(inbox: TransactionInbox) -> None:
+    seen: list[int] = []
+
+    def process() -> None:
+        Order.objects.create(number=1)
+        seen.append(noted())
+
+    processed(working(process), inbox)
+    assert (seen, noted()) == ([0], 1)
+
+
+def test_manual_transactions_take_the_note_as_well(inbox: TransactionInbox) -> None:
+    seen: list[int] = []
+
+    def process() -> None:
+        transaction.set_autocommit(False)
+        try:
+            Order.objects.create(number=1)
+            transaction.rollback()
+            Order.objects.count()
+            transaction.commit()
+            seen.append(noted())
+            transaction.rollback()
+            Order.objects.create(number=2)
+            transaction.commit()
+            seen.append(noted())
+            transaction.rollback()
+        finally:
+            transaction.set_autocommit(True)
+
+    processed(working(process), inbox)
+    assert (seen, orders()) == ([0, 1], [2])
+
+
+def test_of_two_runs_at_a_time_the_second_leaves_nothing_behind(inbox: TransactionInbox) -> None:
+    def process() -> None:
+        with connection.cursor() as cursor:  # as another worker does meanwhile
+            cursor.execute(
+                "INSERT INTO outbox_inbox SELECT 'work', 'a', "
+                + ("strftime('%s', 'now')" if connection.vendor == "sqlite" else "now()")
+            )
+        with transaction.atomic():
+            Order.objects.create(number=1)
+
+    outcome: Any = processed(working(process), inbox)
+    assert outcome.duplicate
+    assert orders() == []
+
+
+def test_a_handler_that_was_given_up_cannot_commit(inbox: TransactionInbox) -> None:
+    work = working(lambda: None)
+    entry = inbox.entry(work, Event("a", "work", "", b"{}"))
+    entry.join()
+    try:
+        assert not entry.give_up()
+        with pytest.raises(CollectorClosed), transaction.atomic():
+            Order.objects.create(number=1)
+    finally:
+        entry.leave()
+    assert (noted(), orders()) == (0, [])
+    with transaction.atomic():
+        Order.objects.create(number=2)
+    assert orders() == [2]
+
+
+def test_another_databases_transaction_is_not_asked(inbox: TransactionInbox) -> None:
+    seen: list[int] = []
+
+    def process() -> None:
+        with transaction.atomic(using="other"):
+            Order.objects.using("other").create(number=1)
+        seen.append(noted())
+
+    processed(working(process), inbox)
+    assert (seen, noted(), noted("other")) == ([0], 1, 0)
+
+
+def test_a_coroutines_transactions_take_the_note(inbox: TransactionInbox) -> None:
+    seen: list[int] = []
+
+    @sync_to_async
+    def book() -> None:
+        with transaction.atomic():
+            Order.objects.create(number=1)
+        seen.append(noted())
+
+    @consumer("work")
+    async def work(event: object) -> None:
+        entry = inbox.entry(working(lambda: None), event)  # type: ignore[arg-type]
+        entry.join()
+        await book()
+        entry.leave()
+
+    processed(work, None)
+    assert seen == [1]
+
+
+def test_a_message_is_forgotten_after_its_window(inbox: TransactionInbox) -> None:
+    @consumer("work", deduplicate=datetime.timedelta(seconds=0.001))
+    def work(event: object) -> None:
+        Order.objects.create(number=1)
+
+    for _ in range(2):
+        processed(work, inbox)
+    assert orders() == [1, 1]
+    inbox._purged.clear()
+    assert not inbox.entry(work, Event("b", "work", "", b"{}")).is_done()
+    assert noted() == 0
+
+
+def test_without_the_table_the_error_names_the_migration() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("DROP TABLE outbox_inbox")
+    assert sinks.inbox is not None
+    with pytest.raises(UsageError, match=r"manage\.py migrate outbox_events --database default"):
+        sinks.inbox()
+
+
+def test_connections_are_refreshed_but_not_those_in_a_tests_transaction() -> None:
+    [refresh] = refreshers(is_async=False)
+    connection.ensure_connection()
+    connection.queries_log.append({})
+    connection.close_at = 0
+    with transaction.atomic():
+        refresh()
+        assert connection.connection is not None
+        assert connection.queries_log
+    connection.close_at = 0
+    refresh()
+    assert connection.connection is None
+    assert not connection.queries_log
+
+
+def test_a_lost_connection_is_no_failed_attempt(databases: str) -> None:
+    def process() -> None:
+        connection.ensure_connection()
+        if databases == "sqlite":
+            connections["default"].settings_dict["NAME"] = "/nowhere/at/all.sqlite3"
+            connection.close()
+        else:
+            with connections["other"].cursor() as cursor:
+                cursor.execute(
+                    "SELECT pg_terminate_backend(%s)", [connection.connection.info.backend_pid]
+                )
+        Order.objects.count()
+
+    @consumer("work")
+    def work(event: object) -> None:
+        process()
+
+    assert isinstance(processed(work, None), Hold)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "name", "arguments"),
+    [
+        (OperationalError, "psycopg", "OperationalError", ["the connection is closed"]),
+        (InterfaceError, "psycopg2", "InterfaceError", ["connection already closed"]),
+        (OperationalError, "psycopg2", "OperationalError", ["server closed the connection"]),
+        (OperationalError, "pymysql", "OperationalError", [2013, "Lost connection"]),
+        (InterfaceError, "pymysql", "InterfaceError", [0, ""]),
+    ],
+)
+def test_the_drivers_errors_are_recognised_in_djangos(
+    kind: type[Exception], module: str, name: str, arguments: list[Any]
+) -> None:
+    error = kind(*arguments)
+    error.__cause__ = getattr(importlib.import_module(module), name)(*arguments)
+    assert is_unavailable(error)

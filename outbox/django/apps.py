@@ -8,7 +8,7 @@ from django.apps import AppConfig
 from django.core.signals import setting_changed
 
 from outbox import configuration, sinks
-from outbox.django import project, storing
+from outbox.django import checking, project, storing
 
 __all__ = ["OutboxConfig"]
 
@@ -30,6 +30,7 @@ class OutboxConfig(AppConfig):
         configuration.provide(project.publisher, project.settings_to_store)
         sinks.sink_using = storing.sink_using
         sinks.inbox = _inbox
+        checking.register()
         setting_changed.connect(_on_setting_changed, dispatch_uid="outbox.django")
 
 

@@ -21,6 +21,7 @@ from django.db.backends.signals import connection_created
 from outbox import CollectorClosed, UsageError
 from outbox.django import project
 from outbox.django.connecting import vendor_of
+from outbox.django.moments import NOW, seconds_since
 
 __all__ = ["TransactionInbox", "open_inbox"]
 
@@ -31,22 +32,11 @@ _PURGE = 3600.0  # seconds between two purges of older rows
 _AT_ONCE = 1000  # rows deleted in a transaction, which on SQLite holds up all other writers
 _MARK = "_outbox_notes"
 
-_SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
-_NOW = {
-    "postgresql": "statement_timestamp()",
-    "sqlite": _SQLITE_NOW,
-    "mysql": "UTC_TIMESTAMP(6)",
-}
-_AGE = {
-    "postgresql": "EXTRACT(EPOCH FROM (statement_timestamp() - done_at))",
-    "sqlite": f"({_SQLITE_NOW} - done_at)",
-    "mysql": "(TIMESTAMPDIFF(MICROSECOND, done_at, UTC_TIMESTAMP(6)) / 1000000)",
-}
 # Compared with the column itself: an index can't be used on an expression of it.
 _BEFORE = {
-    "postgresql": "statement_timestamp() - make_interval(secs => %s)",
-    "sqlite": f"{_SQLITE_NOW} - %s",
-    "mysql": "UTC_TIMESTAMP(6) - INTERVAL %s SECOND",
+    "postgresql": f"{NOW['postgresql']} - make_interval(secs => %s)",
+    "sqlite": f"{NOW['sqlite']} - %s",
+    "mysql": f"{NOW['mysql']} - INTERVAL %s SECOND",
 }
 _ROWS_CHANGED = (
     "SELECT SUM(VARIABLE_VALUE) FROM information_schema.SESSION_STATUS WHERE VARIABLE_NAME IN "
@@ -54,6 +44,10 @@ _ROWS_CHANGED = (
 )
 
 _current: ContextVar[_Entry | None] = ContextVar("entry", default=None)
+
+
+_aliases: set[str] = set()
+"""The databases in which there is an inbox."""
 
 
 class _Consumer(Protocol):
@@ -97,6 +91,7 @@ class TransactionInbox:
         self.vendor = vendor_of(alias)
         self._purged: dict[str, float] = {}
         self._lock = threading.Lock()
+        _aliases.add(alias)
         connection_created.connect(_on_connection_created, dispatch_uid="outbox.django.noting")
 
     def check(self) -> None:
@@ -168,7 +163,8 @@ class _Entry:
         inbox.purge_now_and_then(self._key[0], self._window)
         where = "WHERE consumer = %s AND message_id = %s"
         with connections[inbox.alias].cursor() as cursor:
-            cursor.execute(f"SELECT {_AGE[inbox.vendor]} FROM outbox_inbox {where}", self._key)
+            age = seconds_since("done_at", inbox.vendor)
+            cursor.execute(f"SELECT {age} FROM outbox_inbox {where}", self._key)
             row = cursor.fetchone()
             if row is None:
                 return False
@@ -181,7 +177,7 @@ class _Entry:
     def join(self) -> None:
         self._joins = True
         _current.set(self)
-        # Those of a coroutine are in another thread, which connects later.
+        # Those of coroutines are in another thread, and overlaid when they connect.
         _overlay(connections[self._inbox.alias])
 
     def leave(self) -> None:
@@ -240,13 +236,13 @@ class _Entry:
         with connection.cursor() as cursor:
             cursor.execute(
                 "INSERT INTO outbox_inbox (consumer, message_id, done_at) VALUES (%s, %s, "
-                f"{_NOW[self._inbox.vendor]})",
+                f"{NOW[self._inbox.vendor]})",
                 self._key,
             )
 
 
 def _on_connection_created(*, connection: Any, **_: Any) -> None:
-    if _current.get() is not None:
+    if connection.alias in _aliases:
         _overlay(connection)
 
 

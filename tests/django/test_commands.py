@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 from django.core.management import CommandError, call_command
+from django.db import connections
+from django.test import override_settings
 
-from outbox import Event
+from outbox import Event, Publisher
 from outbox.django import enqueue_event
+from outbox.django.commanding import _BesideRelay
 from outbox.django.connecting import engine_of
 from outbox.sql import Store
+from tests.django.conftest import sqlite_settings, use_database
 from tests.django.project_folder import ProjectFolder
 
 _STORE = """\
@@ -135,6 +139,27 @@ def test_consume_reloads_changed_code(tmp_path: Path) -> None:
         project.shell(_STORE)
         wait_until(lambda: len(project.mails) == 2)
     assert project.mails[1].startswith("changed")
+
+
+def test_a_relay_beside_the_worker_waits_for_its_database(tmp_path: Path) -> None:
+    before = dict(connections.settings)["default"]
+    folder = tmp_path / "away"
+    use_database("default", sqlite_settings(folder / "shop.sqlite3"))
+    publisher = Publisher("memory://")
+    relay = _BesideRelay("default", publisher)
+    try:
+        relay.begin()
+        assert relay._relay is None
+        folder.mkdir()
+        call_command("migrate", verbosity=0, interactive=False, run_syncdb=True)
+        wait_until(lambda: relay._relay)
+        with override_settings(OUTBOX={}):
+            enqueue_event({}, "order.placed")
+        wait_until(lambda: relay._relay is not None and relay._relay.stats().published)
+    finally:
+        relay.end()
+        publisher.close(0)
+        use_database("default", before)
 
 
 def test_consume_says_what_it_lacks(tmp_path: Path) -> None:

@@ -207,6 +207,8 @@ def test_a_coroutines_transactions_take_the_note(inbox: TransactionInbox) -> Non
 
     @consumer("work")
     async def work(event: object) -> None:
+        # Another handler has connected before.
+        await sync_to_async(lambda: connection.ensure_connection())()
         entry = inbox.entry(working(lambda: None), event)  # type: ignore[arg-type]
         entry.join()
         await book()

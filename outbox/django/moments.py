@@ -12,10 +12,28 @@ from typing import Any
 
 from django.db import models
 
-__all__ = ["MomentField", "in_column"]
+__all__ = ["NOW", "MomentField", "in_column", "seconds_since"]
 
 _UTC = datetime.UTC
 _TYPES = {"postgresql": "timestamp with time zone", "sqlite": "real", "mysql": "datetime(6)"}
+
+
+_SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
+NOW = {
+    "postgresql": "statement_timestamp()",
+    "sqlite": _SQLITE_NOW,
+    "mysql": "UTC_TIMESTAMP(6)",
+}
+"""The SQL of the present, by the database's clock, for each vendor."""
+
+
+def seconds_since(column: str, vendor: str) -> str:
+    """Return the SQL of the seconds since the time in a column, by the database's clock."""
+    if vendor == "postgresql":
+        return f"EXTRACT(EPOCH FROM ({NOW[vendor]} - {column}))"
+    if vendor == "mysql":
+        return f"(TIMESTAMPDIFF(MICROSECOND, {column}, {NOW[vendor]}) / 1000000)"
+    return f"({NOW[vendor]} - {column})"
 
 
 def in_column(moment: datetime.datetime, vendor: str) -> Any:

@@ -23,7 +23,7 @@ from outbox.backlog.notifier import ids
 from outbox.configuration import default_publisher
 from outbox.django import project
 from outbox.django.connecting import can_hand_over, engine_of, vendor_of
-from outbox.django.moments import in_column
+from outbox.django.moments import NOW, in_column
 from outbox.event import Event
 from outbox.messages.rows import values_of
 from outbox.observer import seam
@@ -51,16 +51,10 @@ _COLUMNS = (
     "unroutable",
     "occurred_at",  # the last one: it is converted for the database
 )
-_SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
-_NOW = {
-    "postgresql": "statement_timestamp()",
-    "sqlite": _SQLITE_NOW,
-    "mysql": "UTC_TIMESTAMP(6)",
-}
 _AFTER_GRACE = {
-    "postgresql": f"statement_timestamp() + interval '{_GRACE} second'",
-    "sqlite": f"{_SQLITE_NOW} + {_GRACE}",
-    "mysql": f"UTC_TIMESTAMP(6) + INTERVAL {_GRACE} SECOND",
+    "postgresql": f"{NOW['postgresql']} + interval '{_GRACE} second'",
+    "sqlite": f"{NOW['sqlite']} + {_GRACE}",
+    "mysql": f"{NOW['mysql']} + INTERVAL {_GRACE} SECOND",
 }
 
 
@@ -186,8 +180,8 @@ def _statement(vendor: str, in_grace: bool, is_scheduled: bool) -> str:
     quote = "`" if vendor == "mysql" else '"'
     columns = [*_COLUMNS, "stored_at", "available_at"]
     names = ", ".join(f"{quote}{name}{quote}" for name in columns)
-    due = "%s" if is_scheduled else (_AFTER_GRACE if in_grace else _NOW)[vendor]
-    values = ", ".join(["%s"] * len(_COLUMNS) + [_NOW[vendor], due])
+    due = "%s" if is_scheduled else (_AFTER_GRACE if in_grace else NOW)[vendor]
+    values = ", ".join(["%s"] * len(_COLUMNS) + [NOW[vendor], due])
     returning = " RETURNING seq" if vendor == "postgresql" else ""
     return f"INSERT INTO outbox_events ({names}) VALUES ({values}){returning}"
 

@@ -22,6 +22,8 @@ import starlette.testclient
 
 from outbox import auto_publishing, configure, enqueue_event, exit_codes
 from outbox.consumers import Consumer, Worker
+from outbox.consumers.command.arguments import make_parser
+from outbox.django.commanding import framework
 from outbox.testing import recorded
 from tests.amqp import Inspector
 from tests.places import SQLitePlace, reading
@@ -37,6 +39,7 @@ HOMEPAGE: str = PROJECT["urls"]["Homepage"]
 PUBLIC = {
     "outbox",
     "outbox.consumers",
+    "outbox.django",
     "outbox.flask",
     "outbox.middleware.asgi",
     "outbox.middleware.wsgi",
@@ -47,6 +50,8 @@ PUBLIC = {
 RECIPES = ROOT / "docs" / "recipes.md"
 PROGRAMS = [ROOT / "docs" / f"{name}.md" for name in ("fastapi", "litestar", "starlette")]
 """Pages with a whole program, in files."""
+DJANGO = ROOT / "docs" / "django.md"
+"""A project of several files: see ``test_django_page.py``."""
 
 
 def snippets(page: Path, language: str = "python") -> list[str]:
@@ -187,7 +192,7 @@ def test_the_first_consumer_of_the_page_on_consuming_does_what_it_says(file: SQL
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES[1:] if page not in (RECIPES, *PROGRAMS)],
+    [page for page in PAGES[1:] if page not in (RECIPES, DJANGO, *PROGRAMS)],
     ids=lambda page: page.stem,
 )
 def test_the_snippets_of_every_page_run(everything: str, page: Path) -> None:
@@ -360,7 +365,7 @@ def test_the_readme_can_be_read_anywhere() -> None:
 
 COMMANDS = (
     *("pip", "outbox", "outbox-consume", "rabbitmqctl", "rabbitmqadmin"),
-    *("flask", "uvicorn", "curl", "python"),
+    *("flask", "uvicorn", "curl", "python", "django-admin"),
 )
 
 
@@ -420,6 +425,7 @@ def test_the_documented_options_of_the_commands_exist() -> None:
             check=True,
         )
         known += done.stdout
+    known += make_parser("manage.py outbox consume", framework()).format_help()
     text = "".join(page.read_text() for page in PAGES)
     for option in re.findall(r"(?<![\w-])(--[a-z][a-z0-9-]+)", text):
         assert option in known, option

@@ -18,13 +18,15 @@ class Framework:
 
     Attributes:
         url_default: where its broker URL is found, for the help.
+        not_configured: what to say if there is none.
         add_arguments: adds its options.
         consumers: returns what to run with these options, each ``MODULE[:ATTR]``, or raises a
-            ``UsageError``. It is called in each process that runs consumers, before anything else.
+            ``UsageError``. It is called in each process that runs consumers.
         beside: returns what runs beside the worker, with the options and the worker's publisher.
     """
 
     url_default: str
+    not_configured: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     consumers: Callable[[argparse.Namespace], Sequence[str]]
     beside: Callable[[argparse.Namespace, Publisher], AbstractContextManager[object]]

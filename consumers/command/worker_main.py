@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from outbox import OutboxError, exit_codes
+from outbox import NotConfigured, OutboxError, exit_codes
 from outbox.configuration import default_publisher, override_url
 from outbox.consumers.command.arguments import limits_of
 from outbox.consumers.command.framework import Framework
@@ -103,10 +103,13 @@ def run(
                 beside.close()
                 publisher.close()
     except OutboxError as error:
+        text = str(error)
+        if framework is not None and isinstance(error, NotConfigured):
+            text = framework.not_configured
         if options.log_format == "json":
-            logger.critical("%s", error)
+            logger.critical("%s", text)
         else:
-            print(f"{options.prog}: {error}", file=sys.stderr)
+            print(f"{options.prog}: {text}", file=sys.stderr)
         return exit_codes.USAGE
     if reason is not None and not stop.asked:
         return exit_codes.RECYCLED

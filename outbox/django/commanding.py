@@ -14,14 +14,13 @@ from django.conf import settings as django_settings
 from django.db import DatabaseError, connections
 from django.utils.module_loading import module_has_submodule
 
-from outbox import NotConfigured, Publisher, UsageError
+from outbox import Publisher, UsageError
 from outbox.commands.application import Application
 from outbox.commands.database_access import DatabaseUnavailable
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.discovery import with_consumers
 from outbox.django import project
 from outbox.django.connecting import engine_of, vendor_of
-from outbox.settings import Settings
 from outbox.system.backoff import backoff
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def application() -> Application:
 
 def framework() -> Framework:
     """Return what the project adds to ``outbox-consume``."""
-    return Framework(_URL_DEFAULT, _add_arguments, _consumers, _relaying)
+    return Framework(_URL_DEFAULT, NO_URL, _add_arguments, _consumers, _relaying)
 
 
 def has_table(alias: str, table: str = "outbox_events") -> bool:
@@ -124,8 +123,6 @@ def _consumers(options: argparse.Namespace) -> Sequence[str]:
 
     Those without a consumer of outbox are left out: other packages have consumers, too.
     """
-    if options.url is None and Settings.load(project.current().url, {}).url is None:
-        raise NotConfigured(NO_URL)
     if options.consumers:
         return list(options.consumers)
     modules = [

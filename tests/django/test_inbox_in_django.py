@@ -19,6 +19,8 @@ from outbox.consumers.message.databases import is_unavailable, refreshers
 from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message
 from outbox.consumers.outcome import Again, Dead, Hold, Outcome
+from outbox.django import enqueue_event
+from outbox.django.models import StoredEvent
 from outbox.django.noting import TransactionInbox, open_inbox
 from outbox.messages.delivery import as_delivered
 from tests.django.shop.models import Order
@@ -27,7 +29,8 @@ pytestmark = pytest.mark.usefixtures("databases")
 
 
 @pytest.fixture
-def inbox() -> TransactionInbox:
+def inbox(outbox_setting: Any) -> TransactionInbox:
+    outbox_setting()
     return open_inbox()
 
 
@@ -87,6 +90,24 @@ def test_a_rolled_back_handler_is_not_noted_and_runs_again(inbox: TransactionInb
     work = working(process)
     assert isinstance(processed(work, inbox), Dead | Again)
     assert noted() == len(orders()) == 0
+
+
+def test_follow_on_events_belong_to_the_transaction_too(inbox: TransactionInbox) -> None:
+    fails = [True, False]
+
+    @consumer("work", deduplicate=True)
+    def work(event: object) -> None:
+        with transaction.atomic():
+            Order.objects.create(number=1)
+            enqueue_event({}, "order.paid")
+            if fails.pop(0):
+                raise KeyError
+
+    processed(work, inbox)
+    assert not StoredEvent.objects.exists()
+    processed(work, inbox)
+    processed(work, inbox)
+    assert (StoredEvent.objects.count(), noted(), orders()) == (1, 1, [1])
 
 
 def test_a_savepoint_that_is_rolled_back_keeps_the_note(inbox: TransactionInbox) -> None:

@@ -9,7 +9,21 @@ from outbox.event import Event
 from outbox.settings import Settings
 from outbox.transports.transport import Transport
 
-__all__ = ["Observer", "seam"]
+__all__ = ["Attachment", "Observer", "seam"]
+
+
+class Attachment(Protocol):
+    """What ties an event to a transaction of a framework that announces no rollback.
+
+    Attributes:
+        advice: for a test that misses the event: how the transaction gets to its end.
+    """
+
+    advice: str
+
+    def holds(self) -> bool:
+        """Return whether the event is still in the transaction, or was committed with it."""
+        ...
 
 
 class Observer(Protocol):
@@ -43,6 +57,17 @@ class Observer(Protocol):
 
     def stored_in_transaction(self, event: Event) -> None:
         """Note that ``event`` was stored in a transaction of the application's database."""
+        ...
+
+    def attached(self, event: Event, attachment: Attachment) -> None:
+        """Note that ``event``, collected or stored just now, is dropped once that doesn't hold."""
+        ...
+
+    def committed(self, events: Sequence[Event]) -> None:
+        """Note that the transaction in which ``events`` were stored was committed.
+
+        It may be noted more than once, and for a transaction that a test only treats so.
+        """
         ...
 
     def cleared(self, events: Sequence[Event]) -> None:

@@ -26,7 +26,7 @@ __all__ = [
 Sink = Callable[["Event", "Publisher | None"], bool]
 """A function that takes an event, with the publisher of the unit or the process, if any.
 
-It returns whether it has stored the event in a transaction; otherwise it publishes it later.
+It returns whether it has stored the event in a transaction, which the observer has yet to learn.
 """
 
 

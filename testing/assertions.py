@@ -67,6 +67,11 @@ class States(Protocol):
     @property
     def dead_letters(self) -> tuple[Event, ...]: ...  # noqa: D102
 
+    @property
+    def lasting(self) -> tuple[Event, ...]: ...  # noqa: D102
+
+    def advice(self, event: Event) -> str: ...  # noqa: D102
+
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -203,6 +208,9 @@ class EventAssertions:
     assert_cleared = _also(assert_published, "cleared", "was dropped")
     assert_kept = _also(assert_published, "kept", "is kept by a publisher")
     assert_stored = _also(assert_published, "stored", "was stored in a transaction")
+    assert_enqueued = _also(
+        assert_published, "enqueued", "was published, or is in a transaction that was not undone"
+    )
 
     def assert_not_published(
         self, target: str, payload: Any = ..., **criteria: Unpack[Criteria]
@@ -214,15 +222,21 @@ class EventAssertions:
             Exception: a function in ``payload`` or ``headers`` raised it.
         """
         __tracebackhide__ = True
-        wanted = _wanted(target, payload, criteria)
-        matching, error = _sorted_out(self._where_to_look("published", wanted), wanted)
-        if matching:
-            raise AssertionError(
-                f"expected no published event to {wanted}, "
-                f"found {len(matching)}\n{_lines('published', matching)}"
-            )
-        if error is not None:
-            raise error
+        self._assert_none("published", _wanted(target, payload, criteria))
+
+    def assert_not_enqueued(
+        self, target: str, payload: Any = ..., **criteria: Unpack[Criteria]
+    ) -> None:
+        """Assert that no matching event was published or is in a transaction.
+
+        For arguments see ``assert_published``.
+
+        Raises:
+            AssertionError: the message lists the matching events.
+            Exception: a function in ``payload`` or ``headers`` raised it.
+        """
+        __tracebackhide__ = True
+        self._assert_none("enqueued", _wanted(target, payload, criteria))
 
     def assert_nothing_published(self) -> None:
         """Assert that no event was published.
@@ -231,11 +245,16 @@ class EventAssertions:
             AssertionError: the message lists the published events.
         """
         __tracebackhide__ = True
-        if self.published:
-            raise AssertionError(
-                f"expected no published event, found {len(self.published)}\n"
-                + _lines("published", self.published)
-            )
+        _assert_empty("published", self.published)
+
+    def assert_nothing_enqueued(self) -> None:
+        """Assert that no event was published or is in a transaction.
+
+        Raises:
+            AssertionError: the message lists the events.
+        """
+        __tracebackhide__ = True
+        _assert_empty("enqueued", self._states.lasting)
 
     def assert_nothing_else_published(self) -> None:
         """Assert that every published event was matched by an earlier assertion.
@@ -301,10 +320,21 @@ class EventAssertions:
 
     def _where_to_look(self, state: str, wanted: Wanted) -> tuple[Event, ...]:
         """Return the events in ``state``, and the dead letters if ``wanted`` names their queue."""
-        events = self._all()[state]
-        if state != "published":
+        events = self._states.lasting if state == "enqueued" else self._all()[state]
+        if state not in ("published", "enqueued"):
             return events
         return events + tuple(one for one in self.dead_letters if one.target == wanted.target)
+
+    def _assert_none(self, state: str, wanted: Wanted) -> None:
+        __tracebackhide__ = True
+        matching, error = _sorted_out(self._where_to_look(state, wanted), wanted)
+        if matching:
+            raise AssertionError(
+                f"expected no {state} event to {wanted}, "
+                f"found {len(matching)}\n{_lines(state, matching)}"
+            )
+        if error is not None:
+            raise error
 
     def _assert(self, state: str, wanted: Wanted, times: int | None) -> Event | Matches:
         __tracebackhide__ = True
@@ -320,9 +350,25 @@ class EventAssertions:
             raise AssertionError(
                 f"expected {number} {state} {noun} to {wanted}, found {len(matching)}\n"
                 + _overview(self._all(), state, wanted, matching)
+                + (self._advice(wanted) if state == "published" else "")
             )
         self._matched.update(map(id, matching))
         return matching[0] if len(matching) == 1 else matching
+
+    def _advice(self, wanted: Wanted) -> str:
+        """Return how the wanted event, if it is in a transaction, will be published."""
+        waiting, _ = _sorted_out([*self.stored, *self.pending], wanted)
+        for advice in filter(None, map(self._states.advice, waiting)):
+            return f"\n{advice}. assert_enqueued() accepts the event as it is"
+        return ""
+
+
+def _assert_empty(state: str, events: Sequence[Event]) -> None:
+    __tracebackhide__ = True
+    if events:
+        raise AssertionError(
+            f"expected no {state} event, found {len(events)}\n" + _lines(state, events)
+        )
 
 
 _TITLES: dict[str, str] = {
@@ -379,13 +425,14 @@ def _overview(
     states: Mapping[str, Sequence[Event]], asked: str, wanted: Wanted, matching: Sequence[Event]
 ) -> str:
     """List the events by state, the closest first, and show how the closest one differs."""
-    order = [asked, *(state for state in states if state != asked)]
+    looked_at = ["published", "stored"] if asked == "enqueued" else [asked]
+    order = [*looked_at, *(state for state in states if state not in looked_at)]
     parts = []
     for state in order:
         events = sorted(states[state], key=wanted.distance)
         if events:
             parts.append(_lines(_TITLES.get(state, state), events))
-    others = [event for event in states[asked] if event not in matching]
+    others = [event for state in looked_at for event in states[state] if event not in matching]
     if others and not matching:
         difference = wanted.difference(min(others, key=wanted.distance))
         if difference:

@@ -15,7 +15,7 @@ from outbox import Event, PublishReport
 from outbox.backlog.chunk import Chunk, Entry, Fate
 from outbox.consumers.received_event import Undecodable, decode
 from outbox.messages.delivery import Delivery, QueueSpec
-from outbox.observer import seam
+from outbox.observer import Attachment, seam
 from outbox.settings import Settings
 from outbox.system import process
 from outbox.system.steady_clock import monotonic
@@ -69,6 +69,7 @@ class LiveBroker:
         # Guarded by `changed`:
         self._pending: dict[int, Event] = {}
         self._stored: dict[str, Event] = {}
+        self._attachments: dict[str, Attachment] = {}
         self._cleared: list[Event] = []
         self._unreported: list[Future[PublishReport]] = []
         self._ever_kept: list[Event] = []
@@ -109,12 +110,24 @@ class LiveBroker:
         with self.changed:
             self._stored[event.id] = event
 
+    def attached(self, event: Event, attachment: Attachment) -> None:
+        """Note that an event is dropped once ``attachment`` doesn't hold."""
+        with self.changed:
+            self._attachments[event.id] = attachment
+
+    def committed(self, events: Sequence[Event]) -> None:
+        """Note that stored events are being published: their rows may be gone soon."""
+        with self.changed:
+            for event in events:
+                self._attachments.pop(event.id, None)
+
     def cleared(self, events: Sequence[Event]) -> None:
         """Note events that were dropped."""
         with self.changed:
             for event in events:
                 self._pending.pop(id(event), None)
                 self._stored.pop(event.id, None)
+                self._attachments.pop(event.id, None)
                 self._cleared.append(event)
 
     # ------------------------------------------------------------------------- the states
@@ -137,21 +150,33 @@ class LiveBroker:
     def dropped(self) -> tuple[Event, ...]:
         """The events dropped by a rollback or by ``clear_events()``."""
         with self.changed:
-            return tuple(self._cleared)
+            cleared = tuple(self._cleared)
+            candidates = (*self._pending.values(), *self._stored.values())
+        return (*cleared, *(event for event in candidates if not self._is_held(event)))
 
     @property
     def pending(self) -> tuple[Event, ...]:
         """The events neither published nor dropped yet."""
         with self.changed:
-            return tuple(self._pending.values())
+            pending = tuple(self._pending.values())
+        return tuple(event for event in pending if self._is_held(event))
 
     @property
     def stored(self) -> tuple[Event, ...]:
         """The events stored in a transaction and not published yet."""
         with self.changed:
             self._take_stock()
-            stored = self._stored.values()
-            return tuple(event for event in stored if event.id not in self._confirmed)
+            stored = [one for one in self._stored.values() if one.id not in self._confirmed]
+        return tuple(event for event in stored if self._is_held(event))
+
+    @property
+    def lasting(self) -> tuple[Event, ...]:
+        """The events that were published, or are in a transaction that was not rolled back."""
+        held = [event for event in self.pending if event.id in self._attachments]
+        waiting = (*self.stored, *held)  # before the published ones: they become those
+        published = self.published
+        ids = {event.id for event in published}
+        return (*published, *(event for event in waiting if event.id not in ids))
 
     @property
     def parked(self) -> tuple[Event, ...]:
@@ -186,6 +211,11 @@ class LiveBroker:
                         reader = QueueReader(self._settings, spec, self._on_arrival)
                         reader.open(self._control)
                         self._readers[exchange] = reader
+
+    def advice(self, event: Event) -> str:
+        """Return how an event that is not published yet will be; "" if nothing is known."""
+        attachment = self._attachments.get(event.id)
+        return "" if attachment is None else attachment.advice
 
     def declare(self, spec: QueueSpec) -> bool:
         """Declare a consumer's queue, with its bindings; return whether it existed already."""
@@ -277,6 +307,10 @@ class LiveBroker:
                 self._arrived[address] += 1
                 self._published.append(event)
             self.changed.notify_all()
+
+    def _is_held(self, event: Event) -> bool:
+        attachment = self._attachments.get(event.id)
+        return attachment is None or attachment.holds()
 
     def _copy(self, events: list[Event]) -> tuple[Event, ...]:
         deadline = monotonic() + _ARRIVAL_TIMEOUT

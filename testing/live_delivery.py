@@ -105,9 +105,7 @@ class LiveDelivery:
         deadline = monotonic() + seconds
         while not self._unfinished(consumers, publisher):
             if monotonic() > deadline:
-                raise AssertionError(
-                    nothing_delivered(consumers, publisher, self._broker.published)
-                )
+                raise AssertionError(nothing_delivered(consumers, publisher, self._broker))
             with self._broker.changed:
                 self._broker.changed.wait(0.05)
 

@@ -21,6 +21,7 @@ from outbox.event import make_event
 from outbox.messages.dead_letters import restore_origin
 from outbox.messages.delivery import Delivery, as_delivered, dead_letter_queue
 from outbox.messages.topics import matches
+from outbox.testing.assertions import States
 from outbox.testing.inline_worker import (
     InlineMessage,
     InlineWorker,
@@ -195,7 +196,7 @@ class RecordedDelivery:
                 f"{[event.target for event in results[-1].follow_ons]}"
             )
         if not (results or allow_none or any(one.queue in self._reached for one in consumers)):
-            raise AssertionError(nothing_delivered(consumers, publisher, self._recorder.published))
+            raise AssertionError(nothing_delivered(consumers, publisher, self._recorder))
 
     def _message_for(
         self, consumer: type[Consumer] | Consumer, payload: Any, options: Mapping[str, Any]
@@ -266,29 +267,34 @@ def _is_engines(traceback: TracebackType) -> bool:
     return str(name).partition(".")[0] in ("outbox", "asyncio", "contextlib")
 
 
-def nothing_delivered(
-    consumers: Sequence[Consumer], publisher: Publisher, published: Sequence[Event]
-) -> str:
+def nothing_delivered(consumers: Sequence[Consumer], publisher: Publisher, states: States) -> str:
     """Return the message that says that no event was bound to the queues of ``consumers``."""
     lines = []
     for consumer in consumers:
         spec = consumer.spec(publisher.settings.exchange)
         topics = [spec.name, *spec.topics]
         lines.append(f"  {spec.name!r} takes {topics} from the exchange {spec.exchange!r}")
-    events = [
-        f"  {event.target!r} to the exchange {event.exchange!r}"
-        + (f", due at {event.deliver_at:%Y-%m-%d %H:%M:%S %Z}" if event.deliver_at else "")
-        for event in published
-    ]
+    published, stored = map(_addressed, (states.published, states.stored))
+    advice = next(filter(None, map(states.advice, states.stored)), "")
     return "\n".join(
         (
             "nothing was delivered: no event has reached the consumers' queues; "
             "if that is right, pass allow_none=True",
             *lines,
-            "published:" if events else "no event was published",
-            *events[:10],
+            "published:" if published else "no event was published",
+            *published[:10],
+            *(("stored, not published:", *stored[:10]) if stored else ()),
+            *((advice,) if advice else ()),
         )
     )
+
+
+def _addressed(events: Sequence[Event]) -> list[str]:
+    return [
+        f"  {event.target!r} to the exchange {event.exchange!r}"
+        + (f", due at {event.deliver_at:%Y-%m-%d %H:%M:%S %Z}" if event.deliver_at else "")
+        for event in events
+    ]
 
 
 def instances_of(consumers: Sequence[type[Consumer] | Consumer]) -> list[Consumer]:

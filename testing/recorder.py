@@ -13,6 +13,7 @@ from outbox.backlog.backlog import Backlog, News
 from outbox.backlog.chunk import Chunk, Entry, Fate
 from outbox.configuration import configured_publisher
 from outbox.messages.topics import matches
+from outbox.observer import Attachment
 from outbox.settings import Settings
 from outbox.testing.matching import is_copy, is_dead_letter
 from outbox.transports.transport import Transport
@@ -50,9 +51,11 @@ class Recorder:
         self._lock = threading.RLock()  # a signal handler may enqueue, too
         self._enqueued: dict[int, Event] = {}  # by identity: a test may enqueue equal events
         self._stored: dict[int, Event] = {}
+        self._attachments: dict[int, Attachment] = {}  # of events that are pending or stored
         self._published: list[Event] = []
         self._sent: list[Event] = []
         self._cleared: list[Event] = []
+        self._committed: list[Event] = []  # stored, but the broker was away
         self._pretended: dict[int, Fate] = {}
         self._parked: list[Event] = []
         self.backlog = Backlog()
@@ -94,12 +97,21 @@ class Recorder:
     @property
     def pending(self) -> tuple[Event, ...]:
         """The events neither published nor dropped yet, in order of enqueueing."""
-        return self._copy(self._enqueued.values())
+        return self._held_among(self._enqueued)
 
     @property
     def stored(self) -> tuple[Event, ...]:
         """The events stored in a transaction of the application's database."""
-        return self._copy(self._stored.values())
+        return self._held_among(self._stored)
+
+    @property
+    def lasting(self) -> tuple[Event, ...]:
+        """The events that were published, or are in a transaction that was not rolled back."""
+        held = [event for event in self.pending if id(event) in self._attachments]
+        waiting = (*self.stored, *held)  # before the published ones: they become those
+        published = self.published
+        ids = set(map(id, published))
+        return (*published, *(event for event in waiting if id(event) not in ids))
 
     @property
     def published(self) -> tuple[Event, ...]:
@@ -123,8 +135,14 @@ class Recorder:
 
     @property
     def dropped(self) -> tuple[Event, ...]:
-        """The events dropped by a rollback or by ``clear_events()``, in order of dropping."""
-        return self._copy(self._cleared)
+        """The events dropped by a rollback or by ``clear_events()``, in order of dropping.
+
+        At the end, those of which no rollback was announced.
+        """
+        with self._lock:
+            candidates = (*self._enqueued.values(), *self._stored.values())
+        gone = [event for event in candidates if not self._is_held(event)]
+        return (*self._copy(self._cleared), *gone)
 
     @property
     def kept(self) -> tuple[Event, ...]:
@@ -147,12 +165,36 @@ class Recorder:
         with self._lock:
             self._stored[id(event)] = event
 
+    def attached(self, event: Event, attachment: Attachment) -> None:
+        """Record that an event is dropped once ``attachment`` doesn't hold."""
+        with self._lock:
+            self._attachments[id(event)] = attachment
+
+    def committed(self, events: Sequence[Event]) -> None:
+        """Record stored events as published, as a relay does after the commit."""
+        with self._lock:
+            for event in events:
+                if id(event) not in self._stored:
+                    continue
+                self._attachments.pop(id(event), None)
+                match self._fate_of(event):
+                    case None:
+                        self._committed.append(event)  # the broker is away: they stay stored
+                    case Fate.REJECTED, _:
+                        pass  # as a dead row does
+                    case _:
+                        self._forget(event)
+
+    def advice(self, event: Event) -> str:
+        """Return how an event that is not published yet will be; "" if nothing is known."""
+        attachment = self._attachments.get(id(event))
+        return "" if attachment is None else attachment.advice
+
     def cleared(self, events: Sequence[Event]) -> None:
         """Record events that were dropped."""
         with self._lock:
             for event in events:
-                self._enqueued.pop(id(event), None)
-                self._stored.pop(id(event), None)
+                self._forget(event)
                 if id(event) not in self._pretended:
                     self._cleared.append(event)
 
@@ -160,8 +202,7 @@ class Recorder:
         """Record events as published or dropped, whatever happens to their unit of work."""
         with self._lock:
             for event in events:
-                self._enqueued.pop(id(event), None)
-                self._stored.pop(id(event), None)
+                self._forget(event)
                 self._pretended[id(event)] = Fate.PUBLISHED if success else Fate.IGNORED
                 if success:
                     self._note_published(event)
@@ -228,7 +269,7 @@ class Recorder:
             news = [self.backlog.add(chunk)]
             waiting = self.backlog.take(sys.maxsize, 0)
             for entry in entries:
-                self._enqueued.pop(id(entry.event), None)
+                self._forget(entry.event)
                 fate = self._fate_of(entry.event)
                 if fate is not None:
                     news.append(self.backlog.give_fate([entry], *fate))
@@ -298,7 +339,21 @@ class Recorder:
             for entry in entries:
                 self._note_published(entry.event)
             news = self.backlog.give_fate(entries, Fate.PUBLISHED)
+            committed, self._committed = self._committed, []
+            self.committed(committed)
         _resolve(news)
+
+    def _forget(self, event: Event) -> None:
+        self._enqueued.pop(id(event), None)
+        self._stored.pop(id(event), None)
+        self._attachments.pop(id(event), None)
+
+    def _held_among(self, events: dict[int, Event]) -> tuple[Event, ...]:
+        return tuple(event for event in self._copy(events.values()) if self._is_held(event))
+
+    def _is_held(self, event: Event) -> bool:
+        attachment = self._attachments.get(id(event))
+        return attachment is None or attachment.holds()
 
     def _copy(self, events: object) -> tuple[Event, ...]:
         with self._lock:

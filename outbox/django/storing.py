@@ -8,10 +8,12 @@ becomes of it, as for every other row, and nothing has to run at the commit. A c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
+import threading
 import time
 from typing import Any
 
@@ -26,7 +28,7 @@ from outbox.django.connecting import can_hand_over, engine_of, vendor_of
 from outbox.django.moments import NOW, in_column
 from outbox.event import Event
 from outbox.messages.rows import values_of
-from outbox.observer import seam
+from outbox.observer import Observer, seam
 from outbox.publisher import Publisher
 from outbox.sinks import Bound, Sink
 from outbox.unit_of_work.origin import application_frame, warn_at
@@ -96,7 +98,8 @@ def pending_of(function: object) -> Pending | None:
 class Pending:
     """What is published after the commit of a transaction, or of one of its savepoints.
 
-    Django drops it together with the savepoint that is rolled back.
+    Django drops it together with the savepoint that is rolled back. While a test observes events,
+    each has one for itself, and so the test learns whether it was rolled back.
 
     Attributes:
         publisher: the publisher; None if a relay publishes the rows.
@@ -105,9 +108,19 @@ class Pending:
             if the events were not stored.
     """
 
-    def __init__(self, alias: str, publisher: Publisher | None) -> None:
+    advice = (
+        "its transaction was not committed, and TestCase commits none: use TransactionTestCase "
+        "(pytest-django: transactional_db), which does; or have the callbacks run as if it was "
+        "committed, with captureOnCommitCallbacks(execute=True) (pytest-django: "
+        "django_capture_on_commit_callbacks) around the code under test"
+    )
+
+    def __init__(
+        self, connection: Any, publisher: Publisher | None, observer: Observer | None
+    ) -> None:
         """Begin without events."""
-        self._alias = alias
+        self._connection = connection
+        self._observer = observer
         self.publisher = publisher
         self.events: list[Event] = []
         self.rows: list[tuple[int, float]] = []
@@ -115,15 +128,50 @@ class Pending:
     def publish(self) -> None:
         """Publish what was committed; never raise, since others' callbacks may follow."""
         try:
-            if self.publisher is None:
-                return
             if not self.rows:
-                _publish(self.publisher, self.events)
-            elif not connections[self._alias].in_atomic_block:
+                if self.publisher is not None:
+                    _publish(self.publisher, self.events)
+                return
+            if self._observer is not None:
+                if self._finds_row() is False:
+                    return
+                self._observer.committed(self.events)
+            if self.publisher is not None and not self._connection.in_atomic_block:
                 # In one, the transaction is a test's, and was not committed.
-                _hand_over(self._alias, self.publisher, self.events, self.rows)
+                _hand_over(self._connection.alias, self.publisher, self.events, self.rows)
         except Exception:
             logger.exception("could not publish after the commit: %s", ids(self.events))
+
+    def holds(self) -> bool:
+        """Return whether its one event was not rolled back."""
+        is_there = self._finds_row() if self.rows else None
+        if is_there is not None:
+            return is_there
+        return any(pending_of(hook[1]) is self for hook in list(self._connection.run_on_commit))
+
+    def _finds_row(self) -> bool | None:
+        """Return whether the row of its one event is in the table; None if that can't be asked.
+
+        Django doesn't know what becomes of a savepoint made by hand, and forgets all callbacks if
+        one of another app raises: only the table does.
+        """
+        connection = self._connection
+        if (
+            connection.connection is None
+            or connection._thread_ident != threading.get_ident()
+            or not (connection.in_atomic_block or connection.autocommit)  # it would begin one
+        ):
+            return None
+        [(number, _)], [event] = self.rows, self.events
+        try:
+            # Without Django's cursor, whose queries an application's test may count.
+            with contextlib.closing(connection.connection.cursor()) as cursor:
+                cursor.execute(f"SELECT id FROM outbox_events WHERE seq = {number:d}")
+                found = cursor.fetchone()
+        except Exception:  # the transaction is broken
+            return None
+        # SQLite gives the number of a row that was rolled back to another.
+        return found is not None and found[0] == event.id
 
 
 def _store(connection: Any, event: Event, publisher: Publisher | None) -> bool:
@@ -140,15 +188,23 @@ def _store(connection: Any, event: Event, publisher: Publisher | None) -> bool:
     )
     at = time.monotonic()
     number = _insert(connection, event, in_grace=hands_over)
+    if observer is not None:
+        observer.stored_in_transaction(event)
+    elif not hands_over:
+        return False
     if connection.in_atomic_block:
-        if hands_over or observer is not None:
-            pending = _pending_at_commit(connection, publisher if hands_over else None)
-            pending.events.append(event)
-            pending.rows.append((number, at))
-    elif hands_over and publisher is not None and connection.get_autocommit():
-        _hand_over(alias, publisher, [event], [(number, at)])
+        pending = _pending_at_commit(connection, publisher if hands_over else None, observer)
+        pending.events.append(event)
+        pending.rows.append((number, at))
+        if observer is not None:
+            observer.attached(event, pending)
+    elif connection.get_autocommit():
+        if observer is not None:
+            observer.committed([event])
+        if hands_over and publisher is not None:
+            _hand_over(alias, publisher, [event], [(number, at)])
     # else the process can't learn of the commit: a relay publishes it
-    return True
+    return False
 
 
 def _insert(connection: Any, event: Event, *, in_grace: bool) -> int:
@@ -186,10 +242,13 @@ def _statement(vendor: str, in_grace: bool, is_scheduled: bool) -> str:
     return f"INSERT INTO outbox_events ({names}) VALUES ({values}){returning}"
 
 
-def _pending_at_commit(connection: Any, publisher: Publisher | None) -> Pending:
+def _pending_at_commit(
+    connection: Any, publisher: Publisher | None, observer: Observer | None
+) -> Pending:
     """Return what is published at the commit of the innermost savepoint, for one more event."""
     hooks = connection.run_on_commit
-    if hooks:
+    # In a test each event has a callback: those registered in a part of it may be run apart.
+    if hooks and observer is None and not project.is_test_environment():
         savepoints, function = hooks[-1][:2]
         pending = pending_of(function)
         if (
@@ -198,7 +257,7 @@ def _pending_at_commit(connection: Any, publisher: Publisher | None) -> Pending:
             and savepoints == set(connection.savepoint_ids)
         ):
             return pending
-    pending = Pending(connection.alias, publisher)
+    pending = Pending(connection, publisher, observer)
 
     # A function, since Django wants a name for its log of callbacks that raise.
     def publish_after_commit() -> None:
@@ -255,9 +314,12 @@ def _sink_without_store() -> Sink | None:
 
 def _hold(connection: Any, event: Event, publisher: Publisher | None) -> bool:
     publisher = publisher or default_publisher()
-    _pending_at_commit(connection, publisher).events.append(event)
-    if seam.observer is not None:
-        seam.observer.enqueued(event)
+    observer = seam.observer
+    pending = _pending_at_commit(connection, publisher, observer)
+    pending.events.append(event)
+    if observer is not None:
+        observer.enqueued(event)
+        observer.attached(event, pending)
     return False
 
 

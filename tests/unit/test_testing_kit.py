@@ -8,6 +8,7 @@ import datetime
 import decimal
 import enum
 import re
+import sys
 import threading
 import time
 import unittest
@@ -273,9 +274,31 @@ def test_events_stored_in_a_session_follow_its_transaction(
         enqueue_event(3, "closed", session=session)
     collected_events.assert_cleared("closed")
     collected_events.assert_stored("kept")
+    collected_events.assert_enqueued("kept", 1)
+    collected_events.assert_not_enqueued("closed")
+    with pytest.raises(AssertionError, match="expected no enqueued event to 'kept'"):
+        collected_events.assert_not_enqueued("kept")
     assert collected_events.commit()[0].target == "kept"
     collected_events.assert_published("kept")
     engine.dispose()
+
+
+def test_an_enqueued_event_was_published_or_is_in_a_transaction(
+    collected_events: CollectedEvents,
+) -> None:
+    collected_events.assert_nothing_enqueued()
+    with auto_publishing():
+        enqueue_event(1, "order.placed")
+        with pytest.raises(AssertionError, match="pending"):
+            collected_events.assert_enqueued("order.placed")
+        collected_events.assert_nothing_enqueued()
+    collected_events.assert_enqueued("order.*", 1, times=1)
+    collected_events.assert_nothing_else_published()
+    with pytest.raises(AssertionError, match=r"at least 1 enqueued event(.|\n)*closest") as raised:
+        collected_events.assert_enqueued("order.placed", 2)
+    assert "published:" in str(raised.value)
+    with pytest.raises(AssertionError, match="expected no enqueued event, found 1"):
+        collected_events.assert_nothing_enqueued()
 
 
 def test_a_transaction_can_be_simulated(collected_events: CollectedEvents) -> None:
@@ -648,8 +671,10 @@ def test_a_message_is_processed_only_once_by_a_consumer_that_deduplicates(
 
 
 def test_the_tests_own_session_is_left_as_it_is(
-    collected_events: CollectedEvents, tmp_path: Path
+    collected_events: CollectedEvents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Where other tests have set Django up, coroutines run in a thread beside that of its queries.
+    monkeypatch.delitem(sys.modules, "django.db", raising=False)
     engine = create_engine(f"sqlite:///{tmp_path}/shop.db")
     with engine.begin() as connection:
         connection.execute(text("CREATE TABLE orders (id INTEGER)"))

@@ -153,6 +153,11 @@ class EventAssertions:
         counts = [f"{len(events)} {state}" for state, events in self._all().items() if events]
         return f"<{type(self).__name__} {', '.join(counts) or 'none'}>"
 
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        # A test case, with its attributes, is sent to another process when Django's tests run in
+        # parallel and a subtest has failed.
+        return str, (repr(self),)
+
     # ------------------------------------------------------------------------- assertions
 
     @overload

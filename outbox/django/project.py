@@ -107,14 +107,14 @@ def publisher() -> Publisher | None:
     """Return the publisher that ``OUTBOX`` describes, made at the first call; thread-safe.
 
     None if the process has configured another one, or if neither ``OUTBOX`` nor the environment
-    names a URL. In Django's test environment it is an in-memory one, unless a test observes events.
+    names a URL. In Django's test environment it is an in-memory one in any case, unless a test
+    observes events.
     """
-    if configured_publisher() is not None:
+    is_in_memory = is_test_environment() and seam.observer is None
+    if not is_in_memory and configured_publisher() is not None:
         return None
     project = current()
-    url = overriding_url() or project.url
-    if is_test_environment() and seam.observer is None:
-        url = "memory://"
+    url = "memory://" if is_in_memory else overriding_url() or project.url
     key = str(url), repr(project.overrides)
     found = _publishers.get(key)
     if found is not None:

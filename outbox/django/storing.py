@@ -53,6 +53,8 @@ _COLUMNS = (
     "unroutable",
     "occurred_at",  # the last one: it is converted for the database
 )
+# Which have defaults in our own schema, but not in a test database made without migrations.
+_CONSTANTS = {"queue": "''", "rank": "0", "deliveries": "0", "attempts": "0"}
 _AFTER_GRACE = {
     "postgresql": f"{NOW['postgresql']} + interval '{_GRACE} second'",
     "sqlite": f"{NOW['sqlite']} + {_GRACE}",
@@ -234,10 +236,10 @@ def _insert(connection: Any, event: Event, *, in_grace: bool) -> int:
 @functools.cache
 def _statement(vendor: str, in_grace: bool, is_scheduled: bool) -> str:
     quote = "`" if vendor == "mysql" else '"'
-    columns = [*_COLUMNS, "stored_at", "available_at"]
+    columns = [*_COLUMNS, "stored_at", "available_at", *_CONSTANTS]
     names = ", ".join(f"{quote}{name}{quote}" for name in columns)
     due = "%s" if is_scheduled else (_AFTER_GRACE if in_grace else NOW)[vendor]
-    values = ", ".join(["%s"] * len(_COLUMNS) + [NOW[vendor], due])
+    values = ", ".join(["%s"] * len(_COLUMNS) + [NOW[vendor], due, *_CONSTANTS.values()])
     returning = " RETURNING seq" if vendor == "postgresql" else ""
     return f"INSERT INTO outbox_events ({names}) VALUES ({values}){returning}"
 

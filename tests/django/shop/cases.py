@@ -20,6 +20,7 @@ from django.test import (
 )
 from django.urls import path
 
+from outbox import PublishFailed, PublishReport
 from outbox.configuration import default_publisher
 from outbox.consumers import Consumer, consumer
 from outbox.django import aenqueue_event, enqueue_event
@@ -380,3 +381,25 @@ class UnobservedTransactionCase(WithoutFastPath, TransactionTestCase):
         place_order(7)
         enqueue_event({}, "order.refused", using=None)
         assert StoredEvent.objects.count() == 1
+
+
+class FailingCase(CollectedEventsMixin, TestCase):
+    """Not part of a run that should succeed: its results go to another process."""
+
+    def fail_in_a_subtest(self) -> None:
+        for number in (1, 2):
+            with self.subTest(number=number):
+                place_order(number)
+                self.collected_events.assert_not_enqueued("order.placed", {"number": 2})
+
+    def fail_without_a_commit(self) -> None:
+        place_order(7)
+        self.collected_events.assert_published("order.placed")
+
+    def fail_with_an_event(self) -> None:
+        place_order(7)
+        event = self.collected_events.assert_enqueued("order.placed")
+        raise PublishFailed(PublishReport(published=(event,)))
+
+    def fail_with_wrong_usage(self) -> None:
+        enqueue_event({}, "order.placed", using="nowhere")

@@ -1,8 +1,8 @@
 """SQLAlchemy engines for Django's databases, with which relays and the fast path reach them.
 
-An engine connects as Django would, with everything that ``DATABASES`` says: it asks a copy of
-Django's connection for each new one. Django's own connections belong to their threads and are never
-used, nor is the application's connection pool, whose places may be few.
+An engine connects as Django would, with everything that ``DATABASES`` says: it has a copy of
+Django's connection make each new one. Django's own connections belong to their threads and are
+never used, nor is the application's connection pool, whose places may be few.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from django.db import connections
 
 from outbox import UsageError
+from outbox.django.project import is_test_environment
 from outbox.system import process
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _make(alias: str, wrapper: Any) -> Engine:
     from outbox.storage.engines import open_engine  # reports a missing extra
 
     vendor = vendor_of(alias)
-    from sqlalchemy import URL, NullPool, create_engine
+    from sqlalchemy import URL, NullPool, QueuePool, create_engine
 
     if vendor == "sqlite":
         if _is_in_memory(wrapper):
@@ -94,13 +95,22 @@ def _make(alias: str, wrapper: Any) -> Engine:
         path = Path(str(wrapper.settings_dict["NAME"])).absolute()
         return open_engine(URL.create("sqlite", database=str(path)), pool=NullPool)
 
+    # Not the wrapper itself: its connection would stay open for as long as the engine lives.
+    unconnected = wrapper.copy()
+    unconnected.settings_dict["OPTIONS"].pop("pool", None)
+
     def connect() -> Any:
-        copy = wrapper.copy()
-        copy.settings_dict["OPTIONS"].pop("pool", None)
-        return copy.get_new_connection(copy.get_connection_params())
+        copy = unconnected.copy()
+        copy.connect()  # with its time zone, its role, and what connection_created does
+        copy.set_autocommit(False)
+        return copy.connection
 
     return create_engine(
-        URL.create(f"{vendor}+{_driver_of(wrapper)}"), creator=connect, poolclass=NullPool
+        URL.create(f"{vendor}+{_driver_of(wrapper)}"),
+        creator=connect,
+        pool_pre_ping=True,
+        # A test run drops its databases, which must have no connection then.
+        poolclass=NullPool if is_test_environment() else QueuePool,
     )
 
 

@@ -8,11 +8,13 @@ becomes of it, as for every other row, and nothing has to run at the commit. A c
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import functools
 import importlib.util
 import logging
 import os
+import re
 import threading
 import time
 from typing import Any
@@ -55,6 +57,10 @@ _COLUMNS = (
 )
 # Which have defaults in our own schema, but not in a test database made without migrations.
 _CONSTANTS = {"queue": "''", "rank": "0", "deliveries": "0", "attempts": "0"}
+_LACKS_TABLE = re.compile(
+    r"no such table: outbox_events|(?<!of )relation \"outbox_events\" does not exist"
+    r"|outbox_events' doesn't exist"
+)
 _AFTER_GRACE = {
     "postgresql": f"{NOW['postgresql']} + interval '{_GRACE} second'",
     "sqlite": f"{NOW['sqlite']} + {_GRACE}",
@@ -223,8 +229,13 @@ def _insert(connection: Any, event: Event, *, in_grace: bool) -> int:
             cursor.execute(statement, parameters)
             number = cursor.fetchone()[0] if vendor == "postgresql" else cursor.lastrowid
     except DatabaseError as error:
+        if connection.in_atomic_block:
+            # As Model.save() does: the data must not be committed without the event, even if the
+            # caller catches this, whatever the database makes of it.
+            connection.needs_rollback = True
+            connection.rollback_exc = error
         text = str(error)
-        if "outbox_events" in text and ("exist" in text or "no such table" in text):
+        if _LACKS_TABLE.search(text):
             raise UsageError(
                 f"the table outbox_events does not exist in the database {connection.alias!r}; "
                 f"run `manage.py migrate outbox_events --database {connection.alias}`"
@@ -247,11 +258,21 @@ def _statement(vendor: str, in_grace: bool, is_scheduled: bool) -> str:
 def _pending_at_commit(
     connection: Any, publisher: Publisher | None, observer: Observer | None
 ) -> Pending:
-    """Return what is published at the commit of the innermost savepoint, for one more event."""
+    """Return what is published at the commit of the innermost savepoint, for one more event.
+
+    Its callback goes before those of others, one of which may raise: Django then drops the rest.
+    """
     hooks = connection.run_on_commit
-    # In a test each event has a callback: those registered in a part of it may be run apart.
-    if hooks and observer is None and not project.is_test_environment():
-        savepoints, function = hooks[-1][:2]
+    # In a test each event has a callback, at the end: those registered in a part of it may be run
+    # apart, and captureOnCommitCallbacks() counts from the beginning.
+    is_test = observer is not None or project.is_test_environment()
+    end = (
+        len(hooks)
+        if is_test
+        else bisect.bisect_left(hooks, True, key=lambda hook: pending_of(hook[1]) is None)
+    )
+    if end and not is_test:
+        savepoints, function = hooks[end - 1][:2]
         pending = pending_of(function)
         if (
             pending is not None
@@ -267,6 +288,7 @@ def _pending_at_commit(
 
     publish_after_commit.pending = pending  # type: ignore[attr-defined]
     connection.on_commit(publish_after_commit, robust=True)
+    hooks.insert(end, hooks.pop())
     return pending
 
 

@@ -1,0 +1,1 @@
+"""A Django project for processes other than the tests' own: servers, commands and scripts."""

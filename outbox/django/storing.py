@@ -301,11 +301,13 @@ def _hand_over(
 
         engine = engine_of(alias)
         handover = handover_for(engine, publisher)
+        # A savepoint that is rolled back by hand takes its rows with it, and leaves this callback.
+        certain = not connections[alias].savepoint_state
         if handover is not None:
             handover.submit(
                 Place(engine),
                 [
-                    Row(number, event.id, at)
+                    Row(number, event.id, at, certain)
                     for event, (number, at) in zip(events, rows, strict=True)
                 ],
             )

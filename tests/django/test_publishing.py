@@ -76,7 +76,9 @@ def enqueue(number: int, **options: Any) -> None:
 
 
 @pytest.mark.usefixtures("databases")
-def test_what_is_committed_is_published_at_once(inspector: Inspector, queue: str) -> None:
+def test_what_is_committed_is_published_at_once(
+    inspector: Inspector, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with transaction.atomic():
         enqueue(1)
         with contextlib.suppress(KeyError), transaction.atomic():
@@ -92,6 +94,7 @@ def test_what_is_committed_is_published_at_once(inspector: Inspector, queue: str
     enqueue(5)
     assert numbers(inspector, queue, 1) == [5]
     wait_until(lambda: stored() == [])
+    assert not caplog.records
 
 
 @pytest.mark.usefixtures("databases")

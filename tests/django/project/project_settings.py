@@ -6,7 +6,7 @@ import json
 import os
 
 SECRET_KEY = "tests"
-INSTALLED_APPS = ["outbox.django", "tests.django.shop"]
+INSTALLED_APPS = ["outbox.django", "tests.django.shop", "tests.django.project"]
 DATABASES = json.loads(os.environ["PROJECT_DATABASES"])
 OUTBOX = json.loads(os.environ["PROJECT_OUTBOX"])
 MIDDLEWARE = json.loads(os.environ.get("PROJECT_MIDDLEWARE", "[]"))

@@ -50,7 +50,7 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             demo = (DemoOnRabbitMQ if options.rabbitmq else DemoOnSQLite)(stack, options.consumers)
-            for number, name in enumerate(options.apps or ["flask", "fastapi"]):
+            for number, name in enumerate(options.apps or ["flask", "fastapi", "django"]):
                 demo.show(name, trouble=number == 0)
             demo.finish()
         say("Every step was observed.")
@@ -74,8 +74,16 @@ def _parser() -> argparse.ArgumentParser:
         "--app",
         dest="apps",
         action="append",
-        choices=("flask", "fastapi"),
-        help="run only the Flask application (under gunicorn), or the FastAPI one (under uvicorn)",
+        choices=("flask", "fastapi", "django"),
+        help="run only this application: the Flask or the Django one (under gunicorn), or the "
+        "FastAPI one (under uvicorn)",
+    )
+    parser.add_argument(
+        "--django",
+        dest="apps",
+        action="append_const",
+        const="django",
+        help="the same as --app django",
     )
     parser.add_argument(
         "--consumers",
@@ -155,9 +163,9 @@ class Demo:
             step("the web server gets SIGTERM")
             code = server.stop()
             # uvicorn, after a graceful shutdown, kills itself with the signal that it received.
-            graceful = 0 if name == "flask" else -signal.SIGTERM
+            graceful = -signal.SIGTERM if name == "fastapi" else 0
             expect(code in (0, graceful), f"the {name} server stops gracefully, not with {code}")
-            server.logs("Shutting down" if name == "flask" else "Finished server process")
+            server.logs("Finished server process" if name == "fastapi" else "Shutting down")
             say("  it stopped gracefully")
 
     def _place_five(self, orders: str) -> tuple[list[int], list[float]]:
@@ -193,15 +201,12 @@ class Demo:
     @contextmanager
     def _web_server(self, name: str, port: int) -> Iterator[Process]:
         address = f"127.0.0.1:{port}"
+        gunicorn = ["gunicorn", "--threads", "4", "--bind", address]
         if name == "flask":
-            command = [
-                "gunicorn",
-                "--threads",
-                "4",
-                "--bind",
-                address,
-                "examples.shop.flask_app:app",
-            ]
+            command = [*gunicorn, "examples.shop.flask_app:app"]
+        elif name == "django":
+            self._migrate()
+            command = [*gunicorn, "examples.shop.django_shop.wsgi"]
         else:
             command = ["uvicorn", "--port", str(port), "examples.shop.fastapi_app:app"]
         step(f"a web server starts: {' '.join(command)}")
@@ -211,6 +216,13 @@ class Demo:
             yield server
         finally:
             server.stop()
+
+    def _migrate(self) -> None:
+        command = ["examples.shop.django_shop.manage", "migrate"]
+        step(f"Django makes its tables, and outbox's: python -m {' '.join(command)}")
+        migration = self._process("migration", "-m", *command)
+        migration.until(lambda: not migration.running, "the migrations end", ends=True)
+        expect(migration.stop() == 0, "the migrations succeed")
 
     def _process(self, name: str, *arguments: str) -> Process:
         process = Process(name, self._folder / f"{name}.log", self._environment, arguments)
@@ -288,11 +300,14 @@ class Process:
     def running(self) -> bool:
         return self._child.poll() is None
 
-    def until(self, condition: Callable[[], object], what: str, timeout: float = 20) -> None:
+    def until(
+        self, condition: Callable[[], object], what: str, timeout: float = 20, *, ends: bool = False
+    ) -> None:
+        """Wait until ``condition()``; fail if the process ends before, unless it ``ends``."""
         deadline = time.monotonic() + timeout
         while not condition():
             go_on()
-            if not self.running or time.monotonic() > deadline:
+            if not (self.running or ends) or time.monotonic() > deadline:
                 raise Failed(what)
             time.sleep(0.05)
 

@@ -66,11 +66,13 @@ def _runs(pid: int) -> bool:
     [
         (["--app", "flask"], "the worker is killed"),
         (["--app", "fastapi"], "the worker is killed"),
+        (["--django"], "the worker is killed"),
         pytest.param(
             ["--rabbitmq", "--app", "flask"], "the broker is killed", marks=needs_rabbitmq
         ),
+        pytest.param(["--rabbitmq", "--django"], "the broker is killed", marks=needs_rabbitmq),
     ],
-    ids=["flask", "fastapi", "rabbitmq"],
+    ids=["flask", "fastapi", "django", "rabbitmq", "django on rabbitmq"],
 )
 def test_the_demo_tells_its_story(tmp_path: Path, arguments: list[str], death: str) -> None:
     code, output = _run_demo(tmp_path, *arguments)

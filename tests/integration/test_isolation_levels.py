@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
@@ -15,7 +16,8 @@ from sqlalchemy.orm import Session
 
 from outbox import configure, enqueue_event
 from outbox.sql import Inbox, Relay, Store, drain
-from tests.relaying import is_empty, many, opened, running
+from outbox.storage.transactions import is_conflict
+from tests.relaying import an_event, is_empty, many, opened, running
 from tests.waiting import wait_until
 
 LEVELS = ["SERIALIZABLE", "REPEATABLE READ"]
@@ -131,5 +133,89 @@ def test_fates_are_written_again_after_a_deadlock(postgresql_url: str) -> None:
         other.execute(lock, {"id": "e0"})
         other.commit()
         settling.join(10)
+    assert counted == [2]
+    store.engine.dispose()
+
+
+def test_on_mariadb_only_outboxs_own_transactions_are_read_committed(mariadb_url: str) -> None:
+    opened(mariadb_url).engine.dispose()
+    engine = create_engine(mariadb_url, pool_size=1, max_overflow=0)
+    store = Store(engine)
+    seen: list[str] = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def note(connection: Connection, cursor: Any, statement: str, *_: object) -> None:
+        if "outbox_events" in statement:
+            cursor.execute("SELECT @@tx_isolation")
+            seen.append(cursor.fetchone()[0])
+
+    store.put(many(2, "x"))
+    store.complete(store.claim(1))
+    assert seen
+    assert set(seen) == {"READ-COMMITTED"}
+    with engine.connect() as connection:
+        level = connection.exec_driver_sql("SELECT @@tx_isolation").scalar()
+    assert level == "REPEATABLE-READ"  # the server's default, on the same connection
+    engine.dispose()
+
+
+def test_claims_on_mariadb_disturb_no_writer_and_no_other_claim(mariadb_url: str) -> None:
+    opened(mariadb_url).engine.dispose()
+    engine = create_engine(mariadb_url, pool_size=10)  # REPEATABLE READ, as applications have it
+    store = Store(engine)
+    writers_end = threading.Event()
+
+    def write(first: int) -> None:
+        for number in range(first, first + 400, 4):
+            with engine.begin() as connection:
+                store.put(
+                    [an_event(n, "x", key=f"k{n % 7}") for n in range(number, number + 4)],
+                    connection=connection,
+                )
+
+    def claim(ordered: bool) -> list[str]:
+        found: list[str] = []
+        while True:
+            last = writers_end.is_set()
+            rows = store.claim(20, ordered=ordered)
+            found += [row.event.id for row in rows]
+            assert store.complete(rows) == len(rows)
+            if last and not rows and not store.status().queues:
+                return found
+
+    with ThreadPoolExecutor(5) as threads:
+        claims = [threads.submit(claim, ordered) for ordered in (False, False, True)]
+        writes = [threads.submit(write, first) for first in (0, 400)]
+        errors = [one.exception() for one in writes]
+        writers_end.set()
+        found = [id for one in claims for id in one.result(60)]
+    assert errors == [None, None]
+    assert sorted(found) == sorted(f"e{n}" for n in range(800))
+    engine.dispose()
+
+
+def test_fates_are_written_again_after_a_deadlock_on_mariadb(mariadb_url: str) -> None:
+    store = opened(mariadb_url)
+    store.put(many(2, "x"))
+    rows = store.claim(2)
+    lock = text("SELECT 1 FROM outbox_events WHERE seq = :seq FOR UPDATE")
+    conflicts: list[bool] = []
+
+    @event.listens_for(store.engine, "handle_error")
+    def note(context: Any) -> None:
+        conflicts.append(is_conflict(context.sqlalchemy_exception))
+
+    counted: list[int] = []
+    with store.engine.connect() as other:
+        # It has changed more, so it isn't the one that the server rolls back.
+        store.put(many(50, "y"), connection=other)
+        other.execute(lock, {"seq": rows[1].seq})
+        settling = threading.Thread(target=lambda: counted.append(store.complete(rows)))
+        settling.start()
+        time.sleep(0.5)  # it has deleted e0, and waits for e1
+        other.execute(lock, {"seq": rows[0].seq})
+        other.commit()
+        settling.join(10)
+    assert conflicts == [True]
     assert counted == [2]
     store.engine.dispose()

@@ -264,7 +264,7 @@ def test_the_tests_of_the_program_on_a_page_pass(page: Path, pytester: pytest.Py
     pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
     rest = write_program(page, pytester.path)
     (pytester.path / "test_rest.py").write_text(f"{rest}\n\ndef test_rest(): pass\n")
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "error", timeout=60)
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "error", timeout=80)
     result.assert_outcomes(passed=3)
     assert not (pytester.path / "shop.db").exists()
 
@@ -301,8 +301,8 @@ def test_the_program_on_a_page_does_what_it_says(page: Path, tmp_path: Path) -> 
                         stderr=stderr,
                     )
                 )
-            wait_until(lambda: "consuming 'invoices'" in log.read_text(), 20)
-        wait_until(lambda: "Application startup complete" in log.read_text(), 20)
+            wait_until(lambda: "consuming 'invoices'" in log.read_text(), 30)
+        wait_until(lambda: "Application startup complete" in log.read_text(), 30)
         request = urllib.request.Request(order[3].replace("8000", port), method="POST")
         with urllib.request.urlopen(request, timeout=20) as response:
             assert (response.status, json.load(response)) == (201, {"order_id": 1})

@@ -118,7 +118,12 @@ class ProjectFolder:
 
     def consumes(self) -> bool:
         """Return whether the process that runs has begun to consume."""
-        return "consuming 'mail'" in (self.root / "log.txt").read_text()
+        return "consuming 'mail'" in self.log
+
+    @property
+    def log(self) -> str:
+        """What the process that runs has written to standard error."""
+        return (self.root / "log.txt").read_text()
 
     @property
     def mails(self) -> list[str]:

@@ -23,9 +23,31 @@ from tests.django.project_folder import ProjectFolder
 
 _STORE = """\
 from django.conf import settings
-settings.OUTBOX = {"AFTER_COMMIT": "nothing"}
+settings.OUTBOX = {**settings.OUTBOX, "AFTER_COMMIT": "nothing"}
 from outbox import enqueue_event
 print(enqueue_event({}, "order.placed").id)
+"""
+
+
+_DIES = """\
+import os
+import signal
+from pathlib import Path
+
+from django.conf import settings
+from django.db import transaction
+
+from outbox import enqueue_event
+from outbox.consumers import consumer
+
+
+@consumer("mail", topics=["order.*"], deduplicate=True)
+def send_mail(event):
+    with transaction.atomic():
+        enqueue_event({}, "mail.sent")
+    with open(Path(settings.BASE) / "mails.txt", "a") as mails:
+        mails.write(f"{event.id}\\n")
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -125,6 +147,21 @@ def test_without_its_relay_consume_leaves_what_is_stored_to_another(tmp_path: Pa
         wait_until(lambda: project.mails)
     assert project.mails == [f"{stored} config.settings"]
     assert process.returncode == 0
+
+
+def test_what_a_killed_handler_has_committed_is_not_done_again(tmp_path: Path) -> None:
+    project = ProjectFolder(tmp_path)
+    (tmp_path / "site" / "mail" / "consumers.py").write_text(_DIES)
+    settings = tmp_path / "site" / "config" / "settings.py"
+    settings.write_text(settings.read_text() + 'OUTBOX["AFTER_COMMIT"] = "nothing"\n')
+    with project.running("outbox", "consume", "--no-relay", "-p", "1"):
+        wait_until(project.consumes)
+        stored = project.shell(_STORE).strip()
+        assert project.run("outbox", "relay", "--once").stdout == "1 event published\n"
+        wait_until(lambda: "duplicate" in project.log)
+    assert project.mails == [stored]
+    assert "killed by SIGKILL" in project.log
+    assert project.run("outbox", "status").stdout.startswith("1 event waiting")
 
 
 def test_consume_reloads_changed_code(tmp_path: Path) -> None:

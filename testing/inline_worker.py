@@ -15,6 +15,7 @@ from typing import Any
 
 from outbox import Event, Publisher, UsageError, sinks, surroundings
 from outbox.consumers import Consumer, ProcessTimeout, ReceivedEvent
+from outbox.consumers.message import databases
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.steps import (
     Blocking,
@@ -264,7 +265,7 @@ class InlineWorker:
         opened is the handler's, and is removed.
         """
         function = getattr(function, "func", function)  # asgiref's sync_to_async() has wrapped it
-        if function is getattr(sys.modules.get("django.db"), "close_old_connections", None):
+        if getattr(function, "__module__", None) in ("django.db", databases.__name__):
             return True
         if function is not sinks.remove or sinks.has_session is None:
             return False

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from django.test.utils import setup_test_environment, teardown_test_environment
 
+from outbox import configure
+from outbox.configuration import default_publisher
+from outbox.testing import recorded
 from tests.django.shop import cases
 
 CASES = [
@@ -85,3 +88,16 @@ def test_failures_reach_the_process_that_shows_them() -> None:
     assert event == result.exceptions[2].report.published[0]
     [subtest] = pickle.loads(pickle.dumps(result.subtests))
     assert "number=2" in subtest.id()
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_publisher_that_the_project_configures_is_replaced() -> None:
+    publisher = configure("amqp://127.0.0.1:9")
+    assert default_publisher().settings.url == "memory://"
+    with recorded("a test that observes events"):
+        assert default_publisher() is publisher
+    teardown_test_environment()
+    try:
+        assert default_publisher() is publisher
+    finally:
+        setup_test_environment()

@@ -84,5 +84,6 @@ class WithoutATransaction(CollectedEventsMixin, TransactionTestCase):
 
 def test_handlers_work_with_the_connection_of_the_test(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(SUITE)
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--timeout", "60")
+    # pytest-django would make the databases, too.
+    result = pytester.runpytest_subprocess("-p", "no:django", "--timeout", "60")
     result.assert_outcomes(passed=4)

@@ -27,7 +27,7 @@ from sqlalchemy import make_url
 from benchmarks.peers import BODY, TARGET
 from benchmarks.tables import Bound, median, print_bounds, progress
 from outbox.django import enqueue_event
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 
 _EVENTS = 10
 _TRANSACTIONS = 30

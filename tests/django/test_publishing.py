@@ -25,7 +25,7 @@ from outbox.django import project as outbox_project
 from outbox.django.connecting import can_hand_over, engine_of
 from outbox.django.models import StoredEvent
 from outbox.sql import Relay, Store
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from outbox.testing.servers import ServerMissing
 from tests.amqp import Inspector
 from tests.conftest import new_database

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from outbox.testing.postgresql import PrivatePostgreSQL
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from tests.amqp import Inspector
 from tests.conftest import new_database
 from tests.django.conftest import postgresql_settings

@@ -182,6 +182,13 @@ def mariadb() -> Iterator[PrivateMariaDB]:
 @pytest.fixture
 def mariadb_url(mariadb: PrivateMariaDB) -> Iterator[str]:
     """An empty MariaDB database that no other test uses."""
+    with new_mariadb_database(mariadb) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def new_mariadb_database(mariadb: PrivateMariaDB) -> Iterator[str]:
+    """Create an empty database for the block."""
     database = f"test_{uuid.uuid4().hex[:12]}"
     admin = create_engine(mariadb.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     with admin.connect() as connection:

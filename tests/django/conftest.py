@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import django
+import pymysql
 import pytest
 from asgiref.sync import SyncToAsync
 from django.apps import apps
@@ -21,12 +22,14 @@ from django.core.management import call_command
 from django.core.signals import setting_changed
 from django.db import connections
 from django.test import override_settings
+from sqlalchemy import NullPool, create_engine, inspect
 from sqlalchemy.engine import make_url
 
 from outbox import configuration, sinks
 from outbox.django import project as outbox_project
+from outbox.testing.databases.mariadb import PrivateMariaDB
 from outbox.testing.databases.postgresql import PrivatePostgreSQL
-from tests.conftest import new_database
+from tests.conftest import new_database, new_mariadb_database
 
 if not settings.configured:
     settings.configure(
@@ -90,7 +93,7 @@ def outbox_in_django() -> Iterator[None]:
     outbox_project._publishers.clear()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
 def databases(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The databases ``default`` and ``other``, migrated, of the vendor that is the value."""
     vendor: str = request.param
@@ -102,6 +105,11 @@ def databases(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
                 path = tmp_path / f"{alias}.sqlite3"
                 shutil.copy(template, path)
                 use_database(alias, sqlite_settings(path))
+            elif vendor == "mariadb":
+                server = request.getfixturevalue("mariadb")
+                url = stack.enter_context(new_mariadb_database(server))
+                copy_mariadb_tables(template, url)
+                use_database(alias, mariadb_settings(url))
             else:
                 server = request.getfixturevalue("postgresql")
                 url = stack.enter_context(new_database(server, template=template))
@@ -125,6 +133,25 @@ def postgresql_template(postgresql: PrivatePostgreSQL) -> Iterator[str]:
     with new_database(postgresql) as url:
         migrate(postgresql_settings(url))
         yield str(make_url(url).database)
+
+
+@pytest.fixture(scope="session")
+def mariadb_template(mariadb: PrivateMariaDB) -> Iterator[str]:
+    """The name of a migrated database to copy."""
+    with new_mariadb_database(mariadb) as url:
+        migrate(mariadb_settings(url))
+        yield str(make_url(url).database)
+
+
+def copy_mariadb_tables(template: str, url: str) -> None:
+    """Make the tables of ``template`` in an empty database, without their foreign keys."""
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.begin() as connection:
+        for table in inspect(connection).get_table_names(schema=template):
+            connection.exec_driver_sql(f"CREATE TABLE {table} LIKE {template}.{table}")
+        connection.exec_driver_sql(
+            f"INSERT INTO django_migrations SELECT * FROM {template}.django_migrations"
+        )
 
 
 def migrate(its_settings: dict[str, Any]) -> None:
@@ -153,6 +180,20 @@ def postgresql_settings(url: str) -> dict[str, Any]:
         "USER": parts.username,
         "HOST": parts.host,
         "PORT": str(parts.port),
+    }
+
+
+def mariadb_settings(url: str) -> dict[str, Any]:
+    """Django's settings of a database of the private server, with PyMySQL as its driver."""
+    pymysql.install_as_MySQLdb()
+    parts = make_url(url)
+    return {
+        "ENGINE": "django.db.backends.mysql",
+        "NAME": parts.database,
+        "USER": parts.username,
+        "HOST": parts.host,
+        "PORT": str(parts.port),
+        "OPTIONS": {"charset": "utf8mb4"},
     }
 
 

@@ -102,7 +102,46 @@ SQLITE = (
     ),
     ("CREATE INDEX outbox_inbox_done ON outbox_inbox (consumer, done_at)"),
 )
-MYSQL: tuple[str, ...] = ()
+MARIADB = (
+    (
+        "CREATE TABLE outbox_events ("
+        "id VARCHAR(255) NOT NULL, "
+        "aggregatetype VARCHAR(255) NOT NULL, "
+        "aggregateid VARCHAR(255) NOT NULL, "
+        "type VARCHAR(255) NOT NULL, "
+        "payload LONGBLOB NOT NULL, "
+        "seq BIGINT NOT NULL AUTO_INCREMENT, "
+        "queue VARCHAR(255) NOT NULL DEFAULT '', "
+        "exchange VARCHAR(255) NOT NULL, "
+        "content_type VARCHAR(255) NOT NULL, "
+        "headers LONGTEXT, "
+        "`key` VARCHAR(255), "
+        "priority SMALLINT, "
+        "rank SMALLINT NOT NULL DEFAULT 0, "
+        "unroutable VARCHAR(10), "
+        "occurred_at DATETIME(6) NOT NULL, "
+        "stored_at DATETIME(6) NOT NULL, "
+        "available_at DATETIME(6) NOT NULL, "
+        "lease_token VARCHAR(36), "
+        "deliveries INTEGER NOT NULL DEFAULT 0, "
+        "attempts INTEGER NOT NULL DEFAULT 0, "
+        "dead_at DATETIME(6), "
+        "reason LONGTEXT, "
+        "PRIMARY KEY (seq)) ENGINE=InnoDB CHARSET=utf8mb4 COLLATE utf8mb4_nopad_bin"
+    ),
+    "CREATE INDEX outbox_events_due ON outbox_events (queue, rank, available_at, seq)",
+    "CREATE INDEX outbox_events_heads ON outbox_events (queue, `key`, dead_at, seq)",
+    "CREATE INDEX outbox_events_unkeyed ON outbox_events (queue, `key`, available_at, seq)",
+    (
+        "CREATE TABLE outbox_inbox ("
+        "consumer VARCHAR(255) NOT NULL, "
+        "message_id VARCHAR(255) NOT NULL, "
+        "done_at DATETIME(6) NOT NULL, "
+        "PRIMARY KEY (consumer, message_id)) "
+        "ENGINE=InnoDB CHARSET=utf8mb4 COLLATE utf8mb4_nopad_bin"
+    ),
+    "CREATE INDEX outbox_inbox_done ON outbox_inbox (consumer, done_at)",
+)
 
 
 class Migration(migrations.Migration):
@@ -163,5 +202,5 @@ class Migration(migrations.Migration):
                 ),
             ],
         ),
-        CreateTables({"postgresql": POSTGRESQL, "sqlite": SQLITE, "mysql": MYSQL}),
+        CreateTables({"postgresql": POSTGRESQL, "sqlite": SQLITE, "mysql": MARIADB}),
     )

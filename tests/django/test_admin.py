@@ -94,11 +94,10 @@ def test_pages_end_after_the_first_thousand() -> None:
         names = [
             field.column for field in StoredEvent._meta.fields if field.column not in ("seq", "id")
         ]
-        columns = ", ".join(f'"{name}"' for name in names)
-        for number in range(11):  # 2 to the 11th rows
+        columns = ", ".join(map(connections["default"].ops.quote_name, names))
+        for _ in range(11):  # 2 to the 11th rows
             cursor.execute(
-                f"INSERT INTO outbox_events (id, {columns}) SELECT id || '{number}', {columns} "
-                "FROM outbox_events"
+                f"INSERT INTO outbox_events (id, {columns}) SELECT id, {columns} FROM outbox_events"
             )
     listed = text_of(client("view_storedevent").get(LIST))
     assert event.id in listed

@@ -21,6 +21,7 @@ from outbox.consumers.message.message import Message
 from outbox.consumers.outcome import Again, Dead, Hold, Outcome
 from outbox.django import enqueue_event
 from outbox.django.models import StoredEvent
+from outbox.django.moments import NOW
 from outbox.django.noting import TransactionInbox, open_inbox
 from outbox.messages.delivery import as_delivered
 from tests.django.shop.models import Order
@@ -177,10 +178,7 @@ def test_manual_transactions_take_the_note_as_well(inbox: TransactionInbox) -> N
 def test_of_two_runs_at_a_time_the_second_leaves_nothing_behind(inbox: TransactionInbox) -> None:
     def process() -> None:
         with connection.cursor() as cursor:  # as another worker does meanwhile
-            cursor.execute(
-                "INSERT INTO outbox_inbox SELECT 'work', 'a', "
-                + ("strftime('%s', 'now')" if connection.vendor == "sqlite" else "now()")
-            )
+            cursor.execute(f"INSERT INTO outbox_inbox SELECT 'work', 'a', {NOW[connection.vendor]}")
         with transaction.atomic():
             Order.objects.create(number=1)
 
@@ -275,17 +273,24 @@ def test_connections_are_refreshed_but_not_those_in_a_tests_transaction() -> Non
     assert not connection.queries_log
 
 
-def test_a_lost_connection_is_no_failed_attempt(databases: str) -> None:
+_SESSIONS = {
+    "postgresql": ("SELECT pg_backend_pid()", "SELECT pg_terminate_backend(%s)"),
+    "mysql": ("SELECT connection_id()", "KILL %s"),
+}
+"""The statements that name a session, and that end the one of that name."""
+
+
+def test_a_lost_connection_is_no_failed_attempt() -> None:
     def process() -> None:
         connection.ensure_connection()
-        if databases == "sqlite":
+        if connection.vendor == "sqlite":
             connections["default"].settings_dict["NAME"] = "/nowhere/at/all.sqlite3"
             connection.close()
         else:
-            with connections["other"].cursor() as cursor:
-                cursor.execute(
-                    "SELECT pg_terminate_backend(%s)", [connection.connection.info.backend_pid]
-                )
+            this, end = _SESSIONS[connection.vendor]
+            with connection.cursor() as here, connections["other"].cursor() as there:
+                here.execute(this)
+                there.execute(end, here.fetchone())
         Order.objects.count()
 
     @consumer("work")

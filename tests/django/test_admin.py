@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from django.apps import apps
+from django.contrib.auth.management import create_permissions
 from django.contrib.auth.models import Permission, User
+from django.contrib.contenttypes.models import ContentType
 from django.db import connections
 from django.test import Client, override_settings
 from django.test.utils import CaptureQueriesContext
@@ -40,6 +43,8 @@ def project_with_admin(outbox_setting: Any) -> Iterator[None]:
 
 def client(*permissions: str) -> Client:
     """A client of a member of the staff with these permissions."""
+    ContentType.objects.clear_cache()  # of another test's database
+    create_permissions(apps.get_app_config("outbox_events"), verbosity=0)
     user = User.objects.create_user("me", password="me", is_staff=True)
     user.user_permissions.set(Permission.objects.filter(codename__in=permissions))
     made = Client()

@@ -366,15 +366,16 @@ POINTS: dict[str, tuple[str, Rule]] = {
 
 @pytest.mark.hazard("F16")
 @pytest.mark.one_python
+@pytest.mark.parametrize("database_url", ["postgresql", "mariadb"], indirect=True)
 @pytest.mark.parametrize("point", POINTS)
 def test_a_relay_killed_at_any_point_loses_nothing_and_only_repeats_the_same_ids(
-    point: str, postgresql_url: str, amqp_url: str, inspector: Inspector, name: str
+    point: str, database_url: str, amqp_url: str, inspector: Inspector, name: str
 ) -> None:
-    store = opened(postgresql_url)
+    store = opened(database_url)
     inspector.queue(name, name)
     store.put(many(200, name))
     where, rule = POINTS[point]
-    with FaultProxy(postgresql_url) as database, FaultProxy(amqp_url) as broker:
+    with FaultProxy(database_url) as database, FaultProxy(amqp_url) as broker:
         found: list[Relaying] = []
         started = threading.Event()
 
@@ -392,7 +393,7 @@ def test_a_relay_killed_at_any_point_loses_nothing_and_only_repeats_the_same_ids
         assert killed.wait(30)
         first.end()
     assert store.status().queues[""] > 0
-    second = Relaying(postgresql_url, amqp_url)
+    second = Relaying(database_url, amqp_url)
     try:
         wait_until(lambda: is_empty(store), 20)
     finally:
@@ -404,14 +405,15 @@ def test_a_relay_killed_at_any_point_loses_nothing_and_only_repeats_the_same_ids
 
 @pytest.mark.hazard("F14")
 @pytest.mark.one_python
+@pytest.mark.parametrize("database_url", ["postgresql", "mariadb"], indirect=True)
 def test_three_ordered_relays_with_one_killed_keep_the_order_of_every_key(
-    postgresql_url: str, amqp_url: str, inspector: Inspector, name: str
+    database_url: str, amqp_url: str, inspector: Inspector, name: str
 ) -> None:
-    store = opened(postgresql_url)
+    store = opened(database_url)
     inspector.queue(name, name)
     store.put([an_event(n, name, key=f"k{n % 5}") for n in range(500)])
     options = ("--ordered", "--batch", "20")
-    relays = [Relaying(postgresql_url, amqp_url, *options) for _ in range(3)]
+    relays = [Relaying(database_url, amqp_url, *options) for _ in range(3)]
     try:
         wait_until(lambda: store.status().queues.get("", 0) < 480, 20)
         random.choice(relays).kill()

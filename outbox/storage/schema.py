@@ -48,6 +48,7 @@ __all__ = [
     "DIALECTS",
     "GRACE",
     "MARIADB_OPTIONS",
+    "check_server",
     "create_missing",
     "ddl",
     "dialect_of",
@@ -95,6 +96,7 @@ MARIADB_OPTIONS: dict[str, Any] = {
 """The options of every table on MariaDB; the others ignore them."""
 
 _CREATING = 0x6F7574626F78  # "outbox": the advisory lock of those that create tables
+_OLDEST_MARIADB = (10, 6)
 _LOCK_TIMEOUT = 60  # seconds for which MariaDB waits for it
 
 
@@ -261,12 +263,28 @@ def missing(connection: Connection) -> list[Table | Index]:
     return found
 
 
+def check_server(connection: Connection) -> None:
+    """Raise UsageError if the server is MySQL, or a MariaDB without SKIP LOCKED."""
+    if dialect_of(connection.dialect.name) != "mariadb":
+        return
+    version: tuple[Any, ...] = connection.dialect.server_version_info or ()
+    if not getattr(connection.dialect, "is_mariadb", False) or version < _OLDEST_MARIADB:
+        number = ".".join(map(str, version))
+        raise UsageError(
+            f"events can be stored in MariaDB from 10.6, not in this server ({number})"
+        )
+
+
 def create_missing(connection: Connection) -> list[str]:
     """Create the tables and indexes that the database lacks; return their names.
 
     Processes that do this at the same time wait for each other. On MariaDB this commits the
     connection's transaction.
+
+    Raises:
+        UsageError: see :func:`check_server`.
     """
+    check_server(connection)
     with _alone(connection):
         lacking = missing(connection)
         for each in lacking:

@@ -32,7 +32,7 @@ from outbox.errors import UsageError
 from outbox.event import Event
 from outbox.messages.rows import event_of, values_of
 from outbox.storage.clock import now, seconds_since
-from outbox.storage.schema import create_missing, ddl, events, known_dialect
+from outbox.storage.schema import check_server, create_missing, ddl, events, known_dialect
 from outbox.storage.statements import statements
 from outbox.storage.transactions import own_transaction, try_again
 
@@ -146,12 +146,14 @@ class Store:
             connection: the connection to use; by default a new transaction.
 
         Raises:
-            UsageError: something is missing; the message says what, and how to create it.
+            UsageError: something is missing, and the message says what, and how to create it; or
+                the server is MySQL, or MariaDB before 10.6.
         """
         if connection is None:
             with own_transaction(self.engine) as connection:
                 self.check(complete=complete, connection=connection)
                 return
+        check_server(connection)
         inspector = inspect(connection)
         if not inspector.has_table(events.name):
             raise UsageError(

@@ -441,6 +441,19 @@ def test_on_mariadb_values_are_compared_byte_by_byte(mariadb_store: Store) -> No
     assert rows[0].event.headers == {"h": long}
 
 
+@pytest.mark.parametrize(("is_mariadb", "version"), [(False, (8, 0, 36)), (True, (10, 5, 29))])
+def test_mysql_and_an_old_mariadb_are_refused(
+    mariadb_url: str, monkeypatch: pytest.MonkeyPatch, is_mariadb: bool, version: tuple[int, ...]
+) -> None:
+    store = opened(mariadb_url)
+    monkeypatch.setattr(store.engine.dialect, "is_mariadb", is_mariadb)
+    monkeypatch.setattr(store.engine.dialect, "server_version_info", version)
+    for use in (store.check, store.create):
+        with pytest.raises(UsageError, match=r"MariaDB from 10.6, not in this one \((8|10)"):
+            use()
+    store.engine.dispose()
+
+
 def test_times_in_mariadb_are_exact_whatever_the_zone_of_the_session(mariadb_url: str) -> None:
     for zone in ("+05:30", "-08:00"):
         store = opened(mariadb_url)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, current_app, has_app_context
@@ -18,6 +18,7 @@ from outbox.flask.message_context import message_context
 from outbox.middleware.wsgi import OutboxMiddleware
 from outbox.observer import Observer, seam
 from outbox.publisher import Publisher
+from outbox.settings import Settings
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
@@ -81,7 +82,7 @@ class Outbox:
         app.wsgi_app = OutboxMiddleware(application)  # type: ignore[method-assign]
         context_units.watch(app)
         app.cli.add_command(outbox_group)
-        provide(_publisher_here)
+        provide(_publisher_here, _settings_here)
         surroundings.provide(_surroundings_here)
 
     @property
@@ -112,6 +113,7 @@ class AppOutbox:
         self.stores = stores
         self._config = config
         self._publishers: dict[Observer | None, Publisher] = {}
+        self._settings: Settings | None = None
 
     def config(self) -> AppConfig:
         """Return what the application's configuration says now."""
@@ -145,6 +147,16 @@ class AppOutbox:
         # opened nothing yet, is thrown away.
         return self._publishers.setdefault(observer, publisher)
 
+    def settings_to_store(self) -> Settings:
+        """Return the settings of events that are stored although there is no URL here.
+
+        Raises:
+            UsageError: a setting is unknown or invalid.
+        """
+        if self._settings is None:
+            self._settings = Settings.load(None, self.config().overrides)
+        return self._settings
+
 
 def _here() -> AppOutbox | None:
     """Return the current application's, or None."""
@@ -159,12 +171,23 @@ def _publisher_here() -> Publisher | None:
     return None if present is None else present.publisher_if_any()
 
 
+def _settings_here() -> Settings:
+    """Return the settings of an event that is stored where no publisher is known."""
+    present = _here()
+    return _settings_of_environment() if present is None else present.settings_to_store()
+
+
+@functools.cache
+def _settings_of_environment() -> Settings:
+    return Settings.load(None, {})
+
+
 def _surroundings_here() -> surroundings.Surroundings | None:
     present = _here()
     if present is None:
         return None
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-    return partial(message_context, app, stores=present.stores)
+    return functools.partial(message_context, app, stores=present.stores)
 
 
 def _bind(db: Any) -> None:

@@ -357,6 +357,22 @@ def test_events_are_stored_in_the_session_of_the_current_application(
     _dispose(one, two)
 
 
+def test_an_event_that_a_relay_will_publish_has_the_exchange_of_its_application(
+    tmp_path: Path,
+) -> None:
+    from sqlalchemy import text
+
+    [app] = stored(tmp_path, "shop")
+    app.config.update(OUTBOX_URL=None, OUTBOX_EXCHANGE="of-the-shop")  # no publisher here
+    with app.app_context():
+        session = app.extensions["sqlalchemy"].session
+        enqueue_event({}, "a")
+        session.commit()
+        [exchange] = session.execute(text("SELECT exchange FROM outbox_events")).scalars()
+    assert exchange == "of-the-shop"
+    _dispose(app)
+
+
 def test_a_session_without_a_commit_takes_its_events_with_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, collected_events: CollectedEvents
 ) -> None:

@@ -35,6 +35,7 @@ from outbox.testing import BrokerMissing, PrivateBroker
 
 ROOT = Path(__file__).parents[1]
 QUICK_MS = 100
+QUICK_STORED_MS = 1000
 interrupted = threading.Event()
 
 
@@ -123,7 +124,7 @@ class Demo:
         """Set up what the processes share; return its URL."""
         raise NotImplementedError
 
-    def _trouble(self, orders: str) -> None:
+    def _trouble(self, name: str, orders: str) -> None:
         raise NotImplementedError
 
     def _start_worker(self, name: str) -> Process:
@@ -158,7 +159,7 @@ class Demo:
             say(f"  HTTP 402, {answer['error']}; nothing was published")
 
             if trouble:
-                self._trouble(orders)
+                self._trouble(name, orders)
 
             step("the web server gets SIGTERM")
             code = server.stop()
@@ -244,7 +245,7 @@ class DemoOnSQLite(Demo):
         step(f"no broker is needed: events are in {url}")
         return url
 
-    def _trouble(self, orders: str) -> None:
+    def _trouble(self, name: str, orders: str) -> None:
         step("the worker is killed")
         self._worker.kill()
         placed, _ = self._place_five(orders)
@@ -262,14 +263,16 @@ class DemoOnRabbitMQ(Demo):
         say(f"  it listens on {self._broker.url}")
         return self._broker.url
 
-    def _trouble(self, orders: str) -> None:
+    def _trouble(self, name: str, orders: str) -> None:
         step("the broker is killed")
         time.sleep(max(0.0, self._queues_made_at + 3 - time.monotonic()))
         self._broker.kill()
         placed, times = self._place_five(orders)
         expect(times[0] < 1000, "the first of them is answered within a second")
         # The first may notice the lost connection and wait; later ones must not wait at all.
-        expect(sum(times[1:]) < QUICK_MS, f"the others are answered within {QUICK_MS} ms in all")
+        # Django commits the events to a file, too.
+        quick = QUICK_STORED_MS if name == "django" else QUICK_MS
+        expect(sum(times[1:]) < quick, f"the others are answered within {quick} ms in all")
 
         step("the broker is restarted, and no further request is sent")
         self._broker.start()

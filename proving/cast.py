@@ -71,6 +71,7 @@ def programs(
             survives=False,
         ),
         "durable": program("durable", "proving.programs.durable"),
+        "django": program("django", "proving.programs.django_writer"),
         "relay": program("relay", "proving.programs.relay"),
         "relay2": program("relay2", "proving.programs.relay", *listens, **behind),
         "tenants": program("tenants", "proving.programs.tenants"),

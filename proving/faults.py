@@ -190,6 +190,7 @@ FAULTS: Sequence[Fault] = (
             "asgi",
             "prefork",
             "durable",
+            "django",
             "relay",
             "relay2",
             "tenants",

@@ -31,7 +31,7 @@ HABITS = ("late", "interrupt", "rotate", "misaddressed", "serializable")
 - ``misaddressed``: some events go to an exchange that doesn't exist; needs parking.
 - ``serializable``: some transactions are SERIALIZABLE.
 
-Besides, with ``notify`` the durable script only notifies relays of its events. Usually it doesn't.
+Besides, with ``notify`` the durable scripts only notify relays of their events. Usually it doesn't.
 """
 _QUIET = 2.5  # seconds within which every retry is back in its queue
 _END = 20.0  # seconds, beyond what is left to publish, for an orderly exit
@@ -84,7 +84,9 @@ class Ground:
         self.proxy = FaultProxy(broker.url)
         self._queues = Queues(broker, name)
         self._database = (
-            Database(pooler="pooler" in kinds) if {"durable", "database"} & set(kinds) else None
+            Database(pooler="pooler" in kinds)
+            if {"durable", "django", "database"} & set(kinds)
+            else None
         )
         self._consumed = CONSUMED if self._database is not None else CONSUMED[:2]
         self._parking = parking

@@ -17,7 +17,7 @@ from proving.queues import Queues
 
 __all__ = ["WRITERS", "Load"]
 
-WRITERS = ("script", "wsgi", "asgi", "prefork", "durable")
+WRITERS = ("script", "wsgi", "asgi", "prefork", "durable", "django")
 """The kinds of programs that enqueue events which no message has caused."""
 _PAUSE = 0.05  # seconds between two requests
 _TASK_PAUSE = 0.15  # seconds between two tasks
@@ -88,7 +88,7 @@ class Load:
             except Exception:  # one is unavailable; pika also raises exceptions outside its tree
                 continue
             for kind, pace in self._paces.items():
-                is_late = kind == "durable" and stored > _MOST_STORED
+                is_late = kind in ("durable", "django") and stored > _MOST_STORED
                 pace.set(slow=is_late or waiting > _MOST_CONSUMED)
 
     def _request(self, kind: str, port: int) -> None:

@@ -175,7 +175,7 @@ class Unit:
         if kind == "misaddressed":
             options |= {"exchange": f"{os.environ['PROVE_NAME']}.missing", "unroutable": "park"}
             facts["only"] = "parked"
-        if "session" in options:
+        if "session" in options or "using" in options:
             facts["stored"] = True
         if self._once:
             facts["once"] = True

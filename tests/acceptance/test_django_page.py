@@ -31,7 +31,7 @@ from orders.models import Order
 
 asyncio.run(async_views.place_order(RequestFactory().get("/", {"item": "milk"})))
 payments.refuse(1)
-archive.archive(Order.objects.get(item="tea"))
+archive.archive(Order.objects.create(item="tea"))
 """
 ARCHIVE = """
 DATABASES["archive"] = {**DATABASES["default"], "NAME": BASE_DIR / "archive.sqlite3"}
@@ -88,37 +88,48 @@ def project(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def serving(project: Path) -> Iterator[str]:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-    log = project / "log"
+def running(project: Path, name: str, *arguments: str, until: str) -> Iterator[Path]:
+    """Run a command of the project; yield its log once it contains ``until``."""
+    log = project / f"{name}.log"
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, "manage.py", "runserver", "--noreload", address],
+            [sys.executable, "manage.py", *arguments],
             cwd=project,
             env=environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
         )
     try:
-        wait_until(lambda: "Quit the server" in log.read_text(), 30)
-        yield f"http://{address}"
+        wait_until(lambda: until in log.read_text() or child.poll() is not None, 30)
+        assert child.poll() is None, log.read_text()
+        yield log
     finally:
         child.terminate()
         child.wait(20)
 
 
+def post(url: str, **form: str) -> int:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(url, urllib.parse.urlencode(form).encode(), timeout=20) as response:
+        return int(response.status)
+
+
 def test_a_newcomer_sees_the_first_event(project: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    [expected] = re.findall(r"^The consumers print `(.*)`\.$", PAGE, re.M)
+    with (
+        running(project, "consume", "outbox", "consume", until="consuming 'shop.invoices'") as log,
+        running(project, "server", "runserver", "--noreload", address, until="Quit the server"),
+    ):
+        assert post(f"http://{address}/orders", item="tea") == 201
+        wait_until(lambda: expected in log.read_text().splitlines(), 20)
+
+
+def test_the_other_programs_of_the_page_do_what_it_says(project: Path) -> None:
     place = SQLitePlace(str(project / "events.db"), "outbox")
     with reading(place, "documentation", ["#"]) as reader:
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with serving(project) as url:
-            form = urllib.parse.urlencode({"item": "tea"}).encode()
-            with direct.open(f"{url}/orders", form, timeout=20) as response:
-                assert response.status == 201
-            [delivery] = reader.get()
-        assert delivery.body == b'{"order_id":1,"item":"tea"}'
         run(project, "manage.py", "shell", "-c", REST)
         targets = [delivery.target for delivery in reader.get(4)]
     assert sorted(targets) == ["order.archived", "order.placed", "order.viewed", "payment.refused"]

@@ -465,11 +465,10 @@ def test_nothing_stays_open_for_a_thread_that_has_ended(
 
 @pytest.mark.usefixtures("databases")
 def test_a_failed_insert_rolls_the_transaction_back_as_saving_a_model_does() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("ALTER TABLE outbox_events RENAME COLUMN content_type TO kind")
     with transaction.atomic():
         Order.objects.create(number=1)
-        with connection.cursor() as cursor:
-            cursor.execute("ALTER TABLE outbox_events RENAME COLUMN reason TO because")
-            cursor.execute("ALTER TABLE outbox_events RENAME COLUMN content_type TO kind")
         with pytest.raises(DatabaseError):
             enqueue(1)
     assert not Order.objects.exists()

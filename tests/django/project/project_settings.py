@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 
+import pymysql
+
+pymysql.install_as_MySQLdb()
+
 SECRET_KEY = "tests"
 INSTALLED_APPS = ["outbox.django", "tests.django.shop", "tests.django.project"]
 DATABASES = json.loads(os.environ["PROJECT_DATABASES"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import django
-import pymysql  # type: ignore[import-untyped]
+import pymysql
 import pytest
 from asgiref.sync import SyncToAsync
 from django.apps import apps

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import asyncpg  # type: ignore[import-untyped]
 import psycopg
 import psycopg2  # type: ignore[import-untyped]
-import pymysql  # type: ignore[import-untyped]
+import pymysql
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine

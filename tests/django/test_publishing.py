@@ -443,6 +443,8 @@ def test_nothing_stays_open_for_a_thread_that_has_ended(
         connection.close()
         return weakref.ref(connections["default"])
 
+    for engine in connecting._engines.values():
+        engine.dispose()
     connecting._engines.clear()  # it makes the engine
     with ThreadPoolExecutor(1) as pool:
         wrapper = pool.submit(work).result()

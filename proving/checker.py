@@ -43,7 +43,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from proving.history import Record
+from proving.history import Record, process_of
 
 __all__ = ["FOLLOW_ON", "MAX_ATTEMPTS", "Verdict", "check"]
 
@@ -140,7 +140,11 @@ def check(history: Sequence[Record]) -> Verdict:
                 verdict.counts["delivered"] += 1
                 _check_place(verdict, key, intent, places)
                 _check_work(verdict, key, intent, places)
-            elif intent.by in killed and key not in confirmed and not intent.facts.get("stored"):
+            elif (
+                process_of(intent.by) in killed
+                and key not in confirmed
+                and not intent.facts.get("stored")
+            ):
                 verdict.counts["excused: unconfirmed, writer killed"] += 1
             else:
                 how = "confirmed" if key in confirmed else "committed"
@@ -200,7 +204,7 @@ def _check_whole(
     """Check that of an interrupted unit all came out or nothing, unless its writer was killed."""
     of_unit: dict[str, list[Record]] = {}
     for intent in intents.values():
-        if intent.facts["unit"] in unsure and intent.by not in killed:
+        if intent.facts["unit"] in unsure and process_of(intent.by) not in killed:
             of_unit.setdefault(intent.facts["unit"], []).append(intent)
     for unit, its in of_unit.items():
         missing = [intent.facts["key"] for intent in its if intent.facts["key"] not in places]

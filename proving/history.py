@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Journal", "Record", "read"]
+__all__ = ["Journal", "Record", "process_of", "read"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,14 @@ class Record:
     facts: Mapping[str, Any]
 
 
+_AGAIN = "+"
+
+
+def process_of(by: str) -> str:
+    """Return the kind and the id of the process that wrote ``by``'s records."""
+    return by.partition(_AGAIN)[0]
+
+
 class Journal:
     """The file of one process, to append to.
 
@@ -44,6 +53,19 @@ class Journal:
         self.by = by
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         self._file = os.open(folder / f"{by}.jsonl", flags, 0o600)
+
+    @classmethod
+    def of_process(cls, folder: Path, kind: str, pid: int) -> Journal:
+        """Return the journal of a process; in ten minutes of restarts, an id may be given again."""
+        by = f"{kind}-{pid}"
+        for number in itertools.count(2):
+            try:
+                (folder / f"{by}.jsonl").touch(0o600, exist_ok=False)
+            except FileExistsError:
+                by = f"{kind}-{pid}{_AGAIN}{number}"
+            else:
+                break
+        return cls(folder, by)
 
     def write(self, what: str, **facts: Any) -> None:
         """Append a record."""

@@ -25,7 +25,7 @@ class Child:
     """This child process of the worker."""
 
     def __init__(self, pid: int) -> None:
-        self.history = Journal(Path(os.environ["PROVE_HISTORY"]), f"prefork-{pid}")
+        self.history = Journal.of_process(Path(os.environ["PROVE_HISTORY"]), "prefork", pid)
         self.chance = random.Random(pid)
         self.units = 0
 

@@ -36,7 +36,7 @@ _DELAYED = 0.5  # of the events of a unit that delays some
 def journal(kind: str) -> Journal:
     """Plant the bug and return this process's journal; every program calls this first."""
     bugs.plant(os.environ.get("PROVE_BUG", ""))
-    return Journal(_folder(), f"{kind}-{os.getpid()}")
+    return Journal.of_process(_folder(), kind, os.getpid())
 
 
 def pace(kind: str) -> Pace:

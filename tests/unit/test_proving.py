@@ -18,7 +18,7 @@ from proving.bounds import BOUNDS
 from proving.bugs import BUGS
 from proving.checker import MAX_ATTEMPTS, check
 from proving.ground import HABITS, KINDS
-from proving.history import Journal, Record, read
+from proving.history import Journal, Record, process_of, read
 from proving.pace import Pace
 from proving.processes import Server
 from proving.programs.interrupted import TimeLimit, until_alarm
@@ -137,6 +137,14 @@ def test_a_program_that_does_not_end_is_found() -> None:
     assert check([intent("a"), COMMIT, delivery("a"), stuck]).astray == [
         "script did not end within 60 s"
     ]
+
+
+def test_a_process_id_that_is_given_again_names_another_journal(tmp_path: Path) -> None:
+    first, second = (Journal.of_process(tmp_path, "script", 7) for _ in range(2))
+    assert first.by == "script-7" != second.by
+    assert process_of(second.by) == process_of(first.by) == "script-7"
+    second.write("commit", unit="u")
+    assert [each.by for each in read(tmp_path)] == [second.by]
 
 
 def test_a_journal_may_be_written_by_a_signal_handler_at_any_moment(tmp_path: Path) -> None:

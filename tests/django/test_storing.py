@@ -19,6 +19,9 @@ from outbox.django.models import StoredEvent
 from outbox.sql import Store
 from tests.django.shop.models import Order
 
+# Its name before Django 6.1.
+savepoint_create = getattr(transaction, "savepoint_create", None) or transaction.savepoint
+
 pytestmark = pytest.mark.usefixtures("databases")
 
 
@@ -67,7 +70,7 @@ def test_a_savepoint_that_is_rolled_back_drops_its_events_alone() -> None:
         with pytest.raises(KeyError), transaction.atomic():
             enqueue_event({}, "order.placed")
             raise KeyError
-        savepoint = transaction.savepoint()
+        savepoint = savepoint_create()
         enqueue_event({}, "order.placed")
         transaction.savepoint_rollback(savepoint)
     assert stored() == [kept.id]

@@ -20,6 +20,9 @@ from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from outbox.django import aenqueue_event, enqueue_event
 from tests.django.shop.models import Order
 
+# Its name before Django 6.1.
+savepoint_create = getattr(transaction, "savepoint_create", None) or transaction.savepoint
+
 __all__ = ["ENDINGS", "Ending", "order", "run"]
 
 
@@ -114,7 +117,7 @@ def savepoint_rolled_back(n: int) -> None:
 def savepoint_rolled_back_by_hand(n: int) -> None:
     with transaction.atomic():
         order(n)
-        savepoint = transaction.savepoint()
+        savepoint = savepoint_create()
         order(n + 1)
         transaction.savepoint_rollback(savepoint)
         order(n + 2)

@@ -29,6 +29,9 @@ from outbox.sql.handover import Handover
 from outbox.testing import CollectedEventsMixin
 from tests.django.shop.models import Order
 
+# Its name before Django 6.1.
+savepoint_create = getattr(transaction, "savepoint_create", None) or transaction.savepoint
+
 # ------------------------------------------------------------------------------- the application
 
 
@@ -141,7 +144,7 @@ class TestCaseCase(WithoutFastPath, CollectedEventsMixin, TestCase):
 
     def test_a_savepoint_by_hand_drops_events(self) -> None:
         with self.captureOnCommitCallbacks(execute=True):
-            savepoint = transaction.savepoint()
+            savepoint = savepoint_create()
             enqueue_event({}, "order.placed")
             transaction.savepoint_rollback(savepoint)
             enqueue_event({}, "order.placed.later")  # SQLite gives it the same number
@@ -282,7 +285,7 @@ class TransactionTestCaseCase(WithoutFastPath, CollectedEventsMixin, Transaction
             place_order(7)
             raise Mistake
         with transaction.atomic():
-            savepoint = transaction.savepoint()
+            savepoint = savepoint_create()
             place_order(8)
             transaction.savepoint_rollback(savepoint)
         self.collected_events.assert_nothing_enqueued()

@@ -215,7 +215,7 @@ def test_on_a_terminal_one_line_shows_how_many_and_how_fast(
     ("arguments", "code", "expected"),
     [
         (["--database", "sqlite:////nowhere/x.db"], exit_codes.USAGE, "its folder does not exist"),
-        (["--database", "mysql://u:hunter2@h/d"], exit_codes.USAGE, "mysql"),
+        (["--database", "oracle://u:hunter2@h/d"], exit_codes.USAGE, "oracle"),
         (
             ["--database", "postgresql://u:hunter2@127.0.0.1:1/d"],
             exit_codes.UNAVAILABLE,

@@ -297,6 +297,15 @@ def broker(tmp_path: Path) -> SQLitePlace:
     return place
 
 
+@pytest.fixture(params=["postgresql", "sqlite"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database that has a driver for asyncio here."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/events.db"
+    url: str = request.getfixturevalue("postgresql_url")
+    return url
+
+
 @pytest.fixture
 def left_behind(
     broker: SQLitePlace, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

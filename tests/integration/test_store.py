@@ -449,7 +449,7 @@ def test_mysql_and_an_old_mariadb_are_refused(
     monkeypatch.setattr(store.engine.dialect, "is_mariadb", is_mariadb)
     monkeypatch.setattr(store.engine.dialect, "server_version_info", version)
     for use in (store.check, store.create):
-        with pytest.raises(UsageError, match=r"MariaDB from 10.6, not in this one \((8|10)"):
+        with pytest.raises(UsageError, match=r"MariaDB from 10.6, not in this server \((8|10)"):
             use()
     store.engine.dispose()
 

@@ -378,7 +378,7 @@ def test_only_a_session_or_connection_is_accepted(engine: Engine) -> None:
         ({"session": object()}, "is not an SQLAlchemy Session"),
         ({"session": engine}, "is not an SQLAlchemy Session"),
         ({"connection": object()}, "is not an SQLAlchemy Connection"),
-        ({"session": object(), "connection": object()}, "not both"),
+        ({"session": object(), "connection": object()}, "only one of session"),
         ({"session": Session()}, "no engine"),
     ]:
         with pytest.raises(UsageError, match=message):
@@ -388,13 +388,13 @@ def test_only_a_session_or_connection_is_accepted(engine: Engine) -> None:
 
 def test_an_unsupported_database_is_refused() -> None:
     class Dialect:
-        name = "mysql"
+        name = "oracle"
 
     class Bound(Session):
         def get_bind(self, *_: Any, **__: Any) -> Any:
             return type("Engine", (), {"dialect": Dialect})()
 
-    with pytest.raises(UsageError, match="cannot be stored in mysql"):
+    with pytest.raises(UsageError, match="cannot be stored in oracle"):
         enqueue_event(1, "a", session=Bound())
 
 

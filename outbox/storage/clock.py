@@ -51,8 +51,9 @@ class Timestamp(TypeDecorator[datetime.datetime]):
         if value is not None and dialect.name == "sqlite":
             return datetime.datetime.fromtimestamp(value, _UTC)
         if value is not None and dialect.name in _MARIADB:
-            # Some drivers pass text where the value is no time, such as a day 0.
-            return datetime.datetime.combine(value, value.timetz(), _UTC)
+            if not isinstance(value, datetime.datetime):  # PyMySQL's text of the zero date
+                raise TypeError(f"{value!r} is not a time")
+            return value.replace(tzinfo=_UTC)
         instant: datetime.datetime | None = value
         return instant
 

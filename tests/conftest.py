@@ -45,12 +45,17 @@ _BROKERS = {"amqp_url", "outbox_broker", "private_broker", "mortal_broker", "tls
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that start a RabbitMQ or use one: those that another version may fail."""
+    """Mark the tests that start a RabbitMQ or use one: those that another version may fail.
+
+    And those on MariaDB, which show nothing of a Python version that the others don't.
+    """
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         if fixtures & _BROKERS or parameters.get("place") == "rabbitmq":
             item.add_marker("rabbitmq")
+        if "mariadb" in parameters.values() or "mariadb_url" in fixtures:
+            item.add_marker("one_python")
 
 
 def _started() -> PrivateBroker:

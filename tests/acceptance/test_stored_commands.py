@@ -206,7 +206,7 @@ def test_the_printed_ddl_creates_the_table(tmp_path: Path) -> None:
     assert "BYTEA" in run_at("", "sql", "ddl", "--dialect", "postgresql").stdout
     unknown = run_at("", "sql", "ddl", "--dialect", "oracle")
     assert unknown.returncode == exit_codes.USAGE
-    assert "postgresql, sqlite" in unknown.stderr
+    assert "postgresql, mariadb, sqlite" in unknown.stderr
 
 
 @pytest.mark.parametrize("command", [["status"], ["retry", "--all"], ["sql", "create"]])

@@ -21,6 +21,8 @@ from outbox.sql import Store
 from tests.django.conftest import sqlite_settings, use_database
 from tests.django.project_folder import ProjectFolder
 
+pytestmark = pytest.mark.one_python
+
 _STORE = """\
 from django.conf import settings
 settings.OUTBOX = {**settings.OUTBOX, "AFTER_COMMIT": "nothing"}

@@ -29,6 +29,8 @@ from tests.django.shop.models import Order
 from tests.relaying import running
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.one_python
+
 PROJECT = "tests.django.project"
 SERVERS = {
     "gunicorn": ["gunicorn", "--threads", "4", f"{PROJECT}.project_wsgi", "--bind"],

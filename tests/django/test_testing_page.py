@@ -10,6 +10,8 @@ import pytest
 
 from tests.django.test_runners import ROOT, Project
 
+pytestmark = pytest.mark.one_python
+
 PAGE = ROOT / "docs" / "django-testing.md"
 
 # What the page leaves to the project.

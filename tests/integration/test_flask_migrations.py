@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from outbox.sql import Store
 from outbox.storage.engines import open_engine
+
+pytestmark = pytest.mark.one_python
 
 PROJECT = """
 from flask import Flask

@@ -81,6 +81,10 @@ def _settings() -> dict[str, Any]:
     return found
 
 
+def _templates_on_disk() -> set[str]:
+    return {str(path.relative_to(ROOT)) for path in (ROOT / "outbox").rglob("*.html")}
+
+
 def _modules_on_disk() -> set[str]:
     found = {str(path.relative_to(ROOT)) for path in (ROOT / "outbox").rglob("*.py")}
     found = {path for path in found if path.split("/")[1] not in PARTS}
@@ -110,7 +114,7 @@ def test_the_links_and_the_mapping_name_the_same_folders() -> None:
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == _modules_on_disk() | {"outbox/py.typed"}
+    assert names == _modules_on_disk() | {"outbox/py.typed"} | _templates_on_disk()
 
 
 def test_the_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:

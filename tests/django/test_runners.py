@@ -16,6 +16,9 @@ from tests.amqp import Inspector
 from tests.conftest import new_database
 from tests.django.conftest import postgresql_settings
 
+# Since Python 3.13, connections that Django leaves in its threads are warned of.
+pytestmark = pytest.mark.one_python
+
 ROOT = Path(__file__).parents[2]
 CASES = "tests.django.shop.cases"
 

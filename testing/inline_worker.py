@@ -291,7 +291,7 @@ def check_loop(consumers: Iterable[Consumer]) -> None:
 def process(message: InlineMessage) -> None:
     """Process and settle ``message`` in a new context; call ``check_loop()`` before."""
     context = contextvars.Context()
-    if message.consumer.is_async and "django.db" in sys.modules:
+    if message.consumer.is_async and _django_runs():
         context.run(_asgiref().async_to_sync(message.worker.run_async), message)
     elif message.consumer.is_async:
         # Given a factory, it leaves the current event loop of the thread alone.
@@ -310,7 +310,7 @@ async def process_async(message: InlineMessage) -> None:
     if message.consumer.is_async:
         await asyncio.create_task(message.worker.run_async(message), context=context)
         return
-    if "django.db" in sys.modules:
+    if _django_runs():
         await _asgiref().sync_to_async(context.run)(message.worker.run, message)
     else:
         await asyncio.to_thread(context.run, message.worker.run, message)
@@ -330,6 +330,12 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     with contextlib.suppress(AttributeError):  # uvloop's are measured in C anyway
         loop.time = monotonic  # type: ignore[method-assign]
     return loop
+
+
+def _django_runs() -> bool:
+    """Return whether this process runs a Django project, not only imports some of Django."""
+    conf: Any = sys.modules.get("django.conf")
+    return "django.db" in sys.modules and conf is not None and conf.settings.configured
 
 
 def _loop_runs() -> bool:

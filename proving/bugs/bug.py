@@ -19,6 +19,7 @@ class Bug:
         kinds: the kinds of programs that it is planted in.
         plant: a function that changes the library.
         habits: what the programs do besides, see :data:`proving.ground.HABITS`.
+        tries: runs in one of which it must be caught: more than 1 if an instant has to be hit.
     """
 
     name: str
@@ -27,3 +28,4 @@ class Bug:
     kinds: Sequence[str]
     plant: Callable[[], None]
     habits: Sequence[str] = ()
+    tries: int = 1

@@ -127,6 +127,7 @@ BUGS: Sequence[Bug] = (
         ["script"],
         _put_back_although_submitted,
         habits=["interrupt"],
+        tries=3,
     ),
     Bug("configure-forgets", "lost", ["refuse"], ["script"], _configure_forgets, habits=["rotate"]),
     Bug("no-drain-at-exit", "lost", ["refuse", "terminate script"], ["script"], _no_drain_at_exit),

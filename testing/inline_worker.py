@@ -31,6 +31,7 @@ from outbox.consumers.message.steps import (
 from outbox.consumers.outcome import Failed, Outcome
 from outbox.consumers.worker import lasting_loop
 from outbox.messages.delivery import Delivery
+from outbox.messages.remembered import window_of
 from outbox.system.steady_clock import monotonic
 from outbox.testing.recorder import Recorder
 
@@ -42,8 +43,6 @@ __all__ = [
     "process",
     "process_async",
 ]
-
-_WINDOW = datetime.timedelta(days=7)  # as in outbox.sql.Inbox
 
 
 class InlineMessage(Message):
@@ -106,10 +105,7 @@ class MemoryInbox:
 
     def entry(self, consumer: Consumer, event: ReceivedEvent) -> _Entry:
         """Return the entry of ``event``."""
-        window = consumer.deduplicate
-        if not isinstance(window, datetime.timedelta):
-            window = _WINDOW
-        return _Entry(self, (consumer.queue, event.id), window)
+        return _Entry(self, (consumer.queue, event.id), window_of(consumer))
 
 
 class _Entry:

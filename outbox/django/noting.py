@@ -8,12 +8,10 @@ One that has only read doesn't: it says nothing about what the handler will do.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import threading
-import time
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, IntegrityError, connections, transaction
 from django.db.backends.signals import connection_created
@@ -22,14 +20,18 @@ from outbox import CollectorClosed, UsageError
 from outbox.django import project
 from outbox.django.connecting import vendor_of
 from outbox.django.moments import NOW, seconds_since
+from outbox.messages.remembered import (
+    FORGOTTEN_AT_ONCE,
+    Deduplicating,
+    Forgetting,
+    Identified,
+    window_of,
+)
 
 __all__ = ["TransactionInbox", "open_inbox"]
 
 logger = logging.getLogger("outbox.django")
 
-_WINDOW = datetime.timedelta(days=7)  # unless the consumer sets another
-_PURGE = 3600.0  # seconds between two purges of older rows
-_AT_ONCE = 1000  # rows deleted in a transaction, which on SQLite holds up all other writers
 _MARK = "_outbox_notes"
 
 # Compared with the column itself: an index can't be used on an expression of it.
@@ -48,19 +50,6 @@ _current: ContextVar[_Entry | None] = ContextVar("entry", default=None)
 
 _aliases: set[str] = set()
 """The databases in which there is an inbox."""
-
-
-class _Consumer(Protocol):
-    @property
-    def queue(self) -> str: ...
-
-    @property
-    def deduplicate(self) -> bool | datetime.timedelta: ...
-
-
-class _Message(Protocol):
-    @property
-    def id(self) -> str: ...
 
 
 def open_inbox() -> TransactionInbox:
@@ -89,8 +78,7 @@ class TransactionInbox:
         """Make the inbox of a database, which has it note messages from now on."""
         self.alias = alias
         self.vendor = vendor_of(alias)
-        self._purged: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self._forgetting = Forgetting()
         _aliases.add(alias)
         connection_created.connect(_on_connection_created, dispatch_uid="outbox.django.noting")
 
@@ -110,28 +98,18 @@ class TransactionInbox:
                     f"{self.alias}`"
                 )
 
-    def entry(self, consumer: _Consumer, event: _Message) -> _Entry:
+    def entry(self, consumer: Deduplicating, event: Identified) -> _Entry:
         """Return the entry of a message, without a look at the database yet."""
-        window = consumer.deduplicate
-        if not isinstance(window, datetime.timedelta):
-            window = _WINDOW
-        return _Entry(self, consumer.queue, event.id, window.total_seconds())
+        return _Entry(self, consumer.queue, event.id, window_of(consumer).total_seconds())
 
     def purge_now_and_then(self, consumer: str, seconds: float) -> None:
         """Forget some older messages, unless none was left to forget within the last hour."""
-        current = time.monotonic()
-        with self._lock:
-            if current - self._purged.get(consumer, -_PURGE) < _PURGE:
-                return
-            self._purged[consumer] = current
-        if self._purge_some(consumer, seconds) >= _AT_ONCE:
-            # A message waits for this, so it leaves the rest to the next one.
-            self._purged.pop(consumer, None)
+        self._forgetting.now_and_then(consumer, lambda: self._purge_some(consumer, seconds))
 
     def _purge_some(self, consumer: str, seconds: float) -> int:
         old = (
             "SELECT message_id FROM outbox_inbox WHERE consumer = %s AND done_at < "
-            f"{_BEFORE[self.vendor]} ORDER BY done_at LIMIT {_AT_ONCE}"
+            f"{_BEFORE[self.vendor]} ORDER BY done_at LIMIT {FORGOTTEN_AT_ONCE}"
         )
         with connections[self.alias].cursor() as cursor:
             cursor.execute(old, [consumer, seconds])

@@ -8,12 +8,9 @@ changes; one that has only read says nothing about what the handler will do.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import threading
-import time
 from collections.abc import Iterator
-from typing import Protocol
 
 from sqlalchemy import (
     Column,
@@ -33,19 +30,20 @@ from sqlalchemy.engine import URL, RootTransaction
 from sqlalchemy.exc import IntegrityError
 
 from outbox.errors import CollectorClosed, UsageError
+from outbox.messages.remembered import (
+    FORGOTTEN_AT_ONCE,
+    Deduplicating,
+    Forgetting,
+    Identified,
+    window_of,
+)
 from outbox.sql import commits
 from outbox.storage.clock import Timestamp, in_seconds, now, seconds_since
 from outbox.storage.engines import engine_beside, open_engine
 from outbox.storage.schema import MARIADB_OPTIONS, create_missing, dialect_of, for_migrations
 from outbox.storage.transactions import own_transaction
 
-__all__ = ["WINDOW", "Inbox"]
-
-WINDOW = datetime.timedelta(days=7)
-"""The time for which a message is remembered, unless the consumer sets another."""
-
-_PURGE = 3600.0  # seconds between two purges of older rows
-_AT_ONCE = 1000  # rows deleted in a transaction, which on SQLite holds up all other writers
+__all__ = ["Inbox"]
 
 done = Table(
     "outbox_inbox",
@@ -57,19 +55,6 @@ done = Table(
 )
 Index("outbox_inbox_done", done.c.consumer, done.c.done_at)
 for_migrations(done)
-
-
-class _Consumer(Protocol):
-    @property
-    def queue(self) -> str: ...
-
-    @property
-    def deduplicate(self) -> bool | datetime.timedelta: ...
-
-
-class _Message(Protocol):
-    @property
-    def id(self) -> str: ...
 
 
 class Inbox:
@@ -103,8 +88,7 @@ class Inbox:
             )
         self.url = engine.url
         self.engine = beside
-        self._purged: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self._forgetting = Forgetting()
         commits.listen()
 
     def create(self) -> None:
@@ -125,12 +109,9 @@ class Inbox:
                     "with `outbox sql create`, or with your migrations (outbox.sql.metadata)"
                 )
 
-    def entry(self, consumer: _Consumer, event: _Message) -> _Entry:
+    def entry(self, consumer: Deduplicating, event: Identified) -> _Entry:
         """Return the entry of a message, without a look at the database yet."""
-        window = consumer.deduplicate
-        if not isinstance(window, datetime.timedelta):
-            window = WINDOW
-        return _Entry(self, consumer.queue, event.id, window.total_seconds())
+        return _Entry(self, consumer.queue, event.id, window_of(consumer).total_seconds())
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Connection]:
@@ -147,14 +128,7 @@ class Inbox:
 
     def purge_now_and_then(self, consumer: str, seconds: float) -> None:
         """Purge some, unless nothing was left to purge within the last hour."""
-        current = time.monotonic()
-        with self._lock:
-            if current - self._purged.get(consumer, -_PURGE) < _PURGE:
-                return
-            self._purged[consumer] = current
-        if self._purge_some(consumer, seconds) >= _AT_ONCE:
-            # A message waits for this, so it leaves the rest to the next one.
-            self._purged.pop(consumer, None)
+        self._forgetting.now_and_then(consumer, lambda: self._purge_some(consumer, seconds))
 
     def _purge_some(self, consumer: str, seconds: float) -> int:
         # Compared with the column itself: an index can't be used on an expression of it.
@@ -162,7 +136,7 @@ class Inbox:
             select(done.c.message_id)
             .where(done.c.consumer == consumer, done.c.done_at < in_seconds(literal(-seconds)))
             .order_by(done.c.done_at)
-            .limit(_AT_ONCE)
+            .limit(FORGOTTEN_AT_ONCE)
             .with_for_update(skip_locked=True)
         )
         with self._transaction() as connection:

@@ -245,7 +245,7 @@ def test_a_message_is_forgotten_after_its_window(inbox: TransactionInbox) -> Non
     for _ in range(2):
         processed(work, inbox)
     assert orders() == [1, 1]
-    inbox._purged.clear()
+    inbox._forgetting._looked_at.clear()
     assert not inbox.entry(work, Event("b", "work", "", b"{}")).is_done()
     assert noted() == 0
 

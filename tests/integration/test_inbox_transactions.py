@@ -330,7 +330,7 @@ def test_the_inboxs_own_statements_are_not_taken_for_the_handlers_work(
 ) -> None:
     def process(event: ReceivedEvent) -> None:
         note_beside(inbox, "old", days=30)
-        inbox._purged.clear()  # an hour passes
+        inbox._forgetting._looked_at.clear()  # an hour passes
         raise Failure
 
     assert isinstance(outcome(handler(process), inbox), Again)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 
@@ -18,7 +18,7 @@ from outbox.serializer import JSONSerializer, Serializer
 from outbox.system.program_name import program_name
 from outbox.url import BrokerURL, masked
 
-__all__ = ["MIB", "Declare", "SettingOverrides", "Settings"]
+__all__ = ["MIB", "Declare", "SettingOverrides", "Settings", "suggestion"]
 
 MIB = 1024 * 1024
 
@@ -29,6 +29,20 @@ RejectionHook = Callable[[Event, str], object]
 ConfirmedHook = Callable[[int, float], object]
 ConnectedHook = Callable[[str], object]
 DisconnectedHook = Callable[[BrokerError], object]
+
+
+def suggestion(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """Return what to say of an unknown name: the one that was probably meant, or all.
+
+    Args:
+        name: the name, without ``prefix``.
+        known: the known names, without ``prefix``.
+        prefix: what all names begin with, which says nothing of their likeness.
+    """
+    close = difflib.get_close_matches(name, known, 1)
+    if close:
+        return f"did you mean {prefix + close[0]!r}?"
+    return f"known: {', '.join(prefix + each for each in known)}"
 
 
 class SettingOverrides(TypedDict, total=False):
@@ -155,9 +169,7 @@ class Settings:
         """
         for name in overrides:
             if name not in _NAMES or name == "url":
-                close = difflib.get_close_matches(name, _NAMES, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(_NAMES)}"
-                raise UsageError(f"{name!r} is not a setting{hint}")
+                raise UsageError(f"{name!r} is not a setting; {suggestion(name, _NAMES)}")
         values: dict[str, Any] = {}
         for name in _FROM_ENVIRONMENT:
             # No variable holds os.environ: pytest and Sentry show those of a traceback's frames.

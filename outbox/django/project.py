@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import threading
@@ -15,7 +14,7 @@ from django.core import mail
 from outbox import Publisher, UsageError
 from outbox.configuration import configured_publisher, overriding_url
 from outbox.observer import seam
-from outbox.settings import Settings
+from outbox.settings import Settings, suggestion
 from outbox.system import process
 
 __all__ = [
@@ -89,10 +88,7 @@ def current() -> Project:
 
 def misspelled(key: object) -> str:
     """Return ``key`` with the key of ``OUTBOX`` that was probably meant."""
-    close = difflib.get_close_matches(str(key).upper(), NAMES, 1)
-    return (
-        f"{key!r}; did you mean {close[0]!r}?" if close else f"{key!r}; known: {', '.join(NAMES)}"
-    )
+    return f"{key!r}; {suggestion(str(key).upper(), NAMES)}"
 
 
 def is_test_environment() -> bool:

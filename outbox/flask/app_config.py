@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from outbox.errors import UsageError
-from outbox.settings import SettingOverrides, Settings
+from outbox.settings import SettingOverrides, Settings, suggestion
 from outbox.url import BrokerURL
 
 __all__ = ["AppConfig"]
@@ -48,7 +47,7 @@ class AppConfig:
             if not key.startswith(_PREFIX):
                 continue
             if key not in (*_SETTINGS, _URL, _DATABASE_URL):
-                raise UsageError(f"app.config has the unknown key {key!r}{_hint(key)}")
+                raise UsageError(f"app.config has the unknown key {key!r}; {_hint(key)}")
             if value is not None and key in _SETTINGS:
                 overrides[_SETTINGS[key]] = _checked(key, value)
         return cls(_url_in(config), config.get(_DATABASE_URL) or None, overrides)  # type: ignore[arg-type]
@@ -56,10 +55,7 @@ class AppConfig:
 
 def _hint(key: str) -> str:
     known = [known.removeprefix(_PREFIX) for known in (*_SETTINGS, _URL, _DATABASE_URL)]
-    close = difflib.get_close_matches(key.removeprefix(_PREFIX), known, 1)
-    if close:
-        return f"; did you mean {_PREFIX + close[0]!r}?"
-    return f"; known: {', '.join(_PREFIX + name for name in known)}"
+    return suggestion(key.removeprefix(_PREFIX), known, _PREFIX)
 
 
 def _checked(key: str, value: Any) -> Any:

@@ -148,7 +148,7 @@ class AppOutbox:
         return self._publishers.setdefault(observer, publisher)
 
     def settings_to_store(self) -> Settings:
-        """Return the settings of events that are stored although there is no URL here.
+        """Return the settings of events that are stored without a URL.
 
         Raises:
             UsageError: a setting is unknown or invalid.

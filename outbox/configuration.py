@@ -16,7 +16,6 @@ from outbox.settings import SettingOverrides, Settings
 from outbox.system import process
 
 __all__ = [
-    "asks_application",
     "configure",
     "configured_publisher",
     "default_publisher",
@@ -24,15 +23,15 @@ __all__ = [
     "overriding_url",
     "provide",
     "provided_publisher",
+    "provider",
     "publisher_if_any",
     "settings_to_store",
 ]
 
 _publisher: Publisher | None = None
-_provider: Callable[[], Publisher | None] | None = None
+provider: Callable[[], Publisher | None] | None = None
+"""Returns the publisher of the application that runs here, or None; see ``provide``."""
 _settings: Callable[[], Settings] | None = None
-asks_application = False
-"""Whether ``provide()`` has named a function that may know another publisher."""
 _overriding_url: str | None = None
 _stand_in: tuple[Observer | None, Publisher] | None = None
 _lock = threading.RLock()
@@ -103,28 +102,27 @@ def overriding_url() -> str | None:
 
 
 def provide(
-    provider: Callable[[], Publisher | None] | None,
+    function: Callable[[], Publisher | None] | None,
     settings: Callable[[], Settings] | None = None,
 ) -> None:
-    """Ask ``provider`` for the default publisher before the process's own is used.
+    """Ask ``function`` for the default publisher before the process's own is used.
 
     For a framework of which a process may run several applications, each with its settings. None
     ends this.
 
     Args:
-        provider: returns the publisher of the application that runs here, or None. It is called
+        function: returns the publisher of the application that runs here, or None. It is called
             for each event, from any thread.
-        settings: returns the settings of events that are stored where there is no publisher; None
-            for those of the environment.
+        settings: returns the settings of events that are stored without a publisher; None for
+            those of the environment.
     """
-    global _provider, _settings, asks_application
-    _provider = provider
+    global provider, _settings
+    provider = function
     _settings = settings
-    asks_application = provider is not None
 
 
 def settings_to_store() -> Settings:
-    """Return the settings of events that are stored where there is no publisher."""
+    """Return the settings of events that are stored without a publisher."""
     return _settings_of_environment() if _settings is None else _settings()
 
 
@@ -135,7 +133,7 @@ def _settings_of_environment() -> Settings:
 
 def provided_publisher() -> Publisher | None:
     """Return the publisher of the application that runs here, or None without one."""
-    return None if _provider is None else _provider()
+    return None if provider is None else provider()
 
 
 def default_publisher(observer: Observer | None = None) -> Publisher:
@@ -147,7 +145,7 @@ def default_publisher(observer: Observer | None = None) -> Publisher:
     Raises:
         NotConfigured: ``configure()`` was not called, and ``OUTBOX_URL`` is not set.
     """
-    if _provider is not None and (provided := _provider()) is not None:
+    if provider is not None and (provided := provider()) is not None:
         return provided
     publisher = _publisher  # without the lock: every event comes this way
     if publisher is not None:
@@ -177,7 +175,7 @@ def _stand_in_for(observer: Observer | None) -> Publisher:
 
 def publisher_if_any() -> Publisher | None:
     """Return the default publisher, or None if neither code nor the environment names a URL."""
-    if _provider is not None and (provided := _provider()) is not None:
+    if (provided := provided_publisher()) is not None:
         return provided
     named = _overriding_url is not None or _environment_has_url()
     if _publisher is None and seam.observer is None and not named:

@@ -38,11 +38,8 @@ class OutboxMiddleware:
         token = Scope.enter(collector, collector._buffer)
         try:
             response = self._get_response(request)
-            collector.refuse()
-            if collector.accepts(below_400, response.status_code):
+            if _succeeds(collector, response):
                 collector.publish_quietly()
-            else:
-                collector.discard(f"the response has the status {response.status_code}")
             return response
         finally:
             collector.close()
@@ -54,12 +51,18 @@ class OutboxMiddleware:
         token = Scope.enter(collector, collector._buffer)
         try:
             response = await get_response(request)
-            collector.refuse()
-            if collector.accepts(below_400, response.status_code):
+            if _succeeds(collector, response):
                 await collector.publish_quietly_async()
-            else:
-                collector.discard(f"the response has the status {response.status_code}")
             return response
         finally:
             collector.close()
             Scope.leave(token)
+
+
+def _succeeds(collector: RequestCollector, response: Any) -> bool:
+    """Return whether the events of a request are to be published; otherwise drop them."""
+    collector.refuse()
+    if collector.accepts(below_400, response.status_code):
+        return True
+    collector.discard(f"the response has the status {response.status_code}")
+    return False

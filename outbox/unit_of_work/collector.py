@@ -311,7 +311,7 @@ class EventCollector:
             publisher.check_carries(event, observer)
         if self._unit.caution is not None:
             self._warn_of_waiting(self._unit.caution)
-        if configuration.asks_application and self._unit.publisher is None:
+        if configuration.provider is not None and self._unit.publisher is None:
             self._unit.note_provided(configuration.provided_publisher())
         if not buffer.events:
             publisher.make_ready(observer)

@@ -146,7 +146,7 @@ class Server(Program):
             arguments: the module and its arguments.
             environment: variables to add to this process's.
             folder: the folder of the history.
-            children: a kill hits up to so many child processes, or the server itself if 0.
+            children: the most child processes that a kill hits, or 0 for the server itself.
             survives: whether it must end in order after a child was killed. Celery's pool may wait
                 for ever for a lock that the child has held.
             grace: the seconds for an orderly exit.

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import hypothesis
@@ -164,16 +165,27 @@ def postgresql_url(postgresql: PrivatePostgreSQL) -> Iterator[str]:
         yield url
 
 
+def new_database(
+    postgresql: PrivatePostgreSQL, *, template: str = "template1"
+) -> AbstractContextManager[str]:
+    """Create a database for a block, empty or a copy of another one; return its URL."""
+    return _new_database(postgresql.url, f" TEMPLATE {template}", " WITH (FORCE)")
+
+
+def new_mariadb_database(mariadb: PrivateMariaDB) -> AbstractContextManager[str]:
+    """Create an empty database for a block; return its URL."""
+    return _new_database(mariadb.url, "", "")
+
+
 @contextlib.contextmanager
-def new_database(postgresql: PrivatePostgreSQL, *, template: str = "template1") -> Iterator[str]:
-    """Create a database for the block, empty or a copy of another one."""
+def _new_database(url: str, how_created: str, how_dropped: str) -> Iterator[str]:
     database = f"test_{uuid.uuid4().hex[:12]}"
-    admin = create_engine(postgresql.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    admin = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     with admin.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {database} TEMPLATE {template}")
-    yield make_url(postgresql.url).set(database=database).render_as_string(hide_password=False)
+        connection.exec_driver_sql(f"CREATE DATABASE {database}{how_created}")
+    yield make_url(url).set(database=database).render_as_string(hide_password=False)
     with admin.connect() as connection:
-        connection.exec_driver_sql(f"DROP DATABASE {database} WITH (FORCE)")
+        connection.exec_driver_sql(f"DROP DATABASE {database}{how_dropped}")
 
 
 @pytest.fixture(scope="session")
@@ -191,26 +203,19 @@ def mariadb_url(mariadb: PrivateMariaDB) -> Iterator[str]:
         yield url
 
 
-@contextlib.contextmanager
-def new_mariadb_database(mariadb: PrivateMariaDB) -> Iterator[str]:
-    """Create an empty database for the block."""
-    database = f"test_{uuid.uuid4().hex[:12]}"
-    admin = create_engine(mariadb.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
-    with admin.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {database}")
-    yield make_url(mariadb.url).set(database=database).render_as_string(hide_password=False)
-    with admin.connect() as connection:
-        connection.exec_driver_sql(f"DROP DATABASE {database}")
-
-
 @pytest.fixture(params=["postgresql", "mariadb", "sqlite"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database: each test that uses it runs on every kind.
 
     Modules whose tests are about what SQLAlchemy does leave MariaDB out.
     """
+    return database_of_kind(request, tmp_path)
+
+
+def database_of_kind(request: pytest.FixtureRequest, folder: Path) -> str:
+    """Return the URL of an empty database of the kind that the fixture's parameter names."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/events.db"
+        return f"sqlite:///{folder}/events.db"
     url: str = request.getfixturevalue(f"{request.param}_url")
     return url
 

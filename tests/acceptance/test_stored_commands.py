@@ -23,15 +23,6 @@ def run_at(database: str, *arguments: str, **options: Any) -> Done:
     return run_outbox(*arguments, variables={"OUTBOX_DATABASE_URL": database}, **options)
 
 
-@pytest.fixture(params=["postgresql", "mariadb", "sqlite"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database of two kinds."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/events.db"
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
-
-
 @pytest.fixture
 def run(database_url: str) -> Run:
     """Run the command on the test's database."""

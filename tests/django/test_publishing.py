@@ -1,4 +1,4 @@
-"""What is committed is published right after the commit, where that harms nobody."""
+"""What is committed is published right after the commit, where that is safe."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from sqlalchemy import create_engine, text
 from websockets.sync.client import connect
 
 from outbox.sql import Relay
+from tests.conftest import database_of_kind
 from tests.integration.test_servers import APPS, Served
 from tests.places import SQLitePlace, reading
 from tests.relaying import is_empty, opened, running
@@ -300,10 +301,7 @@ def broker(tmp_path: Path) -> SQLitePlace:
 @pytest.fixture(params=["postgresql", "sqlite"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A database that has a driver for asyncio here."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/events.db"
-    url: str = request.getfixturevalue("postgresql_url")
-    return url
+    return database_of_kind(request, tmp_path)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from outbox.storage.engines import open_engine
 from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
+from tests.conftest import database_of_kind
 from tests.databases import Base, Order, targets
 from tests.waiting import wait_until
 
@@ -40,10 +41,7 @@ from tests.waiting import wait_until
 @pytest.fixture(params=["postgresql", "sqlite"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The kinds that differ in what SQLAlchemy does: MariaDB adds nothing."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/events.db"
-    url: str = request.getfixturevalue("postgresql_url")
-    return url
+    return database_of_kind(request, tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -29,15 +29,6 @@ pytestmark = pytest.mark.one_python
 FULL = {"x-max-length": 1, "x-overflow": "reject-publish"}
 
 
-@pytest.fixture(params=["postgresql", "mariadb", "sqlite"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database of two kinds."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/events.db"
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
-
-
 @pytest.fixture
 def slow(proxy: FaultProxy, name: str) -> Iterator[Publisher]:
     """A publisher behind the proxy, which does not wait long at its end."""

@@ -19,16 +19,14 @@ from outbox import UsageError, auto_publishing, configure, enqueue_event
 from outbox.consumers.message.databases import refreshers
 from outbox.unit_of_work.auto_publishing import _warn_once_of_transaction
 from outbox.unit_of_work.collector import EventOptions
+from tests.conftest import database_of_kind
 from tests.databases import Base, Order, targets
 
 
 @pytest.fixture(params=["postgresql", "sqlite"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The kinds that differ in what SQLAlchemy does: MariaDB adds nothing."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/events.db"
-    url: str = request.getfixturevalue("postgresql_url")
-    return url
+    return database_of_kind(request, tmp_path)
 
 
 @pytest.fixture

@@ -373,6 +373,9 @@ def test_what_is_committed_is_delivered_on_a_server(
             for _ in range(2):
                 connection.send("a message")
                 assert connection.recv() == "done"
+        # A task after its response goes on for a while: a server that ends meanwhile ends it, too.
+        last = "SELECT 1 FROM outbox_events WHERE type = 'task_after.block'"
+        wait_until(lambda: broker.execute(last), 20)
         assert served.stop() in (0, -signal.SIGTERM), served.log
     finally:
         served.stop()

@@ -32,7 +32,7 @@ from outbox.storage.schema import GRACE
 from outbox.storage.side_engine import SideEngine, Unfit, refusal_of, refuse
 from outbox.storage.store import Claimed, Store
 from outbox.system import process
-from outbox.system.background_thread import let_start
+from outbox.system.background_thread import STARTS_NONE_AT_EXIT, let_start
 from outbox.system.backoff import backoff
 from outbox.system.fork_pause import Pause
 
@@ -206,7 +206,9 @@ class Handover:
         run_exit_hooks_in_child()
         try:
             self._run_soon()
-        except RuntimeError as error:  # too many threads, or the interpreter is exiting
+            if STARTS_NONE_AT_EXIT and publisher is not None:
+                publisher.make_ready()
+        except (RuntimeError, OutboxError) as error:  # too many threads, or Python is exiting
             logger.warning("%d stored event(s) wait to be published: %s", len(rows), error)
 
     def hurry(self) -> None:

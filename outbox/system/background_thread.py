@@ -13,7 +13,7 @@ from outbox.errors import UsageError
 from outbox.system import threads
 from outbox.system.fork_pause import Pause
 
-__all__ = ["BackgroundThread", "let_start"]
+__all__ = ["STARTS_NONE_AT_EXIT", "BackgroundThread", "let_start"]
 
 logger = logging.getLogger("outbox")
 
@@ -21,13 +21,13 @@ _MOMENT = 0.1  # seconds
 _PATIENCE = 1.0
 """Seconds until a start is tried again that hasn't happened."""
 
+STARTS_NONE_AT_EXIT = sys.version_info[:2] == (3, 12)
+"""Whether Python starts no thread any more once it has begun to exit, before any exit hook."""
+
 
 def let_start(is_started: Callable[[], bool]) -> None:
-    """Give a thread that starts another one a moment, on Python 3.12.
-
-    That starts no thread any more once the interpreter has begun to exit, which may be next.
-    """
-    if sys.version_info[:2] == (3, 12):
+    """Give a thread that starts another one a moment, if Python may exit next and refuse that."""
+    if STARTS_NONE_AT_EXIT:
         deadline = time.monotonic() + _MOMENT
         while not is_started() and time.monotonic() < deadline:
             time.sleep(0.0005)

@@ -117,8 +117,9 @@ def test_a_password_is_not_shown() -> None:
 
 
 def test_the_environment_gives_what_the_configuration_lacks(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OUTBOX_URL", "sqlite:///environment.db")
     monkeypatch.setenv("OUTBOX_EXCHANGE", "environment")
     monkeypatch.setenv("OUTBOX_TIMEOUT", "3")
@@ -148,7 +149,10 @@ def test_without_a_url_the_publisher_of_the_process_is_used() -> None:
     assert publisher_of(app) is process
 
 
-def test_the_url_of_a_command_has_precedence() -> None:
+def test_the_url_of_a_command_has_precedence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
     override_url("sqlite:///command.db")
     assert publisher_of(make_app()).settings.url == "sqlite:///command.db"
 

@@ -15,8 +15,9 @@ from outbox.consumers import logs
 from outbox.consumers.command import supervised_worker, worker_main
 from outbox.consumers.command.arguments import limits_of, make_parser
 from outbox.consumers.command.framework import Framework
-from outbox.consumers.command.supervised_worker import MARGIN
-from outbox.consumers.command.supervisor import Supervisor
+from outbox.consumers.losses.begun_keeper import BegunKeeper
+from outbox.service.supervised import MARGIN
+from outbox.service.supervisor import Supervisor
 from outbox.system.child_process import Parent
 from outbox.system.first_process import leave_work_to_child
 from outbox.system.signals import Signals
@@ -58,7 +59,8 @@ def main(
             [sys.executable, *sys.orig_argv[1:]],
             options.processes or 1,
             shutdown_timeout=options.shutdown_timeout,
-            places=2 * (options.threads + options.concurrency),
+            keeper=_keeper(options),
+            logger=logging.getLogger("outbox.consumer.processes"),
         ).run()
     return worker_main.run(
         options,
@@ -81,6 +83,15 @@ def _exit_within(seconds: float) -> None:
         os._exit(exit_codes.UNFINISHED)
 
     threading.Thread(target=force_exit, name="outbox-end", daemon=True).start()
+
+
+def _keeper(options: argparse.Namespace) -> BegunKeeper | None:
+    places = 2 * (options.threads + options.concurrency)
+    try:
+        return BegunKeeper(options.processes or 1, places)
+    except OSError as error:
+        logger.warning("no memory to share with the workers, so they can't see losses: %s", error)
+        return None
 
 
 def _is_supervised(options: argparse.Namespace) -> bool:

@@ -5,30 +5,17 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
-import time
 
 from outbox.consumers.command import worker_main
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.losses.begun_table import BegunTable
+from outbox.service.supervised import LEAVING, LOADED, MARGIN, READY, STOPPING, Supervised
 from outbox.system.child_process import Parent
-from outbox.system.signals import Signals, Stop, handle, ignore
+from outbox.system.signals import Signals, handle, ignore
 
-__all__ = ["LOADED", "MARGIN", "READY", "RETIRE", "RETIRING", "STOPPING", "run", "stop_with"]
+__all__ = ["run"]
 
 logger = logging.getLogger("outbox.consumer")
-
-LOADED, READY, RETIRING, STOPPING = b"l", b"c", b"r", b"s"
-"""The reports of a worker process: it has imported the application; it consumes; it only finishes
-what runs, and is to be replaced; it has begun to stop."""
-
-RETIRE = b"r"
-"""The word of its parent: begin nothing more, and end when what runs has ended."""
-
-MARGIN = 10.0
-"""Seconds beyond the shutdown timeout after which a stopping worker process is killed.
-
-They cover closing its connections and draining its publisher, which have timeouts as well.
-"""
 
 
 def run(options: argparse.Namespace, parent: Parent, framework: Framework | None = None) -> int:
@@ -42,17 +29,18 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
     handle(signal.SIGINT, signal.SIG_DFL)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         ignore(signal.SIGHUP)  # the parent handles it
-    stop = _WorkerSignals(parent)
-    stop_with(parent, stop, options.shutdown_timeout + MARGIN)
+    supervised = Supervised(parent, logger)
+    stop = _WorkerSignals(supervised)
+    supervised.stop_with_parent(stop, options.shutdown_timeout + MARGIN)
     begun = BegunTable.inherited()
 
     def work() -> int:
         return worker_main.run(
             options,
             stop,
-            on_ready=lambda: parent.report(READY),
-            on_retiring=lambda: parent.report(RETIRING),
-            on_stopping=lambda: parent.report(STOPPING),
+            on_ready=lambda: supervised.say(READY),
+            on_leaving=lambda: supervised.say(LEAVING),
+            on_stopping=lambda: supervised.say(STOPPING),
             begun=begun,
             framework=framework,
         )
@@ -69,29 +57,11 @@ class _WorkerSignals(Signals):
 
     numbers = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, parent: Parent) -> None:
+    def __init__(self, supervised: Supervised) -> None:
         super().__init__(second_exits=None)
-        self._parent = parent
+        self._supervised = supervised
 
     def begin(self) -> None:
         """Install the signal handlers, and report that the application is imported."""
         super().begin()
-        self._parent.report(LOADED)
-
-
-def stop_with(parent: Parent, stop: Stop, grace: float) -> None:
-    """Request a stop when the parent dies, and exit forcibly ``grace`` seconds later.
-
-    If the parent lets the process retire, request that.
-    """
-
-    def stop_gracefully() -> None:
-        logger.warning("the parent process has died; stopping")
-        stop.ask()
-        time.sleep(grace)
-
-    def on_word(word: bytes) -> None:
-        if word == RETIRE:
-            stop.retire()
-
-    parent.when_gone(stop_gracefully, on_word)
+        self._supervised.say(LOADED)

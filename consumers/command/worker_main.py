@@ -42,7 +42,7 @@ def run(
     stop: Stop,
     *,
     on_ready: Callable[[], None] = lambda: None,
-    on_retiring: Callable[[], None] = lambda: None,
+    on_leaving: Callable[[], None] = lambda: None,
     on_stopping: Callable[[], None] = lambda: None,
     begun: BegunTable | None = None,
     framework: Framework | None = None,
@@ -53,7 +53,7 @@ def run(
         options: the parsed command line.
         stop: the request to stop, which is checked several times a second.
         on_ready: the function to call when the worker begins to consume.
-        on_retiring: the function to call when the worker begins to finish what runs, after a limit.
+        on_leaving: the function to call when the worker begins to finish what runs, after a limit.
         on_stopping: the function to call when the worker begins to stop.
         begun: the table that the process shares with its siblings; see ``Worker``.
         framework: what the project of a framework adds.
@@ -91,8 +91,8 @@ def run(
                 reason = _consume(worker, stop, limits, recycling, on_ready)
                 if reason is not None:
                     logger.info("stopping: %s", reason)
-                    on_retiring()
-                    _retire(worker, stop)
+                    on_leaving()
+                    _leave(worker, stop)
                 on_stopping()
                 if isolation is not None and signals.stop_received:
                     isolation.announce_stop()
@@ -136,7 +136,7 @@ def _consume(
             return f"{limits.messages} messages processed"
         if stopped:
             return None
-        if stop.retiring:
+        if stop.leaving:
             return "replaced by another process"
         reason = recycling.reason(time.monotonic(), has_worked=worker.has_worked)
         if reason is not None:
@@ -144,7 +144,7 @@ def _consume(
     return None
 
 
-def _retire(worker: Worker, stop: Stop) -> None:
+def _leave(worker: Worker, stop: Stop) -> None:
     """Begin no more messages, and wait for those that run: only a stop or a timeout ends them."""
     worker.retire()
     began = time.monotonic()

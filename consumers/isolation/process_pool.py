@@ -39,7 +39,7 @@ from outbox.system.resident_memory import resident_bytes
 
 __all__ = ["STOPPING", "IsolatedMessage", "Orders", "ProcessPool"]
 
-STOPPING = b"s"
+STOPPING = b"stop"
 """The word to a subprocess that a signal stops its worker."""
 
 _COMMAND = [sys.executable, "-m", "outbox.consumers.isolation.process_main"]
@@ -193,8 +193,8 @@ class _Child(ChildProcess):
         self.wait()
         self.close()
 
-    def leave(self) -> None:
-        super().leave()
+    def let_go(self) -> None:
+        super().let_go()
         self._connection.close()
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """A child process that ends when its parent does, seen from both sides.
 
 The child inherits two descriptors. The lifeline is the reading end of a pipe that closes when the
-parent dies, however that happens; until then it carries the parent's words, which may arrive at any
-time. The channel carries messages.
+parent dies, however that happens; until then it carries the parent's words, one a line, which may
+arrive at any time. The channel carries messages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _children: weakref.WeakSet[ChildProcess] = weakref.WeakSet()
 
 def _leave_children() -> None:
     for child in list(_children):
-        child.leave()
+        child.let_go()
     _children.clear()
 
 
@@ -70,6 +70,7 @@ class ChildProcess:
         inherited = [channel]
         try:
             lifeline, self._held = os.pipe()
+            os.set_blocking(self._held, False)
             inherited.append(lifeline)
             self._process = subprocess.Popen(
                 command,
@@ -101,10 +102,13 @@ class ChildProcess:
         return self._process.returncode
 
     def say(self, word: bytes) -> None:
-        """Send the child a word, one byte; see ``Parent.when_gone``."""
+        """Send the child a word, without a newline; see ``Parent.when_gone``.
+
+        It is lost if the child has ended, or has not read thousands of words.
+        """
         if self._held >= 0:
-            with contextlib.suppress(OSError):  # it has ended
-                os.write(self._held, word)
+            with contextlib.suppress(OSError):
+                os.write(self._held, word + b"\n")
 
     def kill(self) -> None:
         """Kill the child, with its process group if it leads one."""
@@ -114,7 +118,7 @@ class ChildProcess:
                 os.killpg(self.pid, signal.SIGKILL)
         self._process.kill()
 
-    def leave(self) -> None:
+    def let_go(self) -> None:
         """Let go of the lifeline in a forked child, which doesn't keep its parent's children up."""
         if self._held >= 0:
             process.vacate(self._held)
@@ -155,11 +159,6 @@ class Parent:
         process.vacate(self.channel)
         process.vacate(self._lifeline)
 
-    def report(self, status: bytes) -> None:
-        """Write ``status`` to the channel."""
-        with contextlib.suppress(OSError):  # the parent is dead: when_gone() notices that
-            os.write(self.channel, status)
-
     def when_gone(
         self, action: Callable[[], object], on_word: Callable[[bytes], object] = lambda _: None
     ) -> None:
@@ -171,8 +170,11 @@ class Parent:
         """
 
         def watch() -> None:
-            while word := os.read(self._lifeline, 1):
-                on_word(word)
+            begun = b""
+            while chunk := os.read(self._lifeline, 4096):
+                *words, begun = (begun + chunk).split(b"\n")
+                for word in words:
+                    on_word(word)
             action()
             os._exit(exit_codes.KILLED)
 

@@ -69,20 +69,20 @@ class Stop:
 
     Attributes:
         asked: whether it was made.
-        retiring: whether what runs is to be finished, however long it takes, and nothing begun.
+        leaving: whether what runs is to be finished, however long it takes, and nothing begun.
     """
 
     def __init__(self) -> None:
         self.asked = False
-        self.retiring = False
+        self.leaving = False
 
     def ask(self) -> None:
         """Request an orderly stop. May be called from anywhere, any number of times."""
         self.asked = True
 
-    def retire(self) -> None:
+    def leave(self) -> None:
         """Request that nothing more is begun. May be called from anywhere, any number of times."""
-        self.retiring = True
+        self.leaving = True
 
     def begin(self) -> None:
         """Note that from now on there is something to finish."""

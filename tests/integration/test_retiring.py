@@ -53,7 +53,7 @@ def test_a_retired_worker_gives_back_what_it_has_not_begun(
     wait_until(lambda: len(begun) == 1, 10)
     stop = Stop()
     with caplog.at_level(logging.INFO, "outbox.consumer"):
-        retiring = threading.Thread(target=worker_main._retire, args=(worker, stop))
+        retiring = threading.Thread(target=worker_main._leave, args=(worker, stop))
         retiring.start()
         wait_until(lambda: place.count(name) == 2, 10)
         wait_until(lambda: f"1 message(s) to end, for 0 s now: {begun[0]!r}" in caplog.text, 10)

@@ -74,6 +74,7 @@ ROOMS = (
     "sql",
     "unit_of_work",
     "__init__",
+    "service",
     "commands __main__",
     "middleware",
     "consumers",

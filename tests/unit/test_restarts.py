@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from outbox.consumers.command.limits import Limits, Recycling
-from outbox.consumers.command.restarts import Restarts
 from outbox.consumers.worker.worker_context import Quota
+from outbox.service.restarts import Restarts
 from outbox.system.resident_memory import resident_bytes
 
 MIB = 2**20

@@ -5,23 +5,42 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from outbox.consumers.command.supervised_worker import (
-    LOADED,
-    READY,
-    RETIRE,
-    RETIRING,
-    STOPPING,
-)
-from outbox.consumers.losses.begun_keeper import BegunKeeper
+from outbox.service.lines import LineReader
+from outbox.service.state import WorkerPhase, WorkerState
+from outbox.service.supervised import LEAVE, LEAVING, LOADED, READY, STOPPING
 from outbox.system.child_process import ChildProcess
 
-__all__ = ["WorkerProcess"]
+__all__ = ["Keeper", "WorkerProcess"]
 
 
 _SLOW = 60.0
 """Seconds between two warnings that a process is still importing the application."""
+
+
+class Keeper(Protocol):
+    """Keeps what worker processes note about the messages they have begun, beyond their death."""
+
+    @property
+    def descriptor(self) -> int:
+        """The descriptor that each process inherits."""
+
+    def take(self) -> int | None:
+        """Return a free region for a new process; None if there is none."""
+
+    def variables(self, region: int) -> Mapping[str, str]:
+        """Return the environment with which the process finds its region."""
+
+    def spare(self, region: int) -> None:
+        """Note that the parent is about to kill the process: its messages lose nothing by it."""
+
+    def free(self, region: int, code: int) -> list[str]:
+        """Take the region back; return the messages that have lost an attempt, for people."""
+
+    def close(self) -> None:
+        """Give up the parent's side."""
 
 
 class WorkerProcess(ChildProcess):
@@ -31,12 +50,21 @@ class WorkerProcess(ChildProcess):
         slot: the number of its slot, from 1; its successors have the same.
         loaded: whether it has reported that it has imported the application, or waits for changes.
         ready: whether it has reported that it consumes.
-        retiring: whether it has reported that it begins nothing more, and needs a successor.
+        leaving: whether it has reported that it begins nothing more, and needs a successor.
+        restarts: the processes that were started in its slot before it.
+        report: what it has reported last; None if it has reported nothing.
         kill_at: the time on the monotonic clock at which to kill it; None unless it is stopping.
     """
 
     def __init__(
-        self, slot: int, command: Sequence[str], keeper: BegunKeeper | None, *, with_input: bool
+        self,
+        slot: int,
+        command: Sequence[str],
+        keeper: Keeper | None,
+        *,
+        with_input: bool,
+        name: str = "worker",
+        restarts: int = 0,
     ) -> None:
         """Start ``command`` in the slot with this number.
 
@@ -45,6 +73,8 @@ class WorkerProcess(ChildProcess):
             command: the program and its arguments.
             keeper: keeps the table of begun messages; None if there is none.
             with_input: whether the process gets the parent's standard input.
+            name: what the log calls it.
+            restarts: the processes that were started in the slot before it.
 
         Raises:
             OSError: the command cannot be started.
@@ -52,12 +82,17 @@ class WorkerProcess(ChildProcess):
         self.slot = slot
         self.loaded = False
         self.ready = False
-        self.retiring = False
+        self.leaving = False
+        self.restarts = restarts
+        self.report: Mapping[str, Any] | None = None
+        self._name = name
+        self._asked_to_leave = False
+        self._reported_at = 0.0
         self.kill_at: float | None = None
         self._began = time.monotonic()
         self._slow_at = _SLOW
-        self._status, status = os.pipe()
-        os.set_blocking(self._status, False)
+        reader, status = os.pipe()
+        self._lines = LineReader(reader)
         self._keeper = keeper
         self._region = None if keeper is None else keeper.take()
         try:
@@ -72,6 +107,7 @@ class WorkerProcess(ChildProcess):
                     variables=keeper.variables(self._region),
                 )
         except BaseException:
+            self._lines.close()
             self.take_messages(0)
             raise
 
@@ -83,23 +119,35 @@ class WorkerProcess(ChildProcess):
     @property
     def status(self) -> int | None:
         """The descriptor that becomes readable when it reports something; None once it can't."""
-        return self._status if self._status >= 0 else None
+        return self._lines.descriptor
 
     def listen(self, grace: float) -> None:
         """Read its reports; once it has begun to stop, it has ``grace`` seconds."""
-        if self._status < 0:
-            return
-        try:
-            reported = os.read(self._status, 64)
-        except BlockingIOError:
-            return
-        if not reported:
-            self._stop_listening()
-        self.ready |= READY in reported
-        self.loaded |= LOADED in reported or self.ready
-        self.retiring |= RETIRING in reported
-        if STOPPING in reported:
-            self._set_deadline(grace)
+        for line in self._lines.read():
+            word = line.get("word")
+            if word is None:
+                self.report = line
+                self._reported_at = time.monotonic()
+            self.ready |= word == READY
+            self.loaded |= word == LOADED or self.ready
+            self.leaving |= word == LEAVING
+            if word == STOPPING:
+                self._set_deadline(grace)
+
+    def shown(self) -> WorkerState:
+        """Return its state."""
+        phase: WorkerPhase = "ready" if self.ready else "starting"
+        if self.leaving or self._asked_to_leave or self.kill_at is not None:
+            phase = "leaving"
+        return WorkerState(
+            slot=self.slot,
+            pid=self.pid,
+            phase=phase,
+            age=self.age,
+            restarts=self.restarts,
+            report=self.report,
+            report_age=None if self.report is None else time.monotonic() - self._reported_at,
+        )
 
     def is_slow(self) -> bool:
         """Return whether another minute has gone by without the application being imported."""
@@ -108,9 +156,17 @@ class WorkerProcess(ChildProcess):
         self._slow_at += _SLOW
         return True
 
-    def retire(self) -> None:
-        """Ask it to begin nothing more, and to exit when what runs has ended."""
-        self.say(RETIRE)
+    def leave(self, grace: float) -> None:
+        """Ask it to begin nothing more, and to exit when what runs has ended.
+
+        If it hasn't imported the application, nothing runs, and it has ``grace`` seconds to exit.
+        """
+        self.listen(grace)
+        self._asked_to_leave = True
+        if self.loaded:
+            self.say(LEAVE)
+        else:
+            self.terminate(grace)
 
     def terminate(self, grace: float) -> None:
         """Ask it to exit within ``grace`` seconds; only the first call has an effect."""
@@ -136,17 +192,12 @@ class WorkerProcess(ChildProcess):
 
     def close(self) -> None:
         """Close both pipes; if the process still runs, it stops."""
-        self._stop_listening()
+        self._lines.close()
         super().close()
-
-    def _stop_listening(self) -> None:
-        if self._status >= 0:
-            os.close(self._status)
-            self._status = -1
 
     def _set_deadline(self, grace: float) -> None:
         if self.kill_at is None:
             self.kill_at = time.monotonic() + grace
 
     def __str__(self) -> str:
-        return f"worker {self.slot} (process {self.pid})"
+        return f"{self._name} {self.slot} (process {self.pid})"

@@ -18,6 +18,9 @@ RECYCLED = 4
 The command as a whole never exits with it.
 """
 
+NOT_READY = 6
+"""A service was not ready within its start timeout; the one that it was to replace goes on."""
+
 UNAVAILABLE = 7
 """The broker or the database cannot be reached, or the connection was lost."""
 

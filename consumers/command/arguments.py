@@ -9,6 +9,7 @@ from outbox.commands.options import Version, broker_option, positive
 from outbox.consumers import logs
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.command.limits import Limits
+from outbox.service.identity.identity_options import add_identity_options
 
 __all__ = ["limits_of", "make_parser"]
 
@@ -36,7 +37,7 @@ timeout to finish, and requeues the rest. On a second one, a second or more late
 With worker processes, SIGHUP replaces them one by one with new ones that import everything again.
 
 exit codes: 0 all messages settled, 1 some did not finish in time, 2 wrong usage, 3 stopped at once
-by a second signal
+by a second signal, 6 not ready in time to take over
 """
 
 
@@ -64,6 +65,7 @@ def make_parser(
         framework.add_arguments(parser)
     _add_consuming(parser.add_argument_group("consuming"))
     _add_processes(parser.add_argument_group("processes"))
+    add_identity_options(parser.add_argument_group("service"))
     _add_log(parser.add_argument_group("logging, to standard error"))
     return parser
 

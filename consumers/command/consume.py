@@ -10,12 +10,15 @@ import threading
 import time
 from collections.abc import Sequence
 
-from outbox import MissingExtra, exit_codes
+from outbox import MissingExtra, UsageError, exit_codes
 from outbox.consumers import logs
 from outbox.consumers.command import supervised_worker, worker_main
 from outbox.consumers.command.arguments import limits_of, make_parser
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.losses.begun_keeper import BegunKeeper
+from outbox.service.identity.identity_options import identity_of
+from outbox.service.identity.instance import Instance
+from outbox.service.state import Face
 from outbox.service.supervised import MARGIN
 from outbox.service.supervisor import Supervisor
 from outbox.system.child_process import Parent
@@ -54,13 +57,19 @@ def main(
         except MissingExtra as error:
             print(f"{prog}: {error}", file=sys.stderr)
             return exit_codes.USAGE
-    if _is_supervised(options):
+    try:
+        faces = _faces(options)
+    except UsageError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return exit_codes.USAGE
+    if faces or _is_supervised(options):
         return Supervisor(
             [sys.executable, *sys.orig_argv[1:]],
             options.processes or 1,
             shutdown_timeout=options.shutdown_timeout,
             keeper=_keeper(options),
             logger=logging.getLogger("outbox.consumer.processes"),
+            faces=faces,
         ).run()
     return worker_main.run(
         options,
@@ -92,6 +101,24 @@ def _keeper(options: argparse.Namespace) -> BegunKeeper | None:
     except OSError as error:
         logger.warning("no memory to share with the workers, so they can't see losses: %s", error)
         return None
+
+
+def _faces(options: argparse.Namespace) -> list[Face]:
+    """Return what shows the service to the outside.
+
+    Raises:
+        UsageError: the id can't be taken, or options contradict each other.
+    """
+    faces: list[Face] = []
+    modules = {consumers.partition(":")[0] for consumers in options.consumers}
+    if not modules and (settings := os.environ.get("DJANGO_SETTINGS_MODULE")):
+        modules = {settings}
+    identity = identity_of(options, sorted(modules))
+    if identity is not None:
+        if options.reload:
+            raise UsageError("--reload is for development, and can't be used with --id")
+        faces.append(Instance(identity))
+    return faces
 
 
 def _is_supervised(options: argparse.Namespace) -> bool:

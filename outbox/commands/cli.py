@@ -9,7 +9,13 @@ import sys
 from collections.abc import Sequence
 
 from outbox import exit_codes
-from outbox.commands import parked_command, relay_command, sql_command, stored_command
+from outbox.commands import (
+    parked_command,
+    relay_command,
+    sql_command,
+    stored_command,
+    workers_command,
+)
 from outbox.commands.application import Application
 from outbox.commands.options import Version
 from outbox.commands.printing import printable
@@ -24,7 +30,7 @@ exit codes: 0 done, 1 done in part, 2 wrong usage, 7 the broker or the database 
 130 interrupted by Ctrl-C
 """
 
-_SUB_COMMANDS = (relay_command, stored_command, sql_command, parked_command)
+_SUB_COMMANDS = (relay_command, workers_command, stored_command, sql_command, parked_command)
 
 
 def main(arguments: Sequence[str] | None = None, *, application: Application | None = None) -> int:

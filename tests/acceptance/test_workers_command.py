@@ -245,6 +245,23 @@ def test_a_successor_that_does_not_get_ready_leaves_the_other_alone(machine: Mac
     wait_until(lambda: len(machine.notes()) == 2, 20)
 
 
+def test_a_successor_that_dies_in_the_moment_of_its_take_over_is_replaced_by_the_other(
+    machine: Machine,
+) -> None:
+    first = machine.foreground("work", "--id", "1")
+    machine.wait_for_owner(first.pid)
+    first.send_signal(signal.SIGSTOP)  # its workers go on; it doesn't see what happens
+    second = machine.foreground("work", "--id", "1")
+    machine.wait_for_owner(second.pid)
+    second.kill()
+    second.wait()
+    first.send_signal(signal.SIGCONT)
+    assert machine.wait_for_owner() == first.pid
+    machine.publish(0.0)
+    wait_until(lambda: len(machine.notes()) == 2, 20)
+    assert first.poll() is None
+
+
 def test_another_application_does_not_take_over_by_mistake(machine: Machine) -> None:
     first = machine.foreground("work", "--id", "1")
     machine.wait_for_owner(first.pid)
@@ -261,6 +278,7 @@ def test_another_application_does_not_take_over_by_mistake(machine: Machine) -> 
     assert first.wait(20) == exit_codes.SUCCESS
 
 
+@pytest.mark.hazard("G10")
 def test_a_killed_parent_leaves_nothing_in_the_way(machine: Machine) -> None:
     first = machine.foreground("work", "--id", "1")
     machine.wait_for_owner(first.pid)

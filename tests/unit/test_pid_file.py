@@ -107,6 +107,7 @@ def test_the_file_holds_a_number_alone_and_its_lock_names_the_holder(processes: 
     assert processes.folder.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.hazard("G10")
 def test_who_takes_last_stays_and_the_other_sees_it(processes: Processes) -> None:
     first, second, third = (processes.start() for _ in range(3))
     first.ask("take")
@@ -126,6 +127,7 @@ def test_who_takes_last_stays_and_the_other_sees_it(processes: Processes) -> Non
     assert os.listdir(processes.folder) == []
 
 
+@pytest.mark.hazard("G10")
 def test_a_dead_holder_leaves_a_stale_file_even_if_it_had_forked(processes: Processes) -> None:
     first, second = processes.start(), processes.start()
     first.ask("take")
@@ -138,6 +140,7 @@ def test_a_dead_holder_leaves_a_stale_file_even_if_it_had_forked(processes: Proc
         os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.hazard("G10")
 def test_a_file_with_the_number_of_a_stranger_is_stale(processes: Processes) -> None:
     processes.folder.mkdir(mode=0o700)
     processes.path.write_text(f"{os.getpid()}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def identity_of(options: argparse.Namespace, applications: Sequence[str]) -> Ide
         take_over=options.take_over,
         start_timeout=options.start_timeout,
         handover_timeout=options.handover_timeout,
-        http=getattr(options, "http", None),
+        http=getattr(options, "http", None) or os.environ.get("OUTBOX_HTTP") or None,
     )
 
 

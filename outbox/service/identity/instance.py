@@ -116,6 +116,15 @@ class Instance:
                 f"cannot write to the folder {self._folder}: {error.strerror}"
             ) from None
 
+    @property
+    def shares_port(self) -> bool:
+        """Whether the predecessor answers probes at the same address, and gives it up when it goes.
+
+        Then this process may listen there only a moment after it has become the owner.
+        """
+        http = self._identity.http
+        return http is not None and self.predecessor is not None and self.predecessor.http == http
+
     def turn(self, service: Service) -> None:
         """Look who has the id, and take it, leave, or do nothing; write the state down.
 

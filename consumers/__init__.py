@@ -8,6 +8,7 @@ from outbox.consumers.outcome import ACK, REJECT, REQUEUE, Outcome, ProcessTimeo
 from outbox.consumers.received_event import ReceivedEvent
 from outbox.consumers.retry import Retry, RetryPolicy, exponential
 from outbox.consumers.worker.worker import Worker
+from outbox.consumers.worker.worker_stats import QueueStats, WorkerStats
 
 __all__ = [
     # Writing consumers
@@ -31,7 +32,9 @@ __all__ = [
     "RetryPolicy",
     "exponential",
     # Running them
+    "QueueStats",
     "Worker",
+    "WorkerStats",
     # Logging
     "MessageFilter",
     "current_message",

@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,13 +18,15 @@ from outbox.backlog import waker
 from outbox.backlog.backlog import SILENCE
 from outbox.backlog.chunk import Chunk
 from outbox.backlog.notifier import call_hook, ids
-from outbox.backlog.stats import Stats
+from outbox.backlog.stats import Stats, Tally
 from outbox.errors import CollectorFull, InvalidEvent, UsageError
 from outbox.event import Event
 from outbox.observer import Observer, seam
 from outbox.report import PublishReport
 from outbox.settings import SettingOverrides, Settings
 from outbox.system import process
+from outbox.telemetry import sources
+from outbox.telemetry.sources import Samples
 from outbox.transports.registry import open_transport
 from outbox.transports.transport import Transport
 from outbox.url import masked
@@ -73,10 +76,10 @@ class Publisher:
         self._lock = threading.RLock()
         self._own: Transport | None = None
         self._successor: Publisher | None = None
+        self._cleared = [0]
         self._open()
         self._closed = False
         self._half_full = False
-        self._cleared = 0
 
     def __repr__(self) -> str:
         settings: Settings | None = getattr(self, "settings", None)  # None if they are invalid
@@ -117,7 +120,7 @@ class Publisher:
             rejected=fates.get("rejected", 0),
             withdrawn=fates.get("withdrawn", 0),
             nacked=tally.nacked,
-            cleared=self._cleared,
+            cleared=self._cleared[0],
             connects=tally.connects,
             latency=tally.latency,
         )
@@ -390,7 +393,7 @@ class Publisher:
     def note_cleared(self, events: Sequence[Event]) -> None:
         """Count dropped events, and call the hook ``on_cleared``."""
         count = len(events)
-        self._cleared += count  # one line without a call: a signal handler may be here, too
+        self._cleared[0] += count  # one line without a call: a signal handler may be here, too
         call_hook(self.settings.on_cleared, tuple(events))
 
     def __enter__(self) -> Self:
@@ -430,6 +433,7 @@ class Publisher:
         own = self._own = open_transport(self.settings)
         _open_publishers.add(self)
         _open_transports[own] = self.settings.drain_timeout
+        sources.register(own, functools.partial(_counts, own.backlog.tally, self._cleared), _gauges)
         self._forgotten = weakref.finalize(self, _on_forgotten, own)
         self._forgotten.atexit = False
         return own
@@ -440,7 +444,7 @@ class Publisher:
             self._forgotten.detach()
         self._lock = threading.RLock()
         self._own = None
-        self._cleared = 0
+        self._cleared = [0]
 
     def _waits(self, chunk: Chunk, timeout: float | None) -> Iterator[float]:
         """Yield the seconds to wait for the report of ``chunk``, and to wait again."""
@@ -475,6 +479,29 @@ def refuse_running_loop() -> None:
 
 def _all_ids(events: Iterable[Event]) -> str:
     return ", ".join(repr(event.id) for event in events)
+
+
+def _counts(tally: Tally, cleared: list[int]) -> Samples:
+    """Return what a publisher has counted; see ``outbox.telemetry.metrics``."""
+    fates = {**tally.fates, "kept": tally.ever_kept, "cleared": cleared[0]}
+    return {
+        "outbox_events_collected_total": {(): tally.submitted + cleared[0]},
+        "outbox_events_total": {(fate,): count for fate, count in fates.items()},
+        "outbox_publish_duration_seconds": {(): (tally.total, *tally.buckets)},
+        "outbox_connects_total": {("publisher",): tally.connects},
+    }
+
+
+def _gauges(transport: Transport) -> Samples:
+    events, size = transport.backlog.kept_size
+    oldest = transport.backlog.oldest_kept
+    age = 0.0 if oldest is None else time.time() - oldest.occurred_at.timestamp()
+    return {
+        "outbox_connected": {("publisher",): int(transport.connected)},
+        "outbox_events_kept": {(): events},
+        "outbox_events_kept_bytes": {(): size},
+        "outbox_oldest_kept_age_seconds": {(): max(0.0, age)},
+    }
 
 
 def _close(transport: Transport) -> tuple[Event, ...]:

@@ -28,6 +28,7 @@ from outbox.consumers.message.steps import (
     cancelled_in_time,
     drive,
 )
+from outbox.consumers.message.tally import Tally
 from outbox.consumers.outcome import Failed, Outcome
 from outbox.consumers.worker import lasting_loop
 from outbox.messages.delivery import Delivery
@@ -178,6 +179,7 @@ class InlineWorker:
         self.inbox = inbox
         self.surroundings = surroundings.here()
         self.subscription: Any = _Settled()
+        self.tally = Tally({})
         self.is_stopping = False
         self._abandon: Callable[[], None] = _do_nothing
         self._timeout: ProcessTimeout | None = None

@@ -19,6 +19,7 @@ from outbox.consumers.message.steps import (
     cancelled_in_time,
     drive,
 )
+from outbox.consumers.message.tally import Tally
 from outbox.consumers.outcome import Outcome, Unconfirmed, of_handler
 from outbox.transports.subscription import Subscription
 
@@ -36,6 +37,7 @@ class InlineEngine:
         self.publisher = publisher
         self.inbox = inbox
         self.surroundings = surroundings.here()
+        self.tally = Tally({})
 
     @property
     def subscription(self) -> Subscription:

@@ -153,6 +153,7 @@ class Message:
         if attempt is not None:
             attempt.close()
         if self._is_lost(result):
+            self._leave()
             return None
         outcome = yield from self.conclude(result)
         return (yield from self.settle(outcome))
@@ -213,6 +214,7 @@ class Message:
         if isinstance(outcome, Dead):
             copy = dead_letter(delivery, outcome)
         message_log.ended(delivery, outcome, self._began)
+        self._services.tally.ended(delivery, outcome, self._began)
         match outcome:
             case Ack():
                 self._ack()
@@ -231,12 +233,15 @@ class Message:
                 not isinstance(result, Ack) and (self._is_lost(result) or self._is_excused(result))
             ):
                 self._over()
+                if not self.is_given_up:
+                    self._leave()
                 return None
             outcome = yield from self.conclude(result)
             self._over()
             if isinstance(outcome, Hold):
                 held = yield from self._hold(outcome)
                 if held is None:
+                    self._leave()
                     return None
                 result = held
                 continue
@@ -247,6 +252,10 @@ class Message:
             result = yield from self.attempt()
         self._over()
         return result
+
+    def _leave(self) -> None:
+        """Count a message that is left unsettled, to be redelivered."""
+        self._services.tally.returned(self.delivery, self._began)
 
     def _over(self) -> None:
         """Note that no application code runs for the message, until its next attempt if any.

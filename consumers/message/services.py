@@ -6,6 +6,7 @@ from typing import Protocol
 
 from outbox import Publisher
 from outbox.consumers.message.deduplication import Inbox
+from outbox.consumers.message.tally import Tally
 from outbox.surroundings import Surroundings
 from outbox.transports.subscription import Subscription
 
@@ -33,6 +34,11 @@ class Services(Protocol):
     @property
     def surroundings(self) -> Surroundings | None:
         """What each handler and callback needs around it, or None."""
+        ...
+
+    @property
+    def tally(self) -> Tally:
+        """The counters of the messages that end."""
         ...
 
     @property

@@ -63,7 +63,7 @@ class TaskEngine:
     are places.
 
     Attributes:
-        publisher, subscription, inbox, surroundings: see ``Services``.
+        publisher, subscription, inbox, surroundings, tally: see ``Services``.
         overlaps: False with a concurrency of 1, which processes messages one after the other.
         in_flight: the messages that were started.
     """
@@ -74,6 +74,7 @@ class TaskEngine:
         self.subscription = work.subscription
         self.inbox = work.inbox
         self.surroundings = work.surroundings
+        self.tally = work.tally
         self._shared = work
         self.overlaps = concurrency > 1
         self._concurrency = concurrency

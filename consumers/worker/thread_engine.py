@@ -52,7 +52,7 @@ class ThreadEngine:
     Beyond that, a place stays empty until a late thread comes back.
 
     Attributes:
-        publisher, subscription, inbox, surroundings: see ``Services``.
+        publisher, subscription, inbox, surroundings, tally: see ``Services``.
         overlaps: False with a single thread, which processes its messages one after the other.
         in_flight: the messages that were started.
     """
@@ -63,6 +63,7 @@ class ThreadEngine:
         self.subscription = work.subscription
         self.inbox = work.inbox
         self.surroundings = work.surroundings
+        self.tally = work.tally
         self._shared = work
         self.overlaps = threads > 1
         self._size = threads

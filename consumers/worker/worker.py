@@ -7,6 +7,7 @@ import math
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from outbox import Publisher, UsageError, surroundings
@@ -20,14 +21,19 @@ from outbox.consumers.losses.guarded_message import (
     message_maker,
 )
 from outbox.consumers.message.deduplication import Inbox, open_inbox
+from outbox.consumers.message.tally import Tally
 from outbox.consumers.worker.assignment import Assignment
 from outbox.consumers.worker.dispatch_queue import make_dispatch_queue
 from outbox.consumers.worker.renewal import Renewal
 from outbox.consumers.worker.task_engine import TaskEngine
 from outbox.consumers.worker.thread_engine import ThreadEngine
 from outbox.consumers.worker.worker_context import MakeMessage, Quota, WorkerContext
+from outbox.consumers.worker.worker_stats import QueueStats, WorkerStats
 from outbox.messages.delivery import Delivery
 from outbox.observer import seam
+from outbox.system.resident_memory import resident_bytes
+from outbox.telemetry import sources
+from outbox.telemetry.sources import Samples
 from outbox.transports.registry import open_subscription
 
 __all__ = ["Worker"]
@@ -125,6 +131,9 @@ class Worker:
         self._refused = ""
         self._failed = ""
         self._started = threading.Lock()  # taken for good by start()
+        self._tally = Tally(
+            {queue: _name_of(consumer) for queue, consumer in self.consumers.items()}
+        )
         resting = dict.fromkeys(self.consumers, 0)
         work = WorkerContext(
             consumers=self.consumers,
@@ -132,6 +141,7 @@ class Worker:
             subscription=self._subscription,
             inbox=open_inbox(settings, self.consumers.values()) if inbox is None else inbox,
             surroundings=surroundings.here(),
+            tally=self._tally,
             quota=self._quota,
             on_used_up=self._stopping.set,
             on_failed=self._on_failed,
@@ -144,6 +154,7 @@ class Worker:
         self._threads = ThreadEngine(work, threads) if assignment.plain else None
         self._tasks = TaskEngine(work, concurrency) if assignment.asynchronous else None
         self._renewal = Renewal(self.publisher, self._subscription, self._receiver())
+        sources.register(self, self._tally.samples, _gauges)
 
     @property
     def has_worked(self) -> bool:
@@ -168,6 +179,26 @@ class Worker:
     def running(self) -> list[Delivery]:
         """Return the deliveries of the messages that have begun and not ended, held or not."""
         return [delivery for engine in self._engines() for delivery in engine.in_flight.running()]
+
+    def stats(self) -> WorkerStats:
+        """Return the worker's counters. Thread-safe; also while it runs, and when it has ended."""
+        running = Counter(delivery.queue for delivery in self.running())
+        ended = self._tally.read()
+        return WorkerStats(
+            queues=tuple(
+                QueueStats(
+                    queue,
+                    _name_of(consumer),
+                    ended[queue].outcomes,
+                    ended[queue].durations,
+                    ended[queue].waits,
+                    running[queue],
+                )
+                for queue, consumer in self.consumers.items()
+            ),
+            late=self.late,
+            is_consuming=self.is_consuming,
+        )
 
     @property
     def late(self) -> int:
@@ -300,3 +331,19 @@ class Worker:
     def _on_refused(self, reason: str) -> None:
         self._refused = reason
         self._stopping.set()
+
+
+def _gauges(worker: Worker) -> Samples:
+    stats = worker.stats()
+    return {
+        "outbox_connected": {("consumer",): int(stats.is_consuming)},
+        "outbox_handlers_late": {(): stats.late},
+        "outbox_messages_in_flight": {(each.queue,): each.in_flight for each in stats.queues},
+        "outbox_worker_resident_bytes": {(): resident_bytes()},
+    }
+
+
+def _name_of(consumer: Consumer) -> str:
+    """Return the name of a consumer's class or function, without where it is local to."""
+    name: str = getattr(consumer, "__qualname__", None) or type(consumer).__qualname__
+    return name.rpartition("<locals>.")[2]

@@ -11,6 +11,7 @@ from outbox.consumers.definition import Consumer
 from outbox.consumers.message.deduplication import Inbox
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
+from outbox.consumers.message.tally import Tally
 from outbox.consumers.worker.dispatch_queue import DispatchQueue
 from outbox.messages.delivery import Delivery
 from outbox.surroundings import Surroundings
@@ -67,7 +68,7 @@ class WorkerContext:
         publisher: the publisher of follow-on events, retries and dead letters.
         subscription: the subscription that delivers the messages.
         inbox: the inbox, or None.
-        surroundings: see ``Services``.
+        surroundings, tally: see ``Services``.
         quota: the quota of messages, or None for any number.
         on_used_up: called when the last message of the quota has ended.
         on_failed: called with the reason when the engine can't go on.
@@ -82,6 +83,7 @@ class WorkerContext:
     subscription: Subscription
     inbox: Inbox | None
     surroundings: Surroundings | None
+    tally: Tally
     quota: Quota | None
     on_used_up: Callable[[], object]
     on_failed: Callable[[str], object]

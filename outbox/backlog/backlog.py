@@ -97,6 +97,17 @@ class Backlog:
         )
 
     @property
+    def oldest_kept(self) -> Event | None:
+        """The kept event that will be sent first, or None. Any thread may ask."""
+        if not self._kept_events:
+            return None
+        for entries in (list(self._elsewhere), list(self._queue)):
+            for entry in entries:
+                if entry.kept:
+                    return entry.event
+        return None
+
+    @property
     def kept_size(self) -> tuple[int, int]:
         """The number of kept events, and the bytes they take."""
         return self._kept_events, self._kept_bytes
@@ -150,6 +161,7 @@ class Backlog:
             if not self._elsewhere:  # nothing is in flight: no confirm could close the circuit
                 self._doubted_since = None
         self._unsettled += len(chunk.entries)
+        self.tally.submitted += len(chunk.entries)
         if chunk.claimed:  # its caller's timeout was over before
             self._queue.extend(chunk.entries if chunk.keep else ())
             self._keep_rest(chunk, chunk.error or not_confirmed(chunk, self._clock()), news)

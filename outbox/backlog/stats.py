@@ -80,6 +80,7 @@ class Tally:
     """The counters behind :class:`Stats`. The owner guards them; reading a number is always safe.
 
     Attributes:
+        submitted: the number of events in chunks that were submitted.
         ever_kept: see :class:`Stats`, as for the others.
         fates: the number of events by the value of their fate.
         nacked: the number of nacks.
@@ -89,9 +90,19 @@ class Tally:
         maximum: the longest duration in seconds.
     """
 
-    __slots__ = ("buckets", "connects", "ever_kept", "fates", "maximum", "nacked", "total")
+    __slots__ = (
+        "buckets",
+        "connects",
+        "ever_kept",
+        "fates",
+        "maximum",
+        "nacked",
+        "submitted",
+        "total",
+    )
 
     def __init__(self) -> None:
+        self.submitted = 0
         self.ever_kept = 0
         self.nacked = 0
         self.connects = 0

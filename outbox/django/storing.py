@@ -33,6 +33,7 @@ from outbox.messages.rows import values_of
 from outbox.observer import Observer, seam
 from outbox.publisher import Publisher
 from outbox.sinks import Bound, Sink
+from outbox.telemetry import sources
 from outbox.unit_of_work.origin import application_frame, warn_at
 
 __all__ = ["pending_of", "sink_using"]
@@ -296,6 +297,8 @@ def _hand_over(
     alias: str, publisher: Publisher, events: list[Event], rows: list[tuple[int, float]]
 ) -> None:
     """Have the process's background thread publish committed rows; never raise."""
+    sources.count("outbox_events_collected_total", (), len(events))
+    sources.count("outbox_events_total", ("stored",), len(events))
     try:
         from outbox.sql.handover import Place, Row, handover_for
 

@@ -8,6 +8,7 @@ ends, so an event may be published twice, with the same id.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import random
 import threading
@@ -27,6 +28,8 @@ from outbox.sql.waves import Batch
 from outbox.storage.engines import open_engine
 from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.store import Store
+from outbox.telemetry import sources
+from outbox.telemetry.sources import Samples
 
 __all__ = ["Relay", "RelayStats"]
 
@@ -129,6 +132,7 @@ class Relay:
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._deadline = 0.0
+        sources.register(self, functools.partial(_counts, self._counts), _gauges)
 
     def stats(self) -> RelayStats:
         """Return the counters so far."""
@@ -362,3 +366,12 @@ class Relay:
     def _disconnect(self) -> None:
         if self._owns_engine:
             self.store.engine.dispose()
+
+
+def _counts(counts: dict[str, int]) -> Samples:
+    fates = ("published", "parked", "released", "buried")
+    return {"outbox_relay_rows_total": {(fate,): counts[fate] for fate in fates}}
+
+
+def _gauges(relay: Relay) -> Samples:
+    return {"outbox_store_oldest_age_seconds": {(): max(0.0, relay.stats().lag)}}

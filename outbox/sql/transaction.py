@@ -34,6 +34,7 @@ from outbox.publisher import Publisher
 from outbox.sql.commits import commits_by_itself, is_autocommit
 from outbox.sql.handover import Handover, Place, Row, doubt, handover_for, name_engine, place_of
 from outbox.storage.schema import events, events_with_grace, known_dialect
+from outbox.telemetry import sources
 
 __all__ = ["bind", "sink_of_connection", "sink_of_session", "uncommitted_events"]
 
@@ -419,7 +420,10 @@ def _after_commit(session: Session) -> None:
     rows = session.info.pop(_STORED, None)
     if rows:
         # Without an identity if its savepoint was rolled back.
-        _hand_over([stored for row, stored in rows.items() if state_of(row).identity is not None])
+        written = [stored for row, stored in rows.items() if state_of(row).identity is not None]
+        sources.count("outbox_events_collected_total", (), len(written))
+        sources.count("outbox_events_total", ("stored",), len(written))
+        _hand_over(written)
         rows.clear()  # each row refers to them
 
 

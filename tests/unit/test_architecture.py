@@ -60,6 +60,7 @@ def imports(path: Path) -> Iterator[str]:
 ROOMS = (
     "errors exit_codes version",
     "system",
+    "telemetry.histogram telemetry.sources telemetry.table",
     "event header_values ids serializer settings url report",
     "messages",
     "backlog",
@@ -74,6 +75,7 @@ ROOMS = (
     "sql",
     "unit_of_work",
     "__init__",
+    "telemetry",
     "service",
     "commands __main__",
     "middleware",

@@ -1,0 +1,1 @@
+"""Telemetry: metrics for Prometheus, and the probes of a service."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -13,9 +14,12 @@ from outbox.header_values import _checked_headers, check_address
 from outbox.ids import new_id
 from outbox.serializer import Serializer, serializer_for
 
-__all__ = ["Event", "Headers", "MakeId", "Unroutable", "make_event"]
+__all__ = ["Event", "Headers", "HeadersSource", "MakeId", "Unroutable", "add_headers", "make_event"]
 
 Headers = Mapping[str, Any]
+HeadersSource = Callable[[], Headers | None]
+"""A function that returns headers for the event that is being enqueued."""
+
 Unroutable = Literal["park", "fail", "ignore"]
 
 MakeId = Callable[[str, str, str | None, bytes], str]
@@ -85,6 +89,33 @@ class Event:
             f"<{type(self).__name__} {self.id!r} to {self.exchange!r}/{self.target!r}, "
             f"{len(self.body)} bytes>"
         )
+
+
+def add_headers(sources: Iterable[HeadersSource], headers: Any) -> Any:
+    """Return ``headers`` with those of ``sources`` that have other names.
+
+    Args:
+        sources: the functions that are asked, in this order; a later one wins.
+        headers: the caller's, not checked.
+
+    Raises:
+        InvalidEvent: what a source has returned can't be carried; the message names the source.
+        Exception: a source raised it.
+    """
+    added: dict[str, Any] = {}
+    for source in sources:
+        returned: Any = source()
+        if returned is None:
+            continue
+        if inspect.iscoroutine(returned):
+            returned.close()  # else Python warns that it was never awaited
+        try:
+            added.update(_checked_headers(returned))
+        except InvalidEvent as error:
+            raise InvalidEvent(f"what {source!r:.80} has returned: {error}") from error
+    if headers is None or isinstance(headers, Mapping):  # else make_event() refuses it
+        return {**added, **(headers or {})}
+    return headers
 
 
 def make_event(

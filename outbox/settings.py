@@ -7,13 +7,14 @@ White space around a value in the environment is not part of it.
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 
 from outbox.errors import BrokerError, UsageError
-from outbox.event import Event, Unroutable
+from outbox.event import Event, HeadersSource, Unroutable
 from outbox.serializer import JSONSerializer, Serializer
 from outbox.system.program_name import program_name
 from outbox.url import BrokerURL, masked
@@ -65,6 +66,7 @@ class SettingOverrides(TypedDict, total=False):
     app_id: str
     connection_name: str
     serializer: Serializer
+    headers: HeadersSource | Sequence[HeadersSource] | None
     on_kept: EventsHook | None
     on_parked: EventsHook | None
     on_rejected: RejectionHook | None
@@ -108,6 +110,10 @@ class Settings:
             application under gunicorn; empty at a prompt and for ``python -c``.
         connection_name: the connection's name in the broker's management UI.
         serializer: the serializer of payloads.
+        headers: called without arguments for each event that is enqueued, in the caller's thread
+            and context; what it returns, a mapping or None, is added to the event's headers. Given
+            as a function or a sequence of functions, of which the later ones win, as the caller's
+            own headers do over all of them; held as a tuple.
         on_kept: called with the events of a chunk that had to be kept.
         on_parked: called with events that were parked.
         on_rejected: called with an event and the reason it was given up.
@@ -137,6 +143,7 @@ class Settings:
     app_id: str = ""
     connection_name: str = "outbox"
     serializer: Serializer = JSONSerializer()  # noqa: RUF009  it is stateless
+    headers: tuple[HeadersSource, ...] = ()
     on_kept: EventsHook | None = None
     on_parked: EventsHook | None = None
     on_rejected: RejectionHook | None = None
@@ -241,12 +248,32 @@ def _checked(name: str, value: Any, where: str) -> Any:
         most = _MOST.get(name, _MOST_BYTES if numbers == (int,) else _MOST_SECONDS)
         if isinstance(value, bool) or not isinstance(value, numbers) or not 0 <= value <= most:
             raise UsageError(f"{where} is {value!r:.80}, not a number from 0 to {most}")
+    elif name == "headers":
+        return _sources(value, where)
     elif name == "serializer" and not _is_serializer(value):
         raise UsageError(
             f"{where} is {value!r:.80}, which has no content_type (a string of at most 255 "
             "bytes), encode() and decode()"
         )
     return value
+
+
+def _sources(value: Any, where: str) -> tuple[HeadersSource, ...]:
+    if value is None:
+        return ()
+    sources = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for source in sources:
+        if not callable(source):
+            raise UsageError(
+                f"{where} is {value!r:.80}, not a function that returns headers, nor a list of such"
+            )
+        call = getattr(source, "__call__", None)  # noqa: B004  it may be a coroutine function
+        if inspect.iscoroutinefunction(source) or inspect.iscoroutinefunction(call):
+            raise UsageError(
+                f"{where} has the coroutine function {source!r:.80}, which enqueue_event() can't "
+                "await; use a plain function that reads a ContextVar"
+            )
+    return sources
 
 
 def _is_short(text: str) -> bool:

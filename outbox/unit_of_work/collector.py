@@ -19,7 +19,7 @@ from outbox import configuration, sinks
 from outbox.backlog.chunk import Chunk
 from outbox.backlog.notifier import ids
 from outbox.errors import CollectorClosed, UsageError
-from outbox.event import Event, Headers, MakeId, Unroutable, make_event
+from outbox.event import Event, Headers, MakeId, Unroutable, add_headers, make_event
 from outbox.header_values import check_address
 from outbox.observer import seam
 from outbox.publisher import Publisher
@@ -226,7 +226,8 @@ class EventCollector:
             target: the routing key, 1 to 255 bytes in UTF-8, without NUL like ``key`` and ``id``.
             headers: names of at most 255 bytes to str, bytes, bool, int of 64 bits, None, and
                 lists and dicts of these, at most 32 deep; float, UUID, Decimal and dates become
-                strings. Names that RabbitMQ or outbox acts on are refused.
+                strings. Names that RabbitMQ or outbox acts on are refused. They win over those
+                that the setting ``headers`` adds.
             key: at most 255 bytes; events with the same key belong together.
             priority: 0 to 255.
             delay: the time from now until it may be delivered, in seconds or as a timedelta.
@@ -277,6 +278,8 @@ class EventCollector:
             exchange = settings.exchange
         elif exchange != "":
             check_address("exchange", exchange)
+        if settings.headers:
+            headers = add_headers(settings.headers, headers)
         event = make_event(  # by position: keywords are slower, and this is the hot path
             settings.serializer,
             settings.max_body_bytes,

@@ -34,6 +34,7 @@ def found(databases: Sequence[str] | None = None) -> dict[str, str]:
         ({"STORE": "orders"}, "outbox.E003", "'orders', which is not in DATABASES"),
         ({"OUTSIDE_ATOMIC": "never"}, "outbox.E004", "'store', 'warn' or 'error'"),
         ({"TIMEOUT": "soon"}, "outbox.E004", "OUTBOX['TIMEOUT'] is wrong"),
+        ({"HEADERS": "shop.headers"}, "outbox.E004", "OUTBOX['HEADERS'] is wrong"),
         ({"URL": "http://broker"}, "outbox.E005", "OUTBOX['URL'] is wrong"),
     ],
 )

@@ -48,6 +48,13 @@ def test_an_event_is_a_row_of_the_transaction_at_once() -> None:
     assert row.available_at == row.stored_at
 
 
+def test_the_project_adds_headers_to_what_is_stored(outbox_setting: Any) -> None:
+    outbox_setting(HEADERS=lambda: {"tenant": "acme"})
+    with transaction.atomic():
+        event = enqueue_event(1, "a", headers={"n": 1})
+    assert event.headers == {"tenant": "acme", "n": 1}
+
+
 def test_a_relay_reads_what_was_stored() -> None:
     event = enqueue_event({"n": 1}, "order.placed", key="7", headers={"by": "me", "raw": b"\0"})
     [claimed] = Store(engine_of("default")).claim(10)

@@ -81,6 +81,15 @@ def test_each_application_has_its_own_publisher() -> None:
     assert counts == [1, 2, 1]
 
 
+def test_each_application_adds_its_own_headers() -> None:
+    one = make_app("one", OUTBOX_HEADERS=lambda: {"app": "one"})
+    two = make_app("two", OUTBOX_HEADERS=[lambda: {"app": "two"}])
+    with recorded("here") as events:
+        for app in (one, two, one):
+            app.test_client().get("/order")
+    assert [event.headers["app"] for event in events.published] == ["one", "two", "one"]
+
+
 def test_a_hundred_applications_open_nothing() -> None:
     threads, before = threading.active_count(), set(_publishers())
     apps = [make_app(OUTBOX_URL="amqp://127.0.0.1:9") for _ in range(100)]
@@ -103,6 +112,7 @@ def _publishers() -> Any:
         ({"OUTBOX_WHATEVER_ELSE": 1}, "'OUTBOX_WHATEVER_ELSE'; known: OUTBOX_EXCHANGE,"),
         ({"OUTBOX_TIMEOUT": "soon"}, r"app.config\['OUTBOX_TIMEOUT'\].*not a number"),
         ({"OUTBOX_URL": "http://host"}, r"app.config\['OUTBOX_URL'\]"),
+        ({"OUTBOX_HEADERS": "x"}, r"app.config\['OUTBOX_HEADERS'\].*not a function"),
         ({"OUTBOX_URL": 5}, r"app.config\['OUTBOX_URL'\].*not int"),
     ],
 )

@@ -262,6 +262,8 @@ def test_a_wrong_environment_variable_is_named(name: str, value: str, expected: 
         ("heartbeat", 65_536, "not a number from 0 to 65535"),
         ("app_id", "\ud800", "not a string of at most 255 bytes"),
         ("serializer", "json", "no content_type"),
+        ("headers", {"tenant": "acme"}, "not a function that returns headers"),
+        ("headers", [dict, "tenant"], "nor a list of such"),
     ],
 )
 def test_a_wrong_setting_is_named(name: str, value: Any, expected: str) -> None:

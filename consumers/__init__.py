@@ -3,6 +3,7 @@
 from outbox.consumers.current import current_message
 from outbox.consumers.definition import Consumer, FunctionConsumer, consumer
 from outbox.consumers.filters import after, around, before
+from outbox.consumers.hooks import on_worker_start, on_worker_stop, worker_state
 from outbox.consumers.logs import MessageFilter
 from outbox.consumers.outcome import ACK, REJECT, REQUEUE, Outcome, ProcessTimeout, Reject, Requeue
 from outbox.consumers.received_event import ReceivedEvent
@@ -35,6 +36,9 @@ __all__ = [
     "QueueStats",
     "Worker",
     "WorkerStats",
+    "on_worker_start",
+    "on_worker_stop",
+    "worker_state",
     # Logging
     "MessageFilter",
     "current_message",

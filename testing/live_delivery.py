@@ -11,6 +11,7 @@ from typing import Any
 from outbox import Event, Publisher
 from outbox.configuration import publisher_if_any
 from outbox.consumers import Consumer, Worker
+from outbox.consumers.hooks import Hooks
 from outbox.consumers.message.deduplication import Inbox, open_inbox
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
@@ -208,6 +209,9 @@ class _Worker(Worker):
         self._broker = broker  # before: the worker asks for its message maker
         self._note = note
         super().__init__(consumers, publisher=publisher, threads=1, concurrency=1, inbox=inbox)
+
+    def _declared_hooks(self) -> Hooks:
+        return Hooks()  # a test sets in worker_state what its handlers need
 
     def _message_maker(self) -> MakeMessage:
         return partial(_Message, broker=self._broker, note=self._note)

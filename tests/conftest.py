@@ -19,6 +19,7 @@ from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
 
 from outbox import Publisher, configuration, surroundings
+from outbox.consumers import hooks
 from outbox.observer import seam
 from outbox.sql import Store
 from outbox.testing.broker import BrokerMissing, PrivateBroker
@@ -280,6 +281,9 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if not variable.startswith("OUTBOX_TEST_"):
             monkeypatch.delenv(variable)
     monkeypatch.setattr(configuration, "_publisher", None)
+    for names in ("_start", "_stop"):
+        monkeypatch.setattr(hooks, names, [])
+    monkeypatch.setattr(hooks, "_namespaces", hooks._Namespaces())
     yield
     configuration.provide(None)
     surroundings.provide(None)

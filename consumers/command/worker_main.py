@@ -16,6 +16,7 @@ from outbox.consumers.command.framework import Framework
 from outbox.consumers.command.limits import Limits, Recycling
 from outbox.consumers.definition import Consumer
 from outbox.consumers.discovery import load, selected
+from outbox.consumers.hooks import HookFailed
 from outbox.consumers.isolation.process_pool import Orders, ProcessPool
 from outbox.consumers.losses.begun_table import BegunTable
 from outbox.consumers.worker.worker import Worker
@@ -102,6 +103,9 @@ def run(
                 finished = worker.stop(options.shutdown_timeout)
                 beside.close()
                 publisher.close()
+    except HookFailed as error:  # logged with its traceback
+        logger.critical("the worker ends before it consumes: %s", error)
+        return exit_codes.UNFINISHED
     except OutboxError as error:
         text = str(error)
         if framework is not None and isinstance(error, NotConfigured):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,8 @@ from outbox import BrokerError, ConnectionLost, Nacked, exit_codes
 from outbox.configuration import default_publisher, override_url
 from outbox.consumers import logs
 from outbox.consumers.discovery import load
+from outbox.consumers.hooks import HookFailed, declared
+from outbox.consumers.isolation.inline_hooks import InlineHooks
 from outbox.consumers.isolation.process_pool import STOPPING, Orders
 from outbox.consumers.message.deduplication import open_inbox
 from outbox.consumers.message.inline_engine import InlineEngine
@@ -28,6 +31,8 @@ from outbox.system import signals
 from outbox.system.child_process import Parent
 
 __all__ = ["main"]
+
+logger = logging.getLogger("outbox.consumer")
 
 
 def main(parent: Parent) -> int:
@@ -44,6 +49,13 @@ def main(parent: Parent) -> int:
     _leave_signals_to_worker()  # also those that the application handles
     publisher = default_publisher()
     engine = InlineEngine(publisher, open_inbox(publisher.settings, consumers.values()))
+    hooks = InlineHooks(declared(), engine.surroundings)
+    try:
+        hooks.start()
+    except HookFailed as error:
+        logger.critical("the subprocess ends before it runs a handler: %s", error)
+        hooks.stop()
+        return exit_codes.UNFINISHED
     connection.send(None)  # ready: what it imports doesn't count towards a handler's time limit
     while True:
         try:
@@ -53,6 +65,7 @@ def main(parent: Parent) -> int:
         message = _Message(consumers[delivery.queue], delivery, engine)
         context = contextvars.copy_context()
         connection.send(_portable(context.run(engine.conclude, message)))
+    hooks.stop()
     publisher.close()
     return exit_codes.SUCCESS
 

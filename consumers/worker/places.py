@@ -30,12 +30,16 @@ class Places:
         """Fill every place."""
         self._taken = self._count
 
-    def leave(self, *, to_late: bool = False) -> None:
-        """Empty a place; with ``to_late``, the next late thread that comes back takes it."""
+    def leave(self, *, to_late: bool = False) -> bool:
+        """Empty a place, and return whether all are empty now.
+
+        With ``to_late``, the next late thread that comes back takes it.
+        """
         with self._changed:
             self._taken -= 1
             self._free += to_late
             self._changed.notify_all()
+            return not self._taken
 
     def lose(self) -> bool:
         """Note that a thread is late; return whether its successor takes over its place."""

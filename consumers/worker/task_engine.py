@@ -13,8 +13,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable
+from concurrent.futures import Future
 from typing import Any, TypeAlias
 
+from outbox.consumers.hooks import Hook
+from outbox.consumers.message.hook_call import run_hook_async
 from outbox.consumers.message.steps import (
     Blocking,
     Call,
@@ -68,8 +71,11 @@ class TaskEngine:
         in_flight: the messages that were started.
     """
 
-    def __init__(self, work: WorkerContext, concurrency: int) -> None:
-        """Create the engine, without starting its loop yet."""
+    def __init__(self, work: WorkerContext, concurrency: int, *, has_hooks: bool = False) -> None:
+        """Create the engine, without starting its loop yet.
+
+        With ``has_hooks``, the loop goes on after the last message, until ``end``.
+        """
         self.publisher = work.publisher
         self.subscription = work.subscription
         self.inbox = work.inbox
@@ -97,6 +103,8 @@ class TaskEngine:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="outbox-worker-loop", daemon=True)
         self._context = contextvars.Context()
+        self._has_hooks = has_hooks
+        self._ending: asyncio.Event  # set by its thread
         self.in_flight = InFlight(work, self, self, concurrency)
 
     @property
@@ -125,6 +133,27 @@ class TaskEngine:
                 target=self._pump, args=(self._ordered,), name="outbox-worker-pump", daemon=True
             )
             pump.start()
+
+    def call_hook(self, hook: Hook) -> Future[None]:
+        """Have ``hook`` called and awaited by the loop. Thread-safe.
+
+        Raises:
+            RuntimeError: the loop has ended.
+        """
+        hook_run = run_hook_async(hook, self.surroundings)
+        try:
+            return self._context.copy().run(asyncio.run_coroutine_threadsafe, hook_run, self._loop)
+        except BaseException:
+            hook_run.close()
+            raise
+
+    def begin(self) -> None:
+        """Do nothing: messages are tasks beside the hooks."""
+
+    def end(self) -> None:
+        """Let the loop end, and wait for its thread."""
+        self._call(lambda: self._ending.set())
+        self._thread.join(_CANCELLED)
 
     def put(self, delivery: Delivery) -> None:
         """Add a message, to be processed when there is room. Thread-safe."""
@@ -169,7 +198,8 @@ class TaskEngine:
         if not self._ready.is_set():
             return True
         is_over = self._over.wait(max(0.0, deadline - time.monotonic()) + _CANCELLED + 1)
-        self._thread.join(_CANCELLED)  # the thread outlives that only if handlers don't end
+        if not self._has_hooks:
+            self._thread.join(_CANCELLED)  # the thread outlives that only if handlers don't end
         return self.in_flight.stop(deadline) and self._finished and is_over
 
     def _call(self, function: Any) -> None:
@@ -193,6 +223,7 @@ class TaskEngine:
     async def _main(self) -> None:
         self._loop = _loops[threading.get_ident()] = asyncio.get_running_loop()
         stopping = self._stopping = asyncio.Event()
+        ending = self._ending = asyncio.Event()
         self._ready.set()
         self._watch.start(self._loop, self._thread)
         await lasting_loop.undisturbed(stopping.wait)
@@ -204,6 +235,8 @@ class TaskEngine:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CANCELLED)
         self._over.set()
+        if self._has_hooks:
+            await lasting_loop.undisturbed(ending.wait)
 
     async def _all_ended(self) -> None:
         # The deadline of a worker that retires may be brought forward by a stop.

@@ -15,8 +15,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
+from queue import SimpleQueue
 
+from outbox.consumers.hooks import Hook
+from outbox.consumers.message.hook_call import run_hook
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.steps import (
     Abandoned,
@@ -57,8 +61,12 @@ class ThreadEngine:
         in_flight: the messages that were started.
     """
 
-    def __init__(self, work: WorkerContext, threads: int) -> None:
-        """Create the engine, without starting threads yet."""
+    def __init__(self, work: WorkerContext, threads: int, *, has_hooks: bool = False) -> None:
+        """Create the engine, without starting threads yet.
+
+        With ``has_hooks``, the first thread runs hooks (``call_hook``) until ``begin``, and the
+        last one until ``end``.
+        """
         self.publisher = work.publisher
         self.subscription = work.subscription
         self.inbox = work.inbox
@@ -73,6 +81,9 @@ class ThreadEngine:
         self._deadlines = Deadlines()
         self.in_flight = InFlight(work, self, self, threads)
         self._context = contextvars.Context()
+        self._has_hooks = has_hooks
+        self._is_begun = not has_hooks
+        self._hooks: SimpleQueue[tuple[Hook, Future[None]] | None] = SimpleQueue()
 
     @property
     def late(self) -> int:
@@ -95,7 +106,31 @@ class ThreadEngine:
         self._places.take_all()
         self.in_flight.start()
         for number in range(1, self._size + 1):
-            self._start_thread(f"outbox-worker-{number}", self._work)
+            run = self._work_first if number == 1 and self._has_hooks else self._work
+            self._start_thread(f"outbox-worker-{number}", run)
+
+    def call_hook(self, hook: Hook) -> Future[None]:
+        """Have ``hook`` called by the first thread, or by the last one after ``stop``.
+
+        If a thread hasn't ended then, a thread for it alone calls it.
+        """
+        future: Future[None] = Future()
+        if self.is_stopping and not self._places.wait_until_empty(0):
+            self._start_thread("outbox-worker-stop", partial(self._run_hook, hook, future))
+        else:
+            self._hooks.put((hook, future))
+        return future
+
+    def begin(self) -> None:
+        """Let the first thread begin with messages; do nothing if it has."""
+        if not self._is_begun:
+            self._is_begun = True
+            self._hooks.put(None)
+
+    def end(self) -> None:
+        """Let the last thread end."""
+        if self._has_hooks:
+            self._hooks.put(None)
 
     def put(self, delivery: Delivery) -> None:
         """Add a message, to be processed when a thread is free."""
@@ -135,8 +170,26 @@ class ThreadEngine:
             while has_place and (delivery := self._waiting.get()) is not None:
                 has_place = self._process(delivery)
         finally:
-            if has_place:
-                self._places.leave()
+            if has_place and self._places.leave() and self._has_hooks:
+                self._run_hooks()
+
+    def _work_first(self) -> None:
+        self._run_hooks()
+        self._work()
+
+    def _run_hooks(self) -> None:
+        while (called := self._hooks.get()) is not None:
+            self._run_hook(*called)
+
+    def _run_hook(self, hook: Hook, future: Future[None]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            self._context.copy().run(run_hook, hook, self.surroundings)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
 
     def _process(self, delivery: Delivery) -> bool:
         """Process a message; return whether this thread still has its place."""
@@ -244,5 +297,5 @@ class ThreadEngine:
             self._after(life, result)
         if goes_on:
             self._work()
-        else:
-            self._places.leave()
+        elif self._places.leave() and self._has_hooks:
+            self._run_hooks()

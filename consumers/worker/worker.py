@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import inspect
 import logging
 import math
 import threading
@@ -9,11 +11,14 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from typing import Any
 
 from outbox import Publisher, UsageError, surroundings
 from outbox.configuration import default_publisher
 from outbox.consumers import logs
 from outbox.consumers.definition import Consumer
+from outbox.consumers.hooks import Hook, HookFailed, Hooks, begin_state, declared, end_state
 from outbox.consumers.isolation.process_pool import ProcessPool
 from outbox.consumers.losses.begun_table import BegunTable, key_of
 from outbox.consumers.losses.guarded_message import (
@@ -24,6 +29,7 @@ from outbox.consumers.message.deduplication import Inbox, open_inbox
 from outbox.consumers.message.tally import Tally
 from outbox.consumers.worker.assignment import Assignment
 from outbox.consumers.worker.dispatch_queue import make_dispatch_queue
+from outbox.consumers.worker.hook_runner import HookRunner
 from outbox.consumers.worker.renewal import Renewal
 from outbox.consumers.worker.task_engine import TaskEngine
 from outbox.consumers.worker.thread_engine import ThreadEngine
@@ -130,10 +136,13 @@ class Worker:
         self._stopping = threading.Event()
         self._refused = ""
         self._failed = ""
+        self._hook_failed: HookFailed | None = None
         self._started = threading.Lock()  # taken for good by start()
         self._tally = Tally(
             {queue: _name_of(consumer) for queue, consumer in self.consumers.items()}
         )
+        self._opening = threading.Lock()
+        self._is_open = False
         resting = dict.fromkeys(self.consumers, 0)
         work = WorkerContext(
             consumers=self.consumers,
@@ -151,8 +160,16 @@ class Worker:
                 specs, lambda queue: self._subscription.out(queue) - resting[queue], self.prefetch
             ),
         )
-        self._threads = ThreadEngine(work, threads) if assignment.plain else None
-        self._tasks = TaskEngine(work, concurrency) if assignment.asynchronous else None
+        hooks = self._declared_hooks()
+        self._threads = (
+            ThreadEngine(work, threads, has_hooks=bool(hooks)) if assignment.plain else None
+        )
+        has_loop = assignment.asynchronous or hooks.need_loop
+        self._tasks = TaskEngine(work, concurrency, has_hooks=bool(hooks)) if has_loop else None
+        self._hooks = (
+            HookRunner(hooks, self._call_hook, self._open, self._on_hook_failed) if hooks else None
+        )
+        self._state: dict[str, Any] = {}
         self._renewal = Renewal(self.publisher, self._subscription, self._receiver())
         sources.register(self, self._tally.samples, _gauges)
 
@@ -212,10 +229,10 @@ class Worker:
         A queue that can't be had for now, such as one whose node is down, is left out, unless there
         is no other.
         """
-        return self._subscription.is_consuming and not self._failed
+        return self._is_open and self._subscription.is_consuming and not self._failed
 
     def start(self) -> None:
-        """Start consuming, in the background.
+        """Start consuming, in the background; before that, run the start hooks there.
 
         Raises:
             UsageError: it was started or stopped before.
@@ -228,13 +245,12 @@ class Worker:
                 "configure logging with disable_existing_loggers=False",
                 stacklevel=2,
             )
-        for engine in self._engines():
-            engine.start()
-        self.publisher.make_ready()
-        if self._begun is not None:
-            self._begun.own(self._subscription.owner)
-            self.take_over()
-        self._subscription.start(self._renewal.receiver(), self._on_refused)
+        if self._hooks is None:
+            self._start_engines()
+            self._open()
+        else:
+            contextvars.copy_context().run(self._start_engines, with_state=True)
+            self._hooks.start()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait at most ``timeout`` seconds for a reason to stop; return whether there is one.
@@ -242,9 +258,12 @@ class Worker:
         Raises:
             UsageError: the broker has a queue or exchange with other arguments; its message
                 names the argument.
-            RuntimeError: the worker can't go on, because a handler has broken its event loop.
+            RuntimeError: the worker can't go on, because a handler has broken its event loop; or a
+                start hook has failed, and what it raised is the cause.
         """
         stopped = self._stopping.wait(timeout)
+        if self._hook_failed is not None:
+            raise self._hook_failed
         if self._failed:
             raise RuntimeError(f"the worker has failed: {self._failed}")
         if self._refused:
@@ -254,7 +273,7 @@ class Worker:
     def take_over(self) -> None:
         """Have what dead siblings of this process held delivered now, if it would come later."""
         begun = self._begun
-        if begun is not None and (owners := begun.dead_owners()):
+        if begun is not None and self._is_open and (owners := begun.dead_owners()):
 
             def was_running(queue: str, message_id: str) -> bool:
                 loss = begun.loss_of(key_of(queue, message_id))
@@ -267,10 +286,11 @@ class Worker:
 
         What has not started is given back, for other workers.
         """
-        self._stopping.set()
+        self._begin_to_stop()
         for engine in self._engines():
             engine.ask_to_stop(math.inf)
-        self._subscription.cancel()
+        if self._is_open:
+            self._subscription.cancel()
         self.give_back()
 
     def give_back(self) -> None:
@@ -281,19 +301,31 @@ class Worker:
     def stop(self, timeout: float = 30.0) -> bool:
         """Start no more messages, finish those being processed, requeue the rest, disconnect.
 
+        The stop hooks run after the last message.
+
         Args:
             timeout: seconds for the messages being processed to finish. The others are redelivered
-                later; coroutines are cancelled.
+                later; coroutines are cancelled. The stop hooks have what is left of it, at least a
+                second.
 
         Returns:
             Whether all of them finished.
         """
         deadline = time.monotonic() + timeout
-        self._stopping.set()
+        self._begin_to_stop()
+        if self._hooks is not None:
+            self._hooks.end_start(deadline)
         for engine in self._engines():
             engine.ask_to_stop(deadline)
-        self._subscription.cancel()
+            engine.begin()
+        if self._is_open:
+            self._subscription.cancel()
         ends = [engine.stop(deadline) for engine in self._engines()]
+        if self._hooks is not None:
+            self._hooks.stop(deadline)
+            for engine in self._engines():
+                engine.end()
+            end_state(self._state)
         self._renewal.stop(deadline)
         if self._isolation is not None:
             self._isolation.end()
@@ -307,6 +339,40 @@ class Worker:
         self._subscription.close()
         return finished
 
+    def _start_engines(self, *, with_state: bool = False) -> None:
+        if with_state:
+            self._state = begin_state()  # in the context whose copies messages run in
+        for engine in self._engines():
+            engine.start()
+        self.publisher.make_ready()
+
+    def _open(self) -> None:
+        """Begin to consume, unless the worker stops already."""
+        with self._opening:
+            if not self._stopping.is_set():
+                self._is_open = True
+                if self._begun is not None:
+                    self._begun.own(self._subscription.owner)
+                    self.take_over()
+                self._subscription.start(self._renewal.receiver(), self._on_refused)
+        for engine in self._engines():
+            engine.begin()
+
+    def _begin_to_stop(self) -> None:
+        with self._opening:
+            self._stopping.set()
+
+    def _call_hook(self, hook: Hook) -> Future[None]:
+        """Have a hook called on a thread of handlers, or on their loop if it needs one."""
+        if self._threads is None or (self._tasks is not None and inspect.iscoroutinefunction(hook)):
+            [engine] = self._engines()[-1:]
+            return engine.call_hook(hook)
+        return self._threads.call_hook(hook)
+
+    def _declared_hooks(self) -> Hooks:
+        """Return the hooks to run; the testing kit runs none."""
+        return declared()
+
     def _message_maker(self) -> MakeMessage:
         """Return what makes messages; the testing kit makes others."""
         return message_maker(self._guard, self._isolation)
@@ -315,17 +381,22 @@ class Worker:
         return [engine for engine in (self._threads, self._tasks) if engine is not None]
 
     def _receiver(self) -> Callable[[Delivery], None]:
-        if self._tasks is None or self._threads is None:
-            [engine] = self._engines()
-            return engine.put
-        of_queue = {
-            queue: self._tasks.put if consumer.is_async else self._threads.put
+        put_of = {
+            queue: engine.put
             for queue, consumer in self.consumers.items()
+            if (engine := self._tasks if consumer.is_async else self._threads) is not None
         }
-        return lambda delivery: of_queue[delivery.queue](delivery)
+        puts = list(set(put_of.values()))
+        if len(puts) == 1:
+            return puts[0]
+        return lambda delivery: put_of[delivery.queue](delivery)
 
     def _on_failed(self, reason: str) -> None:
         self._failed = reason
+        self._stopping.set()
+
+    def _on_hook_failed(self, error: HookFailed) -> None:
+        self._hook_failed = error
         self._stopping.set()
 
     def _on_refused(self, reason: str) -> None:

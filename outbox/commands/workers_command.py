@@ -27,7 +27,7 @@ from outbox.service.identity import background
 from outbox.service.identity.folder import default_folder, open_folder
 from outbox.service.identity.identity_options import START_TIMEOUT, folder_option, seconds, valid_id
 from outbox.service.identity.listing import Listed, Signalled, listed
-from outbox.service.identity.status_file import Status
+from outbox.service.identity.status_file import Status, WorkerStatus
 from outbox.system.signals import BURST
 
 __all__ = ["add_parser"]
@@ -361,14 +361,33 @@ def _lines(one: Listed) -> list[str]:
             line += f", the oldest for {_time(worker.oldest)}"
         if worker.late:
             line += f", {worker.late} past the timeout"
+        if worker.resident:
+            line += f", {worker.resident / 2**20:.0f} MiB"
         lines.append(line)
+        lines += [f"    {printable(text)}" for text in _details(worker)]
     return lines
+
+
+def _details(worker: WorkerStatus) -> Iterator[str]:
+    """Yield what deserves a line: limits, links that are down, the last error."""
+    for name, (present, limit) in worker.limits.items():
+        yield f"{name}: {_number(present)} of {_number(limit)}"
+    for name, is_up in worker.links.items():
+        if not is_up:
+            yield f"no connection: {name}"
+    if worker.error:
+        age = _time(max(0.0, time.time() - worker.error.get("at", 0.0)))
+        yield f"last error, {age} ago: {worker.error.get('text', '')}"
+
+
+def _number(value: object) -> str:
+    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
 
 
 def _described(one: Listed, status: Status) -> str:
     ready = sum(worker.phase == "ready" for worker in status.workers)
     what = "running"
-    if status.phase in ("leaving", "stopping", "given up"):
+    if status.phase in ("quiet", "leaving", "stopping", "given up"):
         what = status.phase
     elif not one.is_owner:
         what = "starting, to take over"

@@ -276,9 +276,14 @@ def _described(worker: WorkerState) -> WorkerStatus:
         worker.phase,
         round(worker.age, 1),
         worker.restarts,
-        report.get("in_flight"),
-        report.get("late"),
-        report.get("oldest"),
+        in_flight=report.get("in_flight"),
+        late=report.get("late"),
+        oldest=report.get("oldest"),
+        links=report.get("links") or {},
+        limits=report.get("limits") or {},
+        resident=report.get("resident"),
+        cpu=getattr(worker, "cpu", None),
+        error=report.get("error"),
     )
 
 

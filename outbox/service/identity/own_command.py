@@ -28,9 +28,12 @@ def working_directory() -> str:
     given = os.environ.get("PWD", "")
     try:
         real = os.getcwd()
-        return given if os.path.isabs(given) and os.path.samefile(given, real) else real
-    except OSError:  # one of them has been removed
+    except OSError:  # it was removed
         return given or os.sep
+    with contextlib.suppress(OSError):
+        if os.path.isabs(given) and os.path.samefile(given, real):
+            return given
+    return real
 
 
 def _executable() -> str:

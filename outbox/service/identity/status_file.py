@@ -31,6 +31,12 @@ class WorkerStatus:
         in_flight: the messages that it has begun; None before its first report.
         late: its handlers that are past their timeout; likewise.
         oldest: the seconds since the oldest message in flight was begun; None if there is none.
+        links: whether each of its connections is up, by name.
+        limits: the present value and the limit at which it is replaced, a pair each, by name.
+        resident: its resident memory in bytes; None if unknown.
+        cpu: its CPU time in percent of one core; None if it isn't limited.
+        error: the last error that it has logged: ``at``, ``logger``, ``class`` and ``text``; None
+            if there was none.
     """
 
     slot: int
@@ -41,6 +47,11 @@ class WorkerStatus:
     in_flight: int | None = None
     late: int | None = None
     oldest: float | None = None
+    links: dict[str, bool] = field(default_factory=dict)
+    limits: dict[str, Any] = field(default_factory=dict)
+    resident: int | None = None
+    cpu: float | None = None
+    error: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,8 @@ class Status:
             apart; empty if that is unknown.
         started_at: when it was started, in seconds of Unix time.
         written_at: when this was written.
-        phase: the parent's: ``starting``, ``ready``, ``leaving``, ``stopping`` or ``given up``.
+        phase: the parent's: ``starting``, ``ready``, ``quiet``, ``leaving``, ``stopping`` or
+            ``given up``.
         ready: whether all its workers consume.
         owner: whether it has the id, and isn't still to take it over, or leaving.
         reasons: why it isn't ready.

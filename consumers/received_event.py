@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from outbox import Event
-from outbox.ids import new_id
+from outbox.messages.cloud_events import (
+    NotACloudEvent,
+    attributes_of,
+    is_structured,
+    structured,
+)
 from outbox.messages.delivery import Delivery
 from outbox.messages.headers import HEADER_KEY, is_brokers_own
 from outbox.serializer import JSONSerializer, serializer_for
@@ -44,8 +50,21 @@ class ReceivedEvent(Event):
 
     @property
     def payload(self) -> Any:
-        """The payload, decoded only once: every access returns the same object."""
+        """The payload, decoded only once: every access returns the same object.
+
+        Of a CloudEvent that is the body as a whole, it is the data: bytes if that is in base64 and
+        no serializer is registered for its content type.
+        """
         return self._payload
+
+    @property
+    def cloudevent(self) -> Mapping[str, Any] | None:
+        """The attributes of the CloudEvent that the message is, or None; read at every access.
+
+        Names in lower case, such as ``id``, ``source``, ``type`` and ``datacontenttype``, to str,
+        bool or int; ``time`` is RFC 3339.
+        """
+        return attributes_of(self.headers, self.content_type, self.body)
 
 
 def decode(delivery: Delivery) -> ReceivedEvent:
@@ -60,16 +79,13 @@ def decode(delivery: Delivery) -> ReceivedEvent:
     content_type = delivery.content_type or JSONSerializer.content_type
     if delivery.content_encoding and delivery.is_encoded:
         raise Undecodable(f"its content encoding {delivery.content_encoding!r} is not supported")
-    serializer = serializer_for(content_type)
-    if serializer is None:
-        raise Undecodable(
-            f"no serializer is registered for {content_type!r}; "
-            "pass one to configure(serializer=...)"
-        )
-    try:
-        payload = serializer.decode(delivery.body)
-    except Exception as error:
-        raise Undecodable(f"its body is not valid {content_type}: {error}") from error
+    if content_type != JSONSerializer.content_type and is_structured(content_type):
+        try:
+            payload = structured(content_type, delivery.body).payload
+        except NotACloudEvent as error:
+            raise Undecodable(str(error)) from error
+    else:
+        payload = _payload_of(delivery, content_type)
     headers = delivery.headers
     senders: dict[str, Any] = {}
     key: Any = None
@@ -80,7 +96,7 @@ def decode(delivery: Delivery) -> ReceivedEvent:
             raise Undecodable("its headers are nested too deeply") from None
         key = headers.get(HEADER_KEY)
     return ReceivedEvent(
-        id=delivery.message_id or new_id(),
+        id=delivery.message_id or delivery.id_or_new,
         target=delivery.target,
         exchange=delivery.exchange,
         body=delivery.body,
@@ -95,6 +111,19 @@ def decode(delivery: Delivery) -> ReceivedEvent:
         first_failure=delivery.first_failure if headers else None,
         _payload=payload,
     )
+
+
+def _payload_of(delivery: Delivery, content_type: str) -> Any:
+    serializer = serializer_for(content_type)
+    if serializer is None:
+        raise Undecodable(
+            f"no serializer is registered for {content_type!r}; "
+            "pass one to configure(serializer=...)"
+        )
+    try:
+        return serializer.decode(delivery.body)
+    except Exception as error:
+        raise Undecodable(f"its body is not valid {content_type}: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,16 @@ from outbox.header_values import _checked_headers, check_address
 from outbox.ids import new_id
 from outbox.serializer import Serializer, serializer_for
 
-__all__ = ["Event", "Headers", "HeadersSource", "MakeId", "Unroutable", "add_headers", "make_event"]
+__all__ = [
+    "Event",
+    "Headers",
+    "HeadersSource",
+    "MakeId",
+    "Unroutable",
+    "add_headers",
+    "make_event",
+    "set_headers",
+]
 
 Headers = Mapping[str, Any]
 HeadersSource = Callable[[], Headers | None]
@@ -203,6 +212,11 @@ _new = object.__new__
     _set_occurred_at,
     _set_unroutable,
 ) = (getattr(Event, slot.name).__set__ for slot in fields(Event))
+
+
+def set_headers(event: Event, headers: Headers) -> None:
+    """Set the headers of an event that was only just made, and that no one else has seen."""
+    _set_headers(event, headers)
 
 
 def _as_bytes(body: Any, serializer: Serializer) -> bytes:

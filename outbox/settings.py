@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, get_args
+from urllib.parse import quote
 
 from outbox.errors import BrokerError, UsageError
 from outbox.event import Event, HeadersSource, Unroutable
@@ -19,12 +20,13 @@ from outbox.serializer import JSONSerializer, Serializer
 from outbox.system.program_name import program_name
 from outbox.url import BrokerURL, masked
 
-__all__ = ["MIB", "Declare", "SettingOverrides", "Settings", "suggestion"]
+__all__ = ["MIB", "Declare", "Envelope", "SettingOverrides", "Settings", "suggestion"]
 
 MIB = 1024 * 1024
 
 Declare = Literal["create", "passive", "never"]
 AfterCommit = Literal["publish", "notify", "nothing"]
+Envelope = Literal["outbox", "cloudevents", "cloudevents-amqp"]
 EventsHook = Callable[[tuple[Event, ...]], object]
 RejectionHook = Callable[[Event, str], object]
 ConfirmedHook = Callable[[int, float], object]
@@ -63,6 +65,8 @@ class SettingOverrides(TypedDict, total=False):
     unroutable: Unroutable
     declare: Declare
     after_commit: AfterCommit
+    envelope: Envelope
+    source: str
     app_id: str
     connection_name: str
     serializer: Serializer
@@ -104,6 +108,13 @@ class Settings:
         after_commit: what this process does after committing stored events: publish them
             (``publish``), notify listening relays (``notify``, PostgreSQL only), or ``nothing``:
             relays find them by polling.
+        envelope: ``outbox`` for outbox's own headers alone; ``cloudevents`` to publish every event
+            as a CloudEvent besides, with the headers ``ce-id`` and so on that the binding for
+            RabbitMQ has; ``cloudevents-amqp`` with ``cloudEvents_id`` and so on, for readers over
+            AMQP 1.0.
+        source: the attribute ``source`` of CloudEvents, a URI reference such as
+            ``https://shop.example/orders``, at most 255 bytes; ``load`` takes ``//<app_id>`` where
+            it is empty and the envelope needs it.
         app_id: AMQP's ``app-id`` of every message, at most 255 bytes; empty leaves it out. Where
             neither code nor the environment sets it, ``load`` takes the name of the program:
             ``shop`` for ``python shop.py`` and ``python -m shop``, ``gunicorn`` for every
@@ -140,6 +151,8 @@ class Settings:
     unroutable: Unroutable = "park"
     declare: Declare = "create"
     after_commit: AfterCommit = "publish"
+    envelope: Envelope = "outbox"
+    source: str = ""
     app_id: str = ""
     connection_name: str = "outbox"
     serializer: Serializer = JSONSerializer()  # noqa: RUF009  it is stateless
@@ -189,6 +202,8 @@ class Settings:
             url = _url_of(os.environ if environ is None else environ)
         if "app_id" not in values:
             values["app_id"] = program_name()
+        if values.get("envelope", "outbox") != "outbox" and not values.get("source"):
+            values["source"] = _default_source(values["app_id"])
         return replace(cls(), url=url, **values)
 
 
@@ -202,6 +217,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "unroutable": get_args(Unroutable),
     "declare": get_args(Declare),
     "after_commit": get_args(AfterCommit),
+    "envelope": get_args(Envelope),
 }
 
 
@@ -219,6 +235,20 @@ def _url_of(environ: Mapping[str, str]) -> str | None:
         del url, environ  # as above
         raise UsageError(f"the environment variable OUTBOX_URL is invalid: {error}") from None
     return url or None
+
+
+def _default_source(app_id: str) -> str:
+    """Return the source of CloudEvents where none is set.
+
+    Raises:
+        UsageError: there is no name to make it of.
+    """
+    if not app_id:
+        raise UsageError(
+            "a CloudEvent needs a source: set source='https://shop.example/orders' "
+            "(OUTBOX_SOURCE), or app_id"
+        )
+    return f"//{quote(app_id, safe='')}"
 
 
 def _from_text(name: str, text: str) -> Any:
@@ -240,6 +270,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
     if name.startswith("on_"):
         if value is not None and not callable(value):
             raise UsageError(f"{where} is {value!r}, not callable")
+    elif name == "source" and isinstance(value, str) and not _is_reference(value):
+        raise UsageError(f"{where} is {value!r:.80}, not a URI reference; percent-encode it")
     elif isinstance(default, str):
         if not isinstance(value, str) or not _is_short(value):
             raise UsageError(f"{where} is {value!r:.80}, not a string of at most 255 bytes")
@@ -274,6 +306,11 @@ def _sources(value: Any, where: str) -> tuple[HeadersSource, ...]:
                 "await; use a plain function that reads a ContextVar"
             )
     return sources
+
+
+def _is_reference(text: str) -> bool:
+    """Return whether ``text`` has only characters that a URI reference can have (RFC 3986)."""
+    return text.isascii() and text.isprintable() and not set(text) & set(' "<>\\^`{|}')
 
 
 def _is_short(text: str) -> bool:

@@ -59,7 +59,6 @@ from outbox.consumers.outcome import (
 from outbox.consumers.received_event import ReceivedEvent, Undecodable, decode
 from outbox.consumers.retry import Retry, RetryPolicy
 from outbox.consumers.tracebacks import strip_engine
-from outbox.ids import new_id
 from outbox.messages.delivery import Delivery
 from outbox.system import signals
 
@@ -102,7 +101,7 @@ class Message:
 
     def __init__(self, consumer: Consumer, delivery: Delivery, services: Services) -> None:
         """Create the message, without processing it yet. Without an id it gets a temporary one."""
-        delivery.message_id = delivery.message_id or new_id()
+        delivery.message_id = delivery.message_id or delivery.id_or_new
         self.consumer = consumer
         self.delivery = delivery
         self.event: ReceivedEvent | None = None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from outbox.event import Event
+from outbox.ids import new_id
+from outbox.messages.cloud_events import attributes_of, time_of
 from outbox.messages.headers import (
     ATTEMPT,
     FIRST_FAILURE,
@@ -162,7 +164,21 @@ class Delivery:
                 return _EPOCH + datetime.timedelta(seconds=self.timestamp)
         except OverflowError:
             pass
-        return datetime.datetime.now(datetime.UTC)
+        moment = time_of(self.cloudevent or {})
+        return datetime.datetime.now(datetime.UTC) if moment is None else moment
+
+    @property
+    def cloudevent(self) -> dict[str, Any] | None:
+        """The attributes of its CloudEvent, or None; see ``ReceivedEvent.cloudevent``."""
+        return attributes_of(self.headers or {}, self.content_type, self.body)
+
+    @property
+    def id_or_new(self) -> str:
+        """The id: the sender's, else that of its CloudEvent, else a new one each time."""
+        if self.message_id:
+            return self.message_id
+        attributes = self.cloudevent
+        return new_id() if attributes is None else str(attributes["id"])
 
 
 def as_delivered(event: Event, queue: str, tag: int, *, redelivered: bool = False) -> Delivery:

@@ -11,7 +11,6 @@ from typing import Any
 from outbox.errors import InvalidEvent
 from outbox.event import Event
 from outbox.header_values import MAX_HEADER_BYTES, plain_table
-from outbox.ids import new_id
 from outbox.messages.delivery import Delivery
 from outbox.messages.headers import (
     HEADER_FORMAT,
@@ -46,7 +45,7 @@ def copy_of(
         deliver_at: the earliest time of its delivery (aware).
     """
     return Event(
-        id=_short(delivery.message_id or new_id()),
+        id=_short(delivery.id_or_new),
         target=queue,
         exchange="",
         body=delivery.body,

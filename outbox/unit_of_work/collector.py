@@ -19,8 +19,9 @@ from outbox import configuration, sinks
 from outbox.backlog.chunk import Chunk
 from outbox.backlog.notifier import ids
 from outbox.errors import CollectorClosed, UsageError
-from outbox.event import Event, Headers, MakeId, Unroutable, add_headers, make_event
+from outbox.event import Event, Headers, MakeId, Unroutable, add_headers, make_event, set_headers
 from outbox.header_values import check_address
+from outbox.messages.cloud_events import headers_with_attributes
 from outbox.observer import seam
 from outbox.publisher import Publisher
 from outbox.report import PublishFailed, PublishReport
@@ -295,6 +296,8 @@ class EventCollector:
             id,
             unroutable,
         )
+        if settings.envelope != "outbox":
+            set_headers(event, headers_with_attributes(event, settings.envelope, settings.source))
         if sink is not None:
             is_stored = sink(event, publisher)
             observer = unit.observer or seam.observer

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -69,19 +69,19 @@ class Machine:
             "text": True,
         }
 
-    def run(self, *arguments: str, cwd: Path | None = None) -> Done:
+    def run(self, *arguments: str, cwd: Path | None = None, wrapped_in: Sequence[str] = ()) -> Done:
         options = {**self.options(), **({} if cwd is None else {"cwd": cwd})}
         return subprocess.run(  # type: ignore[no-any-return,call-overload]
-            outbox_command("workers", *arguments),
+            [*wrapped_in, *outbox_command("workers", *arguments)],
             capture_output=True,
             timeout=60,
             check=False,
             **options,
         )
 
-    def foreground(self, *arguments: str) -> subprocess.Popen[str]:
+    def foreground(self, *arguments: str, wrapped_in: Sequence[str] = ()) -> subprocess.Popen[str]:
         process = subprocess.Popen(  # type: ignore[call-overload]
-            [sys.executable, "-m", "outbox.consumers", *arguments],
+            [*wrapped_in, sys.executable, "-m", "outbox.consumers", *arguments],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             **self.options(),
@@ -198,8 +198,8 @@ def test_a_service_is_started_shown_replaced_and_stopped(machine: Machine) -> No
     assert machine.run("stop").returncode == 0
 
 
-def test_stop_ends_those_that_leave_as_well(machine: Machine) -> None:
-    command = ("work", "--id", "1", "--shutdown-timeout", "0.2")
+def test_stop_reaches_those_that_leave_as_well(machine: Machine) -> None:
+    command = ("work", "--id", "1", "--shutdown-timeout", "60")
     first = machine.foreground(*command)
     machine.wait_for_owner(first.pid)
     machine.publish(waits=True)
@@ -207,12 +207,14 @@ def test_stop_ends_those_that_leave_as_well(machine: Machine) -> None:
     second = machine.foreground(*command)
     machine.wait_for_owner(second.pid)
     wait_until(lambda: ": leaving (" in machine.run("status").stdout, 10)
-    stopped = machine.run("stop", "--timeout", "30")
-    assert stopped.returncode == 0, stopped.stderr
-    assert sorted(stopped.stdout.splitlines()) == sorted(
-        f"1: stopped (process {process.pid})" for process in (first, second)
-    )
+    stopped = machine.run("stop", "--timeout", "3")
+    assert stopped.returncode == exit_codes.UNFINISHED
+    assert stopped.stdout == f"1: stopped (process {second.pid})\n"
+    assert stopped.stderr == f"1: still stopping (process {first.pid})\n"
     assert second.wait(10) == exit_codes.SUCCESS
+    stopped = machine.run("stop", "--now")
+    assert (stopped.returncode, stopped.stdout) == (0, f"1: stopped (process {first.pid})\n")
+    assert first.wait(10) == exit_codes.KILLED
 
 
 def test_handing_over_has_a_bound_if_it_is_given_one(machine: Machine) -> None:
@@ -324,6 +326,14 @@ def test_another_application_does_not_take_over_by_mistake(machine: Machine) -> 
     assert "work --id 1" in error
     assert "other --id 1" in error
     assert "--take-over" in error
+
+    # Outside of the unit, systemd would lose sight of it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INVOCATION_ID", "0123")
+        second = machine.foreground("work", "--id", "1")
+    assert second.wait(20) == exit_codes.USAGE
+    assert "hand new code over with systemctl reload" in second.communicate()[1]
+
     third = machine.foreground("other", "--id", "1", "--take-over")
     machine.wait_for_owner(third.pid)
     assert first.wait(20) == exit_codes.SUCCESS
@@ -352,3 +362,21 @@ def test_neither_a_cleaned_folder_nor_a_killed_parent_gets_in_the_way(machine: M
     restarted = machine.run("restart", "--id", "1")  # its command is still known
     assert restarted.returncode == 0, restarted.stderr
     assert machine.run("status").returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes PID namespaces")
+def test_what_is_held_in_another_container_is_left_alone(machine: Machine) -> None:
+    apart = ("unshare", "--pid", "--fork", "--kill-child")
+    machine.foreground("work", "--id", "1", wrapped_in=apart)
+    machine.wait_for_owner()
+    second = machine.foreground("work", "--id", "1", wrapped_in=apart)
+    assert second.wait(20) == exit_codes.USAGE
+    assert "the id '1' is held in another container; take it over" in second.communicate()[1]
+    status = machine.run("status", wrapped_in=apart)
+    assert (status.returncode, status.stdout) == (4, "1: held in another container\n")
+    stopped = machine.run("stop", wrapped_in=apart)
+    assert stopped.returncode == exit_codes.USAGE
+    assert "1 is held in another container, where it has to be done" in stopped.stderr
+    # From outside of the namespaces it is seen under another number than the file's.
+    assert (machine.pids / "outbox-1.pid").read_text() == "2\n"
+    assert machine.run("stop").returncode == 0

@@ -23,13 +23,12 @@ from outbox.service.identity.pid_file import ELSEWHERE, PidFile, holder_of, own_
 from outbox.service.identity.status_file import Status, WorkerStatus, status_path, without_passwords
 from outbox.service.state import Service, ServiceState, WorkerState
 
-__all__ = ["START_VARIABLE", "Identity", "Instance", "service_id"]
+__all__ = ["START_VARIABLE", "Identity", "Instance"]
 
 logger = logging.getLogger("outbox.service")
 
 START_VARIABLE = "_OUTBOX_START"
 """The environment variable by which ``outbox workers start`` recognizes what it has started."""
-_ID_VARIABLE = "_OUTBOX_ID"
 
 _WRITE_EVERY = 1.0
 """Seconds between two versions of the state, unless it changes in between."""
@@ -60,11 +59,6 @@ class Identity:
     start_timeout: float = 60.0
     handover_timeout: float | None = None
     http: str | None = None
-
-
-def service_id() -> str | None:
-    """Return the id of the service that this process is the parent or a worker of."""
-    return os.environ.get(_ID_VARIABLE)
 
 
 class Instance:
@@ -105,7 +99,6 @@ class Instance:
             self._check_predecessor()
         self._pid_file = PidFile(self._folder, identity.id)
         _clean(self._folder, identity.id, self._pid_file.key)
-        os.environ[_ID_VARIABLE] = identity.id
         try:
             self._write(ServiceState())
             if self._pid_file.standing() != "held":

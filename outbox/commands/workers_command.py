@@ -30,7 +30,7 @@ from outbox.service.identity.listing import Listed, Signalled, listed
 from outbox.service.identity.status_file import Status, WorkerStatus
 from outbox.system.signals import BURST
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "service_command"]
 
 _EXAMPLES = """\
 examples:
@@ -80,7 +80,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     start.add_argument(
         "--id", type=valid_id, required=True, metavar="ID", help="the id to run it under"
     )
-    _add_start_timeout(start)
+    _add_start_options(start)
     _add_command(start, "+", "the command: outbox-consume or outbox relay with its options")
 
     restart = add(
@@ -92,7 +92,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         "finishes what it has begun.",
     )
     _add_ids(restart)
-    _add_start_timeout(restart)
+    _add_start_options(restart)
     _add_command(restart, "*", "another command than before; for one --id")
 
     stop = add(
@@ -148,12 +148,17 @@ def _add_ids(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_start_timeout(parser: argparse.ArgumentParser) -> None:
+def _add_start_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start-timeout",
         type=seconds,
         metavar="SECONDS",
         help=f"how long it may take until it is ready (default: {START_TIMEOUT:.0f})",
+    )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take the id over also from another application, container or systemd unit",
     )
 
 
@@ -189,10 +194,9 @@ def _run_in_background(
     options: argparse.Namespace, id: str, command: list[str], before: Status | None
 ) -> int:
     folder = _folder(options)
-    command = _with_option(command, "--id", id)
-    command = _with_option(command, "--pid-dir", str(folder))
-    if options.start_timeout is not None:
-        command = _with_option(command, "--start-timeout", f"{options.start_timeout:g}")
+    command = service_command(
+        command, id, folder, start_timeout=options.start_timeout, take_over=options.take_over
+    )
     started = background.start(
         command,
         folder=folder,
@@ -222,8 +226,28 @@ def _start_timeout(command: Sequence[str]) -> float:
     return START_TIMEOUT
 
 
+def service_command(
+    command: Sequence[str],
+    id: str,
+    folder: Path,
+    *,
+    start_timeout: float | None = None,
+    take_over: bool = False,
+) -> list[str]:
+    """Return a command line that runs ``command`` under an id.
+
+    It may be one that this function has returned before: an option replaces the same one.
+    """
+    # Taking over from another application was meant once.
+    line = [argument for argument in command if argument != "--take-over"]
+    line = _with_option(line, "--id", id)
+    line = _with_option(line, "--pid-dir", str(folder))
+    if start_timeout is not None:
+        line = _with_option(line, "--start-timeout", f"{start_timeout:g}")
+    return [*line, "--take-over"] if take_over else line
+
+
 def _with_option(command: list[str], name: str, value: str) -> list[str]:
-    """Return a command with an option, which it may have already: it is started again and again."""
     if name in command[:-1]:
         place = command.index(name) + 1
         return [*command[:place], value, *command[place + 1 :]]

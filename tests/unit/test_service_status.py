@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox.commands.workers_command import _lines
+from outbox.commands.workers_command import _lines, service_command
 from outbox.service.identity.listing import Listed
 from outbox.service.identity.own_command import own_command, working_directory
 from outbox.service.identity.status_file import (
@@ -92,6 +92,16 @@ def test_what_deserves_attention_is_shown_without_control_characters() -> None:
     assert error.startswith("    last error, ")
     assert error.endswith(" ago: no\\x1b[31m")
     assert lines[6] == "  worker 2 (process 4713): starting for 1 s"
+
+
+def test_a_command_that_is_started_again_and_again_does_not_grow() -> None:
+    once = service_command(["outbox-consume", "shop"], "1", Path("/pids"), take_over=True)
+    assert once == ["outbox-consume", "shop", "--id", "1", "--pid-dir", "/pids", "--take-over"]
+    again = service_command(once, "1", Path("/other"), start_timeout=90.0)
+    assert again == [
+        *("outbox-consume", "shop", "--id", "1", "--pid-dir", "/other", "--start-timeout", "90")
+    ]
+    assert service_command(again, "1", Path("/other")) == again
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,10 @@ class _Settled:
     def is_stale(self, delivery: Delivery) -> bool:
         return False
 
+    def ping(self, answer: Callable[[], None]) -> bool:
+        """Return False: there is no thread."""
+        return False
+
     def declare_again(self) -> None:
         pass
 

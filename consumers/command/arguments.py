@@ -8,8 +8,9 @@ import math
 from outbox.commands.options import Version, broker_option, positive
 from outbox.consumers import logs
 from outbox.consumers.command.framework import Framework
-from outbox.consumers.command.limits import Limits
+from outbox.consumers.command.limits import Limits, MemoryLimit
 from outbox.service.identity.identity_options import add_identity_options
+from outbox.service.policy_options import add_policy, duration
 
 __all__ = ["limits_of", "make_parser"]
 
@@ -36,8 +37,12 @@ On the first SIGTERM or SIGINT the command takes no new messages, gives running 
 timeout to finish, and requeues the rest. On a second one, a second or more later, it exits at once.
 With worker processes, SIGHUP replaces them one by one with new ones that import everything again.
 
+With worker processes, SIGTSTP, unless it comes from a terminal, has them begin nothing more and
+stay; SIGUSR1 logs the stacks of all threads.
+
 exit codes: 0 all messages settled, 1 some did not finish in time, 2 wrong usage, 3 stopped at once
 by a second signal, 6 not ready in time to take over
+by a second signal, 5 given up, as no worker process was ever ready
 """
 
 
@@ -137,9 +142,10 @@ def _add_processes(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max-memory",
-        type=_size,
-        metavar="SIZE",
-        help="restart a worker process whose resident memory exceeds SIZE: 300M, 2G, or bytes",
+        type=_memory,
+        metavar="SIZE[:N/M]",
+        help="restart a worker process whose resident memory exceeds SIZE: 300M, 2G, or bytes; "
+        "with N/M, as in 300M:3/5, in N of the last M looks, one each 10 s",
     )
     group.add_argument(
         "--max-age",
@@ -148,6 +154,7 @@ def _add_processes(group: argparse._ArgumentGroup) -> None:
         help="restart a worker process at this age, or up to a tenth sooner: 90s, 30m, 12h, 7d, or "
         "seconds",
     )
+    add_policy(group)
     group.add_argument(
         "--reload",
         action="store_true",
@@ -171,7 +178,6 @@ def _add_log(group: argparse._ArgumentGroup) -> None:
 
 
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-_AGES = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _LONGEST_TIMEOUT = 7 * 86400.0  # seconds
 
 
@@ -182,8 +188,18 @@ def _size(text: str) -> int:
     return int(number)
 
 
+def _memory(text: str) -> MemoryLimit:
+    size, colon, looks = text.partition(":")
+    exceeded, _, of = looks.partition("/")
+    if not colon:
+        return MemoryLimit(_size(size))
+    if not (exceeded.isdecimal() and of.isdecimal() and 1 <= int(exceeded) <= int(of) <= 1000):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a limit; use for example 300M:3/5")
+    return MemoryLimit(_size(size), int(exceeded), int(of))
+
+
 def _age(text: str) -> float:
-    number = _scaled(text.lower(), _AGES)
+    number = duration(text)
     if not 1 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time; use for example 90s or 12h")
     return number

@@ -16,8 +16,10 @@ from outbox.consumers.command import supervised_worker, worker_main
 from outbox.consumers.command.arguments import limits_of, make_parser
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.losses.begun_keeper import BegunKeeper
+from outbox.service.health.stacks import dump_on_signal
 from outbox.service.identity.identity_options import identity_of
 from outbox.service.identity.instance import Instance
+from outbox.service.policy_options import has_policy, policy_of
 from outbox.service.state import Face
 from outbox.service.supervised import MARGIN
 from outbox.service.supervisor import Supervisor
@@ -49,6 +51,8 @@ def main(
     """
     leave_work_to_child()
     parent = Parent.inherited()
+    if parent is None:
+        dump_on_signal()
     options = make_parser(prog, framework).parse_args(arguments)
     logs.set_up(options.log_level, options.log_format)
     if parent is not None:
@@ -67,6 +71,7 @@ def main(
             [sys.executable, *sys.orig_argv[1:]],
             options.processes or 1,
             shutdown_timeout=options.shutdown_timeout,
+            policy=policy_of(options),
             keeper=_keeper(options),
             logger=logging.getLogger("outbox.consumer.processes"),
             faces=faces,
@@ -122,4 +127,4 @@ def _faces(options: argparse.Namespace) -> list[Face]:
 
 
 def _is_supervised(options: argparse.Namespace) -> bool:
-    return bool(options.processes or options.reload or limits_of(options))
+    return bool(options.processes or options.reload or has_policy(options) or limits_of(options))

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from outbox.system.resident_memory import resident_bytes
 
-__all__ = ["Limits", "Recycling"]
+__all__ = ["Limits", "MemoryLimit", "Recycling"]
 
 _CHECK_EVERY = 1.0
-"""Seconds between checks of the memory."""
+"""Seconds between looks at the memory, where one decides."""
+_LOOK_EVERY = 10.0
+"""Seconds between looks at the memory, where several decide."""
 
 _JITTER = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLimit:
+    """A limit of the memory, which a process has to exceed in ``times`` of ``looks`` looks.
+
+    Attributes:
+        size: the resident size in bytes.
+        times: 1 or more.
+        looks: the number of looks that count, the latest ones, ``times`` or more.
+    """
+
+    size: int
+    times: int = 1
+    looks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +40,13 @@ class Limits:
 
     Attributes:
         messages: the number of messages that it processes, 1 or more.
-        memory: the resident size in bytes.
+        memory: the resident size.
         age: the seconds that it lives. Each process stops up to a tenth earlier, at random, so that
             processes started together don't stop together.
     """
 
     messages: int | None = None
-    memory: int | None = None
+    memory: MemoryLimit | None = None
     age: float | None = None
 
     def __bool__(self) -> bool:
@@ -39,6 +57,9 @@ class Recycling:
     """The check of one process against its limits of age and memory. Reads no clock.
 
     The worker itself counts messages, since it must not begin one too many.
+
+    Attributes:
+        size: the resident size in bytes, as of the last look; None before it.
     """
 
     def __init__(
@@ -60,7 +81,10 @@ class Recycling:
         """
         self._limits = limits
         self._resident = resident or resident_bytes
+        self._began = now
         self._check_at = now
+        self._exceeded: deque[bool] = deque(maxlen=limits.memory.looks if limits.memory else 1)
+        self.size: int | None = None
         jitter = random.random() if fraction is None else fraction
         self._until = None if limits.age is None else now + limits.age * (1 - _JITTER * jitter)
 
@@ -76,8 +100,22 @@ class Recycling:
             return "maximum age reached"
         limit = self._limits.memory
         if limit is not None and has_worked and now >= self._check_at:
-            self._check_at = now + _CHECK_EVERY
-            size = self._resident()
-            if size > limit:
+            self._check_at = now + (_CHECK_EVERY if limit.looks == 1 else _LOOK_EVERY)
+            size = self.size = self._resident()
+            self._exceeded.append(size > limit.size)
+            if sum(self._exceeded) >= limit.times:
                 return f"memory limit exceeded ({size / 2**20:.0f} MiB)"
         return None
+
+    def values(self, now: float) -> dict[str, tuple[float | None, float]]:
+        """Return the present value and the limit, for each limit of age and memory.
+
+        Args:
+            now: the time, on the same clock.
+        """
+        values: dict[str, tuple[float | None, float]] = {}
+        if self._limits.age is not None:
+            values["age"] = now - self._began, self._limits.age
+        if self._limits.memory is not None:
+            values["memory"] = self.size, self._limits.memory.size
+        return values

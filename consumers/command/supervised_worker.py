@@ -5,12 +5,25 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import time
+from typing import Any
 
 from outbox.consumers.command import worker_main
 from outbox.consumers.command.framework import Framework
+from outbox.consumers.command.limits import Recycling
 from outbox.consumers.losses.begun_table import BegunTable
-from outbox.service.supervised import LEAVING, LOADED, MARGIN, READY, STOPPING, Supervised
+from outbox.consumers.worker.worker import Worker
+from outbox.service.supervised import (
+    LEAVING,
+    LOADED,
+    MARGIN,
+    READY,
+    STOPPING,
+    LastError,
+    Supervised,
+)
 from outbox.system.child_process import Parent
+from outbox.system.resident_memory import resident_bytes
 from outbox.system.signals import Signals, handle, ignore
 
 __all__ = ["run"]
@@ -31,13 +44,39 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
         ignore(signal.SIGHUP)  # the parent handles it
     supervised = Supervised(parent, logger)
     stop = _WorkerSignals(supervised)
-    supervised.stop_with_parent(stop, options.shutdown_timeout + MARGIN)
+    last_error = LastError()
+    workers: list[Worker] = []
+
+    def log_tasks() -> None:
+        for worker in workers:
+            worker.log_tasks()
+
+    supervised.stop_with_parent(stop, options.shutdown_timeout + MARGIN, log_tasks)
     begun = BegunTable.inherited()
+
+    def on_start(worker: Worker, recycling: Recycling) -> None:
+        workers.append(worker)
+        vitals = worker.vitals()
+
+        def report(seconds: float) -> dict[str, Any]:
+            return {
+                **vitals.look(seconds),
+                "links": {
+                    "consumer": worker.is_consuming,
+                    "publisher": worker.publisher.connected,
+                },
+                "resident": resident_bytes(),
+                "limits": recycling.values(time.monotonic()),
+                "error": last_error.found,
+            }
+
+        supervised.report_each_second(report)
 
     def work() -> int:
         return worker_main.run(
             options,
             stop,
+            on_start=on_start,
             on_ready=lambda: supervised.say(READY),
             on_leaving=lambda: supervised.say(LEAVING),
             on_stopping=lambda: supervised.say(STOPPING),

@@ -42,6 +42,7 @@ def run(
     options: argparse.Namespace,
     stop: Stop,
     *,
+    on_start: Callable[[Worker, Recycling], None] = lambda _worker, _recycling: None,
     on_ready: Callable[[], None] = lambda: None,
     on_leaving: Callable[[], None] = lambda: None,
     on_stopping: Callable[[], None] = lambda: None,
@@ -53,6 +54,7 @@ def run(
     Args:
         options: the parsed command line.
         stop: the request to stop, which is checked several times a second.
+        on_start: the function to call with the started worker and its limits.
         on_ready: the function to call when the worker begins to consume.
         on_leaving: the function to call when the worker begins to finish what runs, after a limit.
         on_stopping: the function to call when the worker begins to stop.
@@ -89,6 +91,7 @@ def run(
                 beside.enter_context(framework.beside(options, publisher))
             worker.start()
             try:
+                on_start(worker, recycling)
                 reason = _consume(worker, stop, limits, recycling, on_ready)
                 if reason is not None:
                     logger.info("stopping: %s", reason)
@@ -140,8 +143,8 @@ def _consume(
             return f"{limits.messages} messages processed"
         if stopped:
             return None
-        if stop.leaving:
-            return "replaced by another process"
+        if stop.leaving or stop.quiet:
+            return "replaced by another process" if stop.leaving else "asked to begin nothing more"
         reason = recycling.reason(time.monotonic(), has_worked=worker.has_worked)
         if reason is not None:
             return reason
@@ -149,16 +152,20 @@ def _consume(
 
 
 def _leave(worker: Worker, stop: Stop) -> None:
-    """Begin no more messages, and wait for those that run: only a stop or a timeout ends them."""
+    """Begin no more messages, and wait for those that run: only a stop or a timeout ends them.
+
+    A quiet process waits for a stop, or to be let go.
+    """
     worker.retire()
     began = time.monotonic()
     next_line = began + _LINE_EVERY
-    while not stop.asked and not worker.is_idle:
+    while not stop.asked and not (worker.is_idle and (stop.leaving or not stop.quiet)):
         time.sleep(_FIRST_POLL)
         worker.give_back()
         if time.monotonic() >= next_line:
             next_line += _LINE_EVERY
-            _log_running(worker, time.monotonic() - began)
+            if not worker.is_idle:
+                _log_running(worker, time.monotonic() - began)
 
 
 def _log_running(worker: Worker, seconds: float) -> None:

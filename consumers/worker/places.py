@@ -16,11 +16,13 @@ class Places:
 
     Attributes:
         late: the number of threads in handlers that exceeded their timeout.
+        came_back: how many of them have ended since the start.
     """
 
     def __init__(self, count: int) -> None:
         """Create ``count`` places, all empty."""
         self.late = 0
+        self.came_back = 0
         self._count = count
         self._taken = 0
         self._free = 0  # the places for late threads that come back
@@ -53,6 +55,7 @@ class Places:
         """Note that a late handler has ended; return whether its thread has a place to work in."""
         with self._changed:
             self.late -= 1
+            self.came_back += 1
             if not self._free:
                 return False
             self._free -= 1

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, TypeAlias
 
@@ -69,6 +69,8 @@ class TaskEngine:
         publisher, subscription, inbox, surroundings, tally: see ``Services``.
         overlaps: False with a concurrency of 1, which processes messages one after the other.
         in_flight: the messages that were started.
+        size: the number of messages that it processes at a time.
+        late_ended: the number of late handlers that have ended, since the start.
     """
 
     def __init__(self, work: WorkerContext, concurrency: int, *, has_hooks: bool = False) -> None:
@@ -83,7 +85,8 @@ class TaskEngine:
         self.tally = work.tally
         self._shared = work
         self.overlaps = concurrency > 1
-        self._concurrency = concurrency
+        self.size = concurrency
+        self.late_ended = 0
         self._waiting: deque[Delivery] = deque()
         self._ahead: deque[Delivery] = deque()
         self._woken = False
@@ -121,6 +124,27 @@ class TaskEngine:
     def is_idle(self) -> bool:
         """Whether all tasks have ended after ``ask_to_stop``, except for late handlers."""
         return self._over.is_set()
+
+    def ping(self, answer: Callable[[], None]) -> bool:
+        """Have ``answer`` called soon on the loop; return False if it doesn't run. Thread-safe."""
+        if not self._ready.is_set() or self._over.is_set():
+            return False
+        try:
+            self._loop.call_soon_threadsafe(answer)
+        except RuntimeError:  # it has ended
+            return False
+        return True
+
+    def log_tasks(self) -> None:
+        """Log where each task of the loop waits. Thread-safe."""
+        if not self._ready.is_set():
+            return
+        lines = []
+        for task in asyncio.all_tasks(self._loop):
+            delivery = self._running.get(task)
+            name = task.get_name() if delivery is None else _named(delivery)
+            lines.append(f"  {name}: {' > '.join(_places_of(task.get_coro())) or 'not started'}")
+        logger.warning("%d task(s) of the event loop:\n%s", len(lines), "\n".join(lines))
 
     def start(self) -> None:
         """Start the loop; messages run in copies of the caller's context."""
@@ -254,7 +278,7 @@ class TaskEngine:
 
     def _dispatch(self) -> None:
         self._woken = False
-        while len(self._tasks) < self._concurrency and (self._ahead or self._waiting):
+        while len(self._tasks) < self.size and (self._ahead or self._waiting):
             self._begin((self._ahead or self._waiting).popleft())
 
     def _begin(self, delivery: Delivery) -> None:
@@ -284,7 +308,7 @@ class TaskEngine:
             # A handler has cancelled it with all other tasks, maybe before its first step.
             self._shared.give_back(life.message.delivery)
         if was_late:
-            pass  # the successor ends the message
+            self.late_ended += 1  # the successor ends the message
         elif isinstance(result, Unconfirmed):
             self.in_flight.leave(life, result.chunk)
         elif isinstance(result, Pause):
@@ -349,11 +373,29 @@ class TaskEngine:
         message.abandon()
         error = ProcessTimeout.after(seconds)
         successor = self._start_task(Life(message, message.give_up(error), self._context.copy()))
-        if len(self._late) <= self._concurrency:
+        if len(self._late) <= self.size:
             self._tasks.discard(task)
             self._tasks.add(successor)
         else:
             logger.error("%d handlers are late; the worker is a task short", len(self._late))
+
+
+def _places_of(awaited: Any) -> list[str]:
+    """Return where a coroutine waits, and what it waits for, and so on, each as file and line."""
+    places: list[str] = []
+    while awaited is not None and len(places) < _DEPTH:
+        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
+        if frame is not None:
+            places.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+    return places
+
+
+_DEPTH = 50
+
+
+def _named(delivery: Delivery) -> str:
+    return f"message {delivery.message_id!r} of {delivery.queue!r}"
 
 
 _loops: dict[int, asyncio.AbstractEventLoop] = {}

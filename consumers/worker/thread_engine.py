@@ -59,6 +59,7 @@ class ThreadEngine:
         publisher, subscription, inbox, surroundings, tally: see ``Services``.
         overlaps: False with a single thread, which processes its messages one after the other.
         in_flight: the messages that were started.
+        size: the number of messages that it processes at a time.
     """
 
     def __init__(self, work: WorkerContext, threads: int, *, has_hooks: bool = False) -> None:
@@ -74,7 +75,7 @@ class ThreadEngine:
         self.tally = work.tally
         self._shared = work
         self.overlaps = threads > 1
-        self._size = threads
+        self.size = threads
         self._places = Places(threads)
         self._waiting = work.make_dispatch_queue()
         self._stopping = threading.Event()
@@ -89,6 +90,11 @@ class ThreadEngine:
     def late(self) -> int:
         """The number of threads in handlers that exceeded their timeout."""
         return self._places.late
+
+    @property
+    def late_ended(self) -> int:
+        """The number of late handlers that have ended, since the start."""
+        return self._places.came_back
 
     @property
     def is_stopping(self) -> bool:
@@ -131,6 +137,8 @@ class ThreadEngine:
         """Let the last thread end."""
         if self._has_hooks:
             self._hooks.put(None)
+        for number in range(1, self.size + 1):
+            self._start_thread(f"outbox-worker-{number}", self._work)
 
     def put(self, delivery: Delivery) -> None:
         """Add a message, to be processed when a thread is free."""
@@ -147,7 +155,7 @@ class ThreadEngine:
     def ask_to_stop(self, _deadline: float) -> None:
         """Start no further message."""
         self._stopping.set()
-        for _ in range(2 * self._size):  # enough for all threads, late ones included
+        for _ in range(2 * self.size):  # enough for all threads, late ones included
             self._waiting.put(None)
 
     def stop(self, deadline: float) -> bool:

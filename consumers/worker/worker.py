@@ -33,6 +33,7 @@ from outbox.consumers.worker.hook_runner import HookRunner
 from outbox.consumers.worker.renewal import Renewal
 from outbox.consumers.worker.task_engine import TaskEngine
 from outbox.consumers.worker.thread_engine import ThreadEngine
+from outbox.consumers.worker.vitals import Vitals
 from outbox.consumers.worker.worker_context import MakeMessage, Quota, WorkerContext
 from outbox.consumers.worker.worker_stats import QueueStats, WorkerStats
 from outbox.messages.delivery import Delivery
@@ -216,6 +217,15 @@ class Worker:
             late=self.late,
             is_consuming=self.is_consuming,
         )
+
+    def vitals(self) -> Vitals:
+        """Return what looks at this worker from a thread, once a second."""
+        return Vitals(self._engines(), self._subscription)
+
+    def log_tasks(self) -> None:
+        """Log where each task of the event loop waits, if there is one."""
+        if self._tasks is not None:
+            self._tasks.log_tasks()
 
     @property
     def late(self) -> int:

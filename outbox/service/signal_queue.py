@@ -25,8 +25,14 @@ class SignalQueue:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Handle SIGTERM, SIGINT, SIGHUP and SIGCHLD in a ``with`` block, on the main thread."""
-        handled = [signal.SIGTERM, signal.SIGINT, signal.SIGCHLD]
+        """Handle the signals of a service in a ``with`` block, on the main thread.
+
+        SIGTERM, SIGINT, SIGHUP unless it is ignored, as under nohup, SIGUSR1, SIGTSTP unless it
+        may come from a terminal, and SIGCHLD.
+        """
+        handled = [signal.SIGTERM, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR1]
+        if not os.isatty(0):  # otherwise Ctrl-Z suspends the command, as any other
+            handled.append(signal.SIGTSTP)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             handled.append(signal.SIGHUP)
         self._woken, wake = os.pipe()

@@ -12,7 +12,7 @@ from outbox import exit_codes
 __all__ = ["Face", "Phase", "Service", "ServiceState", "WorkerPhase", "WorkerState"]
 
 WorkerPhase: TypeAlias = Literal["starting", "ready", "leaving", "stuck"]
-Phase: TypeAlias = Literal["starting", "ready", "leaving", "stopping", "given up"]
+Phase: TypeAlias = Literal["starting", "ready", "quiet", "leaving", "stopping", "given up"]
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -31,6 +31,8 @@ class WorkerState:
         report: what it has reported last, at most about a second ago unless it is stuck; None if it
             has reported nothing. See ``outbox.service.supervised.Supervised``.
         report_age: the seconds since that report has arrived; None if there is none.
+        cpu: its CPU time in percent of one core, in the last interval of 10 s; None if it isn't
+            limited.
     """
 
     slot: int
@@ -40,6 +42,7 @@ class WorkerState:
     restarts: int = 0
     report: Mapping[str, Any] | None = None
     report_age: float | None = None
+    cpu: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +51,20 @@ class ServiceState:
 
     Attributes:
         workers: the processes, those that leave included.
-        ready: whether as many processes as asked for consume, and nothing has asked it to end.
+        ready: whether as many processes as asked for consume, all their links are up, and nothing
+            has asked it to end.
         phase: ``starting`` until it is ready for the first time and while too few consume,
-            ``ready``, ``leaving``, ``stopping``, or ``given up`` when it starts no more.
+            ``ready``, ``quiet`` when it begins nothing more and stays, ``leaving`` when it ends as
+            soon as what runs has ended, ``stopping``, or ``given up`` when none of its processes
+            was ever ready and it starts no more, or tries again in minutes.
         reasons: why it isn't ready, one phrase each; empty if it is.
         restarts: how often processes were started again, by the reason.
         base: the sum of the last counts of the processes that have ended; None if there is none.
         slots: the number of processes asked for.
-        mends: whether it can still start processes when one ends.
+        mends: whether it can still mend what breaks: it is not given up, and not every slot has had
+            three stuck processes in a row.
+        reloads: how often it was asked to replace all its processes.
+        reloading: whether it is still doing so.
     """
 
     workers: tuple[WorkerState, ...] = ()
@@ -66,6 +75,8 @@ class ServiceState:
     base: Any = None
     slots: int = 1
     mends: bool = True
+    reloads: int = 0
+    reloading: bool = False
 
 
 class Service(Protocol):
@@ -80,6 +91,12 @@ class Service(Protocol):
 
     def stop(self, code: int = exit_codes.SUCCESS) -> None:
         """Stop all processes within the shutdown timeout, and end with ``code``."""
+
+    def quiet(self) -> None:
+        """Begin nothing more and start no process, but stay until a signal."""
+
+    def dump(self) -> None:
+        """Have each process write its stacks, which appear in the log of this one."""
 
 
 class Face(Protocol):

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from outbox.service.health.stacks import dump_on_signal
 from outbox.service.lines import LineWriter
 from outbox.system.child_process import Parent
-from outbox.system.signals import Stop
+from outbox.system.signals import Stop, ignore
 
 __all__ = [
+    "DUMP",
     "LEAVE",
     "LEAVING",
     "LOADED",
+    "LastError",
     "MARGIN",
+    "QUIET",
     "READY",
     "STOPPING",
     "Supervised",
@@ -24,8 +32,12 @@ LOADED, READY, LEAVING, STOPPING = "loaded", "ready", "leaving", "stopping"
 """The words of a process: it has imported the application; it consumes; it only finishes what runs,
 and is to be replaced; it has begun to stop."""
 
-LEAVE = b"leave"
-"""The word of its parent: begin nothing more, and end when what runs has ended."""
+LEAVE, QUIET, DUMP = b"leave", b"quiet", b"dump"
+"""The words of its parent: begin nothing more, and end when what runs has ended; begin nothing
+more, and stay; write the stacks of the tasks."""
+
+_EVERY = 1.0
+"""Seconds between two reports."""
 
 MARGIN = 10.0
 """Seconds beyond the shutdown timeout after which a stopping process is killed.
@@ -39,6 +51,8 @@ class Supervised:
 
     def __init__(self, parent: Parent, logger: logging.Logger) -> None:
         """Take over the channel of ``parent`` for the lines of this process."""
+        dump_on_signal()
+        _leave_quiet_to_parent()
         self._parent = parent
         self._logger = logger
         self._writer = LineWriter(parent.channel)
@@ -47,14 +61,53 @@ class Supervised:
         """Send one of the words above."""
         self._writer.say({"word": word})
 
-    def report(self, **report: Any) -> None:
-        """Send a report, which replaces the one before; see ``WorkerState``."""
-        self._writer.report(report)
+    def report_each_second(self, collect: Callable[[float], Mapping[str, Any]]) -> None:
+        """Send a report each second, which replaces the one before, from a thread, until the end.
 
-    def stop_with_parent(self, stop: Stop, grace: float) -> None:
+        The reports are also the pulse of this process: when they stay away, the parent takes it to
+        be stuck. They hold these keys, as far as there is something to say:
+
+        - ``counts``: what was counted since the start, as ``add`` of ``outbox.service.counts``
+          takes it
+        - ``in_flight``, ``late``: the numbers of messages that run, and of handlers beyond their
+          timeout
+        - ``oldest``: the seconds since the oldest running message has begun; None if there is none
+        - ``pulses``: the seconds for which each part has not answered, by its name
+        - ``links``: whether each connection is up, by its name
+        - ``resident``: the resident memory in bytes
+        - ``limits``: the present value and the limit, a pair each, by the limit's name
+        - ``error``: the last error that was logged, or None; see ``LastError``
+
+        Args:
+            collect: returns the report, given the seconds since the one before.
+        """
+
+        def run() -> None:
+            before = time.monotonic()
+            while True:
+                now = time.monotonic()
+                try:
+                    self._writer.report(collect(now - before))
+                except Exception:
+                    self._logger.exception("cannot report to the parent process")
+                    self._writer.report({})
+                before = now
+                time.sleep(_EVERY)
+
+        threading.Thread(target=run, name="outbox-pulse", daemon=True).start()
+
+    def stop_with_parent(
+        self, stop: Stop, grace: float, on_dump: Callable[[], object] = lambda: None
+    ) -> None:
         """Request a stop when the parent dies, and exit forcibly ``grace`` seconds later.
 
-        If the parent lets the process leave, request that.
+        If the parent lets the process leave or be quiet, request that.
+
+        Args:
+            stop: the request.
+            grace: the seconds.
+            on_dump: logs what the process does besides the stacks of its threads; called on a
+                thread that is there for that and for the parent's death.
         """
 
         def stop_gracefully() -> None:
@@ -65,5 +118,47 @@ class Supervised:
         def on_word(word: bytes) -> None:
             if word == LEAVE:
                 stop.leave()
+            elif word == QUIET:
+                stop.be_quiet()
+            elif word == DUMP:
+                try:
+                    on_dump()
+                except Exception:
+                    self._logger.exception("cannot dump")
 
         self._parent.when_gone(stop_gracefully, on_word)
+
+
+class LastError(logging.Handler):
+    """Remembers the last error that outbox has logged.
+
+    Attributes:
+        found: ``at``, the time in seconds since the epoch, ``logger``, ``class`` of the exception
+            or None, and ``text``, the first line of the message; None before the first error.
+    """
+
+    def __init__(self) -> None:
+        """Listen to all loggers of outbox."""
+        super().__init__(logging.ERROR)
+        self.found: dict[str, Any] | None = None
+        logging.getLogger("outbox").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Remember the error."""
+        raised = record.exc_info[0] if record.exc_info else None
+        text = record.getMessage().partition("\n")[0]
+        self.found = {
+            "at": record.created,
+            "logger": record.name,
+            "class": None if raised is None else raised.__name__,
+            "text": text[:_LONGEST_TEXT],
+        }
+
+
+_LONGEST_TEXT = 300
+
+
+def _leave_quiet_to_parent() -> None:
+    """Have SIGTSTP, which may be sent to a whole group, quieten the service and suspend nothing."""
+    if not os.isatty(0):
+        ignore(signal.SIGTSTP)

@@ -16,8 +16,9 @@ from typing import Any
 
 from outbox import exit_codes
 from outbox.service.counts import add
-from outbox.service.restarts import Restarts
+from outbox.service.health.policy import Policy
 from outbox.service.signal_queue import SignalQueue
+from outbox.service.slot import Slot
 from outbox.service.state import Face, Phase, ServiceState
 from outbox.service.supervised import MARGIN
 from outbox.service.worker_process import Keeper, WorkerProcess
@@ -29,6 +30,10 @@ _CHECK_EVERY = 5.0
 """Seconds, at most, between checks of the workers, even if nothing wakes it."""
 _SHOW_EVERY = 0.2
 """Seconds, at most, between two turns of the faces."""
+_JUDGE_EVERY = 1.0
+"""Seconds, at most, between two looks at whether a worker is stuck."""
+_STACKS_WITHIN = 2.0
+"""Seconds for the stacks of a stuck worker to be written, before it is killed."""
 _LOAD_LIMIT = 300.0
 """Seconds for a successor to import the application: enough for one that loads large models."""
 _NAMED = 10
@@ -37,25 +42,15 @@ _END_TIMEOUT = 5.0
 """Seconds to wait for the exit of a killed process."""
 
 
-class _Slot:
-    """A slot for one worker process at a time."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.restarts = Restarts()
-        self.due = 0.0
-        self.worker: WorkerProcess | None = None
-        self.started = 0
-        self.trouble = ""
-        """Why its last process has ended, until one is ready."""
-
-
 class Supervisor:
     """Keeps a number of worker processes running until a signal stops them.
 
     - A worker that dies is replaced, after a back-off that grows while its successors die early.
     - A worker that leaves, because it has reached a limit, is replaced at once. It exits when what
       runs has ended, however long that takes; but only one at a time leaves each slot.
+    - A worker that is stuck is killed and replaced; the messages that run in it count a loss.
+    - A service none of whose workers was ever ready since its code was last replaced is given up
+      when enough of them have died. One that was ready is never given up.
     - A worker that exits with ``USAGE`` before any has consumed stops all: a successor would fail
       in the same way. Later, something outside has changed, and is expected to change again.
     - Until a worker has consumed, only one is started at a time.
@@ -63,6 +58,8 @@ class Supervisor:
       them. SIGHUP replaces them one by one, each once its successor consumes, or, if it means that
       the terminal was closed, stops all. A further SIGHUP begins anew, with the code of that time;
       a successor that hangs while it imports the application is killed, and the others stay.
+    - SIGTSTP, unless it comes from a terminal, has all workers begin nothing more, and stay.
+      SIGUSR1 has them dump their stacks.
     - A service that leaves begins nothing more, and ends when what runs has ended, however long
       that takes; SIGTERM and SIGINT turn that into a stop.
     - If the supervisor dies, however that happens, its workers stop gracefully.
@@ -76,6 +73,7 @@ class Supervisor:
         shutdown_timeout: float,
         margin: float = MARGIN,
         load_limit: float = _LOAD_LIMIT,
+        policy: Policy | None = None,
         keeper: Keeper | None = None,
         faces: Sequence[Face] = (),
         logger: logging.Logger | None = None,
@@ -89,6 +87,7 @@ class Supervisor:
             shutdown_timeout: the seconds that a stopping worker gives its messages.
             margin: the seconds after that until a worker is killed.
             load_limit: the seconds that a worker's successor has to import the application.
+            policy: what to put up with from the workers.
             keeper: keeps what the workers have begun beyond their death; closed at the end.
             faces: what shows the service to the outside.
             logger: the log; the default is ``outbox.processes``.
@@ -97,22 +96,27 @@ class Supervisor:
         self._command = list(command)
         self._grace = shutdown_timeout + margin
         self._load_limit = load_limit
-        self._slots = [_Slot(number) for number in range(1, processes + 1)]
+        self._slots = [Slot(number) for number in range(1, processes + 1)]
         self._workers: list[WorkerProcess] = []
         self._proven = False  # whether a worker has consumed: only then start all of them
         self._stopping = False
         self._stopping_since = 0.0
         self._code = exit_codes.SUCCESS
-        self._to_replace: deque[_Slot] = deque()
+        self._to_replace: deque[Slot] = deque()
         self._successor: WorkerProcess | None = None
         self._signals = SignalQueue()
+        self._policy = policy or Policy()
+        self._retries = self._policy.retries
+        self._given_up = False
+        self._quiet = False
+        self._reloads = 0
+        self._turned_at = time.monotonic()
         self._keeper = keeper
         self._faces = list(faces)
         self._logger = logger or logging.getLogger("outbox.processes")
         self._name = name
         self._leaving = False
         self._leave_by = math.inf
-        self._was_ready = False
         self._restarts: Counter[str] = Counter()
         self._base: Any = None
         self.state = ServiceState(slots=processes)
@@ -169,37 +173,68 @@ class Supervisor:
             self._code = code
             self._stop()
 
+    def quiet(self) -> None:
+        """Begin nothing more and start no process, but stay until a signal; it can't be undone.
+
+        What runs goes on. Only on the thread of ``run``, so from a face.
+        """
+        if not (self._quiet or self._starts_none):
+            self._quiet = True
+            for worker in self._workers:
+                worker.be_quiet(self._grace)
+
+    def dump(self) -> None:
+        """Have each process write its stacks, which appear in the log of this one.
+
+        Only on the thread of ``run``, so from a face.
+        """
+        for worker in self._workers:
+            worker.ask_for_stacks()
+
     def _turn(self) -> bool:
         """Act on what has happened; return whether to go on."""
+        now = time.monotonic()
+        step, self._turned_at = now - self._turned_at, now
         for number in self._signals.take():
             self._on_signal(number)
         for worker in list(self._workers):
+            was_ready = worker.ready
             worker.listen(self._grace)
-            self._proven |= worker.ready
+            if worker.ready and not was_ready:
+                self._on_ready(worker)
+            self._log_stacks(worker, now)
             code = worker.code()
             if code is not None:
                 self._workers.remove(worker)
+                self._log_stacks(worker, math.inf)
                 worker.close()
                 self._base = add(self._base, (worker.report or {}).get("counts"))
                 self._on_end(worker, code, worker.take_messages(code))
             elif worker.kill_at is not None and time.monotonic() >= worker.kill_at:
-                self._on_stuck(worker)
+                self._on_overdue(worker)
             elif not worker.loaded and worker.kill_at is None:
                 self._check_loading(worker)
-        if self._leaving and not self._stopping and time.monotonic() >= self._leave_by:
+            else:
+                worker.judge.step(step)
+                self._check_stuck(worker, now)
+                self._check_cpu(worker, now)
+        if self._leaving and not self._stopping and now >= self._leave_by:
             self._logger.warning("what runs has not ended in time; stopping")
             self._stop()
-        if not self._ending:
+        if not self._starts_none:
             self._relieve()
             self._fill()
             self._replace()
+        for slot in self._slots:
+            slot.look()
         self._show()
-        return self._code != exit_codes.KILLED and bool(self._workers or not self._ending)
+        ends = self._stopping or self._leaving
+        return self._code != exit_codes.KILLED and bool(self._workers or not ends)
 
     @property
-    def _ending(self) -> bool:
+    def _starts_none(self) -> bool:
         """Whether no process is started any more."""
-        return self._stopping or self._leaving
+        return self._stopping or self._leaving or self._quiet
 
     def _show(self) -> None:
         """Make the state of this moment, and show it."""
@@ -213,11 +248,15 @@ class Supervisor:
 
     def _state(self) -> ServiceState:
         reasons = tuple(reason for slot in self._slots if (reason := self._reason(slot)))
-        phase: Phase = "starting" if reasons else "ready"
+        phase: Phase = "ready" if all(slot.is_ready for slot in self._slots) else "starting"
         if self._stopping:
             phase, reasons = "stopping", ("stopping",)
         elif self._leaving:
             phase, reasons = "leaving", ("leaving",)
+        elif self._quiet:
+            phase, reasons = "quiet", ("quiet",)
+        elif self._given_up:
+            phase = "given up"
         return ServiceState(
             workers=tuple(worker.shown() for worker in self._workers),
             ready=not reasons,
@@ -226,23 +265,41 @@ class Supervisor:
             restarts=dict(self._restarts),
             base=self._base,
             slots=len(self._slots),
+            mends=not self._given_up and not all(slot.keeps_getting_stuck for slot in self._slots),
+            reloads=self._reloads,
+            reloading=bool(self._to_replace or self._successor) and not self._starts_none,
         )
 
-    def _reason(self, slot: _Slot) -> str:
+    def _reason(self, slot: Slot) -> str:
         """Return why a slot is not ready, or nothing."""
         worker = slot.worker
-        if worker is not None and worker.ready:
-            slot.trouble = ""
-            return ""
         where = f"{self._name} {slot.number}"
-        if worker is not None:
-            return f"{where} is starting" + (f" ({slot.trouble})" if slot.trouble else "")
-        return f"{where} is down" + (f" ({slot.trouble})" if slot.trouble else "")
+        trouble = f" ({slot.trouble})" if slot.trouble else ""
+        if worker is None:
+            return f"{where} is down{trouble}"
+        if worker.stuck:
+            return f"{where} is stuck: {worker.stuck}"
+        if worker.leaving:
+            return f"{where} is leaving"
+        if not worker.ready:
+            return f"{where} is starting{trouble}"
+        links = (worker.report or {}).get("links")
+        down = [name for name, up in links.items() if not up] if isinstance(links, dict) else []
+        return f"{where} has no connection: {', '.join(down)}" if down else ""
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
-        if number == signal.SIGHUP:
-            if not self._ending:
+        if number == signal.SIGUSR1:
+            self._logger.warning("received %s; dumping the stacks of all processes", name)
+            self.dump()
+        elif number == signal.SIGTSTP:
+            if not (self._quiet or self._starts_none):
+                self._logger.info("received %s; beginning no more messages", name)
+                self.quiet()
+        elif number == signal.SIGHUP:
+            if self._quiet:
+                self._logger.warning("received %s, but a quiet service starts no process", name)
+            elif not self._starts_none:
                 self._logger.info("received %s; replacing all workers, one by one", name)
                 self._begin_to_replace()
         elif not self._stopping:
@@ -252,12 +309,79 @@ class Supervisor:
             self._logger.warning("received %s while stopping; killing the workers", name)
             self._code = exit_codes.KILLED
 
+    def _on_ready(self, worker: WorkerProcess) -> None:
+        self._proven = True
+        self._slots[worker.slot - 1].became_ready()
+        if self._given_up:
+            self._logger.warning("%s is ready: the service is not given up any more", worker)
+            self._given_up = False
+            self._retries = self._policy.retries
+
+    def _log_stacks(self, worker: WorkerProcess, now: float) -> None:
+        stacks = worker.take_stacks(now)
+        if stacks:
+            self._logger.warning("stacks of %s:\n%s", worker, stacks)
+
+    def _check_stuck(self, worker: WorkerProcess, now: float) -> None:
+        """Kill a worker that stays stuck while its stacks are written."""
+        reason = worker.judge.verdict() if worker.ready else ""
+        if not reason:
+            if worker.stuck and not worker.condemned:
+                self._logger.warning("%s goes on", worker)
+                worker.stuck = ""
+            return
+        if not worker.stuck:
+            self._logger.error("%s is stuck: %s; killing it", worker, reason)
+            worker.stuck = reason
+            worker.stuck_at = now
+            worker.ask_for_stacks()
+        elif not worker.condemned and now - worker.stuck_at >= _STACKS_WITHIN:
+            self._log_stacks(worker, math.inf)
+            self._slots[worker.slot - 1].was_stuck(worker.age)
+            worker.condemned = True
+            worker.kill(spare=False)
+
+    def _check_cpu(self, worker: WorkerProcess, now: float) -> None:
+        """Replace a worker that uses too much CPU time, and kill it if it doesn't stop that."""
+        watch = worker.cpu
+        if watch is None or not worker.ready or not watch.look(now):
+            return
+        patience = self._policy.stuck_after
+        if worker.burns_since is None:
+            if not self._starts_none:
+                self._logger.info("%s has exceeded its CPU limit (%.0f %%)", worker, watch.percent)
+                worker.burns_since = now
+                worker.leave(self._grace)
+        elif patience and now - worker.burns_since >= patience and not worker.condemned:
+            self._logger.error("%s still exceeds its CPU limit; killing it", worker)
+            worker.stuck = "it exceeds its CPU limit"
+            worker.condemned = True
+            worker.kill(spare=False)
+
+    def _give_up(self, slot: Slot) -> None:
+        """End a service that never works, or try again much later."""
+        self._logger.error(
+            "giving up: %s %d has never been ready (%s)", self._name, slot.number, slot.trouble
+        )
+        if self._retries > 0:
+            self._retries -= 1
+            self._given_up = True
+            for each in self._slots:
+                each.due = time.monotonic() + self._policy.retry_every
+            self._logger.error("trying again in %.0f s", self._policy.retry_every)
+        else:
+            self._given_up = True
+            self._code = exit_codes.FLAPPING
+            self._stop()
+
     def _on_end(self, worker: WorkerProcess, code: int, lost: list[str]) -> None:
         slot = self._slots[worker.slot - 1]
         if lost:
             names = ", ".join(lost[:_NAMED]) + (", ..." if len(lost) > _NAMED else "")
             self._logger.warning("%s died while %d message(s) ran: %s", worker, len(lost), names)
-        if self._ending:
+        if self._starts_none:
+            if slot.worker is worker:
+                slot.worker = None
             if code not in (exit_codes.SUCCESS, exit_codes.RECYCLED) and worker.ready:
                 self._logger.warning("%s %s", worker, _describe(code))
                 self._code = self._code or exit_codes.UNFINISHED
@@ -272,7 +396,8 @@ class Supervisor:
                 self._logger.warning("%s %s", worker, _describe(code))
             return
         slot.worker = None
-        slot.trouble = f"the last one {_describe(code)}"
+        if code != exit_codes.RECYCLED:
+            slot.trouble = f"the last one {_describe(code)}"
         if code == exit_codes.USAGE and not self._proven:
             self._logger.error("%s %s, as any other would; stopping", worker, _describe(code))
             self._code = exit_codes.USAGE
@@ -284,10 +409,19 @@ class Supervisor:
         else:
             what = f"{worker} {_describe(code)} after {worker.age:.1f} s"
             is_error = code == exit_codes.USAGE
-            self._restarts["died"] += 1
+            self._restarts["stuck" if worker.stuck else "died"] += 1
             self._back_off(slot, what, worker.age, is_error=is_error, has_lost=bool(lost))
+            if not worker.ready:
+                self._check_bound(slot)
 
-    def _on_stuck(self, worker: WorkerProcess) -> None:
+    def _check_bound(self, slot: Slot) -> None:
+        """Give the service up if none of its processes is ready, nor will be."""
+        if slot.never_ready(time.monotonic(), self._policy.bound) and not any(
+            worker.ready for worker in self._workers
+        ):
+            self._give_up(slot)
+
+    def _on_overdue(self, worker: WorkerProcess) -> None:
         self._logger.error("%s did not exit in time; killing it", worker)
         worker.kill_at = None
         worker.kill()
@@ -314,9 +448,10 @@ class Supervisor:
         successor, self._successor = self._successor, None
         if successor is not None:
             successor.terminate(self._grace)
+        self._reloads += 1
         self._to_replace = deque(self._slots)
         for slot in self._slots:
-            slot.due = 0.0
+            slot.code_replaced()
 
     def _relieve(self) -> None:
         """Free the slots of leaving workers for their successors."""
@@ -356,7 +491,7 @@ class Supervisor:
             if slot.worker is not None:  # otherwise _fill() starts a new one in any case
                 self._successor = self._start(slot)
 
-    def _start(self, slot: _Slot) -> WorkerProcess | None:
+    def _start(self, slot: Slot) -> WorkerProcess | None:
         try:
             worker = WorkerProcess(
                 slot.number,
@@ -365,10 +500,12 @@ class Supervisor:
                 with_input=len(self._slots) == 1,
                 name=self._name,
                 restarts=slot.started,
+                policy=self._policy,
             )
         except OSError as error:
             slot.trouble = f"it cannot be started: {error}"
             self._back_off(slot, f"{self._name} {slot.number} cannot be started: {error}", 0.0)
+            self._check_bound(slot)
             return None
         slot.started += 1
         self._logger.info("%s started", worker)
@@ -377,7 +514,7 @@ class Supervisor:
 
     def _back_off(
         self,
-        slot: _Slot,
+        slot: Slot,
         what: str,
         lived: float,
         *,
@@ -405,10 +542,12 @@ class Supervisor:
         times = [worker.kill_at for worker in self._workers if worker.kill_at is not None]
         if self._leaving and not self._stopping:
             times.append(self._leave_by)
-        if not self._ending:
+        if not self._starts_none:
             slots = self._slots if self._proven else self._slots[:1]
             times += [slot.due for slot in slots if slot.worker is None]
         at_most = _SHOW_EVERY if self._faces else _CHECK_EVERY
+        if self._policy.stuck_after and any(worker.ready for worker in self._workers):
+            at_most = min(at_most, _JUDGE_EVERY)
         pause = min([at_most, *(moment - now for moment in times)])
         statuses = [worker.status for worker in self._workers if worker.status is not None]
         select.select([self._signals.fileno(), *statuses], [], [], max(0.0, pause))

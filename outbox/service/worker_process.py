@@ -8,9 +8,21 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from outbox.service.health.cpu import CPUWatch
+from outbox.service.health.judge import Judge
+from outbox.service.health.policy import Policy
+from outbox.service.health.stacks import StackFile, signal_held_back
 from outbox.service.lines import LineReader
 from outbox.service.state import WorkerPhase, WorkerState
-from outbox.service.supervised import LEAVE, LEAVING, LOADED, READY, STOPPING
+from outbox.service.supervised import (
+    DUMP,
+    LEAVE,
+    LEAVING,
+    LOADED,
+    QUIET,
+    READY,
+    STOPPING,
+)
 from outbox.system.child_process import ChildProcess
 
 __all__ = ["Keeper", "WorkerProcess"]
@@ -53,6 +65,12 @@ class WorkerProcess(ChildProcess):
         leaving: whether it has reported that it begins nothing more, and needs a successor.
         restarts: the processes that were started in its slot before it.
         report: what it has reported last; None if it has reported nothing.
+        judge: decides whether it is stuck.
+        stuck: why it is stuck; empty if it isn't.
+        stuck_at: since when, on the monotonic clock.
+        condemned: whether it was killed for that.
+        cpu: the watch over its CPU time; None without a limit.
+        burns_since: when it was asked to leave because of that; None if it wasn't.
         kill_at: the time on the monotonic clock at which to kill it; None unless it is stopping.
     """
 
@@ -65,6 +83,7 @@ class WorkerProcess(ChildProcess):
         with_input: bool,
         name: str = "worker",
         restarts: int = 0,
+        policy: Policy | None = None,
     ) -> None:
         """Start ``command`` in the slot with this number.
 
@@ -75,6 +94,7 @@ class WorkerProcess(ChildProcess):
             with_input: whether the process gets the parent's standard input.
             name: what the log calls it.
             restarts: the processes that were started in the slot before it.
+            policy: what its parent puts up with.
 
         Raises:
             OSError: the command cannot be started.
@@ -85,6 +105,12 @@ class WorkerProcess(ChildProcess):
         self.leaving = False
         self.restarts = restarts
         self.report: Mapping[str, Any] | None = None
+        policy = policy or Policy()
+        self.judge = Judge(policy.stuck_after)
+        self.stuck = ""
+        self.stuck_at = 0.0
+        self.condemned = False
+        self.burns_since: float | None = None
         self._name = name
         self._asked_to_leave = False
         self._reported_at = 0.0
@@ -93,23 +119,27 @@ class WorkerProcess(ChildProcess):
         self._slow_at = _SLOW
         reader, status = os.pipe()
         self._lines = LineReader(reader)
+        self._stacks = _stack_file()
         self._keeper = keeper
         self._region = None if keeper is None else keeper.take()
+        shared: list[int] = []
+        variables: dict[str, str] = {}
+        if keeper is not None and self._region is not None:
+            shared.append(keeper.descriptor)
+            variables.update(keeper.variables(self._region))
+        if self._stacks is not None:
+            shared.append(self._stacks.descriptor)
+            variables.update(self._stacks.variables())
         try:
-            if keeper is None or self._region is None:
-                super().__init__(command, status, with_input=with_input)
-            else:
+            with signal_held_back():
                 super().__init__(
-                    command,
-                    status,
-                    with_input=with_input,
-                    shared=[keeper.descriptor],
-                    variables=keeper.variables(self._region),
+                    command, status, with_input=with_input, shared=shared, variables=variables
                 )
         except BaseException:
-            self._lines.close()
+            self._close_files()
             self.take_messages(0)
             raise
+        self.cpu = None if policy.cpu is None else CPUWatch(policy.cpu, self.pid)
 
     @property
     def age(self) -> float:
@@ -128,6 +158,7 @@ class WorkerProcess(ChildProcess):
             if word is None:
                 self.report = line
                 self._reported_at = time.monotonic()
+                self.judge.hear(line.get("pulses"))
             self.ready |= word == READY
             self.loaded |= word == LOADED or self.ready
             self.leaving |= word == LEAVING
@@ -137,7 +168,9 @@ class WorkerProcess(ChildProcess):
     def shown(self) -> WorkerState:
         """Return its state."""
         phase: WorkerPhase = "ready" if self.ready else "starting"
-        if self.leaving or self._asked_to_leave or self.kill_at is not None:
+        if self.stuck:
+            phase = "stuck"
+        elif self.leaving or self._asked_to_leave or self.kill_at is not None:
             phase = "leaving"
         return WorkerState(
             slot=self.slot,
@@ -147,6 +180,7 @@ class WorkerProcess(ChildProcess):
             restarts=self.restarts,
             report=self.report,
             report_age=None if self.report is None else time.monotonic() - self._reported_at,
+            cpu=None if self.cpu is None else self.cpu.percent,
         )
 
     def is_slow(self) -> bool:
@@ -161,10 +195,26 @@ class WorkerProcess(ChildProcess):
 
         If it hasn't imported the application, nothing runs, and it has ``grace`` seconds to exit.
         """
+        self._begin_no_more(LEAVE, grace)
+
+    def be_quiet(self, grace: float) -> None:
+        """Ask it to begin nothing more, and to stay; as for ``leave`` otherwise."""
+        self._begin_no_more(QUIET, grace)
+
+    def ask_for_stacks(self) -> None:
+        """Ask it to write the stacks of its threads and, if its interpreter runs, of its tasks."""
+        self._process.send_signal(signal.SIGUSR1)
+        self.say(DUMP)
+
+    def take_stacks(self, now: float) -> str:
+        """Return the stacks that it has written, once they are complete; else nothing."""
+        return "" if self._stacks is None else self._stacks.take(now)
+
+    def _begin_no_more(self, word: bytes, grace: float) -> None:
         self.listen(grace)
         self._asked_to_leave = True
         if self.loaded:
-            self.say(LEAVE)
+            self.say(word)
         else:
             self.terminate(grace)
 
@@ -174,9 +224,9 @@ class WorkerProcess(ChildProcess):
             self._set_deadline(grace)
             self._process.send_signal(signal.SIGTERM)
 
-    def kill(self) -> None:
-        """Kill it; the messages that run in it lose nothing by that."""
-        if self._keeper is not None and self._region is not None:
+    def kill(self, *, spare: bool = True) -> None:
+        """Kill it; the messages that run in it lose nothing by that, unless ``spare`` is False."""
+        if spare and self._keeper is not None and self._region is not None:
             self._keeper.spare(self._region)
         super().kill()
 
@@ -192,8 +242,14 @@ class WorkerProcess(ChildProcess):
 
     def close(self) -> None:
         """Close both pipes; if the process still runs, it stops."""
-        self._lines.close()
+        self._close_files()
         super().close()
+
+    def _close_files(self) -> None:
+        self._lines.close()
+        stacks, self._stacks = self._stacks, None
+        if stacks is not None:
+            stacks.close()
 
     def _set_deadline(self, grace: float) -> None:
         if self.kill_at is None:
@@ -201,3 +257,10 @@ class WorkerProcess(ChildProcess):
 
     def __str__(self) -> str:
         return f"{self._name} {self.slot} (process {self.pid})"
+
+
+def _stack_file() -> StackFile | None:
+    try:
+        return StackFile()
+    except OSError:  # its stacks go to standard error
+        return None

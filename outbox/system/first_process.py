@@ -23,6 +23,7 @@ _PASSED_ON = {
     signal.SIGQUIT,
     signal.SIGUSR1,
     signal.SIGUSR2,
+    signal.SIGTSTP,
 }
 
 

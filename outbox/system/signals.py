@@ -70,11 +70,13 @@ class Stop:
     Attributes:
         asked: whether it was made.
         leaving: whether what runs is to be finished, however long it takes, and nothing begun.
+        quiet: whether nothing is to be begun, and the process stays.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.leaving = False
+        self.quiet = False
 
     def ask(self) -> None:
         """Request an orderly stop. May be called from anywhere, any number of times."""
@@ -83,6 +85,10 @@ class Stop:
     def leave(self) -> None:
         """Request that nothing more is begun. May be called from anywhere, any number of times."""
         self.leaving = True
+
+    def be_quiet(self) -> None:
+        """Request that nothing is begun and the process stays. May be called from anywhere."""
+        self.quiet = True
 
     def begin(self) -> None:
         """Note that from now on there is something to finish."""

@@ -43,6 +43,14 @@ class Subscription(Protocol):
         """The name of this subscription where it leases messages for a time, else empty."""
         ...
 
+    def ping(self, answer: Callable[[], None]) -> bool:
+        """Have ``answer`` called soon on the transport's thread.
+
+        Returns:
+            False if that thread isn't running, or may rightly be busy for long.
+        """
+        ...
+
     def release_of(self, owners: Sequence[str], was_begun: Callable[[str, str], bool]) -> None:
         """Have what subscriptions of dead processes hold delivered soon.
 

@@ -19,6 +19,8 @@ from tests.waiting import wait_until
 
 DRIVER = """
 import logging, os, sys
+from outbox.service.health import cpu, judge
+from outbox.service.health.policy import CPULimit, Policy, RestartBound
 from outbox.service.supervisor import Supervisor
 logging.basicConfig(level="INFO", format="%(message)s")
 command = [sys.executable, "worker.py"] if {command!r} is None else {command!r}
@@ -36,10 +38,12 @@ class Face:
             logging.info(text)
     def close(self):
         logging.info("face closed")
+cpu.INTERVAL = judge.LONGEST_STEP = 0.5
 faces = [Face()] if {with_face} else []
 sys.exit(
     Supervisor(
-        command, {processes}, shutdown_timeout=0.2, margin=0.2, load_limit=2, faces=faces
+        command, {processes}, shutdown_timeout=0.2, margin=0.2, load_limit=2, faces=faces,
+        policy={policy},
     ).run()
 )
 """
@@ -63,6 +67,7 @@ class Driven:
         command: list[str] | None,
         processes: int,
         with_face: bool,
+        policy: str,
     ):
         self.folder = folder
         (folder / "worker.py").write_text(WORKER + worker)
@@ -72,7 +77,9 @@ class Driven:
                 [
                     sys.executable,
                     "-c",
-                    DRIVER.format(command=command, processes=processes, with_face=with_face),
+                    DRIVER.format(
+                        command=command, processes=processes, with_face=with_face, policy=policy
+                    ),
                 ],
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -101,8 +108,9 @@ def drive(tmp_path: Path) -> Iterator[Callable[..., Driven]]:
         command: list[str] | None = None,
         processes: int = 1,
         with_face: bool = False,
+        policy: str = "None",
     ) -> Driven:
-        started.append(Driven(tmp_path, worker, command, processes, with_face))
+        started.append(Driven(tmp_path, worker, command, processes, with_face, policy))
         return started[-1]
 
     yield start
@@ -168,7 +176,7 @@ stop = Stop()
 parent.stop_with_parent(stop, 5)
 parent.say(LOADED)
 parent.say(READY)
-parent.report(counts={"messages": 2}, in_flight=1)
+parent.report_each_second(lambda seconds: {"counts": {"messages": 2}, "in_flight": 1})
 while not stop.leaving:
     time.sleep(0.01)
 parent.say(LEAVING)
@@ -215,6 +223,259 @@ def test_a_stop_ends_what_a_leaving_service_waits_for(
         driven.wait_for("what runs has not ended in time; stopping")
     driven.wait_for("state stopping False")
     assert driven.process.wait(5) == exit_codes.UNFINISHED
+
+
+REPORTER = """
+def report(seconds):
+    return {"in_flight": 0, "pulses": pulses}
+pulses = {}
+parent.say(LOADED)
+parent.say(READY)
+parent.report_each_second(report)
+first = not os.path.exists("first")
+open("first", "w").close()
+"""
+
+
+def test_a_worker_whose_interpreter_is_held_by_c_code_is_killed_with_its_stacks(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive(
+        REPORTER
+        + """
+import re
+def in_c_code():
+    re.match("(a+)+b", "a" * 34)
+if first:
+    in_c_code()
+time.sleep(60)
+""",
+        policy="Policy(stuck_after=1.5)",
+        with_face=True,
+    )
+    driven.wait_for("is stuck: none of its threads has run for 2 s; killing it")
+    driven.wait_for("state starting False [('stuck', 0)]")
+    driven.wait_for("was killed by SIGKILL")
+    driven.wait_for("state ready True")
+    driven.wait_for(" started", 2)
+    [stacks] = re.findall(
+        r"stacks of worker 1 \(process \d+\):\n(.*?)\nworker 1", driven.log(), re.S
+    )
+    assert "in in_c_code" in stacks
+    assert driven.stop() == exit_codes.SUCCESS
+
+
+def test_a_worker_whose_part_is_silent_is_killed_unless_it_answers_in_time(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive(
+        REPORTER
+        + """
+time.sleep(1.5)
+if first:
+    pulses.update(loop=9.5)
+    time.sleep(1.2)
+    pulses.update(loop=0.0)
+    time.sleep(3)
+    pulses.update(loop=40.0)
+time.sleep(60)
+""",
+        policy="Policy(stuck_after=9)",
+    )
+    driven.wait_for("is stuck: its event loop has been blocked for 1")
+    driven.wait_for(" goes on")
+    assert "was killed" not in driven.log()
+    driven.wait_for("is stuck: its event loop has been blocked for 4")
+    driven.wait_for(" started", 2)
+    driven.stop()
+
+
+def test_after_a_stop_of_the_parent_or_of_all_nothing_is_taken_to_be_stuck(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive(
+        REPORTER + "print('up', file=sys.stderr, flush=True)\ntime.sleep(60)\n",
+        processes=2,
+        policy="Policy(stuck_after=2.5)",
+        with_face=True,
+    )
+    driven.wait_for("up", 2)
+    workers = [int(pid) for pid in re.findall(r"\(process (\d+)\) started", driven.log())]
+    for stopped in ([driven.process.pid], [driven.process.pid, *workers]):
+        time.sleep(0.5)
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(3)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    time.sleep(1.5)
+    assert "stuck" not in driven.log()
+    os.kill(workers[0], signal.SIGSTOP)
+    driven.wait_for(f"(process {workers[0]}) is stuck: none of its threads has run for 3 s")
+    driven.wait_for(" started", 3)
+    driven.stop()
+
+
+def test_a_stopped_parent_does_not_stop_its_worker_and_hears_of_its_end(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive(
+        REPORTER.replace('"in_flight": 0', '"in_flight": 0, "text": "x" * 60_000')
+        + """
+while True:
+    time.sleep(0.1)
+    open("turns", "a").write(".")
+    if os.path.exists("go"):
+        sys.exit(1)
+"""
+    )
+    driven.wait_for(" started")
+    time.sleep(1)
+    os.kill(driven.process.pid, signal.SIGSTOP)
+    time.sleep(3)  # reports beyond the 64 KiB of the pipe
+    turns = (driven.folder / "turns").stat().st_size
+    time.sleep(1)
+    assert (driven.folder / "turns").stat().st_size > turns
+    (driven.folder / "go").touch()
+    os.kill(driven.process.pid, signal.SIGCONT)
+    driven.wait_for("ended with exit code 1")
+    driven.stop()
+
+
+def test_a_service_that_never_works_is_given_up(drive: Callable[..., Driven]) -> None:
+    driven = drive(
+        "sys.exit(1)",
+        processes=2,
+        with_face=True,
+        policy="Policy(bound=RestartBound(2, 0.0))",
+    )
+    assert driven.process.wait(20) == exit_codes.FLAPPING
+    assert "giving up: worker 1 has never been ready" in driven.log()
+    assert driven.log().count(" started") == 2
+    assert "(the last one ended with exit code 1)" in driven.log()
+
+
+def test_a_service_that_was_given_up_is_tried_again_in_the_background(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive(
+        'open("tries", "a").write(".")\n'
+        'if os.path.getsize("tries") < 5:\n'
+        "    sys.exit(1)\n" + REPORTER + "time.sleep(60)\n",
+        with_face=True,
+        policy="Policy(bound=RestartBound(2, 0.0), retries=3, retry_every=0.3)",
+    )
+    driven.wait_for("state given up False")
+    driven.wait_for("the service is not given up any more")
+    driven.wait_for("state ready True")
+    assert driven.log().count(" started") == 5
+    driven.stop()
+
+
+def test_a_service_that_was_ready_is_never_given_up(drive: Callable[..., Driven]) -> None:
+    driven = drive(
+        "first = not os.path.exists('first')\nopen('first', 'w').close()\n"
+        "if first:\n    parent.say(READY)\nsys.exit(1)\n",
+        policy="Policy(bound=RestartBound(2, 0.0))",
+    )
+    driven.wait_for(" started", 4)
+    assert "giving up" not in driven.log()
+    assert driven.stop() == exit_codes.SUCCESS
+
+
+QUIET = """
+from outbox.system.signals import Stop
+stop = Stop()
+parent.stop_with_parent(stop, 5)
+parent.say(LOADED)
+parent.say(READY)
+while not stop.quiet:
+    time.sleep(0.01)
+print("is quiet", file=sys.stderr, flush=True)
+parent.say(LEAVING)
+while not stop.leaving:
+    time.sleep(0.01)
+sys.exit(4)
+"""
+
+
+def test_a_quiet_service_begins_nothing_stays_and_can_still_leave(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive(QUIET, with_face=True)
+    driven.wait_for("state ready True")
+    driven.process.send_signal(signal.SIGTSTP)
+    driven.wait_for("state quiet False [('leaving', None)]")
+    driven.wait_for("is quiet")
+    driven.process.send_signal(signal.SIGHUP)
+    driven.wait_for("received SIGHUP, but a quiet service starts no process")
+    time.sleep(0.5)
+    assert driven.process.poll() is None
+    (driven.folder / "leave").write_text("30")
+    assert driven.process.wait(10) == exit_codes.SUCCESS
+    assert driven.log().count(" started") == 1
+
+
+def test_a_dump_has_the_stacks_of_all_workers(drive: Callable[..., Driven]) -> None:
+    driven = drive(
+        REPORTER
+        + """
+from outbox.system.signals import Stop
+parent.stop_with_parent(Stop(), 5, lambda: print("tasks", file=sys.stderr, flush=True))
+def waiting():
+    print("waiting", file=sys.stderr, flush=True)
+    time.sleep(60)
+waiting()
+""",
+        processes=2,
+    )
+    driven.wait_for("waiting", 2)
+    driven.process.send_signal(signal.SIGUSR1)
+    driven.wait_for("stacks of worker", 2)
+    assert driven.log().count("in waiting") == 2
+    driven.wait_for("tasks", 2)
+    driven.stop()
+
+
+BURNER = """
+import subprocess
+from outbox.system.signals import Stop
+stop = Stop()
+parent.stop_with_parent(stop, 5)
+parent.say(LOADED)
+parent.say(READY)
+parent.report_each_second(lambda seconds: {})
+first = not os.path.exists("first")
+open("first", "w").close()
+burn = "import time\\nfor _ in range(200):\\n    time.sleep(0.001)\\n    sum(range(300_000))"
+"""
+
+
+@pytest.mark.parametrize("spins", [False, True])
+def test_a_worker_above_its_cpu_limit_leaves_and_is_killed_if_it_spins(
+    drive: Callable[..., Driven], spins: bool
+) -> None:
+    driven = drive(
+        BURNER
+        + f"""
+while first and not (stop.leaving and not {spins}):
+    if {spins}:
+        sum(range(100_000))
+    else:
+        subprocess.run([sys.executable, "-c", burn])  # its children count too
+parent.say(LEAVING)
+sys.exit(4) if first else time.sleep(60)
+""",
+        policy="Policy(stuck_after=1.5, cpu=CPULimit(15, 2))",
+        with_face=True,
+    )
+    driven.wait_for("has exceeded its CPU limit")
+    driven.wait_for(" started", 2)
+    driven.wait_for("state ready True", 2)
+    killed = "still exceeds its CPU limit; killing it" in driven.log()
+    assert killed == spins
+    assert driven.log().count("has exceeded its CPU limit") == 1
+    driven.stop()
 
 
 def test_a_program_that_cannot_be_started_is_retried_slowly(

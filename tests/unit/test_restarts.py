@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from outbox.consumers.command.limits import Limits, Recycling
+from outbox.consumers.command.limits import Limits, MemoryLimit, Recycling
 from outbox.consumers.worker.worker_context import Quota
-from outbox.service.restarts import Restarts
+from outbox.service.health.restarts import Restarts
 from outbox.system.resident_memory import resident_bytes
 
 MIB = 2**20
@@ -64,13 +64,24 @@ def test_the_age_has_a_jitter_of_a_tenth_and_is_never_exceeded(fraction: float) 
 
 def test_memory_is_checked_once_a_second_and_after_the_first_message() -> None:
     sizes = [100 * MIB, 301 * MIB]
-    recycling = Recycling(Limits(memory=300 * MIB), 0.0, resident=lambda: sizes.pop(0))
+    recycling = Recycling(Limits(memory=MemoryLimit(300 * MIB)), 0.0, resident=lambda: sizes.pop(0))
     assert recycling.reason(0.0, has_worked=False) is None
     assert len(sizes) == 2  # its successor would use as much before its first message
     assert recycling.reason(0.2, has_worked=True) is None
     assert recycling.reason(1.1, has_worked=True) is None
     assert len(sizes) == 1
     assert recycling.reason(1.3, has_worked=True) == "memory limit exceeded (301 MiB)"
+
+
+def test_several_looks_at_the_memory_decide_together() -> None:
+    sizes = iter([400, 100, 100, 400, 100, 100, 400, 400])
+    limits = Limits(memory=MemoryLimit(300 * MIB, 3, 5))
+    recycling = Recycling(limits, 0.0, resident=lambda: next(sizes) * MIB)
+    for look in range(7):
+        assert recycling.reason(10.0 * look, has_worked=True) is None
+        assert recycling.reason(10.0 * look + 9.9, has_worked=True) is None
+        assert recycling.values(0.0) == {"memory": (recycling.size, 300 * MIB)}
+    assert recycling.reason(70.0, has_worked=True) == "memory limit exceeded (400 MiB)"
 
 
 def test_the_resident_size_follows_what_is_allocated() -> None:

@@ -133,6 +133,13 @@ class Link:
         if loop is not None:
             loop.add_callback_threadsafe(function)
 
+    def ping(self, answer: Callable[[], None]) -> bool:
+        """Have ``answer`` called soon on the link's thread; return False if it doesn't run."""
+        if not self._thread.started or self._ended:
+            return False
+        self.call(answer)
+        return True
+
     def later(self, delay: float, function: Callable[[], None]) -> None:
         """Call ``function`` in ``delay`` seconds, even if the connection is lost meanwhile."""
         self._loop.call_later(delay, function)

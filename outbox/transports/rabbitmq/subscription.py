@@ -99,6 +99,10 @@ class RabbitMQSubscription:
         """Empty: the broker itself notices when a process dies."""
         return ""
 
+    def ping(self, answer: Callable[[], None]) -> bool:
+        """Have ``answer`` called soon on the link's thread; return False if it doesn't run."""
+        return self._link.ping(answer)
+
     def release_of(self, owners: Sequence[str], was_begun: Callable[[str, str], bool]) -> None:
         """Do nothing: the broker has done it."""
 

@@ -148,6 +148,10 @@ class SQLiteSubscription:
         """Whether the queues are declared and the last turn succeeded."""
         return self._has_consumed and not self._failures
 
+    def ping(self, answer: Callable[[], None]) -> bool:
+        """Return False: another process may keep the file locked for long."""
+        return False
+
     def release_of(self, owners: Sequence[str], was_begun: Callable[[str, str], bool]) -> None:
         """Release the rows of dead processes soon, in place."""
         self._dead.append(_Dead(owners, was_begun))

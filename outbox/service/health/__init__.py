@@ -1,0 +1,1 @@
+"""Judges processes: stuck, too busy, dying again and again."""

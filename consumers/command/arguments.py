@@ -9,6 +9,7 @@ from outbox.commands.options import Version, broker_option, positive
 from outbox.consumers import logs
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.command.limits import Limits, MemoryLimit
+from outbox.service.http_options import add_http_options
 from outbox.service.identity.identity_options import add_identity_options
 from outbox.service.policy_options import add_policy, duration
 
@@ -28,6 +29,8 @@ examples:
       process one long message at a time, with five minutes to finish it on shutdown
   outbox-consume shop.consumers -p 4 --max-memory 300M --max-age 12h
       run four processes, and restart each when it exceeds 300 MiB or half a day
+  outbox-consume shop.consumers -p 4 --http :9100
+      answer the probes of Kubernetes, and Prometheus
   outbox-consume shop.consumers -p 4 --log-format json
       log one JSON object per line
   outbox-consume shop.consumers --reload
@@ -70,7 +73,9 @@ def make_parser(
         framework.add_arguments(parser)
     _add_consuming(parser.add_argument_group("consuming"))
     _add_processes(parser.add_argument_group("processes"))
-    add_identity_options(parser.add_argument_group("service"))
+    service = parser.add_argument_group("service")
+    add_identity_options(service)
+    add_http_options(service)
     _add_log(parser.add_argument_group("logging, to standard error"))
     return parser
 

@@ -16,7 +16,7 @@ from outbox.consumers.command import supervised_worker, worker_main
 from outbox.consumers.command.arguments import limits_of, make_parser
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.losses.begun_keeper import BegunKeeper
-from outbox.service.health.stacks import dump_on_signal
+from outbox.service.health.stacks import dump_on_signal, http_face
 from outbox.service.identity.identity_options import identity_of
 from outbox.service.identity.instance import Instance
 from outbox.service.policy_options import has_policy, policy_of
@@ -112,7 +112,7 @@ def _faces(options: argparse.Namespace) -> list[Face]:
     """Return what shows the service to the outside.
 
     Raises:
-        UsageError: the id can't be taken, or options contradict each other.
+        UsageError: the id or the address can't be taken, or options contradict each other.
     """
     faces: list[Face] = []
     modules = {consumers.partition(":")[0] for consumers in options.consumers}
@@ -123,6 +123,9 @@ def _faces(options: argparse.Namespace) -> list[Face]:
         if options.reload:
             raise UsageError("--reload is for development, and can't be used with --id")
         faces.append(Instance(identity))
+    http = http_face(options)
+    if http is not None:
+        faces.append(http)
     return faces
 
 

@@ -1,1 +1,18 @@
 """Telemetry: metrics for Prometheus, and the probes of a service."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from outbox.telemetry.prometheus import PrometheusCollector
+
+__all__ = ["PrometheusCollector"]
+
+
+def __getattr__(name: str) -> Any:  # so that what isn't used need not be installed
+    if name == "PrometheusCollector":
+        from outbox.telemetry.prometheus import PrometheusCollector
+
+        return PrometheusCollector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

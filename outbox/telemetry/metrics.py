@@ -128,7 +128,7 @@ def _histogram(name: str, metric: Metric, pairs: list[str], value: tuple[float, 
     count = 0.0
     for bound, number in zip((*metric.bounds, math.inf), buckets, strict=True):
         count += number
-        le = "+Inf" if bound == math.inf else f"{bound:g}"
+        le = "+Inf" if bound == math.inf else str(bound)  # as prometheus_client writes it
         lines.append(f"{name}_bucket{_braced([*pairs, _pair('le', le)])} {_number(count)}")
     lines.append(f"{name}_sum{_braced(pairs)} {_number(total)}")
     # From the same copy as the buckets: a count that is kept apart could differ from their sum.

@@ -78,17 +78,7 @@ METRICS: dict[str, Metric] = {
         "gauge", "Messages that have begun and not ended.", ("queue",), named_by_users=1
     ),
     "outbox_handlers_late": Metric("gauge", "Handlers that go on after their timeout."),
-    # Backlogs in a database or a SQLite file
-    "outbox_backlog_messages": Metric(
-        "gauge", "Messages that wait in a SQLite queue.", ("queue",), named_by_users=1
-    ),
-    "outbox_backlog_age_seconds": Metric(
-        "gauge",
-        "Age of the oldest message that waits in a SQLite queue.",
-        ("queue",),
-        named_by_users=1,
-        is_maximum=True,
-    ),
+    # Stored events
     "outbox_relay_rows_total": Metric(
         "counter", "Stored events by what the relay has done with them.", ("fate",)
     ),

@@ -45,6 +45,8 @@ PUBLIC = {
     "outbox.middleware.wsgi",
     "outbox.serializer",
     "outbox.sql",
+    "outbox.telemetry",
+    "outbox.telemetry.wsgi",
     "outbox.testing",
 }
 RECIPES = ROOT / "docs" / "recipes.md"

@@ -7,12 +7,16 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from outbox import EventCollector, Publisher
+from outbox.consumers import ACK
+from outbox.consumers.message.tally import OUTCOMES, Tally
+from outbox.messages.delivery import Delivery
 from outbox.telemetry import metrics, sources
 from outbox.telemetry.histogram import BOUNDS
 from outbox.telemetry.sources import Samples
@@ -170,7 +174,7 @@ def test_the_text_is_what_prometheus_reads() -> None:
         )
         for sample in families["outbox_message_wait_seconds"].samples
     }
-    assert waits["_bucket", "0.005"] == waits["_bucket", "300"] == 1
+    assert waits["_bucket", "0.005"] == waits["_bucket", "300.0"] == 1
     assert waits["_bucket", "+Inf"] == waits["_count", None] == 5
     assert waits["_sum", None] == 2.5
 
@@ -206,12 +210,8 @@ def test_a_publisher_counts_what_becomes_of_events() -> None:
 
 
 def test_all_that_is_counted_is_in_the_table() -> None:
-    from outbox.consumers.message.tally import Tally
-    from outbox.consumers.outcome import ACK
-    from tests.unit.test_tally import delivery
-
     tally = Tally({"q": "C"})
-    tally.ended(delivery(), ACK, 0.0)
+    tally.ended(Delivery("q", 1, 1, False, "", "q", b"{}"), ACK, 0.0)
     with Publisher("memory://") as publisher:
         samples = {**tally.samples(), **sources.read()}
         assert publisher.stats().published == 0
@@ -228,3 +228,19 @@ def test_names_follow_the_conventions() -> None:
         assert re.fullmatch(r"outbox_[a-z_]+", name)
         assert name.endswith("_total") == (metric.kind == "counter"), name
         assert bool(metric.bounds) == (metric.kind == "histogram"), name
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+
+
+def test_the_page_on_metrics_has_them_all_with_their_labels() -> None:
+    rows = re.findall(r"^\| `(outbox_\w+)` \| (\w+) \| (.*?) \|", PAGE, re.MULTILINE)
+    documented = {
+        name: (kind, tuple(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows
+    }
+    assert documented == {name: (each.kind, each.labels) for name, each in METRICS.items()}
+
+
+def test_the_page_on_metrics_has_all_outcomes() -> None:
+    [table] = re.findall(r"^\| outcome \|.*?(?=^$)", PAGE, re.MULTILINE | re.DOTALL)
+    assert tuple(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == OUTCOMES

@@ -1,0 +1,25 @@
+# god: `god load outbox.god`. The pid file holds a bare number. Memory, age, CPU and flapping are the
+# parent's to watch; god restarts what has ended as a whole.
+shop = "/srv/shop"
+folder = "/var/lib/shop/outbox"
+command = "#{shop}/venv/bin/outbox workers"
+
+God.watch do |w|
+  w.name     = "outbox-consumers"
+  w.dir      = "#{shop}/current"
+  w.uid      = "shop"
+  w.gid      = "shop"
+  w.env      = { "OUTBOX_PID_DIR" => folder }
+  w.pid_file = "#{folder}/outbox-consumers.pid"
+  w.interval = 10.seconds
+
+  w.start   = "#{command} start --id consumers -- outbox-consume shop.consumers -p 4 --max-memory 100M"
+  w.stop    = "#{command} stop --id consumers"
+  w.restart = "#{command} restart --id consumers"
+
+  w.start_grace   = 60.seconds
+  w.stop_timeout  = 60.seconds
+  w.restart_grace = 60.seconds
+
+  w.keepalive
+end

@@ -20,7 +20,6 @@ from outbox.errors import UsageError
 from outbox.service.state import Service, ServiceState
 from outbox.telemetry import metrics
 from outbox.telemetry.wsgi import ServiceApp
-from outbox.version import installed_version
 
 __all__ = ["Address", "HTTPFace", "ServiceSource", "listening", "parse_address"]
 
@@ -38,7 +37,7 @@ _LATE = 5.0
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _LOOPBACK = ("127.0.0.1", "::1")
 _PHASES = ("starting", "ready", "leaving", "stuck")
-_IN_STATUS = ("in_flight", "late", "oldest", "pulses", "links", "error")
+_IN_STATUS = ("in_flight", "late", "oldest", "pulses", "links", "resident", "limits", "error")
 """What ``/status`` shows of a worker's report."""
 
 
@@ -192,7 +191,7 @@ class ServiceSource:
         total["outbox_worker_restarts_total"] = [
             [[reason], number] for reason, number in state.restarts.items()
         ]
-        total["outbox_build_info"] = [[[installed_version()], 1]]
+        total["outbox_build_info"] = [[[metrics.version()], 1]]
         return metrics.render(total)
 
     def status(self) -> Mapping[str, Any]:
@@ -205,7 +204,7 @@ class ServiceSource:
             "reasons": [*self.live(), *self.ready()],
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "version": installed_version(),
+            "version": metrics.version(),
             "restarts": dict(state.restarts),
             "workers": [
                 {

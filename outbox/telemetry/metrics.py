@@ -7,6 +7,7 @@ does no harm.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
@@ -25,6 +26,7 @@ __all__ = [
     "merge",
     "render",
     "snapshot",
+    "version",
 ]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -40,8 +42,14 @@ The value is a number; of a histogram it is a list: the sum, then the count of e
 def snapshot() -> Snapshot:
     """Return all that this process has counted since it began or was forked. Thread-safe."""
     samples = sources.read()
-    samples["outbox_build_info"] = {(installed_version(),): 1}
+    samples["outbox_build_info"] = {(version(),): 1}
     return as_snapshot(samples)
+
+
+@functools.cache
+def version() -> str:
+    """Return the version of outbox, which it takes milliseconds to look up."""
+    return installed_version()
 
 
 def merge(base: Mapping[str, Any], snapshots: Iterable[Mapping[str, Any]]) -> Snapshot:

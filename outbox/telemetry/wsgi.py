@@ -12,7 +12,6 @@ from werkzeug.wrappers import Request, Response
 from outbox.configuration import configured_publisher
 from outbox.errors import CollectorFull
 from outbox.telemetry import metrics
-from outbox.version import installed_version
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -71,7 +70,7 @@ class ProcessSource:
     def status(self) -> Mapping[str, Any]:
         """Return the state of the default publisher."""
         publisher = configured_publisher()
-        status: dict[str, Any] = {"pid": os.getpid(), "version": installed_version()}
+        status: dict[str, Any] = {"pid": os.getpid(), "version": metrics.version()}
         if publisher is not None:
             stats = publisher.stats()
             status["publisher"] = {

@@ -1,0 +1,112 @@
+"""``outbox-consume --http`` as orchestrators and Prometheus use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from outbox import exit_codes
+from tests.consuming import Command
+from tests.places import SQLitePlace
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.one_python
+
+
+@pytest.fixture
+def command(tmp_path: Path, name: str) -> Iterator[Command]:
+    found = Command(tmp_path, SQLitePlace(str(tmp_path / "outbox.db"), name), name)
+    yield found
+    found.close()
+
+
+def address_of(command: Command) -> str:
+    [address] = command.wait_for(r"listening on (http://127\.0\.0\.1:\d+)")
+    return str(address)
+
+
+def get(address: str, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"{address}{path}", timeout=10) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_a_worker_that_dies_is_not_ready_but_live(command: Command) -> None:
+    command.start("--http", "127.0.0.1:0", "-p", "2", "-t", "1")
+    address = address_of(command)
+    assert get(address, "/livez") == (200, "live\n")
+    wait_until(lambda: get(address, "/readyz") == (200, "ready\n"), 20)
+    status = json.loads(get(address, "/status")[1])
+    pids = [worker["pid"] for worker in status["workers"]]
+    assert sorted(pids) == sorted(command.consuming(2))
+    assert (status["pid"], status["phase"]) == (command.process.pid, "ready")
+
+    os.kill(pids[0], signal.SIGKILL)
+    seen: list[int] = []
+
+    def is_ready_again() -> bool:
+        assert get(address, "/livez")[0] == 200
+        seen.append(get(address, "/readyz")[0])
+        return seen[-1] == 200 and 503 in seen
+
+    wait_until(is_ready_again, 20)
+    text = get(address, "/metrics")[1]
+    assert 'outbox_workers{state="ready"} 2\n' in text
+    assert re.search(r'^outbox_worker_restarts_total\{reason="died"\} 1$', text, re.MULTILINE)
+    assert command.stop() == exit_codes.SUCCESS
+
+
+def test_a_used_port_is_wrong_usage_before_anything_starts(command: Command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command.start("--http", f"127.0.0.1:{port}")
+        assert command.process.wait(20) == exit_codes.USAGE
+    assert f"outbox-consume: cannot listen on 127.0.0.1:{port}: " in command.text()
+    assert not command.workers()
+
+
+def test_an_address_that_is_none_is_wrong_usage(command: Command) -> None:
+    command.start("--http", "9100")
+    assert command.process.wait(20) == exit_codes.USAGE
+    assert "--http: '9100' is not an address; use HOST:PORT" in command.text()
+
+
+def test_the_variable_is_the_default(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTBOX_HTTP", "127.0.0.1:0")
+    command.start()
+    address = address_of(command)
+    wait_until(lambda: get(address, "/readyz")[0] == 200, 20)
+    assert command.stop() == exit_codes.SUCCESS
+    with pytest.raises(OSError):
+        get(address, "/livez")
+
+
+def test_a_program_that_a_handler_leaves_behind_does_not_keep_the_port(command: Command) -> None:
+    command.write(
+        command.folder.joinpath("work.py").read_text()
+        + "\nimport subprocess\nsubprocess.Popen(['sleep', '30'], close_fds=False)\n"
+    )
+    command.start("--http", "127.0.0.1:0")
+    address = address_of(command)
+    wait_until(lambda: get(address, "/readyz")[0] == 200, 20)
+    port = int(address.rpartition(":")[2])
+    os.kill(command.process.pid, signal.SIGKILL)
+    command.process.wait(10)
+
+    def is_free() -> bool:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            return sock.connect_ex(("127.0.0.1", port)) != 0
+
+    wait_until(is_free, 5)

@@ -18,13 +18,11 @@ RECYCLED = 4
 The command as a whole never exits with it.
 """
 
-NOT_READY = 6
-"""A service was not ready within its start timeout; the one that it was to replace goes on."""
 FLAPPING = 5
 """The service was given up: its processes ended again and again without ever being ready."""
 
 NOT_READY = 6
-"""The service was not ready in time, and has not taken over."""
+"""A service was not ready within its start timeout; the one that it was to replace goes on."""
 
 UNAVAILABLE = 7
 """The broker or the database cannot be reached, or the connection was lost."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from outbox import Event, Publisher, UsageError, sinks, surroundings
 from outbox.consumers import Consumer, ProcessTimeout, ReceivedEvent
+from outbox.consumers.event_loop import lasting_loop
 from outbox.consumers.message import databases
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.steps import (
@@ -30,7 +31,6 @@ from outbox.consumers.message.steps import (
 )
 from outbox.consumers.message.tally import Tally
 from outbox.consumers.outcome import Failed, Outcome
-from outbox.consumers.worker import lasting_loop
 from outbox.messages.delivery import Delivery
 from outbox.messages.remembered import window_of
 from outbox.system.steady_clock import monotonic

@@ -12,10 +12,10 @@ from typing import Any
 
 from outbox import Event, Publisher
 from outbox.consumers import Consumer
+from outbox.consumers.event_loop import lasting_loop
 from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message
 from outbox.consumers.outcome import Ack, Again, Dead, Hold, Outcome, Return
-from outbox.consumers.worker import lasting_loop
 from outbox.consumers.worker.assignment import Assignment
 from outbox.event import make_event
 from outbox.messages.dead_letters import restore_origin

@@ -44,8 +44,8 @@ With worker processes, SIGTSTP, unless it comes from a terminal, has them begin 
 stay; SIGUSR1 logs the stacks of all threads.
 
 exit codes: 0 all messages settled, 1 some did not finish in time, 2 wrong usage, 3 stopped at once
-by a second signal, 6 not ready in time to take over
-by a second signal, 5 given up, as no worker process was ever ready
+by a second signal, 5 given up, as no worker process was ever ready, 6 not ready in time to take
+over
 """
 
 

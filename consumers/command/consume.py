@@ -16,7 +16,8 @@ from outbox.consumers.command import supervised_worker, worker_main
 from outbox.consumers.command.arguments import limits_of, make_parser
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.losses.begun_keeper import BegunKeeper
-from outbox.service.health.stacks import dump_on_signal, http_face
+from outbox.service.health.stacks import dump_on_signal
+from outbox.service.http_options import http_face
 from outbox.service.identity.identity_options import identity_of
 from outbox.service.identity.instance import Instance
 from outbox.service.policy_options import has_policy, policy_of

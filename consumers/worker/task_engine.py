@@ -16,6 +16,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, TypeAlias
 
+from outbox.consumers.event_loop import lasting_loop
+from outbox.consumers.event_loop.loop_watch import LoopWatch
 from outbox.consumers.hooks import Hook
 from outbox.consumers.message.hook_call import run_hook_async
 from outbox.consumers.message.steps import (
@@ -28,11 +30,9 @@ from outbox.consumers.message.steps import (
     drive,
 )
 from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed
-from outbox.consumers.worker import lasting_loop
 from outbox.consumers.worker.dispatch_queue import OrderedDispatchQueue
 from outbox.consumers.worker.in_flight import InFlight
 from outbox.consumers.worker.life import Life
-from outbox.consumers.worker.loop_watch import LoopWatch
 from outbox.consumers.worker.worker_context import WorkerContext
 from outbox.messages.delivery import Delivery
 from outbox.system import process

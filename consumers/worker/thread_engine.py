@@ -111,7 +111,7 @@ class ThreadEngine:
         self._context = contextvars.copy_context()
         self._places.take_all()
         self.in_flight.start()
-        for number in range(1, self._size + 1):
+        for number in range(1, self.size + 1):
             run = self._work_first if number == 1 and self._has_hooks else self._work
             self._start_thread(f"outbox-worker-{number}", run)
 
@@ -137,8 +137,6 @@ class ThreadEngine:
         """Let the last thread end."""
         if self._has_hooks:
             self._hooks.put(None)
-        for number in range(1, self.size + 1):
-            self._start_thread(f"outbox-worker-{number}", self._work)
 
     def put(self, delivery: Delivery) -> None:
         """Add a message, to be processed when a thread is free."""

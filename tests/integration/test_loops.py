@@ -16,7 +16,7 @@ import pytest
 
 from outbox import Publisher, UsageError
 from outbox.consumers import Consumer, ReceivedEvent, Worker
-from outbox.consumers.worker import loop_watch
+from outbox.consumers.event_loop import loop_watch
 from outbox.messages.delivery import dead_letter_queue
 from tests.places import SQLitePlace, events_for, made, working
 from tests.waiting import wait_until

@@ -40,6 +40,12 @@ class Service:
     def stop(self, code: int = exit_codes.SUCCESS) -> None:
         raise NotImplementedError
 
+    def quiet(self) -> None:
+        raise NotImplementedError
+
+    def dump(self) -> None:
+        raise NotImplementedError
+
 
 @contextlib.contextmanager
 def answering(where: str = "127.0.0.1:0", **options: bool) -> Iterator[tuple[HTTPFace, int]]:

@@ -81,6 +81,7 @@ ROOMS = (
     "middleware",
     "consumers",
     "consumers.message",
+    "consumers.event_loop",
     "consumers.isolation",
     "consumers.losses",
     "consumers.worker",

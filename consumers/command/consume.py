@@ -115,19 +115,20 @@ def _faces(options: argparse.Namespace) -> list[Face]:
     Raises:
         UsageError: the id or the address can't be taken, or options contradict each other.
     """
-    faces: list[Face] = []
     modules = {consumers.partition(":")[0] for consumers in options.consumers}
     if not modules and (settings := os.environ.get("DJANGO_SETTINGS_MODULE")):
         modules = {settings}
     identity = identity_of(options, sorted(modules))
-    if identity is not None:
-        if options.reload:
-            raise UsageError("--reload is for development, and can't be used with --id")
-        faces.append(Instance(identity))
-    http = http_face(options)
-    if http is not None:
-        faces.append(http)
-    return faces
+    if identity is not None and options.reload:
+        raise UsageError("--reload is for development, and can't be used with --id")
+    instance = None if identity is None else Instance(identity)
+    try:
+        http = http_face(options, may_wait=instance is not None and instance.shares_port)
+    except UsageError:
+        if instance is not None:
+            instance.close()
+        raise
+    return [face for face in (instance, http) if face is not None]
 
 
 def _is_supervised(options: argparse.Namespace) -> bool:

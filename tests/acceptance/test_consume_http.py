@@ -76,6 +76,39 @@ def test_a_used_port_is_wrong_usage_before_anything_starts(command: Command) -> 
     assert not command.workers()
 
 
+def test_a_used_port_leaves_the_id_free(command: Command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        folder = command.folder / "ids"
+        command.start("--id", "x", "--pid-dir", str(folder), "--http", f"127.0.0.1:{port}")
+        assert command.process.wait(20) == exit_codes.USAGE
+    assert not list(folder.iterdir())
+
+
+def test_a_successor_answers_at_the_address_of_its_predecessor(
+    command: Command, tmp_path: Path, name: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = ("--id", "x", "--pid-dir", str(tmp_path / "ids"), "--http", f"127.0.0.1:{port}")
+    command.start(*options)
+    address = address_of(command)
+    wait_until(lambda: get(address, "/readyz")[0] == 200, 20)
+    predecessor = command.process
+    folder = tmp_path / "successor"
+    folder.mkdir()
+    successor = Command(folder, command.place, name)
+    try:
+        successor.start(*options)
+        assert predecessor.wait(30) == exit_codes.SUCCESS
+        successor.wait_for("listening on ")
+        assert get(address, "/readyz") == (200, "ready\n")
+        assert json.loads(get(address, "/status")[1])["pid"] == successor.process.pid
+        assert successor.stop() == exit_codes.SUCCESS
+    finally:
+        successor.close()
+
+
 def test_an_address_that_is_none_is_wrong_usage(command: Command) -> None:
     command.start("--http", "9100")
     assert command.process.wait(20) == exit_codes.USAGE

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,10 +106,9 @@ class _Exporter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._metrics: dict[str, Any] = {}
+        self._metrics: dict[str, Any] = {}  # they write to files of the process that they are in
         self._exported: Samples = {}
         self._is_started = False
-        self._end = threading.Event()
 
     def start(self) -> None:
         """Start the thread of this process, unless that has been done."""
@@ -121,10 +121,9 @@ class _Exporter:
 
     def follow_fork(self) -> None:
         """Start from zero in a forked child, with a thread for it."""
-        was_started = self._is_started
-        metrics = self._metrics
-        self.__init__()  # type: ignore[misc]  # the locks may be taken
-        self._metrics = metrics  # of which each process has files of its own
+        was_started, self._is_started = self._is_started, False
+        self._lock = threading.Lock()
+        self._exported = {}
         if was_started:
             with contextlib.suppress(RuntimeError):  # no more threads
                 self.start()
@@ -143,8 +142,7 @@ class _Exporter:
         pause = Pause()  # a fork waits: the child would inherit locks of prometheus_client
         while True:
             pause.busy = False
-            if self._end.wait(_EVERY):
-                return
+            time.sleep(_EVERY)
             pause.busy = True
             if Pause.forking:
                 pause.wait()

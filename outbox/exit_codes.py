@@ -4,7 +4,10 @@ SUCCESS = 0
 """Done, or stopped as requested: every message is settled, or was held and will be redelivered."""
 
 UNFINISHED = 1
-"""Done in part: the output names what is left. Unfinished messages are redelivered."""
+"""Done in part: the output names what is left. Unfinished messages are redelivered.
+
+Or a check, such as ``outbox doctor``, has found something, which the output names.
+"""
 
 USAGE = 2
 """The command line, a URL, a module, a consumer, a queue or a table cannot be used."""

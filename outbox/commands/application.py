@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ class Application:
             ``database_url``; None for ``OUTBOX_DATABASE_URL``.
         engine_of: returns the engine of the database that ``--database`` names by its alias, with
             None that of the application's; None if ``--database`` takes a URL.
+        modules: returns the names of its modules with consumers, or raises a ``UsageError`` if
+            there are none; None if only the command line names them.
     """
 
     prog: str = "outbox"
@@ -32,3 +34,4 @@ class Application:
     database_url: str | None = field(default=None, repr=False)
     engine: Callable[[], Any] | None = None
     engine_of: Callable[[str | None], Any] | None = None
+    modules: Callable[[], Sequence[str]] | None = None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from outbox import exit_codes
 from outbox.commands import (
+    doctor_command,
     parked_command,
     relay_command,
     sql_command,
@@ -30,7 +31,14 @@ exit codes: 0 done, 1 done in part, 2 wrong usage, 7 the broker or the database 
 130 interrupted by Ctrl-C
 """
 
-_SUB_COMMANDS = (relay_command, workers_command, stored_command, sql_command, parked_command)
+_SUB_COMMANDS = (
+    relay_command,
+    workers_command,
+    stored_command,
+    sql_command,
+    parked_command,
+    doctor_command,
+)
 
 
 def main(arguments: Sequence[str] | None = None, *, application: Application | None = None) -> int:
@@ -88,7 +96,7 @@ def code_of(error: OutboxError) -> int:
 def _parser(application: Application) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=application.prog,
-        description="Publish stored events and manage parked ones.",
+        description="Publish stored events, manage parked ones, and examine set-ups.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

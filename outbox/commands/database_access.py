@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from outbox.commands.options import DATABASE_VARIABLE
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from outbox.commands.application import Application
     from outbox.sql import Store
 
-__all__ = ["DatabaseUnavailable", "open_store", "translate_errors"]
+__all__ = ["DatabaseUnavailable", "open_named_engine", "open_store", "translate_errors"]
 
 
 class DatabaseUnavailable(BrokerError):
@@ -62,6 +62,19 @@ def _engine(options: argparse.Namespace) -> tuple[Any, bool]:
     from outbox.storage.engines import open_engine
 
     return open_engine(url), False
+
+
+def open_named_engine(options: argparse.Namespace) -> Callable[[], tuple[Any, bool]] | None:
+    """Return a function for the engine of the database that the command line names.
+
+    It returns the engine, and whether to leave it open, and raises ``UsageError`` as ``open_store``
+    does. The result is None if neither the command line nor the application names a database.
+    """
+    application: Application = options.application
+    is_named = options.database or application.database_url or os.environ.get(DATABASE_VARIABLE)
+    if not (is_named or application.engine is not None or application.engine_of is not None):
+        return None
+    return lambda: _engine(options)
 
 
 @contextlib.contextmanager

@@ -57,7 +57,11 @@ def application() -> Application:
     present = project.current()
     overrides: Any = present.overrides
     return Application(
-        "manage.py outbox", present.url, settings=overrides, engine_of=_engine_with_table
+        "manage.py outbox",
+        present.url,
+        settings=overrides,
+        engine_of=_engine_with_table,
+        modules=lambda: _consumers(argparse.Namespace(consumers=())),
     )
 
 

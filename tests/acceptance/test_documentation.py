@@ -421,6 +421,7 @@ def test_the_documented_options_of_the_commands_exist() -> None:
         ["outbox", "status"],
         ["outbox", "retry"],
         ["outbox", "sql", "ddl"],
+        ["outbox", "doctor"],
         ["proving"],
         ["examples.demo"],
         ["flask"],

@@ -26,6 +26,8 @@ from outbox import errors
 ROOT = Path(__file__).parents[2]
 PARTS = ("consumers", "middleware", "testing")
 FRAMEWORKS = ("django", "flask")
+# What the commands outbox and outbox-consume share is part of the core.
+SHARED_BY_COMMANDS = ("outbox.commands", "outbox.commands.application", "outbox.commands.options")
 
 
 def modules() -> dict[str, Path]:
@@ -77,7 +79,7 @@ ROOMS = (
     "__init__",
     "telemetry",
     "service",
-    "commands __main__",
+    "commands.application commands.options",
     "middleware",
     "consumers",
     "consumers.message",
@@ -87,6 +89,8 @@ ROOMS = (
     "consumers.worker",
     "consumers.command",
     "consumers.__init__ consumers.__main__",
+    "doctor",
+    "commands __main__",
     "django",
     "flask",
     "testing",
@@ -110,6 +114,8 @@ def part_of(module: str) -> str:
     second = module.split(".")[1] if "." in module else ""
     if second in FRAMEWORKS:
         return "frameworks"
+    if second in ("commands", "doctor", "__main__") and module not in SHARED_BY_COMMANDS:
+        return "commands"
     return second if second in PARTS else "core"
 
 
@@ -117,8 +123,9 @@ ALLOWED = {
     "core": {"core"},
     "middleware": {"core", "middleware"},
     "consumers": {"core", "consumers"},
+    "commands": {"core", "consumers", "commands"},
     "testing": {"core", "consumers", "testing"},
-    "frameworks": {"core", "middleware", "consumers", "frameworks"},
+    "frameworks": {"core", "middleware", "consumers", "commands", "frameworks"},
 }
 
 
@@ -168,13 +175,14 @@ def test_no_public_name_hides_a_module(package: ModuleType) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_driver_is_imported_only_in_its_own_room(module: str) -> None:
     homes = {
-        "pika": ("outbox.transports.rabbitmq",),
+        "pika": ("outbox.transports.rabbitmq", "outbox.doctor.broker_probe"),
         "sqlalchemy": (
             "outbox.storage",
             "outbox.sql",
             "outbox.transports.sqlite",
             "outbox.django.connecting",
             "outbox.flask",
+            "outbox.doctor",
         ),
         "django": ("outbox.django",),
         "sqlite3": ("outbox.storage", "outbox.sql", "outbox.transports.sqlite"),

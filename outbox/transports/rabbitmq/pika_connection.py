@@ -253,6 +253,17 @@ class BlockingConnection(pika.BlockingConnection):
         """The broker's major and minor version; empty if unknown."""
         return _version_of(self._impl)
 
+    @property
+    def server_properties(self) -> Mapping[str, Any]:
+        """What the broker says of itself: ``product``, ``version``, ``cluster_name`` and others."""
+        return self._impl.server_properties or {}
+
+    @property
+    def tuned(self) -> tuple[int, int]:
+        """The heartbeat in seconds and the largest frame in bytes, as negotiated."""
+        parameters: Any = self._impl.params
+        return int(parameters.heartbeat or 0), int(parameters.frame_max or 0)
+
     def abandon(self) -> None:
         """End the connection at once, whatever state an interrupted call has left it in."""
         abort(self._impl, ConnectionLost("the connection was abandoned"))

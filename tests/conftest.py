@@ -43,7 +43,7 @@ hypothesis.settings.load_profile(
 )
 
 
-_BROKERS = {"amqp_url", "outbox_broker", "private_broker", "mortal_broker", "tls_broker"}
+_BROKERS = {"amqp_url", "outbox_broker", "private_broker", "mortal_broker", "tls_broker", "managed"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

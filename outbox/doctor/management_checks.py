@@ -25,9 +25,8 @@ _CLASHES = {
 
 
 def _bindings(examined: Examined) -> Iterator[Problem]:
-    specs = examined.specs
     management = examined.management
-    for spec in specs:
+    for spec in examined.specs:
         wanted = {spec.name, *spec.topics}
         for exchange, key in management.bindings(spec.name):
             if exchange == spec.exchange and exchange and key not in wanted:

@@ -179,6 +179,25 @@ def test_each_message_has_a_context_of_the_application(
         assert "stored event(s) uncommitted" in log.read_text()
 
 
+def test_the_doctor_looks_at_the_application(place: SQLitePlace, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flask", "--app", "shop", "outbox", "doctor", "consumers"]
+    done = subprocess.run(
+        [*command, "--json", "--fail-on", "error"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    texts = [each["text"] for each in report["findings"]]
+    assert len(texts) == 2
+    assert all("Work has no timeout" in each for each in texts)
+    assert {"OBX101", "OBX201", "OBX204", "OBX206"} <= set(report["passed"])
+
+
 def test_the_command_has_the_options_of_outbox_consume(place: SQLitePlace, tmp_path: Path) -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "flask", "--app", "shop", "outbox", "consume", "--help"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,18 @@ class TestInThisProcess:
         with pytest.raises(CommandError, match=r"manage\.py migrate outbox_events --database def"):
             outbox("status")
 
+    def test_the_doctor_looks_at_the_projects_broker_database_and_consumers(
+        self, outbox_setting: Any, tmp_path: Path
+    ) -> None:
+        outbox_setting(URL=f"sqlite:///{tmp_path}/broker.db")
+        report = json.loads(outbox("doctor", "--json", "--fail-on", "error"))
+        assert {"OBX101", "OBX201", "OBX204", "OBX206"} <= set(report["passed"])
+        assert not [each for each in report["findings"] if not each["code"].startswith("OBX3")]
+
+        call_command("migrate", "outbox_events", "zero", verbosity=0)
+        with pytest.raises(SystemExit, match="1"):
+            outbox("doctor", "--json", "--fail-on", "error")
+
     def test_where_nothing_is_stored_a_database_must_be_named(self, outbox_setting: Any) -> None:
         outbox_setting(STORE=None)
         with pytest.raises(CommandError, match="--database ALIAS"):
@@ -199,6 +212,16 @@ def test_a_relay_beside_the_worker_waits_for_its_database(tmp_path: Path) -> Non
         relay.end()
         publisher.close(0)
         use_database("default", before)
+
+
+def test_the_doctor_finds_the_apps_consumers(tmp_path: Path) -> None:
+    done = ProjectFolder(tmp_path).run("outbox", "doctor", "--json", "--fail-on", "error")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert "OBX201" in report["passed"]
+    assert [each["text"] for each in report["findings"]] == [
+        "the consumer send_mail() has no timeout: a handler that hangs keeps its thread for ever"
+    ]
 
 
 def test_consume_says_what_it_lacks(tmp_path: Path) -> None:

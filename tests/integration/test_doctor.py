@@ -40,6 +40,8 @@ from tests.pgbouncer import PrivatePgBouncer
 from tests.relaying import many, opened
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.one_python
+
 INVOICES = """
 from outbox.consumers import Consumer
 
@@ -262,13 +264,8 @@ def test_missing_permissions_are_named(
 
     unable = managed.new_user(vhost, write="^invoices")
     lines = found(diagnose(unable, module, management=managed))
-    assert [line.split(" refused")[0] for line in lines] == [
-        f"OBX105 error: no write permission: ACCESS_REFUSED - access to exchange '{exchange}' in "
-        f"vhost '{vhost}'"
-        if "access to exchange" in lines[0]
-        else line.split(" refused")[0]
-        for exchange, line in zip(("outbox", "amq.default"), lines, strict=True)
-    ]
+    refused = [re.search(r"no write permission: .* exchange '(.*?)'", line) for line in lines]
+    assert [match and match[1] for match in refused] == ["outbox", "amq.default"], lines
 
     unable = managed.new_user(vhost, read="^$")
     texts = found(diagnose(unable, module, management=managed))
@@ -421,8 +418,9 @@ def test_a_timeout_of_a_policy_is_named(
     managed: ManagedBroker, vhost: str, url: str, write: Write
 ) -> None:
     probe = BrokerProbe.open(BrokerURL.parse(url), Settings.load(url, {}))
+    version = probe.version
     probe.close()
-    if probe.version < (3, 12):
+    if version < (3, 12):
         pytest.skip("a policy can't set it before RabbitMQ 3.12")
     managed.give_policy(vhost, "^inv", consumer_timeout=30_000)
     diagnosis = diagnose(url, write(INVOICES), management=managed)

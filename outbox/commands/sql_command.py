@@ -61,6 +61,7 @@ def _create(options: argparse.Namespace) -> int:
 
 
 def _ddl(options: argparse.Namespace) -> int:
+    import outbox.sql.inbox  # noqa: F401  which adds its table
     from outbox.storage.schema import ddl
 
     print(ddl(options.dialect), end="")

@@ -194,6 +194,7 @@ def test_the_printed_ddl_creates_the_table(tmp_path: Path) -> None:
         connection.executescript(printed.stdout)
     connection.close()
     assert run_at(f"sqlite:///{tmp_path}/a.db", "sql", "check").returncode == exit_codes.SUCCESS
+    assert "CREATE TABLE outbox_inbox" in printed.stdout
     assert "BYTEA" in run_at("", "sql", "ddl", "--dialect", "postgresql").stdout
     unknown = run_at("", "sql", "ddl", "--dialect", "oracle")
     assert unknown.returncode == exit_codes.USAGE

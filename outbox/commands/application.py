@@ -26,6 +26,9 @@ class Application:
             None that of the application's; None if ``--database`` takes a URL.
         modules: returns the names of its modules with consumers, or raises a ``UsageError`` if
             there are none; None if only the command line names them.
+        consume: the arguments of Python for the command that consumes.
+        folder: the folder of its code.
+        is_django: whether it is a Django project.
     """
 
     prog: str = "outbox"
@@ -35,3 +38,6 @@ class Application:
     engine: Callable[[], Any] | None = None
     engine_of: Callable[[str | None], Any] | None = None
     modules: Callable[[], Sequence[str]] | None = None
+    consume: Sequence[str] = ("-m", "outbox.consumers")
+    folder: str = "."
+    is_django: bool = False

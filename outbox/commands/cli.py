@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from outbox import exit_codes
 from outbox.commands import (
     doctor_command,
+    init_command,
     parked_command,
     relay_command,
     sql_command,
@@ -38,6 +39,7 @@ _SUB_COMMANDS = (
     sql_command,
     parked_command,
     doctor_command,
+    init_command,
 )
 
 
@@ -96,7 +98,7 @@ def code_of(error: OutboxError) -> int:
 def _parser(application: Application) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=application.prog,
-        description="Publish stored events, manage parked ones, and examine set-ups.",
+        description="Publish stored events, manage parked ones, and examine or begin set-ups.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -62,7 +64,16 @@ def application() -> Application:
         settings=overrides,
         engine_of=_engine_with_table,
         modules=lambda: _consumers(argparse.Namespace(consumers=())),
+        consume=("manage.py", "outbox", "consume"),
+        folder=_folder(),
+        is_django=True,
     )
+
+
+def _folder() -> str:
+    """Return the folder of ``manage.py``, or the working directory if it isn't what runs."""
+    program = sys.argv[0] if sys.argv else ""
+    return os.path.dirname(os.path.abspath(program)) if program.endswith("manage.py") else "."
 
 
 def framework() -> Framework:

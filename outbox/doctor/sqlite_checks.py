@@ -109,6 +109,8 @@ def _of_folder(path: str) -> Iterator[Problem]:
 
 
 def _of_journal(path: str) -> Iterator[Problem]:
+    if not os.path.getsize(path):  # nothing has been written yet
+        return
     with _reading(path) as connection:
         mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar())
     if mode.lower() != "wal":

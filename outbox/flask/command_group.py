@@ -53,8 +53,14 @@ def _manage(name: str, arguments: tuple[str, ...]) -> int:
     if present.stores:
         database = current_app.extensions["sqlalchemy"]
         engine = lambda: database.engine  # noqa: E731
+    path = _app_path()
     application = Application(
-        "flask outbox", config.url, config.overrides, config.database_url, engine
+        "flask outbox",
+        config.url,
+        config.overrides,
+        config.database_url,
+        engine,
+        consume=("-m", "flask", *(("--app", path) if path else ()), "outbox", "consume"),
     )
     return cli.main([name, *arguments], application=application)
 
@@ -75,4 +81,5 @@ _add("retry", "Make dead stored events due again.")
 _add("purge", "Delete dead stored events.")
 _add("sql", "Create or check the tables.")
 _add("doctor", "Find out what is wrong with this application's set-up.")
+_add("init", "Write a first consumer, its test, and a unit file.")
 _add("parked", "List, replay and delete parked events and dead letters.")

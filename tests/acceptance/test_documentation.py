@@ -422,6 +422,7 @@ def test_the_documented_options_of_the_commands_exist() -> None:
         ["outbox", "retry"],
         ["outbox", "sql", "ddl"],
         ["outbox", "doctor"],
+        ["outbox", "init"],
         ["proving"],
         ["examples.demo"],
         ["flask"],

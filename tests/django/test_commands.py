@@ -236,3 +236,23 @@ def test_consume_says_what_it_lacks(tmp_path: Path) -> None:
     done = project.run("outbox", "consume", "-p", "2")
     assert done.returncode == 2
     assert "no app of INSTALLED_APPS has a consumer in its module consumers" in done.stderr
+
+
+def test_init_writes_a_consumer_that_the_project_finds(tmp_path: Path) -> None:
+    project = ProjectFolder(tmp_path)
+    consumers = tmp_path / "site" / "mail" / "consumers.py"
+    done = project.run("outbox", "init", "invoices", "--folder", "mail")
+    assert done.returncode == 2
+    assert "mail/consumers.py exists already; nothing was written" in done.stderr
+    consumers.unlink()
+    done = project.run("outbox", "init", "invoices", "--folder", "mail", "--topic", "order.*")
+    assert done.returncode == 0, done.stderr
+    assert "class Invoices(Consumer)" in consumers.read_text()
+    unit = (tmp_path / "site" / "outbox-invoices.service").read_text()
+    assert "manage.py outbox consume -p 1" in unit
+    done = project.run("test", "mail")
+    assert "Ran 2 tests" in done.stderr
+    assert done.returncode == 0, done.stderr
+    report = json.loads(project.run("outbox", "doctor", "--json").stdout)
+    assert report["findings"] == []
+    assert "OBX301" in report["passed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -26,6 +27,8 @@ from outbox.doctor.broker_probe import BrokerProbe
 from outbox.doctor.catalogue import all_checks
 from outbox.doctor.examination import Diagnosis, examine
 from outbox.doctor.examined import SetUp
+from outbox.service.identity.pid_file import PidFile
+from outbox.service.identity.status_file import Status, status_path
 from outbox.settings import Settings
 from outbox.sql import Store
 from outbox.storage.engines import open_engine
@@ -582,6 +585,38 @@ def test_blocking_calls_in_threads_are_fine(url: str, write: Write) -> None:
 def test_disabled_loggers_are_named(url: str, write: Write) -> None:
     source = "import logging.config\nlogging.config.dictConfig({'version': 1})\n" + INVOICES
     only(diagnose(url, write(source)), "OBX303", "logging.config disables")
+
+
+def test_what_services_have_left_is_named(tmp_path: Path, write: Write) -> None:
+    folder, module = tmp_path / "run", write(INVOICES)
+    folder.mkdir(0o700)
+    variables = {"OUTBOX_URL": f"sqlite:///{tmp_path}/x.db", "OUTBOX_PID_DIR": str(folder)}
+
+    def lines() -> list[str]:
+        done = run_outbox("doctor", module, "--json", variables=variables, cwd=tmp_path)
+        findings = json.loads(done.stdout)["findings"]
+        return [f"{each['code']} {each['severity']}: {each['text']}" for each in findings]
+
+    pid_file = PidFile(folder, "mails")
+    pid_file.take()
+    status = Status("mails", os.getpid(), (), str(tmp_path), phase="ready", ready=True)
+    path = status_path(folder, "mails", pid_file.key)
+    status.write(path)
+    assert lines() == []
+
+    (folder / "outbox-old.pid").write_text("1\n")
+    with (folder / "outbox-old.log").open("wb") as log:
+        log.truncate(3 * 2**30)
+    dataclasses.replace(status, phase="given up", reasons=("never ready",)).write(path)
+    assert lines() == [
+        f"OBX303 warning: the pid file {folder}/outbox-old.pid is stale: the process that wrote it "
+        "has died",
+        "OBX303 error: the service 'mails' has given up: never ready",
+        f"OBX303 warning: the log {folder}/outbox-old.log has 3.0 GiB",
+    ]
+    pid_file.close()
+    folder.chmod(0o777)
+    assert re.search("may be written to by other users", "".join(lines()))
 
 
 # ------------------------------------------------------------------ the command

@@ -12,6 +12,7 @@ from outbox.backlog.chunk import Chunk
 __all__ = [
     "ACK",
     "DUPLICATE",
+    "EXPIRED",
     "REJECT",
     "REQUEUE",
     "Ack",
@@ -42,9 +43,11 @@ class Ack:
 
     Attributes:
         duplicate: whether it had been done before, and was not processed.
+        expired: whether its time to live was over, and it was not processed.
     """
 
     duplicate: bool = False
+    expired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +147,7 @@ ACK = Ack()
 """Returned by ``process()``: done. None means the same."""
 
 DUPLICATE = Ack(duplicate=True)
+EXPIRED = Ack(expired=True)
 
 REJECT = Dead("rejected by the consumer")
 """Returned by ``process()``: dead-letter the message."""

@@ -80,12 +80,18 @@ def decode(delivery: Delivery) -> ReceivedEvent:
     if delivery.content_encoding and delivery.is_encoded:
         raise Undecodable(f"its content encoding {delivery.content_encoding!r} is not supported")
     if content_type != JSONSerializer.content_type and is_structured(content_type):
-        try:
-            payload = structured(content_type, delivery.body).payload
-        except NotACloudEvent as error:
-            raise Undecodable(str(error)) from error
+        payload = _data_of(delivery, content_type)
     else:
-        payload = _payload_of(delivery, content_type)
+        serializer = serializer_for(content_type)
+        if serializer is None:
+            raise Undecodable(
+                f"no serializer is registered for {content_type!r}; "
+                "pass one to configure(serializer=...)"
+            )
+        try:
+            payload = serializer.decode(delivery.body)
+        except Exception as error:
+            raise Undecodable(f"its body is not valid {content_type}: {error}") from error
     headers = delivery.headers
     senders: dict[str, Any] = {}
     key: Any = None
@@ -113,17 +119,11 @@ def decode(delivery: Delivery) -> ReceivedEvent:
     )
 
 
-def _payload_of(delivery: Delivery, content_type: str) -> Any:
-    serializer = serializer_for(content_type)
-    if serializer is None:
-        raise Undecodable(
-            f"no serializer is registered for {content_type!r}; "
-            "pass one to configure(serializer=...)"
-        )
+def _data_of(delivery: Delivery, content_type: str) -> Any:
     try:
-        return serializer.decode(delivery.body)
-    except Exception as error:
-        raise Undecodable(f"its body is not valid {content_type}: {error}") from error
+        return structured(content_type, delivery.body).payload
+    except NotACloudEvent as error:
+        raise Undecodable(str(error)) from error
 
 
 def _plain(value: Any) -> Any:

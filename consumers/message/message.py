@@ -45,6 +45,7 @@ from outbox.consumers.message.surrounded import surrounded, taken
 from outbox.consumers.outcome import (
     ACK,
     DUPLICATE,
+    EXPIRED,
     Ack,
     Again,
     Dead,
@@ -60,6 +61,8 @@ from outbox.consumers.received_event import ReceivedEvent, Undecodable, decode
 from outbox.consumers.retry import Retry, RetryPolicy
 from outbox.consumers.tracebacks import strip_engine
 from outbox.messages.delivery import Delivery
+from outbox.messages.expiry import has_expired
+from outbox.messages.headers import EXPIRES_AT
 from outbox.system import signals
 
 __all__ = ["LONGEST_WAIT", "Message", "may_be_excused"]
@@ -169,6 +172,10 @@ class Message:
 
     def attempt(self) -> Steps[Outcome | Failed | Unconfirmed]:
         """Process the message once; never raises an ``Exception``."""
+        headers = self.delivery.headers
+        if headers and EXPIRES_AT in headers and has_expired(headers):
+            self.event = None  # of an earlier attempt: no callback is called
+            return EXPIRED
         try:
             event = self.event = decode(self.delivery)  # an earlier attempt may have changed it
         except Undecodable as error:

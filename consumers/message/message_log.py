@@ -30,6 +30,8 @@ def started(delivery: Delivery) -> float:
 def ended(delivery: Delivery, outcome: Outcome, began: float) -> None:
     """Log the outcome of ``delivery``: INFO, WARNING if it failed, ERROR if dead-lettered."""
     level = _LEVELS.get(type(outcome), logging.INFO)
+    if isinstance(outcome, Ack) and outcome.expired:
+        level = logging.WARNING
     if not logger.isEnabledFor(level):
         return
     duration = time.perf_counter() - began
@@ -55,6 +57,8 @@ def _fate(outcome: Outcome) -> str:
     match outcome:
         case Ack(duplicate=True):
             return "skipped as a duplicate"
+        case Ack(expired=True):
+            return "dropped: its ttl was over"
         case Ack():
             return "finished"
         case Again():

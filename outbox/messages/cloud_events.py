@@ -16,6 +16,7 @@ from typing import Any
 
 from outbox.errors import InvalidEvent
 from outbox.event import Event
+from outbox.messages.expiry import expires_at
 from outbox.serializer import JSONSerializer, serializer_for
 from outbox.settings import Envelope
 
@@ -68,6 +69,9 @@ def headers_with_attributes(event: Event, envelope: Envelope, source: str) -> di
     }
     if event.key:
         attributes["partitionkey"] = event.key
+    expiry = expires_at(event.headers)
+    if expiry is not None:
+        attributes["expirytime"] = _rfc3339(expiry)
     headers: dict[str, Any] = {}
     for name, value in event.headers.items():
         lower = name.lower()
@@ -124,8 +128,8 @@ class Structured:
     """A CloudEvent that is the body of a message.
 
     Attributes:
-        attributes: its attributes, see :func:`attributes_of`.
-        payload: its data, decoded.
+        attributes: its attributes, see :func:`attributes_of`; empty if it is none, but other JSON.
+        payload: its data, decoded; the body if it is no CloudEvent.
     """
 
     attributes: Mapping[str, Any]
@@ -138,7 +142,7 @@ def structured(content_type: str, body: bytes) -> Structured:
     Data in base64 is bytes, unless a serializer is registered for its content type.
 
     Raises:
-        NotACloudEvent: it isn't one, in another format than JSON, or a batch.
+        NotACloudEvent: it is in another format, invalid, or a batch.
     """
     name = content_type.partition(";")[0].strip().lower()
     if name.startswith(f"{_STRUCTURED}-batch"):
@@ -146,23 +150,19 @@ def structured(content_type: str, body: bytes) -> Structured:
     if name != f"{_STRUCTURED}+json":
         raise NotACloudEvent(f"the format {content_type!r} is not supported; send JSON")
     try:
-        members = JSONSerializer().decode(body)
+        whole = JSONSerializer().decode(body)
     except ValueError as error:
         raise NotACloudEvent(f"its body is not valid JSON: {error}") from error
-    if not isinstance(members, dict):
-        raise NotACloudEvent("its body is not a JSON object")
-    members = {name: value for name, value in members.items() if value is not None}
+    if not isinstance(whole, dict):
+        return Structured({}, whole)
+    members = {name: value for name, value in whole.items() if value is not None}
     data = _Data(
         members.get("datacontenttype"),
         members.pop("data", None),
         members.pop("data_base64", None),
     )
     attributes = _valid(members.items())
-    if attributes is None:
-        missing = [name for name in _REQUIRED if not members.get(name)]
-        what = f"it has no {missing[0]}" if missing else "an attribute of it is invalid"
-        raise NotACloudEvent(f"it is not a CloudEvent: {what}")
-    return Structured(attributes, data.decoded())
+    return Structured({}, whole) if attributes is None else Structured(attributes, data.decoded())
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +234,7 @@ def attributes_of(
     """
     if content_type is not None and is_structured(content_type):
         try:
-            return dict(structured(content_type, body).attributes)
+            return dict(structured(content_type, body).attributes) or None
         except NotACloudEvent:
             return None
     attributes = attributes_in(headers)

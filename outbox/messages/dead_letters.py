@@ -28,6 +28,7 @@ from outbox.messages.headers import (
     DEAD_TARGET,
     DEAD_TRACEBACK,
     DELAY_HEADERS,
+    EXPIRES_AT,
     FIRST_FAILURE,
     ORIGIN_EXCHANGE,
     ORIGIN_TARGET,
@@ -170,6 +171,7 @@ def is_kept_on_replay(kind: Kind, name: str) -> bool:
     added = _ADDED.get(kind)
     return not (
         is_brokers_own(name)
+        or name == EXPIRES_AT  # who replays it wants it processed
         or name.startswith(DELAY_HEADERS)
         or (added is not None and name.startswith(added))
         or (kind == "dead" and name in _OF_AN_ATTEMPT)

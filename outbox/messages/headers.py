@@ -17,6 +17,7 @@ __all__ = [
     "DEAD_TRACEBACK",
     "DELAY_EXCHANGE",
     "DELAY_HEADERS",
+    "EXPIRES_AT",
     "FIRST_FAILURE",
     "FORMAT_VERSION",
     "HEADER_FORMAT",
@@ -41,6 +42,7 @@ HEADER_OCCURRED_AT = "outbox-occurred-at-us"
 ATTEMPT = "outbox-attempt"
 FIRST_FAILURE = "outbox-first-failed-at"
 RETURNED = "outbox-returned"
+EXPIRES_AT = "outbox-expires-at-us"
 ORIGIN_EXCHANGE = "outbox-origin-exchange"
 ORIGIN_TARGET = "outbox-origin-target"
 DELAY_HEADERS = "outbox-delay-"

@@ -22,6 +22,7 @@ from outbox.errors import CollectorClosed, UsageError
 from outbox.event import Event, Headers, MakeId, Unroutable, add_headers, make_event, set_headers
 from outbox.header_values import check_address
 from outbox.messages.cloud_events import headers_with_attributes
+from outbox.messages.expiry import headers_with_expiry
 from outbox.observer import seam
 from outbox.publisher import Publisher
 from outbox.report import PublishFailed, PublishReport
@@ -66,6 +67,7 @@ class EventOptions(TypedDict, total=False):
     priority: int | None
     delay: float | datetime.timedelta | None
     deliver_at: datetime.datetime | None
+    ttl: float | datetime.timedelta | None
     id: str | uuid.UUID | None
     exchange: str | None
     unroutable: Unroutable | None
@@ -208,6 +210,7 @@ class EventCollector:
         priority: int | None = None,
         delay: float | datetime.timedelta | None = None,
         deliver_at: datetime.datetime | None = None,
+        ttl: float | datetime.timedelta | None = None,
         id: str | uuid.UUID | None = None,
         exchange: str | None = None,
         unroutable: Unroutable | None = None,
@@ -233,6 +236,8 @@ class EventCollector:
             priority: 0 to 255.
             delay: the time from now until it may be delivered, in seconds or as a timedelta.
             deliver_at: the instant from which it may be delivered; aware.
+            ttl: the time after which no consumer begins it any more, in seconds or as a timedelta,
+                more than 0; from now, or from when it may be delivered.
             id: at most 255 bytes; the default is a new UUIDv7.
             exchange: the exchange; the default is the publisher's ``exchange``.
             unroutable: what to do when no queue is bound for it; the default is the publisher's.
@@ -296,6 +301,8 @@ class EventCollector:
             id,
             unroutable,
         )
+        if ttl is not None:
+            set_headers(event, headers_with_expiry(event, ttl))
         if settings.envelope != "outbox":
             set_headers(event, headers_with_attributes(event, settings.envelope, settings.source))
         if sink is not None:

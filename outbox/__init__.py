@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from outbox.backlog.stats import Latency, Stats
 from outbox.configuration import configure
+from outbox.credentials import Credentials
 from outbox.errors import (
     Blocked,
     BrokerError,
@@ -53,6 +54,7 @@ __all__ = [
     "clear_events",
     "enqueue_event",
     # Publishing
+    "Credentials",
     "Latency",
     "PublishReport",
     "Publisher",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 from urllib.parse import quote
 
+from outbox.credentials import CredentialsProvider, checked_provider, imported
 from outbox.errors import BrokerError, UsageError
 from outbox.event import Event, HeadersSource, Unroutable
 from outbox.serializer import JSONSerializer, Serializer
@@ -67,6 +68,7 @@ class SettingOverrides(TypedDict, total=False):
     after_commit: AfterCommit
     envelope: Envelope
     source: str
+    credentials: CredentialsProvider | None
     app_id: str
     connection_name: str
     serializer: Serializer
@@ -115,6 +117,11 @@ class Settings:
         source: the attribute ``source`` of CloudEvents, a URI reference such as
             ``https://shop.example/orders``, at most 255 bytes; ``load`` takes ``//<app_id>`` where
             it is empty and the envelope needs it.
+        credentials: returns what to log in to RabbitMQ with, instead of the URL's user and
+            password: :class:`outbox.Credentials`, (user, password) or a token. It is called before
+            each attempt to connect, on the thread of the connection, and should return within
+            seconds; what it raises is a failed attempt. In the environment it is
+            ``MODULE:FUNCTION``.
         app_id: AMQP's ``app-id`` of every message, at most 255 bytes; empty leaves it out. Where
             neither code nor the environment sets it, ``load`` takes the name of the program:
             ``shop`` for ``python shop.py`` and ``python -m shop``, ``gunicorn`` for every
@@ -153,6 +160,7 @@ class Settings:
     after_commit: AfterCommit = "publish"
     envelope: Envelope = "outbox"
     source: str = ""
+    credentials: CredentialsProvider | None = None
     app_id: str = ""
     connection_name: str = "outbox"
     serializer: Serializer = JSONSerializer()  # noqa: RUF009  it is stateless
@@ -167,6 +175,8 @@ class Settings:
 
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in _NAMES} | {"url": masked(self.url)}
+        if self.credentials is not None:
+            shown["credentials"] = "***"  # the repr of a partial has its arguments
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @classmethod
@@ -196,6 +206,12 @@ class Settings:
             text = (os.environ if environ is None else environ).get(f"OUTBOX_{name.upper()}")
             if text is not None and name not in overrides:
                 values[name] = _from_text(name, text.strip())
+        provider = (
+            (os.environ if environ is None else environ).get("OUTBOX_CREDENTIALS", "").strip()
+        )
+        if provider and "credentials" not in overrides:
+            where = "the environment variable OUTBOX_CREDENTIALS"
+            values["credentials"] = _checked("credentials", imported(provider, where), where)
         for name, value in overrides.items():
             values[name] = _checked(name, value, f"the setting {name!r}")
         if url is None:
@@ -270,6 +286,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
     if name.startswith("on_"):
         if value is not None and not callable(value):
             raise UsageError(f"{where} is {value!r}, not callable")
+    elif name == "credentials":
+        checked_provider(value, where)
     elif name == "source" and isinstance(value, str) and not _is_reference(value):
         raise UsageError(f"{where} is {value!r:.80}, not a URI reference; percent-encode it")
     elif isinstance(default, str):

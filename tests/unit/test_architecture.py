@@ -64,6 +64,7 @@ ROOMS = (
     "system",
     "telemetry.histogram telemetry.sources telemetry.table",
     "event header_values ids serializer settings url report",
+    "event header_values ids serializer credentials settings url report",
     "messages",
     "backlog",
     "storage",

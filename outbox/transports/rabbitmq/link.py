@@ -7,6 +7,7 @@ that is given up is detached from the link first, and callbacks of a detached on
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -15,11 +16,13 @@ from typing import Protocol
 
 import pika
 
-from outbox.errors import BrokerError, ConnectionLost
+from outbox.credentials import CredentialsProvider
+from outbox.errors import BrokerError, ConnectFailed, ConnectionLost
 from outbox.system.background_thread import BackgroundThread
 from outbox.system.backoff import backoff
 from outbox.transports.outages import outages
 from outbox.transports.rabbitmq import pika_connection, pika_errors
+from outbox.transports.rabbitmq.login import Login
 
 __all__ = ["Link", "Session", "quiet_pika"]
 
@@ -61,6 +64,7 @@ class Link:
         on_started: Callable[[], None] = _nothing,
         on_ended: Callable[[], None] = _nothing,
         kept: Callable[[], int] = lambda: 0,
+        credentials: CredentialsProvider | None = None,
     ) -> None:
         """Create a link, without starting it.
 
@@ -71,8 +75,10 @@ class Link:
             on_started: a function called on the thread before the first connection.
             on_ended: a function called on the thread when the link was stopped.
             kept: returns the number of events that wait for the connection, for the log.
+            credentials: asked before each attempt to connect; None to use those of ``hosts``.
         """
         self._hosts = hosts
+        self._login = None if credentials is None else Login(credentials)
         self._broker = tuple((host.host, host.port) for host in hosts)
         self._kept = kept
         self._session = session
@@ -157,6 +163,9 @@ class Link:
                 the code with which the broker ended it because of an error, else 0; and why.
         """
         host = self._hosts[self._host % len(self._hosts)]
+        if self._login is not None:
+            with contextlib.suppress(ConnectFailed):  # those in use may do
+                self._login.prepare(host, self.address)
         return ConnectionApart(host, self._services, self._apart, opened, ended)
 
     def ready(self) -> None:
@@ -222,8 +231,15 @@ class Link:
         if self._stopping or self._connection is not None or not self._wanted:
             return
         logger.debug("connecting to %s", self.address)
+        host = self._hosts[self._host % len(self._hosts)]
+        if self._login is not None:
+            try:
+                self._login.prepare(host, self.address)
+            except ConnectFailed as error:
+                self._lost(error)
+                return
         self._connection = pika_connection.Connection(
-            self._hosts[self._host % len(self._hosts)],
+            host,
             on_open_callback=self._on_open,
             on_open_error_callback=self._on_open_error,
             on_close_callback=self._on_close,
@@ -236,6 +252,8 @@ class Link:
             heartbeat = connection.params.heartbeat
             if isinstance(heartbeat, int) and heartbeat:  # as negotiated
                 self._watch_silence(connection, heartbeat, -1, 0)
+            if self._login is not None:
+                self._login.keep_valid(connection, self._loop, self.address)
             self._session.opened(connection)
 
     def _watch_silence(

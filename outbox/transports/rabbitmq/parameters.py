@@ -41,6 +41,8 @@ def connection_parameters(
             f"unknown option {next(iter(unknown or url.options))!r} in the {url.scheme} URL; "
             f"amqps has the options {', '.join(_OPTIONS)}"
         )
+    if settings.credentials is not None and "auth" in url.options:
+        raise UsageError(f"auth in the {url.scheme} URL excludes the setting 'credentials'")
     credentials = _credentials(url)
     context = _tls_context(url.options) if url.scheme == "amqps" else None
     return [

@@ -11,7 +11,7 @@ import pika
 import pika.exceptions
 
 from outbox.backlog.notifier import Notifier
-from outbox.errors import ConnectFailed, Nacked, OutboxError
+from outbox.errors import BrokerError, ConnectFailed, Nacked, OutboxError
 from outbox.event import Event
 from outbox.messages.parked_message import ParkedMessage, ReplayResult
 from outbox.settings import Settings
@@ -19,6 +19,7 @@ from outbox.transports.rabbitmq import pika_connection, pika_errors
 from outbox.transports.rabbitmq.amqp.encoder import Encoder
 from outbox.transports.rabbitmq.browser import Browser, broker_errors
 from outbox.transports.rabbitmq.link import quiet_pika
+from outbox.transports.rabbitmq.login import Login
 from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.transports.rabbitmq.replayed import Replayed, replayed
 from outbox.transports.rabbitmq.transport import RabbitMQTransport
@@ -67,7 +68,11 @@ class RabbitMQParkedQueues:
         for number, host in enumerate(self._hosts):
             self._host = number
             try:
+                if self._settings.credentials is not None:
+                    Login(self._settings.credentials).prepare(host, self._address)
                 self._connection = pika_connection.BlockingConnection(host)
+            except ConnectFailed as error:
+                failure: BrokerError = error
             except Exception as error:
                 failure = pika_errors.connect_failed(error, self._address)
             else:

@@ -56,7 +56,10 @@ class RabbitMQSubscription:
         self, url: BrokerURL, settings: Settings, queues: Sequence[QueueSpec], prefetch: int
     ) -> None:
         self._link = Link(
-            connection_parameters(url, settings, "consumer"), self, name="outbox-consumer"
+            connection_parameters(url, settings, "consumer"),
+            self,
+            name="outbox-consumer",
+            credentials=settings.credentials,
         )
         self._deliver: Callable[[Delivery], None] = _not_started
         self._refused: Callable[[str], None] = _not_started

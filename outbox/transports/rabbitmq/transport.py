@@ -80,6 +80,7 @@ class RabbitMQTransport(BackloggedTransport):
             on_started=self._on_wake,
             on_ended=self._finish,
             kept=lambda: self.backlog.kept_size[0],
+            credentials=settings.credentials,
         )
         self._connection: pika_connection.Connection | None = None
         self._channel: pika.channel.Channel | None = None  # set while it can be written to

@@ -40,7 +40,7 @@ else:
     def __getattr__(name: str) -> str:
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from outbox.version import installed_version
+        from outbox.system.version import installed_version
 
         return installed_version()
 

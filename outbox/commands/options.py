@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from outbox.commands.application import Application
-from outbox.version import installed_version
+from outbox.system.version import installed_version
 
 __all__ = ["DATABASE_VARIABLE", "Version", "broker_option", "database_option", "positive"]
 

@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
+from outbox.system.version import installed_version
 from outbox.telemetry import sources
 from outbox.telemetry.sources import Samples, Value
 from outbox.telemetry.table import METRICS, Metric
-from outbox.version import installed_version
 
 __all__ = [
     "CONTENT_TYPE",

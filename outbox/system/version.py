@@ -16,6 +16,6 @@ def installed_version() -> str:
     except metadata.PackageNotFoundError:
         import tomllib
 
-        project = Path(__file__).parents[1] / "pyproject.toml"
+        project = Path(__file__).parents[2] / "pyproject.toml"
         version: str = tomllib.loads(project.read_text())["project"]["version"]
         return version

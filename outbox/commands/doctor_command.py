@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -24,7 +25,7 @@ _EXAMPLES = """\
 examples:
   outbox doctor shop.consumers
       look at the settings, the broker OUTBOX_URL, the database OUTBOX_DATABASE_URL, and the module
-  outbox doctor shop.consumers --management http://monitor:secret@rabbit:15672
+  outbox doctor shop.consumers --management http://rabbit:15672
       look at policies, bindings, alarms and replicas, too, which only this API tells
   outbox doctor --json --fail-on error
       print one JSON object, and exit with 1 only for errors
@@ -34,6 +35,7 @@ It changes nothing. What could not be checked is listed as such: it may be right
 exit codes: 0 nothing found, 1 something found (--fail-on), 2 wrong usage, 130 interrupted by Ctrl-C
 """
 _WIDTH = 100
+_MANAGEMENT = "OUTBOX_MANAGEMENT_URL"
 
 
 def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -57,8 +59,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     doctor.add_argument(
         "--management",
         metavar="URL",
-        help="RabbitMQ's management API, http://user:password@host:15672 (default: port 15672 of "
-        "the broker's host, with the broker's user and password)",
+        help="RabbitMQ's management API, http://user:password@host:15672 (default: "
+        f"{_MANAGEMENT}, or port 15672 of the broker's host with the broker's user and password)",
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.add_argument(
@@ -83,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
             application_url=application.url,
             settings=application.settings,
             open_engine=open_named_engine(options),
-            management=options.management,
+            management=options.management or os.environ.get(_MANAGEMENT, "").strip() or None,
             arguments=_command_line(),
             more_modules=application.modules,
         )

@@ -12,7 +12,7 @@ from outbox.doctor.check import Check
 from outbox.doctor.code_checks import name_of, starts_programs
 from outbox.doctor.examined import Examined
 from outbox.doctor.finding import NotChecked, Problem
-from outbox.errors import OutboxError, UsageError
+from outbox.errors import UsageError
 from outbox.service.identity.folder import default_folder, open_folder
 from outbox.service.identity.listing import listed
 from outbox.service.identity.pid_file import holder_of
@@ -48,7 +48,7 @@ def _machine(examined: Examined) -> Iterator[Problem]:
     yield from _services()
     try:
         loaded = examined.load()
-    except (NotChecked, OutboxError):
+    except Exception:  # the application's code may raise anything
         raise NotChecked("log settings and child processes: no consumers are loaded") from None
     if loaded.disabled_loggers:
         yield Problem(

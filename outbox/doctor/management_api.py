@@ -88,10 +88,6 @@ class ManagementAPI:
         except FileNotFoundError:
             return None
 
-    def queues(self) -> Sequence[dict[str, Any]]:
-        """Return all queues of the vhost."""
-        return list(self._get(f"queues/{self._vhost}"))
-
     def bindings(self, queue: str) -> Sequence[tuple[str, str]]:
         """Return exchange and routing key of each binding of a queue."""
         try:

@@ -25,7 +25,7 @@ def _specs(examined: Examined) -> tuple[Sequence[QueueSpec], NotChecked | None]:
 
 
 def _permissions(examined: Examined) -> Iterator[Problem]:
-    settings, probe = examined.settings, examined.probe
+    settings, probe, written = examined.settings, examined.probe, examined.written
     specs, unknown = _specs(examined)
     creates = settings.declare == "create"
     refused: list[tuple[str, Refusal | None]] = []
@@ -45,7 +45,6 @@ def _permissions(examined: Examined) -> Iterator[Problem]:
             if spec.exchange:
                 refused.append(("read or write", probe.may_bind(spec.name, spec.exchange)))
         refused.append(("read", probe.may_consume(spec.name)))
-    written = examined.written
     refused += [
         ("write", refusal)
         for refusal in written.refused.values()

@@ -25,7 +25,7 @@ from outbox.observer import Observer, seam
 from outbox.report import PublishReport
 from outbox.settings import SettingOverrides, Settings
 from outbox.system import process
-from outbox.telemetry import sources
+from outbox.telemetry import sources, tracing
 from outbox.telemetry.sources import Samples
 from outbox.transports.registry import open_transport
 from outbox.transports.transport import Transport
@@ -213,7 +213,16 @@ class Publisher:
         submitted.
         """
         run_exit_hooks_in_child()
-        self._transport(observer).hand_in(chunk)
+        tracer = tracing.seam.tracer
+        if tracer is None:
+            self._transport(observer).hand_in(chunk)
+            return
+        tracer.sends(chunk, self.settings)
+        try:
+            self._transport(observer).hand_in(chunk)
+        except BaseException:
+            tracer.revoked(chunk)
+            raise
 
     def wait_for(self, chunk: Chunk, timeout: float | None = None) -> PublishReport:
         """Wait until ``chunk`` is reported; after ``timeout`` seconds, report it."""
@@ -290,7 +299,10 @@ class Publisher:
         if not own.on_own_thread:
             own.drain(self._drain_timeout(timeout))
         self._closed = True
-        return _close(own)
+        lost = _close(own)
+        if tracing.seam.tracer is not None and not own.on_own_thread:
+            tracing.seam.tracer.flush(self._drain_timeout(timeout))
+        return lost
 
     def retire(self, successor: Publisher) -> None:
         """Move all events to ``successor``, in their order, and what is published here later.

@@ -36,6 +36,7 @@ from outbox.consumers.tracebacks import strip_engine
 from outbox.messages.delivery import Delivery
 from outbox.system.child_process import ChildProcess
 from outbox.system.resident_memory import resident_bytes
+from outbox.telemetry import tracing
 
 __all__ = ["STOPPING", "IsolatedMessage", "Orders", "ProcessPool"]
 
@@ -250,6 +251,8 @@ class IsolatedMessage(Message):
     def attempt(self) -> Steps[Outcome | Failed | Unconfirmed]:
         """Process the message once in a subprocess, which also concludes it, if it survives."""
         self._is_concluded = False
+        self.processing = None
+        began = 0 if tracing.seam.tracer is None else time.time_ns()
         arguments = (self.delivery, self.consumer.time_limit)
         try:
             outcome: Outcome = yield Call(self._isolation.attempt, arguments)
@@ -257,6 +260,10 @@ class IsolatedMessage(Message):
             return Hold(error)
         except (ProcessTimeout, ProcessDied) as error:
             strip_engine(error)
+            if tracing.seam.tracer is not None:  # the subprocess can't end the attempt any more
+                settings = self._services.publisher.settings
+                self.processing = tracing.seam.tracer.processing(self.delivery, settings, began)
+                self.processing.enter()
             with contextlib.suppress(Undecodable):
                 self.event = decode(self.delivery)  # for the callbacks, which run here now
                 set_current_message(self.event)

@@ -20,6 +20,7 @@ from outbox.consumers.message.steps import (
     drive,
 )
 from outbox.consumers.message.tally import Tally
+from outbox.consumers.message.traced import end_processing
 from outbox.consumers.outcome import Outcome, Unconfirmed, of_handler
 from outbox.transports.subscription import Subscription
 
@@ -87,4 +88,7 @@ def _conclusion(message: Message) -> Steps[Outcome]:
     result = yield from message.attempt()
     if isinstance(result, Unconfirmed):
         raise RuntimeError("an inline engine can't finish an unconfirmed message")
-    return (yield from message.conclude(result))
+    outcome = yield from message.conclude(result)
+    if message.processing is not None:
+        end_processing(message.processing, outcome)
+    return outcome

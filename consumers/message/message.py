@@ -19,7 +19,14 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
-from outbox import BrokerError, Event, EventCollector, Nacked, PublishFailed, PublishReport
+from outbox import (
+    BrokerError,
+    Event,
+    EventCollector,
+    Nacked,
+    PublishFailed,
+    PublishReport,
+)
 from outbox.consumers.current import set_current_message
 from outbox.consumers.definition import Consumer
 from outbox.consumers.message import message_log
@@ -42,6 +49,7 @@ from outbox.consumers.message.republishing import (
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Call, Closing, Confirm, Pause, Steps
 from outbox.consumers.message.surrounded import surrounded, taken
+from outbox.consumers.message.traced import end_processing
 from outbox.consumers.outcome import (
     ACK,
     DUPLICATE,
@@ -64,6 +72,7 @@ from outbox.messages.delivery import Delivery
 from outbox.messages.expiry import has_expired
 from outbox.messages.headers import EXPIRES_AT
 from outbox.system import signals
+from outbox.telemetry import tracing
 
 __all__ = ["LONGEST_WAIT", "Message", "may_be_excused"]
 
@@ -92,11 +101,13 @@ class Message:
         is_given_up: whether ``give_up()`` ends the message instead of its attempt.
         is_acked: whether all is done, so that an ack is all that the message needs, also if it is
             redelivered.
+        processing: the latest attempt, for the tracer; None without one.
     """
 
     # On the class: few messages change them.
     is_given_up = False
     is_acked = False
+    processing: tracing.Processing | None = None
     _pause = FIRST_PAUSE
     _waiting_since: float | None = None
     _refused_since: float | None = None
@@ -124,6 +135,8 @@ class Message:
             return (yield from self._follow((yield from self.attempt())))
         except BaseException:
             self._over()
+            if self.processing is not None and not self.is_given_up:
+                end_processing(self.processing, None)
             raise
 
     def confirmed(self, report: PublishReport) -> Steps[Outcome | Unconfirmed | None]:
@@ -149,6 +162,8 @@ class Message:
         self.abandon()
         if self.event is not None:
             set_current_message(self.event)
+        if self.processing is not None:
+            self.processing.enter()  # here, too: this is another context
         attempt = self._attempt
         # If the late attempt's commit won the race, a retry would be skipped as a duplicate.
         result = Failed(error, is_done=attempt is not None and attempt.revoke())
@@ -158,6 +173,8 @@ class Message:
             self._leave()
             return None
         outcome = yield from self.conclude(result)
+        if self.processing is not None:
+            end_processing(self.processing, outcome)
         return (yield from self.settle(outcome))
 
     def abandon(self) -> None:
@@ -176,6 +193,11 @@ class Message:
         if headers and EXPIRES_AT in headers and has_expired(headers):
             self.event = None  # of an earlier attempt: no callback is called
             return EXPIRED
+        tracer = tracing.seam.tracer
+        if tracer is not None:
+            settings = self._services.publisher.settings
+            self.processing = tracer.processing(self.delivery, settings)
+            self.processing.enter()
         try:
             event = self.event = decode(self.delivery)  # an earlier attempt may have changed it
         except Undecodable as error:
@@ -244,6 +266,8 @@ class Message:
                 return None
             outcome = yield from self.conclude(result)
             self._over()
+            if self.processing is not None:
+                end_processing(self.processing, outcome)
             if isinstance(outcome, Hold):
                 held = yield from self._hold(outcome)
                 if held is None:
@@ -262,6 +286,8 @@ class Message:
     def _leave(self) -> None:
         """Count a message that is left unsettled, to be redelivered."""
         self._services.tally.returned(self.delivery, self._began)
+        if self.processing is not None:
+            end_processing(self.processing, None)
 
     def _over(self) -> None:
         """Note that no application code runs for the message, until its next attempt if any.

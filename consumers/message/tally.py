@@ -33,7 +33,7 @@ from outbox.messages.headers import (
 from outbox.telemetry.histogram import BOUNDS, Histogram
 from outbox.telemetry.sources import Samples
 
-__all__ = ["OUTCOMES", "Ended", "Tally"]
+__all__ = ["OUTCOMES", "Ended", "Tally", "name_of"]
 
 OUTCOMES = (
     "acked",
@@ -235,10 +235,11 @@ _LEVELS = 28
 
 
 def _index_of(outcome: Outcome) -> int:
-    return OUTCOMES.index(_name_of(outcome))
+    return OUTCOMES.index(name_of(outcome))
 
 
-def _name_of(outcome: Outcome) -> str:
+def name_of(outcome: Outcome) -> str:
+    """Return which of ``OUTCOMES`` a settled message counts as."""
     match outcome:
         case Ack(duplicate=duplicate):
             return "duplicate" if duplicate else "acked"

@@ -30,6 +30,7 @@ from outbox.backlog.stats import LATENCY_BOUNDS, Tally
 from outbox.errors import BrokerError, PublishTimeout
 from outbox.event import Event
 from outbox.report import PublishReport, Rejection
+from outbox.telemetry import tracing
 
 __all__ = ["SILENCE", "Backlog", "News", "not_confirmed"]
 
@@ -187,6 +188,8 @@ class Backlog:
                 taken.append(entry)
             queue.popleft()
         self._elsewhere.update(dict.fromkeys(taken))
+        if tracing.seam.tracer is not None:
+            tracing.seam.tracer.sends_again(taken)
         return taken
 
     def give_fate(self, entries: Iterable[Entry], fate: Fate, reason: str = "") -> News:
@@ -219,6 +222,7 @@ class Backlog:
         for entry in entries:
             entry.attempts += 1
             self._keep_or_withdraw(entry, error, news)
+            _trace_kept(entry, error)
         return self._complete(news)
 
     def hold(self, entries: Iterable[Entry], error: BrokerError) -> News:
@@ -233,6 +237,7 @@ class Backlog:
             if entry.kept and not entry.held:
                 entry.held = True
                 self._count_held(entry, 1)
+            _trace_kept(entry, error)
         return self._complete(news)
 
     def release_held(self, entries: Iterable[Entry]) -> None:
@@ -259,6 +264,8 @@ class Backlog:
         news = News()
         self._down = error
         self._doubted_since = None
+        for entry in entries:
+            _trace_kept(entry, error)
         self.requeue(entries)
         for chunk in list(self._unreported):
             self._report(chunk, news, error)
@@ -390,6 +397,7 @@ class Backlog:
         elif fate is Fate.REJECTED:
             news.rejected.append(Rejection(entry.event, reason))
         if entry.kept:
+            _trace_kept(entry, None)
             self._no_longer_held(entry)
             entry.kept = False
             self._kept_events -= 1
@@ -435,6 +443,11 @@ class Backlog:
         chunk.waiting -= 1
         if not chunk.waiting:
             self._report(chunk, news)
+
+
+def _trace_kept(entry: Entry, error: BrokerError | None) -> None:
+    if tracing.seam.tracer is not None and entry.kept:
+        tracing.seam.tracer.sent_again(entry, error)
 
 
 def not_confirmed(chunk: Chunk, now: float) -> PublishTimeout:

@@ -115,6 +115,7 @@ class Chunk:
         size: the bytes that the events take.
         submitted_at: the time of submission, by the backlog's clock.
         took: seconds until all entries had a fate; None if the chunk was reported before that.
+        trace: what a tracer remembers with it; set by the tracer, if there is one.
     """
 
     __slots__ = (
@@ -131,10 +132,12 @@ class Chunk:
         "size",
         "submitted_at",
         "took",
+        "trace",
         "waiting",
     )
 
     holder: Holder
+    trace: object
 
     def __init__(
         self, events: Sequence[Event], *, keep: bool = True, frames: Sequence[bytes] | None = None

@@ -37,6 +37,7 @@ from outbox.messages.headers import (
     PARKED_PREFIX,
     PARKED_REASON,
     PARKED_TARGET,
+    REPLAYED_AT,
     RETURNED,
     is_brokers_own,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "origin_of",
     "parked",
     "renewed",
+    "replay_headers",
     "restore_origin",
 ]
 
@@ -172,10 +174,17 @@ def is_kept_on_replay(kind: Kind, name: str) -> bool:
     return not (
         is_brokers_own(name)
         or name == EXPIRES_AT  # who replays it wants it processed
+        or name == REPLAYED_AT
         or name.startswith(DELAY_HEADERS)
         or (added is not None and name.startswith(added))
         or (kind == "dead" and name in _OF_AN_ATTEMPT)
     )
+
+
+def replay_headers(*, is_traced: bool) -> dict[str, str]:
+    """Return the headers that a replay adds: a replayed message begins a new trace, if any."""
+    now = datetime.datetime.now(datetime.UTC)
+    return {REPLAYED_AT: now.isoformat()} if is_traced else {}
 
 
 def encoding_of(header: Header) -> str | None:

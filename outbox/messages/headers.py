@@ -15,6 +15,7 @@ __all__ = [
     "DEAD_REASON",
     "DEAD_TARGET",
     "DEAD_TRACEBACK",
+    "DELAYED",
     "DELAY_EXCHANGE",
     "DELAY_HEADERS",
     "EXPIRES_AT",
@@ -30,7 +31,9 @@ __all__ = [
     "PARKED_PREFIX",
     "PARKED_REASON",
     "PARKED_TARGET",
+    "REPLAYED_AT",
     "RETURNED",
+    "TRACEPARENT",
     "is_brokers_own",
 ]
 
@@ -43,8 +46,10 @@ ATTEMPT = "outbox-attempt"
 FIRST_FAILURE = "outbox-first-failed-at"
 RETURNED = "outbox-returned"
 EXPIRES_AT = "outbox-expires-at-us"
+REPLAYED_AT = "outbox-replayed-at"
 ORIGIN_EXCHANGE = "outbox-origin-exchange"
 ORIGIN_TARGET = "outbox-origin-target"
+DELAYED = "outbox-delayed"
 DELAY_HEADERS = "outbox-delay-"
 DELAY_EXCHANGE = "outbox-delay-exchange"
 
@@ -70,6 +75,8 @@ DEAD_CONTENT_ENCODING = "outbox-dead-content-encoding"
 # back to it (RabbitMQ 4.0 release notes, x-death).
 _WRITTEN = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-")
 _INTERPRETED = ("CC", "BCC")
+
+TRACEPARENT = "traceparent"  # W3C Trace Context
 
 
 def is_brokers_own(name: str) -> bool:

@@ -42,6 +42,7 @@ from outbox.storage.clock import Timestamp, in_seconds, now, seconds_since
 from outbox.storage.engines import engine_beside, open_engine
 from outbox.storage.schema import MARIADB_OPTIONS, create_missing, dialect_of, for_migrations
 from outbox.storage.transactions import own_transaction
+from outbox.telemetry import tracing
 
 __all__ = ["Inbox"]
 
@@ -102,7 +103,7 @@ class Inbox:
         Raises:
             UsageError: it doesn't; the message says how to create it.
         """
-        with self.engine.connect() as connection:
+        with tracing.hidden(), self.engine.connect() as connection:
             if not inspect(connection).has_table(done.name):
                 raise UsageError(
                     f"the table {done.name}, which deduplication needs, does not exist; create it "
@@ -224,7 +225,8 @@ class _Entry:
             if self._joined is not None:  # a parallel transaction was faster
                 return
             self._joined = connection.get_transaction()
-        connection.execute(insert(done), self._values)
+        with tracing.hidden():
+            connection.execute(insert(done), self._values)
 
 
 def _place(url: URL) -> tuple[object, ...]:

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.pool import AssertionPool, Pool, StaticPool
 
 from outbox.storage.engines import names_memory
+from outbox.telemetry import tracing
 
 if TYPE_CHECKING:
     import asyncio
@@ -85,7 +86,8 @@ class SideEngine:
     def run(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
         """Call ``function``, which may use the engine, and return its result."""
         if not self._is_async:
-            return function(*args, **options)
+            with tracing.hidden():
+                return function(*args, **options)
         import asyncio
 
         from sqlalchemy.util import greenlet_spawn
@@ -93,7 +95,8 @@ class SideEngine:
         # The application's event loop may be busy, or gone: its connections can't be used here.
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-        return self._loop.run_until_complete(greenlet_spawn(function, *args, **options))
+        with tracing.hidden():
+            return self._loop.run_until_complete(greenlet_spawn(function, *args, **options))
 
     def rest(self) -> None:
         """Close what must not stay open while nothing is done.

@@ -35,6 +35,7 @@ from outbox.storage.clock import now, seconds_since
 from outbox.storage.schema import check_server, create_missing, ddl, events, known_dialect
 from outbox.storage.statements import statements
 from outbox.storage.transactions import own_transaction, try_again
+from outbox.telemetry import tracing
 
 __all__ = ["OWNER_LENGTH", "Claimed", "Status", "Store"]
 
@@ -310,7 +311,7 @@ class Store:
     def alive(self, ids: Mapping[int, str], *, connection: Connection | None = None) -> set[int]:
         """Return the numbers of those rows, given by number and id, that are alive."""
         if connection is None:
-            with self.engine.begin() as connection:
+            with tracing.hidden(), self.engine.begin() as connection:
                 return self.alive(ids, connection=connection)
         parameters = {
             "numbers": self._statements.numbers(list(ids)),

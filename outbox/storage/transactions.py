@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from outbox.storage.schema import dialect_of
+from outbox.telemetry import tracing
 
 __all__ = ["is_conflict", "own_transaction", "try_again"]
 
@@ -39,7 +40,7 @@ def own_transaction(engine: Engine, *, durable: bool = True) -> Iterator[Connect
     """
     dialect = dialect_of(engine.dialect.name)
     is_server = dialect != "sqlite"
-    with engine.connect() as connection:
+    with tracing.hidden(), engine.connect() as connection:
         if is_server and not (dialect == "mariadb" and _is_read_committed(engine)):
             connection.execution_options(isolation_level="READ COMMITTED")
         try:

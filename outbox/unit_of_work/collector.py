@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import logging
 import sys
 import threading
@@ -28,6 +29,7 @@ from outbox.publisher import Publisher
 from outbox.report import PublishFailed, PublishReport
 from outbox.sinks import BOUND, Bound, Sink
 from outbox.system import process
+from outbox.telemetry import tracing
 from outbox.unit_of_work.origin import Origin, application_frame, warn_at
 from outbox.unit_of_work.unit_of_work import Buffer, SavepointBuffer, Scope, UnitOfWork
 
@@ -286,7 +288,9 @@ class EventCollector:
             check_address("exchange", exchange)
         if settings.headers:
             headers = add_headers(settings.headers, headers)
-        event = make_event(  # by position: keywords are slower, and this is the hot path
+        tracer = tracing.seam.tracer
+        make = make_event if tracer is None else functools.partial(tracer.make_event, settings)
+        event = make(  # by position: keywords are slower, and this is the hot path
             settings.serializer,
             settings.max_body_bytes,
             unit.make_id,

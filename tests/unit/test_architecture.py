@@ -65,7 +65,7 @@ ROOMS = (
     "telemetry.histogram telemetry.sources telemetry.table",
     "event header_values ids serializer credentials settings url report",
     "messages",
-    "backlog",
+    "backlog telemetry.tracing",
     "storage",
     "transports",
     "transports.rabbitmq.amqp",

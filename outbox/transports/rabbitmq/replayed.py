@@ -17,8 +17,9 @@ from outbox.messages.dead_letters import (
     is_kept_on_replay,
     origin_headers,
     origin_of,
+    replay_headers,
 )
-from outbox.messages.headers import DELAY_EXCHANGE
+from outbox.messages.headers import DELAY_EXCHANGE, TRACEPARENT
 from outbox.messages.parked_message import Address, ParkedMessage
 from outbox.transports.rabbitmq.amqp.content_header import ContentHeader
 from outbox.transports.rabbitmq.pika_connection import UNREADABLE
@@ -85,7 +86,7 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Replayed | s
     It has the same id, body, properties and headers, byte for byte, except: the headers of parking
     or dead-lettering; headers that the broker wrote or would act on; ``type``, if parking changed
     it; and the delivery mode, which is always persistent. A dead letter that goes back to a single
-    queue has its original address in headers.
+    queue has its original address in headers, and a message with a trace the time of the replay.
     """
     destination = message.destination(to_origin=to_origin)
     if isinstance(destination, str):
@@ -98,6 +99,8 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Replayed | s
     if any(len(part.encode()) > 255 for part in (*destination, *(message.origin or ()))):
         return "its address is longer than 255 bytes"
     header = message.header.without(lambda name: not is_kept_on_replay(message.kind, name))
+    is_traced = header.header(TRACEPARENT) is not None
+    header = header.with_headers(replay_headers(is_traced=is_traced).items())
     if message.kind == "dead":
         encoding = encoding_of(message.header.header)
         if encoding not in (None, UNREADABLE) and len(encoding.encode()) <= 255:

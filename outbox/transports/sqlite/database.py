@@ -17,6 +17,7 @@ from outbox.errors import Blocked, BrokerError, ConnectFailed, UsageError
 from outbox.storage.engines import open_sqlite
 from outbox.storage.store import Store
 from outbox.system import process
+from outbox.telemetry import tracing
 from outbox.transports.sqlite import routing
 from outbox.transports.sqlite.disk_room import Room, room_at
 from outbox.transports.sqlite.location import Location
@@ -229,7 +230,7 @@ class Database:
             if self._given_up() or time.monotonic() > deadline:
                 raise Blocked(f"another thread has kept {self.path} locked")
         try:
-            with self._translated():
+            with tracing.hidden(), self._translated():
                 yield
         finally:
             self._shared_file.turn.release()

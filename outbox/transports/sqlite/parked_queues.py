@@ -12,8 +12,14 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, or_, selec
 
 from outbox.errors import UsageError
 from outbox.event import Event
-from outbox.messages.dead_letters import fields_of, is_kept_on_replay, origin_headers
+from outbox.messages.dead_letters import (
+    fields_of,
+    is_kept_on_replay,
+    origin_headers,
+    replay_headers,
+)
 from outbox.messages.delivery import headers_on_the_wire
+from outbox.messages.headers import TRACEPARENT
 from outbox.messages.parked_message import ParkedMessage, ReplayResult
 from outbox.messages.rows import event_of
 from outbox.settings import MIB, Settings
@@ -66,7 +72,8 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Event | str:
     """Return the event to publish for a replay of ``message``, or why it can't be replayed.
 
     It has the same id, body and headers, without the headers of parking or dead-lettering. A dead
-    letter that goes back to a single queue has its original address in headers.
+    letter that goes back to a single queue has its original address in headers, and a message with
+    a trace the time of the replay.
     """
     destination = message.destination(to_origin=to_origin)
     if isinstance(destination, str):
@@ -78,6 +85,7 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Event | str:
         for name, value in message.event.headers.items()
         if is_kept_on_replay(message.kind, name)
     }
+    headers |= replay_headers(is_traced=TRACEPARENT in headers)
     origin = message.origin
     if message.kind == "dead" and origin is not None and origin != destination:
         headers |= origin_headers(origin)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 
 from outbox.commands.application import Application
 from outbox.system.version import installed_version
 
-__all__ = ["DATABASE_VARIABLE", "Version", "broker_option", "database_option", "positive"]
+__all__ = ["DATABASE_VARIABLE", "Version", "age", "broker_option", "database_option", "positive"]
 
 DATABASE_VARIABLE = "OUTBOX_DATABASE_URL"
 
@@ -61,3 +62,19 @@ def positive(text: str) -> int:
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"invalid positive integer: {text!r}")
     return int(text)
+
+
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+def age(text: str) -> datetime.timedelta:
+    """Parse a time such as ``90s``, ``30m``, ``12h``, ``7d`` or ``2w``; for ``type=``."""
+    number, unit = text[:-1], text[-1:]
+    try:
+        if number.isdecimal() and number.isascii() and unit in _UNITS:
+            span = datetime.timedelta(**{_UNITS[unit]: int(number)})
+            if span <= datetime.timedelta(days=36525):
+                return span
+    except OverflowError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time; use for example 30m, 12h or 7d")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from outbox import exit_codes
-from outbox.commands.options import broker_option, positive
+from outbox.commands.options import age, broker_option, positive
 from outbox.commands.printing import json_line, payload_text, printable
 from outbox.errors import UsageError
 from outbox.messages.dead_letters import PARKING_QUEUE
@@ -41,6 +42,8 @@ examples:
       send dead letters with this text in their reason back to the queue they came from
   outbox parked purge --queue thumbnails.dead --id 0199f3a2-... --yes
       delete one message
+  outbox parked purge --queue thumbnails.dead --older-than 30d --yes
+      delete the dead letters of more than 30 days ago
 
 Replayed events keep their ids. A message is removed from its queue only after the broker has
 confirmed the new one. If the command fails in between, the message isn't lost, but may be delivered
@@ -131,6 +134,12 @@ def _filters() -> argparse.ArgumentParser:
         "--target",
         metavar="PATTERN",
         help="select by original target: * matches one word, # any number of words",
+    )
+    filters.add_argument(
+        "--older-than",
+        type=age,
+        metavar="TIME",
+        help="select what came here longer ago than, for example, 30m, 12h, 7d or 4w",
     )
     return filters
 
@@ -256,7 +265,10 @@ def _one_queue(options: argparse.Namespace) -> str:
 
 
 def _selection(options: argparse.Namespace) -> Selection:
-    return Selection(frozenset(options.id), options.reason, options.target)
+    before = None
+    if options.older_than is not None:
+        before = datetime.datetime.now(datetime.UTC) - options.older_than
+    return Selection(frozenset(options.id), options.reason, options.target, before)
 
 
 def _selected(browsing: Browsing, selection: Selection) -> Iterator[ParkedMessage]:

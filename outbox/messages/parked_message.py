@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -84,15 +85,18 @@ class Selection:
         ids: the ids to select; empty for any id.
         reason: a part of the reason.
         target: a topic pattern for the original target.
+        before: the instant (aware) before which it came here; one whose time isn't known is not
+            selected then.
     """
 
     ids: frozenset[str] = frozenset()
     reason: str | None = None
     target: str | None = None
+    before: datetime.datetime | None = None
 
     def __bool__(self) -> bool:
         """Return whether there is a condition."""
-        return bool(self.ids) or self.reason is not None or self.target is not None
+        return bool(self.ids) or (self.reason, self.target, self.before) != (None, None, None)
 
     def __contains__(self, message: ParkedMessage) -> bool:
         """Return whether ``message`` meets every condition."""
@@ -100,9 +104,20 @@ class Selection:
             return False
         if self.reason is not None and self.reason not in (message.reason or ""):
             return False
+        if self.before is not None and not _is_before(message.at, self.before):
+            return False
         return self.target is None or (
             message.origin is not None and matches(self.target, message.origin.target)
         )
+
+
+def _is_before(text: str | None, moment: datetime.datetime) -> bool:
+    """Return whether ``text`` is a time, in ISO 8601, before ``moment``; without a zone, in UTC."""
+    try:
+        at = datetime.datetime.fromisoformat(text or "")
+        return (at if at.tzinfo is not None else at.replace(tzinfo=datetime.UTC)) < moment
+    except (ValueError, OverflowError):
+        return False
 
 
 class ReplayResult(NamedTuple):

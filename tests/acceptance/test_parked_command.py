@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import os
@@ -191,6 +192,22 @@ def test_only_selected_messages_are_taken(
     assert ids(inspector.all(target)) == (chosen if action == "replay" else [])
 
 
+def test_what_is_older_than_a_time_can_be_deleted(
+    run: Run, inspector: Inspector, dead: str, name: str
+) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    for target, at in (
+        ("old", now - datetime.timedelta(days=8)),
+        ("new", now - datetime.timedelta(days=6)),
+        ("unknown", "yesterday"),
+    ):
+        put(inspector, dead, 1, name, target, **{"outbox-parked-at": str(at)})
+    done = run("purge", "--queue", dead, "--older-than", "7d", "--yes")
+    assert done.returncode == exit_codes.SUCCESS, done.stderr
+    assert "3 messages, 1 deleted" in done.stdout
+    assert ids(inspector.all(dead)) == ["new-0", "unknown-0"]
+
+
 def test_without_a_terminal_nothing_is_deleted_unless_confirmed_with_yes(
     run: Run, inspector: Inspector, dead: str, name: str
 ) -> None:
@@ -323,6 +340,8 @@ def test_messages_that_were_often_given_back_cause_a_warning(
         (["list", "--url", "amqp://u:hunter2/@h"], "cannot be parsed"),
         (["list", "--limit", "0"], "argument --limit"),
         (["replay", "--limit", "many"], "argument --limit"),
+        (["purge", "--older-than", "7"], "'7' is not a time; use for example 30m, 12h or 7d"),
+        (["purge", "--older-than", "99999999999w"], "is not a time"),
         ([], "ACTION"),
     ],
 )

@@ -230,12 +230,16 @@ def message(**options: Any) -> ParkedMessage:
         (Selection(target="order"), False),
         (Selection(frozenset({"1"}), "NO_ROUTE", "#"), True),
         (Selection(frozenset({"1"}), "404", "#"), False),
+        (Selection(before=datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC)), True),
+        (Selection(before=datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)), False),
     ],
 )
 def test_a_message_is_selected_when_it_meets_every_condition(
     selection: Selection, selected: bool
 ) -> None:
-    found = message(reason="312 NO_ROUTE", origin=Address("shop", "order.placed"))
+    found = message(
+        reason="312 NO_ROUTE", origin=Address("shop", "order.placed"), at="2026-01-02T03:04:05"
+    )
     assert (found in selection) is selected
 
 
@@ -243,6 +247,7 @@ def test_a_message_without_a_property_meets_no_condition_on_it() -> None:
     assert message() in Selection()
     assert message() not in Selection(target="#")
     assert message() not in Selection(reason="a")
+    assert message() not in Selection(before=datetime.datetime.now(datetime.UTC))
 
 
 @given(st.integers(0, 1000), st.integers(0, 1 << 40))

@@ -25,6 +25,7 @@ from outbox.service.supervised import (
 from outbox.system.child_process import Parent
 from outbox.system.resident_memory import resident_bytes
 from outbox.system.signals import Signals, handle, ignore
+from outbox.telemetry import metrics
 
 __all__ = ["run"]
 
@@ -61,6 +62,7 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
         def report(seconds: float) -> dict[str, Any]:
             return {
                 **vitals.look(seconds),
+                "counts": metrics.snapshot(),
                 "links": {
                     "consumer": worker.is_consuming,
                     "publisher": worker.publisher.connected,

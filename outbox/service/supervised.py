@@ -67,8 +67,7 @@ class Supervised:
         The reports are also the pulse of this process: when they stay away, the parent takes it to
         be stuck. They hold these keys, as far as there is something to say:
 
-        - ``counts``: what was counted since the start, as ``add`` of ``outbox.service.counts``
-          takes it
+        - ``counts``: what was counted since the start, as ``metrics.snapshot()`` returns it
         - ``in_flight``, ``late``: the numbers of messages that run, and of handlers beyond their
           timeout
         - ``oldest``: the seconds since the oldest running message has begun; None if there is none

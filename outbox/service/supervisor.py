@@ -12,10 +12,8 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import Any
 
 from outbox import exit_codes
-from outbox.service.counts import add
 from outbox.service.health.policy import Policy
 from outbox.service.signal_queue import SignalQueue
 from outbox.service.slot import Slot
@@ -23,6 +21,7 @@ from outbox.service.state import Face, Phase, ServiceState
 from outbox.service.supervised import MARGIN
 from outbox.service.worker_process import Keeper, WorkerProcess
 from outbox.system.signals import BURST
+from outbox.telemetry import metrics
 
 __all__ = ["Supervisor"]
 
@@ -118,7 +117,7 @@ class Supervisor:
         self._leaving = False
         self._leave_by = math.inf
         self._restarts: Counter[str] = Counter()
-        self._base: Any = None
+        self._base: metrics.Snapshot | None = None
         self.state = ServiceState(slots=processes)
 
     def run(self) -> int:
@@ -208,7 +207,9 @@ class Supervisor:
                 self._workers.remove(worker)
                 self._log_stacks(worker, math.inf)
                 worker.close()
-                self._base = add(self._base, (worker.report or {}).get("counts"))
+                counts = (worker.report or {}).get("counts")
+                if isinstance(counts, dict):
+                    self._base = metrics.merge(self._base or {}, [counts])
                 self._on_end(worker, code, worker.take_messages(code))
             elif worker.kill_at is not None and time.monotonic() >= worker.kill_at:
                 self._on_overdue(worker)

@@ -176,7 +176,8 @@ stop = Stop()
 parent.stop_with_parent(stop, 5)
 parent.say(LOADED)
 parent.say(READY)
-parent.report_each_second(lambda seconds: {"counts": {"messages": 2}, "in_flight": 1})
+counts = {"outbox_events_collected_total": [[[], 2]]}
+parent.report_each_second(lambda seconds: {"counts": counts, "in_flight": 1})
 while not stop.leaving:
     time.sleep(0.01)
 parent.say(LEAVING)
@@ -204,7 +205,7 @@ def test_a_service_that_leaves_waits_for_what_runs_and_starts_nothing(
     assert driven.process.wait(10) == exit_codes.SUCCESS
     assert driven.log().count(" started") == 2
     assert "killing it" not in driven.log()
-    assert "state leaving False [] {'messages': 4}" in driven.log()
+    assert "state leaving False [] {'outbox_events_collected_total': [[[], 4" in driven.log()
     assert driven.log().rstrip().endswith("face closed")
 
 
@@ -466,7 +467,7 @@ while first and not (stop.leaving and not {spins}):
 parent.say(LEAVING)
 sys.exit(4) if first else time.sleep(60)
 """,
-        policy="Policy(stuck_after=1.5, cpu=CPULimit(15, 2))",
+        policy=f"Policy(stuck_after={1.5 if spins else 60}, cpu=CPULimit(15, 2))",
         with_face=True,
     )
     driven.wait_for("has exceeded its CPU limit")

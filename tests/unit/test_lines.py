@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 
 from outbox.service import lines
-from outbox.service.counts import add
 from outbox.service.lines import LineReader, LineWriter
 
 
@@ -84,17 +83,3 @@ def test_a_dead_parent_is_no_error() -> None:
     writer.say({"word": "ready"})
     assert writer.report({"in_flight": 1})
     os.close(writing)
-
-
-def test_counts_are_added_key_by_key() -> None:
-    base = {"messages": {"a": 1, "b": 2}, "seconds": [0.5, 1], "on": True}
-    counts = {"messages": {"b": 3, "c": 4}, "seconds": [1, 1], "on": False, "new": 1}
-    assert add(base, counts) == {
-        "messages": {"a": 1, "b": 5, "c": 4},
-        "seconds": [1.5, 2],
-        "on": False,
-        "new": 1,
-    }
-    assert add(None, counts) == counts
-    assert add(base, None) == base
-    assert base["messages"] == {"a": 1, "b": 2}

@@ -14,7 +14,8 @@ from contextvars import Token
 from typing import NamedTuple
 
 import click
-from flask import Flask, appcontext_pushed, g
+from flask import Flask, appcontext_pushed
+from flask.globals import app_ctx
 
 from outbox.backlog.notifier import ids
 from outbox.middleware.request_collector import RequestCollector
@@ -50,13 +51,15 @@ def _begin(_: Flask, **__: object) -> None:
     collector.autoflush = _is_shell()
     weakref.finalize(collector, _log_lost, collector._buffer)
     token = Scope.enter(collector, collector._buffer)
-    setattr(g, _KEY, _Opened(collector, token, sys.exc_info()[1]))
+    # Not in `g`: an application may iterate over that, or have a class for it.
+    setattr(app_ctx, _KEY, _Opened(collector, token, sys.exc_info()[1]))
 
 
 def _end(error: BaseException | None) -> None:
-    opened: _Opened | None = g.pop(_KEY, None)
+    opened: _Opened | None = getattr(app_ctx, _KEY, None)
     if opened is None:
         return
+    delattr(app_ctx, _KEY)
     unit = opened.unit
     unit.refuse()
     Scope.leave(opened.token)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import Flask, current_app
+from flask import Flask, current_app, g
 from flask_sqlalchemy import SQLAlchemy
 
 from outbox import (
@@ -460,3 +460,17 @@ def _dispose(*apps: Flask) -> None:
         with app.app_context():
             for engine in app.extensions["sqlalchemy"].engines.values():
                 engine.dispose()
+
+
+def test_the_context_globals_belong_to_the_application() -> None:
+    class Globals:
+        """A class with nothing of its own, as `app_ctx_globals_class` allows."""
+
+    app = make_app()
+    with app.app_context():
+        enqueue_event(1, "order.placed")
+        assert list(g) == []
+    app.app_ctx_globals_class = Globals  # type: ignore[assignment]
+    with app.app_context():
+        enqueue_event(2, "order.placed")
+    assert publisher_of(app).stats().published == 2

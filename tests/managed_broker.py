@@ -22,7 +22,7 @@ class ManagedBroker(PrivateBroker):
     def _prepare(self, folder: Path) -> None:
         super()._prepare(folder)
         with free_ports(1) as (port,):
-            self._management_port = port
+            self.management_port = port
         with (folder / "rabbitmq.conf").open("a") as config:
             config.write(f"management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {port}\n")
             config.write("collect_statistics_interval = 250\n")
@@ -31,12 +31,12 @@ class ManagedBroker(PrivateBroker):
     @property
     def management(self) -> str:
         """The URL of the API, for the user guest."""
-        return f"http://guest:guest@127.0.0.1:{self._management_port}"
+        return f"http://guest:guest@127.0.0.1:{self.management_port}"
 
     def put(self, path: str, **values: Any) -> None:
         """Create what ``path`` names."""
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self._management_port}/api/{path}",
+            f"http://127.0.0.1:{self.management_port}/api/{path}",
             json.dumps(values).encode(),
             {
                 "Authorization": f"Basic {base64.b64encode(b'guest:guest').decode()}",

@@ -24,6 +24,7 @@ from outbox.messages.delivery import QueueSpec
 from outbox.settings import Settings
 from outbox.transports.rabbitmq import pika_errors, topology
 from outbox.transports.rabbitmq.browser import broker_errors
+from outbox.transports.rabbitmq.login import Login
 from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.transports.rabbitmq.pika_connection import BlockingConnection
 from outbox.transports.rabbitmq.topology import QuorumQueue
@@ -95,10 +96,14 @@ class BrokerProbe:
         """
         failure: BrokerError = ConnectFailed("the URL has no host")
         for parameters in connection_parameters(url, settings, "doctor"):
+            address = f"{parameters.host}:{parameters.port}"
             try:
+                if settings.credentials is not None:
+                    Login(settings.credentials).prepare(parameters, address)
                 return cls(BlockingConnection(parameters), parameters)
+            except ConnectFailed as error:  # there are no credentials
+                failure = error
             except Exception as error:
-                address = f"{parameters.host}:{parameters.port}"
                 failure = pika_errors.connect_failed(error, address)
         raise failure
 
@@ -121,6 +126,14 @@ class BrokerProbe:
     def cluster(self) -> str:
         """The name of the cluster."""
         return self._property("cluster_name")
+
+    @property
+    def login(self) -> tuple[str, str]:
+        """User and password of the connection; empty where it has logged in with a certificate."""
+        credentials = self._parameters.credentials
+        if not isinstance(credentials, pika.PlainCredentials):
+            return "", ""
+        return str(credentials.username), str(credentials.password)
 
     @property
     def heartbeat(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -223,8 +224,10 @@ class Examined:
     def _connect_management(self) -> ManagementAPI:
         from outbox.doctor.management_api import ManagementAPI
 
-        cluster = self.probe.cluster
-        return ManagementAPI.open(self.set_up.management, self.url, cluster)
+        url, probe = self.url, self.probe
+        user, password = probe.login
+        url = dataclasses.replace(url, user=user or url.user, password=password or url.password)
+        return ManagementAPI.open(self.set_up.management, url, probe.cluster)
 
     def _open_engine(self) -> tuple[Engine, bool]:
         if self.set_up.open_engine is None:

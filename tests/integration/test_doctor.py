@@ -29,7 +29,7 @@ from outbox.doctor.examination import Diagnosis, examine
 from outbox.doctor.examined import SetUp
 from outbox.service.identity.pid_file import PidFile
 from outbox.service.identity.status_file import Status, status_path
-from outbox.settings import Settings
+from outbox.settings import SettingOverrides, Settings
 from outbox.sql import Store
 from outbox.storage.engines import open_engine
 from outbox.testing.broker import BrokerMissing
@@ -236,6 +236,23 @@ def test_a_refused_user_and_a_missing_vhost_are_named(url: str) -> None:
     remedy = only(diagnose(url.replace("guest:guest", "guest:wrong")), "OBX103", "refused the user")
     assert "rabbitmqctl" in remedy
     only(diagnose(f"{url}-not"), "OBX103", "vhost")
+
+
+def test_credentials_come_from_the_applications_function(
+    managed: ManagedBroker, vhost: str, write: Write
+) -> None:
+    able = BrokerURL.parse(managed.new_user(vhost))
+    url = f"amqp://127.0.0.1:{managed.port}/{vhost}"
+    management = f"http://127.0.0.1:{managed.management_port}"
+
+    def diagnosed(password: str) -> Diagnosis:
+        settings: SettingOverrides = {"credentials": lambda: (able.user, password)}
+        return examine(SetUp(url=url, settings=settings, management=management))
+
+    diagnosis = diagnosed("secret")
+    assert found(diagnosis) == []
+    assert "OBX112" in [check.code for check in diagnosis.passed]
+    only(diagnosed("wrong"), "OBX103", "refused the user")
 
 
 def test_heartbeats_and_sizes_are_named(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

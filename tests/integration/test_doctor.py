@@ -178,6 +178,23 @@ def names_at(broker: ManagedBroker, vhost: str) -> set[str]:
     return set(re.findall(r'<<"([^"]*)">>', broker.ctl("eval", script)))
 
 
+def test_nothing_is_left_unchecked_where_all_runs(
+    managed: ManagedBroker, vhost: str, url: str, write: Write, postgresql_url: str
+) -> None:
+    opened(postgresql_url).engine.dispose()
+    module = write(INVOICES)
+    with Publisher(url) as publisher:
+        worker = Worker(load([module]), publisher=publisher)
+        worker.start()
+        wait_until(lambda: worker.is_consuming, 20)
+        diagnosis = diagnose(url, module, database=postgresql_url, management=managed)
+        worker.stop()
+    assert found(diagnosis) == []
+    assert unchecked(diagnosis) == {}
+    codes = {check.code for check in all_checks()} - {"OBX206"}  # there is no SQLite file
+    assert {check.code for check in diagnosis.passed} == codes
+
+
 def test_nothing_is_found_on_a_fresh_database(database_url: str) -> None:
     store = opened(database_url)
     diagnosis = diagnose("memory://", database=database_url)

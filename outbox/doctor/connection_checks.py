@@ -56,7 +56,7 @@ def _reachable(examined: Examined) -> Iterator[Problem]:
     for problem in failures:
         is_fatal = failure is not None and problem.severity == "error"
         yield problem if is_fatal else Problem("warning", problem.text, problem.remedy)
-    if failure is not None and not failures:
+    if failure is not None and all(problem.severity != "error" for problem in failures):
         yield Problem("error", str(failure))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from outbox import ConnectFailed, Event, Publisher, UsageError
+from outbox.doctor.examination import examine
+from outbox.doctor.examined import SetUp
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.servers import free_ports
 
@@ -90,6 +93,32 @@ def tls_broker(certificates: Path) -> Iterator[TLSBroker]:
         broker.ctl("add_user", USER, "unused")
         broker.ctl("set_permissions", USER, ".*", ".*", ".*")
         yield broker
+
+
+def found(url: str) -> list[str]:
+    diagnosis = examine(SetUp(url=url, management="http://127.0.0.1:9"))
+    return [f"{each.check.code} {each.problem.text}" for each in diagnosis.findings]
+
+
+def test_the_doctor_names_what_is_wrong_with_certificates(
+    tls_broker: TLSBroker, certificates: Path
+) -> None:
+    address = f"127.0.0.1:{tls_broker.tls_port}"
+    authority = f"cafile={certificates}/ca.pem"
+    client = f"certfile={certificates}/client.pem&keyfile={certificates}/client.key"
+    [expires] = found(f"amqps://{address}/?{authority}&{client}&auth=external")
+    assert re.fullmatch(rf"OBX102 the certificate of {address} expires in [12] days", expires)
+    [unknown] = found(f"amqps://{address}/")
+    assert re.match(rf"OBX102 the certificate of {address} is refused: .*certificate", unknown)
+    [other] = found(f"amqps://localhost:{tls_broker.tls_port}/?{authority}&{client}")
+    assert "localhost" in other
+    assert "is refused" in other
+    assert any(
+        "demands a client's certificate" in each or "may demand" in each
+        for each in found(f"amqps://{address}/?{authority}")
+    )
+    [plain] = found(f"amqp://{address}/")
+    assert plain == f"OBX102 {address} speaks TLS"
 
 
 def first_error(url: str) -> str:

@@ -15,11 +15,21 @@ if TYPE_CHECKING:
     from outbox.commands.application import Application
     from outbox.sql import Store
 
-__all__ = ["DatabaseUnavailable", "open_named_engine", "open_store", "translate_errors"]
+__all__ = [
+    "DatabaseUnavailable",
+    "NoDatabase",
+    "open_named_engine",
+    "open_store",
+    "translate_errors",
+]
 
 
 class DatabaseUnavailable(BrokerError):
     """The database cannot be reached, or the connection was lost."""
+
+
+class NoDatabase(UsageError):
+    """Neither the command line nor the application names a database."""
 
 
 @contextlib.contextmanager
@@ -58,7 +68,7 @@ def _engine(options: argparse.Namespace) -> tuple[Any, bool]:
         return application.engine(), True
     url = url or os.environ.get(DATABASE_VARIABLE)
     if not url:
-        raise UsageError(f"no database is named; pass --database URL, or set {DATABASE_VARIABLE}")
+        raise NoDatabase(f"no database is named; pass --database URL, or set {DATABASE_VARIABLE}")
     from outbox.storage.engines import open_engine
 
     return open_engine(url), False
@@ -68,7 +78,8 @@ def open_named_engine(options: argparse.Namespace) -> Callable[[], tuple[Any, bo
     """Return a function for the engine of the database that the command line names.
 
     It returns the engine, and whether to leave it open, and raises ``UsageError`` as ``open_store``
-    does. The result is None if neither the command line nor the application names a database.
+    does, of which ``NoDatabase`` is one. The result is None if neither the command line nor the
+    application names a database.
     """
     application: Application = options.application
     is_named = options.database or application.database_url or os.environ.get(DATABASE_VARIABLE)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from outbox import exit_codes
 from outbox.commands.application import Application
-from outbox.commands.database_access import open_named_engine
+from outbox.commands.database_access import NoDatabase, open_named_engine
 from outbox.commands.options import broker_option, database_option
 from outbox.commands.printing import json_line, printable
 
@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
             url=options.url,
             application_url=application.url,
             settings=application.settings,
-            open_engine=open_named_engine(options),
+            open_engine=_engine_opener(options),
             management=options.management or os.environ.get(_MANAGEMENT, "").strip() or None,
             arguments=_command_line(),
             more_modules=application.modules,
@@ -97,6 +97,22 @@ def _run(options: argparse.Namespace) -> int:
     worst = diagnosis.worst()
     fails = worst is not None and SEVERITIES.index(worst) >= SEVERITIES.index(options.fail_on)
     return exit_codes.UNFINISHED if fails else exit_codes.SUCCESS
+
+
+def _engine_opener(options: argparse.Namespace) -> Callable[[], tuple[Any, bool]] | None:
+    from outbox.doctor.finding import NotChecked
+
+    open_engine = open_named_engine(options)
+    if open_engine is None:
+        return None
+
+    def open_or_leave_out() -> tuple[Any, bool]:
+        try:
+            return open_engine()
+        except NoDatabase as error:  # which is as it should be where nothing is stored
+            raise NotChecked(str(error)) from None
+
+    return open_or_leave_out
 
 
 def _command_line() -> list[str]:

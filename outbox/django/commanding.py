@@ -18,7 +18,7 @@ from django.utils.module_loading import module_has_submodule
 
 from outbox import Publisher, UsageError
 from outbox.commands.application import Application
-from outbox.commands.database_access import DatabaseUnavailable
+from outbox.commands.database_access import DatabaseUnavailable, NoDatabase
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.discovery import with_consumers
 from outbox.django import project
@@ -97,7 +97,7 @@ def _engine_with_table(alias: str | None) -> Any:
     if alias is None:
         alias = project.current().store
         if alias is None:
-            raise UsageError(
+            raise NoDatabase(
                 "OUTBOX['STORE'] is None, so nothing is stored; name a database: --database ALIAS"
             )
     if alias not in django_settings.DATABASES:

@@ -131,6 +131,15 @@ class TestInThisProcess:
         with pytest.raises(SystemExit, match="1"):
             outbox("doctor", "--json", "--fail-on", "error")
 
+    def test_the_doctor_misses_no_database_where_nothing_is_stored(
+        self, outbox_setting: Any, tmp_path: Path
+    ) -> None:
+        outbox_setting(STORE=None, URL=f"sqlite:///{tmp_path}/broker.db")
+        report = json.loads(outbox("doctor", "--json", "--fail-on", "error"))
+        assert not [each for each in report["findings"] if each["code"].startswith("OBX2")]
+        [reason] = [each["reason"] for each in report["not_checked"] if each["code"] == "OBX201"]
+        assert "OUTBOX['STORE'] is None" in reason
+
     def test_where_nothing_is_stored_a_database_must_be_named(self, outbox_setting: Any) -> None:
         outbox_setting(STORE=None)
         with pytest.raises(CommandError, match="--database ALIAS"):

@@ -190,9 +190,10 @@ def _clocks(examined: Examined) -> Iterator[Problem]:
     except NotChecked as error:
         unchecked.append(f"the broker's: {error}")
     try:
+        engine = examined.engine
         from outbox.doctor.database_checks import clock_difference
 
-        difference = clock_difference(examined.engine)
+        difference = clock_difference(engine)
         if abs(difference) > _CLOCKS_MAY_DIFFER:
             yield _clock_problem("database", difference)
     except NotChecked as error:

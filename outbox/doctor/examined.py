@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -232,6 +233,8 @@ class Examined:
     def _open_engine(self) -> tuple[Engine, bool]:
         if self.set_up.open_engine is None:
             raise NotChecked("no database is named: --database, or OUTBOX_DATABASE_URL")
+        if importlib.util.find_spec("sqlalchemy") is None:
+            raise NotChecked("SQLAlchemy is not installed: pip install 'outbox-events[sql]'")
         from outbox.doctor.read_only import read_only
 
         engine, leave_open = self.set_up.open_engine()

@@ -38,6 +38,7 @@ __all__ = ["OUTCOMES", "Ended", "Tally", "name_of"]
 OUTCOMES = (
     "acked",
     "duplicate",
+    "expired",
     "retried",
     "timed_out",
     "requeued",
@@ -49,6 +50,7 @@ OUTCOMES = (
 
 - ``acked``: processed;
 - ``duplicate``: acked unprocessed, since ``deduplicate`` knows that it is done;
+- ``expired``: dropped unprocessed, since its ``ttl`` was over;
 - ``retried``: an attempt failed, and another follows;
 - ``timed_out``: likewise, because it exceeded its consumer's ``timeout``;
 - ``requeued``: the handler returned or raised a requeue;
@@ -241,6 +243,8 @@ def _index_of(outcome: Outcome) -> int:
 def name_of(outcome: Outcome) -> str:
     """Return which of ``OUTCOMES`` a settled message counts as."""
     match outcome:
+        case Ack(expired=True):
+            return "expired"
         case Ack(duplicate=duplicate):
             return "duplicate" if duplicate else "acked"
         case Again(error=error):

@@ -18,8 +18,8 @@ class QueueStats:
         queue: the queue.
         consumer: the name of the consumer's class or function.
         outcomes: the number of messages by how their processing ended: ``acked``, ``duplicate``,
-            ``retried``, ``timed_out``, ``requeued``, ``rejected``, ``dead`` and ``returned``; see
-            ``docs/metrics.md``.
+            ``expired``, ``retried``, ``timed_out``, ``requeued``, ``rejected``, ``dead`` and
+            ``returned``; see ``docs/metrics.md``.
         duration: the time from a message's begin until it was settled.
         wait: the time from when an event occurred, or was due, until its message first began.
         in_flight: messages that have begun and not ended.

@@ -15,6 +15,7 @@ from outbox.consumers.message.tally import OUTCOMES, Tally
 from outbox.consumers.outcome import (
     ACK,
     DUPLICATE,
+    EXPIRED,
     REJECT,
     REQUEUE,
     Again,
@@ -45,6 +46,7 @@ def occurred(seconds_ago: float) -> dict[str, Any]:
     [
         (ACK, "acked"),
         (DUPLICATE, "duplicate"),
+        (EXPIRED, "expired"),
         (Again(1.0, ValueError(), 1, NOW), "retried"),
         (Again(1.0, ProcessTimeout(), 1, NOW), "timed_out"),
         (REQUEUE, "requeued"),

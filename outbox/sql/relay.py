@@ -30,6 +30,7 @@ from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.store import Store
 from outbox.telemetry import sources
 from outbox.telemetry.sources import Samples
+from outbox.transports.outages import outages
 
 __all__ = ["Relay", "RelayStats"]
 
@@ -125,6 +126,7 @@ class Relay:
         # Ordered, a batch holds back all other rows of its keys: a second one would find little.
         self._max_in_flight = 1 if ordered else _IN_FLIGHT
         self._extend_at = 0.0
+        self._database = ("database", str(self.store.engine.url))  # without its password
         self._unwritten = RowFates()  # fates not in the table yet, as the database was unavailable
         self._incomplete = False
         self._begun = False
@@ -230,7 +232,7 @@ class Relay:
 
     def _run(self) -> None:
         idle, pause = _IDLE[0], _UNAVAILABLE[0]
-        warned = False
+        failing = False
         with contextlib.suppress(UsageError):
             self.publisher.make_ready()
         while True:
@@ -239,13 +241,14 @@ class Relay:
                 break
             try:
                 busy = self._turn()
-                if warned:
-                    logger.info("the database is available again")
-                warned, pause = False, _UNAVAILABLE[0]
+                if failing and (seconds := outages.ended(self._database)):
+                    logger.info("the database is available again, after %.0f s", seconds)
+                failing, pause = False, _UNAVAILABLE[0]
             except DatabaseError as error:
-                if not warned:
-                    logger.warning("the database is unavailable, retrying: %s", reason_of(error))
-                    warned = True
+                reason = f"the database is unavailable, retrying: {reason_of(error)}"
+                if text := outages.failed(self._database, "", reason, self, None):
+                    logger.warning("%s", text)
+                failing = True
                 self._stopping.wait(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, _UNAVAILABLE[1])
                 continue
@@ -336,6 +339,7 @@ class Relay:
 
     def _finish(self) -> None:
         """Wait for the batches in flight until the deadline, and release the rest."""
+        outages.left(self._database, self)
         try:
             while self._take_in() is not None:
                 pass

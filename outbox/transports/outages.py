@@ -1,8 +1,8 @@
-"""Decides which failures of a broker are worth a log line, for all links of the process to it.
+"""Decides which failures of a broker or database are worth a log line, for all links to it.
 
 The rules: a line when an outage begins, when its reason changes, and then once a minute, with how
 long it has lasted and how many events are kept. Several links to one broker share its outage (a
-worker has two), which ends when one of them works again.
+worker has two), which ends when one of them works again. A relay's database is such a broker, too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _REMINDED_EVERY = 60.0  # seconds
 _NUMBERS = re.compile(r"\d+(\.\d+)?")
 
 Kept = Callable[[], int]
+"""Returns the number of events that the user of a link keeps."""
 
 
 @dataclass(slots=True)
@@ -32,7 +33,9 @@ class _Outage:
     since: float
     logged_at: float
     reasons: dict[str, str] = field(default_factory=dict)
-    links: weakref.WeakKeyDictionary[Any, Kept] = field(default_factory=weakref.WeakKeyDictionary)
+    links: weakref.WeakKeyDictionary[Any, Kept | None] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
 
 
 class Outages:
@@ -47,7 +50,9 @@ class Outages:
         self._lock = threading.Lock()
         self._outages: dict[object, _Outage] = {}
 
-    def failed(self, broker: object, host: str, reason: str, link: object, kept: Kept) -> str:
+    def failed(
+        self, broker: object, host: str, reason: str, link: object, kept: Kept | None
+    ) -> str:
         """Note a failure; return the text to log, or "" if it has been said.
 
         Args:
@@ -55,7 +60,7 @@ class Outages:
             host: the host that failed, one of the broker's.
             reason: why.
             link: the link that failed.
-            kept: returns the number of events that the link's user keeps.
+            kept: returns the number of events that the link's user keeps; None if it keeps none.
         """
         now = self._clock()
         plain = _NUMBERS.sub("#", reason)
@@ -70,10 +75,11 @@ class Outages:
             outage.reasons[host] = plain
             outage.logged_at = now
             seconds = now - outage.since
-            counts = list(outage.links.values())
+            counts = [count for count in outage.links.values() if count is not None]
         if seconds < 1:
             return reason
-        return f"{reason}; down for {seconds:.0f} s, {sum(one() for one in counts)} event(s) kept"
+        kept_now = f", {sum(count() for count in counts)} event(s) kept" if counts else ""
+        return f"{reason}; down for {seconds:.0f} s{kept_now}"
 
     def ended(self, broker: object) -> float:
         """Note that a link to ``broker`` works; return the seconds of the outage, 0 without one."""

@@ -17,6 +17,7 @@ import pytest
 
 from outbox import Blocked, Event, Publisher
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy
+from outbox.transports import outages
 from outbox.transports.sqlite import database, subscription
 from outbox.transports.sqlite.clock_jumps import ClockJumps
 from outbox.transports.sqlite.disk_room import Room
@@ -272,8 +273,11 @@ def test_while_only_the_workers_reserve_is_left_events_are_kept_with_growing_pau
     wait_until(lambda: len(looks) >= 8)  # twice each time: before and after truncating the log
     assert not publisher.connected
     assert caplog.text.count("; retrying") == 1
+    monkeypatch.setattr(outages, "_REMINDED_EVERY", 0.1)
+    wait_until(lambda: "s, 1 event(s) kept; retrying" in caplog.text)
     room = 10_000_000
     assert publisher.drain(20)
+    wait_until(lambda: "works again, after" in caplog.text)
     assert place.count(name) == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -17,6 +18,7 @@ from outbox.sql import Inbox, Relay
 from outbox.sql import listening as module
 from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from outbox.testing.servers import ServerMissing
+from outbox.transports import outages
 from tests.pgbouncer import PrivatePgBouncer
 from tests.relaying import an_event, is_empty, many, opened, running
 from tests.waiting import wait_until
@@ -102,8 +104,12 @@ def test_without_a_pooler_a_relay_listens(
 
 
 def test_a_relay_leaves_a_server_that_has_become_read_only(
-    postgresql_url: str, publisher: Publisher, caplog: pytest.LogCaptureFixture
+    postgresql_url: str,
+    publisher: Publisher,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(outages, "_REMINDED_EVERY", 0.5)
     store = opened(postgresql_url)
     caplog.set_level(logging.INFO, "outbox.relay")
     name = make_url(postgresql_url).database
@@ -119,11 +125,11 @@ def test_a_relay_leaves_a_server_that_has_become_read_only(
 
     set_read_only("on")
     with running(Relay(postgresql_url, publisher)):
-        wait_until(lambda: "read-only" in caplog.text)
+        wait_until(lambda: re.search(r"read-only.*; down for \d+ s$", caplog.text, re.MULTILINE))
         set_read_only("off")
         store.put(many(3, "x"))
         wait_until(lambda: is_empty(store), 10)
-        wait_until(lambda: "the database is available again" in caplog.text)
+        wait_until(lambda: "the database is available again, after " in caplog.text)
     store.engine.dispose()
 
 

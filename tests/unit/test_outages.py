@@ -80,3 +80,13 @@ def test_several_links_to_one_broker_share_its_outage(outages: Outages, clock: C
     assert not outages.failed(BROKER, "a:1", REFUSED, consumer, consumer)
     outages.left(BROKER, consumer)
     assert outages.failed(BROKER, "a:1", REFUSED, consumer, consumer) == REFUSED
+
+
+def test_a_link_whose_user_keeps_no_events_says_nothing_of_them(
+    outages: Outages, clock: Clock
+) -> None:
+    relay = Link()
+    assert outages.failed("a database", "", REFUSED, relay, None) == REFUSED
+    clock.now += 60
+    text = outages.failed("a database", "", REFUSED, relay, None)
+    assert text == f"{REFUSED}; down for 60 s"

@@ -22,6 +22,7 @@ from outbox.system.background_thread import BackgroundThread
 from outbox.system.backoff import backoff
 from outbox.system.fork_pause import Pause
 from outbox.transports.backlogged import BackloggedTransport
+from outbox.transports.outages import outages
 from outbox.transports.sqlite import routing
 from outbox.transports.sqlite.database import Database
 from outbox.transports.sqlite.disk_room import Room
@@ -150,6 +151,7 @@ class SQLiteTransport(BackloggedTransport):
             self._thread.pause.busy = True
             if Pause.forking:
                 self._thread.pause.wait()
+        outages.left(self._address, self)
         self._finish()
         self._database.close()
 
@@ -294,6 +296,8 @@ class SQLiteTransport(BackloggedTransport):
             )
 
     def _on_success(self) -> None:
+        if self._failures and (seconds := outages.ended(self._address)) >= 1:
+            logger.warning("%s works again, after %.0f s", self._address, seconds)
         self._failures = 0
         if not self._connected:
             self._connected = True
@@ -306,7 +310,10 @@ class SQLiteTransport(BackloggedTransport):
         self._try_again_at = time.monotonic() + backoff(self._failures)
         self._failures += 1
         self._notify(self.backlog.down((), error))
-        if was_connected or self._failures == 1:
-            logger.warning("%s; retrying", error)
+        text = outages.failed(
+            self._address, self._address, str(error), self, lambda: self.backlog.kept_size[0]
+        )
+        if text:
+            logger.warning("%s; retrying", text)
         if was_connected:
             call_hook(self._settings.on_disconnected, error)

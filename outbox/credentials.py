@@ -36,7 +36,7 @@ class Credentials:
     valid_for: float | None = None
 
 
-CredentialsProvider: TypeAlias = Callable[[], "Credentials | tuple[str, str] | str"]
+CredentialsProvider: TypeAlias = Callable[[], Credentials | tuple[str, str] | str]
 """A function that returns the credentials of the moment: a user and a password, or a token."""
 
 

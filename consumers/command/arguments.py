@@ -9,8 +9,7 @@ from outbox.commands.options import Version, broker_option, positive
 from outbox.consumers import logs
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.command.limits import Limits, MemoryLimit
-from outbox.service.http_options import add_http_options
-from outbox.service.identity.identity_options import add_identity_options
+from outbox.service.faces import add_face_options
 from outbox.service.policy_options import add_policy, duration
 
 __all__ = ["limits_of", "make_parser"]
@@ -73,9 +72,7 @@ def make_parser(
         framework.add_arguments(parser)
     _add_consuming(parser.add_argument_group("consuming"))
     _add_processes(parser.add_argument_group("processes"))
-    service = parser.add_argument_group("service")
-    add_identity_options(service)
-    add_http_options(service)
+    add_face_options(parser.add_argument_group("service"))
     _add_log(parser.add_argument_group("logging, to standard error"))
     return parser
 

@@ -16,10 +16,9 @@ from outbox.consumers.command import supervised_worker, worker_main
 from outbox.consumers.command.arguments import limits_of, make_parser
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.losses.begun_keeper import BegunKeeper
+from outbox.service.faces import faces_of
 from outbox.service.health.stacks import dump_on_signal
-from outbox.service.http_options import http_face
-from outbox.service.identity.identity_options import identity_of
-from outbox.service.identity.instance import Instance
+from outbox.service.identity.instance import START_VARIABLE
 from outbox.service.policy_options import has_policy, policy_of
 from outbox.service.state import Face
 from outbox.service.supervised import MARGIN
@@ -62,6 +61,7 @@ def main(
         except MissingExtra as error:
             print(f"{prog}: {error}", file=sys.stderr)
             return exit_codes.USAGE
+    in_background = START_VARIABLE in os.environ
     try:
         faces = _faces(options)
     except UsageError as error:
@@ -72,7 +72,7 @@ def main(
             [sys.executable, *sys.orig_argv[1:]],
             options.processes or 1,
             shutdown_timeout=options.shutdown_timeout,
-            policy=policy_of(options),
+            policy=policy_of(options, in_background=in_background),
             keeper=_keeper(options),
             logger=logging.getLogger("outbox.consumer.processes"),
             faces=faces,
@@ -118,17 +118,9 @@ def _faces(options: argparse.Namespace) -> list[Face]:
     modules = {consumers.partition(":")[0] for consumers in options.consumers}
     if not modules and (settings := os.environ.get("DJANGO_SETTINGS_MODULE")):
         modules = {settings}
-    identity = identity_of(options, sorted(modules))
-    if identity is not None and options.reload:
+    if options.id is not None and options.reload:
         raise UsageError("--reload is for development, and can't be used with --id")
-    instance = None if identity is None else Instance(identity)
-    try:
-        http = http_face(options, may_wait=instance is not None and instance.shares_port)
-    except UsageError:
-        if instance is not None:
-            instance.close()
-        raise
-    return [face for face in (instance, http) if face is not None]
+    return faces_of(options, sorted(modules))
 
 
 def _is_supervised(options: argparse.Namespace) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import time
 from typing import Any
 
@@ -15,16 +14,15 @@ from outbox.consumers.losses.begun_table import BegunTable
 from outbox.consumers.worker.worker import Worker
 from outbox.service.supervised import (
     LEAVING,
-    LOADED,
     MARGIN,
     READY,
     STOPPING,
     LastError,
     Supervised,
+    SupervisedSignals,
 )
 from outbox.system.child_process import Parent
 from outbox.system.resident_memory import resident_bytes
-from outbox.system.signals import Signals, handle, ignore
 from outbox.telemetry import metrics
 
 __all__ = ["run"]
@@ -38,13 +36,8 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
     A repeated signal has no effect on it: a terminal or systemd may signal both the parent and its
     children, to which the parent sends a signal as well. Only the parent kills a worker at once.
     """
-    # Until the worker starts there is nothing to finish: a signal ends the process.
-    handle(signal.SIGTERM, signal.SIG_DFL)
-    handle(signal.SIGINT, signal.SIG_DFL)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        ignore(signal.SIGHUP)  # the parent handles it
     supervised = Supervised(parent, logger)
-    stop = _WorkerSignals(supervised)
+    stop = SupervisedSignals(supervised)
     last_error = LastError()
     workers: list[Worker] = []
 
@@ -91,18 +84,3 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
     from outbox.consumers.command.autoreload import run_reloading
 
     return run_reloading(work, stop, options.shutdown_timeout + MARGIN)
-
-
-class _WorkerSignals(Signals):
-    """The signals of a worker process: SIGHUP is its parent's to handle."""
-
-    numbers = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self, supervised: Supervised) -> None:
-        super().__init__(second_exits=None)
-        self._supervised = supervised
-
-    def begin(self) -> None:
-        """Install the signal handlers, and report that the application is imported."""
-        super().begin()
-        self._supervised.say(LOADED)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from outbox import exit_codes
 from outbox.commands.database_access import (
@@ -15,9 +18,29 @@ from outbox.commands.database_access import (
     open_store,
     translate_errors,
 )
-from outbox.commands.options import broker_option, database_option, positive
+from outbox.commands.options import DATABASE_VARIABLE, broker_option, database_option, positive
+from outbox.errors import UsageError
 from outbox.publisher import Publisher
+from outbox.service.faces import add_face_options, faces_of
+from outbox.service.health.policy import Policy
+from outbox.service.health.stacks import dump_on_signal
+from outbox.service.identity.instance import START_VARIABLE
+from outbox.service.policy_options import add_policy, has_policy, policy_of
+from outbox.service.state import Face
+from outbox.service.supervised import (
+    LEAVING,
+    MARGIN,
+    READY,
+    STOPPING,
+    LastError,
+    Supervised,
+    SupervisedSignals,
+)
+from outbox.service.supervisor import Supervisor
+from outbox.system.child_process import Parent
+from outbox.system.resident_memory import resident_bytes
 from outbox.system.signals import Signals
+from outbox.telemetry import metrics
 
 if TYPE_CHECKING:
     from outbox.sql import Relay, Store
@@ -31,6 +54,8 @@ examples:
   outbox relay --database postgresql://app@db/shop --url amqp://user:password@host:5672/vhost
   OUTBOX_DATABASE_URL=... OUTBOX_URL=... outbox relay --ordered
       keep the order of events with the same key, also across several relays
+  outbox relay -p 2 --http :9101
+      run two processes, restart them when they die, and answer probes and Prometheus
   outbox relay --once
       publish the events that are due, and exit
 
@@ -39,7 +64,8 @@ it exits at once. Nothing is lost either way: unconfirmed events are published a
 ids.
 
 exit codes: 0 stopped as requested, 1 some events were not confirmed in time or --once was stopped,
-2 wrong usage or no such table, 7 the database or the broker cannot be reached, 130 stopped at once
+2 wrong usage or no such table, 5 given up, as no process of -p was ever ready, 6 not ready in time
+to take over, 7 the database or the broker cannot be reached, 130 stopped at once
 by a second signal
 """
 
@@ -85,12 +111,31 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         help="how long to wait for confirms when stopping (default: 10)",
     )
     relay.add_argument("--once", action="store_true", help="publish what is due, and exit")
+    processes = relay.add_argument_group("processes")
+    processes.add_argument(
+        "-p",
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="run N relays in processes under a parent that restarts them (default: the command "
+        "itself is the relay; the options below imply -p 1)",
+    )
+    add_policy(processes)
+    add_face_options(relay.add_argument_group("service"))
     relay.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
     if logging.getLogger().level == logging.CRITICAL:
         logging.getLogger().setLevel(logging.INFO)  # a service shows what it does only in its log
+    parent = Parent.inherited()
+    if parent is not None:
+        return _run_supervised(options, parent)
+    dump_on_signal()
+    in_background = START_VARIABLE in os.environ
+    faces = [] if options.once else faces_of(options, [_database_of(options)])
+    if faces or options.processes or has_policy(options):
+        return _supervise(options, faces, policy_of(options, in_background=in_background))
     signals = Signals(second_exits=exit_codes.INTERRUPTED)
     signals.begin()
     try:
@@ -103,7 +148,51 @@ def _run(options: argparse.Namespace) -> int:
         raise
 
 
-def _relay(store: Store, signals: Signals, options: argparse.Namespace) -> int:
+def _supervise(options: argparse.Namespace, faces: list[Face], policy: Policy) -> int:
+    """Run relays in processes until a signal stops them; return the exit code.
+
+    Raises:
+        UsageError: that isn't possible.
+    """
+    if options.once:
+        raise UsageError("--once can't be used with -p, --stuck-after, --max-cpu or --max-restarts")
+    return Supervisor(
+        [sys.executable, *sys.orig_argv[1:]],
+        options.processes or 1,
+        shutdown_timeout=options.shutdown_timeout,
+        policy=policy,
+        faces=faces,
+        logger=logging.getLogger("outbox.relay.processes"),
+        name="relay",
+    ).run()
+
+
+def _run_supervised(options: argparse.Namespace, parent: Parent) -> int:
+    """Run a relay under a parent; return its exit code."""
+    supervised = Supervised(parent, logger)
+    signals = SupervisedSignals(supervised)
+    supervised.stop_with_parent(signals, options.shutdown_timeout + MARGIN)
+    signals.begin()
+    with open_store(options) as store:
+        return _relay(store, signals, options, supervised)
+
+
+def _database_of(options: argparse.Namespace) -> str:
+    """Return what tells the database apart from others, without a password."""
+    named = options.database or options.application.database_url
+    named = named or os.environ.get(DATABASE_VARIABLE) or ""
+    url = urlsplit(named)
+    where = f"{url.hostname or ''}{url.path}" if url.scheme else named
+    settings = os.environ.get("DJANGO_SETTINGS_MODULE") or os.environ.get("FLASK_APP") or ""
+    return f"outbox relay {settings}:{where}"
+
+
+def _relay(
+    store: Store,
+    signals: Signals,
+    options: argparse.Namespace,
+    supervised: Supervised | None = None,
+) -> int:
     from outbox.sql import Relay
 
     application = options.application
@@ -117,23 +206,51 @@ def _relay(store: Store, signals: Signals, options: argparse.Namespace) -> int:
             ordered=options.ordered,
             listen=options.listen,
         )
-        run = _publish_once if options.once else _serve
-        return run(relay, signals, options.shutdown_timeout)
+        if options.once:
+            return _publish_once(relay, signals, options.shutdown_timeout)
+        return _serve(relay, signals, options.shutdown_timeout, supervised)
     finally:
         publisher.close(0)  # the relay has released the unconfirmed events
 
 
-def _serve(relay: Relay, signals: Signals, timeout: float) -> int:
+def _serve(
+    relay: Relay, signals: Signals, timeout: float, supervised: Supervised | None = None
+) -> int:
     progress = _Progress(relay)
     relay.start()
     logger.info("relaying")
-    while not signals.asked:
+    if supervised is not None:
+        relay.publisher.make_ready()
+        supervised.report_each_second(_reporter(relay))
+        supervised.say(READY)
+    while not (signals.asked or signals.leaving or signals.quiet):
         relay.wait(_POLL)
         progress.update()
+    if supervised is not None:
+        supervised.say(STOPPING if signals.asked else LEAVING)
     finished = relay.stop(timeout)
+    while signals.quiet and not (signals.asked or signals.leaving):
+        time.sleep(_POLL)
     progress.end()
     logger.info("stopped; %s events published", f"{_confirmed(relay):,}")
-    return exit_codes.SUCCESS if finished else exit_codes.UNFINISHED
+    if not finished:
+        return exit_codes.UNFINISHED
+    return exit_codes.SUCCESS if signals.asked else exit_codes.RECYCLED
+
+
+def _reporter(relay: Relay) -> Callable[[float], Mapping[str, Any]]:
+    """Return what makes the report of a relay; see ``Supervised.report_each_second``."""
+    last_error = LastError()
+
+    def report(_seconds: float) -> Mapping[str, Any]:
+        return {
+            "counts": metrics.snapshot(),
+            "links": {"publisher": relay.publisher.connected},
+            "resident": resident_bytes(),
+            "error": last_error.found,
+        }
+
+    return report
 
 
 def _publish_once(relay: Relay, signals: Signals, timeout: float) -> int:

@@ -10,6 +10,7 @@ from outbox.service.health.policy import CPULimit, Policy, RestartBound
 __all__ = ["add_policy", "duration", "has_policy", "policy_of"]
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_RETRIES = 5
 _LONGEST = 7 * 86400.0
 
 
@@ -46,13 +47,18 @@ def has_policy(options: argparse.Namespace) -> bool:
     return (options.stuck_after, options.max_cpu, options.max_restarts) != (None, None, None)
 
 
-def policy_of(options: argparse.Namespace) -> Policy:
-    """Return what the options say."""
+def policy_of(options: argparse.Namespace, *, in_background: bool = False) -> Policy:
+    """Return what the options say.
+
+    In the background, where nothing else starts it again, a service that was given up is tried
+    again every ten minutes, five times.
+    """
     bound: RestartBound | None = options.max_restarts or RestartBound()
     return Policy(
         stuck_after=30.0 if options.stuck_after is None else options.stuck_after,
         bound=bound if bound is not None and bound.deaths else None,
         cpu=options.max_cpu,
+        retries=_RETRIES if in_background else 0,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from outbox.service.health.stacks import dump_on_signal
 from outbox.service.lines import LineWriter
 from outbox.system.child_process import Parent
-from outbox.system.signals import Stop, ignore
+from outbox.system.signals import Signals, Stop, handle, ignore
 
 __all__ = [
     "DUMP",
@@ -26,6 +26,7 @@ __all__ = [
     "READY",
     "STOPPING",
     "Supervised",
+    "SupervisedSignals",
 ]
 
 LOADED, READY, LEAVING, STOPPING = "loaded", "ready", "leaving", "stopping"
@@ -38,6 +39,10 @@ more, and stay; write the stacks of the tasks."""
 
 _EVERY = 1.0
 """Seconds between two reports."""
+_EVERY_AT_FIRST = 0.1
+_AT_FIRST = 30.0
+"""Seconds, at most, in which reports come more often, until all links are up: until then a service
+is not ready."""
 
 MARGIN = 10.0
 """Seconds beyond the shutdown timeout after which a stopping process is killed.
@@ -77,23 +82,32 @@ class Supervised:
         - ``limits``: the present value and the limit, a pair each, by the limit's name
         - ``error``: the last error that was logged, or None; see ``LastError``
 
+        The first is sent before this returns.
+
         Args:
             collect: returns the report, given the seconds since the one before.
         """
+        began = time.monotonic()
 
-        def run() -> None:
-            before = time.monotonic()
+        def send(seconds: float) -> bool:
+            try:
+                report = collect(seconds)
+            except Exception:
+                self._logger.exception("cannot report to the parent process")
+                report = {}
+            self._writer.report(report)
+            return all(report.get("links", {}).values())
+
+        def run(are_up: bool) -> None:
+            before = began
             while True:
+                are_up = are_up or before - began > _AT_FIRST
+                time.sleep(_EVERY if are_up else _EVERY_AT_FIRST)
                 now = time.monotonic()
-                try:
-                    self._writer.report(collect(now - before))
-                except Exception:
-                    self._logger.exception("cannot report to the parent process")
-                    self._writer.report({})
+                are_up |= send(now - before)
                 before = now
-                time.sleep(_EVERY)
 
-        threading.Thread(target=run, name="outbox-pulse", daemon=True).start()
+        threading.Thread(target=run, args=(send(0.0),), name="outbox-pulse", daemon=True).start()
 
     def stop_with_parent(
         self, stop: Stop, grace: float, on_dump: Callable[[], object] = lambda: None
@@ -126,6 +140,26 @@ class Supervised:
                     self._logger.exception("cannot dump")
 
         self._parent.when_gone(stop_gracefully, on_word)
+
+
+class SupervisedSignals(Signals):
+    """The signals of a supervised process: SIGHUP is its parent's to handle."""
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, supervised: Supervised) -> None:
+        """Let a signal end the process until ``begin()``: until then there is nothing to finish."""
+        super().__init__(second_exits=None)
+        self._supervised = supervised
+        handle(signal.SIGTERM, signal.SIG_DFL)
+        handle(signal.SIGINT, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            ignore(signal.SIGHUP)
+
+    def begin(self) -> None:
+        """Install the signal handlers, and report that the application is imported."""
+        super().begin()
+        self._supervised.say(LOADED)
 
 
 class LastError(logging.Handler):

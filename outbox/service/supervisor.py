@@ -412,7 +412,7 @@ class Supervisor:
             is_error = code == exit_codes.USAGE
             self._restarts["stuck" if worker.stuck else "died"] += 1
             self._back_off(slot, what, worker.age, is_error=is_error, has_lost=bool(lost))
-            if not worker.ready:
+            if not worker.ready and code != exit_codes.UNAVAILABLE:
                 self._check_bound(slot)
 
     def _check_bound(self, slot: Slot) -> None:
@@ -565,5 +565,6 @@ def _describe(code: int) -> str:
     meanings = {
         exit_codes.USAGE: "ended with exit code 2 (wrong usage)",
         exit_codes.RECYCLED: "asked to be replaced",
+        exit_codes.UNAVAILABLE: "ended with exit code 7 (broker or database unavailable)",
     }
     return meanings.get(code, f"ended with exit code {code}")

@@ -6,10 +6,10 @@ from outbox.consumers.filters import after, around, before
 from outbox.consumers.hooks import on_worker_start, on_worker_stop, worker_state
 from outbox.consumers.logs import MessageFilter
 from outbox.consumers.outcome import ACK, REJECT, REQUEUE, Outcome, ProcessTimeout, Reject, Requeue
-from outbox.consumers.received_event import ReceivedEvent
 from outbox.consumers.retry import Retry, RetryPolicy, exponential
 from outbox.consumers.worker.worker import Worker
 from outbox.consumers.worker.worker_stats import QueueStats, WorkerStats
+from outbox.messages.received_event import ReceivedEvent
 
 __all__ = [
     # Writing consumers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 
-from outbox.consumers.received_event import ReceivedEvent
+from outbox.messages.received_event import ReceivedEvent
 
 __all__ = ["current_message", "set_current_message"]
 

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, get_args
 
 from outbox import InvalidEvent, UsageError
 from outbox.consumers.filters import Filters, filters_of
-from outbox.consumers.received_event import ReceivedEvent
 from outbox.consumers.retry import RetryPolicy, seconds_of
 from outbox.header_values import check_name
 from outbox.messages.delivery import QueueSpec, QueueType
+from outbox.messages.received_event import ReceivedEvent
 
 __all__ = ["Consumer", "FunctionConsumer", "consumer"]
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from outbox.consumers.current import current_message
-from outbox.consumers.received_event import ReceivedEvent
+from outbox.messages.received_event import ReceivedEvent
 
 __all__ = ["FORMATS", "JSONFormatter", "MessageFilter", "TextFormatter", "set_up"]
 

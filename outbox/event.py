@@ -7,12 +7,16 @@ import inspect
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from outbox.errors import InvalidEvent, UsageError
 from outbox.header_values import _checked_headers, check_address
 from outbox.ids import new_id
+from outbox.messages.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
 from outbox.serializer import Serializer, serializer_for
+
+if TYPE_CHECKING:
+    import aio_pika
 
 __all__ = [
     "Event",
@@ -21,6 +25,7 @@ __all__ = [
     "MakeId",
     "Unroutable",
     "add_headers",
+    "headers_on_the_wire",
     "make_event",
     "set_headers",
 ]
@@ -38,6 +43,7 @@ MakeId = Callable[[str, str, str | None, bytes], str]
 _UTC = datetime.UTC
 _datetime = datetime.datetime  # a module's attribute: freezegun replaces it, but no bound now()
 _UNROUTABLE = get_args(Unroutable)
+_LONGEST_NAME = 128  # bytes of a header's name, for pamqp
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -89,6 +95,39 @@ class Event:
             )
         return serializer.decode(self.body)
 
+    def to_aio_pika(self, *, app_id: str | None = None) -> aio_pika.Message:
+        """Return the event as a message for aio-pika, with what outbox writes to RabbitMQ.
+
+        For programs that publish over aio-pika themselves: to the exchange ``event.exchange``, with
+        ``event.target`` as the routing key. Wait for the confirm, and use ``mandatory``, as outbox
+        does; nothing is published here. aio-pika writes the priority 0 if there is none.
+
+        Args:
+            app_id: AMQP's ``app-id``; outbox writes its setting ``app_id`` there.
+
+        Raises:
+            UsageError: the event is due later: only outbox can delay it. Or a header's name has
+                more than 128 bytes: aio-pika would cut it.
+        """
+        if self.deliver_at is not None and self.deliver_at > _datetime.now(_UTC):
+            raise UsageError(
+                f"the event {self.id!r} is due at {self.deliver_at}, and a message that is "
+                "published over aio-pika isn't delayed; publish it with outbox"
+            )
+        import aio_pika
+
+        return aio_pika.Message(
+            self.body,
+            headers=_headers_for_pamqp(headers_on_the_wire(self)),
+            content_type=self.content_type,
+            delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+            priority=self.priority,
+            message_id=self.id,
+            timestamp=int(self.occurred_at.timestamp()),
+            type=self.target,
+            app_id=app_id or None,
+        )
+
     def __hash__(self) -> int:
         return hash((self.id, self.exchange, self.target))
 
@@ -124,6 +163,15 @@ def add_headers(sources: Iterable[HeadersSource], headers: Any) -> Any:
             raise InvalidEvent(f"what {source!r:.80} has returned: {error}") from error
     if headers is None or isinstance(headers, Mapping):  # else make_event() refuses it
         return {**added, **(headers or {})}
+    return headers
+
+
+def headers_on_the_wire(event: Event) -> dict[str, Any]:
+    """Return all headers of ``event``, outbox's own included (``docs/wire-format.md``)."""
+    headers = {**event.headers, HEADER_FORMAT: FORMAT_VERSION}
+    if event.key is not None:
+        headers[HEADER_KEY] = event.key
+    headers[HEADER_OCCURRED_AT] = round(event.occurred_at.timestamp() * 1e6)
     return headers
 
 
@@ -217,6 +265,24 @@ _new = object.__new__
 def set_headers(event: Event, headers: Headers) -> None:
     """Set the headers of an event that was only just made, and that no one else has seen."""
     _set_headers(event, headers)
+
+
+def _headers_for_pamqp(value: Any) -> Any:
+    """Return headers as pamqp, aio-pika's encoder, takes them."""
+    match value:
+        case bytes():
+            return bytearray(value)  # it knows no bytes
+        case list():
+            return [_headers_for_pamqp(item) for item in value]
+        case dict():
+            for name in value:
+                if len(name.encode()) > _LONGEST_NAME:
+                    raise UsageError(
+                        f"the header {name!r:.60} has a name of more than {_LONGEST_NAME} bytes, "
+                        "which aio-pika cuts; rename it, or publish the event with outbox"
+                    )
+            return {name: _headers_for_pamqp(item) for name, item in value.items()}
+    return value
 
 
 def _as_bytes(body: Any, serializer: Serializer) -> bytes:

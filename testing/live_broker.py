@@ -13,8 +13,8 @@ from typing import Any
 
 from outbox import Event, PublishReport
 from outbox.backlog.chunk import Chunk, Entry, Fate
-from outbox.consumers.received_event import Undecodable, decode
 from outbox.messages.delivery import Delivery, QueueSpec
+from outbox.messages.received_event import Undecodable, decode
 from outbox.observer import Attachment, seam
 from outbox.settings import Settings
 from outbox.system import process

@@ -15,8 +15,8 @@ import pika.exceptions
 import pytest
 
 from outbox import Event
+from outbox.event import headers_on_the_wire
 from outbox.messages.dead_letters import PARKING_QUEUE
-from outbox.messages.delivery import headers_on_the_wire
 
 
 @dataclass(frozen=True)

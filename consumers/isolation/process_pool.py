@@ -31,9 +31,9 @@ from outbox.consumers.outcome import (
     ProcessTimeout,
     Unconfirmed,
 )
-from outbox.consumers.received_event import Undecodable, decode
 from outbox.consumers.tracebacks import strip_engine
 from outbox.messages.delivery import Delivery
+from outbox.messages.received_event import Undecodable, decode
 from outbox.system.child_process import ChildProcess
 from outbox.system.resident_memory import resident_bytes
 from outbox.telemetry import tracing

@@ -21,8 +21,8 @@ from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Pause, Steps
 from outbox.consumers.outcome import Dead, Failed, Outcome, Return, Unconfirmed
-from outbox.consumers.received_event import Undecodable, decode
 from outbox.messages.delivery import Delivery
+from outbox.messages.received_event import Undecodable, decode
 
 __all__ = ["Guard", "GuardedIsolatedMessage", "GuardedMessage", "message_maker"]
 

@@ -32,10 +32,10 @@ from outbox.consumers.outcome import (
     Unconfirmed,
 )
 from outbox.consumers.raised import causes, leaves, unwrapped
-from outbox.consumers.received_event import ReceivedEvent
 from outbox.consumers.retry import RetryPolicy
 from outbox.consumers.tracebacks import strip_engine
 from outbox.messages.delivery import Delivery
+from outbox.messages.received_event import ReceivedEvent
 from outbox.report import Withdrawn
 from outbox.unit_of_work.unit_of_work import Scope
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from outbox import UsageError, sinks
 from outbox.consumers.definition import Consumer
-from outbox.consumers.received_event import ReceivedEvent
+from outbox.messages.received_event import ReceivedEvent
 from outbox.settings import Settings
 from outbox.url import BrokerURL
 

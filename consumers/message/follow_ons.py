@@ -9,8 +9,8 @@ from contextvars import Token
 
 from outbox import Event, EventCollector, Publisher
 from outbox.backlog.chunk import Chunk
-from outbox.consumers.received_event import ReceivedEvent
 from outbox.ids import follow_on_id
+from outbox.messages.received_event import ReceivedEvent
 from outbox.unit_of_work.unit_of_work import Buffer, Scope, UnitOfWork
 
 __all__ = ["CallbackCollector", "MessageCollector"]

@@ -65,12 +65,12 @@ from outbox.consumers.outcome import (
     Return,
     Unconfirmed,
 )
-from outbox.consumers.received_event import ReceivedEvent, Undecodable, decode
 from outbox.consumers.retry import Retry, RetryPolicy
 from outbox.consumers.tracebacks import strip_engine
 from outbox.messages.delivery import Delivery
 from outbox.messages.expiry import has_expired
 from outbox.messages.headers import EXPIRES_AT
+from outbox.messages.received_event import ReceivedEvent, Undecodable, decode
 from outbox.system import signals
 from outbox.telemetry import tracing
 

@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from outbox.event import Event
+from outbox.event import Event, headers_on_the_wire
 from outbox.ids import new_id
 from outbox.messages.cloud_events import attributes_of, time_of
 from outbox.messages.headers import (
     ATTEMPT,
+    DELAY_EXCHANGE,
+    DELAY_HEADERS,
     FIRST_FAILURE,
-    FORMAT_VERSION,
-    HEADER_FORMAT,
-    HEADER_KEY,
     HEADER_OCCURRED_AT,
     RETURNED,
 )
@@ -26,7 +25,7 @@ __all__ = [
     "QueueType",
     "as_delivered",
     "dead_letter_queue",
-    "headers_on_the_wire",
+    "restore_delayed",
 ]
 
 
@@ -34,6 +33,7 @@ _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 _NOT_ENCODED = frozenset(("utf-8", "utf8", "utf_8", "us-ascii", "ascii", "identity"))
 """The property is for compression, but many clients write the charset there."""
+_DEATHS = ("x-death", "x-first-death-", "x-last-death-")
 _COUNTED = "x-delivery-count"
 _ACQUIRED = "x-acquired-count"  # written by 4.3, also where nothing of it has counted
 
@@ -199,10 +199,18 @@ def as_delivered(event: Event, queue: str, tag: int, *, redelivered: bool = Fals
     )
 
 
-def headers_on_the_wire(event: Event) -> dict[str, Any]:
-    """Return all headers of ``event``, outbox's own included (``docs/wire-format.md``)."""
-    headers = {**event.headers, HEADER_FORMAT: FORMAT_VERSION}
-    if event.key is not None:
-        headers[HEADER_KEY] = event.key
-    headers[HEADER_OCCURRED_AT] = round(event.occurred_at.timestamp() * 1e6)
-    return headers
+def restore_delayed(delivery: Delivery) -> None:
+    """Restore the exchange of a message that was delayed, and remove the headers of the delay.
+
+    These are outbox's, and the broker's record of the ladder's queues as dead-lettering queues. The
+    message isn't a dead letter, and a broker that gets the record back may act on it (RabbitMQ 4.0
+    release notes, x-death).
+    """
+    headers: Mapping[str, Any] | None = delivery.headers
+    if headers and isinstance(exchange := headers.get(DELAY_EXCHANGE), str):
+        delivery.exchange = exchange
+        delivery.headers = {
+            name: value
+            for name, value in headers.items()
+            if not name.startswith((DELAY_HEADERS, *_DEATHS))
+        }

@@ -18,8 +18,8 @@ from outbox import Publisher
 from outbox.consumers import consumer
 from outbox.consumers.message.copies import dead_letter
 from outbox.consumers.outcome import Ack, Dead
-from outbox.consumers.received_event import ReceivedEvent, decode
 from outbox.messages.delivery import Delivery, QueueSpec
+from outbox.messages.received_event import ReceivedEvent, decode
 from outbox.settings import Settings
 from outbox.testing.recorded_delivery import processed
 from outbox.transports.rabbitmq import pika_connection

@@ -19,8 +19,8 @@ from outbox import Event, Publisher, enqueue_event, publish
 from outbox.consumers import consumer
 from outbox.consumers.message.copies import dead_letter
 from outbox.consumers.outcome import Ack, Dead, Outcome, Reject, Return
-from outbox.consumers.received_event import ReceivedEvent, Undecodable, decode
 from outbox.messages.delivery import Delivery, as_delivered
+from outbox.messages.received_event import ReceivedEvent, Undecodable, decode
 from outbox.testing.recorded_delivery import processed
 from outbox.transports.rabbitmq.amqp.encoder import Encoder
 

@@ -63,7 +63,7 @@ ROOMS = (
     "errors exit_codes",
     "system",
     "telemetry.histogram telemetry.sources telemetry.table",
-    "event header_values ids serializer credentials settings url report",
+    "event header_values ids serializer credentials settings url report messages.headers",
     "messages",
     "backlog telemetry.tracing",
     "storage",
@@ -176,6 +176,7 @@ def test_no_public_name_hides_a_module(package: ModuleType) -> None:
 def test_a_driver_is_imported_only_in_its_own_room(module: str) -> None:
     homes = {
         "pika": ("outbox.transports.rabbitmq", "outbox.doctor.broker_probe"),
+        "aio_pika": ("outbox.tap", "outbox.event"),
         "sqlalchemy": (
             "outbox.storage",
             "outbox.sql",

@@ -12,10 +12,10 @@ from cloudevents.core.bindings import amqp, rabbitmq
 from cloudevents.core.v1.event import CloudEvent
 
 from outbox import Event, EventCollector, InvalidEvent, Publisher, UsageError, enqueue_event
-from outbox.consumers.received_event import ReceivedEvent, Undecodable, decode
-from outbox.event import Headers
-from outbox.messages.delivery import Delivery, as_delivered, headers_on_the_wire
+from outbox.event import Headers, headers_on_the_wire
+from outbox.messages.delivery import Delivery, as_delivered
 from outbox.messages.message_copy import copy_of, senders_headers
+from outbox.messages.received_event import ReceivedEvent, Undecodable, decode
 from outbox.settings import Settings
 
 SOURCE = "https://shop.example/orders"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox import Event
-from outbox.messages.delivery import as_delivered
+from outbox.messages.delivery import as_delivered, restore_delayed
 from outbox.transports.rabbitmq.delay_ladder import (
     LEVELS,
     LONGEST_DELAY,
@@ -17,7 +17,6 @@ from outbox.transports.rabbitmq.delay_ladder import (
     Part,
     delayed,
     levels_of,
-    restore_delayed,
     seconds_left,
     steps_of,
     way_of,

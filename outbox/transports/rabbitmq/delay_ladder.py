@@ -21,12 +21,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from outbox.event import Event
 from outbox.messages.dead_letters import PARKING_QUEUE
-from outbox.messages.delivery import Delivery
 from outbox.messages.headers import DELAY_EXCHANGE, DELAY_HEADERS
 from outbox.settings import Declare
 from outbox.transports.rabbitmq import topology
@@ -42,7 +41,6 @@ __all__ = [
     "delayed",
     "level",
     "levels_of",
-    "restore_delayed",
     "seconds_left",
     "steps_of",
     "way_of",
@@ -69,7 +67,6 @@ SINK = f"{PREFIX}sink"
 """Gets a copy of each event due for an exchange, and drops it. See decision 6."""
 
 _SECOND = datetime.timedelta(seconds=1)
-_RECORD = ("x-death", "x-first-death-", "x-last-death-")
 
 _FRESH = 60.0  # seconds
 _DESTINATIONS = 10_000
@@ -108,23 +105,6 @@ def delayed(event: Event, seconds: int) -> Event:
             DELAY_EXCHANGE: event.exchange,
         },
     )
-
-
-def restore_delayed(delivery: Delivery) -> None:
-    """Restore the exchange of a message that was delayed, and remove the headers of the delay.
-
-    These are outbox's, and the broker's record of the ladder's queues as dead-lettering queues. The
-    message isn't a dead letter, and a broker that gets the record back may act on it (RabbitMQ 4.0
-    release notes, x-death).
-    """
-    headers: Mapping[str, Any] | None = delivery.headers
-    if headers and isinstance(exchange := headers.get(DELAY_EXCHANGE), str):
-        delivery.exchange = exchange
-        delivery.headers = {
-            name: value
-            for name, value in headers.items()
-            if not name.startswith((DELAY_HEADERS, *_RECORD))
-        }
 
 
 class Part(NamedTuple):

@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 
 from outbox.errors import BrokerError, ConnectionLost
 from outbox.messages.dead_letters import restore_origin
-from outbox.messages.delivery import Delivery, QueueSpec
+from outbox.messages.delivery import Delivery, QueueSpec, restore_delayed
 from outbox.messages.headers import DELAY_EXCHANGE
 from outbox.settings import Settings
 from outbox.transports.rabbitmq import pika_connection, topology
 from outbox.transports.rabbitmq.consuming.acks import Done
 from outbox.transports.rabbitmq.consuming.queue_consumer import QueueConsumer
-from outbox.transports.rabbitmq.delay_ladder import restore_delayed
 from outbox.transports.rabbitmq.link import Link
 from outbox.transports.rabbitmq.parameters import connection_parameters
 from outbox.transports.rabbitmq.pika_errors import was_ended_for_an_error

@@ -11,14 +11,13 @@ from typing import Any, Self
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, or_, select
 
 from outbox.errors import UsageError
-from outbox.event import Event
+from outbox.event import Event, headers_on_the_wire
 from outbox.messages.dead_letters import (
     fields_of,
     is_kept_on_replay,
     origin_headers,
     replay_headers,
 )
-from outbox.messages.delivery import headers_on_the_wire
 from outbox.messages.headers import TRACEPARENT
 from outbox.messages.parked_message import ParkedMessage, ReplayResult
 from outbox.messages.rows import event_of

@@ -1,4 +1,4 @@
-"""The event that a consumer gets, decoded from a delivery."""
+"""The event that a consumer gets, decoded from a delivery or from a message of aio-pika."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from outbox import Event
+from outbox.event import Event
 from outbox.messages.cloud_events import (
     NotACloudEvent,
     attributes_of,
     is_structured,
     structured,
 )
-from outbox.messages.delivery import Delivery
-from outbox.messages.headers import HEADER_KEY, is_brokers_own
+from outbox.messages.dead_letters import restore_origin
+from outbox.messages.delivery import Delivery, restore_delayed
+from outbox.messages.headers import DELAY_EXCHANGE, HEADER_KEY, is_brokers_own
 from outbox.serializer import JSONSerializer, serializer_for
 
 __all__ = ["ReceivedEvent", "Undecodable", "decode"]
@@ -23,7 +24,7 @@ __all__ = ["ReceivedEvent", "Undecodable", "decode"]
 _RESERVED = "outbox-"
 
 
-class Undecodable(Exception):
+class Undecodable(ValueError):
     """A message that cannot be decoded for a consumer; the text says why."""
 
 
@@ -54,8 +55,16 @@ class ReceivedEvent(Event):
 
         Of a CloudEvent that is the body as a whole, it is the data: bytes if that is in base64 and
         no serializer is registered for its content type.
+
+        Raises:
+            ValueError: it can't be decoded. Only an event that is made from a message of another
+                client raises it; a consumer gets none whose payload can't be decoded.
         """
-        return self._payload
+        payload = self._payload
+        if type(payload) is _Encoded:
+            payload = decode(payload.delivery).payload
+            object.__setattr__(self, "_payload", payload)
+        return payload
 
     @property
     def cloudevent(self) -> Mapping[str, Any] | None:
@@ -66,20 +75,77 @@ class ReceivedEvent(Event):
         """
         return attributes_of(self.headers, self.content_type, self.body)
 
+    @staticmethod
+    def from_aio_pika(message: Any, *, queue: str = "") -> ReceivedEvent:
+        """Return a message of aio-pika as a consumer would get it. Nothing is settled.
 
-def decode(delivery: Delivery) -> ReceivedEvent:
+        For programs that keep their own loops over aio-pika. The payload is decoded at the first
+        access to it, so that this raises nothing for a message with other content.
+
+        Args:
+            message: an ``aio_pika.abc.AbstractIncomingMessage``, from a consumer, an iterator or
+                ``get()``. aio-pika doesn't distinguish a priority of 0 from none: both are None
+                here.
+            queue: the queue it was consumed from, which the message doesn't name.
+        """
+        timestamp = message.timestamp
+        try:
+            headers = _with_bytes(message.headers)
+        except RecursionError:  # a consumer would dead-letter it
+            headers = None
+        delivery = Delivery(
+            queue=queue,
+            tag=message.delivery_tag or 0,
+            generation=0,
+            redelivered=bool(message.redelivered),
+            exchange=message.exchange or "",
+            target=message.routing_key or "",
+            body=message.body,
+            content_type=message.content_type,
+            content_encoding=message.content_encoding,
+            headers=headers or None,
+            message_id=message.message_id,
+            priority=message.priority or None,
+            timestamp=None if timestamp is None else int(timestamp.timestamp()),
+        )
+        if delivery.headers and DELAY_EXCHANGE in delivery.headers:
+            restore_delayed(delivery)
+        if not delivery.exchange:
+            restore_origin(delivery)
+        try:
+            return decode(delivery, lazily=True)
+        except Undecodable:  # as above
+            delivery.headers = None
+            return decode(delivery, lazily=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A payload that is decoded when it is needed."""
+
+    delivery: Delivery
+
+
+def decode(delivery: Delivery, *, lazily: bool = False) -> ReceivedEvent:
     """Return ``delivery`` as an event. Nothing in it is imported or executed.
 
     A message without a content type is decoded as JSON.
+
+    Args:
+        delivery: the message.
+        lazily: whether to leave its payload until the first access, which raises what this would.
 
     Raises:
         Undecodable: the message is compressed, no serializer is registered for its content type,
             the body is not valid for it, or the headers are nested too deeply.
     """
     content_type = delivery.content_type or JSONSerializer.content_type
-    if delivery.content_encoding and delivery.is_encoded:
+    payload: Any
+    if lazily:
+        payload = _Encoded(delivery)
+    elif delivery.content_encoding and delivery.is_encoded:
         raise Undecodable(f"its content encoding {delivery.content_encoding!r} is not supported")
-    if content_type != JSONSerializer.content_type and is_structured(content_type):
+    elif content_type != JSONSerializer.content_type and is_structured(content_type):
         payload = _data_of(delivery, content_type)
     else:
         serializer = serializer_for(content_type)
@@ -137,6 +203,18 @@ def _plain(value: Any) -> Any:
             return [_plain(item) for item in value]
         case dict():
             return {name: _plain(item) for name, item in value.items()}
+    return value
+
+
+def _with_bytes(value: Any) -> Any:
+    """Return headers that pamqp has decoded with bytes instead of bytearrays, as pika has them."""
+    match value:
+        case bytearray():
+            return bytes(value)
+        case list():
+            return [_with_bytes(item) for item in value]
+        case dict():
+            return {name: _with_bytes(item) for name, item in value.items()}
     return value
 
 

@@ -45,6 +45,7 @@ PUBLIC = {
     "outbox.middleware.wsgi",
     "outbox.serializer",
     "outbox.sql",
+    "outbox.tap",
     "outbox.telemetry",
     "outbox.telemetry.wsgi",
     "outbox.testing",

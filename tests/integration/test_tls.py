@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from outbox import ConnectFailed, Event, Publisher, UsageError
 from outbox.doctor.examination import examine
 from outbox.doctor.examined import SetUp
+from outbox.tap import Tap
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.servers import free_ports
 
@@ -140,6 +142,14 @@ def test_a_clients_certificate_is_enough_to_log_in(
         assert publisher.publish([event]).ignored == (event,)
         connected = tls_broker.ctl("list_connections", "user", "auth_mechanism", "--silent")
         assert connected.split() == [USER, "EXTERNAL"]
+
+    async def tap() -> str:
+        async with Tap(url=f"{address}?{files}&auth=external"):
+            return await asyncio.to_thread(
+                tls_broker.ctl, "list_connections", "user", "auth_mechanism", "--silent"
+            )
+
+    assert asyncio.run(tap()).split() == [USER, "EXTERNAL"]
 
 
 def test_a_missing_clients_certificate_is_named(tls_broker: TLSBroker, certificates: Path) -> None:

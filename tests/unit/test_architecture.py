@@ -20,6 +20,7 @@ import pytest
 import outbox
 import outbox.consumers
 import outbox.sql
+import outbox.tap
 import outbox.testing
 from outbox import errors
 
@@ -74,6 +75,7 @@ ROOMS = (
     "transports.rabbitmq",
     "transports.sqlite",
     "observer publisher configuration sinks surroundings",
+    "tap",
     "sql",
     "unit_of_work",
     "__init__",
@@ -164,7 +166,7 @@ def test_only_the_doors_of_the_transports_share_module_names() -> None:
 
 @pytest.mark.parametrize(
     "package",
-    [outbox, outbox.consumers, outbox.sql, outbox.testing],
+    [outbox, outbox.consumers, outbox.sql, outbox.tap, outbox.testing],
     ids=lambda package: package.__name__,
 )
 def test_no_public_name_hides_a_module(package: ModuleType) -> None:
@@ -175,7 +177,7 @@ def test_no_public_name_hides_a_module(package: ModuleType) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_a_driver_is_imported_only_in_its_own_room(module: str) -> None:
     homes = {
-        "pika": ("outbox.transports.rabbitmq", "outbox.doctor.broker_probe"),
+        "pika": ("outbox.transports.rabbitmq", "outbox.tap", "outbox.doctor.broker_probe"),
         "aio_pika": ("outbox.tap", "outbox.event"),
         "sqlalchemy": (
             "outbox.storage",
@@ -234,7 +236,7 @@ def test_every_module_says_what_it_is_for(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "package", [outbox, outbox.consumers, outbox.testing], ids=lambda one: one.__name__
+    "package", [outbox, outbox.consumers, outbox.tap, outbox.testing], ids=lambda one: one.__name__
 )
 def test_every_exported_name_exists_and_has_a_docstring(package: object) -> None:
     names = package.__all__  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from outbox.commands import (
     relay_command,
     sql_command,
     stored_command,
+    tail_command,
     workers_command,
 )
 from outbox.commands.application import Application
@@ -38,6 +39,7 @@ _SUB_COMMANDS = (
     stored_command,
     sql_command,
     parked_command,
+    tail_command,
     doctor_command,
     init_command,
 )
@@ -98,7 +100,8 @@ def code_of(error: OutboxError) -> int:
 def _parser(application: Application) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=application.prog,
-        description="Publish stored events, manage parked ones, and examine or begin set-ups.",
+        description="Publish stored events, manage parked ones, watch what passes by, and examine "
+        "or begin set-ups.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -8,7 +8,15 @@ import datetime
 from outbox.commands.application import Application
 from outbox.system.version import installed_version
 
-__all__ = ["DATABASE_VARIABLE", "Version", "age", "broker_option", "database_option", "positive"]
+__all__ = [
+    "DATABASE_VARIABLE",
+    "Version",
+    "age",
+    "broker_option",
+    "database_option",
+    "not_negative",
+    "positive",
+]
 
 DATABASE_VARIABLE = "OUTBOX_DATABASE_URL"
 
@@ -61,6 +69,13 @@ def positive(text: str) -> int:
     """Parse a positive integer; for ``type=`` of an argument."""
     if not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"invalid positive integer: {text!r}")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """Parse an integer that is 0 or more; for ``type=`` of an argument."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"invalid integer from 0 on: {text!r}")
     return int(text)
 
 

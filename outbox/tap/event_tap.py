@@ -8,7 +8,7 @@ from typing import Self
 import aio_pika
 
 from outbox.configuration import configured_publisher, overriding_url, provided_publisher
-from outbox.errors import NotConfigured, UsageError
+from outbox.errors import UsageError
 from outbox.header_values import check_name
 from outbox.messages.received_event import ReceivedEvent
 from outbox.settings import Settings
@@ -34,6 +34,9 @@ class Tap:
     As a context manager it is connected when the block begins, and closed at its end. Without one
     it connects at the first step of ``async for``, and is closed when that ends. For one event
     loop, and one reader at a time.
+
+    Attributes:
+        settings: the settings, of which those of connections and the exchange are used.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Tap:
         url: str | None = None,
         exchange: str | Iterable[str] | None = None,
         on_gap: Callable[[str], object] = lambda text: None,
+        settings: Settings | None = None,
     ) -> None:
         """Make a tap that isn't connected yet.
 
@@ -55,17 +59,18 @@ class Tap:
                 another than ``create``. The default exchange ``""`` can't be tapped.
             on_gap: called with a sentence when events may be missing, or are: when the connection
                 is lost, when it is back, when events were dropped.
+            settings: the settings to use instead of those, such as ``publisher.settings``.
 
         Raises:
             NotConfigured: there is no URL.
             UsageError: the URL isn't that of a RabbitMQ, or a pattern or exchange can't be used.
         """
-        self._settings = _settings(url)
-        own = self._settings.exchange
+        self.settings = settings = settings or _settings(url)
+        own = settings.exchange
         exchanges = [own] if exchange is None else _listed(exchange)
         _check(patterns, exchanges)
         self._queue = TappedQueue(
-            self._settings,
+            settings,
             [(each, pattern) for each in exchanges for pattern in patterns or ("#",)],
             declared={own: aio_pika.ExchangeType.TOPIC} if own in exchanges else {},
             on_gap=on_gap,
@@ -126,10 +131,7 @@ def _settings(url: str | None) -> Settings:
         publisher = provided_publisher() or configured_publisher()
         if publisher is not None:
             return publisher.settings
-    settings = Settings.load(url or overriding_url(), {})
-    if settings.url is None:
-        raise NotConfigured
-    return settings
+    return Settings.load(url or overriding_url(), {})
 
 
 def _listed(exchange: str | Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ import aio_pika.abc
 import aio_pika.exceptions
 import pika
 
-from outbox.errors import BrokerError, ConnectFailed, UsageError
+from outbox.errors import BrokerError, ConnectFailed, NotConfigured, UsageError
 from outbox.settings import Settings
 from outbox.system.backoff import backoff
 from outbox.transports.rabbitmq.parameters import connection_parameters
@@ -50,9 +50,12 @@ def on_rabbitmq(settings: Settings) -> BrokerURL:
     """Return the URL of ``settings``.
 
     Raises:
+        NotConfigured: there is none.
         UsageError: it isn't that of a RabbitMQ.
     """
-    url = BrokerURL.parse(settings.url or "")
+    if settings.url is None:
+        raise NotConfigured
+    url = BrokerURL.parse(settings.url)
     if url.scheme not in ("amqp", "amqps"):
         raise UsageError(
             f"a tap watches the exchanges of a RabbitMQ, and {url.scheme}:// has none; use amqp:// "
@@ -86,7 +89,7 @@ class TappedQueue:
             on_gap: called with a sentence when messages may be missing, or are.
 
         Raises:
-            UsageError: the URL isn't that of a RabbitMQ.
+            UsageError: there is no URL, or it isn't that of a RabbitMQ.
         """
         self._hosts = connection_parameters(on_rabbitmq(settings), settings, "tap")
         self._bindings = bindings

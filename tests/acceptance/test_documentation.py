@@ -424,6 +424,7 @@ def test_the_documented_options_of_the_commands_exist() -> None:
         ["outbox", "sql", "ddl"],
         ["outbox", "doctor"],
         ["outbox", "init"],
+        ["outbox", "tail"],
         ["proving"],
         ["examples.demo"],
         ["flask"],

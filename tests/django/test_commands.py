@@ -103,6 +103,7 @@ class TestInThisProcess:
             (["retry"], "select events with --id, --reason, --target, or --all"),
             (["relay", "--once"], r"set OUTBOX\['URL'\] in the settings, or OUTBOX_URL"),
             (["parked", "list"], r"set OUTBOX\['URL'\] in the settings, or OUTBOX_URL"),
+            (["tail"], r"set OUTBOX\['URL'\] in the settings, or OUTBOX_URL"),
         ],
     )
     def test_an_error_is_one_line_with_the_exit_code(

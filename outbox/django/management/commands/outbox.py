@@ -27,6 +27,7 @@ commands:
   sql       check the tables, or print their DDL
   doctor    find out what is wrong with the project's set-up
   init      write a first consumer, its test, and a unit file
+  tail      show the events that pass through the broker
 
 'manage.py outbox COMMAND --help' shows more. The broker is OUTBOX["URL"] of the settings, or else
 OUTBOX_URL; the database is the alias OUTBOX["STORE"], unless --database names another one.

@@ -402,6 +402,14 @@ class Publisher:
         else:
             self._half_full = False
 
+    def announce(self, body: bytes) -> None:
+        """Announce this process with ``body``, at most 4 KiB, over the connection that exists.
+
+        Returns at once. It is dropped while that connection can't publish, and by transports that
+        nobody listens to. Thread-safe.
+        """
+        self._own_transport().announce(body)
+
     def note_cleared(self, events: Sequence[Event]) -> None:
         """Count dropped events, and call the hook ``on_cleared``."""
         count = len(events)

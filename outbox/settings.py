@@ -28,6 +28,7 @@ MIB = 1024 * 1024
 Declare = Literal["create", "passive", "never"]
 AfterCommit = Literal["publish", "notify", "nothing"]
 Envelope = Literal["outbox", "cloudevents", "cloudevents-amqp"]
+Presence = Literal["on", "off"]
 EventsHook = Callable[[tuple[Event, ...]], object]
 RejectionHook = Callable[[Event, str], object]
 ConfirmedHook = Callable[[int, float], object]
@@ -71,6 +72,7 @@ class SettingOverrides(TypedDict, total=False):
     credentials: CredentialsProvider | None
     app_id: str
     connection_name: str
+    presence: Presence
     serializer: Serializer
     headers: HeadersSource | Sequence[HeadersSource] | None
     on_kept: EventsHook | None
@@ -127,6 +129,8 @@ class Settings:
             ``shop`` for ``python shop.py`` and ``python -m shop``, ``gunicorn`` for every
             application under gunicorn; empty at a prompt and for ``python -c``.
         connection_name: the connection's name in the broker's management UI.
+        presence: whether worker and relay processes announce themselves on the broker (``on``,
+            ``off``).
         serializer: the serializer of payloads.
         headers: called without arguments for each event that is enqueued, in the caller's thread
             and context; what it returns, a mapping or None, is added to the event's headers. Given
@@ -163,6 +167,7 @@ class Settings:
     credentials: CredentialsProvider | None = None
     app_id: str = ""
     connection_name: str = "outbox"
+    presence: Presence = "on"
     serializer: Serializer = JSONSerializer()  # noqa: RUF009  it is stateless
     headers: tuple[HeadersSource, ...] = ()
     on_kept: EventsHook | None = None
@@ -234,6 +239,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "declare": get_args(Declare),
     "after_commit": get_args(AfterCommit),
     "envelope": get_args(Envelope),
+    "presence": get_args(Presence),
 }
 
 

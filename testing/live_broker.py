@@ -398,6 +398,9 @@ class _LiveTransport:
     def start_now(self) -> None:
         self._inner.start_now()
 
+    def announce(self, body: bytes) -> None:
+        self._inner.announce(body)
+
     def prepare(self, events: Sequence[Event], *, keep: bool) -> Chunk:
         return self._inner.prepare(events, keep=keep)
 

@@ -36,6 +36,8 @@ class SlowTransport:
 
     def start_now(self) -> None: ...
 
+    def announce(self, body: bytes) -> None: ...
+
     def prepare(self, events: Any, *, keep: bool) -> Chunk:
         chunk = Chunk(events, keep=keep)
         chunk.holder = self

@@ -8,6 +8,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 from outbox import NotConfigured, OutboxError, exit_codes
 from outbox.configuration import default_publisher, override_url
@@ -20,6 +22,7 @@ from outbox.consumers.hooks import HookFailed
 from outbox.consumers.isolation.process_pool import Orders, ProcessPool
 from outbox.consumers.losses.begun_table import BegunTable
 from outbox.consumers.worker.worker import Worker
+from outbox.presence import announced
 from outbox.system import signals
 from outbox.system.resident_memory import resident_bytes
 from outbox.system.signals import Stop
@@ -89,6 +92,7 @@ def run(
         with contextlib.ExitStack() as beside:
             if framework is not None:
                 beside.enter_context(framework.beside(options, publisher))
+            beside.enter_context(_announced(options, worker, stop))
             worker.start()
             try:
                 on_start(worker, recycling)
@@ -188,6 +192,31 @@ def _log_start(worker: Worker) -> None:
         worker.concurrency,
         worker.prefetch,
     )
+
+
+def _announced(
+    options: argparse.Namespace, worker: Worker, stop: Stop
+) -> AbstractContextManager[None]:
+    """Return the block in which the process is announced."""
+
+    def phase() -> str:
+        if stop.asked:
+            return "stopping"
+        if worker.is_stopping:
+            return "leaving"
+        return "ready" if worker.is_consuming else "starting"
+
+    def describe() -> dict[str, Any]:
+        return {
+            "queues": list(worker.consumers),
+            "threads": worker.threads,
+            "concurrency": worker.concurrency,
+            "in_flight": len(worker.running()),
+            "late": worker.late,
+        }
+
+    own_id = getattr(options, "id", None)
+    return announced(worker.publisher, "worker", id=own_id, phase=phase, describe=describe)
 
 
 def _described(consumer: Consumer) -> str:

@@ -194,6 +194,11 @@ class Worker:
         """Whether a retired worker processes no message any more, except in late handlers."""
         return all(engine.is_idle for engine in self._engines())
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the worker begins no more messages, because it was retired or stopped."""
+        return self._stopping.is_set()
+
     def running(self) -> list[Delivery]:
         """Return the deliveries of the messages that have begun and not ended, held or not."""
         return [delivery for engine in self._engines() for delivery in engine.in_flight.running()]

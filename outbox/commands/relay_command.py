@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ from outbox.commands.database_access import (
 )
 from outbox.commands.options import DATABASE_VARIABLE, broker_option, database_option, positive
 from outbox.errors import UsageError
+from outbox.presence import announced
 from outbox.publisher import Publisher
 from outbox.service.faces import add_face_options, faces_of
 from outbox.service.health.policy import Policy
@@ -208,9 +210,24 @@ def _relay(
         )
         if options.once:
             return _publish_once(relay, signals, options.shutdown_timeout)
-        return _serve(relay, signals, options.shutdown_timeout, supervised)
+        with _announced(options, relay, signals):
+            return _serve(relay, signals, options.shutdown_timeout, supervised)
     finally:
         publisher.close(0)  # the relay has released the unconfirmed events
+
+
+def _announced(
+    options: argparse.Namespace, relay: Relay, signals: Signals
+) -> AbstractContextManager[None]:
+    """Return the block in which the process is announced."""
+
+    def phase() -> str:
+        if signals.asked:
+            return "stopping"
+        return "leaving" if signals.leaving else "quiet" if signals.quiet else "ready"
+
+    own_id = getattr(options, "id", None)
+    return announced(relay.publisher, "relay", id=own_id, phase=phase, describe=dict)
 
 
 def _serve(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Self
 
-import aio_pika
-
 from outbox.configuration import configured_publisher, overriding_url, provided_publisher
 from outbox.errors import UsageError
 from outbox.header_values import check_name
@@ -72,7 +70,7 @@ class Tap:
         self._queue = TappedQueue(
             settings,
             [(each, pattern) for each in exchanges for pattern in patterns or ("#",)],
-            declared={own: aio_pika.ExchangeType.TOPIC} if own in exchanges else {},
+            declared={own: "topic"} if own in exchanges else {},
             on_gap=on_gap,
         )
         self._opened = False

@@ -76,7 +76,7 @@ class TappedQueue:
         settings: Settings,
         bindings: Sequence[tuple[str, str]],
         *,
-        declared: Mapping[str, aio_pika.ExchangeType],
+        declared: Mapping[str, str],
         on_gap: Callable[[str], object] = lambda text: None,
     ) -> None:
         """Make a queue that isn't connected yet.

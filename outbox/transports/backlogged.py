@@ -106,6 +106,9 @@ class BackloggedTransport:
                 size += item.size
         return events, size
 
+    def announce(self, body: bytes) -> None:
+        """Do nothing: nobody listens."""
+
     def start(self) -> None:
         """Start connecting on the transport's thread, unless that has been done."""
         raise NotImplementedError

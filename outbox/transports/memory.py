@@ -46,6 +46,9 @@ class MemoryTransport:
     def start_now(self) -> None:
         """Do nothing: there is no thread."""
 
+    def announce(self, body: bytes) -> None:
+        """Do nothing: nobody listens."""
+
     def prepare(self, events: Sequence[Event], *, keep: bool) -> Chunk:
         """Return ``events`` as a chunk."""
         chunk = Chunk(events, keep=keep)

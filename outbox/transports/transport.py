@@ -79,6 +79,10 @@ class Transport(Protocol):
         """Accept ``chunk`` and return at once; the chunk gets the report."""
         ...
 
+    def announce(self, body: bytes) -> None:
+        """Send what this process announces of itself, or do nothing; return at once."""
+        ...
+
     def adopt(self, entries: Sequence[Entry]) -> None:
         """Take over the entries of another transport, and their chunks."""
         ...

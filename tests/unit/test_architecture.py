@@ -76,6 +76,7 @@ ROOMS = (
     "transports.sqlite",
     "observer publisher configuration sinks surroundings",
     "tap",
+    "presence",
     "sql",
     "unit_of_work",
     "__init__",

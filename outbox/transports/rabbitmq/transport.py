@@ -38,6 +38,7 @@ from outbox.transports.rabbitmq.pika_errors import (
     reply_of,
     was_ended_for_an_error,
 )
+from outbox.transports.rabbitmq.presence.announcer import Announcer
 from outbox.url import BrokerURL
 
 __all__ = ["RabbitMQTransport"]
@@ -97,6 +98,7 @@ class RabbitMQTransport(BackloggedTransport):
         self._gate = Gate(self, settings.exchange if creates else "")
         self._parking = Parking(self._encoder, settings)
         self._key_order = KeyOrder()
+        self._announcer = Announcer(settings.declare, lambda: self.connected)
         self._delayer = Delayer(
             self._encoder, settings.declare, self._resend, self._on_no_destination, self._set_aside
         )
@@ -118,6 +120,10 @@ class RabbitMQTransport(BackloggedTransport):
     def start_now(self) -> None:
         """Start the thread without connecting: later, Python may refuse to start one."""
         self._link.start_now(connect=False)
+
+    def announce(self, body: bytes) -> None:
+        """Publish ``body`` for those who listen to processes; drop it while that isn't possible."""
+        self._link.call(lambda: self._announce(body))
 
     def _encode(self, event: Event) -> bytes:
         return self._encoder.encode(event)
@@ -148,6 +154,7 @@ class RabbitMQTransport(BackloggedTransport):
         self._connection_serves = False
         self._connection = self._channel = None
         self._blocked = False
+        self._announcer.closed()
         self._watched_since = None
         self._written = self._taken = 0
         in_flight, for_an_error = self._confirms.clear(), was_ended_for_an_error(error)
@@ -523,6 +530,10 @@ class RabbitMQTransport(BackloggedTransport):
     ) -> ConnectionApart:
         """Open another connection."""
         return self._link.connect_apart(opened, ended)
+
+    def _announce(self, body: bytes) -> None:
+        if self._connection is not None:
+            self._announcer.announce(self._connection, body)
 
     # ------------------------------------------------------------------------- a blocking broker
 

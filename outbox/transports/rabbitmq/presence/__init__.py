@@ -1,0 +1,1 @@
+"""What a process announces of itself over a connection that publishes."""

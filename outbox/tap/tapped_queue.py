@@ -21,6 +21,7 @@ import aio_pika.abc
 import aio_pika.exceptions
 import pika
 
+from outbox.credentials import Credentials, CredentialsProvider, credentials_of
 from outbox.errors import BrokerError, ConnectFailed, NotConfigured, UsageError
 from outbox.settings import Settings
 from outbox.system.backoff import backoff
@@ -94,6 +95,7 @@ class TappedQueue:
         self._hosts = connection_parameters(on_rabbitmq(settings), settings, "tap")
         self._bindings = bindings
         self._declared = declared if settings.declare == "create" else {}
+        self._credentials = settings.credentials
         self._timeout = settings.connect_timeout
         self._on_gap = on_gap
         self._connection: aio_pika.abc.AbstractConnection | None = None
@@ -176,10 +178,17 @@ class TappedQueue:
 
     async def _connect(self, host: pika.ConnectionParameters) -> None:
         address = f"{host.host}:{host.port}"
+        arguments = _arguments(host)
+        if self._credentials is not None:
+            given = await asyncio.to_thread(_asked, self._credentials)
+            if isinstance(given, Exception):
+                reason = f"no credentials: {type(given).__qualname__}: {given}"
+                raise ConnectFailed(f"cannot connect to {address}: {reason}") from given
+            arguments |= {"login": given.user, "password": given.password}
         try:
             # The timeout of connect() isn't enough: aio-pika also waits where it takes none.
             async with asyncio.timeout(self._timeout):
-                connection = await aio_pika.connect(**_arguments(host), timeout=self._timeout)
+                connection = await aio_pika.connect(**arguments, timeout=self._timeout)
         except aio_pika.exceptions.InvalidFrameError as error:
             reason = "the broker refuses the connection; check the vhost, and the user's access"
             raise ConnectFailed(f"cannot connect to {address}: {reason}") from error
@@ -258,6 +267,14 @@ class TappedQueue:
     def _report(self, text: str) -> None:
         logger.warning("%s", text)
         self._on_gap(text)
+
+
+def _asked(provider: CredentialsProvider) -> Credentials | Exception:
+    # An exception is returned, since a StopIteration could not be raised from a thread's future.
+    try:
+        return credentials_of(provider)
+    except Exception as error:
+        return error
 
 
 def _arguments(host: pika.ConnectionParameters) -> dict[str, Any]:

@@ -288,6 +288,27 @@ async def test_each_host_is_tried(amqp_url: str, inspector: Inspector, name: str
         assert [event.payload for event in await taken(aiter(tap), 1)] == [1]
 
 
+@pytest.mark.asyncio
+async def test_each_connection_asks_for_credentials(amqp_url: str) -> None:
+    asked: list[str] = []
+    passwords = iter(["wrong", "guest"])
+    address = amqp_url.rpartition("@")[2].removeprefix("amqp://")
+
+    def credentials() -> tuple[str, str]:
+        asked.append("once")
+        return "guest", next(passwords)
+
+    settings = Settings.load(f"amqp://{address}", {"credentials": credentials})
+    with pytest.raises(ConnectFailed, match="ACCESS_REFUSED"):
+        async with Tap(settings=settings):
+            raise AssertionError
+    async with Tap(settings=settings):
+        assert len(asked) == 2
+    with pytest.raises(ConnectFailed, match="no credentials: StopIteration"):
+        async with Tap(settings=settings):
+            raise AssertionError
+
+
 def test_what_cannot_be_tapped_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for url, text in (("sqlite:///outbox.db", "sqlite:// has none"), ("memory://", "memory://")):
         with pytest.raises(UsageError, match=text):

@@ -192,6 +192,11 @@ def test_a_service_is_started_shown_replaced_and_stopped(machine: Machine) -> No
 
     machine.publish()
     wait_until(lambda: len(machine.notes()) == 4, 20)
+    assert machine.run("dump").stdout.startswith("1: asked to write its stacks")
+    log = machine.pids / "outbox-1.log"
+    wait_until(lambda: "Thread 0x" in log.read_text(), 20)
+    assert machine.run("quiet").stdout.startswith("1: asked to begin nothing more")
+    wait_until(lambda: "1: quiet (" in machine.run("status").stdout, 20)
     stopped = machine.run("stop")
     assert (stopped.returncode, stopped.stdout) == (0, f"1: stopped (process {second})\n")
     assert sorted(path.name for path in machine.pids.iterdir()) == ["outbox-1.log"]
@@ -270,6 +275,7 @@ def test_restart_runs_the_code_that_a_link_leads_to_now(machine: Machine) -> Non
     releases[0].rmdir()
     restarted = machine.run("restart", cwd=Path("/"))
     assert restarted.returncode == 0, restarted.stderr
+    wait_until(lambda: len(listed(machine.pids)) == 1, 20)  # the old one has left
     machine.publish()
     notes = machine.folder.parent / "notes"
     wait_until(lambda: notes.exists() and "ended" in notes.read_text(), 20)

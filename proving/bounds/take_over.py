@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,8 @@ class Outcome:
         lost: those that were sent and have not ended.
         twice: those that have ended more than once.
         interrupted: those that have begun more often than they have ended.
-        pause: the longest time between two ends while messages arrived, in seconds.
+        pause: the longest time in which none ended although one waited, in seconds; the long one
+            doesn't count.
         take_over: the seconds of each take-over, from the start of the successor.
         failed: what else went wrong.
     """
@@ -192,7 +193,7 @@ class _Load:
     """Messages that arrive all the time, on a thread."""
 
     def __init__(self, url: str, rng: random.Random) -> None:
-        self.sent: list[str] = []
+        self.sent: dict[str, float] = {}
         self._publisher = Publisher(url, unroutable="fail")
         self._rng = rng
         self._ended = threading.Event()
@@ -207,7 +208,7 @@ class _Load:
             if time.monotonic() > end:
                 raise TimeoutError("cannot publish")
             time.sleep(0.1)
-        self.sent.append(event.id)
+        self.sent[event.id] = time.monotonic()
 
     def start(self) -> None:
         self._thread.start()
@@ -308,7 +309,7 @@ def _read(folder: Path) -> list[tuple[str, str, int, float]]:
     return entries
 
 
-def _wait_for_ends(folder: Path, sent: Sequence[str], patience: float) -> None:
+def _wait_for_ends(folder: Path, sent: Mapping[str, float], patience: float) -> None:
     end = time.monotonic() + patience
     while time.monotonic() < end:
         if {id for word, id, _, _ in _read(folder) if word == "end"} >= set(sent):
@@ -319,7 +320,7 @@ def _wait_for_ends(folder: Path, sent: Sequence[str], patience: float) -> None:
 def _judge(
     outcome: Outcome,
     entries: Sequence[tuple[str, str, int, float]],
-    sent: Sequence[str],
+    sent: Mapping[str, float],
     began: float,
     ended: float,
 ) -> None:
@@ -329,9 +330,15 @@ def _judge(
     outcome.lost = sum(not ends[id] for id in sent)
     outcome.twice = sum(count > 1 for count in ends.values())
     outcome.interrupted = sum(begins[id] > ends[id] for id in begins)
-    moments = sorted(at for word, _, _, at in entries if word == "end" and began <= at <= ended)
-    moments = [began, *moments, ended]
-    outcome.pause = max(b - a for a, b in itertools.pairwise(moments))
+    long = next(iter(sent))
+    ended_at = sorted((at, id) for word, id, _, at in entries if word == "end" and id != long)
+    oldest = float("inf")  # when the message was sent that waits the longest, of those not ended
+    pauses = []
+    for (before, _), (after, id) in reversed([*itertools.pairwise(ended_at)]):
+        oldest = min(oldest, sent[id])
+        if began <= before <= ended:
+            pauses.append(after - max(before, oldest))
+    outcome.pause = max(pauses, default=0.0)
 
 
 @contextlib.contextmanager

@@ -18,17 +18,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outbox import exit_codes
-from outbox.commands.printing import printable
+from outbox.commands.options import broker_option
+from outbox.commands.printing import json_line, printable
 from outbox.errors import UsageError
 from outbox.service.identity import background
 from outbox.service.identity.folder import default_folder, open_folder
 from outbox.service.identity.identity_options import START_TIMEOUT, folder_option, seconds, valid_id
 from outbox.service.identity.listing import Listed, Signalled, listed
 from outbox.service.identity.status_file import Status, WorkerStatus
+from outbox.settings import Settings
 from outbox.system.signals import BURST
+
+if TYPE_CHECKING:
+    from outbox.presence import Announcement
 
 __all__ = ["add_parser", "service_command"]
 
@@ -42,6 +47,8 @@ examples:
       stop it, and wait for its end; without --id: all services of the folder
   outbox workers status
       show which run, and what their workers do
+  outbox workers status --all
+      besides, show the processes of all machines that the RabbitMQ hears of
 
 Services that run in the foreground with --id are shown, stopped and taken over as well.
 
@@ -65,8 +72,13 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     actions = workers.add_subparsers(title="actions", metavar="ACTION", required=True)
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], **texts: str) -> Any:
-        action = actions.add_parser(name, parents=[common], **texts)
+    def add(
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        *parents: argparse.ArgumentParser,
+        **texts: str,
+    ) -> Any:
+        action = actions.add_parser(name, parents=[common, *parents], **texts)
         folder_option(action)
         action.set_defaults(run=run)
         return action
@@ -130,11 +142,18 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     status = add(
         "status",
         _status,
+        broker_option(),
         help="show which services run",
         description="Show which services run, and what their workers do.",
     )
     _add_ids(status)
     status.add_argument("--json", action="store_true", help="print one JSON object per process")
+    status.add_argument(
+        "--all",
+        action="store_true",
+        help="besides, listen at the RabbitMQ for 13 seconds, and show the worker and relay "
+        "processes of all machines that announce themselves there",
+    )
 
 
 def _add_ids(parser: argparse.ArgumentParser) -> None:
@@ -350,7 +369,42 @@ def _status(options: argparse.Namespace) -> int:
     ids = {one.id for one in found}
     codes = [_code([one for one in found if one.id == id]) for id in ids]
     codes += [_NOT_RUNNING for _ in missing]
-    return max(codes, default=_NOT_RUNNING)
+    code = max(codes, default=_NOT_RUNNING)
+    if options.all:
+        heard = _hear(options)
+        for announcement in heard:
+            print(_announced_json(announcement) if options.json else _announced(announcement))
+        if code == _NOT_RUNNING and heard and not missing:
+            code = _RUNNING
+    return code
+
+
+def _hear(options: argparse.Namespace) -> list[Announcement]:
+    """Listen for one interval; return what the processes of the wanted ids say of themselves."""
+    # With asyncio and aio-pika, which nothing else here needs.
+    from outbox.presence import listener
+
+    seconds = listener.WHOLE_INTERVAL
+    print(f"listening for {seconds:.0f} s to what is announced", file=sys.stderr)
+    application = options.application
+    settings = Settings.load(options.url or application.url, application.settings)
+    found = listener.listen(seconds, settings=settings)
+    return [one for one in found if not options.id or one.id in options.id]
+
+
+def _announced(one: Announcement) -> str:
+    line = f"{one.host}: {one.kind} {one.id or '-'} (process {one.pid}): {one.phase}"
+    line += f" for {_time(one.age)}, {one.in_flight} in flight"
+    if one.queues:
+        more = f" and {one.more_queues} more" if one.more_queues else ""
+        line += f"; {', '.join(one.queues)}{more}"
+    if one.error:
+        line += f"; last error {one.error}, {_time(one.error_age or 0.0)} ago"
+    return printable(line)
+
+
+def _announced_json(one: Announcement) -> str:
+    return json_line({"announced": asdict(one)})
 
 
 def _code(processes: Sequence[Listed]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from outbox import Publisher, UsageError
-from outbox.presence import Announcement, announced, announcing, heard, listen
+from outbox.commands.cli import main
+from outbox.presence import Announcement, announced, announcing, heard, listen, listener
 from outbox.settings import Settings
 from outbox.tap.tapped_queue import TappedQueue
 from outbox.transports.rabbitmq.presence import announcer
@@ -335,3 +337,37 @@ def relay(url: str, database: str, presence: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         outbox_command("relay"), env={**os.environ, **variables}, stderr=subprocess.DEVNULL
     )
+
+
+@pytest.mark.usefixtures("quickly", "exchange")
+def test_the_status_of_all_machines_is_what_they_announce(
+    amqp_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(listener, "WHOLE_INTERVAL", 1.5)
+    monkeypatch.setenv("OUTBOX_PID_DIR", str(tmp_path / "pids"))
+    command = ["workers", "status", "--url", amqp_url, "--all"]
+    with contextlib.ExitStack() as stack:
+        for id in ("mail", "slow"):
+            publisher = connected(stack.enter_context(Publisher(amqp_url)))
+            stack.enter_context(
+                announced(
+                    publisher,
+                    "worker",
+                    id=id,
+                    phase=lambda: "ready",
+                    describe=lambda: {"queues": ["high\x1b", "low"], "in_flight": 2},
+                )
+            )
+        assert main(command) == 0
+        output = capsys.readouterr()
+        assert "no service in" in output.out
+        assert output.err == "listening for 2 s to what is announced\n"
+        for id in ("mail", "slow"):
+            assert f": worker {id} (process {os.getpid()}): ready for " in output.out
+        assert output.out.count("2 in flight; high\\x1b, low\n") == 2
+        assert main([*command, "--id", "mail", "--json"]) == 3  # it isn't here
+        [line] = capsys.readouterr().out.splitlines()
+        assert json.loads(line)["announced"]["id"] == "mail"

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -212,7 +211,7 @@ def test_stop_reaches_those_that_leave_as_well(machine: Machine) -> None:
     second = machine.foreground(*command)
     machine.wait_for_owner(second.pid)
     wait_until(lambda: ": leaving (" in machine.run("status").stdout, 10)
-    stopped = machine.run("stop", "--timeout", "3")
+    stopped = machine.run("stop", "--timeout", "5")
     assert stopped.returncode == exit_codes.UNFINISHED
     assert stopped.stdout == f"1: stopped (process {second.pid})\n"
     assert stopped.stderr == f"1: still stopping (process {first.pid})\n"
@@ -235,12 +234,10 @@ def test_handing_over_has_a_bound_if_it_is_given_one(machine: Machine) -> None:
 
 def test_a_failed_start_shows_the_end_of_the_log_and_its_code(machine: Machine) -> None:
     machine.write("broken", "1 / 0\n")
-    began = time.monotonic()
     started = machine.run(
         "start", "--id", "1", "--start-timeout", "1.5", "--", "outbox-consume", "broken"
     )
     assert started.returncode == exit_codes.NOT_READY, started.stderr
-    assert time.monotonic() - began < 20
     assert "not ready within 2 s; stopping: " in started.stderr  # the end of its log
     assert "its command ended with 6" in started.stderr
     assert listed(machine.pids) == []

@@ -14,6 +14,8 @@ BOUNDS: Sequence[Sequence[str]] = (
     ("proving.bounds.rotation",),
     ("proving.bounds.serializable",),
     ("benchmarks.misaddressed", "--rounds", "1", "--check"),
+    ("proving.bounds.take_over", "--rounds", "8"),
+    ("proving.bounds.take_over", "--rounds", "8", "--kills"),
 )
 """Modules to run, with their arguments; the exit code of each is 0 if its bound is kept."""
 

@@ -27,7 +27,7 @@ from opentelemetry.trace import (
 
 from outbox.backlog.chunk import Chunk, Entry, Fate
 from outbox.errors import BrokerError, UsageError
-from outbox.event import Event, make_event
+from outbox.event import Event, make_event, set_headers
 from outbox.messages.delivery import Delivery
 from outbox.messages.headers import ATTEMPT, DELAYED, REPLAYED_AT, TRACEPARENT
 from outbox.report import PublishReport
@@ -100,9 +100,14 @@ class SpanTracer:
         span = self._created(settings, arguments[4], arguments[5]) if self._create_spans else None
         try:
             carried = self._carried(span or trace.get_current_span())
-            changed = list(arguments)
-            changed[_HEADERS] = {**headers, **carried}
-            event = make_event(*changed)
+            if headers:
+                changed = list(arguments)
+                changed[_HEADERS] = {**headers, **carried}
+                event = make_event(*changed)
+            else:  # the usual case, in which nothing need be checked
+                event = make_event(*arguments)
+                if carried:
+                    set_headers(event, {**carried})
         except Exception as error:
             if span is not None:
                 _fail(span, error)

@@ -173,6 +173,33 @@ def test_frames_equal_those_of_pikas_own_encoder(event: Event, app_id: str) -> N
         assert by_pika.marshal() in Encoder(app_id).encode(event)
 
 
+def test_what_was_encoded_before_changes_nothing() -> None:
+    headers: list[Any] = [
+        {"a": "x", "b": "y"},
+        {"a": "x", "b": "y"},
+        {"a": "x"},
+        {"a": 1, "b": "y"},
+        {"a": True, "b": "y"},
+        {"a": 1, "b": "y"},
+        {"a": "x", "b": "y"},
+    ]
+    events = [
+        Event(id=id, target=target, exchange="e", body=b"{}", headers=table, key=key)
+        for table in headers
+        for key in (None, "k")
+        for target in ("t", "u")
+        for id in ("1", "22")
+    ]
+    encoder = Encoder()
+    for event in [*events, *reversed(events), *(each for each in events for _ in range(2))]:
+        assert encoder.encode(event) == Encoder().encode(event)
+    table = {"a": "x"}
+    event = Event(id="1", target="t", exchange="e", body=b"{}", headers=table)
+    encoder.encode(event)
+    table["a"] = "y"
+    assert encoder.encode(event) == Encoder().encode(event)
+
+
 def test_a_smaller_frame_size_of_the_broker_is_respected() -> None:
     encoder = Encoder(frame_max=4096)
     event = Event(id="1", target="t", exchange="e", body=b"x" * 10_000)

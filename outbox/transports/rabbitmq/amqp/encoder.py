@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from outbox.event import Event
+from outbox.event import Event, Headers
 from outbox.messages.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
 from outbox.transports.rabbitmq.amqp.field_table import encode_entry, short_string
 
@@ -31,12 +31,14 @@ _BASIC_PUBLISH = struct.pack(">HHH", 60, 40, 0)  # class, method, a reserved num
 _MANDATORY = b"\x01"  # and not immediate
 _PERSISTENT = b"\x02"
 _TEMPLATES = 1024
+_ONLY_TEXT = frozenset((str,))  # other equal values may have several encodings: 1 and True
 
 _FRAME_START = struct.Struct(">BHI")
 _frame_start = _FRAME_START.pack
 _unsigned = struct.Struct(">I").pack
 
 _Template = Callable[[int, int, bytes, int, int], bytes]
+_Layout = tuple[str, str, str, int | None, int]
 
 
 def on_channel(number: int, frames: bytes) -> bytes:
@@ -64,7 +66,8 @@ class Encoder:
         self.frame_max = frame_max
         self.limited = False
         self._app_id = short_string(app_id) if app_id else b""
-        self._templates: dict[tuple[str, str, str, int | None, int], _Template] = {}
+        self._templates: dict[_Layout, _Template] = {}
+        self._latest: tuple[_Layout, Headers, _Template, int] | None = None
 
     def limit_frames(self, frame_max: int) -> None:
         """Encode no larger frames than a connection with ``frame_max`` takes, from now on."""
@@ -78,18 +81,12 @@ class Encoder:
         The broker would close the connection because of a larger one.
         """
         event_id = event.id.encode()
+        layout = event.exchange, event.target, event.content_type, event.priority, len(event_id)
         if event.headers or event.key is not None:
-            template, size_of_header = self._template(event, len(event_id))
+            template, size_of_header = self._template_with_headers(layout, event)
             if size_of_header > self.frame_max:
                 return b""
         else:
-            layout = (
-                event.exchange,
-                event.target,
-                event.content_type,
-                event.priority,
-                len(event_id),
-            )
             cached = self._templates.get(layout)
             if cached is None:
                 if len(self._templates) >= _TEMPLATES:  # targets may contain user data
@@ -126,6 +123,22 @@ class Encoder:
             piece = body[start : start + limit]
             pieces += (_frame_start(_BODY, PUBLISH_CHANNEL, len(piece)), piece, _FRAME_END)
         return b"".join(pieces)
+
+    def _template_with_headers(self, layout: _Layout, event: Event) -> tuple[_Template, int]:
+        """Return what :meth:`_template` does; of a request, many events have the same headers."""
+        headers, latest = event.headers, self._latest
+        if (
+            latest is not None
+            and event.key is None
+            and layout == latest[0]
+            and headers == latest[1]
+            and _ONLY_TEXT.issuperset(map(type, headers.values()))
+        ):
+            return latest[2], latest[3]
+        template, size = self._template(event, layout[-1])
+        if event.key is None:
+            self._latest = layout, {**headers}, template, size
+        return template, size
 
     def _template(self, event: Event, id_size: int) -> tuple[_Template, int]:
         """Return a template, and the size of its content header frame in bytes.

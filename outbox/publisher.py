@@ -296,12 +296,14 @@ class Publisher:
         if self._closed or own is None:  # closed, or never used since a fork
             self._closed = True
             return ()
+        latest = time.monotonic() + self.settings.drain_timeout
         if not own.on_own_thread:
             own.drain(self._drain_timeout(timeout))
         self._closed = True
         lost = _close(own)
-        if tracing.seam.tracer is not None and not own.on_own_thread:
-            tracing.seam.tracer.flush(self._drain_timeout(timeout))
+        left = latest - time.monotonic()
+        if tracing.seam.tracer is not None and left > 0 and not own.on_own_thread:
+            tracing.seam.tracer.flush(left)
         return lost
 
     def retire(self, successor: Publisher) -> None:

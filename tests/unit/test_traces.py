@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -565,15 +566,10 @@ def test_what_was_not_sampled_stays_so_and_is_carried_on(place: Place, usual: bo
 
 
 def test_it_is_found_by_its_entry_point() -> None:
-    [entry] = importlib.metadata.entry_points(
-        group="opentelemetry_instrumentor", name="outbox"
-    ) or [
-        importlib.metadata.EntryPoint(
-            "outbox",
-            "outbox.telemetry.opentelemetry:OutboxInstrumentor",
-            "opentelemetry_instrumentor",
-        )
-    ]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    group = "opentelemetry_instrumentor"
+    [(name, value)] = project["entry-points"][group].items()
+    entry = importlib.metadata.EntryPoint(name, value, group)
     instrumentor = entry.load()()
     assert instrumentor.instrumentation_dependencies() == ()
     assert not instrumentor.is_instrumented_by_opentelemetry
@@ -683,4 +679,46 @@ def test_a_publisher_that_is_closed_has_all_spans_exported(place: Place) -> None
     with place.publisher(drain_timeout=2) as publisher:
         publisher.publish(events_for(publisher, ["a"]))
         assert flushed == []
-    assert flushed == [2000]
+    [milliseconds] = flushed
+    assert 0 < milliseconds <= 2000
+
+
+def test_a_forked_child_traces_what_it_publishes(tmp_path: Path) -> None:
+    script = """
+import os, sys
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
+from outbox import auto_publishing, configure, enqueue_event
+from outbox.telemetry import OutboxInstrumentor
+
+provider = TracerProvider(shutdown_on_exit=False)
+exporter = ConsoleSpanExporter(formatter=lambda span: f"{span.name} {os.getpid()}\\n")
+provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=60_000))
+OutboxInstrumentor().instrument(tracer_provider=provider)
+publisher = configure("memory://")
+with auto_publishing():
+    enqueue_event(1, "a", exchange="parent")
+pid = os.fork()
+with auto_publishing():
+    enqueue_event(1, "a", exchange="both")
+publisher.close()
+if pid:
+    os.waitpid(pid, 0)
+    print("child", pid)
+    print("parent", os.getpid())
+else:
+    sys.stdout.flush()
+    os._exit(0)
+"""
+    printed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    lines = printed.stdout.splitlines()
+    child, parent = (line.split()[1] for line in lines[-2:])
+    assert sorted(lines[:-2]) == sorted(
+        [f"send both {child}", f"send both {parent}", f"send parent {parent}"]
+    )

@@ -27,6 +27,7 @@ from outbox.messages.remembered import (
     Identified,
     window_of,
 )
+from outbox.telemetry import tracing
 
 __all__ = ["TransactionInbox", "open_inbox"]
 
@@ -111,7 +112,7 @@ class TransactionInbox:
             "SELECT message_id FROM outbox_inbox WHERE consumer = %s AND done_at < "
             f"{_BEFORE[self.vendor]} ORDER BY done_at LIMIT {FORGOTTEN_AT_ONCE}"
         )
-        with connections[self.alias].cursor() as cursor:
+        with tracing.hidden(), connections[self.alias].cursor() as cursor:
             cursor.execute(old, [consumer, seconds])
             ids = sorted(row[0] for row in cursor.fetchall())
             if ids:
@@ -140,7 +141,7 @@ class _Entry:
         inbox = self._inbox
         inbox.purge_now_and_then(self._key[0], self._window)
         where = "WHERE consumer = %s AND message_id = %s"
-        with connections[inbox.alias].cursor() as cursor:
+        with tracing.hidden(), connections[inbox.alias].cursor() as cursor:
             age = seconds_since("done_at", inbox.vendor)
             cursor.execute(f"SELECT {age} FROM outbox_inbox {where}", self._key)
             row = cursor.fetchone()
@@ -211,7 +212,7 @@ class _Entry:
         self._is_joined = committed  # otherwise the next transaction may take the note
 
     def _insert(self, connection: Any) -> None:
-        with connection.cursor() as cursor:
+        with tracing.hidden(), connection.cursor() as cursor:
             cursor.execute(
                 "INSERT INTO outbox_inbox (consumer, message_id, done_at) VALUES (%s, %s, "
                 f"{NOW[self._inbox.vendor]})",
@@ -286,7 +287,7 @@ class _Commits:
         """Return whether the transaction has changed something; True if unknown."""
         if self._connection.vendor == "postgresql":
             # PostgreSQL assigns a number to a transaction at its first write.
-            with self._connection.cursor() as cursor:
+            with tracing.hidden(), self._connection.cursor() as cursor:
                 cursor.execute("SELECT txid_current_if_assigned()")
                 return cursor.fetchone()[0] is not None
         before, after = self._before, self._changes()
@@ -299,7 +300,7 @@ class _Commits:
             count: int | None = getattr(self._connection.connection, "total_changes", None)
             return count
         if vendor == "mysql":
-            with self._connection.cursor() as cursor:
+            with tracing.hidden(), self._connection.cursor() as cursor:
                 cursor.execute(_ROWS_CHANGED)
                 return int(cursor.fetchone()[0])
         return None

@@ -12,18 +12,20 @@ from typing import Any
 import pytest
 from asgiref.sync import sync_to_async
 from django.db import InterfaceError, OperationalError, connection, connections, transaction
+from opentelemetry import context
 
 from outbox import CollectorClosed, Event, Publisher, UsageError, sinks
 from outbox.consumers import Consumer, consumer
 from outbox.consumers.message.databases import is_unavailable, refreshers
 from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message
-from outbox.consumers.outcome import Again, Dead, Hold, Outcome
+from outbox.consumers.outcome import Ack, Again, Dead, Hold, Outcome
 from outbox.django import enqueue_event
 from outbox.django.models import StoredEvent
 from outbox.django.moments import NOW
 from outbox.django.noting import TransactionInbox, open_inbox
 from outbox.messages.delivery import as_delivered
+from outbox.telemetry import OutboxInstrumentor
 from tests.django.shop.models import Order
 
 pytestmark = pytest.mark.usefixtures("databases")
@@ -80,6 +82,29 @@ def test_the_note_is_committed_with_the_handlers_data(inbox: TransactionInbox) -
     outcome: Any = processed(work, inbox)
     assert outcome.duplicate
     assert orders() == [1]
+
+
+def test_instrumentations_see_the_handlers_statements_alone(inbox: TransactionInbox) -> None:
+    seen: list[str] = []
+
+    def note(execute: Any, sql: str, *arguments: Any) -> Any:
+        if not context.get_value("suppress_instrumentation"):  # as instrumentations look at it
+            seen.append(sql)
+        return execute(sql, *arguments)
+
+    def process() -> None:
+        with transaction.atomic():
+            Order.objects.create(number=1)
+
+    OutboxInstrumentor().instrument()
+    try:
+        with connection.execute_wrapper(note):
+            assert isinstance(processed(working(process), inbox), Ack)
+    finally:
+        OutboxInstrumentor().uninstrument()
+    assert noted() == 1
+    [insert] = [sql for sql in seen if not sql.startswith(("BEGIN", "SELECT VERSION", "SET "))]
+    assert "shop_order" in insert
 
 
 def test_a_rolled_back_handler_is_not_noted_and_runs_again(inbox: TransactionInbox) -> None:

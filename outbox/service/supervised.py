@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 
 from outbox.service.health.stacks import dump_on_signal
 from outbox.service.lines import LineWriter
+from outbox.system import process
 from outbox.system.child_process import Parent
 from outbox.system.signals import Signals, Stop, handle, ignore
 
@@ -108,6 +110,14 @@ class Supervised:
                 before = now
 
         threading.Thread(target=run, args=(send(0.0),), name="outbox-pulse", daemon=True).start()
+
+        def report_last() -> None:
+            # What was counted in the last second; the base of the parent's sums has it then.
+            with contextlib.suppress(Exception):
+                self._writer.report(collect(0.0))
+
+        process.at_exit(report_last)
+        threading.Thread(target=run, name="outbox-pulse", daemon=True).start()
 
     def stop_with_parent(
         self, stop: Stop, grace: float, on_dump: Callable[[], object] = lambda: None

@@ -67,6 +67,49 @@ def test_a_worker_that_dies_is_not_ready_but_live(command: Command) -> None:
     assert command.stop() == exit_codes.SUCCESS
 
 
+def counted(address: str, name: str) -> dict[str, int]:
+    """Return the numbers of a queue's messages by outcome."""
+    pattern = rf'^outbox_messages_total\{{queue="{name}",consumer="work",outcome="(\w+)"\}} (\d+)$'
+    found = re.findall(pattern, get(address, "/metrics")[1], re.MULTILINE)
+    return {outcome: int(number) for outcome, number in found if int(number)}
+
+
+def test_what_workers_count_outlives_them(command: Command, name: str) -> None:
+    command.start("--http", "127.0.0.1:0", "-t", "1", "--max-messages", "4")
+    address = address_of(command)
+    command.publish(*["work"] * 10)
+    command.wait_done(10)
+    wait_until(lambda: counted(address, name) == {"acked": 10}, 10)
+    assert len(command.workers()) >= 3  # two have reached their limit
+    text = get(address, "/metrics")[1]
+    assert f'outbox_message_wait_seconds_count{{queue="{name}"}} 10\n' in text
+    assert 'outbox_connected{link="consumer"} 1\n' in text
+    assert "outbox_worker_resident_bytes " in text
+    status = json.loads(get(address, "/status")[1])
+    assert status["workers"][-1]["in_flight"] == 0
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_counts_never_fall_while_workers_are_killed(
+    command: Command, name: str, signalled: bool
+) -> None:
+    command.start("--http", "127.0.0.1:0", "-t", "1")
+    address = address_of(command)
+    command.publish(*["work"] * 5)
+    wait_until(lambda: counted(address, name) == {"acked": 5}, 20)
+    os.kill(command.workers()[0], signal.SIGTERM if signalled else signal.SIGKILL)
+    seen = [5]
+
+    def is_replaced() -> bool:
+        seen.append(counted(address, name).get("acked", 0))
+        return len(command.workers()) == 2
+
+    wait_until(is_replaced, 20)
+    command.publish("work")
+    wait_until(lambda: counted(address, name) == {"acked": 6}, 20)
+    assert min(seen) == 5
+
+
 def test_a_used_port_is_wrong_usage_before_anything_starts(command: Command) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -58,6 +58,7 @@ OUTCOMES = (
 - ``dead``: dead-lettered by outbox, after its last attempt for instance;
 - ``returned``: begun, but left unsettled or given back; it will be redelivered.
 """
+_QUICK = BOUNDS[0]
 _ACKED, _RETURNED = OUTCOMES.index("acked"), OUTCOMES.index("returned")
 
 
@@ -135,7 +136,8 @@ class Tally:
             cell = self._new_cell(delivery.queue)
         seconds = perf_counter() - began
         cell.outcomes[_ACKED if outcome is ACK else _index_of(outcome)] += 1
-        cell.durations[bisect_left(BOUNDS, seconds)] += 1
+        # What is quick isn't looked up: there it would be noticed.
+        cell.durations[0 if seconds <= _QUICK else bisect_left(BOUNDS, seconds)] += 1
         cell.seconds += seconds
         headers = delivery.headers
         if headers and not delivery.redelivered and ATTEMPT not in headers:  # its first begin
@@ -144,10 +146,13 @@ class Tally:
                 wait = began + self._epoch - occurred / 1_000_000
                 if DELAY_EXCHANGE in headers:
                     wait -= _delay_of(headers)
-                if wait < 0.0:  # another machine's clock
-                    wait = 0.0
-                cell.waits[bisect_left(BOUNDS, wait)] += 1
-                cell.waited += wait
+                if wait > _QUICK:
+                    cell.waits[bisect_left(BOUNDS, wait)] += 1
+                    cell.waited += wait
+                else:
+                    cell.waits[0] += 1
+                    if wait > 0.0:  # else another machine's clock is ahead
+                        cell.waited += wait
 
     def returned(self, delivery: Delivery, began: float) -> None:
         """Count a message that has begun, and is left to be redelivered; see :meth:`ended`."""

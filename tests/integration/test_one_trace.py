@@ -25,7 +25,7 @@ from outbox.telemetry import OutboxInstrumentor
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.consuming import Command
-from tests.places import RabbitMQPlace, events_for, made, working
+from tests.places import RabbitMQPlace, events_for, made, replay, working
 from tests.tracing import Traces, attributes_of, id_of, links_of, parent_of
 from tests.waiting import wait_until
 
@@ -124,6 +124,29 @@ def test_a_delayed_event_has_a_trace_apart(
         assert links_of(span) == [(context.trace_id, context.span_id)]
     assert first.context.trace_id != second.context.trace_id != context.trace_id
     assert [list(headers) for headers in seen] == [["traceparent"], ["traceparent"]]
+
+
+def test_a_replayed_message_has_a_trace_apart(
+    traces: Traces, broker: RabbitMQPlace, name: str
+) -> None:
+    queue = made(broker, name)
+
+    @consumer(queue)
+    def handle(event: Any) -> None:
+        if len(traces.spans) < 3:
+            raise LookupError("no such order")
+
+    with broker.publisher() as publisher, working(publisher, handle):
+        traces.clear()
+        with traces.tracer.start_as_current_span("request"):
+            publisher.publish(events_for(publisher, [queue], exchange=""))
+        wait_until(lambda: broker.count(f"{queue}.dead") == 1, 10)
+        assert replay(broker, f"{queue}.dead") == []
+        first, second = traces.named(f"process {queue}", 2)
+    request = id_of(traces.one("request"))
+    assert (parent_of(first), links_of(first)) == (request, [request])
+    assert (second.parent, links_of(second)) == (None, [request])
+    assert [attributes_of(span)["outbox.outcome"] for span in (first, second)] == ["dead", "acked"]
 
 
 def test_kept_events_have_another_span_when_they_are_sent(

@@ -117,7 +117,6 @@ class Supervised:
                 self._writer.report(collect(0.0))
 
         process.at_exit(report_last)
-        threading.Thread(target=run, name="outbox-pulse", daemon=True).start()
 
     def stop_with_parent(
         self, stop: Stop, grace: float, on_dump: Callable[[], object] = lambda: None

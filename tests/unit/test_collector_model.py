@@ -148,11 +148,12 @@ class World:
 
 @dataclass
 class Place:
-    """A block, savepoint or collector that a task is in."""
+    """A block, savepoint or collector that a task is in, and the one that was around it."""
 
     buffer: Buffer
     own: bool
     leave: Callable[[BaseException | None], object]
+    outer: Place | None = None
 
 
 @dataclass
@@ -168,6 +169,21 @@ class Task:
     @property
     def buffer(self) -> Buffer | None:
         return self.places[-1].buffer if self.places else None
+
+    @property
+    def around(self) -> Place | None:
+        """The place around what begins next: one that has ended is forgotten then."""
+        place = self.places[-1] if self.places else None
+        while place is not None and not place.buffer.open:
+            place = place.outer
+        return place
+
+    def innermost_of(self, root: Buffer) -> Buffer:
+        """Return the innermost buffer of a unit that the task is in, or the unit's own."""
+        place = self.places[-1] if self.places else None
+        while place is not None and place.buffer.root is not root:
+            place = place.outer
+        return root if place is None else place.buffer
 
 
 def now(coroutine: Any) -> Any:
@@ -254,7 +270,7 @@ class Units(RuleBasedStateMachine):
 
     def begin(self, task: Task, buffer: Buffer, leave: Callable[..., object]) -> None:
         """Have ``task`` be in ``buffer``, and something in it: what is empty proves little."""
-        task.places.append(Place(buffer, own=True, leave=leave))
+        task.places.append(Place(buffer, own=True, leave=leave, outer=task.around))
         self.enqueue_in(task)
 
     @rule()
@@ -320,8 +336,7 @@ class Units(RuleBasedStateMachine):
     def publish_a_collector_from_anywhere(self, number: int, which: int) -> None:
         task = self.task(number)
         collector, root = self.collectors[which % len(self.collectors)]
-        own = [place.buffer for place in task.places if place.buffer.root is root]
-        expected = self.world.publish(own[-1] if own else root)
+        expected = self.world.publish(task.innermost_of(root))
         error = what_is_raised(lambda: task.run(collector.publish))
         assert is_as_expected(error, expected), error
 
@@ -355,7 +370,7 @@ class Units(RuleBasedStateMachine):
         """Have a task begin in the middle of another's unit, which it may outlive."""
         leavable = self.leavable()
         task = leavable[number % len(leavable)]
-        inherited = [Place(one.buffer, False, one.leave) for one in task.places]
+        inherited = [Place(one.buffer, False, one.leave, one.outer) for one in task.places]
         self.tasks.append(Task(task.context.copy(), inherited))
         if first == "savepoint":
             self.begin_savepoint(len(self.tasks) - 1)

@@ -90,9 +90,12 @@ class RequestCollector(EventCollector):
         """Drop the events, with a warning that names their ids."""
         if self._buffer.events:
             taken: list[Event] = []
-            self._buffer.take(taken)
-            dropped = self._drop(taken)
-            logger.warning("%d event(s) dropped because %s: %s", len(dropped), why, ids(dropped))
+            try:
+                self._buffer.take(taken)
+                self._drop(taken)
+            finally:  # a signal handler may raise meanwhile
+                if taken:
+                    logger.warning("%d event(s) dropped because %s: %s", len(taken), why, ids(taken))
 
     def close(self) -> None:
         """End the unit of work; log the events that could not be published."""

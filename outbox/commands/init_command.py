@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     existing = [str(path) for path in files if os.path.lexists(base / path)]
     if existing:
         raise UsageError(
-            f"{', '.join(existing)} exists already; nothing was written (--dry-run prints what "
+            f"already there: {', '.join(existing)}; nothing was written (--dry-run prints what "
             "would be)"
         )
     for path, text in files.items():
@@ -90,9 +90,23 @@ def _run(options: argparse.Namespace) -> int:
         print(f"wrote {path}")
     if application.is_django:
         print("next: manage.py migrate, manage.py test, manage.py outbox consume")
-    else:
-        print("next: python -m pytest; set OUTBOX_URL; outbox doctor MODULE")
+        return exit_codes.SUCCESS
+    module = _module(options)
+    is_plain = application.prog == "outbox"
+    consume = "outbox-consume" if is_plain else f"{application.prog} consume"
+    print(
+        f"next: python -m pytest; {'set OUTBOX_URL; ' if is_plain else ''}"
+        f"{application.prog} doctor {module}; {consume} {module}"
+    )
     return exit_codes.SUCCESS
+
+
+def _module(options: argparse.Namespace) -> str:
+    """Return the name of the consumer's module."""
+    application: Application = options.application
+    folder = _folder(options.folder, Path(application.folder))
+    stem = options.name.replace("-", "_")
+    return ".".join([*folder.parts, "consumers" if application.is_django else f"{stem}_consumer"])
 
 
 def _files(options: argparse.Namespace) -> dict[Path, str]:
@@ -101,13 +115,9 @@ def _files(options: argparse.Namespace) -> dict[Path, str]:
     folder = _folder(options.folder, Path(application.folder))
     stem = options.name.replace("-", "_")
     is_django = application.is_django
-    file = folder / ("consumers.py" if is_django else f"{stem}_consumer.py")
-    generated = Generated(
-        options.name,
-        options.queue or options.name,
-        tuple(options.topic),
-        ".".join(file.with_suffix("").parts),
-    )
+    module = _module(options)
+    file = folder / f"{module.rpartition('.')[2]}.py"
+    generated = Generated(options.name, options.queue or options.name, tuple(options.topic), module)
     generated.check()
     # "manage.py outbox consume" finds the modules of all apps.
     names = [] if is_django else [generated.module]

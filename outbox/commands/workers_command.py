@@ -394,7 +394,7 @@ def _hear(options: argparse.Namespace) -> list[Announcement]:
 
 def _announced(one: Announcement) -> str:
     line = f"{one.host}: {one.kind} {one.id or '-'} (process {one.pid}): {one.phase}"
-    line += f" for {_time(one.age)}, {one.in_flight} in flight"
+    line += f", {one.in_flight} in flight, started {_time(one.age)} ago"
     if one.queues:
         more = f" and {one.more_queues} more" if one.more_queues else ""
         line += f"; {', '.join(one.queues)}{more}"
@@ -432,13 +432,13 @@ def _lines(one: Listed) -> list[str]:
     lines += [f"  not ready: {printable(reason)}" for reason in reasons]
     for worker in status.workers:
         line = f"  worker {worker.slot} (process {worker.pid}): {worker.phase}"
-        line += f" for {_time(worker.age)}"
         if worker.in_flight is not None:
             line += f", {worker.in_flight} in flight"
         if worker.oldest is not None:
             line += f", the oldest for {_time(worker.oldest)}"
         if worker.late:
             line += f", {worker.late} past the timeout"
+        line += f", started {_time(worker.age)} ago"
         if worker.resident:
             line += f", {worker.resident / 2**20:.0f} MiB"
         lines.append(line)
@@ -470,7 +470,7 @@ def _described(one: Listed, status: Status) -> str:
     elif not one.is_owner:
         what = "starting, to take over"
     age = _time(max(0.0, time.time() - status.started_at))
-    return f"{what} (process {one.holder}), {ready} of {status.processes} ready, for {age}"
+    return f"{what} (process {one.holder}), {ready} of {status.processes} ready, started {age} ago"
 
 
 def _json(one: Listed) -> str:

@@ -78,6 +78,7 @@ def check_unit(path: Path) -> None:
 def test_a_consumer_its_test_tables_and_unit_work_as_they_are(tmp_path: Path) -> None:
     done = init(tmp_path, "order-mails", "--topic", "order.*", "--tables", "sqlite")
     assert done.returncode == 0, done.stderr
+    assert "doctor order_mails_consumer; outbox-consume order_mails_consumer\n" in done.stdout
     assert written(tmp_path) == {
         *("order_mails_consumer.py", "test_order_mails_consumer.py"),
         *("outbox-order-mails.service", "outbox.sql"),
@@ -121,6 +122,7 @@ def test_it_writes_into_a_package(tmp_path: Path) -> None:
     (tmp_path / "shop" / "__init__.py").touch()
     done = init(tmp_path, "invoices", "--queue", "shop.invoices", "--folder", "shop")
     assert done.returncode == 0, done.stderr
+    assert "outbox-consume shop.invoices_consumer\n" in done.stdout
     assert "shop/invoices_consumer.py" in written(tmp_path)
     check_tests(tmp_path, 2)
 
@@ -129,7 +131,7 @@ def test_nothing_is_ever_overwritten(tmp_path: Path) -> None:
     (tmp_path / "test_invoices_consumer.py").write_text("mine\n")
     done = init(tmp_path, "invoices")
     assert done.returncode == 2
-    assert "test_invoices_consumer.py exists already; nothing was written" in done.stderr
+    assert "already there: test_invoices_consumer.py; nothing was written" in done.stderr
     assert written(tmp_path) == {"test_invoices_consumer.py"}
     done = init(tmp_path, "invoices", "--dry-run")
     assert done.returncode == 0
@@ -166,6 +168,7 @@ def test_what_could_not_be_a_source_file_is_refused(
 
 def test_it_writes_for_a_flask_application(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(FLASK_APP)
-    python(tmp_path, "flask", "outbox", "init", "invoices", "--topic", "order.placed")
+    done = python(tmp_path, "flask", "outbox", "init", "invoices", "--topic", "order.placed")
+    assert done.stdout.endswith("; flask outbox consume invoices_consumer\n")
     unit = (tmp_path / "outbox-invoices.service").read_text()
     assert f"{sys.executable} -m flask --app app.py outbox consume invoices_consumer -p 1" in unit

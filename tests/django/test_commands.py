@@ -253,7 +253,7 @@ def test_init_writes_a_consumer_that_the_project_finds(tmp_path: Path) -> None:
     consumers = tmp_path / "site" / "mail" / "consumers.py"
     done = project.run("outbox", "init", "invoices", "--folder", "mail")
     assert done.returncode == 2
-    assert "mail/consumers.py exists already; nothing was written" in done.stderr
+    assert "already there: mail/consumers.py; nothing was written" in done.stderr
     consumers.unlink()
     done = project.run("outbox", "init", "invoices", "--folder", "mail", "--topic", "order.*")
     assert done.returncode == 0, done.stderr

@@ -366,8 +366,8 @@ def test_the_status_of_all_machines_is_what_they_announce(
         assert "no service in" in output.out
         assert output.err == "listening for 2 s to what is announced\n"
         for id in ("mail", "slow"):
-            assert f": worker {id} (process {os.getpid()}): ready for " in output.out
-        assert output.out.count("2 in flight; high\\x1b, low\n") == 2
+            assert f": worker {id} (process {os.getpid()}): ready, 2 in flight, " in output.out
+        assert output.out.count(" s ago; high\\x1b, low\n") == 2
         assert main([*command, "--id", "mail", "--json"]) == 3  # it isn't here
         [line] = capsys.readouterr().out.splitlines()
         assert json.loads(line)["announced"]["id"] == "mail"

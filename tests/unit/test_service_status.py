@@ -81,17 +81,17 @@ def test_what_deserves_attention_is_shown_without_control_characters() -> None:
     lines = _lines(Listed("mail", Path("x"), 4711, 4711, True, status))
     error = lines[5]
     assert lines[:5] == [
-        "mail: running (process 4711), 1 of 2 ready, for 2 h; "
+        "mail: running (process 4711), 1 of 2 ready, started 2 h ago; "
         "outbox-consume shop.consumers --id mail",
         "  not ready: worker 2 is starting",
-        "  worker 1 (process 4712): ready for 10 s, 3 in flight, the oldest for 5 min, "
-        "1 past the timeout, 50 MiB",
+        "  worker 1 (process 4712): ready, 3 in flight, the oldest for 5 min, "
+        "1 past the timeout, started 10 s ago, 50 MiB",
         "    max-messages: 70 of 1,000",
         "    no connection: publisher",
     ]
     assert error.startswith("    last error, ")
     assert error.endswith(" ago: no\\x1b[31m")
-    assert lines[6] == "  worker 2 (process 4713): starting for 1 s"
+    assert lines[6] == "  worker 2 (process 4713): starting, started 1 s ago"
 
 
 def test_a_command_that_is_started_again_and_again_does_not_grow() -> None:

@@ -2,9 +2,9 @@
 
 python -m benchmarks.django_storing [--check]
 
-One private PostgreSQL, and one SQLite file. Each transaction enqueues ten events, or creates ten
-objects of the same size. Nothing is published, so that what happens after the commit isn't
-measured. Both take turns; the median of the pairs' ratios counts.
+A private PostgreSQL, a private MariaDB, and a SQLite file. Each transaction enqueues ten events, or
+creates ten objects of the same size. Nothing is published, so that what happens after the commit
+isn't measured. Both take turns; the median of the pairs' ratios counts.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import django
+import pymysql
 from django.conf import settings
 from django.core.management import call_command
 from django.db import connections, models, transaction
@@ -27,6 +28,7 @@ from sqlalchemy import make_url
 from benchmarks.peers import BODY, TARGET
 from benchmarks.tables import Bound, median, print_bounds, progress
 from outbox.django import enqueue_event
+from outbox.testing.databases.mariadb import PrivateMariaDB
 from outbox.testing.databases.postgresql import PrivatePostgreSQL
 
 _EVENTS = 10
@@ -35,9 +37,24 @@ _ROUNDS = 41
 _PAYLOAD = json.loads(BODY)
 
 
-def set_up(postgresql: str, folder: Path) -> Any:
+_VENDORS = {"postgresql": "PostgreSQL", "mariadb": "MariaDB", "default": "SQLite"}
+
+
+def server_settings(engine: str, url: str) -> dict[str, Any]:
+    """Return Django's settings of a database of a private server."""
+    parts = make_url(url)
+    return {
+        "ENGINE": f"django.db.backends.{engine}",
+        "NAME": parts.database,
+        "USER": parts.username,
+        "HOST": parts.host,
+        "PORT": parts.port,
+    }
+
+
+def set_up(postgresql: str, mariadb: str, folder: Path) -> Any:
     """Set Django up with a database of each vendor; return the model to compare with."""
-    parts = make_url(postgresql)
+    pymysql.install_as_MySQLdb()
     settings.configure(
         INSTALLED_APPS=["outbox.django"],
         DATABASES={
@@ -46,13 +63,8 @@ def set_up(postgresql: str, folder: Path) -> Any:
                 "NAME": folder / "default.sqlite3",
                 "OPTIONS": {"transaction_mode": "IMMEDIATE"},
             },
-            "postgresql": {
-                "ENGINE": "django.db.backends.postgresql",
-                "NAME": parts.database,
-                "USER": parts.username,
-                "HOST": parts.host,
-                "PORT": parts.port,
-            },
+            "postgresql": server_settings("postgresql", postgresql),
+            "mariadb": server_settings("mysql", mariadb),
         },
         OUTBOX={"URL": "memory://", "AFTER_COMMIT": "nothing"},
         USE_TZ=True,
@@ -110,11 +122,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="fail when a bound is missed")
     options = parser.parse_args()
-    with PrivatePostgreSQL() as server, tempfile.TemporaryDirectory() as folder:
-        plain = set_up(server.url, Path(folder))
+    with (
+        PrivatePostgreSQL() as postgresql,
+        PrivateMariaDB() as mariadb,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        plain = set_up(postgresql.url, mariadb.url, Path(folder))
         bounds = [
             Bound(f"{name}: ten events, of ten objects", cost(alias, plain), 1.25, at_most=True)
-            for alias, name in (("postgresql", "PostgreSQL"), ("default", "SQLite"))
+            for alias, name in _VENDORS.items()
         ]
         connections.close_all()
     kept = print_bounds(bounds)

@@ -54,9 +54,9 @@ def check_table(databases: Sequence[str] | None = None, **_: Any) -> list[checks
         return []  # Django's own checks and commands say so
     return [
         checks.Warning(
-            f"The table outbox_events does not exist in the database {store!r}, so "
-            "enqueue_event() fails.",
-            hint=f"Run `manage.py migrate --database {store}`.",
+            f"The table outbox_events is not in the database {store!r} yet; enqueue_event() needs "
+            "it.",
+            hint=f"`manage.py migrate --database {store}` creates it, also if this is its output.",
             id="outbox.W001",
         )
     ]

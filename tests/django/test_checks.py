@@ -68,7 +68,8 @@ def test_a_missing_table_is_a_warning_of_its_database(databases: str) -> None:
     call_command("migrate", "outbox_events", "zero", verbosity=0)
     assert found() == {}
     assert found(["other"]) == {}
-    assert "manage.py migrate --database default" in found(["default"])["outbox.W001"]
+    # migrate itself shows this on an empty database, before it creates the table.
+    assert "migrate --database default` creates it" in found(["default"])["outbox.W001"]
     with override_settings(OUTBOX={"STORE": "other"}):
         assert found(["default", "other"]) == {}
 

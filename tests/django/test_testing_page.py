@@ -4,58 +4,60 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.django.conftest import sqlite_settings
 from tests.django.test_runners import ROOT, Project
 
 pytestmark = pytest.mark.one_python
 
 PAGE = ROOT / "docs" / "django-testing.md"
 
-# What the page leaves to the project.
-REST = {
-    "orders/__init__.py": "",
-    "orders/models.py": """
-from django.db import models
-
-class Order(models.Model):
-    id = models.BigAutoField(primary_key=True)
-    item = models.TextField()
-""",
-    "shop/__init__.py": "",
-    "shop/urls.py": """
-from django.urls import path
-from orders import views
-
-urlpatterns = [path("orders/<str:item>", views.place_order, name="order")]
-""",
-}
+# What the page takes from the page on Django.
+PROJECT = ROOT / "docs" / "django.md"
+BEFORE = ("orders/models.py", "orders/views.py", "shop/urls.py")
 SETTINGS = """
 import os
+from pathlib import Path
 
+BASE_DIR = Path(__file__).parents[1]
 SECRET_KEY = "tests"
 INSTALLED_APPS = ["outbox.django", "orders"]
 ROOT_URLCONF = "shop.urls"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+USE_TZ = True
+DATABASES = {"default": {"ENGINE": %r, "NAME": BASE_DIR / "db.sqlite3"}}
 OUTBOX = {"URL": os.environ["BROKER"]}
 """
+
+
+def snippets(page: Path) -> Iterator[tuple[str, bool, str]]:
+    """Yield the name of each file that a page shows, whether it goes on there, and the text."""
+    for text in re.findall(r"^```(?:python|ini)\n(.*?)^```$", page.read_text(), re.M | re.S):
+        if named := re.match(r"# (\S+\.(?:py|ini))(, continued)?\n", text):
+            yield named[1], named[2] is not None, text
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     project = Project(tmp_path, "amqp://127.0.0.1:9")  # where no broker is
     project.environment["DJANGO_SETTINGS_MODULE"] = "shop.settings"
-    files = dict(REST)
-    for snippet in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S):
-        [name] = re.findall(r"\A# (\S+\.py)(?:, continued)?\n", snippet)
-        files[name] = files.get(name, "") + snippet
-    files["shop/settings.py"] = SETTINGS + files["shop/settings.py"]
-    for name, source in files.items():
+    engine = sqlite_settings(tmp_path)["ENGINE"]
+    files = {
+        "orders/__init__.py": "",
+        "shop/__init__.py": "",
+        "shop/settings.py": SETTINGS % engine,
+    }
+    files.update({name: text for name, _, text in snippets(PROJECT) if name in BEFORE})
+    for name, continued, text in snippets(PAGE):
+        files[name] = (files[name] if continued else "") + text
+    for name, text in files.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(source)
-    (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = tests.py test_*.py\n")
+        path.write_text(text)
     return project
 
 

@@ -85,6 +85,10 @@ def everything(
     return inspector.queue("documentation", "outbox")
 
 
+async def enqueue_another() -> None:
+    enqueue_event({"order_id": 18}, "order.placed")
+
+
 def test_the_readme_does_what_it_says(file: SQLitePlace) -> None:
     with reading(file, "documentation", ["#"]) as reader:
 
@@ -95,7 +99,8 @@ def test_the_readme_does_what_it_says(file: SQLitePlace) -> None:
         assert payload() == {"order_id": 17, "total": "12.50"}
         assert found["app"].test_client().post("/orders").status_code == 201
         assert payload() == {"order_id": 17}
-        assert starlette.testclient.TestClient(found["api"]).post("/orders").status_code == 201
+        found["api"].post("/orders")(enqueue_another)
+        assert starlette.testclient.TestClient(found["api"]).post("/orders").status_code == 200
         assert payload() == {"order_id": 18}
 
 

@@ -81,6 +81,9 @@ class ProcessSource:
         return status
 
 
+_STATUS_IS_OFF = "/status is off: it takes --http-status, or ServiceApp(status=True)\n"
+
+
 class ServiceApp:
     """A WSGI application with the pages ``/livez``, ``/readyz``, ``/metrics`` and ``/status``.
 
@@ -114,7 +117,8 @@ class ServiceApp:
         page = self._pages.get(name)
         if page is None:
             paths = "".join(f"/{each}\n" for each in self._pages)
-            response = _text(f"not found; there are\n{paths}", 404)
+            off = _STATUS_IS_OFF if name == "status" else ""
+            response = _text(f"not found; there are\n{paths}{off}", 404)
         elif request.method not in _METHODS:
             response = _text("only GET and HEAD are allowed\n", 405)
             response.headers["Allow"] = ", ".join(_METHODS)

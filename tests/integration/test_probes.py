@@ -195,7 +195,8 @@ def test_metrics_are_sums_over_processes_that_are_and_were() -> None:
 
 def test_status_is_shown_to_other_machines_only_if_asked() -> None:
     with answering(":0") as (_, port):
-        assert get(port, "/status")[0].status == 404
+        response, text = get(port, "/status")
+        assert (response.status, "--http-status" in text) == (404, True)
         assert get(port, "/livez")[0].status == 200
     with answering(":0", with_status=True) as (_, port):
         assert get(port, "/status")[0].status == 200

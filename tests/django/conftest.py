@@ -164,8 +164,9 @@ def migrate(its_settings: dict[str, Any]) -> None:
 
 def sqlite_settings(path: Path) -> dict[str, Any]:
     """Django's settings of a file, whose transactions begin with the lock."""
+    own = django.VERSION >= (5, 1)
     return {
-        "ENGINE": "django.db.backends.sqlite3",
+        "ENGINE": "django.db.backends.sqlite3" if own else "tests.django.sqlite_immediate",
         "NAME": str(path),
         "OPTIONS": {"transaction_mode": "IMMEDIATE"},
     }

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["ProjectFolder"]
+import django
 
-_ROOT = Path(__file__).parents[2]
+from tests.django.running import python_path
+
+__all__ = ["ProjectFolder"]
 
 _MANAGE = """\
 import os
@@ -36,6 +38,7 @@ DATABASES = {
         "OPTIONS": {"transaction_mode": "IMMEDIATE"},
     }
 }
+USE_TZ = True
 OUTBOX = {"URL": f"sqlite:///{Path(__file__).parents[2]}/broker.db"}
 """
 
@@ -72,6 +75,9 @@ class ProjectFolder:
             (site / name / "__init__.py").touch()
         (site / "manage.py").write_text(_MANAGE)
         settings = f"{_SETTINGS}BASE = {str(root)!r}\n"
+        if django.VERSION < (5, 1):
+            backend = "tests.django.sqlite_immediate"
+            settings = settings.replace("django.db.backends.sqlite3", backend)
         (site / "config" / "settings.py").write_text(settings)
         (site / "mail" / "consumers.py").write_text(_CONSUMERS)
         (site / "chat" / "consumers.py").write_text("class ChatConsumer:\n    pass\n")
@@ -112,7 +118,8 @@ class ProjectFolder:
 
     def shell(self, code: str) -> str:
         """Run ``code`` in ``manage.py shell``; return what it prints."""
-        done = self.run("shell", "--no-imports", "-c", code)
+        quiet = ("--no-imports",) if django.VERSION >= (5, 2) else ()
+        done = self.run("shell", *quiet, "-c", code)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -137,4 +144,4 @@ class ProjectFolder:
             for name, value in os.environ.items()
             if not name.startswith(("OUTBOX", "DJANGO"))
         }
-        return {**kept, "PYTHONPATH": str(_ROOT)}
+        return {**kept, "PYTHONPATH": python_path()}

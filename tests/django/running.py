@@ -11,9 +11,14 @@ from typing import Any
 
 from django.db import connections
 
-__all__ = ["environment_of", "run_script"]
+__all__ = ["environment_of", "python_path", "run_script"]
 
 ROOT = Path(__file__).parents[2]
+
+
+def python_path() -> str:
+    """Return ``PYTHONPATH`` for a child process, which may lead to another version of Django."""
+    return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
 
 
 def environment_of(outbox: dict[str, Any], **of_databases: Any) -> dict[str, str]:
@@ -35,7 +40,7 @@ def environment_of(outbox: dict[str, Any], **of_databases: Any) -> dict[str, str
         "DJANGO_SETTINGS_MODULE": "tests.django.project.project_settings",
         "PROJECT_DATABASES": json.dumps(databases),
         "PROJECT_OUTBOX": json.dumps(outbox),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(),
     }
 
 

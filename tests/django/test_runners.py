@@ -15,6 +15,7 @@ from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from tests.amqp import Inspector
 from tests.conftest import new_database
 from tests.django.conftest import postgresql_settings
+from tests.django.running import python_path
 
 # Since Python 3.13, connections that Django leaves in its threads are warned of.
 pytestmark = pytest.mark.one_python
@@ -58,7 +59,7 @@ class Project:
         self.folder = folder
         self.environment = {
             **{name: os.environ[name] for name in os.environ if "OUTBOX" not in name},
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": python_path(),
             "BROKER": broker,
             "DATABASE": json.dumps(IN_MEMORY),
         }

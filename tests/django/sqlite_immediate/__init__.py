@@ -1,0 +1,1 @@
+"""What Django 5.1 does with ``transaction_mode``, as a database backend for Django before that."""

@@ -18,11 +18,10 @@ from outbox.consumers.command.framework import Framework
 from outbox.consumers.losses.begun_keeper import BegunKeeper
 from outbox.service.faces import faces_of
 from outbox.service.health.stacks import dump_on_signal
-from outbox.service.identity.instance import START_VARIABLE
-from outbox.service.policy_options import has_policy, policy_of
+from outbox.service.parent import supervise
+from outbox.service.policy_options import has_policy
 from outbox.service.state import Face
 from outbox.service.supervised import MARGIN
-from outbox.service.supervisor import Supervisor
 from outbox.system.child_process import Parent
 from outbox.system.first_process import leave_work_to_child
 from outbox.system.signals import Signals
@@ -61,22 +60,18 @@ def main(
         except MissingExtra as error:
             print(f"{prog}: {error}", file=sys.stderr)
             return exit_codes.USAGE
-    in_background = START_VARIABLE in os.environ
     try:
         faces = _faces(options)
     except UsageError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return exit_codes.USAGE
     if faces or _is_supervised(options):
-        return Supervisor(
-            [sys.executable, *sys.orig_argv[1:]],
-            options.processes or 1,
-            shutdown_timeout=options.shutdown_timeout,
-            policy=policy_of(options, in_background=in_background),
-            keeper=_keeper(options),
+        return supervise(
+            options,
+            faces,
             logger=logging.getLogger("outbox.consumer.processes"),
-            faces=faces,
-        ).run()
+            keeper=_keeper(options),
+        )
     return worker_main.run(
         options,
         Signals(second_exits=exit_codes.KILLED),

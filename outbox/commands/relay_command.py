@@ -24,11 +24,9 @@ from outbox.errors import UsageError
 from outbox.presence import announced
 from outbox.publisher import Publisher
 from outbox.service.faces import add_face_options, faces_of
-from outbox.service.health.policy import Policy
 from outbox.service.health.stacks import dump_on_signal
-from outbox.service.identity.instance import START_VARIABLE
-from outbox.service.policy_options import add_policy, has_policy, policy_of
-from outbox.service.state import Face
+from outbox.service.parent import supervise
+from outbox.service.policy_options import add_policy, has_policy
 from outbox.service.supervised import (
     LEAVING,
     MARGIN,
@@ -38,7 +36,6 @@ from outbox.service.supervised import (
     Supervised,
     SupervisedSignals,
 )
-from outbox.service.supervisor import Supervisor
 from outbox.system.child_process import Parent
 from outbox.system.resident_memory import resident_bytes
 from outbox.system.signals import Signals
@@ -134,10 +131,15 @@ def _run(options: argparse.Namespace) -> int:
     if parent is not None:
         return _run_supervised(options, parent)
     dump_on_signal()
-    in_background = START_VARIABLE in os.environ
     faces = [] if options.once else faces_of(options, [_database_of(options)])
     if faces or options.processes or has_policy(options):
-        return _supervise(options, faces, policy_of(options, in_background=in_background))
+        if options.once:
+            raise UsageError(
+                "--once can't be used with -p, --stuck-after, --max-cpu or --max-restarts"
+            )
+        return supervise(
+            options, faces, logger=logging.getLogger("outbox.relay.processes"), name="relay"
+        )
     signals = Signals(second_exits=exit_codes.INTERRUPTED)
     signals.begin()
     try:
@@ -148,25 +150,6 @@ def _run(options: argparse.Namespace) -> int:
         if signals.asked and not options.once:
             return exit_codes.SUCCESS
         raise
-
-
-def _supervise(options: argparse.Namespace, faces: list[Face], policy: Policy) -> int:
-    """Run relays in processes until a signal stops them; return the exit code.
-
-    Raises:
-        UsageError: that isn't possible.
-    """
-    if options.once:
-        raise UsageError("--once can't be used with -p, --stuck-after, --max-cpu or --max-restarts")
-    return Supervisor(
-        [sys.executable, *sys.orig_argv[1:]],
-        options.processes or 1,
-        shutdown_timeout=options.shutdown_timeout,
-        policy=policy,
-        faces=faces,
-        logger=logging.getLogger("outbox.relay.processes"),
-        name="relay",
-    ).run()
 
 
 def _run_supervised(options: argparse.Namespace, parent: Parent) -> int:

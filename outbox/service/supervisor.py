@@ -70,6 +70,7 @@ class Supervisor:
         processes: int,
         *,
         shutdown_timeout: float,
+        folder: str | None = None,
         margin: float = MARGIN,
         load_limit: float = _LOAD_LIMIT,
         policy: Policy | None = None,
@@ -84,6 +85,8 @@ class Supervisor:
             command: the program of a worker, with its arguments.
             processes: the number of processes, 1 or more.
             shutdown_timeout: the seconds that a stopping worker gives its messages.
+            folder: the working directory of the workers, by a link that may lead elsewhere when a
+                later one is started; by default the parent's.
             margin: the seconds after that until a worker is killed.
             load_limit: the seconds that a worker's successor has to import the application.
             policy: what to put up with from the workers.
@@ -93,6 +96,7 @@ class Supervisor:
             name: what the log calls a process.
         """
         self._command = list(command)
+        self._folder = folder
         self._grace = shutdown_timeout + margin
         self._load_limit = load_limit
         self._slots = [Slot(number) for number in range(1, processes + 1)]
@@ -502,6 +506,7 @@ class Supervisor:
                 name=self._name,
                 restarts=slot.started,
                 policy=self._policy,
+                folder=self._folder,
             )
         except OSError as error:
             slot.trouble = f"it cannot be started: {error}"

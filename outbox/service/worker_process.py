@@ -84,6 +84,7 @@ class WorkerProcess(ChildProcess):
         name: str = "worker",
         restarts: int = 0,
         policy: Policy | None = None,
+        folder: str | None = None,
     ) -> None:
         """Start ``command`` in the slot with this number.
 
@@ -95,6 +96,8 @@ class WorkerProcess(ChildProcess):
             name: what the log calls it.
             restarts: the processes that were started in the slot before it.
             policy: what its parent puts up with.
+            folder: its working directory, by a link that may lead elsewhere by now; by default the
+                parent's.
 
         Raises:
             OSError: the command cannot be started.
@@ -123,7 +126,7 @@ class WorkerProcess(ChildProcess):
         self._keeper = keeper
         self._region = None if keeper is None else keeper.take()
         shared: list[int] = []
-        variables: dict[str, str] = {}
+        variables = {} if folder is None else {"PWD": folder}
         if keeper is not None and self._region is not None:
             shared.append(keeper.descriptor)
             variables.update(keeper.variables(self._region))
@@ -133,7 +136,12 @@ class WorkerProcess(ChildProcess):
         try:
             with signal_held_back():
                 super().__init__(
-                    command, status, with_input=with_input, shared=shared, variables=variables
+                    command,
+                    status,
+                    with_input=with_input,
+                    shared=shared,
+                    variables=variables,
+                    folder=folder,
                 )
         except BaseException:
             self._close_files()

@@ -50,6 +50,7 @@ class ChildProcess:
         leads_group: bool = False,
         shared: Sequence[int] = (),
         variables: Mapping[str, str] | None = None,
+        folder: str | None = None,
     ) -> None:
         """Start ``command``, whose program finds its parent with ``Parent.inherited()``.
 
@@ -60,6 +61,7 @@ class ChildProcess:
             leads_group: whether it leads a process group, which includes the processes it starts.
             shared: further descriptors that it inherits; they stay open here.
             variables: additions to its environment.
+            folder: its working directory; by default the parent's.
 
         Raises:
             OSError: it cannot be started.
@@ -74,6 +76,7 @@ class ChildProcess:
             inherited.append(lifeline)
             self._process = subprocess.Popen(
                 command,
+                cwd=folder,
                 env={**os.environ, **(variables or {}), _VARIABLE: f"{lifeline}:{channel}"},
                 pass_fds=[*inherited, *shared],
                 stdin=None if with_input else subprocess.DEVNULL,

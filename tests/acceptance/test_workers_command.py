@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,29 +255,39 @@ def test_a_failed_start_shows_the_end_of_the_log_and_its_code(machine: Machine) 
     assert "secret" not in started.stderr
 
 
-def test_restart_runs_the_code_that_a_link_leads_to_now(machine: Machine) -> None:
-    releases = [machine.folder / "releases" / version for version in ("1", "2")]
-    for version, release in zip(("1", "2"), releases, strict=True):
+def test_restart_and_reload_run_the_code_that_a_link_leads_to_now(machine: Machine) -> None:
+    folder = machine.folder
+    notes = folder / "notes"
+    text = textwrap.dedent(_MODULE).replace('"notes"', repr(str(notes)))
+    current = machine.folder = folder / "current"
+
+    def deploy(version: str) -> None:
+        release = folder / "releases" / version
         release.mkdir(parents=True)
-        text = textwrap.dedent(_MODULE).replace('"notes"', repr(str(machine.folder / "notes")))
         (release / "work.py").write_text(text.format(version=version))
-    current = machine.folder / "current"
-    current.symlink_to(releases[0])
-    machine.folder = current
+        if current.exists():
+            shutil.rmtree(current.resolve())
+            current.unlink()
+        current.symlink_to(release)
+
+    def versions(count: int) -> set[str]:
+        machine.publish()
+        wait_until(lambda: notes.exists() and notes.read_text().count("ended") >= count, 20)
+        return {line.split()[2] for line in notes.read_text().splitlines()}
+
+    deploy("1")
     started = machine.run("start", "--id", "1", "--", "outbox-consume", "work")
     assert started.returncode == 0, started.stderr
-    current.unlink()
-    current.symlink_to(releases[1])
-    for path in releases[0].iterdir():
-        path.unlink()
-    releases[0].rmdir()
+    deploy("2")
     restarted = machine.run("restart", cwd=Path("/"))
     assert restarted.returncode == 0, restarted.stderr
     wait_until(lambda: len(listed(machine.pids)) == 1, 20)  # the old one has left
-    machine.publish()
-    notes = machine.folder.parent / "notes"
-    wait_until(lambda: notes.exists() and "ended" in notes.read_text(), 20)
-    assert {line.split()[2] for line in notes.read_text().splitlines()} == {"2"}
+    assert versions(1) == {"2"}
+    deploy("3")
+    os.kill(int((machine.pids / "outbox-1.pid").read_text()), signal.SIGHUP)
+    log = machine.pids / "outbox-1.log"
+    wait_until(lambda: log.read_text().count("replaced by another process") == 2, 20)
+    assert versions(2) == {"2", "3"}
 
 
 def test_options_that_contradict_each_other_are_refused(machine: Machine) -> None:

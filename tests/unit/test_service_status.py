@@ -13,13 +13,13 @@ import pytest
 
 from outbox.commands.workers_command import _lines, service_command
 from outbox.service.identity.listing import Listed
-from outbox.service.identity.own_command import own_command, working_directory
 from outbox.service.identity.status_file import (
     Status,
     WorkerStatus,
     has_password,
     without_passwords,
 )
+from outbox.service.own_command import own_command, working_directory
 
 _STATUS = Status(
     id="mail",
@@ -144,4 +144,9 @@ def test_the_command_keeps_links_and_leaves_the_interpreter_to_a_scripts_first_l
     assert own_command() == (f"{tmp_path}/current/bin/python", str(script), "shop")
 
     monkeypatch.setenv("PWD", "/somewhere/else")
-    assert working_directory() == str(release)
+    assert working_directory() == str(tmp_path / "current")  # as the path of the script says
+    (release / "app").mkdir()
+    monkeypatch.chdir(release / "app")
+    assert working_directory() == str(tmp_path / "current" / "app")
+    monkeypatch.setattr(sys, "orig_argv", [f"{release}/bin/python", "-m", "outbox.consumers"])
+    assert working_directory() == str(release / "app")

@@ -18,9 +18,9 @@ from pathlib import Path
 from outbox import exit_codes
 from outbox.errors import OutboxError, UsageError
 from outbox.service.identity.folder import open_folder
-from outbox.service.identity.own_command import own_command, working_directory
 from outbox.service.identity.pid_file import ELSEWHERE, PidFile, holder_of, own_files, pid_path
 from outbox.service.identity.status_file import Status, WorkerStatus, status_path, without_passwords
+from outbox.service.own_command import own_command, working_directory
 from outbox.service.state import Service, ServiceState, WorkerState
 
 __all__ = ["START_VARIABLE", "Identity", "Instance"]
@@ -110,6 +110,11 @@ class Instance:
             ) from None
 
     @property
+    def in_background(self) -> bool:
+        """Whether ``outbox workers start`` has started it."""
+        return self._start is not None
+
+    @property
     def shares_port(self) -> bool:
         """Whether the predecessor answers probes at the same address, and gives it up when it goes.
 
@@ -183,11 +188,7 @@ class Instance:
 
     def _check_start(self, service: Service) -> None:
         """End a process that was started in the background, and does not get ready."""
-        if (
-            self._start is not None
-            and not self._has_been_ready
-            and time.monotonic() >= self._deadline
-        ):
+        if self.in_background and not self._has_been_ready and time.monotonic() >= self._deadline:
             self._give_up(service, "; ".join(service.state.reasons) or "no worker consumes")
 
     def _give_up(self, service: Service, what: str) -> None:

@@ -9,7 +9,8 @@ God.watch do |w|
   w.dir      = "#{shop}/current"
   w.uid      = "shop"
   w.gid      = "shop"
-  w.env      = { "OUTBOX_PID_DIR" => folder }
+  # PWD: by its link, so that a restart starts the code to which that leads by then.
+  w.env      = { "OUTBOX_PID_DIR" => folder, "PWD" => "#{shop}/current" }
   w.pid_file = "#{folder}/outbox-consumers.pid"
   w.interval = 10.seconds
 

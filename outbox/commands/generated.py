@@ -97,8 +97,14 @@ Wants=network-online.target
 After=network-online.target
 
 [Service]
-Type=exec
+# It says when its workers consume, when it reloads and stops, and that it is alive.
+Type=notify
+NotifyAccess=main
+WatchdogSec=30
+TimeoutStartSec=120
 WorkingDirectory={folder}
+# If that is a link to a release, a reload follows it.
+Environment="PWD={quoted}"
 EnvironmentFile=-/etc/outbox/{name}.env
 ExecStart={command}
 # SIGHUP replaces the workers, one by one, by new ones with the present code.
@@ -107,6 +113,9 @@ ExecReload=/bin/kill -HUP $MAINPID
 KillMode=mixed
 TimeoutStopSec=45
 Restart=on-failure
+RestartSec=5
+# Wrong usage: a restart would fail in the same way.
+RestartPreventExitStatus=2
 
 [Install]
 WantedBy=multi-user.target
@@ -178,9 +187,10 @@ class Generated:
         """
         # systemd.service(5): % and $ have a meaning.
         line = shlex.join(command).replace("%", "%%").replace("$", "$$")
-        return self._filled(
-            _UNIT, folder=folder.replace("%", "%%"), command=line, unit=f"outbox-{self.name}"
-        )
+        folder = folder.replace("%", "%%")
+        quoted = folder.replace("\\", "\\\\").replace('"', '\\"')
+        unit = f"outbox-{self.name}"
+        return self._filled(_UNIT, folder=folder, quoted=quoted, command=line, unit=unit)
 
     def _filled(self, template: str, **values: str) -> str:
         return template.format(

@@ -12,6 +12,7 @@ from outbox import exit_codes
 from outbox.commands.application import Application
 from outbox.commands.generated import Generated
 from outbox.errors import UsageError
+from outbox.service.own_command import working_directory
 
 __all__ = ["add_parser"]
 
@@ -122,7 +123,8 @@ def _files(options: argparse.Namespace) -> dict[Path, str]:
     # "manage.py outbox consume" finds the modules of all apps.
     names = [] if is_django else [generated.module]
     command = [sys.executable, *application.consume, *names, "-p", "1"]
-    unit = generated.unit(os.path.abspath(application.folder), command)
+    where = os.path.normpath(os.path.join(working_directory(), application.folder))
+    unit = generated.unit(where, command)
     files = {
         file: generated.consumer(),
         folder / f"test_{stem}_consumer.py": generated.test(django=is_django),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -96,19 +97,36 @@ def test_a_consumer_its_test_tables_and_unit_work_as_they_are(tmp_path: Path) ->
     )
     assert (doctor.returncode, doctor.stderr) == (0, ""), doctor.stdout
 
-    # The unit's command consumes.
+    # The unit's command consumes, and says so to systemd.
     unit = (tmp_path / "outbox-order-mails.service").read_text()
     [command] = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
     assert f"\nWorkingDirectory={tmp_path}\n" in unit
-    with Publisher(url) as publisher, (tmp_path / "log").open("w") as log:
+    assert f'\nEnvironment="PWD={tmp_path}"\n' in unit
+    assert "\nType=notify\n" in unit
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with (
+        manager,
+        Publisher(url) as publisher,
+        (tmp_path / "log").open("w") as log,
+    ):
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
         worker = subprocess.Popen(
             command.removeprefix("ExecStart=").split(),
             cwd=tmp_path,
-            env={**os.environ, "OUTBOX_URL": url, "PYTHONPATH": str(ROOT)},
+            env={
+                **os.environ,
+                "OUTBOX_URL": url,
+                "PYTHONPATH": str(ROOT),
+                "NOTIFY_SOCKET": str(tmp_path / "notify"),
+                "WATCHDOG_USEC": "30000000",
+            },
             stderr=log,
         )
         try:
-            wait_until(lambda: "consuming" in (tmp_path / "log").read_text(), 30)
+            while manager.recv(4096) != b"READY=1":
+                pass
+            assert "consuming" in (tmp_path / "log").read_text()
             with auto_publishing(publisher=publisher):
                 enqueue_event({"id": 17}, "order.placed")
             wait_until(lambda: "order.placed: {'id': 17}" in (tmp_path / "log").read_text(), 30)

@@ -159,21 +159,15 @@ class ServiceSource:
         if state.phase == "given up":
             reasons.append("given up: " + ("; ".join(state.reasons) or "workers end too often"))
         elif not state.mends:
-            reasons.append("worker processes can't be started")
+            reasons.append("no process can be started, or all were stuck again and again")
         return reasons
 
     def ready(self) -> Sequence[str]:
         """Return which workers don't consume, or can't publish."""
         state = self._state
-        reasons = list(state.reasons)
         if not state.ready:
-            return reasons or [state.phase]
-        cut_off = [
-            f"worker {worker.slot} has no connection to publish over"
-            for worker in state.workers
-            if worker.phase == "ready" and _is_cut_off(worker.report)
-        ]
-        return reasons + cut_off
+            return state.reasons or [state.phase]
+        return []
 
     def metrics(self) -> str:
         """Return the sums over all processes that there are and were."""
@@ -223,15 +217,6 @@ class ServiceSource:
                 for worker in state.workers
             ],
         }
-
-
-def _is_cut_off(report: Mapping[str, Any] | None) -> bool:
-    """Return whether a worker has a publisher, but none of its publishers is connected."""
-    counts = None if report is None else report.get("counts")
-    if not isinstance(counts, dict):
-        return False
-    links = metrics.as_samples(counts).get("outbox_connected", {})
-    return links.get(("publisher",)) == 0
 
 
 class HTTPFace:

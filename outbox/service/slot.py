@@ -8,7 +8,9 @@ from outbox.service.worker_process import WorkerProcess
 
 __all__ = ["Slot"]
 
-_STUCK_IN_A_ROW = 3
+_FAILED_IN_A_ROW = 3
+_LINE_EVERY = 60.0
+"""Seconds between two log lines on the deaths of a slot whose processes die again and again."""
 _HEALTHY = 120.0
 """Seconds that a process must live for an earlier stuck one to be forgotten."""
 
@@ -22,6 +24,7 @@ class Slot:
         due: the time on the monotonic clock at which a missing process is started.
         worker: its process; None while there is none.
         started: the number of processes that were started in it.
+        failed_starts: the attempts in a row to start one that have failed.
         trouble: how its last process has ended, until one is ready; empty for in no other way than
             it should.
     """
@@ -33,11 +36,14 @@ class Slot:
         self.due = 0.0
         self.worker: WorkerProcess | None = None
         self.started = 0
+        self.failed_starts = 0
         self.trouble = ""
         self._proven = False
         self._unready = 0
         self._unready_since = 0.0
         self._stuck = 0
+        self._line_at = 0.0
+        self._unlogged = 0
 
     @property
     def is_ready(self) -> bool:
@@ -50,6 +56,7 @@ class Slot:
         self.due = 0.0
         self._proven = False
         self._unready = 0
+        self._line_at = 0.0
 
     def became_ready(self) -> None:
         """Note that a process of it is ready."""
@@ -74,6 +81,23 @@ class Slot:
             and now - self._unready_since >= bound.seconds
         )
 
+    def is_hushed(self, now: float) -> bool:
+        """Return whether its deaths repeat, and have had their line of this minute."""
+        return now < self._line_at
+
+    def note_death(self, now: float) -> int:
+        """Note that a process has died; return how many others have since the last log line.
+
+        If the slot is hushed, there is no line, else there is one now.
+        """
+        if self.is_hushed(now):
+            self._unlogged += 1
+            return 0
+        if self._proven and self.restarts.repeated:
+            self._line_at = now + _LINE_EVERY
+        unlogged, self._unlogged = self._unlogged, 0
+        return unlogged
+
     def was_stuck(self, lived: float) -> None:
         """Count a process that was killed because it was stuck, after ``lived`` seconds."""
         self._stuck = 1 if lived >= _HEALTHY else self._stuck + 1
@@ -84,6 +108,6 @@ class Slot:
             self._stuck = 0
 
     @property
-    def keeps_getting_stuck(self) -> bool:
-        """Whether its last processes were stuck, one after the other."""
-        return self._stuck >= _STUCK_IN_A_ROW
+    def is_beyond_mending(self) -> bool:
+        """Whether its last processes were stuck, or could not be started, one after the other."""
+        return max(self._stuck, self.failed_starts) >= _FAILED_IN_A_ROW

@@ -61,8 +61,8 @@ class ServiceState:
         restarts: how often processes were started again, by the reason.
         base: the sum of the last counts of the processes that have ended; None if there is none.
         slots: the number of processes asked for.
-        mends: whether it can still mend what breaks: it is not given up, and not every slot has had
-            three stuck processes in a row.
+        mends: whether it can still mend what breaks: it is not given up, and not in every slot the
+            last three processes were stuck or could not be started.
         reloads: how often it was asked to replace all its processes.
         reloading: whether it is still doing so.
     """

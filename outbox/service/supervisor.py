@@ -48,6 +48,7 @@ class Supervisor:
     - A worker that leaves, because it has reached a limit, is replaced at once. It exits when what
       runs has ended, however long that takes; but only one at a time leaves each slot.
     - A worker that is stuck is killed and replaced; the messages that run in it count a loss.
+    - Of a worker whose successors die again and again the log has a line each minute.
     - A service none of whose workers was ever ready since its code was last replaced is given up
       when enough of them have died. One that was ready is never given up.
     - A worker that exits with ``USAGE`` before any has consumed stops all: a successor would fail
@@ -111,6 +112,7 @@ class Supervisor:
         self._policy = policy or Policy()
         self._retries = self._policy.retries
         self._given_up = False
+        self._retry_at = 0.0
         self._quiet = False
         self._reloads = 0
         self._turned_at = time.monotonic()
@@ -202,11 +204,11 @@ class Supervisor:
             self._on_signal(number)
         for worker in list(self._workers):
             was_ready = worker.ready
+            code = worker.code()  # before it is listened to: then nothing comes after that
             worker.listen(self._grace)
             if worker.ready and not was_ready:
                 self._on_ready(worker)
             self._log_stacks(worker, now)
-            code = worker.code()
             if code is not None:
                 self._workers.remove(worker)
                 self._log_stacks(worker, math.inf)
@@ -215,9 +217,10 @@ class Supervisor:
                 if isinstance(counts, dict):
                     self._base = metrics.merge(self._base or {}, [counts])
                 self._on_end(worker, code, worker.take_messages(code))
-            elif worker.kill_at is not None and time.monotonic() >= worker.kill_at:
-                self._on_overdue(worker)
-            elif not worker.loaded and worker.kill_at is None:
+            elif worker.kill_at is not None:
+                if time.monotonic() >= worker.kill_at:
+                    self._on_overdue(worker)
+            elif not worker.loaded:
                 self._check_loading(worker)
             else:
                 worker.judge.step(step)
@@ -270,7 +273,7 @@ class Supervisor:
             restarts=dict(self._restarts),
             base=self._base,
             slots=len(self._slots),
-            mends=not self._given_up and not all(slot.keeps_getting_stuck for slot in self._slots),
+            mends=not self._given_up and not all(slot.is_beyond_mending for slot in self._slots),
             reloads=self._reloads,
             reloading=bool(self._to_replace or self._successor) and not self._starts_none,
         )
@@ -371,8 +374,9 @@ class Supervisor:
         if self._retries > 0:
             self._retries -= 1
             self._given_up = True
+            self._retry_at = time.monotonic() + self._policy.retry_every
             for each in self._slots:
-                each.due = time.monotonic() + self._policy.retry_every
+                each.due = self._retry_at
             self._logger.error("trying again in %.0f s", self._policy.retry_every)
         else:
             self._given_up = True
@@ -383,7 +387,9 @@ class Supervisor:
         slot = self._slots[worker.slot - 1]
         if lost:
             names = ", ".join(lost[:_NAMED]) + (", ..." if len(lost) > _NAMED else "")
-            self._logger.warning("%s died while %d message(s) ran: %s", worker, len(lost), names)
+            is_hushed = not self._starts_none and slot.is_hushed(time.monotonic())
+            level = logging.DEBUG if is_hushed else logging.WARNING
+            self._logger.log(level, "%s died while %d message(s) ran: %s", worker, len(lost), names)
         if self._starts_none:
             if slot.worker is worker:
                 slot.worker = None
@@ -421,9 +427,11 @@ class Supervisor:
 
     def _check_bound(self, slot: Slot) -> None:
         """Give the service up if none of its processes is ready, nor will be."""
-        if slot.never_ready(time.monotonic(), self._policy.bound) and not any(
-            worker.ready for worker in self._workers
-        ):
+        now = time.monotonic()
+        is_hopeless = slot.never_ready(now, self._policy.bound)
+        if now < self._retry_at and self._given_up:  # another slot's process has ended before
+            slot.due = self._retry_at
+        elif is_hopeless and not any(worker.ready for worker in self._workers):
             self._give_up(slot)
 
     def _on_overdue(self, worker: WorkerProcess) -> None:
@@ -455,6 +463,7 @@ class Supervisor:
             successor.terminate(self._grace)
         self._reloads += 1
         self._to_replace = deque(self._slots)
+        self._retry_at = 0.0
         for slot in self._slots:
             slot.code_replaced()
 
@@ -478,7 +487,13 @@ class Supervisor:
             if slot.worker is None and successor is not None and successor.slot == slot.number:
                 slot.worker, self._successor = successor, None
             if slot.worker is None and slot.due <= now:
-                slot.worker = self._start(slot)
+                try:
+                    slot.worker = self._start(slot)
+                except OSError as error:
+                    slot.failed_starts += 1
+                    slot.trouble = f"it cannot be started: {error}"
+                    self._back_off(slot, f"{self._name} {slot.number} cannot be started: {error}")
+                    self._check_bound(slot)
 
     def _replace(self) -> None:
         """Go on replacing workers: one at a time, each once its successor consumes."""
@@ -494,26 +509,30 @@ class Supervisor:
         while self._to_replace and self._successor is None:
             slot = self._to_replace.popleft()
             if slot.worker is not None:  # otherwise _fill() starts a new one in any case
-                self._successor = self._start(slot)
+                try:
+                    self._successor = self._start(slot)
+                except OSError as error:
+                    self._to_replace.clear()
+                    self._logger.error(
+                        "a successor of %s cannot be started: %s; the other workers are not "
+                        "replaced",
+                        slot.worker,
+                        error,
+                    )
 
-    def _start(self, slot: Slot) -> WorkerProcess | None:
-        try:
-            worker = WorkerProcess(
-                slot.number,
-                self._command,
-                self._keeper,
-                with_input=len(self._slots) == 1,
-                name=self._name,
-                restarts=slot.started,
-                policy=self._policy,
-                folder=self._folder,
-            )
-        except OSError as error:
-            slot.trouble = f"it cannot be started: {error}"
-            self._back_off(slot, f"{self._name} {slot.number} cannot be started: {error}", 0.0)
-            self._check_bound(slot)
-            return None
+    def _start(self, slot: Slot) -> WorkerProcess:
+        worker = WorkerProcess(
+            slot.number,
+            self._command,
+            self._keeper,
+            with_input=len(self._slots) == 1,
+            name=self._name,
+            restarts=slot.started,
+            policy=self._policy,
+            folder=self._folder,
+        )
         slot.started += 1
+        slot.failed_starts = 0
         self._logger.info("%s started", worker)
         self._workers.append(worker)
         return worker
@@ -522,18 +541,23 @@ class Supervisor:
         self,
         slot: Slot,
         what: str,
-        lived: float,
+        lived: float = 0.0,
         *,
         is_error: bool = False,
         has_lost: bool = False,
     ) -> None:
         restarts = slot.restarts
         wait = restarts.died_with_messages(lived) if has_lost else restarts.died(lived)
-        slot.due = time.monotonic() + wait
+        now = time.monotonic()
+        slot.due = now + wait
         if restarts.looping and not has_lost:
             what = f"{what} ({restarts.in_a_row} in a row)"
             is_error = True
         level = logging.ERROR if is_error else logging.WARNING
+        if slot.is_hushed(now):
+            level = logging.DEBUG
+        if unlogged := slot.note_death(now):
+            what = f"{what}, as {unlogged} others since the last such line"
         self._logger.log(level, "%s; starting another in %.1f s", what, wait)
 
     def _stop(self) -> None:

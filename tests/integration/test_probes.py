@@ -137,9 +137,8 @@ def test_a_probe_names_each_reason() -> None:
         assert get(port, "/livez")[0].status == 200
 
 
-def worker(phase: Any = "ready", *links: int, slot: int = 1) -> WorkerState:
-    counts = {"outbox_connected": [[["publisher"], up] for up in links]}
-    return WorkerState(slot, 1, phase, 1.0, report={"counts": counts})
+def worker(phase: Any = "ready", slot: int = 1) -> WorkerState:
+    return WorkerState(slot, 1, phase, 1.0, report={"counts": {}})
 
 
 @pytest.mark.parametrize(
@@ -147,8 +146,6 @@ def worker(phase: Any = "ready", *links: int, slot: int = 1) -> WorkerState:
     [
         (READY, True, True),
         (ServiceState(workers=(worker(),), ready=True, phase="ready"), True, True),
-        (ServiceState(workers=(worker("ready", 0),), ready=True, phase="ready"), True, False),
-        (ServiceState(workers=(worker("leaving", 0),), ready=True, phase="ready"), True, True),
         (ServiceState(workers=(worker("stuck"),), reasons=("stuck",)), True, False),
         (ServiceState(phase="stopping", reasons=("stopping",)), True, False),
         (ServiceState(phase="leaving"), True, False),

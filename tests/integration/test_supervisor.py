@@ -18,10 +18,12 @@ from outbox.system.child_process import ChildProcess, Parent
 from tests.waiting import wait_until
 
 DRIVER = """
-import logging, os, sys
+import logging, os, sys, time
 from outbox.service.health import cpu, judge
 from outbox.service.health.policy import CPULimit, Policy, RestartBound
 from outbox.service.supervisor import Supervisor
+from outbox.service.worker_process import WorkerProcess
+from outbox.system import backoff
 logging.basicConfig(level="INFO", format="%(message)s")
 command = [sys.executable, "worker.py"] if {command!r} is None else {command!r}
 class Face:
@@ -33,6 +35,7 @@ class Face:
         state = service.state
         workers = [(one.phase, one.report and one.report.get("in_flight")) for one in state.workers]
         text = f"state {{state.phase}} {{state.ready}} {{workers}} {{state.base}} {{state.reasons}}"
+        text += f" mends {{state.mends}}"
         if text != self.shown:
             self.shown = text
             logging.info(text)
@@ -40,6 +43,7 @@ class Face:
         logging.info("face closed")
 cpu.INTERVAL = judge.LONGEST_STEP = 0.5
 faces = [Face()] if {with_face} else []
+{setup}
 sys.exit(
     Supervisor(
         command, {processes}, shutdown_timeout=0.2, margin=0.2, load_limit=2, faces=faces,
@@ -68,6 +72,7 @@ class Driven:
         processes: int,
         with_face: bool,
         policy: str,
+        setup: str,
     ):
         self.folder = folder
         (folder / "worker.py").write_text(WORKER + worker)
@@ -78,7 +83,11 @@ class Driven:
                     sys.executable,
                     "-c",
                     DRIVER.format(
-                        command=command, processes=processes, with_face=with_face, policy=policy
+                        command=command,
+                        processes=processes,
+                        with_face=with_face,
+                        policy=policy,
+                        setup=setup,
                     ),
                 ],
                 cwd=folder,
@@ -109,8 +118,9 @@ def drive(tmp_path: Path) -> Iterator[Callable[..., Driven]]:
         processes: int = 1,
         with_face: bool = False,
         policy: str = "None",
+        setup: str = "",
     ) -> Driven:
-        started.append(Driven(tmp_path, worker, command, processes, with_face, policy))
+        started.append(Driven(tmp_path, worker, command, processes, with_face, policy, setup))
         return started[-1]
 
     yield start
@@ -373,15 +383,74 @@ def test_a_service_that_was_given_up_is_tried_again_in_the_background(
     driven.stop()
 
 
-def test_a_service_that_was_ready_is_never_given_up(drive: Callable[..., Driven]) -> None:
+def test_places_that_never_work_are_given_up_and_tried_again_together(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive(
+        """
+if os.path.exists("broken"):
+    sys.exit(1)
+parent.say(LOADED)
+parent.say(READY)
+while not os.path.exists("die"):
+    time.sleep(0.01)
+sys.exit(1)
+""",
+        processes=2,
+        policy="Policy(bound=RestartBound(2, 0.0), retries=2, retry_every=0.8)",
+        setup="backoff._FIRST_DELAY = 0.05",
+    )
+    driven.wait_for(" started", 2)
+    (driven.folder / "broken").touch()
+    driven.process.send_signal(signal.SIGHUP)
+    driven.wait_for("the other workers are not replaced")
+    (driven.folder / "die").touch()
+    driven.wait_for("trying again in 1 s")
+    began = time.monotonic()
+    assert driven.process.wait(20) == exit_codes.FLAPPING
+    assert time.monotonic() - began >= 1.5  # two retries
+    assert driven.log().count("trying again in 1 s") == 2
+
+
+def test_a_service_that_was_ready_is_never_given_up_and_its_deaths_have_a_line_each_minute(
+    drive: Callable[..., Driven],
+) -> None:
     driven = drive(
         "first = not os.path.exists('first')\nopen('first', 'w').close()\n"
         "if first:\n    parent.say(READY)\nsys.exit(1)\n",
         policy="Policy(bound=RestartBound(2, 0.0))",
+        setup="backoff._FIRST_DELAY = 0.05",
     )
-    driven.wait_for(" started", 4)
+    driven.wait_for(" started", 6)
     assert "giving up" not in driven.log()
-    assert driven.stop() == exit_codes.SUCCESS
+    assert driven.log().count("; starting another in") == 3
+    assert "(3 in a row); starting another in" in driven.log()
+    driven.process.send_signal(signal.SIGHUP)  # other code
+    driven.wait_for("as 2 others since the last such line; starting another in")
+    assert driven.stop() in (exit_codes.SUCCESS, exit_codes.FLAPPING)
+
+
+def test_what_a_process_has_counted_until_its_end_is_kept(drive: Callable[..., Driven]) -> None:
+    driven = drive(
+        """
+parent.say(READY)
+for number in range(1, 11):
+    parent._writer.report({"counts": {"outbox_events_collected_total": [[[], number]]}})
+    time.sleep(0.03)
+os._exit(4 if not os.path.exists("first") and not open("first", "w").close() else 0)
+""",
+        with_face=True,
+        setup="""
+listen = WorkerProcess.listen
+def listen_slowly(worker, grace):
+    listen(worker, grace)
+    time.sleep(0.5)
+WorkerProcess.listen = listen_slowly
+""",
+    )
+    driven.wait_for("] {")
+    assert "[[[], 10.0]]" in driven.log()
+    driven.stop()
 
 
 QUIET = """
@@ -482,8 +551,11 @@ sys.exit(4) if first else time.sleep(60)
 def test_a_program_that_cannot_be_started_is_retried_slowly(
     drive: Callable[..., Driven],
 ) -> None:
-    driven = drive("", command=["/nonexistent/python"])
+    driven = drive("", command=["/nonexistent/python"], with_face=True)
     driven.wait_for("worker 1 cannot be started: [Errno 2]", 2)
+    assert "mends False" not in driven.log()
+    driven.wait_for("mends False")
+    assert driven.log().count("; starting another in") == 3
     assert driven.stop() == exit_codes.SUCCESS
 
 

@@ -139,8 +139,8 @@ def test_three_stuck_processes_in_a_row_are_remembered_until_one_lives() -> None
     slot = Slot(1)
     for _ in range(2):
         slot.was_stuck(31.0)
-        assert not slot.keeps_getting_stuck
+        assert not slot.is_beyond_mending
     slot.was_stuck(31.0)
-    assert slot.keeps_getting_stuck
+    assert slot.is_beyond_mending
     slot.was_stuck(3600.0)
-    assert not slot.keeps_getting_stuck
+    assert not slot.is_beyond_mending

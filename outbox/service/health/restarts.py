@@ -52,6 +52,11 @@ class Restarts:
         return self._delay(self.in_a_row - 1)
 
     @property
+    def repeated(self) -> bool:
+        """Whether it has died again and again, early or while messages ran."""
+        return self.looping or self._with_messages >= _LOOP
+
+    @property
     def looping(self) -> bool:
         """Whether the next process is likely to die as well."""
         return self.in_a_row >= _LOOP

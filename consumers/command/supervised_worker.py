@@ -50,6 +50,8 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
 
     def on_start(worker: Worker, recycling: Recycling) -> None:
         workers.append(worker)
+        if options.stuck_after != 0:
+            _name_unbounded(worker)
         vitals = worker.vitals()
 
         def report(seconds: float) -> dict[str, Any]:
@@ -84,3 +86,14 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
     from outbox.consumers.command.autoreload import run_reloading
 
     return run_reloading(work, stop, options.shutdown_timeout + MARGIN)
+
+
+def _name_unbounded(worker: Worker) -> None:
+    """Log which consumers no handler of which is ever late, and so none is taken to be stuck."""
+    unbounded = [repr(each.queue) for each in worker.consumers.values() if each.timeout is None]
+    if unbounded:
+        logger.info(
+            "handlers without a timeout, which may run for any time and are never taken to be "
+            "stuck: %s",
+            ", ".join(unbounded),
+        )

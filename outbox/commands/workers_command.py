@@ -186,6 +186,7 @@ def _add_command(parser: argparse.ArgumentParser, count: str, text: str) -> None
 
 
 def _start(options: argparse.Namespace) -> int:
+    options.take_over |= "--take-over" in options.command
     return _run_in_background(options, options.id, _program(options.command), None)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from outbox.service.health.stacks import dump_on_signal
+from outbox.service.health.stacks import dump_for_parent
 from outbox.service.lines import LineWriter
 from outbox.system import process
 from outbox.system.child_process import Parent
@@ -37,7 +37,7 @@ and is to be replaced; it has begun to stop."""
 
 LEAVE, QUIET, DUMP = b"leave", b"quiet", b"dump"
 """The words of its parent: begin nothing more, and end when what runs has ended; begin nothing
-more, and stay; write the stacks of the tasks."""
+more, and stay; write the stacks of the threads and tasks."""
 
 _EVERY = 1.0
 """Seconds between two reports."""
@@ -58,7 +58,7 @@ class Supervised:
 
     def __init__(self, parent: Parent, logger: logging.Logger) -> None:
         """Take over the channel of ``parent`` for the lines of this process."""
-        dump_on_signal()
+        self._dump = dump_for_parent()
         _leave_quiet_to_parent()
         self._parent = parent
         self._logger = logger
@@ -143,6 +143,7 @@ class Supervised:
             elif word == QUIET:
                 stop.be_quiet()
             elif word == DUMP:
+                self._dump()
                 try:
                     on_dump()
                 except Exception:

@@ -31,7 +31,7 @@ _SHOW_EVERY = 0.2
 """Seconds, at most, between two turns of the faces."""
 _JUDGE_EVERY = 1.0
 """Seconds, at most, between two looks at whether a worker is stuck."""
-_STACKS_WITHIN = 2.0
+_STACKS_WITHIN = 4.0
 """Seconds for the stacks of a stuck worker to be written, before it is killed."""
 _LOAD_LIMIT = 300.0
 """Seconds for a successor to import the application: enough for one that loads large models."""
@@ -194,7 +194,7 @@ class Supervisor:
         Only on the thread of ``run``, so from a face.
         """
         for worker in self._workers:
-            worker.ask_for_stacks()
+            worker.ask_for_stacks(time.monotonic())
 
     def _turn(self) -> bool:
         """Act on what has happened; return whether to go on."""
@@ -306,6 +306,7 @@ class Supervisor:
                 self.quiet()
         elif number == signal.SIGHUP:
             if self._quiet:
+                self._reloads += 1  # so that systemd doesn't wait for it
                 self._logger.warning("received %s, but a quiet service starts no process", name)
             elif not self._starts_none:
                 self._logger.info("received %s; replacing all workers, one by one", name)
@@ -342,7 +343,7 @@ class Supervisor:
             self._logger.error("%s is stuck: %s; killing it", worker, reason)
             worker.stuck = reason
             worker.stuck_at = now
-            worker.ask_for_stacks()
+            worker.ask_for_stacks(now)
         elif not worker.condemned and now - worker.stuck_at >= _STACKS_WITHIN:
             self._log_stacks(worker, math.inf)
             self._slots[worker.slot - 1].was_stuck(worker.age)
@@ -580,7 +581,10 @@ class Supervisor:
             at_most = min(at_most, _JUDGE_EVERY)
         pause = min([at_most, *(moment - now for moment in times)])
         statuses = [worker.status for worker in self._workers if worker.status is not None]
-        select.select([self._signals.fileno(), *statuses], [], [], max(0.0, pause))
+        poll = select.poll()  # select() has no room for descriptors above 1,023
+        for descriptor in (self._signals.fileno(), *statuses):
+            poll.register(descriptor, select.POLLIN)
+        poll.poll(math.ceil(max(0.0, pause) * 1000))
         self._signals.clear_wake_up()
 
 

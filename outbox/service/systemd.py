@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import time
+from collections import deque
 
 from outbox.service.state import Service, ServiceState
 
@@ -50,6 +51,7 @@ class SystemdFace:
         self._status = ""
         self._status_at = 0.0
         self._has_failed = False
+        self._pending: deque[bytes] = deque()
 
     @classmethod
     def inherited(cls) -> SystemdFace | None:
@@ -69,6 +71,7 @@ class SystemdFace:
         """Say what has changed, and that the service is alive."""
         state = service.state
         now = time.monotonic()
+        self._send()
         if state.reloads != self._reloads:
             self._reloads = state.reloads
             self._is_reloading = True
@@ -84,7 +87,8 @@ class SystemdFace:
             self._is_stopping = True
             self._say("STOPPING=1")
         self._show_status(state, now)
-        if self._alive_every is not None and state.mends and now >= self._alive_at:
+        is_alive = state.mends and not self._pending
+        if self._alive_every is not None and is_alive and now >= self._alive_at:
             self._alive_at = now + self._alive_every
             self._say("WATCHDOG=1")
 
@@ -99,14 +103,24 @@ class SystemdFace:
         if reasons:
             status = f"{status} ({reasons})"
         status = " ".join(status.split())[:_LONGEST_STATUS]
-        if status != self._status and now - self._status_at >= _STATUS_EVERY:
+        is_due = now - self._status_at >= _STATUS_EVERY and not self._pending
+        if status != self._status and is_due:
             self._status, self._status_at = status, now
             self._say(f"STATUS={status}")
 
     def _say(self, *lines: str) -> None:
-        try:
-            self._socket.sendto("\n".join(lines).encode(), self._address)
-        except OSError as error:
-            if not self._has_failed:
-                self._has_failed = True
-                logger.warning("cannot notify systemd: %s", error)
+        self._pending.append("\n".join(lines).encode())
+        self._send()
+
+    def _send(self) -> None:
+        """Send what is pending, in its order; what systemd has no room for waits for a turn."""
+        while self._pending:
+            try:
+                self._socket.sendto(self._pending[0], self._address)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if not self._has_failed:
+                    self._has_failed = True
+                    logger.warning("cannot notify systemd: %s", error)
+            self._pending.popleft()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -28,6 +29,8 @@ from outbox.system.child_process import ChildProcess
 __all__ = ["Keeper", "WorkerProcess"]
 
 
+_ANSWERS_WITHIN = 2.0
+"""Seconds in which a process whose interpreter runs begins to write its stacks."""
 _SLOW = 60.0
 """Seconds between two warnings that a process is still importing the application."""
 
@@ -116,6 +119,7 @@ class WorkerProcess(ChildProcess):
         self.burns_since: float | None = None
         self._name = name
         self._asked_to_leave = False
+        self._stacks_by = math.inf
         self._reported_at = 0.0
         self.kill_at: float | None = None
         self._began = time.monotonic()
@@ -209,14 +213,24 @@ class WorkerProcess(ChildProcess):
         """Ask it to begin nothing more, and to stay; as for ``leave`` otherwise."""
         self._begin_no_more(QUIET, grace)
 
-    def ask_for_stacks(self) -> None:
-        """Ask it to write the stacks of its threads and, if its interpreter runs, of its tasks."""
-        self._process.send_signal(signal.SIGUSR1)
+    def ask_for_stacks(self, now: float) -> None:
+        """Ask it to write the stacks of its threads and tasks; see ``take_stacks``."""
         self.say(DUMP)
+        self._stacks_by = now + (0.0 if self.judge.is_silent else _ANSWERS_WITHIN)
 
     def take_stacks(self, now: float) -> str:
-        """Return the stacks that it has written, once they are complete; else nothing."""
-        return "" if self._stacks is None else self._stacks.take(now)
+        """Return the stacks that it has written, once they are complete; else nothing.
+
+        If no thread of it answers, it gets the signal for them.
+        """
+        if self._stacks is None:
+            return ""
+        if self._stacks.has_begun:
+            self._stacks_by = math.inf
+        elif self._stacks_by <= now < math.inf:
+            self._stacks_by = math.inf
+            self._process.send_signal(signal.SIGUSR1)
+        return self._stacks.take(now)
 
     def _begin_no_more(self, word: bytes, grace: float) -> None:
         self.listen(grace)

@@ -89,6 +89,7 @@ def test_a_worker_whose_handlers_are_deadlocked_is_replaced(command: Command) ->
     assert {int(pid) for pid in found} <= set(workers)
     command.wait_for("in wait_for_lock")
     assert len(command.consuming(3)) >= 3
+    assert "handlers without a timeout" not in command.text()
     command.stop()
 
 
@@ -115,6 +116,7 @@ def test_sigusr1_logs_the_stacks_and_tasks_of_a_worker(command: Command) -> None
     command.write(WAITING.format(name=command.queue))
     command.start("-p", "1", "--shutdown-timeout", "0.2")
     command.consuming(1)
+    command.wait_for(rf"handlers without a timeout, .* taken to be stuck: '{command.queue}'")
     [message] = command.publish("block")
     command.wait_done(1, "began")
     command.process.send_signal(signal.SIGUSR1)

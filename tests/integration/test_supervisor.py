@@ -35,7 +35,7 @@ class Face:
         state = service.state
         workers = [(one.phase, one.report and one.report.get("in_flight")) for one in state.workers]
         text = f"state {{state.phase}} {{state.ready}} {{workers}} {{state.base}} {{state.reasons}}"
-        text += f" mends {{state.mends}}"
+        text += f" mends {{state.mends}} reloads {{state.reloads}}"
         if text != self.shown:
             self.shown = text
             logging.info(text)
@@ -480,6 +480,7 @@ def test_a_quiet_service_begins_nothing_stays_and_can_still_leave(
     driven.wait_for("is quiet")
     driven.process.send_signal(signal.SIGHUP)
     driven.wait_for("received SIGHUP, but a quiet service starts no process")
+    driven.wait_for("reloads 1")  # systemd waits for it
     time.sleep(0.5)
     assert driven.process.poll() is None
     (driven.folder / "leave").write_text("30")
@@ -505,6 +506,36 @@ waiting()
     driven.wait_for("stacks of worker", 2)
     assert driven.log().count("in waiting") == 2
     driven.wait_for("tasks", 2)
+    driven.stop()
+
+
+def test_many_dumps_do_not_harm_a_busy_worker(drive: Callable[..., Driven]) -> None:
+    driven = drive(
+        REPORTER
+        + """
+import threading
+from outbox.system.signals import Stop
+parent.stop_with_parent(Stop(), 5)
+def deep(left):
+    return left and deep(left - 1)
+def run():
+    while True:
+        deep(300)
+for _ in range(2):
+    threading.Thread(target=run, daemon=True).start()
+print("busy", file=sys.stderr, flush=True)
+time.sleep(60)
+""",
+        with_face=True,
+    )
+    driven.wait_for("busy")
+    for _ in range(100):
+        driven.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.01)
+    driven.wait_for("stacks of worker 1")
+    time.sleep(2.5)
+    assert "was killed" not in driven.log()
+    assert driven.log().count("in deep") > 100
     driven.stop()
 
 

@@ -153,3 +153,25 @@ def test_a_systemd_that_is_away_or_slow_holds_nothing_up(
             face.turn(service)
         assert time.monotonic() - began < 5
         face.close()
+
+
+def test_what_systemd_has_no_room_for_is_said_later(address: str) -> None:
+    service = Service()
+    with listening(address) as manager:
+        face = SystemdFace(address, 0.0)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # other units say much at the boot
+                while True:
+                    other.sendto(b"x", manager.getsockname())
+        service.state = READY
+        face.turn(service)
+        service.state = replace(READY, reloads=1)
+        for _ in range(100):
+            face.turn(service)
+        assert set(heard(manager)) == {"x"}
+        face.turn(service)
+        said = [each.partition("\n")[0] for each in heard(manager)]
+        assert said[:3] == ["READY=1", "RELOADING=1", "READY=1"]
+        assert len(said) <= 5  # a status and a sign of life, which are not kept
+        face.close()

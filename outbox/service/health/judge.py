@@ -42,11 +42,16 @@ class Judge:
         """Let ``seconds`` go by."""
         self._silence += min(seconds, LONGEST_STEP)
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether none of its threads has run for as long as is allowed."""
+        return bool(self._stuck_after) and self._silence > self._stuck_after
+
     def verdict(self) -> str:
         """Return why the process is stuck, for people to read; empty if it isn't."""
         if not self._stuck_after:
             return ""
-        if self._silence > self._stuck_after:
+        if self.is_silent:
             return f"none of its threads has run for {self._silence:.0f} s"
         for part, age in self._pulses.items():
             if isinstance(age, (int, float)) and age + self._silence > self._stuck_after:

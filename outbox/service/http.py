@@ -93,13 +93,16 @@ def listening(address: Address) -> list[socket.socket]:
         return [_bound(socket.AF_INET6, ("::", address.port, 0, 0), both=True)]  # its error
     # Some machines know localhost by one of its addresses, and their clients by the other.
     hosts = _LOOPBACK if address.host == "localhost" else (address.host,)
-    found = [
-        each
-        for host in hosts
-        for each in socket.getaddrinfo(
-            host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    ]
+    try:
+        found = [
+            each
+            for host in hosts
+            for each in socket.getaddrinfo(
+                host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        ]
+    except UnicodeError:  # a label that is empty or too long
+        raise OSError(errno.EINVAL, "that can't be a host's name") from None
     sockets: list[socket.socket] = []
     problem: OSError | None = None
     for family, _, _, _, where in dict.fromkeys(found):

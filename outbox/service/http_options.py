@@ -11,7 +11,7 @@ from outbox.errors import UsageError
 if TYPE_CHECKING:
     from outbox.service.http import HTTPFace
 
-__all__ = ["add_http_options", "has_http", "http_face"]
+__all__ = ["add_http_options", "http_address", "http_face"]
 
 _VARIABLE = "OUTBOX_HTTP"
 
@@ -32,11 +32,6 @@ def add_http_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def has_http(options: argparse.Namespace) -> bool:
-    """Return whether the service is to answer over HTTP."""
-    return bool(_address(options))
-
-
 def http_face(options: argparse.Namespace, *, may_wait: bool = False) -> HTTPFace | None:
     """Listen as the options say, and return what answers; None without ``--http``.
 
@@ -47,7 +42,7 @@ def http_face(options: argparse.Namespace, *, may_wait: bool = False) -> HTTPFac
     Raises:
         UsageError: the address is wrong, or can't be used.
     """
-    text = _address(options)
+    text = http_address(options)
     if not text:
         return None
     # Only now: what it imports costs megabytes.
@@ -60,6 +55,7 @@ def http_face(options: argparse.Namespace, *, may_wait: bool = False) -> HTTPFac
     return HTTPFace(address, with_status=options.http_status, may_wait=may_wait)
 
 
-def _address(options: argparse.Namespace) -> str:
+def http_address(options: argparse.Namespace) -> str:
+    """Return the address as it was given, by the option or else the variable; empty for none."""
     given: str | None = options.http
     return (os.environ.get(_VARIABLE, "") if given is None else given).strip()

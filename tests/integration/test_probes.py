@@ -218,6 +218,12 @@ def _has_ipv6() -> bool:
         return False
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 70 + ".example"])
+def test_what_no_host_can_be_called_is_wrong_usage(host: str) -> None:
+    with pytest.raises(UsageError, match=r"cannot listen on .*:8080: that can't be a host's name"):
+        HTTPFace(parse_address(f"{host}:8080"))
+
+
 def test_a_used_port_is_wrong_usage() -> None:
     with answering() as (_, port):
         with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1:{port}: "):

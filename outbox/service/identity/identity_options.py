@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from outbox.errors import UsageError
+from outbox.service.http_options import http_address
 from outbox.service.identity.folder import default_folder
 from outbox.service.identity.instance import Identity
 from outbox.service.identity.pid_file import check_id
@@ -82,7 +82,7 @@ def identity_of(options: argparse.Namespace, applications: Sequence[str]) -> Ide
         take_over=options.take_over,
         start_timeout=options.start_timeout,
         handover_timeout=options.handover_timeout,
-        http=getattr(options, "http", None) or os.environ.get("OUTBOX_HTTP") or None,
+        http=http_address(options) or None,
     )
 
 

@@ -117,7 +117,7 @@ class SpanTracer:
                 span.set_attribute("messaging.message.id", event.id)
         finally:
             if span is not None:
-                span.end()
+                _end(span)
         return _marked(event)
 
     def sends(self, chunk: Chunk, settings: Settings) -> None:
@@ -136,7 +136,7 @@ class SpanTracer:
         match getattr(chunk, "trace", None):
             case (Span() as span, _) if span.is_recording() and chunk.reported is None:
                 span.set_status(StatusCode.ERROR, "handing over was interrupted")
-                span.end()
+                _end(span)
 
     def sends_again(self, entries: Sequence[Entry]) -> None:
         """Begin a span for those of ``entries`` that are kept, linked to their creation."""
@@ -208,18 +208,23 @@ class SpanTracer:
             self._judged = provider, follows
         return self._judged[1]
 
-    def _created(self, settings: Settings, target: Any, exchange: str) -> Span:
-        return self._tracer.start_span(
-            f"create {exchange or _DEFAULT_EXCHANGE}",
-            kind=SpanKind.PRODUCER,
-            attributes={
-                **_system_of(settings.url),
-                "messaging.operation.name": "create",
-                "messaging.operation.type": "create",
-                "messaging.destination.name": _joined(exchange, str(target)),
-                "messaging.rabbitmq.destination.routing_key": str(target),
-            },
-        )
+    def _created(self, settings: Settings, target: Any, exchange: str) -> Span | None:
+        """Begin the span of an event's creation; None if that fails."""
+        try:
+            return self._tracer.start_span(
+                f"create {exchange or _DEFAULT_EXCHANGE}",
+                kind=SpanKind.PRODUCER,
+                attributes={
+                    **_system_of(settings.url),
+                    "messaging.operation.name": "create",
+                    "messaging.operation.type": "create",
+                    "messaging.destination.name": _joined(exchange, str(target)),
+                    "messaging.rabbitmq.destination.routing_key": str(target),
+                },
+            )
+        except Exception:
+            logger.exception("could not begin the span of an event")
+            return None
 
     def _carried(self, span: Span) -> Mapping[str, str]:
         """Return the headers that carry the context of ``span``, and the baggage."""
@@ -331,7 +336,7 @@ class _Write:
         if not self._waiting:
             if self._error is not None:
                 _mark_failed(self._span, self._error)
-            self._span.end()
+            _end(self._span)
 
 
 class _Attempt:
@@ -362,7 +367,7 @@ class _Attempt:
             _fail(span, error)
         elif reason:
             _mark_failed(span, outcome, reason)
-        span.end()
+        _end(span)
 
 
 class _Untraced:
@@ -446,10 +451,22 @@ def _marked(event: Event) -> Event:
     return event
 
 
+def _end(span: Span) -> None:
+    """End a span; an application's processor of spans may fail, which must stop nothing else."""
+    try:
+        span.end()
+    except Exception:
+        logger.exception("could not end a span")
+
+
 def _fail(span: Span, error: BaseException) -> None:
     name = getattr(error, "kind", None) or _name_of(error)
-    span.record_exception(error)
-    _mark_failed(span, str(name), _text_of(error))
+    text = _text_of(error)
+    try:
+        span.record_exception(error)
+    except Exception:  # it wants the text as well
+        logger.debug("could not record an exception", exc_info=True)
+    _mark_failed(span, str(name), text)
 
 
 def _mark_failed(span: Span, error_type: str, text: str = "") -> None:

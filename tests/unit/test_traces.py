@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from opentelemetry import baggage, context, trace
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler
 from opentelemetry.trace import SpanKind, StatusCode
 
@@ -648,6 +648,36 @@ def test_a_tracer_that_is_broken_stops_nothing(
             wait_until(lambda: handled, 10)
     assert "could not begin the span of a chunk" in caplog.text
     assert "could not begin the span of a message" in caplog.text
+
+
+def test_a_processor_of_spans_that_is_broken_stops_nothing(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(SpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
+            raise RuntimeError("broken processor")
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    traces = Traces()
+    traces.provider.add_span_processor(Broken())
+    OutboxInstrumentor().instrument(tracer_provider=traces.provider, create_spans=True)
+
+    @consumer("orders")
+    def handle(event: Any) -> None:
+        raise Mute
+
+    with place.publisher() as publisher, working(publisher, handle) as worker:
+        with auto_publishing(publisher=publisher):
+            enqueue_event("", "orders")
+        wait_until(lambda: worker.stats().ended == 1, 10)
+    assert caplog.text.count("could not end a span") == 2
+    process = traces.one("process orders")
+    assert process.status.status_code is StatusCode.ERROR
+    assert attributes_of(process)["error.type"].endswith("Mute")
+    assert attributes_of(process)["outbox.outcome"] == "dead"
 
 
 def test_a_context_of_the_application_is_kept(traces: Traces, place: Place) -> None:

@@ -76,7 +76,9 @@ def test_a_password_can_be_changed_under_publishers_and_workers(
             wait_until(lambda: "refused the user or the password" in caplog.text)
             secret["password"] = "second"
             wait_until(lambda: during.id in done, 30)
-    assert set(threads) == {"outbox-publisher", "outbox-consumer"}
+    # The consumer tries over a connection apart whether its queue is to blame.
+    links = {"outbox-publisher", "outbox-consumer"}
+    assert links <= set(threads) <= {*links, "outbox-credentials"}
     assert "first" not in caplog.text
     assert "second" not in caplog.text
     # The commands as well.
@@ -227,6 +229,35 @@ def test_a_renewal_that_fails_is_tried_again(
         assert publisher.connected
     assert "cannot renew the credentials for 127.0.0.1" in caplog.text
     assert "OSError: the issuer is away" in caplog.text
+
+
+def test_a_connection_beside_an_open_one_is_logged_in_without_blocking_it(
+    amqp_url: str, name: str
+) -> None:
+    go_on = threading.Event()
+    asked: list[str] = []
+
+    def credentials() -> tuple[str, str]:
+        asked.append(threading.current_thread().name)
+        assert len(asked) == 1 or go_on.wait(10)
+        return "guest", "guest"
+
+    opened: list[object] = []
+    with Publisher(without_user(amqp_url), credentials=credentials, exchange=name) as publisher:
+        publisher.make_ready()
+        wait_until(lambda: publisher.connected)
+        link: Any = publisher._own_transport()._link  # type: ignore[attr-defined]
+        link.call(lambda: link.connect_apart(opened.append, lambda *_: None))
+        wait_until(lambda: len(asked) == 2)
+        answers = threading.Event()
+        assert link.ping(answers.set)
+        try:
+            assert answers.wait(2)
+            assert not opened
+        finally:
+            go_on.set()
+        wait_until(lambda: opened)
+    assert asked == ["outbox-publisher", "outbox-credentials"]
 
 
 # ------------------------------------------------------------------------------------ settings

@@ -7,7 +7,6 @@ that is given up is detached from the link first, and callbacks of a detached on
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import weakref
@@ -163,10 +162,12 @@ class Link:
                 the code with which the broker ended it because of an error, else 0; and why.
         """
         host = self._hosts[self._host % len(self._hosts)]
-        if self._login is not None:
-            with contextlib.suppress(ConnectFailed):  # those in use may do
-                self._login.prepare(host, self.address)
-        return ConnectionApart(host, self._services, self._apart, opened, ended)
+        apart = ConnectionApart(host, self._services, self._apart, opened, ended)
+        if self._login is None:
+            apart.connect()
+        else:
+            self._login.prepare_beside(host, self._loop, apart.connect)
+        return apart
 
     def ready(self) -> None:
         """Reset the back-off, because the connection does its work.
@@ -352,24 +353,31 @@ class ConnectionApart:
         opened: Callable[[pika_connection.Connection], None],
         ended: Callable[[int, str], None],
     ) -> None:
-        """Start connecting; see ``Link.connect_apart``."""
+        """Create it, without connecting yet; see ``Link.connect_apart``."""
+        self._host = host
+        self._services = services
         self._all_of_link = all_of_link
         self._opened = opened
         self._ended: Callable[[int, str], None] | None = ended
         self._address = f"{host.host}:{host.port}"
+        self._connection: pika_connection.Connection | None = None
         all_of_link.add(self)
-        self._connection = pika_connection.Connection(
-            host,
-            on_open_callback=self._on_open,
-            on_open_error_callback=self._on_ended,
-            on_close_callback=self._on_ended,
-            custom_ioloop=services,
-        )
+
+    def connect(self) -> None:
+        """Start connecting, unless it was closed meanwhile."""
+        if self._ended is not None:
+            self._connection = pika_connection.Connection(
+                self._host,
+                on_open_callback=self._on_open,
+                on_open_error_callback=self._on_ended,
+                on_close_callback=self._on_ended,
+                custom_ioloop=self._services,
+            )
 
     def close(self) -> None:
         """Close it, whatever its state, without calling back."""
         self._ended = None
-        if self._connection.is_open:
+        if self._connection is not None and self._connection.is_open:
             self._connection.close()
         else:
             self.abort()
@@ -377,7 +385,9 @@ class ConnectionApart:
     def abort(self) -> None:
         """End it at once."""
         self._ended = None
-        if not self._connection.is_closed:
+        if self._connection is None:
+            self._all_of_link.discard(self)
+        elif not self._connection.is_closed:
             pika_connection.abort(self._connection, ConnectionLost("it is no longer needed"))
 
     def _on_open(self, connection: pika_connection.Connection) -> None:

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 import weakref
+from collections.abc import Callable
 
 import pika
 
@@ -25,7 +26,7 @@ logger = logging.getLogger("outbox.link")
 _RENEWED_AFTER = 0.8  # of the time for which credentials are valid
 _AGAIN_AFTER = 0.05  # of that time, after a renewal that has failed
 _LONGEST = 30.0  # seconds until that
-_LEAST = 0.2  # seconds until either
+_LEAST = 1.0  # seconds until either, also where tokens have expired by this machine's clock
 
 
 class Login:
@@ -52,6 +53,24 @@ class Login:
             ) from error
         self._note(given, asked_at)
         parameters.credentials = pika.PlainCredentials(given.user, given.password)
+
+    def prepare_beside(
+        self,
+        parameters: pika.ConnectionParameters,
+        loop: pika_connection.Loop,
+        prepared: Callable[[], None],
+    ) -> None:
+        """Do the same without blocking, then call ``prepared``; without any, those in use stay.
+
+        For another connection while one is open, whose heartbeats this thread answers.
+        """
+
+        def answered(given: Credentials | BaseException) -> None:
+            if isinstance(given, Credentials):
+                parameters.credentials = pika.PlainCredentials(given.user, given.password)
+            prepared()
+
+        self._ask(loop, answered)
 
     def keep_valid(
         self, connection: pika_connection.Connection, loop: pika_connection.Loop, address: str
@@ -82,21 +101,13 @@ class Login:
     def _renew(
         self, connection: pika_connection.Connection, loop: pika_connection.Loop, address: str
     ) -> None:
-        """Ask for credentials on a thread for it: meanwhile this one answers heartbeats."""
+        """Replace the credentials of ``connection``."""
         asked_at = time.monotonic()
 
-        def ask() -> None:
-            given: Credentials | Exception
-            try:
-                given = credentials_of(self._provider)
-            except Exception as error:
-                given = error
-            loop.add_callback_threadsafe(lambda: answered(given))
-
-        def answered(given: Credentials | Exception) -> None:
+        def answered(given: Credentials | BaseException) -> None:
             if not connection.is_open:
                 return
-            if isinstance(given, Exception):
+            if isinstance(given, BaseException):
                 logger.warning("cannot renew the credentials for %s: %s", address, _text(given))
                 seconds = min(_AGAIN_AFTER * (self._valid_for or 0), _LONGEST)
                 self._renew_in(seconds, connection, loop, address)
@@ -106,13 +117,31 @@ class Login:
             logger.debug("renewed the credentials for %s", address)
             self.keep_valid(connection, loop, address)
 
+        self._ask(loop, answered)
+
+    def _ask(
+        self,
+        loop: pika_connection.Loop,
+        answered: Callable[[Credentials | BaseException], None],
+    ) -> None:
+        """Ask on a thread for it, and call ``answered`` on this one, which has a connection."""
+
+        def ask() -> None:
+            given: Credentials | BaseException
+            try:
+                given = credentials_of(self._provider)
+            except BaseException as error:
+                given = error
+            loop.add_callback_threadsafe(lambda: answered(given))
+
         try:
             threading.Thread(target=ask, name="outbox-credentials", daemon=True).start()
-        except RuntimeError:  # the interpreter exits
-            logger.debug("no credentials are renewed any more")
+        except RuntimeError as error:  # the interpreter exits
+            logger.debug("no credentials are asked for any more")
+            answered(error)
 
 
-def _text(error: Exception) -> str:
+def _text(error: BaseException) -> str:
     try:
         return f"{type(error).__qualname__}: {one_line(str(error))}"
     except Exception:  # an application's exception

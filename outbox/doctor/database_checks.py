@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Engine, func, inspect, select, text
 from outbox.doctor.check import Check
 from outbox.doctor.examined import Examined
 from outbox.doctor.finding import NotApplicable, NotChecked, Problem
-from outbox.errors import OutboxError, UsageError
+from outbox.errors import ConnectFailed, OutboxError, UsageError
 from outbox.storage.clock import now, seconds_since
 from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.schema import check_server, dialect_of, events, metadata_of
@@ -57,11 +57,11 @@ def _need_events(examined: Examined) -> None:
 
 def _tables(examined: Examined) -> Iterator[Problem]:
     try:
-        engine = examined.open_engine()[0]
+        engine = examined.reach_database()
         with own_transaction(engine) as connection:
             check_server(connection)
             yield from _lacking(connection)
-    except DatabaseError as error:
+    except (DatabaseError, ConnectFailed) as error:
         remedy = "Check the database's URL, and that it runs."
         yield Problem("error", f"the database cannot be reached: {reason_of(error)}", remedy)
     except OutboxError as error:

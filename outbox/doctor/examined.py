@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -15,7 +16,7 @@ from outbox import configuration
 from outbox.consumers.definition import Consumer
 from outbox.consumers.discovery import load
 from outbox.doctor.finding import NotApplicable, NotChecked
-from outbox.errors import OutboxError, UsageError
+from outbox.errors import ConnectFailed, OutboxError, UsageError
 from outbox.messages.delivery import QueueSpec
 from outbox.settings import SettingOverrides, Settings
 from outbox.url import BrokerURL
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["Examined", "Loaded", "SetUp"]
 
 T = TypeVar("T")
+
+_DATABASE_ANSWERS = 10.0  # seconds, at the most
 
 
 class _Once(Generic[T]):
@@ -105,6 +108,7 @@ class Examined:
         self.read_settings = _Once(self._read_settings)
         self.open_probe = _Once(self._open_probe)
         self.open_engine = _Once(self._open_engine)
+        self.reach_database = _Once(self._reach_database)
         self._open_management = _Once(self._connect_management)
         self._write_attempts = _Once(self._attempt_writes)
 
@@ -184,8 +188,10 @@ class Examined:
     def engine(self) -> Engine:
         """The engine of the database with the stored events; read-only if it is SQLite."""
         try:
-            return self.open_engine()[0]
-        except OutboxError:
+            return self.reach_database()
+        except NotChecked:
+            raise
+        except Exception:  # the driver's
             raise NotChecked("the database can't be used (OBX201)") from None
 
     def _load(self) -> Loaded:
@@ -243,6 +249,37 @@ class Examined:
         if not leave_open:
             engine.dispose()
         return read_only(engine.url), False
+
+    def _reach_database(self) -> Engine:
+        """Open the engine, and connect once: else each check would wait for a silent server."""
+        engine = self.open_engine()[0]
+        if engine.dialect.name != "sqlite":
+            _connect(engine)
+        return engine
+
+
+def _connect(engine: Engine) -> None:
+    """Connect on a thread for it: what an application's engine waits for may have no end.
+
+    Raises:
+        ConnectFailed: there is no answer.
+        Exception: the driver's or the application's, if connecting fails.
+    """
+    errors: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            engine.connect().close()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=connect, name="outbox-doctor", daemon=True)
+    thread.start()
+    thread.join(_DATABASE_ANSWERS)
+    if thread.is_alive():
+        raise ConnectFailed(f"no answer within {_DATABASE_ANSWERS:.0f} s")
+    if errors:
+        raise errors[0]
 
 
 @contextlib.contextmanager

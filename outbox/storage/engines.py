@@ -29,8 +29,14 @@ _BUSY_TIMEOUT = 10.0  # seconds
 _DRIVERS = {"postgresql": ("psycopg", "psycopg2"), "mariadb": ("pymysql", "mysqldb")}
 _MODULES = {"mysqldb": "MySQLdb"}
 _PACKAGES = {"mysqldb": "mysqlclient"}
-# By default, a server that is gone without a word would be noticed only after hours.
-_KEEPALIVE = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+# By default, a server that is gone without a word would be noticed only after hours, and one that
+# takes connections without answering would be waited for without end.
+_KEEPALIVE = {
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "connect_timeout": 10,
+}
 # These drivers can set no interval. Nothing that outbox does takes this long.
 _TIMEOUTS = {"connect_timeout": 10, "read_timeout": 120, "write_timeout": 120}
 # A pooler may run each transaction on another connection, where the statement isn't prepared.

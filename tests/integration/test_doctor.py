@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -493,6 +495,18 @@ def test_missing_tables_columns_and_indexes_are_named(database_url: str, tmp_pat
 
 def test_a_database_out_of_reach_is_named() -> None:
     only(of_database("postgresql://x:secret@127.0.0.1:9/x"), "OBX201", "cannot be reached")
+
+
+@pytest.mark.parametrize("driver", ["postgresql+psycopg", "mariadb+pymysql"])
+def test_a_database_that_does_not_answer_is_waited_for_once(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outbox.doctor.examined._DATABASE_ANSWERS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        began = time.monotonic()
+        diagnosis = of_database(f"{driver}://x:y@127.0.0.1:{silent.getsockname()[1]}/x")
+    only(diagnosis, "OBX201", "cannot be reached: no answer within")
+    assert time.monotonic() - began < 5
 
 
 def test_a_backlog_and_dead_relays_are_named(store: Store, database_url: str) -> None:

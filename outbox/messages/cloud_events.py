@@ -177,7 +177,10 @@ class _Data:
         if self.base64 is not None:
             return self._from_base64()
         if isinstance(self.data, str) and not self._is_json:
-            return self._decode(self.data.encode(), self.data)
+            try:
+                return self._decode(self.data.encode(), self.data)
+            except UnicodeEncodeError as error:  # JSON may hold half a pair of surrogates
+                raise NotACloudEvent(f"its data is not valid Unicode: {error}") from error
         return self.data
 
     @property

@@ -266,6 +266,11 @@ def test_the_data_of_a_structured_cloud_event_is_the_payload(
         ({**ATTRIBUTES, "data_base64": "?"}, "application/cloudevents+json", "data_base64 is inv"),
         ({**ATTRIBUTES, "data_base64": 1}, "application/cloudevents+json", "data_base64 is inval"),
         (
+            {**ATTRIBUTES, "data": "\ud800", "datacontenttype": "text/plain"},
+            "application/cloudevents+json",
+            "its data is not valid Unicode",
+        ),
+        (
             {**ATTRIBUTES, "data_base64": "AP8=", "datacontenttype": "application/json"},
             "application/cloudevents+json",
             "its data is not valid application/json",

@@ -191,7 +191,8 @@ class Message:
         """Process the message once; never raises an ``Exception``."""
         headers = self.delivery.headers
         if headers and EXPIRES_AT in headers and has_expired(headers):
-            self.event = None  # of an earlier attempt: no callback is called
+            # Those of an earlier attempt: no callback is called, and no attempt begins.
+            self.event = self.processing = None
             return EXPIRED
         tracer = tracing.seam.tracer
         if tracer is not None:

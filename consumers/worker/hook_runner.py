@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from outbox.consumers.hooks import Hook, HookFailed, Hooks, name_of
+from outbox.consumers.hooks import Hook, Hooks, name_of
 from outbox.consumers.message.hook_call import failed_start, log_failed_stop
 
 __all__ = ["CallHook", "HookRunner"]
@@ -29,7 +29,7 @@ class HookRunner:
         hooks: Hooks,
         call: CallHook,
         on_started: Callable[[], None],
-        on_failed: Callable[[HookFailed], None],
+        on_failed: Callable[[Exception], None],
     ) -> None:
         """Create the runner.
 
@@ -37,7 +37,8 @@ class HookRunner:
             hooks: the hooks.
             call: has a hook called.
             on_started: called when all start hooks have returned, unless the worker stops.
-            on_failed: called when one has failed.
+            on_failed: called with a HookFailed when one has failed, or with what ``on_started`` has
+                raised.
         """
         self._hooks = hooks
         self._call = call
@@ -81,7 +82,10 @@ class HookRunner:
                 self._on_failed(failed_start(hook, error))
                 return
         if not self._is_stopping:
-            self._on_started()
+            try:
+                self._on_started()
+            except Exception as error:  # else nobody would learn that the worker never consumes
+                self._on_failed(error)
 
     def _run(self, hook: Hook) -> None:
         """Have a hook called, and wait for its end.

@@ -18,7 +18,7 @@ from outbox import Publisher, UsageError, surroundings
 from outbox.configuration import default_publisher
 from outbox.consumers import logs
 from outbox.consumers.definition import Consumer
-from outbox.consumers.hooks import Hook, HookFailed, Hooks, begin_state, declared, end_state
+from outbox.consumers.hooks import Hook, Hooks, begin_state, declared, end_state
 from outbox.consumers.isolation.process_pool import ProcessPool
 from outbox.consumers.losses.begun_table import BegunTable, key_of
 from outbox.consumers.losses.guarded_message import (
@@ -137,7 +137,7 @@ class Worker:
         self._stopping = threading.Event()
         self._refused = ""
         self._failed = ""
-        self._hook_failed: HookFailed | None = None
+        self._start_failed: Exception | None = None
         self._started = threading.Lock()  # taken for good by start()
         self._tally = Tally(
             {queue: _name_of(consumer) for queue, consumer in self.consumers.items()}
@@ -168,7 +168,7 @@ class Worker:
         has_loop = assignment.asynchronous or hooks.need_loop
         self._tasks = TaskEngine(work, concurrency, has_hooks=bool(hooks)) if has_loop else None
         self._hooks = (
-            HookRunner(hooks, self._call_hook, self._open, self._on_hook_failed) if hooks else None
+            HookRunner(hooks, self._call_hook, self._open, self._on_start_failed) if hooks else None
         )
         self._state: dict[str, Any] = {}
         self._renewal = Renewal(self.publisher, self._subscription, self._receiver())
@@ -277,8 +277,8 @@ class Worker:
                 start hook has failed, and what it raised is the cause.
         """
         stopped = self._stopping.wait(timeout)
-        if self._hook_failed is not None:
-            raise self._hook_failed
+        if self._start_failed is not None:
+            raise self._start_failed
         if self._failed:
             raise RuntimeError(f"the worker has failed: {self._failed}")
         if self._refused:
@@ -410,8 +410,8 @@ class Worker:
         self._failed = reason
         self._stopping.set()
 
-    def _on_hook_failed(self, error: HookFailed) -> None:
-        self._hook_failed = error
+    def _on_start_failed(self, error: Exception) -> None:
+        self._start_failed = error
         self._stopping.set()
 
     def _on_refused(self, reason: str) -> None:

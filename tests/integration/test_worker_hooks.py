@@ -255,6 +255,22 @@ def test_a_worker_whose_start_fails_ends_before_it_consumes(
     assert "Traceback" in caplog.text
 
 
+def test_a_worker_that_cannot_begin_after_its_hooks_says_why(
+    place: SQLitePlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_worker_start(lambda: None)
+    worker = Worker([plain(place, name, lambda: None)], publisher=publisher)
+
+    def start(*_: object) -> None:
+        raise UsageError("not in this process")
+
+    monkeypatch.setattr(worker._subscription, "start", start)
+    worker.start()
+    with pytest.raises(UsageError, match="not in this process"):
+        worker.wait(10)
+    worker.stop(1)
+
+
 def test_a_plain_function_that_returns_a_coroutine_is_a_clear_error(
     place: SQLitePlace, publisher: Publisher, name: str
 ) -> None:

@@ -17,6 +17,7 @@ from outbox.consumers.retry import RetryPolicy, seconds_of
 from outbox.header_values import check_name
 from outbox.messages.delivery import QueueSpec, QueueType
 from outbox.messages.received_event import ReceivedEvent
+from outbox.system.signatures import takes_no_arguments
 
 __all__ = ["Consumer", "FunctionConsumer", "consumer"]
 
@@ -77,15 +78,11 @@ def instance_of(consumer: Consumer | type[Consumer]) -> Consumer:
             f"{name}()" for name in sorted(getattr(consumer, "__abstractmethods__", ()))
         )
         raise UsageError(f"{what} is abstract: it has no {missing}")
-    try:
-        inspect.signature(consumer).bind()
-    except TypeError:
+    if not takes_no_arguments(consumer):
         raise UsageError(
             f"{what} takes arguments: make an instance, and give that to Worker() or to "
             "outbox-consume (MODULE:NAME) instead of the class"
-        ) from None
-    except ValueError:  # it has no signature
-        pass
+        )
     return consumer()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from outbox import UsageError
+from outbox.system.signatures import takes_no_arguments
 
 __all__ = [
     "Hook",
@@ -106,12 +107,8 @@ def _checked(hook: F, decorator: str) -> F:
             f"@{decorator}: {name_of(hook)}() has a yield; put what follows it into a function "
             "with @on_worker_stop"
         )
-    try:
-        inspect.signature(hook).bind()
-    except TypeError:
-        raise UsageError(f"@{decorator}: {name_of(hook)}() must take no arguments") from None
-    except ValueError:  # it has no signature
-        pass
+    if not takes_no_arguments(hook):
+        raise UsageError(f"@{decorator}: {name_of(hook)}() must take no arguments")
     return hook
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from outbox.errors import UsageError
+from outbox.system.signatures import takes_no_arguments
 
 __all__ = ["Credentials", "CredentialsProvider", "checked_provider", "credentials_of", "imported"]
 
@@ -52,12 +53,8 @@ def checked_provider(value: Any, where: str) -> Any:
         raise UsageError(f"{where} is not callable, but a {type(value).__name__}")
     if inspect.iscoroutinefunction(value):
         raise UsageError(f"{where} is a coroutine function; a thread without a loop calls it")
-    try:
-        inspect.signature(value).bind()
-    except TypeError:
-        raise UsageError(f"{where} must take no arguments") from None
-    except ValueError:  # it has no signature
-        pass
+    if not takes_no_arguments(value):
+        raise UsageError(f"{where} must take no arguments")
     return value
 
 

@@ -15,10 +15,11 @@ import pytest
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.test import Client
 
-from outbox import UsageError, configure, enqueue_event, exit_codes, publish
+from outbox import UsageError, configure, enqueue_event, publish
 from outbox.service.http import Address, HTTPFace, ServiceSource, listening, parse_address
 from outbox.service.state import ServiceState, WorkerState
 from outbox.telemetry.wsgi import ServiceApp
+from tests.services import Service
 from tests.waiting import wait_until
 
 READY = ServiceState(
@@ -28,29 +29,10 @@ READY = ServiceState(
 )
 
 
-class Service:
-    """A parent whose state a test sets."""
-
-    def __init__(self, state: ServiceState = READY) -> None:
-        self.state = state
-
-    def leave(self, timeout: float | None = None) -> None:
-        raise NotImplementedError
-
-    def stop(self, code: int = exit_codes.SUCCESS) -> None:
-        raise NotImplementedError
-
-    def quiet(self) -> None:
-        raise NotImplementedError
-
-    def dump(self) -> None:
-        raise NotImplementedError
-
-
 @contextlib.contextmanager
 def answering(where: str = "127.0.0.1:0", **options: bool) -> Iterator[tuple[HTTPFace, int]]:
     face = HTTPFace(parse_address(where), **options)
-    face.turn(Service())
+    face.turn(Service(READY))
     try:
         yield face, int(face.urls[0].rpartition(":")[2]) if face.urls else 0
     finally:

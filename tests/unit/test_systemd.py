@@ -13,33 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from outbox import exit_codes
 from outbox.service.state import ServiceState, WorkerState
 from outbox.service.systemd import SystemdFace
+from tests.services import Service
 
 STARTING = ServiceState(
     workers=(WorkerState(1, 10, "starting", 0.1),), reasons=("worker 1 is starting",)
 )
 READY = ServiceState(workers=(WorkerState(1, 10, "ready", 1.0),), ready=True, phase="ready")
-
-
-class Service:
-    """A parent whose state a test sets."""
-
-    def __init__(self) -> None:
-        self.state = STARTING
-
-    def leave(self, timeout: float | None = None) -> None:
-        raise NotImplementedError
-
-    def stop(self, code: int = exit_codes.SUCCESS) -> None:
-        raise NotImplementedError
-
-    def quiet(self) -> None:
-        raise NotImplementedError
-
-    def dump(self) -> None:
-        raise NotImplementedError
 
 
 @contextlib.contextmanager
@@ -66,7 +47,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_a_service_says_when_it_is_ready_reloads_and_stops(address: str) -> None:
-    service = Service()
+    service = Service(STARTING)
     with listening(address) as manager:
         face = SystemdFace(address)
         face.turn(service)
@@ -99,7 +80,7 @@ def test_a_service_says_when_it_is_ready_reloads_and_stops(address: str) -> None
 
 
 def test_a_service_says_that_it_is_alive_only_while_it_can_mend_what_breaks(address: str) -> None:
-    service = Service()
+    service = Service(STARTING)
     service.state = READY
     with listening(address) as manager:
         face = SystemdFace(address, 0.3)
@@ -127,7 +108,7 @@ def test_the_variables_of_systemd_are_taken_out_of_the_environment(
     face = SystemdFace.inherited()
     assert face is not None
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(os.environ)
-    service = Service()
+    service = Service(STARTING)
     service.state = READY
     with listening(address) as manager:
         face.turn(service)
@@ -139,7 +120,7 @@ def test_the_variables_of_systemd_are_taken_out_of_the_environment(
 def test_a_systemd_that_is_away_or_slow_holds_nothing_up(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    service = Service()
+    service = Service(STARTING)
     face = SystemdFace(str(tmp_path / "none"), 0.001)
     for _ in range(3):
         face.turn(service)

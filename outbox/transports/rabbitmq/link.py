@@ -326,24 +326,29 @@ class Link:
             return
         self._ending = True
         outages.left(self._broker, self)
+        connections = [apart.connection for apart in self._apart]
         for apart in list(self._apart):
             apart.abort()
         connection, self._connection = self._connection, None
         if connection is not None and not connection.is_closed:
             pika_connection.abort(connection, ConnectionLost("the link was stopped"))
-        self._finish(connection, _CLOSING_TURNS)
+        self._finish([*connections, connection], _CLOSING_TURNS)
 
-    def _finish(self, connection: pika.SelectConnection | None, turns: int) -> None:
+    def _finish(self, connections: Sequence[pika_connection.Connection | None], turns: int) -> None:
         """End the loop once pika has closed its sockets, which takes some turns of the loop."""
-        if connection is None or connection.is_closed or not turns:
+        if not turns or all(each is None or each.is_closed for each in connections):
             self._ended = True
             self._loop.stop()
         else:
-            self._loop.call_later(0.005, lambda: self._finish(connection, turns - 1))
+            self._loop.call_later(0.005, lambda: self._finish(connections, turns - 1))
 
 
 class ConnectionApart:
-    """A connection beside a link's, for what may end it. Only for the link's thread."""
+    """A connection beside a link's, for what may end it. Only for the link's thread.
+
+    Attributes:
+        connection: pika's connection; None before it connects.
+    """
 
     def __init__(
         self,
@@ -360,13 +365,13 @@ class ConnectionApart:
         self._opened = opened
         self._ended: Callable[[int, str], None] | None = ended
         self._address = f"{host.host}:{host.port}"
-        self._connection: pika_connection.Connection | None = None
+        self.connection: pika_connection.Connection | None = None
         all_of_link.add(self)
 
     def connect(self) -> None:
         """Start connecting, unless it was closed meanwhile."""
         if self._ended is not None:
-            self._connection = pika_connection.Connection(
+            self.connection = pika_connection.Connection(
                 self._host,
                 on_open_callback=self._on_open,
                 on_open_error_callback=self._on_ended,
@@ -377,18 +382,18 @@ class ConnectionApart:
     def close(self) -> None:
         """Close it, whatever its state, without calling back."""
         self._ended = None
-        if self._connection is not None and self._connection.is_open:
-            self._connection.close()
+        if self.connection is not None and self.connection.is_open:
+            self.connection.close()
         else:
             self.abort()
 
     def abort(self) -> None:
         """End it at once."""
         self._ended = None
-        if self._connection is None:
+        if self.connection is None:
             self._all_of_link.discard(self)
-        elif not self._connection.is_closed:
-            pika_connection.abort(self._connection, ConnectionLost("it is no longer needed"))
+        elif not self.connection.is_closed:
+            pika_connection.abort(self.connection, ConnectionLost("it is no longer needed"))
 
     def _on_open(self, connection: pika_connection.Connection) -> None:
         if self._ended is not None:

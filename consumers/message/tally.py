@@ -141,18 +141,19 @@ class Tally:
         cell.seconds += seconds
         headers = delivery.headers
         if headers and not delivery.redelivered and ATTEMPT not in headers:  # its first begin
-            occurred = headers.get(HEADER_OCCURRED_AT)
-            if isinstance(occurred, int):
-                wait = began + self._epoch - occurred / 1_000_000
-                if DELAY_EXCHANGE in headers:
-                    wait -= _delay_of(headers)
-                if wait > _QUICK:
-                    cell.waits[bisect_left(BOUNDS, wait)] += 1
+            try:
+                wait = began + self._epoch - headers[HEADER_OCCURRED_AT] * 1e-6
+            except (KeyError, TypeError, OverflowError):  # another client's message
+                return
+            if DELAY_EXCHANGE in headers:
+                wait -= _delay_of(headers)
+            if wait > _QUICK:
+                cell.waits[bisect_left(BOUNDS, wait)] += 1
+                cell.waited += wait
+            else:
+                cell.waits[0] += 1
+                if wait > 0.0:  # else another machine's clock is ahead
                     cell.waited += wait
-                else:
-                    cell.waits[0] += 1
-                    if wait > 0.0:  # else another machine's clock is ahead
-                        cell.waited += wait
 
     def returned(self, delivery: Delivery, began: float) -> None:
         """Count a message that has begun, and is left to be redelivered; see :meth:`ended`."""

@@ -114,6 +114,14 @@ def test_an_event_from_a_clock_ahead_has_not_waited() -> None:
     assert tally.read()["q"].waits.total == 0.0
 
 
+@pytest.mark.parametrize("value", [None, "text", [1], 10**400])
+def test_another_clients_header_counts_no_wait(value: Any) -> None:
+    tally = Tally({"q": "Consumer"})
+    tally.ended(delivery({HEADER_OCCURRED_AT: value}), ACK, time.perf_counter())
+    assert tally.read()["q"].waits.count == 0
+    assert tally.read()["q"].outcomes["acked"] == 1
+
+
 def run(*functions: Callable[[], None]) -> None:
     threads = [threading.Thread(target=function) for function in functions]
     for thread in threads:

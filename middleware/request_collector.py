@@ -95,7 +95,9 @@ class RequestCollector(EventCollector):
                 self._drop(taken)
             finally:  # a signal handler may raise meanwhile
                 if taken:
-                    logger.warning("%d event(s) dropped because %s: %s", len(taken), why, ids(taken))
+                    logger.warning(
+                        "%d event(s) dropped because %s: %s", len(taken), why, ids(taken)
+                    )
 
     def close(self) -> None:
         """End the unit of work; log the events that could not be published."""

@@ -137,7 +137,7 @@ def test_a_systemd_that_is_away_or_slow_holds_nothing_up(
 
 
 def test_what_systemd_has_no_room_for_is_said_later(address: str) -> None:
-    service = Service()
+    service = Service(STARTING)
     with listening(address) as manager:
         face = SystemdFace(address, 0.0)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-
+from outbox.messages.current_message import message_here, set_message_here
 from outbox.messages.received_event import ReceivedEvent
 
 __all__ = ["current_message", "set_current_message"]
-
-_current: ContextVar[ReceivedEvent | None] = ContextVar("outbox_message", default=None)
 
 
 def current_message() -> ReceivedEvent | None:
@@ -17,8 +14,8 @@ def current_message() -> ReceivedEvent | None:
     Tasks inherit it, and so do threads that run in a copy of the context, such as those of
     ``asyncio.to_thread``; a bare ``threading.Thread`` does not.
     """
-    return _current.get()
+    return message_here()
 
 
-set_current_message = _current.set
+set_current_message = set_message_here
 """Makes an event the current message until the end of this context."""

@@ -15,7 +15,7 @@ from outbox import InvalidEvent, UsageError
 from outbox.consumers.filters import Filters, filters_of
 from outbox.consumers.retry import RetryPolicy, seconds_of
 from outbox.header_values import check_name
-from outbox.messages.delivery import QueueSpec, QueueType
+from outbox.messages.delivery import Delivery, QueueSpec, QueueType
 from outbox.messages.received_event import ReceivedEvent
 from outbox.system.signatures import takes_no_arguments
 
@@ -223,6 +223,8 @@ class Consumer:
     is_async: ClassVar[bool] = False
     max_priority: ClassVar[int | None] = None
     queue_type: ClassVar[QueueType | None] = None
+    _is_mixed: ClassVar[bool] = False
+    """Whether some of its messages need a thread, and others the event loop."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Check the class's attributes, and collect its filters and callbacks.
@@ -286,6 +288,10 @@ class Consumer:
                 policy the message is dead-lettered.
         """
         raise NotImplementedError(f"{type(self).__qualname__} has no process()")
+
+    def _for(self, delivery: Delivery) -> Consumer:
+        """Return the consumer for a message of the queue: a task's, in a queue of tasks."""
+        return self
 
     def spec(self, exchange: str) -> QueueSpec:
         """Return the queue to declare; ``exchange`` is the publisher's."""

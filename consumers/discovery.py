@@ -10,13 +10,16 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TypeAlias, TypeGuard, TypeVar
 
 from outbox import BrokerError, OutboxError, UsageError
 from outbox.consumers import logs
 from outbox.consumers.definition import Consumer, FunctionConsumer, has_process, instance_of
+from outbox.consumers.tasks.task_queue import task_queues_of
+from outbox.consumers.tasks.task_table import tasks_of
 from outbox.consumers.tracebacks import strip_import, traceback_of
+from outbox.tasks.decorator import Task
 
 __all__ = ["FLASK_APP_VARIABLE", "load", "selected", "with_consumers"]
 
@@ -42,7 +45,8 @@ def load(names: Iterable[str], *, warn: bool = True) -> list[Consumer]:
     application is pushed for the rest of the process. Of a module without an attribute, these are
     the consumers that it or a module below it defines and those that ``__all__`` names; if there
     are none, all that it imports. A class is left out where one derived from it, or an instance,
-    has the same queue.
+    has the same queue. The queues of tasks of the modules are consumed from, too; a function or
+    class that is named has those that are called later without being decorated.
 
     Args:
         names: the names.
@@ -57,19 +61,35 @@ def load(names: Iterable[str], *, warn: bool = True) -> list[Consumer]:
     _imported("the Flask application", _push_flask_context)
     members: dict[int, _Member] = {}
     left_out: list[tuple[_Member, str]] = []
+    of_tasks: dict[str, ModuleType] = {}
+    without: list[_Found] = []
+    has_undecorated = False
     for name in names:
         module_name, _, attribute = name.partition(":")
         if not module_name or module_name.startswith("."):
             raise UsageError(f"{name!r} is not the name of a module, or MODULE:ATTR")
         module = _imported(f"the module {module_name!r}", partial(_module, module_name))
         if attribute:
-            member = _named(module, attribute)
-            members[id(member)] = member
+            member = _attribute(module, attribute)
+            if _is_target(member):
+                of_tasks[module_name] = module
+                has_undecorated |= not isinstance(member, Task)
+                continue
+            consumer = _named(module, attribute)
+            members[id(consumer)] = consumer
         else:
             found = _Found(module)
+            if found.has_tasks or not found.members:
+                of_tasks[module_name] = module
+            if not (found.has_tasks or found.members):
+                without.append(found)
             members |= {id(member): member for member in found.members}
             left_out += found.left_out
+    has_undecorated |= bool(without)
+    if without and len(without) == len(of_tasks):  # there are no tasks at all
+        raise UsageError(without[0].problem)
     consumers = [instance_of(member) for member in members.values()]
+    consumers += task_queues_of(of_tasks.values(), has_undecorated=has_undecorated)
     if logs.enable() and warn:
         logger.warning(
             "logging.config has disabled the loggers of outbox; they are enabled again. Configure "
@@ -91,7 +111,10 @@ def with_consumers(names: Iterable[str]) -> list[str]:
 
     def has_consumer(name: str) -> bool:
         module = _imported(f"the module {name!r}", partial(_module, name))
-        return any(_is_consumer(member) and member.queue for member in vars(module).values())
+        return any(
+            isinstance(member, Task) or (_is_consumer(member) and member.queue)
+            for member in vars(module).values()
+        )
 
     return [name for name in names if has_consumer(name)]
 
@@ -205,14 +228,12 @@ class _Found:
     Attributes:
         members: those to run.
         left_out: others that look as if they should run, with the reason and the remedy.
+        has_tasks: whether it has tasks; then consumers that it only imports aren't run.
     """
 
     def __init__(self, module: ModuleType) -> None:
-        """Look at the module's namespace.
-
-        Raises:
-            UsageError: it has no consumer.
-        """
+        """Look at the module's namespace."""
+        self.has_tasks = bool(tasks_of(module))
         self.left_out: list[tuple[_Member, str]] = []
         self._module = module
         self._name = module.__name__
@@ -225,7 +246,7 @@ class _Found:
         ]
         self.members = self._runnable(own)
         runnable = self._runnable(there.values())
-        if not self.members:
+        if not self.members and not self.has_tasks:
             self.members = runnable
         for member in runnable:
             if member not in self.members and member not in own:
@@ -236,9 +257,12 @@ class _Found:
                 self.left_out.append((member, why))
         for kind in _all_subclasses(Consumer):
             self._look_at(kind, set(map(id, own)))
-        if not self.members:
-            why = "".join(f"; {_name_of(member)} {why}" for member, why in self.left_out)
-            raise UsageError(f"the module {self._name!r} has no consumer{why}")
+
+    @property
+    def problem(self) -> str:
+        """What to say if it has nothing to run."""
+        why = "".join(f"; {_name_of(member)} {why}" for member, why in self.left_out)
+        return f"the module {self._name!r} has no consumer and no task{why}"
 
     def _is_imported(self, member: _Member) -> bool:
         """Return whether ``member`` is another module's, which is not below this one."""
@@ -287,6 +311,13 @@ def _stands_for(other: _Member, member: _Member) -> bool:
         return False
     kind = other if isinstance(other, type) else type(other)
     return issubclass(kind, member) and (other.queue == member.queue or not has_process(member))
+
+
+def _is_target(member: object) -> bool:
+    """Return whether ``member`` can be named for the tasks that it is, or has."""
+    if isinstance(member, type):
+        return not issubclass(member, Consumer)
+    return isinstance(member, Task | FunctionType)
 
 
 def _is_consumer(member: object) -> TypeGuard[_Member]:

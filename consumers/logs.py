@@ -19,7 +19,7 @@ from outbox.messages.received_event import ReceivedEvent
 
 __all__ = ["FORMATS", "JSONFormatter", "MessageFilter", "TextFormatter", "set_up"]
 
-_CARRIED = ("message_id", "queue", "attempt", "duration")
+_CARRIED = ("message_id", "queue", "task", "attempt", "duration")
 _STANDARD = {
     *vars(logging.LogRecord("", 0, "", 0, "", None, None)),
     *("message", "asctime", "taskName", "outbox_message", "of_message", *_CARRIED),
@@ -29,12 +29,12 @@ _STANDARD = {
 class MessageFilter(logging.Filter):
     """A filter that adds ``message_id``, ``queue`` and ``attempt`` of the message to every record.
 
-    The record of a message's end also gets ``duration``, in seconds. Every record passes. Add the
-    filter to a handler: a logger's filters don't see the records of the loggers below it. It must
-    be the handler that runs in the thread that logs: a ``QueueHandler``, not the handlers behind
-    its listener. Without a message the values are ``""``, ``""``, 0 and 0.0, so that a format can
-    name them; attributes that a record already has are kept. Ids come from outside: control
-    characters in them are escaped.
+    And ``task``: the name of the task that the message calls, if it does. The record of a message's
+    end also gets ``duration``, in seconds. Every record passes. Add the filter to a handler: a
+    logger's filters don't see the records of the loggers below it. It must be the handler that runs
+    in the thread that logs: a ``QueueHandler``, not the handlers behind its listener. Without a
+    message the values are ``""``, 0 and 0.0, so that a format can name them; attributes that a
+    record already has are kept. Ids come from outside: control characters in them are escaped.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -43,6 +43,8 @@ class MessageFilter(logging.Filter):
         if values is None:
             event = current_message()
             values = _NONE if event is None else _described(event)
+        else:
+            values = {**_NONE, **values}
         for name, value in values.items():
             record.__dict__.setdefault(name, value)
         if not (isinstance(record.message_id, str) and record.message_id.isprintable()):  # type: ignore[attr-defined]
@@ -50,11 +52,23 @@ class MessageFilter(logging.Filter):
         return True
 
 
-_NONE: dict[str, Any] = {"message_id": "", "queue": "", "attempt": 0, "duration": 0.0}
+_NONE: dict[str, Any] = {
+    "message_id": "",
+    "queue": "",
+    "task": "",
+    "attempt": 0,
+    "duration": 0.0,
+}
 
 
 def _described(event: ReceivedEvent) -> dict[str, Any]:
-    return {**_NONE, "message_id": event.id, "queue": event.queue, "attempt": event.attempt}
+    return {
+        **_NONE,
+        "message_id": event.id,
+        "queue": event.queue,
+        "task": event.task[:255],
+        "attempt": event.attempt,
+    }
 
 
 class TextFormatter(logging.Formatter):
@@ -77,10 +91,10 @@ class JSONFormatter(logging.Formatter):
     """One JSON object per line, in ASCII.
 
     Its keys are ``time`` (ISO 8601, UTC, to the microsecond), ``level``, ``logger``, ``process``
-    and ``message``; for a message of a queue, ``message_id``, ``queue`` and ``attempt``; in the
-    line about its end, ``duration`` in seconds; with an exception, ``exc_info``, the traceback as
-    text. What the application logs as ``extra`` is added; a name that is taken becomes
-    ``extra_<name>``, and a value that JSON doesn't have is written as text.
+    and ``message``; for a message of a queue, ``message_id``, ``queue``, ``attempt``, and ``task``
+    if it calls one; in the line about its end, ``duration`` in seconds; with an exception,
+    ``exc_info``, the traceback as text. What the application logs as ``extra`` is added; a name
+    that is taken becomes ``extra_<name>``, and a value that JSON doesn't have is written as text.
     """
 
     def format(self, record: logging.LogRecord) -> str:

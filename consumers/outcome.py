@@ -22,6 +22,7 @@ __all__ = [
     "FollowOnsRefused",
     "HandlerExit",
     "Hold",
+    "NotYet",
     "Outcome",
     "ProcessDied",
     "ProcessTimeout",
@@ -182,6 +183,37 @@ class ProcessTimeout(TimeoutError):
     def after(cls, seconds: float, doing: str = "") -> ProcessTimeout:
         """Return an error that names the time limit and, if given, what exceeded it."""
         return cls(f"it took more than {seconds:g} s{doing and f' to {doing}'}")
+
+
+class NotYet(Exception):
+    """A failed attempt for want of something that is yet to come, such as a row or a deployment.
+
+    It doesn't count: the message is put back with a delay, whatever its consumer's policy, until
+    the time is up. That begins with the first failure, so that a message which failed long ago for
+    another reason is not put back.
+
+    Attributes:
+        delays: seconds to the next attempt, one after the other; the last one is repeated.
+        lasts: seconds after which the time is up.
+    """
+
+    delays: tuple[float, ...] = (1.0,)
+    lasts: float = 0.0
+
+    def delay_after(self, elapsed: float) -> float | None:
+        """Return the seconds to the next attempt; None if the time is up.
+
+        Args:
+            elapsed: the seconds since the first failure.
+        """
+        if elapsed >= self.lasts:
+            return None
+        begin = 0.0
+        for delay in self.delays:
+            if elapsed < begin + delay / 2:  # an attempt is somewhat late
+                return delay
+            begin += delay
+        return self.delays[-1]
 
 
 class ProcessDied(Exception):

@@ -7,6 +7,7 @@
     │   ├── CollectorClosed       the unit of work has ended
     │   ├── NotConfigured         no broker URL is known
     │   ├── MissingExtra          an optional dependency is not installed
+    │   ├── NoResults             nothing keeps the results of tasks
     │   └── UnpublishedEvents     a consumer enqueued events and did not publish them
     └── BrokerError               a failure of the broker or the network: may pass
         ├── ConnectFailed         no connection could be opened
@@ -35,6 +36,7 @@ __all__ = [
     "InvalidEvent",
     "MissingExtra",
     "Nacked",
+    "NoResults",
     "NotConfigured",
     "OutboxError",
     "PublishTimeout",
@@ -87,6 +89,10 @@ class NotConfigured(UsageError):
 
 class MissingExtra(UsageError):
     """An optional dependency is not installed; the message names the extra."""
+
+
+class NoResults(UsageError):
+    """Nothing that is configured keeps the results of tasks, or what was cancelled."""
 
 
 class UnpublishedEvents(UsageError):

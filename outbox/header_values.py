@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from outbox.errors import InvalidEvent
+from outbox.messages.headers import TASK
 
 __all__ = ["MAX_HEADER_BYTES", "MAX_HEADER_DEPTH", "check_address", "check_name", "plain_table"]
 
@@ -68,6 +69,8 @@ def _checked_headers(headers: Any) -> dict[str, Any]:
         raise InvalidEvent(f"headers must be a mapping, not a {type(headers).__name__}")
     for name in headers:
         check_name("header name", name)
+        if name == TASK:
+            continue  # outbox itself adds it, and it is harmless: any program may send tasks
         if name in _INTERPRETED or name.lower().startswith(_INTERPRETED_PREFIXES):
             raise InvalidEvent(
                 f"the header {name!r} is reserved: "

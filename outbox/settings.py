@@ -73,6 +73,10 @@ class SettingOverrides(TypedDict, total=False):
     app_id: str
     connection_name: str
     presence: Presence
+    tasks_queue: str
+    tasks_max_priority: int
+    unknown_task_after: float
+    task_session: Callable[[], Any] | None
     serializer: Serializer
     headers: HeadersSource | Sequence[HeadersSource] | None
     on_kept: EventsHook | None
@@ -131,6 +135,15 @@ class Settings:
         connection_name: the connection's name in the broker's management UI.
         presence: whether worker and relay processes announce themselves on the broker (``on``,
             ``off``).
+        tasks_queue: the queue of tasks that name none, 1 to 250 bytes; several services on one
+            broker need different ones.
+        tasks_max_priority: the highest priority that has an effect in queues of tasks, 1 to 255, as
+            for a consumer; the queues are then classic ones. 0 leaves priorities to the broker.
+        unknown_task_after: seconds, 0 or more, for which a worker puts back a task whose name it
+            doesn't know, before that is a dead letter: another worker may know it.
+        task_session: returns a new session of SQLAlchemy, a ``sessionmaker`` or an
+            ``async_sessionmaker``, in which a worker loads the instances that tasks are called
+            with; without one it uses what was given to ``outbox.sql.bind()``.
         serializer: the serializer of payloads.
         headers: called without arguments for each event that is enqueued, in the caller's thread
             and context; what it returns, a mapping or None, is added to the event's headers. Given
@@ -168,6 +181,10 @@ class Settings:
     app_id: str = ""
     connection_name: str = "outbox"
     presence: Presence = "on"
+    tasks_queue: str = "tasks"
+    tasks_max_priority: int = 0
+    unknown_task_after: float = 900.0
+    task_session: Callable[[], Any] | None = None
     serializer: Serializer = JSONSerializer()  # noqa: RUF009  it is stateless
     headers: tuple[HeadersSource, ...] = ()
     on_kept: EventsHook | None = None
@@ -233,7 +250,7 @@ _NAMES = [setting.name for setting in fields(Settings)]
 _FROM_ENVIRONMENT = [name for name in _NAMES if type(getattr(_DEFAULTS, name)) in (str, int, float)]
 _MOST_BYTES = (1 << 53) - 1
 _MOST_SECONDS = 1_000_000_000  # less than the 292 years that a thread can wait
-_MOST = {"heartbeat": 65_535}  # AMQP 0-9-1, Connection.TuneOk
+_MOST = {"heartbeat": 65_535, "tasks_max_priority": 255}  # AMQP 0-9-1, Connection.TuneOk
 _CHOICES: dict[str, tuple[str, ...]] = {
     "unroutable": get_args(Unroutable),
     "declare": get_args(Declare),
@@ -292,6 +309,12 @@ def _checked(name: str, value: Any, where: str) -> Any:
     if name.startswith("on_"):
         if value is not None and not callable(value):
             raise UsageError(f"{where} is {value!r}, not callable")
+    elif name == "task_session":
+        if value is not None and not callable(value):
+            raise UsageError(f"{where} is {value!r:.80}, not a function that returns a session")
+    elif name == "tasks_queue":
+        if not isinstance(value, str) or not value or not _is_short(f"{value}.dead"):
+            raise UsageError(f"{where} is {value!r:.80}, not the name of a queue")
     elif name == "credentials":
         checked_provider(value, where)
     elif name == "source" and isinstance(value, str) and not _is_reference(value):

@@ -20,6 +20,7 @@ __all__ = [
     "inbox",
     "is_begun",
     "remove",
+    "session",
     "sink_using",
 ]
 
@@ -53,6 +54,10 @@ remove: Callable[[], Any] | None = None
 """Removes the current session of the scoped session that was bound, if one was."""
 
 
+session: Callable[[], Any] | None = None
+"""Returns the current session of what was bound, which a scoped session creates if need be."""
+
+
 inbox: Callable[[], Any] | None = None
 """Returns the inbox in a framework's database; None if no framework is set up."""
 
@@ -69,9 +74,11 @@ def bind(
     provider: Callable[[], Sink | None] | None,
     removing: Callable[[], Any] | None = None,
     having: Callable[[], bool] | None = None,
+    current: Callable[[], Any] | None = None,
 ) -> None:
     """Store each event that is enqueued in a transaction in that one; None ends this."""
-    global bound, has_session, remove
+    global bound, has_session, remove, session
     bound = provider
     has_session = having
     remove = removing
+    session = current

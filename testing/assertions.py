@@ -9,6 +9,8 @@ from types import EllipsisType
 from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, cast, overload
 
 from outbox import Event
+from outbox.messages.headers import TASK
+from outbox.testing.called import ExpectedCall, criteria_of
 from outbox.testing.matching import Wanted, describe, payload_of
 
 __all__ = ["Criteria", "EventAssertions", "Matches", "States"]
@@ -159,6 +161,37 @@ class EventAssertions:
         return str, (repr(self),)
 
     # ------------------------------------------------------------------------- assertions
+
+    def assert_later(
+        self,
+        call: Callable[..., Any],
+        /,
+        *args: Any,
+        options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Event | Matches:
+        """Assert that a task was called later with these arguments, and return its event.
+
+        Args:
+            call: a task, function or method, as ``later()`` takes it.
+            *args: the arguments, however they were given: by position or by name. ``...`` alone
+                stands for any.
+            options: the options of the call, such as ``{"delay": 60, "priority": 9}``, and
+                ``times``, as in :meth:`assert_published`.
+            **kwargs: further arguments.
+
+        Raises:
+            AssertionError: it wasn't.
+        """
+        __tracebackhide__ = True
+        expected = ExpectedCall(call, args, kwargs)
+        criteria: Any = criteria_of(options or {})
+        times = criteria.pop("times", None)
+        target = criteria.pop("queue", "#")
+        headers = {**(criteria.pop("headers", None) or {}), TASK: expected.name}
+        criteria["headers"] = headers
+        wanted = _wanted(target, expected, criteria)
+        return self._assert("published", wanted, times)
 
     @overload
     def assert_published(  # type: ignore[overload-overlap]  # 1 is an int, and means one event

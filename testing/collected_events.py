@@ -10,6 +10,7 @@ from outbox import BrokerError, Event, Publisher
 from outbox.configuration import publisher_if_any
 from outbox.consumers import Consumer
 from outbox.testing.assertions import EventAssertions
+from outbox.testing.called import Runnable
 from outbox.testing.recorded_delivery import Delivered, RecordedDelivery
 from outbox.testing.recorder import Recorder
 
@@ -104,7 +105,7 @@ class CollectedEvents(EventAssertions):
 
     def deliver(
         self,
-        *consumers: type[Consumer] | Consumer,
+        *consumers: Runnable,
         raise_errors: bool = True,
         allow_none: bool = False,
     ) -> list[Delivered]:
@@ -122,6 +123,8 @@ class CollectedEvents(EventAssertions):
 
         Args:
             *consumers: classes or instances; an event goes to each whose queue or topics match.
+                A task or a module runs all tasks of the module; without arguments, all
+                tasks that were called are run.
             raise_errors: whether to raise a handler's exception, once its message is settled.
             allow_none: whether it may find no message for these consumers; otherwise that is an
                 error, unless they have received one earlier in the test.
@@ -141,7 +144,7 @@ class CollectedEvents(EventAssertions):
 
     def deliver_all(
         self,
-        *consumers: type[Consumer] | Consumer,
+        *consumers: Runnable,
         raise_errors: bool = True,
         allow_none: bool = False,
     ) -> list[Delivered]:
@@ -183,7 +186,7 @@ class CollectedEvents(EventAssertions):
 
     async def deliver_async(
         self,
-        *consumers: type[Consumer] | Consumer,
+        *consumers: Runnable,
         raise_errors: bool = True,
         allow_none: bool = False,
     ) -> list[Delivered]:
@@ -195,7 +198,7 @@ class CollectedEvents(EventAssertions):
 
     async def deliver_all_async(
         self,
-        *consumers: type[Consumer] | Consumer,
+        *consumers: Runnable,
         raise_errors: bool = True,
         allow_none: bool = False,
     ) -> list[Delivered]:

@@ -22,6 +22,7 @@ from outbox.messages.delivery import Delivery
 from outbox.messages.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET
 from outbox.settings import Settings
 from outbox.system.steady_clock import monotonic
+from outbox.testing.called import Runnable
 from outbox.testing.inline_worker import MemoryInbox
 from outbox.testing.live_broker import LiveBroker, event_of
 from outbox.testing.recorded_delivery import (
@@ -56,7 +57,7 @@ class LiveDelivery:
 
     def deliver_all(
         self,
-        consumers: Sequence[type[Consumer] | Consumer],
+        consumers: Sequence[Runnable],
         *,
         raise_errors: bool,
         timeout: float,

@@ -10,6 +10,7 @@ from typing import Any
 from outbox.consumers import Consumer
 from outbox.system.steady_clock import monotonic
 from outbox.testing.assertions import EventAssertions
+from outbox.testing.called import Runnable
 from outbox.testing.live_broker import LiveBroker
 from outbox.testing.live_delivery import LiveDelivery
 from outbox.testing.recorded_delivery import Delivered
@@ -49,7 +50,7 @@ class LiveEvents(EventAssertions):
 
     def deliver_all(
         self,
-        *consumers: type[Consumer] | Consumer,
+        *consumers: Runnable,
         raise_errors: bool = True,
         allow_none: bool = False,
         timeout: float = 30.0,
@@ -63,6 +64,7 @@ class LiveEvents(EventAssertions):
 
         Args:
             *consumers: classes or instances; an event goes to each whose queue or topics match.
+                A task or a module runs all tasks of the module.
             raise_errors: whether to raise the first exception whose message is not retried.
             allow_none: whether there may be no message for these consumers; otherwise that is an
                 error after ``patience`` seconds, unless they have received one earlier in the test.
@@ -85,7 +87,7 @@ class LiveEvents(EventAssertions):
 
     def deliver(
         self,
-        *consumers: type[Consumer] | Consumer,
+        *consumers: Runnable,
         raise_errors: bool = True,
         allow_none: bool = False,
         timeout: float = 30.0,
@@ -120,16 +122,12 @@ class LiveEvents(EventAssertions):
             consumer, payload, options, raise_errors=raise_errors, timeout=timeout
         )
 
-    async def deliver_all_async(
-        self, *consumers: type[Consumer] | Consumer, **options: Any
-    ) -> list[Delivered]:
+    async def deliver_all_async(self, *consumers: Runnable, **options: Any) -> list[Delivered]:
         """Do the same as :meth:`deliver_all`, without blocking the running event loop."""
         __tracebackhide__ = True
         return await asyncio.to_thread(self.deliver_all, *consumers, **options)
 
-    async def deliver_async(
-        self, *consumers: type[Consumer] | Consumer, **options: Any
-    ) -> list[Delivered]:
+    async def deliver_async(self, *consumers: Runnable, **options: Any) -> list[Delivered]:
         """Do the same as :meth:`deliver`, without blocking the running event loop."""
         __tracebackhide__ = True
         return await asyncio.to_thread(self.deliver, *consumers, **options)

@@ -22,6 +22,7 @@ from outbox.messages.dead_letters import restore_origin
 from outbox.messages.delivery import Delivery, as_delivered, dead_letter_queue
 from outbox.messages.topics import matches
 from outbox.testing.assertions import States
+from outbox.testing.called import Runnable, with_tasks
 from outbox.testing.inline_worker import (
     InlineMessage,
     InlineWorker,
@@ -97,7 +98,7 @@ class RecordedDelivery:
 
     def deliver(
         self,
-        consumers: Sequence[type[Consumer] | Consumer],
+        consumers: Sequence[Runnable],
         *,
         until_quiet: bool,
         raise_errors: bool,
@@ -113,7 +114,7 @@ class RecordedDelivery:
             allow_none: whether there may be nothing to deliver.
         """
         __tracebackhide__ = True
-        instances = instances_of(consumers)
+        instances = instances_of(consumers, self._recorder.sent)
         check_loop(instances)
         results: list[Delivered] = []
         for message in self._messages(instances, results, until_quiet, allow_none):
@@ -123,7 +124,7 @@ class RecordedDelivery:
 
     async def deliver_async(
         self,
-        consumers: Sequence[type[Consumer] | Consumer],
+        consumers: Sequence[Runnable],
         *,
         until_quiet: bool,
         raise_errors: bool,
@@ -132,7 +133,7 @@ class RecordedDelivery:
         """Do the same as :meth:`deliver`, in the running event loop."""
         __tracebackhide__ = True
         results: list[Delivered] = []
-        instances = instances_of(consumers)
+        instances = instances_of(consumers, self._recorder.sent)
         for message in self._messages(instances, results, until_quiet, allow_none):
             done = await self._process_async(message, _raised(raise_errors, until_quiet))
             results.append(done)
@@ -219,6 +220,7 @@ class RecordedDelivery:
     def _process(self, message: InlineMessage, raised: tuple[type, ...]) -> Delivered:
         __tracebackhide__ = True
         try:
+            check_loop([message.consumer])  # in a queue of tasks, each message has another
             process(message)
         finally:
             self._note(message)
@@ -297,14 +299,22 @@ def _addressed(events: Sequence[Event]) -> list[str]:
     ]
 
 
-def instances_of(consumers: Sequence[type[Consumer] | Consumer]) -> list[Consumer]:
+def instances_of(consumers: Sequence[Runnable], events: Sequence[Event] = ()) -> list[Consumer]:
     """Return ``consumers`` with each class replaced by an instance, as a worker checks them.
+
+    Tasks and modules are replaced by the consumers of their queues; without any, those of all tasks
+    that ``events`` call.
 
     Raises:
         UsageError: a worker would refuse them.
     """
     assignment = Assignment(
-        consumers, threads=1, concurrency=1, prefetch=None, max_messages=None, ranks=None
+        with_tasks(consumers, events),
+        threads=1,
+        concurrency=1,
+        prefetch=None,
+        max_messages=None,
+        ranks=None,
     )
     return list(assignment.consumers.values())
 

@@ -227,7 +227,7 @@ def message_maker(
     def make(consumer: Consumer, delivery: Delivery, services: Services) -> Message:
         key = guard.key_of(delivery)
         message: GuardedMessage
-        if isolation is None or consumer.is_async:
+        if isolation is None or consumer._for(delivery).is_async:
             message = GuardedMessage(consumer, delivery, services)
         else:
             message = GuardedIsolatedMessage(consumer, delivery, services, isolation)

@@ -60,6 +60,7 @@ from outbox.consumers.outcome import (
     Failed,
     FollowOnsRefused,
     Hold,
+    NotYet,
     Outcome,
     ProcessTimeout,
     Return,
@@ -116,7 +117,7 @@ class Message:
     def __init__(self, consumer: Consumer, delivery: Delivery, services: Services) -> None:
         """Create the message, without processing it yet. Without an id it gets a temporary one."""
         delivery.message_id = delivery.message_id or delivery.id_or_new
-        self.consumer = consumer
+        self.consumer = consumer._for(delivery)
         self.delivery = delivery
         self.event: ReceivedEvent | None = None
         self._services = services
@@ -373,7 +374,13 @@ class Message:
     def _decide(self, failed: Failed) -> Again | Dead:
         event, error = self.event, failed.error
         attempts = 1 if event is None else event.attempt
-        first = (event and event.first_failure) or datetime.datetime.now(datetime.UTC)
+        now = datetime.datetime.now(datetime.UTC)
+        first = (event and event.first_failure) or now
+        if isinstance(error, NotYet) and not failed.is_done:
+            delay = error.delay_after((now - first).total_seconds())
+            if delay is not None:
+                return Again(delay, error, attempts - 1, first)
+            return Dead(text_of(error), error, attempts, first)
         try:
             decisive, delay = decided(self.consumer.retry or _ONLY_AFTER_RETRY, failed, attempts)
         except Exception as wrong:  # a user-defined delay raised it

@@ -8,6 +8,7 @@ from typing import Any
 
 from outbox.consumers.outcome import Ack, Again, Dead, Outcome, Return
 from outbox.messages.delivery import Delivery
+from outbox.messages.headers import TASK
 
 __all__ = ["ended", "started"]
 
@@ -19,9 +20,10 @@ def started(delivery: Delivery) -> float:
     """Log that ``delivery`` is about to be processed; return the time, for :func:`ended`."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug(
-            "message %r of %r started",
+            "message %r of %r%s started",
             delivery.message_id,
             delivery.queue,
+            _task(delivery),
             extra=_extra(delivery, 0.0),
         )
     return time.perf_counter()
@@ -38,9 +40,10 @@ def ended(delivery: Delivery, outcome: Outcome, began: float) -> None:
     extra = _extra(delivery, duration)
     logger.log(
         level,
-        "message %r of %r %s after %.3f s, attempt %d%s",
+        "message %r of %r%s %s after %.3f s, attempt %d%s",
         delivery.message_id,
         delivery.queue,
+        _task(delivery),
         _fate(outcome),
         duration,
         extra["outbox_message"]["attempt"],
@@ -50,7 +53,19 @@ def ended(delivery: Delivery, outcome: Outcome, began: float) -> None:
     )
 
 
+_LONGEST_NAME = 255
 _LEVELS: dict[type, int] = {Again: logging.WARNING, Dead: logging.ERROR}
+
+
+def _task(delivery: Delivery) -> str:
+    name = _name_of_task(delivery)
+    return f" (task {name!r})" if name else ""
+
+
+def _name_of_task(delivery: Delivery) -> str:
+    """Return the name of the task that a message calls, cut: it comes from outside."""
+    name = (delivery.headers or {}).get(TASK)
+    return name[:_LONGEST_NAME] if isinstance(name, str) else ""
 
 
 def _fate(outcome: Outcome) -> str:
@@ -90,4 +105,6 @@ def _extra(delivery: Delivery, duration: float) -> dict[str, dict[str, Any]]:
         "attempt": delivery.attempt,
         "duration": duration,
     }
+    if name := _name_of_task(delivery):
+        message["task"] = name
     return {"outbox_message": message}

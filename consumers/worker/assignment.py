@@ -48,8 +48,12 @@ class Assignment:
         for queue in self._ranks:
             if queue not in self.consumers:
                 raise UsageError(f"ranks has the queue {queue!r}, which no consumer has")
-        self.plain = any(not consumer.is_async for consumer in self.consumers.values())
-        self.asynchronous = any(consumer.is_async for consumer in self.consumers.values())
+        self.plain = any(
+            consumer._is_mixed or not consumer.is_async for consumer in self.consumers.values()
+        )
+        self.asynchronous = any(
+            consumer._is_mixed or consumer.is_async for consumer in self.consumers.values()
+        )
         if prefetch is None:
             busy = max(
                 4 * threads if self.plain else 0, 2 * concurrency if self.asynchronous else 0

@@ -397,14 +397,32 @@ class Worker:
 
     def _receiver(self) -> Callable[[Delivery], None]:
         put_of = {
-            queue: engine.put
+            queue: self._mixed(consumer) if consumer._is_mixed else self._put(consumer)
             for queue, consumer in self.consumers.items()
-            if (engine := self._tasks if consumer.is_async else self._threads) is not None
         }
         puts = list(set(put_of.values()))
         if len(puts) == 1:
             return puts[0]
         return lambda delivery: put_of[delivery.queue](delivery)
+
+    def _put(self, consumer: Consumer) -> Callable[[Delivery], None]:
+        """Return what gives a message of ``consumer`` to its engine."""
+        engine = self._tasks if consumer.is_async else self._threads
+        if engine is None:
+            raise RuntimeError(f"there is no engine for {consumer!r}")
+        return engine.put
+
+    def _mixed(self, consumer: Consumer) -> Callable[[Delivery], None]:
+        """Return what gives each message of a queue to the engine that it needs."""
+        on_thread, on_loop = (engine.put for engine in self._engines())
+
+        def put(delivery: Delivery) -> None:
+            if consumer._for(delivery).is_async:
+                on_loop(delivery)
+            else:
+                on_thread(delivery)
+
+        return put
 
     def _on_failed(self, reason: str) -> None:
         self._failed = reason

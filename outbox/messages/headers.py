@@ -33,6 +33,7 @@ __all__ = [
     "PARKED_TARGET",
     "REPLAYED_AT",
     "RETURNED",
+    "TASK",
     "TRACEPARENT",
     "is_brokers_own",
 ]
@@ -46,6 +47,7 @@ ATTEMPT = "outbox-attempt"
 FIRST_FAILURE = "outbox-first-failed-at"
 RETURNED = "outbox-returned"
 EXPIRES_AT = "outbox-expires-at-us"
+TASK = "outbox-task"
 REPLAYED_AT = "outbox-replayed-at"
 ORIGIN_EXCHANGE = "outbox-origin-exchange"
 ORIGIN_TARGET = "outbox-origin-target"

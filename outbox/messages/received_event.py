@@ -16,7 +16,7 @@ from outbox.messages.cloud_events import (
 )
 from outbox.messages.dead_letters import restore_origin
 from outbox.messages.delivery import Delivery, restore_delayed
-from outbox.messages.headers import DELAY_EXCHANGE, HEADER_KEY, is_brokers_own
+from outbox.messages.headers import DELAY_EXCHANGE, HEADER_KEY, TASK, is_brokers_own
 from outbox.serializer import JSONSerializer, serializer_for
 
 __all__ = ["ReceivedEvent", "Undecodable", "decode"]
@@ -41,12 +41,14 @@ class ReceivedEvent(Event):
         attempt: the number of this attempt, 1 for the first.
         redelivered: whether it may have been delivered before; only a hint.
         first_failure: the time at which the first attempt failed; None if this is the first.
+        task: the name of the task that it calls; empty for other events. It comes from outside.
     """
 
     queue: str = ""
     attempt: int = 1
     redelivered: bool = False
     first_failure: datetime.datetime | None = None
+    task: str = ""
     _payload: Any = field(default=None, kw_only=True)
 
     @property
@@ -161,12 +163,14 @@ def decode(delivery: Delivery, *, lazily: bool = False) -> ReceivedEvent:
     headers = delivery.headers
     senders: dict[str, Any] = {}
     key: Any = None
+    task: Any = ""
     if headers:
         try:
             senders = {name: _plain(value) for name, value in headers.items() if _is_senders(name)}
         except RecursionError:
             raise Undecodable("its headers are nested too deeply") from None
         key = headers.get(HEADER_KEY)
+        task = headers.get(TASK)
     return ReceivedEvent(
         id=delivery.message_id or delivery.id_or_new,
         target=delivery.target,
@@ -181,6 +185,7 @@ def decode(delivery: Delivery, *, lazily: bool = False) -> ReceivedEvent:
         attempt=delivery.attempt if headers else 1,
         redelivered=delivery.redelivered,
         first_failure=delivery.first_failure if headers else None,
+        task=task if isinstance(task, str) else "",
         _payload=payload,
     )
 

@@ -36,7 +36,7 @@ from outbox.sql.handover import Handover, Place, Row, doubt, handover_for, name_
 from outbox.storage.schema import events, events_with_grace, known_dialect
 from outbox.telemetry import sources
 
-__all__ = ["bind", "sink_of_connection", "sink_of_session", "uncommitted_events"]
+__all__ = ["bind", "engine_of", "sink_of_connection", "sink_of_session", "uncommitted_events"]
 
 logger = logging.getLogger("outbox.sql")
 
@@ -174,9 +174,9 @@ def bind(
         return _sink(session, expects_commit=begin)
 
     if sessions is None:
-        sinks.bind(sink)
+        sinks.bind(sink, current=provider)
     else:
-        sinks.bind(sink, _remover(provider, sessions), lambda: _has(sessions))
+        sinks.bind(sink, _remover(provider, sessions), lambda: _has(sessions), sessions)
     name_engine(engine)
 
 
@@ -305,6 +305,7 @@ def _sink(session: Session, *, expects_commit: bool = False) -> sinks.Sink:
             session.info[_STORED].expects_commit = True
         return True
 
+    store.session = session  # type: ignore[attr-defined]  # for engine_of()
     return store
 
 
@@ -515,6 +516,19 @@ def _is_begun() -> bool:
 
 
 sinks.is_begun = _is_begun
+
+
+def engine_of(session: Any) -> Engine | None:
+    """Return the engine with which ``session`` writes events, or None.
+
+    Args:
+        session: the session; None for the one in which an event is stored here by ``bind()``.
+    """
+    if session is None:
+        sink = None if sinks.bound is None else sinks.bound()
+        session = getattr(sink, "session", None)
+    sync_session = _sync_session(session)
+    return None if sync_session is None else _bind_of(sync_session).engine
 
 
 def uncommitted_events(session: Session) -> tuple[Event, ...]:

@@ -474,6 +474,7 @@ class EventCollector:
             if observer is not None:
                 observer.cleared(events)
             unit = self._unit
+            unit.note_dropped(events)
             publisher = unit.publisher or unit.provided or configuration.configured_publisher()
             if publisher is not None:
                 publisher.note_cleared(events)

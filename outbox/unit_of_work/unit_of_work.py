@@ -22,7 +22,7 @@ import logging
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar, Token
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from outbox.errors import CollectorClosed, CollectorFull, UsageError
 from outbox.event import Event, MakeId
@@ -36,6 +36,14 @@ __all__ = ["Buffer", "SavepointBuffer", "Scope", "UnitOfWork"]
 logger = logging.getLogger("outbox.collector")
 
 _scope: ContextVar[Scope | None] = ContextVar("outbox_scope", default=None)
+
+
+class Watching(Protocol):
+    """A handle of an event, for the code that has enqueued it."""
+
+    def note_dropped(self) -> None:
+        """Note that the event was dropped."""
+        ...
 
 
 class UnitOfWork:
@@ -64,6 +72,7 @@ class UnitOfWork:
     """
 
     __slots__ = (
+        "_handles",
         "autoflush",
         "caution",
         "is_of_message",
@@ -105,6 +114,21 @@ class UnitOfWork:
         self.pid = process.pid
         self.total = 0
         self.total_size = 0
+        self._handles: weakref.WeakValueDictionary[str, Watching] | None = None
+
+    def watch(self, event_id: str, handle: Watching) -> None:
+        """Have ``handle`` learn if the event of this id is dropped."""
+        if self._handles is None:
+            self._handles = weakref.WeakValueDictionary()
+        self._handles[event_id] = handle
+
+    def note_dropped(self, events: list[Event]) -> None:
+        """Note that ``events`` were dropped."""
+        if self._handles is not None:
+            for event in events:
+                handle = self._handles.get(event.id)
+                if handle is not None:
+                    handle.note_dropped()
 
     def note_provided(self, provided: Publisher | None) -> None:
         """Note the application's publisher for a further event: the unit may end elsewhere.
@@ -203,6 +227,22 @@ class Buffer:
         self.count += 1
         self.size += size
         self.events.append(event)
+
+    def remove(self, event: Event) -> bool:
+        """Remove ``event``; return False if it isn't here any more."""
+        size = _size_of(event)
+        unit = self.unit
+        others = [each for each in self.events if each is not event]
+        if len(others) == self.count:
+            return False
+        if len(others) != self.count - 1:  # another thread has added one; a straight line begins
+            return self.remove(event)
+        self.events = others
+        unit.total -= 1
+        unit.total_size -= size
+        self.count -= 1
+        self.size -= size
+        return True
 
     def take(self, taken: list[Event]) -> None:
         """Move all events to the end of ``taken``.

@@ -21,6 +21,7 @@ import outbox
 import outbox.consumers
 import outbox.sql
 import outbox.tap
+import outbox.tasks
 import outbox.testing
 from outbox import errors
 
@@ -80,11 +81,15 @@ ROOMS = (
     "sql",
     "unit_of_work",
     "__init__",
+    "tasks.mapped tasks.codec tasks.call_arguments",
+    "tasks",
     "telemetry",
     "service",
     "commands.application commands.options",
     "middleware",
     "consumers",
+    "consumers.tasks",
+    "consumers.discovery",
     "consumers.message",
     "consumers.event_loop",
     "consumers.isolation",
@@ -167,7 +172,7 @@ def test_only_the_doors_of_the_transports_share_module_names() -> None:
 
 @pytest.mark.parametrize(
     "package",
-    [outbox, outbox.consumers, outbox.sql, outbox.tap, outbox.testing],
+    [outbox, outbox.consumers, outbox.sql, outbox.tap, outbox.tasks, outbox.testing],
     ids=lambda package: package.__name__,
 )
 def test_no_public_name_hides_a_module(package: ModuleType) -> None:
@@ -237,7 +242,9 @@ def test_every_module_says_what_it_is_for(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "package", [outbox, outbox.consumers, outbox.tap, outbox.testing], ids=lambda one: one.__name__
+    "package",
+    [outbox, outbox.consumers, outbox.tap, outbox.tasks, outbox.testing],
+    ids=lambda one: one.__name__,
 )
 def test_every_exported_name_exists_and_has_a_docstring(package: object) -> None:
     names = package.__all__  # type: ignore[attr-defined]

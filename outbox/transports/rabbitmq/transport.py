@@ -32,7 +32,7 @@ from outbox.transports.rabbitmq.holding.gate import Gate
 from outbox.transports.rabbitmq.holding.key_order import KeyOrder
 from outbox.transports.rabbitmq.link import ConnectionApart, Link
 from outbox.transports.rabbitmq.parameters import connection_parameters
-from outbox.transports.rabbitmq.parking import Parking
+from outbox.transports.rabbitmq.parking import Parking, TaskQueueMaker
 from outbox.transports.rabbitmq.pika_errors import (
     one_line,
     reply_of,
@@ -102,6 +102,7 @@ class RabbitMQTransport(BackloggedTransport):
         self._delayer = Delayer(
             self._encoder, settings.declare, self._resend, self._on_no_destination, self._set_aside
         )
+        self._task_queues = TaskQueueMaker(settings, self._resend, self._on_no_task_queue)
 
     @property
     def connected(self) -> bool:
@@ -164,8 +165,8 @@ class RabbitMQTransport(BackloggedTransport):
                 self._gate.suspect(suspect)
         # Oldest first: entries refused by the broker, those in flight, those not sent yet.
         held, delayed = self._gate.closed(by_broker=for_an_error), self._delayer.closed()
-        nacked = self._key_order.closed()
-        self._notify(self.backlog.down([*held, *in_flight, *nacked, *delayed], error))
+        nacked, tasks = self._key_order.closed(), self._task_queues.closed()
+        self._notify(self.backlog.down([*held, *in_flight, *nacked, *delayed, *tasks], error))
         if was_connected:
             call_hook(self._settings.on_disconnected, error)
 
@@ -245,6 +246,7 @@ class RabbitMQTransport(BackloggedTransport):
         self._gate.closed(by_broker=False)
         self._delayer.closed()
         self._key_order.closed()
+        self._task_queues.closed()
         super()._surrender()
         self._link.stop()
 
@@ -380,6 +382,12 @@ class RabbitMQTransport(BackloggedTransport):
 
     def _handle_unroutable(self, unroutable: Sequence[tuple[Entry, str]]) -> None:
         """Park, reject or ignore unroutable entries, each with the broker's reason."""
+        connection = self._connection
+        if connection is not None and connection.is_open:
+            tasks = [entry for entry, _ in unroutable if self._task_queues.makes(entry)]
+            if tasks:
+                unroutable = [each for each in unroutable if each[0] not in set(tasks)]
+                self._task_queues.make(connection, tasks)
         from_ladder = [entry for entry, _ in unroutable if self._delayer.needs_ladder(entry)]
         excluded = set(from_ladder)
         for entry in from_ladder:  # the delayer declares what is missing
@@ -406,6 +414,10 @@ class RabbitMQTransport(BackloggedTransport):
         if len(at_once) < len(entries):
             error = Nacked("delayed events were returned: parts of the delay ladder are missing")
             self._set_aside([entry for entry in entries if entry not in set(at_once)], error)
+
+    def _on_no_task_queue(self, entries: Sequence[Entry], reason: str) -> None:
+        self._handle_unroutable([(entry, reason) for entry in entries])
+        self._pump()
 
     def _on_no_destination(self, entries: Sequence[Entry], reason: str) -> None:
         """Treat delayed entries as unroutable, because their queue or exchange is missing."""

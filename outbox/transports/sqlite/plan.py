@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from outbox.backlog.chunk import Entry, Fate
@@ -25,23 +25,35 @@ class Plan:
         rows: the rows in the order of the events, one for each of an event's queues.
         fates: the entries by fate and reason, in order.
         without_queue: entries to park, while the parking queue doesn't exist.
+        new_queues: the queues to create, of tasks that are called before a worker has run.
     """
 
-    def __init__(self, entries: Sequence[Entry], routes: Routes, policy: Unroutable) -> None:
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        routes: Routes,
+        policy: Unroutable,
+        makes: Callable[[Event], bool] = lambda _: False,
+    ) -> None:
         """Plan for ``entries``.
 
         Args:
             entries: the entries to write, in order.
             routes: the routes to queues.
             policy: the policy for unroutable events that don't set one.
+            makes: returns whether the queue of an event to the exchange ``""`` is created for it.
         """
         self.rows: list[dict[str, Any]] = []
         self.fates: dict[tuple[Fate, str], list[Entry]] = {}
         self.without_queue: list[Entry] = []
+        self.new_queues: dict[str, None] = {}
         published: list[Entry] = []
         for entry in entries:
             event = entry.event
             queues = routes.queues(event.exchange, event.target)
+            if not queues and makes(event):
+                queues = (event.target,)
+                self.new_queues[event.target] = None
             if queues:
                 self.rows += rows_of(event, queues)
                 published.append(entry)

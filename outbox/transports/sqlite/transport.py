@@ -16,7 +16,9 @@ from outbox.backlog.chunk import Entry, Fate
 from outbox.backlog.notifier import Notifier, call_hook
 from outbox.errors import Blocked, BrokerError, ConnectionLost, Nacked
 from outbox.event import Event
+from outbox.messages import task_queues
 from outbox.messages.dead_letters import PARKING_QUEUE
+from outbox.messages.delivery import dead_letter_queue
 from outbox.settings import MIB, Settings
 from outbox.system.background_thread import BackgroundThread
 from outbox.system.backoff import backoff
@@ -219,9 +221,12 @@ class SQLiteTransport(BackloggedTransport):
         try:
             with self._database.transaction() as connection:
                 self._routes.update(routing.load(connection))
-                plan = Plan(entries, self._routes, self._settings.unroutable)
+                plan = Plan(entries, self._routes, self._settings.unroutable, self._makes_queue)
                 if not plan.is_complete and time.monotonic() < self._queues_missing_until:
                     raise _QueuesMissing
+                for queue in plan.new_queues:
+                    names = (queue, dead_letter_queue(queue))
+                    routing.add(connection, [routing.of_queue(name) for name in names])
                 if plan.parks and not self._make_parking_queue(connection):
                     plan.park_nothing()  # the other events must not wait for the queue
                 size = sum(len(row["payload"]) for row in plan.rows)
@@ -251,6 +256,14 @@ class SQLiteTransport(BackloggedTransport):
             self._notify(self.backlog.give_fate(settled, fate, reason))
         if plan.without_queue:
             self._set_aside(plan.without_queue)
+
+    def _makes_queue(self, event: Event) -> bool:
+        """Return whether the queue of ``event`` is created for it: it is a task's."""
+        return (
+            self._settings.declare == "create"
+            and task_queues.is_task(event)
+            and task_queues.spec_of(event.target, self._settings) is not None
+        )
 
     def _make_parking_queue(self, connection: Connection) -> bool:
         """Create the parking queue if necessary and allowed; return whether it exists."""

@@ -12,7 +12,13 @@ import struct
 from collections.abc import Callable
 
 from outbox.event import Event, Headers
-from outbox.messages.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
+from outbox.messages.headers import (
+    FORMAT_VERSION,
+    HEADER_FORMAT,
+    HEADER_KEY,
+    HEADER_OCCURRED_AT,
+    TASK,
+)
 from outbox.transports.rabbitmq.amqp.field_table import encode_entry, short_string
 
 __all__ = ["PUBLISH_CHANNEL", "Encoder", "on_channel"]
@@ -163,7 +169,10 @@ class Encoder:
         if event.priority is not None:
             before_id += bytes([event.priority])
         before_id += bytes([id_size])
-        after = target + self._app_id
+        # A task's type is what it calls. Copies of others' messages may have anything there.
+        task = event.headers.get(TASK)
+        is_name = isinstance(task, str) and 0 < len(task.encode()) <= 255
+        after = (short_string(str(task)) if is_name else target) + self._app_id
 
         header_size = 12 + len(before_table) + 8 + len(before_id) + id_size + 8 + len(after)
         start = (

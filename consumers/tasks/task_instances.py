@@ -1,0 +1,145 @@
+"""Mapped instances in a worker: loaded in one session, which outbox commits or rolls back.
+
+An instance that isn't there may be about to be committed: its task was enqueued before. Only if
+both were committed together is it gone for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from outbox import UsageError, sinks
+from outbox.consumers.outcome import NotYet, Reject
+
+__all__ = ["TaskSession", "session_provider"]
+
+Provider = Callable[[], Any]
+
+
+class InstanceMissing(NotYet):
+    """A failed attempt: there is no row for an instance that a task was called with."""
+
+    delays = (1.0, 5.0, 30.0)
+    lasts = 30.0
+
+
+def session_provider(task_session: Provider | None) -> Provider | None:
+    """Return what makes the sessions of instances, or None if nothing was configured."""
+    return task_session or sinks.session
+
+
+class TaskSession:
+    """The session of one attempt, opened when the first instance is needed.
+
+    Use it as ``with`` for a plain function, as ``async with`` for a coroutine function.
+    """
+
+    def __init__(self, provider: Provider | None, classes: Mapping[str, type]) -> None:
+        """Open sessions with ``provider``, for instances of ``classes``."""
+        self._provider = provider
+        self._classes = classes
+        self._session: Any = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a session was opened."""
+        return self._session is not None
+
+    def instance(self, name: str, key: Sequence[Any], *, is_committed: bool) -> Any:
+        """Return the instance of a class with a key.
+
+        Raises:
+            Reject: the class isn't one whose instances may be named, or the key isn't one of it; or
+                the instance was deleted.
+            InstanceMissing: there is no such row yet.
+            UsageError: nothing was configured that opens sessions.
+        """
+        kind, found_key = self._address(name, key)
+        return self._found(
+            self._sync_session().get(kind, found_key), name, key, is_committed=is_committed
+        )
+
+    def _address(self, name: str, key: Sequence[Any]) -> tuple[type, tuple[Any, ...]]:
+        from outbox.sql.mapped_instances import key_for
+
+        kind = self._classes.get(name)
+        if kind is None:
+            raise Reject(f"no mapped class of the worker's modules is {name!r:.300}")
+        try:
+            return kind, key_for(kind, key)
+        except ValueError as error:
+            raise Reject(str(error)) from None
+
+    def _found(self, found: Any, name: str, key: Sequence[Any], *, is_committed: bool) -> Any:
+        if found is not None:
+            return found
+        text = f"there is no {name:.255} with the key {[*key]!r:.300}"
+        if is_committed:
+            raise Reject(f"{text}; it was committed with the task, so it was deleted since")
+        raise InstanceMissing(
+            f"{text}; if it was committed after the task had been published, store the task in "
+            "the same transaction"
+        )
+
+    def _sync_session(self) -> Any:
+        session = self._opened()
+        return getattr(session, "sync_session", session)
+
+    def _opened(self) -> Any:
+        if self._session is None:
+            provider = self._provider
+            self._session = None if provider is None else provider()
+            if self._session is None:
+                raise UsageError(
+                    "a task was called with a mapped instance, and nothing opens a session here to "
+                    "load it in; configure(task_session=sessionmaker(...)), or give a "
+                    "scoped_session to outbox.sql.bind()"
+                )
+        return self._session
+
+    def __enter__(self) -> TaskSession:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        session = self._session
+        if session is None:
+            return
+        try:
+            if kind is None:
+                session.commit()
+            else:
+                session.rollback()
+        except BaseException:
+            session.rollback()
+            raise
+        finally:
+            session.close()
+
+    async def __aenter__(self) -> TaskSession:
+        return self
+
+    async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        session = self._session
+        if session is None:
+            return
+        if not hasattr(session, "sync_session"):
+            self.__exit__(kind, error, traceback)
+            return
+        try:
+            if kind is None:
+                await session.commit()
+            else:
+                await session.rollback()
+        except BaseException:
+            await session.rollback()
+            raise
+        finally:
+            await session.close()
+
+    async def reading(self, read: Callable[[], Any]) -> Any:
+        """Return what ``read`` returns, which may load instances, in a coroutine."""
+        session = None if self._provider is None else self._opened()
+        if session is None or not hasattr(session, "run_sync"):
+            return read()
+        return await session.run_sync(lambda _: read())

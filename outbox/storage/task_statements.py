@@ -1,0 +1,54 @@
+"""Statements on the rows of single tasks: whether one waits, and taking it away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Engine, and_, delete, func, inspect, select
+
+from outbox.messages.headers import DEAD_REASON, PARKED_REASON, TASK
+from outbox.storage.schema import events
+from outbox.storage.transactions import own_transaction
+
+__all__ = ["count_waiting", "delete_waiting"]
+
+
+def _waits(event_id: str) -> ColumnElement[bool]:
+    row = events.c
+    return and_(
+        row.id == event_id,
+        row.dead_at.is_(None),
+        # After its lease has ended, its worker may still be at it.
+        row.lease_token.is_(None),
+        _has(TASK),
+        ~_has(DEAD_REASON),
+        ~_has(PARKED_REASON),
+    )
+
+
+def _has(header: str) -> ColumnElement[bool]:
+    return events.c.headers.contains(f'"{header}"', autoescape=True)
+
+
+def count_waiting(engine: Engine, event_id: str) -> int:
+    """Return how many rows of a task no process has leased."""
+    with own_transaction(engine) as connection:
+        if not _is_there(connection):
+            return 0
+        found: Any = connection.execute(
+            select(func.count()).select_from(events).where(_waits(event_id))
+        )
+        return int(found.scalar_one())
+
+
+def delete_waiting(engine: Engine, event_id: str) -> int:
+    """Delete the rows of a task that no process has leased; return how many there were."""
+    with own_transaction(engine) as connection:
+        if not _is_there(connection):
+            return 0
+        return int(connection.execute(delete(events).where(_waits(event_id))).rowcount)
+
+
+def _is_there(connection: Connection) -> bool:
+    """Return whether the table exists: in a new file, nothing has created it yet."""
+    return inspect(connection).has_table(events.name)

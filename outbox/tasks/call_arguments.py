@@ -1,0 +1,239 @@
+"""The arguments of a call: what travels, and what comes back.
+
+The body of a task is ``{"args": [...], "kwargs": {...}}``, without what is empty. Values that
+aren't JSON's own are named in ``"typed"``, by position or name: these, and no others, are read by
+the annotations of their parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from outbox.errors import InvalidEvent, UsageError
+from outbox.tasks.codec import Codec, codec_of, is_plain, is_same
+from outbox.tasks.mapped import Writing
+
+__all__ = ["DoesNotFit", "Parameters", "parameters_of"]
+
+_SCALARS = frozenset((int, str, float, bool, types.NoneType))
+_REFUSALS = (TypeError, ValueError, LookupError)
+
+
+class DoesNotFit(Exception):
+    """Arguments in a message don't fit the function; the text says why."""
+
+
+class Parameters:
+    """The parameters of a function, or of a method with its instance as the first.
+
+    Attributes:
+        signature: the signature.
+        owner: the class whose instance is the first argument, or None.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str, owner: type | None = None) -> None:
+        """Read the signature.
+
+        Args:
+            function: a plain function.
+            name: how it is called, for messages.
+            owner: the class whose instance is its first argument, or None.
+        """
+        self._function = function
+        self._name = name
+        self.owner = owner
+        self.signature = inspect.signature(function)
+        kinds = [parameter.kind for parameter in self.signature.parameters.values()]
+        positional = [
+            parameter
+            for parameter in self.signature.parameters.values()
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        has_required_keywords = any(
+            parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+            for parameter in self.signature.parameters.values()
+        )
+        # How many positional arguments alone make a call.
+        self._fewest = sum(parameter.default is parameter.empty for parameter in positional)
+        self._most = len(positional)
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            self._most = 1 << 30
+        if has_required_keywords:
+            self._most = -1
+
+    @functools.cached_property
+    def hints(self) -> Mapping[str, Any]:
+        """The annotations of the parameters, resolved.
+
+        Raises:
+            UsageError: one of them names what the module doesn't have when it runs.
+        """
+        try:
+            hints = typing.get_type_hints(self._function, include_extras=True)
+        except NameError as error:
+            raise UsageError(
+                f"an annotation of {self._name} can't be resolved: {error}; a task needs it when "
+                "it runs, so don't import it under TYPE_CHECKING alone"
+            ) from None
+        if self.owner is not None:
+            first = next(iter(self.signature.parameters), None)
+            if first is not None:
+                hints.setdefault(first, self.owner)
+        return hints
+
+    @functools.cached_property
+    def _codecs(self) -> dict[str, Codec]:
+        return {}
+
+    def _codec_of(self, parameter: str) -> Codec:
+        codec = self._codecs.get(parameter)
+        if codec is None:
+            codec = self._codecs[parameter] = codec_of(self.hints.get(parameter, Any))
+        return codec
+
+    def written(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], session: Any = None
+    ) -> dict[str, Any]:
+        """Return the body of a call.
+
+        Args:
+            args: the positional arguments.
+            kwargs: the keyword arguments.
+            session: the session in whose transaction the task is stored, or None.
+
+        Raises:
+            InvalidEvent: the arguments don't fit the function, or one can't be carried without a
+                change.
+            UsageError: an annotation can't be resolved.
+        """
+        self.hints  # noqa: B018  an annotation that can't be resolved would fail in the worker
+        if (
+            not kwargs
+            and self._fewest <= len(args) <= self._most
+            and _SCALARS.issuperset(map(type, args))
+        ):
+            return {"args": args}
+        try:
+            places = self._places(args, kwargs)
+        except TypeError as error:
+            raise InvalidEvent(
+                f"the arguments of {self._name}{self.signature} don't fit: {error}"
+            ) from None
+        writing = Writing(session)
+        typed: list[int | str] = []
+        with writing():
+            values = [
+                self._write(place, parameter, value, typed)
+                for (place, parameter), value in zip(places, (*args, *kwargs.values()), strict=True)
+            ]
+        body: dict[str, Any] = {"args": values[: len(args)]}
+        if kwargs:
+            body["kwargs"] = dict(zip(kwargs, values[len(args) :], strict=True))
+        if typed:
+            body["typed"] = typed
+        return body
+
+    def _write(self, place: int | str, parameter: str, value: Any, typed: list[int | str]) -> Any:
+        try:
+            if is_plain(value):
+                return value
+            codec = self._codec_of(parameter)
+            encoded = codec.encode(value)
+            again = codec.decode(encoded)
+            if not is_same(value, again):
+                raise ValueError(
+                    f"its annotation brings it back as {again!r:.60}, a {type(again).__qualname__}"
+                )
+        except InvalidEvent as error:
+            raise InvalidEvent(f"the argument {parameter!r} of {self._name}: {error}") from None
+        except _REFUSALS as error:
+            raise InvalidEvent(
+                f"the argument {parameter!r} of {self._name} can't be carried: {value!r:.60}: "
+                f"{error}"
+            ) from error
+        typed.append(place)
+        return encoded
+
+    def _places(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> list[tuple[int | str, str]]:
+        """Return the place and the parameter of each argument.
+
+        Raises:
+            TypeError: they don't fit the function.
+        """
+        self.signature.bind(*args, **kwargs)
+        names: list[str] = []
+        rest_of_args = rest_of_kwargs = ""
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                names.append(name)
+            elif parameter.kind is parameter.VAR_POSITIONAL:
+                rest_of_args = name
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                rest_of_kwargs = name
+        known = self.signature.parameters
+        positions: list[tuple[int | str, str]] = [
+            (place, names[place] if place < len(names) else rest_of_args)
+            for place in range(len(args))
+        ]
+        return positions + [
+            (name, name if name in known and name != rest_of_kwargs else rest_of_kwargs)
+            for name in kwargs
+        ]
+
+    def read(self, body: Any) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments in a message's body.
+
+        Raises:
+            DoesNotFit: it isn't the body of a call, or not of one that the function takes.
+            Exception: a reader of mapped instances raised it.
+        """
+        args, kwargs, typed = parts_of(body)
+        if not kwargs and not typed and self._fewest <= len(args) <= self._most:
+            return args, kwargs
+        try:
+            places = self._places(args, kwargs)
+        except TypeError as error:
+            raise DoesNotFit(
+                f"the arguments don't fit {self._name}{self.signature}: {error}"
+            ) from None
+        for place, parameter in places:
+            if place in typed:
+                holder: Any = args if isinstance(place, int) else kwargs
+                holder[place] = self._read(parameter, holder[place])
+        return args, kwargs
+
+    def _read(self, parameter: str, value: Any) -> Any:
+        try:
+            return self._codec_of(parameter).decode(value)
+        except (*_REFUSALS, RecursionError) as error:
+            raise DoesNotFit(
+                f"the argument {parameter!r} of {self._name} can't be read: {error}"
+            ) from None
+
+
+def parts_of(body: Any) -> tuple[list[Any], dict[str, Any], set[int | str]]:
+    """Return the arguments in a body, and which of them are typed.
+
+    Raises:
+        DoesNotFit: it isn't the body of a call.
+    """
+    if type(body) is not dict:
+        raise DoesNotFit("the body of a task must be an object with args and kwargs")
+    args, kwargs, typed = body.get("args", []), body.get("kwargs", {}), body.get("typed", [])
+    if type(args) is not list or type(kwargs) is not dict or type(typed) is not list:
+        raise DoesNotFit("args and typed of a task must be lists, and kwargs an object")
+    places = {place for place in typed if type(place) in (int, str)}
+    return args, kwargs, places
+
+
+@functools.lru_cache(maxsize=1024)
+def parameters_of(function: Callable[..., Any], name: str, owner: type | None = None) -> Parameters:
+    """Return the parameters of a function, read once."""
+    return Parameters(function, name, owner)

@@ -1,0 +1,199 @@
+"""One call: its options, its session, and the event that it becomes."""
+
+from __future__ import annotations
+
+import datetime
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from outbox import configuration, sinks
+from outbox.errors import InvalidEvent
+from outbox.header_values import check_address
+from outbox.messages import task_queues
+from outbox.messages.headers import TASK
+from outbox.settings import Settings
+from outbox.sinks import BOUND
+from outbox.tasks import mapped
+from outbox.tasks.target import Target, target_of
+from outbox.tasks.task_handle import TaskHandle
+from outbox.unit_of_work.collector import EventCollector
+
+__all__ = ["CallOptions", "TaskOptions", "checked_priority", "sent"]
+
+R = TypeVar("R")
+
+LATER, SCHEDULED = 5, 3
+"""The default priorities."""
+_HIGHEST = 9
+_SCALARS = frozenset((int, str, float, bool, types.NoneType))
+_PASSED_ON = ("delay", "key", "id", "headers", "session", "connection", "using")
+_NAMES = ("at", "priority", "queue", *_PASSED_ON)
+
+
+def checked_priority(priority: Any, what: str) -> int | None:
+    """Return a priority, or None.
+
+    Raises:
+        InvalidEvent: it isn't one; the message begins with ``what``.
+    """
+    if priority is not None and (type(priority) is not int or not 0 <= priority <= _HIGHEST):
+        raise InvalidEvent(f"{what}: the priority {priority!r} is not an int from 0 to {_HIGHEST}")
+    return priority
+
+
+class CallOptions:
+    """The options of a call.
+
+    Attributes:
+        queue: the queue, or None for the task's.
+        priority: the priority, or None for the task's.
+        passed_on: what ``enqueue_event`` gets.
+        is_scheduled: whether the default priority is that of ``schedule()``.
+    """
+
+    __slots__ = ("is_scheduled", "passed_on", "priority", "queue")
+
+    def __init__(self, queue: str | None, priority: int | None, passed_on: dict[str, Any]) -> None:
+        self.queue = queue
+        self.priority = priority
+        self.passed_on = passed_on
+        self.is_scheduled = False
+
+    @classmethod
+    def checked(cls, options: Mapping[str, Any]) -> CallOptions:
+        """Return options that are valid by themselves.
+
+        Raises:
+            InvalidEvent: one isn't, or there is no such option.
+        """
+        for name in options:
+            if name not in _NAMES:
+                known = ", ".join(_NAMES)
+                raise InvalidEvent(f"{name!r} is no option of a call; the options are {known}")
+        passed_on = {name: options[name] for name in _PASSED_ON if name in options}
+        at = options.get("at")
+        if at is not None:
+            if passed_on.get("delay") is not None:
+                raise InvalidEvent("give at or delay, not both")
+            if isinstance(at, datetime.timedelta):
+                passed_on["delay"] = at
+            elif isinstance(at, datetime.datetime) and at.utcoffset() is not None:
+                passed_on["deliver_at"] = at
+            else:
+                raise InvalidEvent(
+                    f"{at!r:.60} is neither a datetime with a time zone nor a timedelta from now"
+                )
+        queue = options.get("queue")
+        if queue is not None:
+            check_address("queue", queue)
+            if not queue or len(queue.encode()) > 250:
+                raise InvalidEvent(f"the queue {queue!r:.60} isn't a name of 1 to 250 bytes")
+            task_queues.note(queue, None)
+        priority = checked_priority(options.get("priority"), "options")
+        return cls(queue, priority, passed_on)
+
+
+class TaskOptions:
+    """The options of a call that is yet to be named; see :func:`outbox.tasks.options`."""
+
+    __slots__ = ("_options",)
+
+    def __init__(self, options: CallOptions | None) -> None:
+        """Call with ``options``."""
+        self._options = options
+
+    def later(self, call: Callable[..., R], /, *args: Any, **kwargs: Any) -> TaskHandle[R]:
+        """Call ``call`` later; see :func:`outbox.tasks.later`."""
+        target = getattr(call, "target", None)
+        if isinstance(target, Target):
+            return sent(target, call, args, kwargs, self._options)
+        target = target_of(call)
+        return sent(target, None, (*target.first, *args), kwargs, self._options)
+
+
+def sent(
+    target: Target,
+    task: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    options: CallOptions | None,
+) -> TaskHandle[Any]:
+    """Enqueue the call of ``target``, and return its handle.
+
+    Args:
+        target: what is called.
+        task: the task that it is, with its queue and priority; None for an undecorated one.
+        args: the arguments, an instance included.
+        kwargs: likewise.
+        options: the options, or None.
+    """
+    collector = EventCollector.current()
+    passed_on = {} if options is None else options.passed_on
+    priority = queue = None
+    if options is not None:
+        priority, queue = options.priority, options.queue
+    if task is not None:
+        priority = task.priority if priority is None else priority
+        queue = queue or task.queue
+    if priority is None:
+        priority = SCHEDULED if options is not None and options.is_scheduled else LATER
+    if kwargs or not _SCALARS.issuperset(map(type, args)):
+        session, passed_on = _session_for((*args, *kwargs.values()), passed_on)
+        body = target.parameters.written(args, kwargs, session)
+    else:
+        body = target.parameters.written(args, kwargs)
+    headers = {TASK: target.name}
+    if passed_on:
+        headers = {**(passed_on.get("headers") or {}), **headers}
+        passed_on = {name: value for name, value in passed_on.items() if name != "headers"}
+    event = collector.enqueue_event(
+        body,
+        queue or task_queues.queue_of(_settings(collector)),
+        headers=headers,
+        priority=priority,
+        exchange="",
+        **passed_on,
+    )
+    buffer = collector._innermost()
+    engine = None
+    if passed_on or sinks.bound is not None:
+        engine = _engine_of(passed_on)
+    return TaskHandle._of(event, buffer, engine)
+
+
+def _settings(collector: EventCollector) -> Settings:
+    publisher = collector._unit.publisher
+    if publisher is None and configuration.provider is None:
+        publisher = configuration.configured_publisher()
+    publisher = publisher or configuration.publisher_if_any()
+    return configuration.settings_to_store() if publisher is None else publisher.settings
+
+
+def _session_for(values: Sequence[Any], passed_on: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the session in which the task is stored, as far as that decides what is written.
+
+    With ``outbox.sql.bind()``, that is the session of the first instance among the arguments,
+    whichever session is current: the task must not be visible before the instance is.
+    """
+    if any(passed_on.get(name) is not None for name in ("session", "connection", "using")):
+        given = passed_on.get("session")
+        return getattr(given, "sync_session", given), passed_on
+    if sinks.bound is None or "session" in passed_on:
+        return None, passed_on
+    for value in values:
+        if mapped.is_instance(value) and (session := mapped.session_of(value)) is not None:
+            return session, {**passed_on, "session": session}
+    return None, passed_on
+
+
+def _engine_of(passed_on: Mapping[str, Any]) -> Any:
+    """Return the engine of the transaction that the task was stored in, or None."""
+    session, connection = passed_on.get("session", BOUND), passed_on.get("connection")
+    if connection is not None:
+        return connection.engine
+    if session is None or passed_on.get("using") is not None:
+        return None
+    from outbox.sql.transaction import engine_of
+
+    return engine_of(None if session is BOUND else session)

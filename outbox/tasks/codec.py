@@ -1,0 +1,325 @@
+"""Arguments of calls, to JSON and back by the annotations of their parameters.
+
+What JSON has travels as it is, whatever the annotation says: a call gets what it would have got
+here and now. Every other value is written and read by its annotation, and read once where it was
+written, so that what would arrive changed is refused there.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import collections.abc
+import dataclasses
+import datetime
+import decimal
+import enum
+import types
+import typing
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from outbox.tasks import mapped
+
+__all__ = ["Codec", "codec_of", "is_plain", "is_same"]
+
+_SCALARS = frozenset((int, str, float, bool, types.NoneType))
+_DEEPEST = 64
+_MICROSECOND = datetime.timedelta(microseconds=1)
+
+
+def is_plain(value: Any, depth: int = 0) -> bool:
+    """Return whether JSON carries ``value`` unchanged, with exactly its types."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return True
+    if depth >= _DEEPEST:
+        raise ValueError("nested too deeply, or contains itself")
+    if kind is list:
+        return all(is_plain(item, depth + 1) for item in value)
+    if kind is dict:
+        return mapped.MARK not in value and all(
+            type(key) is str and is_plain(item, depth + 1) for key, item in value.items()
+        )
+    return False
+
+
+def is_same(value: Any, other: Any) -> bool:
+    """Return whether two values are equal and of the same types, at every depth."""
+    if mapped.is_instance(value):
+        return value is other
+    if type(value) is not type(other):
+        return False
+    match value:
+        case datetime.datetime():
+            if (value.utcoffset() is None) != (other.utcoffset() is None):
+                return False
+            if value.utcoffset() is None:
+                return bool(value == other and value.fold == other.fold)
+            return bool(value.astimezone(datetime.UTC) == other.astimezone(datetime.UTC))
+        case list() | tuple():
+            return len(value) == len(other) and all(map(is_same, value, other))
+        case dict():
+            return list(value) == list(other) and all(
+                map(is_same, (*value, *value.values()), (*other, *other.values()))
+            )
+        case set() | frozenset():
+            kinds = {(type(item), item) for item in value}
+            return kinds == {(type(item), item) for item in other}
+    if dataclasses.is_dataclass(value):
+        return all(
+            is_same(getattr(value, field.name), getattr(other, field.name))
+            for field in dataclasses.fields(value)
+            if field.compare
+        )
+    return bool(value == other)
+
+
+class Codec(NamedTuple):
+    """How the values of an annotation travel.
+
+    Both functions raise ``TypeError``, ``ValueError`` or ``LookupError`` for what they can't carry.
+
+    Attributes:
+        encode: returns what JSON carries instead of a value.
+        decode: returns the value again.
+    """
+
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+
+
+def codec_of(annotation: Any) -> Codec:
+    """Return the codec of an annotation that is resolved: of a type, not a text.
+
+    Raises:
+        TypeError: no codec is known for it.
+    """
+    while True:
+        if isinstance(annotation, typing.NewType):
+            annotation = annotation.__supertype__
+        elif typing.get_origin(annotation) is typing.Annotated:
+            annotation = typing.get_args(annotation)[0]
+        elif type(annotation).__name__ == "TypeAliasType":
+            annotation = annotation.__value__
+        else:
+            break
+    if annotation in (Any, object, Ellipsis) or isinstance(annotation, typing.TypeVar):
+        return _UNKNOWN
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return _union([codec_of(one) for one in arguments])
+    if origin is typing.Literal:
+        return _PLAIN
+    kind = origin or annotation
+    if kind is None:
+        kind = types.NoneType
+    if not isinstance(kind, type):
+        raise TypeError(f"the annotation {annotation!r} isn't supported")
+    if kind in _SCALARS:
+        return _exactly(kind)
+    if kind in _SIMPLE:
+        return _SIMPLE[kind]
+    return _of_class(kind, arguments)
+
+
+def _of_class(kind: type, arguments: tuple[Any, ...]) -> Codec:
+    if mapped.is_mapped(kind):
+        return Codec(lambda value: _instance(kind, value), mapped.of_mark)
+    if issubclass(kind, enum.Flag):
+        return Codec(lambda value: _checked(kind, value).value, kind)
+    if issubclass(kind, enum.Enum):
+        return Codec(lambda value: _checked(kind, value).name, lambda name: kind[name])
+    if issubclass(kind, tuple):
+        return _tuple(kind, arguments)
+    if kind in _COLLECTIONS:
+        [item] = map(codec_of, arguments or (Any,))
+        make = _COLLECTIONS[kind]
+        return Codec(
+            lambda value: [item.encode(each) for each in _checked(make, value)],
+            lambda items: make(item.decode(each) for each in _checked(list, items)),
+        )
+    if kind in (dict, collections.abc.Mapping, collections.abc.MutableMapping):
+        return _dict(*map(codec_of, arguments or (Any, Any)))
+    if callable(getattr(kind, "model_validate", None)) and hasattr(kind, "model_dump"):
+        validate: Any = kind
+        return Codec(
+            lambda value: _checked(kind, value).model_dump(mode="json", by_alias=True),
+            lambda value: validate.model_validate(value),
+        )
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind)
+    raise TypeError(f"a {kind.__qualname__} can't be carried")
+
+
+def _checked(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"it is a {type(value).__qualname__}, not a {kind.__qualname__}")
+    return value
+
+
+def _instance(kind: type, value: Any) -> Any:
+    return mapped.mark_of(_checked(kind, value))
+
+
+def _exactly(kind: type) -> Codec:
+    def same(value: Any) -> Any:
+        if type(value) is not kind:
+            raise TypeError(f"it is a {type(value).__qualname__}, not a {kind.__qualname__}")
+        return value
+
+    return Codec(same, same)
+
+
+def _only_plain(value: Any) -> Any:
+    if not is_plain(value):
+        raise TypeError(
+            f"a {type(value).__qualname__} needs a parameter whose annotation says what it is"
+        )
+    return value
+
+
+def _encode_unknown(value: Any) -> Any:
+    return mapped.mark_of(value) if mapped.is_instance(value) else _only_plain(value)
+
+
+def _decode_unknown(value: Any) -> Any:
+    return mapped.of_mark(value) if mapped.is_mark(value) else value
+
+
+_PLAIN = Codec(_only_plain, _only_plain)
+_UNKNOWN = Codec(_encode_unknown, _decode_unknown)
+
+
+def _union(members: list[Codec]) -> Codec:
+    def first(name: str, value: Any) -> Any:
+        why: Exception | None = None
+        for member in members:
+            try:
+                return getattr(member, name)(value)
+            except (TypeError, ValueError, LookupError) as error:
+                why = why or error
+        raise TypeError(f"it fits none of the annotation's types: {why}")
+
+    return Codec(lambda value: first("encode", value), lambda value: first("decode", value))
+
+
+def _tuple(kind: type, arguments: tuple[Any, ...]) -> Codec:
+    make: Callable[[Any], Any] = kind
+    fields = getattr(kind, "_fields", None)
+    if fields is not None:
+        hints = typing.get_type_hints(kind)
+        arguments = tuple(hints.get(name, Any) for name in fields)
+        make = kind._make  # type: ignore[attr-defined]  # of a named tuple
+    if fields is None and (not arguments or arguments[1:] == (Ellipsis,)):
+        item = codec_of(arguments[0] if arguments else Any)
+        return Codec(
+            lambda value: [item.encode(each) for each in _checked(kind, value)],
+            lambda items: make([item.decode(each) for each in _checked(list, items)]),
+        )
+    items = [codec_of(one) for one in arguments]
+    return Codec(
+        lambda value: [
+            codec.encode(each) for codec, each in zip(items, _checked(kind, value), strict=True)
+        ],
+        lambda values: make(
+            [codec.decode(each) for codec, each in zip(items, _checked(list, values), strict=True)]
+        ),
+    )
+
+
+def _dict(key: Codec, item: Codec) -> Codec:
+    """Return the codec of a dict: as pairs, since JSON's keys are strings."""
+    return Codec(
+        lambda value: [
+            [key.encode(name), item.encode(each)] for name, each in _checked(dict, value).items()
+        ],
+        lambda pairs: {key.decode(name): item.decode(each) for name, each in _checked(list, pairs)},
+    )
+
+
+def _dataclass(kind: Any) -> Codec:
+    hints = typing.get_type_hints(kind)
+    codecs: dict[str, Codec] = {}  # filled when first needed: a class may name itself
+
+    def fields() -> dict[str, Codec]:
+        if not codecs:
+            codecs.update(
+                {
+                    field.name: codec_of(hints[field.name])
+                    for field in dataclasses.fields(kind)
+                    if field.init
+                }
+            )
+        return codecs
+
+    def encode(value: Any) -> Any:
+        if type(value) is not kind:
+            raise TypeError(f"it is a {type(value).__qualname__}, not a {kind.__qualname__}")
+        return {name: codec.encode(getattr(value, name)) for name, codec in fields().items()}
+
+    def decode(value: Any) -> Any:
+        found: Mapping[str, Any] = _checked(dict, value)
+        if unknown := found.keys() - fields().keys():
+            raise ValueError(f"{kind.__qualname__} has no field {min(unknown)!r:.60}")
+        return kind(**{name: fields()[name].decode(each) for name, each in found.items()})
+
+    return Codec(encode, decode)
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(_checked(str, text), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"it isn't base64: {error}") from None
+
+
+def _decimal(text: str) -> decimal.Decimal:
+    try:
+        return decimal.Decimal(_checked(str, text))
+    except decimal.InvalidOperation:
+        raise ValueError(f"{text!r:.60} isn't a decimal number") from None
+
+
+def _text_of(kind: type) -> Callable[[Any], str]:
+    def text(value: Any) -> str:
+        if type(value) is not kind:
+            raise TypeError(f"it is a {type(value).__qualname__}, not a {kind.__qualname__}")
+        return str(value.isoformat() if hasattr(value, "isoformat") else value)
+
+    return text
+
+
+_SIMPLE: dict[type, Codec] = {
+    datetime.datetime: Codec(
+        _text_of(datetime.datetime),
+        lambda text: datetime.datetime.fromisoformat(_checked(str, text)),
+    ),
+    datetime.date: Codec(
+        _text_of(datetime.date), lambda text: datetime.date.fromisoformat(_checked(str, text))
+    ),
+    datetime.time: Codec(
+        _text_of(datetime.time), lambda text: datetime.time.fromisoformat(_checked(str, text))
+    ),
+    datetime.timedelta: Codec(
+        lambda value: _checked(datetime.timedelta, value) // _MICROSECOND,
+        lambda count: datetime.timedelta(microseconds=_checked(int, count)),
+    ),
+    decimal.Decimal: Codec(_text_of(decimal.Decimal), _decimal),
+    uuid.UUID: Codec(_text_of(uuid.UUID), lambda text: uuid.UUID(_checked(str, text))),
+    bytes: Codec(lambda value: base64.b64encode(_checked(bytes, value)).decode(), _from_base64),
+}
+
+_COLLECTIONS: dict[Any, Any] = {
+    list: list,
+    set: set,
+    frozenset: frozenset,
+    collections.abc.Sequence: list,
+    collections.abc.MutableSequence: list,
+    collections.abc.Iterable: list,
+    collections.abc.Collection: list,
+    collections.abc.Set: set,
+    collections.abc.MutableSet: set,
+}

@@ -1,0 +1,58 @@
+"""The rows of tasks, where they wait in a database: seen, and taken away before a worker has them.
+
+One statement does both the look and the deed, so that a worker which claims the row at the same
+time has either all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from outbox.event import Event
+from outbox.observer import seam
+from outbox.settings import Settings
+from outbox.system import process
+from outbox.unit_of_work.unit_of_work import UnitOfWork
+from outbox.url import BrokerURL
+
+__all__ = ["delete", "engine_of", "note_dropped", "waits"]
+
+
+def engine_of(settings: Settings) -> Any:
+    """Return an engine for the database that is the broker, or None if the broker is none."""
+    if settings.url is None:
+        return None
+    url = BrokerURL.parse(settings.url)
+    if url.scheme != "sqlite":
+        return None
+    return _engine_of_file(os.path.abspath(url.path), process.pid)
+
+
+@functools.lru_cache(maxsize=16)
+def _engine_of_file(path: str, pid: int) -> Any:
+    from outbox.storage.engines import open_sqlite
+
+    return open_sqlite(path)
+
+
+def waits(engine: Any, event_id: str) -> bool:
+    """Return whether a row of this id is there that no worker has."""
+    from outbox.storage.task_statements import count_waiting
+
+    return count_waiting(engine, event_id) > 0
+
+
+def delete(engine: Any, event_id: str) -> bool:
+    """Delete the row of this id that no worker has; return whether there was one."""
+    from outbox.storage.task_statements import delete_waiting
+
+    return delete_waiting(engine, event_id) > 0
+
+
+def note_dropped(unit: UnitOfWork, event: Event) -> None:
+    """Note an event that was taken out of its unit of work, for a test that observes it."""
+    observer = unit.observer or seam.observer
+    if observer is not None:
+        observer.cleared([event])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from outbox.errors import InvalidEvent, UsageError
-from outbox.header_values import _checked_headers, check_address
+from outbox.header_values import CheckedHeaders, _checked_headers, check_address
 from outbox.ids import new_id
 from outbox.messages.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
 from outbox.serializer import Serializer, serializer_for
@@ -237,7 +237,9 @@ def make_event(
     _set_exchange(event, exchange)
     _set_body(event, body)
     _set_content_type(event, serializer.content_type)
-    _set_headers(event, _checked_headers(headers) if headers else {})
+    if type(headers) is not CheckedHeaders:
+        headers = _checked_headers(headers) if headers else {}
+    _set_headers(event, headers)
     _set_priority(event, priority)
     _set_deliver_at(event, deliver_at)
     _set_key(event, key)

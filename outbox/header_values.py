@@ -12,7 +12,14 @@ from typing import Any
 from outbox.errors import InvalidEvent
 from outbox.messages.headers import TASK
 
-__all__ = ["MAX_HEADER_BYTES", "MAX_HEADER_DEPTH", "check_address", "check_name", "plain_table"]
+__all__ = [
+    "MAX_HEADER_BYTES",
+    "MAX_HEADER_DEPTH",
+    "CheckedHeaders",
+    "check_address",
+    "check_name",
+    "plain_table",
+]
 
 MAX_HEADER_BYTES = 120_000
 """The maximum encoded size of an event's headers: a content header is one frame (AMQP 0-9-1,
@@ -35,6 +42,25 @@ _INTERPRETED = frozenset(
     )
 )
 _INTERPRETED_PREFIXES = ("outbox-", "x-first-death-", "x-last-death-", "x-opt-", "x-stream-")
+
+
+class CheckedHeaders(dict[str, Any]):
+    """Headers that were checked once, for many events. Never changed.
+
+    Attributes:
+        size: the bytes that they take in AMQP.
+    """
+
+    __slots__ = ("size",)
+
+    def __init__(self, headers: Mapping[str, Any]) -> None:
+        """Check ``headers``.
+
+        Raises:
+            InvalidEvent: one can't be carried.
+        """
+        super().__init__(_checked_headers(headers))
+        self.size = plain_table(self, "headers")[1]
 
 
 def check_name(what: str, value: Any) -> None:

@@ -89,6 +89,16 @@ def criteria_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return criteria
 
 
+def _module_of(one: Task[Any, Any]) -> ModuleType:
+    """Return the module of a task, also of code that was executed without one."""
+    name = one.function.__module__
+    module = sys.modules.get(name)
+    if module is None:
+        module = ModuleType(name)
+        vars(module).update(one.function.__globals__)
+    return module
+
+
 def with_tasks(
     runnables: Sequence[Runnable], events: Iterable[Event] = ()
 ) -> list[type[Consumer] | Consumer]:
@@ -105,7 +115,8 @@ def with_tasks(
     queues = {task_queues.queue_of(settings): None}
     for one in runnables:
         if isinstance(one, Task):
-            modules[one.function.__module__] = sys.modules[one.function.__module__]
+            module = _module_of(one)
+            modules[module.__name__] = module
         elif isinstance(one, ModuleType):
             modules[one.__name__] = one
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from outbox.tasks.mapped import Writing
 __all__ = ["DoesNotFit", "Parameters", "parameters_of"]
 
 _SCALARS = frozenset((int, str, float, bool, types.NoneType))
+_CONTAINERS = frozenset((list, dict))
 _REFUSALS = (TypeError, ValueError, LookupError)
 
 
@@ -48,23 +50,36 @@ class Parameters:
         self._name = name
         self.owner = owner
         self.signature = inspect.signature(function)
-        kinds = [parameter.kind for parameter in self.signature.parameters.values()]
+        parameters = self.signature.parameters.values()
         positional = [
             parameter
-            for parameter in self.signature.parameters.values()
+            for parameter in parameters
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ]
-        has_required_keywords = any(
-            parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-            for parameter in self.signature.parameters.values()
-        )
-        # How many positional arguments alone make a call.
-        self._fewest = sum(parameter.default is parameter.empty for parameter in positional)
+        self._names = [parameter.name for parameter in positional]
+        self._positional: list[tuple[int | str, str]] = list(enumerate(self._names))
         self._most = len(positional)
-        if inspect.Parameter.VAR_POSITIONAL in kinds:
-            self._most = 1 << 30
-        if has_required_keywords:
-            self._most = -1
+        self._is_resolved = False
+        self._codecs: dict[str, Codec] = {}
+        of_kind = {parameter.kind: parameter.name for parameter in parameters}
+        self._rest_of_args = of_kind.get(inspect.Parameter.VAR_POSITIONAL, "")
+        self._rest_of_kwargs = of_kind.get(inspect.Parameter.VAR_KEYWORD, "")
+        self._keywords = frozenset(
+            parameter.name
+            for parameter in parameters
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        )
+        required = {
+            parameter.name
+            for parameter in parameters
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        }
+        # Behind how many positional arguments which others must be given by name.
+        self._required = [
+            frozenset(required.difference(self._names[:count]))
+            for count in range(len(positional) + 1)
+        ]
 
     @functools.cached_property
     def hints(self) -> Mapping[str, Any]:
@@ -85,10 +100,6 @@ class Parameters:
             if first is not None:
                 hints.setdefault(first, self.owner)
         return hints
-
-    @functools.cached_property
-    def _codecs(self) -> dict[str, Codec]:
-        return {}
 
     def _codec_of(self, parameter: str) -> Codec:
         codec = self._codecs.get(parameter)
@@ -111,12 +122,10 @@ class Parameters:
                 change.
             UsageError: an annotation can't be resolved.
         """
-        self.hints  # noqa: B018  an annotation that can't be resolved would fail in the worker
-        if (
-            not kwargs
-            and self._fewest <= len(args) <= self._most
-            and _SCALARS.issuperset(map(type, args))
-        ):
+        if not self._is_resolved:
+            self.hints  # noqa: B018  one that can't be resolved would fail in the worker
+            self._is_resolved = True
+        if not kwargs and self._fits(args, kwargs) and _SCALARS.issuperset(map(type, args)):
             return {"args": args}
         try:
             places = self._places(args, kwargs)
@@ -124,13 +133,13 @@ class Parameters:
             raise InvalidEvent(
                 f"the arguments of {self._name}{self.signature} don't fit: {error}"
             ) from None
-        writing = Writing(session)
         typed: list[int | str] = []
-        with writing():
-            values = [
-                self._write(place, parameter, value, typed)
-                for (place, parameter), value in zip(places, (*args, *kwargs.values()), strict=True)
-            ]
+        values = [*args, *kwargs.values()]
+        if "sqlalchemy.orm" in sys.modules:
+            with Writing(session):
+                self._write_all(places, values, typed)
+        else:
+            self._write_all(places, values, typed)
         body: dict[str, Any] = {"args": values[: len(args)]}
         if kwargs:
             body["kwargs"] = dict(zip(kwargs, values[len(args) :], strict=True))
@@ -138,11 +147,40 @@ class Parameters:
             body["typed"] = typed
         return body
 
+    def plain(self, args: Sequence[Any]) -> dict[str, Any]:
+        """Return the body of a call with these values of JSON's own types; see :meth:`written`."""
+        if self._is_resolved and len(args) <= self._most and not self._required[len(args)]:
+            return {"args": args}
+        return self.written(args, {})
+
+    def _fits(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Return whether the arguments certainly fit, without binding them, which takes longer."""
+        names, count = self._names, len(args)
+        if count > len(names):
+            return not kwargs and self._rest_of_args != "" and not self._required[-1]
+        if not kwargs:
+            return not self._required[count]
+        given = kwargs.keys()
+        return (
+            given <= self._keywords
+            and given.isdisjoint(names[:count])
+            and self._required[count] <= given
+        )
+
+    def _write_all(
+        self, places: Sequence[tuple[int | str, str]], values: list[Any], typed: list[int | str]
+    ) -> None:
+        """Write ``values`` in place."""
+        for number, (place, parameter) in enumerate(places):
+            value = values[number]
+            if type(value) not in _SCALARS:
+                values[number] = self._write(place, parameter, value, typed)
+
     def _write(self, place: int | str, parameter: str, value: Any, typed: list[int | str]) -> Any:
         try:
-            if is_plain(value):
+            if type(value) in _CONTAINERS and is_plain(value):
                 return value
-            codec = self._codec_of(parameter)
+            codec = self._codecs.get(parameter) or self._codec_of(parameter)
             encoded = codec.encode(value)
             again = codec.decode(encoded)
             if not is_same(value, again):
@@ -167,25 +205,13 @@ class Parameters:
         Raises:
             TypeError: they don't fit the function.
         """
-        self.signature.bind(*args, **kwargs)
-        names: list[str] = []
-        rest_of_args = rest_of_kwargs = ""
-        for name, parameter in self.signature.parameters.items():
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-                names.append(name)
-            elif parameter.kind is parameter.VAR_POSITIONAL:
-                rest_of_args = name
-            elif parameter.kind is parameter.VAR_KEYWORD:
-                rest_of_kwargs = name
-        known = self.signature.parameters
-        positions: list[tuple[int | str, str]] = [
-            (place, names[place] if place < len(names) else rest_of_args)
-            for place in range(len(args))
-        ]
-        return positions + [
-            (name, name if name in known and name != rest_of_kwargs else rest_of_kwargs)
-            for name in kwargs
-        ]
+        if not self._fits(args, kwargs):
+            self.signature.bind(*args, **kwargs)
+        places = self._positional[: len(args)]
+        places += [(place, self._rest_of_args) for place in range(len(places), len(args))]
+        for name in kwargs:
+            places.append((name, name if name in self._keywords else self._rest_of_kwargs))
+        return places
 
     def read(self, body: Any) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments in a message's body.
@@ -195,7 +221,7 @@ class Parameters:
             Exception: a reader of mapped instances raised it.
         """
         args, kwargs, typed = parts_of(body)
-        if not kwargs and not typed and self._fewest <= len(args) <= self._most:
+        if not typed and self._fits(args, kwargs):
             return args, kwargs
         try:
             places = self._places(args, kwargs)

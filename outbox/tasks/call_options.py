@@ -11,7 +11,6 @@ from outbox import configuration, sinks
 from outbox.errors import InvalidEvent
 from outbox.header_values import check_address
 from outbox.messages import task_queues
-from outbox.messages.headers import TASK
 from outbox.settings import Settings
 from outbox.sinks import BOUND
 from outbox.tasks import mapped
@@ -129,37 +128,45 @@ def sent(
         options: the options, or None.
     """
     collector = EventCollector.current()
-    passed_on = {} if options is None else options.passed_on
+    is_plain = not kwargs and _SCALARS.issuperset(map(type, args))
+    if options is None and task is not None and is_plain and sinks.bound is None:  # mostly
+        event = collector.enqueue_event(
+            target.parameters.plain(args),
+            task.queue or task_queues.queue_of(_settings(collector)),
+            headers=target.headers,
+            priority=LATER if task.priority is None else task.priority,
+            exchange="",
+        )
+        return TaskHandle(event.id, event, collector._innermost())
+    passed_on: dict[str, Any] = {}
     priority = queue = None
-    if options is not None:
-        priority, queue = options.priority, options.queue
+    headers: Mapping[str, Any] = target.headers
     if task is not None:
-        priority = task.priority if priority is None else priority
-        queue = queue or task.queue
-    if priority is None:
-        priority = SCHEDULED if options is not None and options.is_scheduled else LATER
-    if kwargs or not _SCALARS.issuperset(map(type, args)):
+        priority, queue = task.priority, task.queue
+    if options is not None:
+        passed_on = options.passed_on
+        priority = priority if options.priority is None else options.priority
+        queue = options.queue or queue
+        if priority is None and options.is_scheduled:
+            priority = SCHEDULED
+        if "headers" in passed_on:
+            headers = {**(passed_on["headers"] or {}), **headers}
+            passed_on = {name: value for name, value in passed_on.items() if name != "headers"}
+    session = None
+    if not is_plain:
         session, passed_on = _session_for((*args, *kwargs.values()), passed_on)
-        body = target.parameters.written(args, kwargs, session)
-    else:
-        body = target.parameters.written(args, kwargs)
-    headers = {TASK: target.name}
-    if passed_on:
-        headers = {**(passed_on.get("headers") or {}), **headers}
-        passed_on = {name: value for name, value in passed_on.items() if name != "headers"}
     event = collector.enqueue_event(
-        body,
+        target.parameters.written(args, kwargs, session),
         queue or task_queues.queue_of(_settings(collector)),
         headers=headers,
-        priority=priority,
+        priority=LATER if priority is None else priority,
         exchange="",
         **passed_on,
     )
-    buffer = collector._innermost()
     engine = None
     if passed_on or sinks.bound is not None:
         engine = _engine_of(passed_on)
-    return TaskHandle._of(event, buffer, engine)
+    return TaskHandle(event.id, event, collector._innermost(), engine)
 
 
 def _settings(collector: EventCollector) -> Settings:

@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import functools
 import types
 import typing
 import uuid
@@ -25,6 +26,10 @@ from outbox.tasks import mapped
 __all__ = ["Codec", "codec_of", "is_plain", "is_same"]
 
 _SCALARS = frozenset((int, str, float, bool, types.NoneType))
+_EXACT = frozenset(
+    (*_SCALARS, datetime.date, datetime.timedelta, decimal.Decimal, uuid.UUID, bytes)
+)
+"""Types of which equal values are the same."""
 _DEEPEST = 64
 _MICROSECOND = datetime.timedelta(microseconds=1)
 
@@ -47,9 +52,12 @@ def is_plain(value: Any, depth: int = 0) -> bool:
 
 def is_same(value: Any, other: Any) -> bool:
     """Return whether two values are equal and of the same types, at every depth."""
-    if mapped.is_instance(value):
+    kind = type(value)
+    if kind in _EXACT:
+        return kind is type(other) and bool(value == other)
+    if mapped.is_mapped(kind):
         return value is other
-    if type(value) is not type(other):
+    if kind is not type(other):
         return False
     match value:
         case datetime.datetime():
@@ -67,13 +75,14 @@ def is_same(value: Any, other: Any) -> bool:
         case set() | frozenset():
             kinds = {(type(item), item) for item in value}
             return kinds == {(type(item), item) for item in other}
-    if dataclasses.is_dataclass(value):
-        return all(
-            is_same(getattr(value, field.name), getattr(other, field.name))
-            for field in dataclasses.fields(value)
-            if field.compare
-        )
+    if dataclasses.is_dataclass(kind):
+        return all(is_same(getattr(value, name), getattr(other, name)) for name in _compared(kind))
     return bool(value == other)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compared(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind) if field.compare)
 
 
 class Codec(NamedTuple):
@@ -258,13 +267,17 @@ def _dataclass(kind: Any) -> Codec:
     def encode(value: Any) -> Any:
         if type(value) is not kind:
             raise TypeError(f"it is a {type(value).__qualname__}, not a {kind.__qualname__}")
-        return {name: codec.encode(getattr(value, name)) for name, codec in fields().items()}
+        return {
+            name: codec.encode(getattr(value, name)) for name, codec in (codecs or fields()).items()
+        }
 
     def decode(value: Any) -> Any:
         found: Mapping[str, Any] = _checked(dict, value)
-        if unknown := found.keys() - fields().keys():
-            raise ValueError(f"{kind.__qualname__} has no field {min(unknown)!r:.60}")
-        return kind(**{name: fields()[name].decode(each) for name, each in found.items()})
+        known = codecs or fields()
+        if not found.keys() <= known.keys():
+            unknown = min(found.keys() - known.keys())
+            raise ValueError(f"{kind.__qualname__} has no field {unknown!r:.60}")
+        return kind(**{name: known[name].decode(each) for name, each in found.items()})
 
     return Codec(encode, decode)
 

@@ -61,6 +61,8 @@ def _mapping() -> InstanceMapping | None:
 
 def is_mapped(kind: Any) -> bool:
     """Return whether ``kind`` is a mapped class."""
+    if not isinstance(kind, type) or "__mapper__" not in vars(kind):
+        return False
     mapping = _mapping()
     return mapping is not None and mapping.is_mapped(kind)
 
@@ -144,20 +146,20 @@ class Writing:
         written: the class, the key and the instance of each that was written.
     """
 
+    __slots__ = ("_tokens", "session", "written")
+
     def __init__(self, session: Any) -> None:
         """Begin with nothing written."""
         self.session = session
         self.written: list[tuple[str, list[Any], Any]] = []
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Write and read in the block."""
-        token = _writing.set(self)
-        try:
-            with reading(self):
-                yield
-        finally:
-            _writing.reset(token)
+    def __enter__(self) -> None:
+        self._tokens = _writing.set(self), _reader.set(self)
+
+    def __exit__(self, *_: object) -> None:
+        writing, reader = self._tokens
+        _writing.reset(writing)
+        _reader.reset(reader)
 
     def instance(self, name: str, key: Sequence[Any], *, is_committed: bool) -> Any:
         """Return the instance that was written with this class and key."""

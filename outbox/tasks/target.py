@@ -16,6 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from outbox.errors import UsageError
+from outbox.header_values import CheckedHeaders
+from outbox.messages.headers import TASK
 from outbox.tasks import mapped
 from outbox.tasks.call_arguments import Parameters, parameters_of
 
@@ -29,16 +31,18 @@ class Target:
 
     Attributes:
         name: the name under which workers know it.
+        headers: the headers of its events.
         parameters: the parameters.
         first: the instance that it is a method of, as a tuple of one; empty for all else.
     """
 
-    __slots__ = ("first", "name", "parameters")
+    __slots__ = ("first", "headers", "name", "parameters")
 
     def __init__(
         self, name: str, parameters: Parameters, first: tuple[Any, ...] = _NOTHING
     ) -> None:
         self.name = name
+        self.headers = CheckedHeaders({TASK: name})
         self.parameters = parameters
         self.first = first
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Any, Generic, TypeVar
 
 from outbox import configuration
@@ -14,6 +15,9 @@ from outbox.unit_of_work.unit_of_work import Buffer
 __all__ = ["TaskHandle"]
 
 R = TypeVar("R")
+
+_REMEMBERED = 10_000
+"""Dropped events of a unit of work that handles know of."""
 
 
 class TaskHandle(Generic[R]):
@@ -27,31 +31,22 @@ class TaskHandle(Generic[R]):
         id: the id of the task's event.
     """
 
-    __slots__ = ("__weakref__", "_buffer", "_engine", "_event", "_is_dropped", "id")
+    __slots__ = ("_buffer", "_engine", "_event", "id")
 
-    def __init__(self, id: str) -> None:
+    def __init__(
+        self,
+        id: str,
+        _event: Event | None = None,
+        _buffer: Buffer | None = None,
+        _engine: Any = None,
+    ) -> None:
         """Make a handle of the task with this id, which need not exist."""
         self.id = str(id)
-        self._event: Event | None = None
-        self._buffer: Buffer | None = None
-        self._engine: Any = None
-        self._is_dropped = False
-
-    @classmethod
-    def _of(cls, event: Event, buffer: Buffer, engine: Any) -> TaskHandle[R]:
-        """Return the handle of a task that was just called."""
-        handle = cls.__new__(cls)
-        handle.id = event.id
-        handle._event = event
-        handle._buffer = buffer
-        handle._engine = engine
-        handle._is_dropped = False
-        buffer.unit.watch(event.id, handle)
-        return handle
-
-    def note_dropped(self) -> None:
-        """Note that the event was dropped: the task will not run."""
-        self._is_dropped = True
+        self._event = _event
+        self._buffer = _buffer
+        self._engine = _engine
+        if _buffer is not None and _buffer.unit.dropped is None:
+            _buffer.unit.dropped = deque(maxlen=_REMEMBERED)
 
     def __reduce__(self) -> tuple[type[TaskHandle[Any]], tuple[str]]:
         return TaskHandle, (self.id,)
@@ -79,7 +74,7 @@ class TaskHandle(Generic[R]):
         Raises:
             sqlalchemy.exc.SQLAlchemyError: the database can't be read.
         """
-        if self._is_dropped:
+        if self._was_dropped():
             return "dropped"
         if self._place() is not None:
             return "collected"
@@ -98,11 +93,10 @@ class TaskHandle(Generic[R]):
             NoResults: it is, or may be, in RabbitMQ, where nothing can be taken out of a queue.
             sqlalchemy.exc.SQLAlchemyError: the database can't be written.
         """
-        if self._is_dropped:
+        if self._was_dropped():
             return True
         buffer, event = self._place(), self._event
         if buffer is not None and event is not None and buffer.remove(event):
-            self._is_dropped = True
             task_rows.note_dropped(buffer.unit, event)
             return True
         engine = self._engine_to_ask()
@@ -134,7 +128,7 @@ class TaskHandle(Generic[R]):
         return self._result()
 
     def _result(self) -> R:
-        if self._is_dropped:
+        if self._was_dropped():
             raise UsageError(
                 f"the task {self.id!r} was dropped with its unit of work, and will not run"
             )
@@ -147,6 +141,10 @@ class TaskHandle(Generic[R]):
             f"the result of the task {self.id!r} is not kept: no database for results is "
             "configured; let the task write what it has found, or enqueue an event with it"
         )
+
+    def _was_dropped(self) -> bool:
+        buffer = self._buffer
+        return buffer is not None and self.id in (buffer.unit.dropped or ())
 
     def _place(self) -> Buffer | None:
         """Return the buffer in which the event waits, or None."""

@@ -53,6 +53,8 @@ def delete(engine: Any, event_id: str) -> bool:
 
 def note_dropped(unit: UnitOfWork, event: Event) -> None:
     """Note an event that was taken out of its unit of work, for a test that observes it."""
+    if unit.dropped is not None:
+        unit.dropped.append(event.id)
     observer = unit.observer or seam.observer
     if observer is not None:
         observer.cleared([event])

@@ -474,7 +474,8 @@ class EventCollector:
             if observer is not None:
                 observer.cleared(events)
             unit = self._unit
-            unit.note_dropped(events)
+            if unit.dropped is not None:
+                unit.dropped.extend([event.id for event in events])
             publisher = unit.publisher or unit.provided or configuration.configured_publisher()
             if publisher is not None:
                 publisher.note_cleared(events)

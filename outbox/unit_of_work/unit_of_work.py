@@ -20,13 +20,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar, Token
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from outbox.errors import CollectorClosed, CollectorFull, UsageError
 from outbox.event import Event, MakeId
-from outbox.header_values import plain_table
+from outbox.header_values import CheckedHeaders, plain_table
 from outbox.observer import Observer
 from outbox.publisher import Publisher
 from outbox.system import process
@@ -36,14 +37,6 @@ __all__ = ["Buffer", "SavepointBuffer", "Scope", "UnitOfWork"]
 logger = logging.getLogger("outbox.collector")
 
 _scope: ContextVar[Scope | None] = ContextVar("outbox_scope", default=None)
-
-
-class Watching(Protocol):
-    """A handle of an event, for the code that has enqueued it."""
-
-    def note_dropped(self) -> None:
-        """Note that the event was dropped."""
-        ...
 
 
 class UnitOfWork:
@@ -67,14 +60,15 @@ class UnitOfWork:
         pid: the id of the process that made it.
         max_events: the limit in events; None for the publisher's setting.
         max_bytes: the limit in bytes of all bodies and headers; None for the publisher's setting.
+        dropped: the ids of the last events that were dropped; None unless someone wants to know.
         total: the number of events in all its buffers.
         total_size: the bytes of their bodies and headers.
     """
 
     __slots__ = (
-        "_handles",
         "autoflush",
         "caution",
+        "dropped",
         "is_of_message",
         "keeps",
         "make_id",
@@ -114,21 +108,7 @@ class UnitOfWork:
         self.pid = process.pid
         self.total = 0
         self.total_size = 0
-        self._handles: weakref.WeakValueDictionary[str, Watching] | None = None
-
-    def watch(self, event_id: str, handle: Watching) -> None:
-        """Have ``handle`` learn if the event of this id is dropped."""
-        if self._handles is None:
-            self._handles = weakref.WeakValueDictionary()
-        self._handles[event_id] = handle
-
-    def note_dropped(self, events: list[Event]) -> None:
-        """Note that ``events`` were dropped."""
-        if self._handles is not None:
-            for event in events:
-                handle = self._handles.get(event.id)
-                if handle is not None:
-                    handle.note_dropped()
+        self.dropped: deque[str] | None = None
 
     def note_provided(self, provided: Publisher | None) -> None:
         """Note the application's publisher for a further event: the unit may end elsewhere.
@@ -159,6 +139,8 @@ class UnitOfWork:
 def _size_of(event: Event) -> int:
     """Return the bytes that an event takes, with its headers."""
     headers = event.headers
+    if type(headers) is CheckedHeaders:
+        return len(event.body) + headers.size
     return len(event.body) + (plain_table(headers, "headers")[1] if headers else 0)
 
 

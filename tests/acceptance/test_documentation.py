@@ -46,6 +46,7 @@ PUBLIC = {
     "outbox.serializer",
     "outbox.sql",
     "outbox.tap",
+    "outbox.tasks",
     "outbox.telemetry",
     "outbox.telemetry.wsgi",
     "outbox.testing",
@@ -233,7 +234,9 @@ def test_the_readiness_probes_of_the_page_on_publishing_open_without_an_event(
     wait_until(lambda: not namespace["has_room"](), 10)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "testing.md"])
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *(ROOT / "docs" / name for name in ("tasks.md", "testing.md"))]
+)
 def test_the_tests_in_the_docs_pass(page: Path, everything: str) -> None:
     found = run(page)
     tests = [name for name in found if name.startswith("test_")]

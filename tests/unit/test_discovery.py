@@ -184,7 +184,7 @@ def test_what_looks_like_a_consumer_and_is_not_run_is_logged(
     load(["shop"], warn=False)
     assert not caplog.text
     write("alone", "class Forgotten(Consumer):\n    def process(self, event): pass")
-    with pytest.raises(UsageError, match="has no consumer and no task; alone:Forgotten it has no queue"):
+    with pytest.raises(UsageError, match="and no task; alone:Forgotten it has no queue"):
         load(["alone"])
 
 

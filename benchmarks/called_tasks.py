@@ -1,0 +1,31 @@
+"""The tasks of ``benchmarks.tasks``."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import decimal
+from typing import Any
+
+from outbox.tasks import task
+
+countdown: Any = None
+
+
+@dataclasses.dataclass
+class Box:
+    number: int
+    colour: str
+
+
+@task
+def plain(number: int, text: str) -> None: ...
+
+
+@task
+def typed(day: datetime.date, price: decimal.Decimal, box: Box) -> None: ...
+
+
+@task
+def count(padding: str) -> None:
+    countdown.handle()

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from outbox.errors import InvalidEvent, UsageError
 from outbox.header_values import CheckedHeaders, _checked_headers, check_address
 from outbox.ids import new_id
-from outbox.messages.headers import FORMAT_VERSION, HEADER_FORMAT, HEADER_KEY, HEADER_OCCURRED_AT
+from outbox.messages.headers import (
+    FORMAT_VERSION,
+    HEADER_FORMAT,
+    HEADER_KEY,
+    HEADER_OCCURRED_AT,
+    TASK,
+)
 from outbox.serializer import Serializer, serializer_for
 
 if TYPE_CHECKING:
@@ -124,7 +130,7 @@ class Event:
             priority=self.priority,
             message_id=self.id,
             timestamp=int(self.occurred_at.timestamp()),
-            type=self.target,
+            type=self.headers.get(TASK) or self.target,
             app_id=app_id or None,
         )
 

@@ -115,8 +115,8 @@ def with_tasks(
     queues = {task_queues.queue_of(settings): None}
     for one in runnables:
         if isinstance(one, Task):
-            module = _module_of(one)
-            modules[module.__name__] = module
+            made = _module_of(one)
+            modules[made.__name__] = made
         elif isinstance(one, ModuleType):
             modules[one.__name__] = one
         else:

@@ -84,6 +84,17 @@ class TaskQueue(Consumer):
         """Do nothing: each message is processed by its task's consumer."""
         raise AssertionError("a task is processed by its own consumer")
 
+    def decorated(self) -> dict[str, Consumer]:
+        """Return the consumers of the decorated tasks of this queue, by the tasks' names."""
+        default = task_queues.queue_of(self._settings)
+        return {
+            name: self._consumers[name]
+            for name, entry in self._table.entries.items()
+            if entry.task is not None
+            and entry.task.name == name
+            and (entry.task.queue or default) == self.queue
+        }
+
     def session(self) -> TaskSession:
         """Return the session of an attempt, not opened yet."""
         provider = session_provider(self._settings.task_session)

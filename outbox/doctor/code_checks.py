@@ -12,6 +12,7 @@ from typing import Any
 
 from outbox import sinks
 from outbox.consumers.definition import Consumer, check_process
+from outbox.consumers.tasks.task_queue import TaskQueue
 from outbox.doctor.check import Check
 from outbox.doctor.examined import Examined, database_variable_is_set
 from outbox.doctor.finding import NotApplicable, NotChecked, Problem
@@ -62,7 +63,9 @@ def _modules(examined: Examined) -> Iterator[Problem]:
                 "Give each consumer its own queue.",
             )
         queues.setdefault(consumer.queue, consumer)
-        if consumer.time_limit is None:
+        if isinstance(consumer, TaskQueue):
+            yield from _tasks_without_timeout(consumer)
+        elif consumer.time_limit is None:
             yield Problem(
                 "warning",
                 f"{name} has no timeout: a handler that hangs keeps its thread for ever",
@@ -70,6 +73,16 @@ def _modules(examined: Examined) -> Iterator[Problem]:
             )
         yield from _blocking_calls(consumer, name)
     yield from _deduplication(examined)
+
+
+def _tasks_without_timeout(queue: TaskQueue) -> Iterator[Problem]:
+    for name, task in queue.decorated().items():
+        if task.time_limit is None:
+            yield Problem(
+                "warning",
+                f"the task {name} has no timeout: if it hangs it keeps its thread for ever",
+                "Set @task(timeout=SECONDS).",
+            )
 
 
 def _deduplication(examined: Examined) -> Iterator[Problem]:

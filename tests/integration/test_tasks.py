@@ -5,9 +5,13 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -312,6 +316,44 @@ def test_a_call_that_deduplicates_runs_once(
     wait_until(lambda: len(counting.counted) == 2, 10)
     assert worker.stop(10)
     assert counting.counted == [1, 3]
+
+
+@pytest.mark.one_python
+def test_outbox_consume_runs_the_tasks_of_a_module(tmp_path: Path) -> None:
+    source = (
+        "from outbox.tasks import current_task, task\n"
+        "@task\ndef hello(number):\n"
+        "    print('ran', number, current_task().name, flush=True)\n"
+        "@task\nasync def wait(number):\n    print('waited', number, flush=True)\n"
+    )
+    (tmp_path / "shop.py").write_text(source)
+    call = (
+        "import shop\nfrom outbox import auto_publishing\n"
+        "with auto_publishing():\n    shop.hello.later(1); shop.wait.later(2)\n"
+    )
+    environment = {
+        **os.environ,
+        "OUTBOX_URL": f"sqlite:///{tmp_path / 'outbox.db'}",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    subprocess.run(
+        [sys.executable, "-c", call], cwd=tmp_path, env=environment, check=True, timeout=20
+    )
+    output = tmp_path / "output"
+    command = ["outbox.consumers", "shop", "--isolate", "process", "--log-format", "json"]
+    with output.open("wb") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=tmp_path, env=environment, stdout=log, stderr=log
+        )
+    try:
+        wait_until(lambda: output.read_text().count("finished") == 2, 20)
+    finally:
+        worker.terminate()
+        assert worker.wait(20) == 0
+    text = output.read_text()
+    assert "ran 1 shop:hello" in text
+    assert "waited 2" in text
+    assert '"task": "shop:hello"' in text
 
 
 # ------------------------------------------------------------------------ handles

@@ -54,6 +54,11 @@ def found(folder: Path, source: str) -> list[str]:
             "OBX301 the consumer Invoices has no timeout",
         ),
         (
+            "from outbox.tasks import task\n@task\ndef hello(): ...\n"
+            "@task(timeout=5)\ndef bye(): ...\n",
+            r"OBX301 the task \w+:hello has no timeout",
+        ),
+        (
             CONSUMER.format(kind="def", code="pass").replace("Invoices", "B").replace("def", "def")
             + "class Unnamed(Consumer):\n    def process(self, event): pass\n",
             "OBX301 .*Unnamed is not run: it has no queue",
@@ -64,7 +69,7 @@ def found(folder: Path, source: str) -> list[str]:
             "OBX303 logging.config disables",
         ),
     ],
-    ids=["import", "other", "none", "timeout", "left out", "loggers"],
+    ids=["import", "other", "none", "timeout", "task", "left out", "loggers"],
 )
 def test_what_is_wrong_with_consumers_is_named(folder: Path, source: str, pattern: str) -> None:
     [line] = found(folder, source)

@@ -183,6 +183,8 @@ def _session_for(values: Sequence[Any], passed_on: dict[str, Any]) -> tuple[Any,
     With ``outbox.sql.bind()``, that is the session of the first instance among the arguments,
     whichever session is current: the task must not be visible before the instance is.
     """
+    if not passed_on and sinks.bound is None:
+        return None, passed_on
     if any(passed_on.get(name) is not None for name in ("session", "connection", "using")):
         given = passed_on.get("session")
         return getattr(given, "sync_session", given), passed_on

@@ -18,7 +18,7 @@ import functools
 import types
 import typing
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from outbox.tasks import mapped
@@ -32,6 +32,17 @@ _EXACT = frozenset(
 """Types of which equal values are the same."""
 _DEEPEST = 64
 _MICROSECOND = datetime.timedelta(microseconds=1)
+
+
+# Not as attributes of the module: freezegun replaces those while a test runs.
+_REAL = (datetime.datetime, datetime.date)
+
+
+def _real(kind: type) -> type:
+    """Return ``kind``, or the class that freezegun's stands in for."""
+    if kind.__module__ != "freezegun.api":
+        return kind
+    return _REAL[0] if issubclass(kind, _REAL[0]) else _REAL[1]
 
 
 def is_plain(value: Any, depth: int = 0) -> bool:
@@ -53,12 +64,19 @@ def is_plain(value: Any, depth: int = 0) -> bool:
 def is_same(value: Any, other: Any) -> bool:
     """Return whether two values are equal and of the same types, at every depth."""
     kind = type(value)
-    if kind in _EXACT:
-        return kind is type(other) and bool(value == other)
+    if kind in _EXACT and kind is type(other):
+        return bool(value == other)
+    kind = _real(kind)
+    if kind is not _real(type(other)):
+        return False
     if mapped.is_mapped(kind):
         return value is other
-    if kind is not type(other):
-        return False
+    names = _compared(kind)
+    if names is not None:
+        for name in names:  # noqa: SIM110  a generator takes longer
+            if not is_same(getattr(value, name), getattr(other, name)):
+                return False
+        return True
     match value:
         case datetime.datetime():
             if (value.utcoffset() is None) != (other.utcoffset() is None):
@@ -75,13 +93,14 @@ def is_same(value: Any, other: Any) -> bool:
         case set() | frozenset():
             kinds = {(type(item), item) for item in value}
             return kinds == {(type(item), item) for item in other}
-    if dataclasses.is_dataclass(kind):
-        return all(is_same(getattr(value, name), getattr(other, name)) for name in _compared(kind))
     return bool(value == other)
 
 
 @functools.lru_cache(maxsize=1024)
-def _compared(kind: Any) -> tuple[str, ...]:
+def _compared(kind: Any) -> tuple[str, ...] | None:
+    """Return the fields that make two objects of a dataclass equal; None of another class."""
+    if not dataclasses.is_dataclass(kind):
+        return None
     return tuple(field.name for field in dataclasses.fields(kind) if field.compare)
 
 
@@ -127,6 +146,7 @@ def codec_of(annotation: Any) -> Codec:
         kind = types.NoneType
     if not isinstance(kind, type):
         raise TypeError(f"the annotation {annotation!r} isn't supported")
+    kind = _real(kind)
     if kind in _SCALARS:
         return _exactly(kind)
     if kind in _SIMPLE:
@@ -272,12 +292,13 @@ def _dataclass(kind: Any) -> Codec:
         }
 
     def decode(value: Any) -> Any:
-        found: Mapping[str, Any] = _checked(dict, value)
-        known = codecs or fields()
-        if not found.keys() <= known.keys():
-            unknown = min(found.keys() - known.keys())
-            raise ValueError(f"{kind.__qualname__} has no field {unknown!r:.60}")
-        return kind(**{name: known[name].decode(each) for name, each in found.items()})
+        known, values = codecs or fields(), {}
+        for name, each in _checked(dict, value).items():
+            codec = known.get(name)
+            if codec is None:
+                raise ValueError(f"{kind.__qualname__} has no field {name!r:.60}")
+            values[name] = codec.decode(each)
+        return kind(**values)
 
     return Codec(encode, decode)
 
@@ -298,24 +319,22 @@ def _decimal(text: str) -> decimal.Decimal:
 
 def _text_of(kind: type) -> Callable[[Any], str]:
     def text(value: Any) -> str:
-        if type(value) is not kind:
+        if _real(type(value)) is not kind:
             raise TypeError(f"it is a {type(value).__qualname__}, not a {kind.__qualname__}")
         return str(value.isoformat() if hasattr(value, "isoformat") else value)
 
     return text
 
 
+def _iso(kind: Any) -> Codec:
+    read = kind.fromisoformat
+    return Codec(_text_of(kind), lambda text: read(_checked(str, text)))
+
+
 _SIMPLE: dict[type, Codec] = {
-    datetime.datetime: Codec(
-        _text_of(datetime.datetime),
-        lambda text: datetime.datetime.fromisoformat(_checked(str, text)),
-    ),
-    datetime.date: Codec(
-        _text_of(datetime.date), lambda text: datetime.date.fromisoformat(_checked(str, text))
-    ),
-    datetime.time: Codec(
-        _text_of(datetime.time), lambda text: datetime.time.fromisoformat(_checked(str, text))
-    ),
+    datetime.datetime: _iso(datetime.datetime),
+    datetime.date: _iso(datetime.date),
+    datetime.time: _iso(datetime.time),
     datetime.timedelta: Codec(
         lambda value: _checked(datetime.timedelta, value) // _MICROSECOND,
         lambda count: datetime.timedelta(microseconds=_checked(int, count)),

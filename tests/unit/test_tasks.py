@@ -223,6 +223,18 @@ def test_pydantic_models_travel_by_their_aliases(monkeypatch: pytest.MonkeyPatch
     assert event.payload == {"args": [{"al": 3}], "typed": [0]}
 
 
+@pytest.mark.one_python
+def test_dates_travel_where_a_test_has_frozen_the_time() -> None:
+    import freezegun
+
+    with freezegun.freeze_time("2030-01-01"):
+        day = datetime.date.today()
+        event = called(shipping.carry, day, [Box(decimal.Decimal(1), datetime.datetime.now(UTC))])
+        assert event.payload["args"][0] == "2030-01-01"
+        for kind in (datetime.datetime, datetime.date):
+            assert codec_of(kind) is not None
+
+
 # ------------------------------------------------------------------------ what can't be called
 
 

@@ -38,7 +38,7 @@ _MICROSECOND = datetime.timedelta(microseconds=1)
 _REAL = (datetime.datetime, datetime.date)
 
 
-def _real(kind: type) -> type:
+def _real(kind: Any) -> Any:
     """Return ``kind``, or the class that freezegun's stands in for."""
     if kind.__module__ != "freezegun.api":
         return kind

@@ -177,6 +177,7 @@ def test_a_retry_keeps_those_of_the_event_and_a_follow_on_event_gets_new_ones(
     worker = Worker([orders, bills], publisher=publisher, threads=1)
     worker.start()
     try:
+        wait_until(lambda: worker.is_consuming)  # the queue exists
         with as_tenant("acme"), auto_publishing():
             enqueue_event(1, "orders", exchange="")
         wait_until(lambda: len(seen) == 3, 10)

@@ -408,6 +408,22 @@ def engine(tmp_path: Any) -> Iterator[Engine]:
     engine.dispose()
 
 
+@pytest.fixture(autouse=True)
+def stopped_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No worker of a test that failed remains."""
+    workers: list[Worker] = []
+    start = Worker.start
+
+    def noted_start(worker: Worker) -> None:
+        workers.append(worker)
+        start(worker)
+
+    monkeypatch.setattr(Worker, "start", noted_start)
+    yield
+    for worker in workers:
+        worker.stop(10)
+
+
 def running(place: Place, name: str, engine: Engine) -> Worker:
     publisher = configure(
         place.url,
@@ -487,6 +503,7 @@ def test_a_task_of_a_bound_session_is_stored_with_its_instance(
     session.commit()
     wait_until(lambda: noted == [("Order", 1, None, False)], 10)
     wait_until(lambda: handle.status == "unknown", 10)
+    wait_until(lambda: place.count(name) == 0, 10)  # and so the session of the task has ended
     session.delete(order)
     session.commit()
     hostile(publisher, name, "tests.shipping:Order.ship", stored.body)

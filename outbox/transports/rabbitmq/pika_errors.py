@@ -68,7 +68,11 @@ def _before_amqp(error: pika.exceptions.IncompatibleProtocolError) -> str:
     """Return why a connection ended before the server had sent anything of AMQP."""
     text = one_line(str(error))
     if "SSL" not in text:
-        return "the server there does not speak AMQP 0-9-1"
+        # Over TLS, also a connection that was reset before the alert could be read.
+        return (
+            "the server there does not speak AMQP 0-9-1; "
+            "with TLS it may demand a client's certificate (certfile, keyfile)"
+        )
     if "CERTIFICATE_REQUIRED" in text or "HANDSHAKE_FAILURE" in text:
         return f"the server demands a client's certificate (certfile, keyfile): {text}"
     if "EOF" in text:  # the server's alert may be lost with the connection

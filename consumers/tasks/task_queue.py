@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from outbox import UsageError
-from outbox.configuration import publisher_if_any, settings_to_store
+from outbox.configuration import configured_publisher, provided_publisher
 from outbox.consumers.definition import Consumer
 from outbox.consumers.outcome import NotYet, Reject
 from outbox.consumers.tasks.task_instances import TaskSession, session_provider
@@ -244,8 +244,9 @@ def task_queues_of(modules: Iterable[types.ModuleType], *, has_undecorated: bool
         UsageError: a task is invalid.
     """
     modules = list(modules)
-    publisher = publisher_if_any()
-    settings = settings_to_store() if publisher is None else publisher.settings
+    # No publisher is made: that of an SQLite file makes the file, and a look changes nothing.
+    publisher = provided_publisher() or configured_publisher()
+    settings = Settings.load(None, {}) if publisher is None else publisher.settings
     default = task_queues.queue_of(settings)
     queues = {task.queue or default: None for module in modules for task in tasks_of(module)}
     if has_undecorated:

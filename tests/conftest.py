@@ -22,6 +22,7 @@ from outbox import Publisher, configuration, surroundings
 from outbox.consumers import hooks
 from outbox.observer import seam
 from outbox.sql import Store
+from outbox.telemetry import sources
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.databases.mariadb import MariaDBMissing, PrivateMariaDB
 from outbox.testing.databases.postgresql import PostgreSQLMissing, PrivatePostgreSQL
@@ -284,6 +285,7 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for names in ("_start", "_stop"):
         monkeypatch.setattr(hooks, names, [])
     monkeypatch.setattr(hooks, "_namespaces", hooks._Namespaces())
+    monkeypatch.setattr(sources, "_known", {})  # other tests may have had a thousand queues
     yield
     configuration.provide(None)
     surroundings.provide(None)

@@ -120,7 +120,7 @@ USUAL = """
 import signal
 HANDLERS = [signal.getsignal(number) for number in range(1, signal.NSIG)]
 HANDLERS[signal.SIGINT - 1] = signal.default_int_handler
-for number in signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP:
+for number in signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGUSR1:
     HANDLERS[number - 1] = signal.SIG_DFL
 MASK = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 """

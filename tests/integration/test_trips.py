@@ -25,7 +25,7 @@ pytestmark = pytest.mark.one_python
 
 ROOT = Path(outbox.__file__).parent
 MOST_FOR_AN_EVENT = 16
-MOST_FOR_A_MESSAGE = 22
+MOST_FOR_A_MESSAGE = 23
 
 
 class Trip:

@@ -16,7 +16,7 @@ from outbox.consumers import (
     ReceivedEvent,
     RetryPolicy,
 )
-from outbox.telemetry import metrics, sources
+from outbox.telemetry import metrics
 from tests.places import Place, events_for, made, working
 from tests.waiting import wait_until
 
@@ -37,11 +37,7 @@ class Obedient(Consumer):
         return None
 
 
-def test_a_worker_counts_how_its_messages_end(
-    place: Place, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sources, "_known", {})  # other tests may have had a thousand queues
-
+def test_a_worker_counts_how_its_messages_end(place: Place, name: str) -> None:
     class Named(Obedient):
         queue = made(place, name)
 

@@ -95,7 +95,7 @@ def test_a_hundred_applications_open_nothing() -> None:
     apps = [make_app(OUTBOX_URL="amqp://127.0.0.1:9") for _ in range(100)]
     for app in apps:
         assert app.test_client().get("/nowhere").status_code == 404
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
     assert not set(_publishers()) - before
 
 

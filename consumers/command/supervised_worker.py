@@ -17,13 +17,10 @@ from outbox.service.supervised import (
     MARGIN,
     READY,
     STOPPING,
-    LastError,
     Supervised,
     SupervisedSignals,
 )
 from outbox.system.child_process import Parent
-from outbox.system.resident_memory import resident_bytes
-from outbox.telemetry import metrics
 
 __all__ = ["run"]
 
@@ -38,7 +35,6 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
     """
     supervised = Supervised(parent, logger)
     stop = SupervisedSignals(supervised)
-    last_error = LastError()
     workers: list[Worker] = []
 
     def log_tasks() -> None:
@@ -57,14 +53,11 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
         def report(seconds: float) -> dict[str, Any]:
             return {
                 **vitals.look(seconds),
-                "counts": metrics.snapshot(),
                 "links": {
                     "consumer": worker.is_consuming,
                     "publisher": worker.publisher.connected,
                 },
-                "resident": resident_bytes(),
                 "limits": recycling.values(time.monotonic()),
-                "error": last_error.found,
             }
 
         supervised.report_each_second(report)

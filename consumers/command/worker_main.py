@@ -215,8 +215,7 @@ def _announced(
             "late": worker.late,
         }
 
-    own_id = getattr(options, "id", None)
-    return announced(worker.publisher, "worker", id=own_id, phase=phase, describe=describe)
+    return announced(worker.publisher, "worker", id=options.id, phase=phase, describe=describe)
 
 
 def _described(consumer: Consumer) -> str:

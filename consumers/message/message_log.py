@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from outbox.consumers.outcome import Ack, Again, Dead, Outcome, Return
@@ -19,12 +20,13 @@ logger = logging.getLogger("outbox.consumer.messages")
 def started(delivery: Delivery) -> float:
     """Log that ``delivery`` is about to be processed; return the time, for :func:`ended`."""
     if logger.isEnabledFor(logging.DEBUG):
+        extra = _extra(delivery, 0.0)
         logger.debug(
             "message %r of %r%s started",
             delivery.message_id,
             delivery.queue,
-            _task(delivery),
-            extra=_extra(delivery, 0.0),
+            _task(extra),
+            extra=extra,
         )
     return time.perf_counter()
 
@@ -43,7 +45,7 @@ def ended(delivery: Delivery, outcome: Outcome, began: float) -> None:
         "message %r of %r%s %s after %.3f s, attempt %d%s",
         delivery.message_id,
         delivery.queue,
-        _task(delivery),
+        _task(extra),
         _fate(outcome),
         duration,
         extra["outbox_message"]["attempt"],
@@ -57,8 +59,8 @@ _LONGEST_NAME = 255
 _LEVELS: dict[type, int] = {Again: logging.WARNING, Dead: logging.ERROR}
 
 
-def _task(delivery: Delivery) -> str:
-    name = _name_of_task(delivery)
+def _task(extra: Mapping[str, Mapping[str, Any]]) -> str:
+    name = extra["outbox_message"].get("task")
     return f" (task {name!r})" if name else ""
 
 

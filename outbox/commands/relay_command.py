@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -32,14 +31,11 @@ from outbox.service.supervised import (
     MARGIN,
     READY,
     STOPPING,
-    LastError,
     Supervised,
     SupervisedSignals,
 )
 from outbox.system.child_process import Parent
-from outbox.system.resident_memory import resident_bytes
 from outbox.system.signals import Signals
-from outbox.telemetry import metrics
 
 if TYPE_CHECKING:
     from outbox.sql import Relay, Store
@@ -209,8 +205,7 @@ def _announced(
             return "stopping"
         return "leaving" if signals.leaving else "quiet" if signals.quiet else "ready"
 
-    own_id = getattr(options, "id", None)
-    return announced(relay.publisher, "relay", id=own_id, phase=phase, describe=dict)
+    return announced(relay.publisher, "relay", id=options.id, phase=phase, describe=dict)
 
 
 def _serve(
@@ -221,7 +216,7 @@ def _serve(
     logger.info("relaying")
     if supervised is not None:
         relay.publisher.make_ready()
-        supervised.report_each_second(_reporter(relay))
+        supervised.report_each_second(lambda _: {"links": {"publisher": relay.publisher.connected}})
         supervised.say(READY)
     while not (signals.asked or signals.leaving or signals.quiet):
         relay.wait(_POLL)
@@ -236,21 +231,6 @@ def _serve(
     if not finished:
         return exit_codes.UNFINISHED
     return exit_codes.SUCCESS if signals.asked else exit_codes.RECYCLED
-
-
-def _reporter(relay: Relay) -> Callable[[float], Mapping[str, Any]]:
-    """Return what makes the report of a relay; see ``Supervised.report_each_second``."""
-    last_error = LastError()
-
-    def report(_seconds: float) -> Mapping[str, Any]:
-        return {
-            "counts": metrics.snapshot(),
-            "links": {"publisher": relay.publisher.connected},
-            "resident": resident_bytes(),
-            "error": last_error.found,
-        }
-
-    return report
 
 
 def _publish_once(relay: Relay, signals: Signals, timeout: float) -> int:

@@ -26,7 +26,13 @@ from outbox.commands.printing import json_line, printable
 from outbox.errors import UsageError
 from outbox.service.identity import background
 from outbox.service.identity.folder import default_folder, open_folder
-from outbox.service.identity.identity_options import START_TIMEOUT, folder_option, seconds, valid_id
+from outbox.service.identity.identity_options import (
+    START_TIMEOUT,
+    folder_option,
+    seconds,
+    take_over_option,
+    valid_id,
+)
 from outbox.service.identity.listing import Listed, Signalled, listed
 from outbox.service.identity.status_file import Status, WorkerStatus
 from outbox.settings import Settings
@@ -123,21 +129,24 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         help="how long to wait (default: until the end)",
     )
 
-    quiet = add(
-        "quiet",
-        _signal_command(signal.SIGTSTP, "asked to begin nothing more"),
-        help="have services begin no more messages, but stay",
-        description="Have services begin no more messages, but stay. It cannot be undone.",
-    )
-    _add_ids(quiet)
+    def add_signal(name: str, number: signal.Signals, asked: str, help: str, more: str) -> None:
+        description = f"{help.capitalize()}.{more}"
+        _add_ids(add(name, _signal_command(number, asked), help=help, description=description))
 
-    dump = add(
-        "dump",
-        _signal_command(signal.SIGUSR1, "asked to write its stacks to its log"),
-        help="have services write the stacks of their workers to their logs",
-        description="Have services write the stacks of their workers to their logs.",
+    add_signal(
+        "quiet",
+        signal.SIGTSTP,
+        "asked to begin nothing more",
+        "have services begin no more messages, but stay",
+        " It cannot be undone.",
     )
-    _add_ids(dump)
+    add_signal(
+        "dump",
+        signal.SIGUSR1,
+        "asked to write its stacks to its log",
+        "have services write the stacks of their workers to their logs",
+        "",
+    )
 
     status = add(
         "status",
@@ -174,11 +183,7 @@ def _add_start_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"how long it may take until it is ready (default: {START_TIMEOUT:.0f})",
     )
-    parser.add_argument(
-        "--take-over",
-        action="store_true",
-        help="take the id over also from another application, container or systemd unit",
-    )
+    take_over_option(parser)
 
 
 def _add_command(parser: argparse.ArgumentParser, count: str, text: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from outbox.presence.announcement import ENDED, encoded
 from outbox.publisher import Publisher
+from outbox.system.last_error import LastError
 from outbox.system.version import installed_version
 
 __all__ = ["announced"]
@@ -55,35 +56,14 @@ def announced(
         return
     announcing = _Announcing(publisher, kind, id, phase, describe)
     thread = threading.Thread(target=announcing.run, name="outbox-presence", daemon=True)
-    loggers = logging.getLogger("outbox")
-    loggers.addHandler(announcing.last_error)
+    announcing.last_error.listen()
     thread.start()
     try:
         yield
     finally:
         announcing.stopping.set()
-        loggers.removeHandler(announcing.last_error)
+        announcing.last_error.end()
         thread.join(_LOOK)
-
-
-class _LastError(logging.Handler):
-    """Remembers the class of the last error that outbox has logged, and when, but no text."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self._noted: tuple[str, float] | None = None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Remember the error."""
-        raised = record.exc_info[0] if record.exc_info else None
-        self._noted = record.name if raised is None else raised.__name__, time.monotonic()
-
-    def described(self) -> dict[str, Any] | None:
-        """Return the class, or the logger's name if there was no exception, and the age."""
-        if self._noted is None:
-            return None
-        name, at = self._noted
-        return {"class": name[:_LONGEST_CLASS], "age": round(time.monotonic() - at, 1)}
 
 
 class _Announcing:
@@ -96,7 +76,7 @@ class _Announcing:
         describe: Callable[[], Mapping[str, Any]],
     ) -> None:
         self.stopping = threading.Event()
-        self.last_error = _LastError()
+        self.last_error = LastError()
         self._publisher = publisher
         self._phase = phase
         self._describe = describe
@@ -131,5 +111,13 @@ class _Announcing:
         described = dict(self._describe())
         queues = described.pop("queues", ())
         age = round(time.monotonic() - self._began, 1)
-        present = {"phase": phase, "age": age, "error": self.last_error.described()}
+        present = {"phase": phase, "age": age, "error": self._error()}
         self._publisher.announce(encoded({**self._own, **present, **described}, queues))
+
+    def _error(self) -> dict[str, Any] | None:
+        """Return the class of the last error, or the logger's name, and its age, but no text."""
+        found = self.last_error.found
+        if found is None:
+            return None
+        name = found.raised or found.logger
+        return {"class": name[:_LONGEST_CLASS], "age": round(time.monotonic() - found.since, 1)}

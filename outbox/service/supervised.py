@@ -15,14 +15,16 @@ from outbox.service.health.stacks import dump_for_parent
 from outbox.service.lines import LineWriter
 from outbox.system import process
 from outbox.system.child_process import Parent
+from outbox.system.last_error import LastError
+from outbox.system.resident_memory import resident_bytes
 from outbox.system.signals import Signals, Stop, handle, ignore
+from outbox.telemetry import metrics
 
 __all__ = [
     "DUMP",
     "LEAVE",
     "LEAVING",
     "LOADED",
-    "LastError",
     "MARGIN",
     "QUIET",
     "READY",
@@ -62,6 +64,8 @@ class Supervised:
         _leave_quiet_to_parent()
         self._parent = parent
         self._logger = logger
+        self._last_error = LastError()
+        self._last_error.listen()
         self._writer = LineWriter(parent.channel)
 
     def say(self, word: str) -> None:
@@ -82,18 +86,28 @@ class Supervised:
         - ``links``: whether each connection is up, by its name
         - ``resident``: the resident memory in bytes
         - ``limits``: the present value and the limit, a pair each, by the limit's name
-        - ``error``: the last error that was logged, or None; see ``LastError``
+        - ``error``: the last error that was logged, or None: ``at``, in seconds of Unix time,
+          ``logger``, ``class`` of the exception or None, and ``text``, the first line
 
         The first is sent before this returns.
 
         Args:
-            collect: returns the report, given the seconds since the one before.
+            collect: returns what this kind of process adds to ``counts``, ``resident`` and
+                ``error``, given the seconds since the report before.
         """
         began = time.monotonic()
 
+        def whole(seconds: float) -> dict[str, Any]:
+            return {
+                "counts": metrics.snapshot(),
+                "resident": resident_bytes(),
+                "error": self._error(),
+                **collect(seconds),
+            }
+
         def send(seconds: float) -> bool:
             try:
-                report = collect(seconds)
+                report = whole(seconds)
             except Exception:
                 self._logger.exception("cannot report to the parent process")
                 report = {}
@@ -114,9 +128,20 @@ class Supervised:
         def report_last() -> None:
             # What was counted in the last second; the base of the parent's sums has it then.
             with contextlib.suppress(Exception):
-                self._writer.report(collect(0.0))
+                self._writer.report(whole(0.0))
 
         process.at_exit(report_last)
+
+    def _error(self) -> dict[str, Any] | None:
+        found = self._last_error.found
+        if found is None:
+            return None
+        return {
+            "at": found.at,
+            "logger": found.logger,
+            "class": found.raised,
+            "text": found.text,
+        }
 
     def stop_with_parent(
         self, stop: Stop, grace: float, on_dump: Callable[[], object] = lambda: None
@@ -170,35 +195,6 @@ class SupervisedSignals(Signals):
         """Install the signal handlers, and report that the application is imported."""
         super().begin()
         self._supervised.say(LOADED)
-
-
-class LastError(logging.Handler):
-    """Remembers the last error that outbox has logged.
-
-    Attributes:
-        found: ``at``, the time in seconds since the epoch, ``logger``, ``class`` of the exception
-            or None, and ``text``, the first line of the message; None before the first error.
-    """
-
-    def __init__(self) -> None:
-        """Listen to all loggers of outbox."""
-        super().__init__(logging.ERROR)
-        self.found: dict[str, Any] | None = None
-        logging.getLogger("outbox").addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Remember the error."""
-        raised = record.exc_info[0] if record.exc_info else None
-        text = record.getMessage().partition("\n")[0]
-        self.found = {
-            "at": record.created,
-            "logger": record.name,
-            "class": None if raised is None else raised.__name__,
-            "text": text[:_LONGEST_TEXT],
-        }
-
-
-_LONGEST_TEXT = 300
 
 
 def _leave_quiet_to_parent() -> None:

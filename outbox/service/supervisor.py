@@ -347,8 +347,7 @@ class Supervisor:
         elif not worker.condemned and now - worker.stuck_at >= _STACKS_WITHIN:
             self._log_stacks(worker, math.inf)
             self._slots[worker.slot - 1].was_stuck(worker.age)
-            worker.condemned = True
-            worker.kill(spare=False)
+            worker.condemn()
 
     def _check_cpu(self, worker: WorkerProcess, now: float) -> None:
         """Replace a worker that uses too much CPU time, and kill it if it doesn't stop that."""
@@ -364,23 +363,21 @@ class Supervisor:
         elif patience and now - worker.burns_since >= patience and not worker.condemned:
             self._logger.error("%s still exceeds its CPU limit; killing it", worker)
             worker.stuck = "it exceeds its CPU limit"
-            worker.condemned = True
-            worker.kill(spare=False)
+            worker.condemn()
 
     def _give_up(self, slot: Slot) -> None:
         """End a service that never works, or try again much later."""
         self._logger.error(
             "giving up: %s %d has never been ready (%s)", self._name, slot.number, slot.trouble
         )
+        self._given_up = True
         if self._retries > 0:
             self._retries -= 1
-            self._given_up = True
             self._retry_at = time.monotonic() + self._policy.retry_every
             for each in self._slots:
                 each.due = self._retry_at
             self._logger.error("trying again in %.0f s", self._policy.retry_every)
         else:
-            self._given_up = True
             self._code = exit_codes.FLAPPING
             self._stop()
 
@@ -399,9 +396,7 @@ class Supervisor:
                 self._code = self._code or exit_codes.UNFINISHED
             return
         if worker is self._successor and not worker.ready:
-            self._successor = None
-            self._to_replace.clear()
-            self._logger.error("%s %s; the other workers are not replaced", worker, _describe(code))
+            self._end_replacing(f"{worker} {_describe(code)}")
             return
         if slot.worker is not worker:
             if code not in (exit_codes.SUCCESS, exit_codes.RECYCLED):
@@ -443,14 +438,10 @@ class Supervisor:
     def _check_loading(self, worker: WorkerProcess) -> None:
         """Notice a worker whose import of the application hangs."""
         if worker is self._successor and worker.age >= self._load_limit:
-            self._logger.error(
-                "%s did not import the application within %.0f s; killing it; the other workers "
-                "are not replaced",
-                worker,
-                self._load_limit,
+            self._end_replacing(
+                f"{worker} did not import the application within {self._load_limit:.0f} s; "
+                "killing it"
             )
-            self._successor = None
-            self._to_replace.clear()
             worker.kill()
         elif worker.is_slow():
             self._logger.warning(
@@ -513,13 +504,13 @@ class Supervisor:
                 try:
                     self._successor = self._start(slot)
                 except OSError as error:
-                    self._to_replace.clear()
-                    self._logger.error(
-                        "a successor of %s cannot be started: %s; the other workers are not "
-                        "replaced",
-                        slot.worker,
-                        error,
-                    )
+                    self._end_replacing(f"a successor of {slot.worker} cannot be started: {error}")
+
+    def _end_replacing(self, why: str) -> None:
+        """Leave the workers that are not replaced yet as they are."""
+        self._successor = None
+        self._to_replace.clear()
+        self._logger.error("%s; the other workers are not replaced", why)
 
     def _start(self, slot: Slot) -> WorkerProcess:
         worker = WorkerProcess(

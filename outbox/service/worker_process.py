@@ -252,6 +252,11 @@ class WorkerProcess(ChildProcess):
             self._keeper.spare(self._region)
         super().kill()
 
+    def condemn(self) -> None:
+        """Kill it because it is stuck; its messages count a loss."""
+        self.condemned = True
+        self.kill(spare=False)
+
     def take_messages(self, code: int) -> list[str]:
         """Return the messages that ran in it when it ended with ``code``, for people to read.
 

@@ -13,7 +13,14 @@ from outbox.service.identity.folder import default_folder
 from outbox.service.identity.instance import Identity
 from outbox.service.identity.pid_file import check_id
 
-__all__ = ["add_identity_options", "folder_option", "identity_of", "seconds", "valid_id"]
+__all__ = [
+    "add_identity_options",
+    "folder_option",
+    "identity_of",
+    "seconds",
+    "take_over_option",
+    "valid_id",
+]
 
 START_TIMEOUT = 60.0
 
@@ -28,11 +35,7 @@ def add_identity_options(group: argparse._ArgumentGroup) -> None:
         "this one is ready (implies -p 1)",
     )
     folder_option(group)
-    group.add_argument(
-        "--take-over",
-        action="store_true",
-        help="take the id over also from another application, container or systemd unit",
-    )
+    take_over_option(group)
     group.add_argument(
         "--start-timeout",
         type=seconds,
@@ -58,6 +61,15 @@ def folder_option(group: argparse._ActionsContainer) -> None:
         metavar="DIR",
         help="the folder of pid files, states and logs (default: OUTBOX_PID_DIR, else "
         "RUNTIME_DIRECTORY, else outbox-<uid> in the folder for temporary files)",
+    )
+
+
+def take_over_option(group: argparse._ActionsContainer) -> None:
+    """Add ``--take-over``."""
+    group.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take the id over also from another application, container or systemd unit",
     )
 
 

@@ -276,7 +276,7 @@ def _described(worker: WorkerState) -> WorkerStatus:
         links=report.get("links") or {},
         limits=report.get("limits") or {},
         resident=report.get("resident"),
-        cpu=getattr(worker, "cpu", None),
+        cpu=worker.cpu,
         error=report.get("error"),
     )
 

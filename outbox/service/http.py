@@ -7,7 +7,6 @@ import errno
 import ipaddress
 import logging
 import os
-import select
 import socket
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
 from outbox.errors import UsageError
+from outbox.service.readable import wait_readable
 from outbox.service.state import Service, ServiceState
 from outbox.telemetry import metrics
 from outbox.telemetry.wsgi import ServiceApp
@@ -299,7 +299,7 @@ class HTTPFace:
             waiting = {server.fileno(): server for server in self._servers}
             while not self._ending.is_set():
                 pause = 1.0 if self._connections.open else None
-                readable = select.select([self._waking, *waiting], [], [], pause)[0]
+                readable = wait_readable((self._waking, *waiting), pause)
                 self._connections.end_old()
                 for descriptor in readable:
                     if descriptor in waiting:
@@ -395,7 +395,7 @@ class _Server(ThreadedWSGIServer):
             return super().get_request()
         except OSError as error:
             if error.errno in _OUT_OF_FILES:
-                time.sleep(_RETRY)  # else select() would return at once, again and again
+                time.sleep(_RETRY)  # else the next wait would return at once, again and again
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:

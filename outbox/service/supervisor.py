@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import select
 import signal
 import time
 from collections import Counter, deque
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 
 from outbox import exit_codes
 from outbox.service.health.policy import Policy
+from outbox.service.readable import wait_readable
 from outbox.service.signal_queue import SignalQueue
 from outbox.service.slot import Slot
 from outbox.service.state import Face, Phase, ServiceState
@@ -572,10 +572,7 @@ class Supervisor:
             at_most = min(at_most, _JUDGE_EVERY)
         pause = min([at_most, *(moment - now for moment in times)])
         statuses = [worker.status for worker in self._workers if worker.status is not None]
-        poll = select.poll()  # select() has no room for descriptors above 1,023
-        for descriptor in (self._signals.fileno(), *statuses):
-            poll.register(descriptor, select.POLLIN)
-        poll.poll(math.ceil(max(0.0, pause) * 1000))
+        wait_readable((self._signals.fileno(), *statuses), pause)
         self._signals.clear_wake_up()
 
 

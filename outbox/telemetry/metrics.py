@@ -8,7 +8,7 @@ does no harm.
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ __all__ = [
     "Snapshot",
     "as_samples",
     "as_snapshot",
+    "cumulative",
     "merge",
     "render",
     "snapshot",
@@ -131,17 +132,26 @@ def as_snapshot(samples: Samples) -> Snapshot:
 
 
 def _histogram(name: str, metric: Metric, pairs: list[str], value: tuple[float, ...]) -> list[str]:
-    total, *buckets = value
-    lines = []
-    count = 0.0
-    for bound, number in zip((*metric.bounds, math.inf), buckets, strict=True):
-        count += number
-        le = "+Inf" if bound == math.inf else str(bound)  # as prometheus_client writes it
-        lines.append(f"{name}_bucket{_braced([*pairs, _pair('le', le)])} {_number(count)}")
-    lines.append(f"{name}_sum{_braced(pairs)} {_number(total)}")
+    buckets = cumulative(metric, value)
+    lines = [
+        f"{name}_bucket{_braced([*pairs, _pair('le', bound)])} {_number(count)}"
+        for bound, count in buckets
+    ]
+    lines.append(f"{name}_sum{_braced(pairs)} {_number(value[0])}")
     # From the same copy as the buckets: a count that is kept apart could differ from their sum.
-    lines.append(f"{name}_count{_braced(pairs)} {_number(count)}")
+    lines.append(f"{name}_count{_braced(pairs)} {_number(buckets[-1][1])}")
     return lines
+
+
+def cumulative(metric: Metric, value: tuple[float, ...]) -> list[tuple[str, float]]:
+    """Return the buckets of a histogram as Prometheus has them: bounds as text, and counts up to.
+
+    Args:
+        metric: the metric.
+        value: the sum, then the count of each bucket alone.
+    """
+    counts = itertools.accumulate(value[1:])
+    return list(zip((*map(str, metric.bounds), "+Inf"), counts, strict=True))
 
 
 def _pairs(names: tuple[str, ...], values: tuple[str, ...]) -> list[str]:

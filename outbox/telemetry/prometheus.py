@@ -14,7 +14,7 @@ from outbox.errors import MissingExtra
 from outbox.system import process
 from outbox.system.fork_pause import Pause
 from outbox.telemetry import sources
-from outbox.telemetry.metrics import as_samples, snapshot
+from outbox.telemetry.metrics import as_samples, cumulative, snapshot
 from outbox.telemetry.sources import Labels, Samples, Value
 from outbox.telemetry.table import METRICS, Metric
 
@@ -77,7 +77,7 @@ class PrometheusCollector:
             family = _family(name, metric)
             for labels, value in series.items():
                 if isinstance(value, tuple):
-                    family.add_metric(labels, _cumulative(metric, value), sum_value=value[0])
+                    family.add_metric(labels, cumulative(metric, value), sum_value=value[0])
                 else:
                     family.add_metric(labels, max(0.0, value))
             yield family
@@ -90,15 +90,6 @@ def _family(name: str, metric: Metric) -> Any:
         "histogram": HistogramMetricFamily,
     }
     return classes[metric.kind](name, metric.text, labels=metric.labels)
-
-
-def _cumulative(metric: Metric, value: tuple[float, ...]) -> list[tuple[str, float]]:
-    buckets = []
-    count = 0.0
-    for bound, number in zip((*map(str, metric.bounds), "+Inf"), value[1:], strict=True):
-        count += number
-        buckets.append((bound, count))
-    return buckets
 
 
 class _Exporter:

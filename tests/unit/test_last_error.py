@@ -20,11 +20,12 @@ def test_only_errors_of_outbox_are_remembered(last_error: LastError) -> None:
     try:
         logging.getLogger("other").error("no")
         logging.getLogger("outbox.x").warning("no")
-        assert last_error.found is None
+        before = last_error.found
         logging.getLogger("outbox.x").error("first line %d\nsecond", 1)
     finally:
         last_error.end()
     found = last_error.found
+    assert before is None
     assert found is not None
     assert (found.logger, found.raised, found.text) == ("outbox.x", None, "first line 1")
     assert abs(found.at - time.time()) < 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from outbox.service.identity.pid_file import ELSEWHERE, holder_of, own_files, pid_path
 from outbox.service.identity.status_file import Status, status_path
+from outbox.service.readable import wait_readable
 
 __all__ = ["Listed", "Signalled", "listed"]
 
@@ -26,7 +26,7 @@ class Listed:
     Attributes:
         id: the service's id.
         path: the file on which it holds its lock.
-        number: its process id as the text of the pid file has it; None if that is no number.
+        number: its process id as the text of the pid file has it; None if that isn't a number.
         holder: the process that holds the lock; None if it has died, and ``ELSEWHERE`` if it is in
             another container.
         is_owner: whether it has the id.
@@ -144,7 +144,7 @@ class Signalled:
     def wait(self, timeout: float | None) -> bool:
         """Return whether it has ended, after waiting for that; None waits without a limit."""
         if self._descriptor >= 0:
-            return bool(select.select([self._descriptor], [], [], timeout)[0])
+            return bool(wait_readable([self._descriptor], timeout))
         end = None if timeout is None else time.monotonic() + timeout
         while holder_of(self._path) == self._pid:
             if end is not None and time.monotonic() >= end:

@@ -408,7 +408,7 @@ class Publisher:
         """Announce this process with ``body``, at most 4 KiB, over the connection that exists.
 
         Returns at once. It is dropped while that connection can't publish, and by transports that
-        nobody listens to. Thread-safe.
+        have no listeners. Thread-safe.
         """
         self._own_transport().announce(body)
 

@@ -32,7 +32,7 @@ class Traces:
         self._exporter.clear()
 
     def named(self, name: str, count: int = 1) -> list[ReadableSpan]:
-        """Return the spans with this name, once there are so many; in the order of their ends."""
+        """Return the spans with this name, once there are that many; in the order of their ends."""
 
         def found() -> list[ReadableSpan]:
             return [span for span in self.spans if span.name == name]

@@ -1,7 +1,7 @@
 """How many messages ended, in which way, and how long they took: counted by each thread for itself.
 
 A thread writes only to its own cells, without a lock: ``x += 1`` of several threads would lose
-counts in a Python without a global lock. Whoever reads adds the cells up.
+counts in a Python without a global lock. A reader adds the cells up.
 """
 
 from __future__ import annotations

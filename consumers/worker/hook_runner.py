@@ -84,7 +84,7 @@ class HookRunner:
         if not self._is_stopping:
             try:
                 self._on_started()
-            except Exception as error:  # else nobody would learn that the worker never consumes
+            except Exception as error:  # else the worker would never consume, in silence
                 self._on_failed(error)
 
     def _run(self, hook: Hook) -> None:

@@ -264,7 +264,7 @@ class BrokerProbe:
         return refusal if refusal is not None and refusal.code == ACCESS_REFUSED else None
 
     def _refusal(self, request: Callable[[BlockingChannel], object]) -> Refusal | None:
-        """Make a request on a channel of its own; return why the broker closed it, if it did."""
+        """Make a request on a separate channel; return why the broker closed it, if it did."""
         with broker_errors(self.address):
             channel = self._connection.channel()
             try:

@@ -23,7 +23,7 @@ class Check:
     Attributes:
         code: ``OBX`` and three digits, which never change their meaning.
         title: what is looked at.
-        remedy: what to do about a problem that has no remedy of its own.
+        remedy: what to do about a problem that names no remedy.
         run: yields the problems. It raises ``NotChecked`` where it can't look (after those it has
             found, if any), and ``NotApplicable`` where there is nothing to look at.
     """

@@ -21,7 +21,7 @@ from outbox.storage.transactions import own_transaction
 
 __all__ = ["CHECKS", "clock_difference", "dead_rows", "tables_of"]
 
-_OLD = 60.0  # seconds after which somebody should have published a row
+_OLD = 60.0  # seconds after which a relay should have published a row
 _LONG_TRANSACTION = 600.0  # seconds
 _DEAD_TUPLES = 0.2  # of all
 _FEW_TUPLES = 10_000
@@ -328,7 +328,7 @@ CHECKS = (
     ),
     Check(
         "OBX202",
-        "stored events that nobody publishes",
+        "stored events that no relay publishes",
         "Start `outbox relay`, or another one.",
         _backlog,
     ),

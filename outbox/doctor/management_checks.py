@@ -19,7 +19,7 @@ _LIMITS = ("max-length", "max-length-bytes")
 _CLASHES = {
     "delivery-limit": "gives up messages that came back a few times, beside the retry policy",
     "message-ttl": "drops messages that wait",
-    "expires": "deletes the queue when nobody uses it",
+    "expires": "deletes the queue while it is unused",
     "dead-letter-exchange": "sends dead letters elsewhere",
 }
 

@@ -205,7 +205,7 @@ CHECKS = (
     ),
     Check(
         "OBX107",
-        "queues with messages that nobody consumes",
+        "queues with messages and no consumer",
         "Name the module with its consumer; or, if it is no longer used, delete the queue.",
         _without_consumer,
     ),

@@ -129,7 +129,7 @@ class Structured:
 
     Attributes:
         attributes: its attributes, see :func:`attributes_of`; empty if it is none, but other JSON.
-        payload: its data, decoded; the body if it is no CloudEvent.
+        payload: its data, decoded; the body if it isn't a CloudEvent.
     """
 
     attributes: Mapping[str, Any]
@@ -211,7 +211,7 @@ class _Data:
 
 
 def attributes_in(headers: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the attributes in a message's headers, or None if it is no CloudEvent.
+    """Return the attributes in a message's headers, or None if it isn't a CloudEvent.
 
     That is also a message in which prefixes are mixed, or without a required attribute.
     """

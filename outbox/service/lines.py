@@ -20,7 +20,8 @@ LONGEST_LINE = 2**20
 
 _CHUNK = 65536
 _READS = 32
-"""Chunks, at most, that one call reads, so that a process that writes on and on stops nobody."""
+"""Chunks, at most, that one call reads, so that a process that writes on and on doesn't stop the
+others."""
 
 
 class LineWriter:

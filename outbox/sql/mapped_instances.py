@@ -1,7 +1,7 @@
 """Mapped instances as SQLAlchemy sees them: their identity, their session, the way back.
 
 What counts is the identity, never the attributes: an expired instance that has left its session
-can't read those, and a key that was changed and not flushed is no row's.
+can't read those, and a key that was changed and not flushed belongs to no row.
 """
 
 from __future__ import annotations

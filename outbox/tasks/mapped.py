@@ -87,7 +87,7 @@ def mark_of(value: Any) -> dict[str, Any]:
     """Return what travels instead of a mapped instance.
 
     Raises:
-        TypeError: it is no such instance.
+        TypeError: it isn't such an instance.
         InvalidEvent: its row isn't there yet, or was deleted.
     """
     mapping = _mapping()

@@ -1,7 +1,7 @@
 """Where this process counts: the objects that count, and the sums of those that are gone.
 
-Whatever counts does so in plain integers of its own, and registers here how they are read. Nothing
-is computed before that is asked for.
+An object that counts does so in its own plain integers, and registers here how they are read.
+Nothing is computed before that is asked for.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def kill_session(leader: int) -> None:
 
 
 def relays(log: Path, count: int) -> list[int]:
-    """Wait until so many relays have begun in all; return their ids."""
+    """Wait until that number of relays has begun in all; return their ids."""
     wait_until(lambda: log.read_text().count(": relaying\n") >= count, 20)
     return [int(pid) for pid in re.findall(r"\(process (\d+)\) started", log.read_text())]
 

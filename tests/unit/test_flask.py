@@ -464,7 +464,7 @@ def _dispose(*apps: Flask) -> None:
 
 def test_the_context_globals_belong_to_the_application() -> None:
     class Globals:
-        """A class with nothing of its own, as `app_ctx_globals_class` allows."""
+        """A class without members, as `app_ctx_globals_class` allows."""
 
     app = make_app()
     with app.app_context():

@@ -3,12 +3,12 @@
 ``outbox-<id>.pid`` holds a process id and a newline, nothing else. Whether that process runs is
 never concluded from the number, which another process may have by now: while it runs, it holds a
 POSIX record lock on its file. The kernel releases that however the process ends, and names the
-holder to whoever asks.
+holder to any process that asks.
 
 Each process of an id, also one that waits or leaves, has the file ``outbox-<id>.pid.<pid>``. Who
 takes the id over renames a second link of it over ``outbox-<id>.pid``: of two that do so at once,
-the last one stays, in whatever order things happen. Nobody waits for another, and for a take-over
-no process ever signals another one.
+the last one stays, in whatever order things happen. No process waits for another, or signals
+another for a take-over.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Publishes what this process announces of itself, beside the events.
 
-On a channel of its own, since the broker closes a channel whose publishing or declaration it
+On a separate channel, since the broker closes a channel whose publishing or declaration it
 refuses. Without confirms: an announcement that doesn't arrive is replaced by the next one.
 """
 
@@ -74,7 +74,7 @@ class Announcer:
             properties = pika.BasicProperties(  # type: ignore[no-untyped-call]
                 content_type="application/json", delivery_mode=1, type=PRESENCE_EXCHANGE
             )
-            # Not mandatory: with nobody listening, each would be returned.
+            # Not mandatory: without listeners, each would be returned.
             channel.basic_publish(PRESENCE_EXCHANGE, "", body, properties, mandatory=False)
 
     def _on_closed(self, _channel: pika.channel.Channel, reason: Exception) -> None:

@@ -41,6 +41,7 @@ class Task(Generic[P, R]):
         function: the function.
         name: the name under which workers know it.
         aliases: other names that they know it by.
+        queue: the queue that it names, or None: then it goes to that of ``tasks_queue``.
         retry, timeout, deduplicate, consumer: see :func:`task`.
         max_priority: the highest priority that has an effect in its queue, or None for the setting.
         target: what a call of it calls.
@@ -76,7 +77,7 @@ class Task(Generic[P, R]):
         if isinstance(aliases, str):
             raise UsageError(f"@task: aliases of {own_name} are {aliases!r}, not a list of names")
         self.aliases = tuple(_checked_name(alias, own_name) for alias in aliases)
-        self._queue = None if queue is None else checked_queue(queue, own_name)
+        self.queue = None if queue is None else checked_queue(queue, own_name)
         self.max_priority = _checked_highest(max_priority, queue, own_name)
         self.priority = checked_priority(priority, f"@task of {own_name}")
         if retry is not None and not callable(getattr(retry, "delay_after", None)):
@@ -101,11 +102,6 @@ class Task(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"<task {self.name}>"
-
-    @property
-    def queue(self) -> str | None:
-        """The queue that it names, or None: then it goes to that of the setting ``tasks_queue``."""
-        return self._queue
 
     def later(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
         """Call the function later, in a worker, once this unit of work has succeeded.

@@ -12,7 +12,6 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Callable
 from typing import Any
 
 from outbox.errors import UsageError
@@ -82,7 +81,8 @@ def _of_function(function: types.FunctionType) -> Target:
     module, _, path = name.partition(":")
     owner, found = _found(module, path)
     if getattr(found, "function", None) is function:
-        return target_of_task(found)
+        target: Target = found.target  # of a task
+        return target
     if found is not function:
         raise UsageError(
             f"{name} isn't the function that was given: the module has another object under this "
@@ -92,12 +92,6 @@ def _of_function(function: types.FunctionType) -> Target:
         inspect.getattr_static(owner, function.__name__), staticmethod
     )
     return Target(name, parameters_of(function, name, owner if is_method else None))
-
-
-def target_of_task(task: Any) -> Target:
-    """Return the target that a task is."""
-    target: Target = task.target
-    return target
 
 
 def _found(module: str, path: str) -> tuple[type | None, Any]:
@@ -120,16 +114,12 @@ def _of_class(owner: type, name: str) -> Target:
 
 
 def _of_instance(owner: Any, function: types.FunctionType) -> Target:
-    kind = type(owner)
+    kind: Any = type(owner)
     full = f"{_module_of(kind, kind.__qualname__)}:{kind.__qualname__}.{function.__name__}"
     check_path(full)
     if inspect.getattr_static(kind, function.__name__, None) is not function:
         raise UsageError(f"{full} isn't a method of the class of that name")
-    return Target(full, _parameters_of_method(function, full, kind), (owner,))
-
-
-def _parameters_of_method(function: types.FunctionType, name: str, kind: Any) -> Parameters:
-    return parameters_of(function, name, kind)
+    return Target(full, parameters_of(function, full, kind), (owner,))
 
 
 def name_of_function(function: types.FunctionType) -> str:
@@ -201,8 +191,3 @@ def _module_of(thing: Any, path: str) -> str:
         f"{path} is defined in the program itself (__main__), which no worker can import; move it "
         "to a module, and import that"
     )
-
-
-def parameters_for(function: Callable[..., Any], name: str) -> Parameters:
-    """Return the parameters of a task's function, read when it is decorated."""
-    return Parameters(function, name)

@@ -23,8 +23,8 @@ from outbox.consumers.message import message
 from outbox.consumers.message.message import Message
 from outbox.consumers.outcome import Ack
 from outbox.sql import Inbox, inbox
+from outbox.transports.database.subscription import DatabaseSubscription
 from outbox.transports.rabbitmq.subscription import RabbitMQSubscription
-from outbox.transports.sqlite.subscription import SQLiteSubscription
 from tests.databases import Effect
 
 __all__ = ["POINTS", "Job", "running"]
@@ -188,7 +188,7 @@ def _is_done(_: Any, outcome: object) -> bool:
 
 
 def _when_acked() -> None:
-    for subscription in (RabbitMQSubscription, SQLiteSubscription):
+    for subscription in (RabbitMQSubscription, DatabaseSubscription):
         _after(subscription, "ack")  # the transport sends the ack later
 
 

@@ -19,8 +19,8 @@ from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.messages.delivery import dead_letter_queue
 from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.schema import events
-from outbox.transports.sqlite.disk_room import room_at
-from outbox.transports.sqlite.location import Location
+from outbox.transports.database.sqlite.disk_room import room_at
+from outbox.transports.database.sqlite.location import Location
 
 __all__ = ["CHECKS", "dead_letters", "without_consumer"]
 

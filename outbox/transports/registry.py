@@ -22,7 +22,7 @@ _PACKAGES = {
     "amqp": "outbox.transports.rabbitmq",
     "amqps": "outbox.transports.rabbitmq",
     "memory": "outbox.transports.memory",
-    "sqlite": "outbox.transports.sqlite",
+    "sqlite": "outbox.transports.database",
 }
 """The package of each scheme. It has the class ``Transport``, and if it can be consumed from,
 ``Subscription`` and ``ParkedQueues``. It is imported on first use, so that an application needs

@@ -13,17 +13,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection
 
 from outbox import Blocked, BrokerError, Event, Publisher, PublishTimeout, UsageError
 from outbox.consumers import ReceivedEvent, Worker, consumer
 from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.messages.delivery import dead_letter_queue
-from outbox.transports.sqlite import database, leases, subscription
+from outbox.transports.database import leases, subscription
+from outbox.transports.database.sqlite import sqlite_file
+from outbox.transports.database.sqlite.sqlite_file import SQLiteFile
 from tests.places import SQLitePlace, events_for, reading
 from tests.waiting import wait_until
 
@@ -86,15 +89,16 @@ def test_the_url_decides_what_survives_a_power_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str, level: int
 ) -> None:
     seen: list[int] = []
-    transaction = database.Database.transaction
+    run = SQLiteFile.run
 
-    @contextlib.contextmanager
-    def looking(self: database.Database) -> Iterator[Any]:
-        with transaction(self) as connection:
+    def looking(self: SQLiteFile, work: Callable[[Connection], Any]) -> Any:
+        def look(connection: Connection) -> Any:
             seen.append(connection.exec_driver_sql("PRAGMA synchronous").scalar_one())
-            yield connection
+            return work(connection)
 
-    monkeypatch.setattr(database.Database, "transaction", looking)
+        return run(self, look)
+
+    monkeypatch.setattr(SQLiteFile, "run", looking)
     with Publisher(f"sqlite:///{tmp_path}/o.db{chosen}") as publisher:
         publisher.publish(events_for(publisher, ["a"]))
     assert set(seen) == {level}
@@ -173,7 +177,7 @@ def test_a_file_that_stays_locked_is_reported_and_its_events_are_kept_and_writte
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(database, "_PATIENCE", 0.3)
+    monkeypatch.setattr(sqlite_file, "_PATIENCE", 0.3)
     place.bind(name, place.exchange, "#")
     connected: list[str] = []
     lost: list[BrokerError] = []
@@ -200,7 +204,7 @@ def test_a_file_that_stays_locked_is_reported_and_its_events_are_kept_and_writte
 def test_a_consumers_events_are_withdrawn_and_not_kept_while_the_file_is_locked(
     place: SQLitePlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_PATIENCE", 0.3)
+    monkeypatch.setattr(sqlite_file, "_PATIENCE", 0.3)
     place.bind(name, place.exchange, "#")
     with locked(place.path):
         report = publisher.publish(events_for(publisher, ["a"]), keep=False)
@@ -333,8 +337,9 @@ def test_events_wait_for_a_parking_queue_that_may_not_be_declared(
 def test_events_published_by_the_same_process_arrive_at_once(
     place: SQLitePlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for setting in ("_FIRST_POLL", "_LONGEST_POLL", "_LOOK_AGAIN"):
+    for setting in ("_FIRST_POLL", "_LOOK_AGAIN"):
         monkeypatch.setattr(subscription, setting, 30.0)
+    monkeypatch.setattr(SQLiteFile, "poll", 30.0)
     with reading(place, name) as reader:
         for _ in range(5):
             publisher.publish(events_for(publisher, [name]))
@@ -349,7 +354,7 @@ def test_events_published_by_another_process_are_noticed_while_idle(
     with place.publisher() as publisher:
         publisher.publish(events_for(publisher, ["later"]))
     with reading(place, name) as reader:
-        reader._subscription._poll = subscription._LONGEST_POLL  # type: ignore[attr-defined]
+        reader._subscription._poll = SQLiteFile.poll  # type: ignore[attr-defined]
         place.execute("UPDATE outbox_events SET queue = ?", name)  # on a separate connection
         begin = time.monotonic()
         assert reader.get()[0].target == "later"
@@ -402,8 +407,8 @@ def test_a_message_given_back_with_a_delay_is_redelivered_after_it(
 def test_a_slow_message_stays_with_its_worker(
     place: SQLitePlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subscription, "LEASE", 0.6)
-    monkeypatch.setattr(leases, "_EXTEND_AFTER", 0.1)
+    monkeypatch.setattr(SQLiteFile, "lease", 0.6)
+    monkeypatch.setattr(leases, "_EXTENSIONS", 6)
     with reading(place, name) as one, reading(place, name, again=True) as other:
         publisher.publish(events_for(publisher, [name]))
         found = _taken_by_either(one, other)
@@ -433,7 +438,7 @@ def test_a_lost_lease_is_noticed_and_the_other_worker_settles_the_message(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(leases, "_EXTEND_AFTER", 0.2)
+    monkeypatch.setattr(leases, "_EXTENSIONS", 150)
     with reading(place, name) as reader:
         publisher.publish(events_for(publisher, [name]))
         [found] = reader.take(1)
@@ -545,7 +550,7 @@ def test_a_worker_holds_its_message_while_the_file_is_locked_and_then_continues(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(database, "_PATIENCE", 0.3)
+    monkeypatch.setattr(sqlite_file, "_PATIENCE", 0.3)
     begun, go_on = threading.Event(), threading.Event()
     runs: list[str] = []
 
@@ -582,7 +587,7 @@ def test_a_worker_continues_after_the_file_was_locked_for_long(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(database, "_PATIENCE", 0.1)
+    monkeypatch.setattr(sqlite_file, "_PATIENCE", 0.1)
     with reading(place, name) as reader:
         publisher.publish(events_for(publisher, [name] * 2))
         first, second = reader.take(2)

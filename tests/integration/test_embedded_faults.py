@@ -18,9 +18,10 @@ import pytest
 from outbox import Blocked, Event, Publisher
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy
 from outbox.transports import outages
-from outbox.transports.sqlite import database, subscription
-from outbox.transports.sqlite.clock_jumps import ClockJumps
-from outbox.transports.sqlite.disk_room import Room
+from outbox.transports.database import subscription
+from outbox.transports.database.clock_jumps import ClockJumps
+from outbox.transports.database.database import Room
+from outbox.transports.database.sqlite import sqlite_file
 from tests.places import Reader, SQLitePlace, events_for, made, reading, working
 from tests.waiting import wait_until
 
@@ -235,7 +236,7 @@ def test_copies_of_messages_are_written_where_new_events_have_no_room(
     place: SQLitePlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.bind(name, "x", "#")
-    monkeypatch.setattr(database, "room_at", lambda path: Room(0, 10_000))
+    monkeypatch.setattr(sqlite_file, "room_at", lambda path: Room(0, 10_000))
     new = large_events(2, 1000, "a", "x")
     assert publisher.publish(new).kept == tuple(new)
     copies = large_events(3, 1000, "a", "x")
@@ -245,7 +246,7 @@ def test_copies_of_messages_are_written_where_new_events_have_no_room(
         report = of_worker.publish(large_events(1, 20_000, "a", "x"), keep=False)
         assert len(report.rejected) == 1
     assert publisher.kept == tuple(new)
-    monkeypatch.setattr(database, "room_at", lambda path: Room(10_000, 10_000))
+    monkeypatch.setattr(sqlite_file, "room_at", lambda path: Room(10_000, 10_000))
 
 
 def test_while_only_the_workers_reserve_is_left_events_are_kept_with_growing_pauses(
@@ -263,7 +264,7 @@ def test_while_only_the_workers_reserve_is_left_events_are_kept_with_growing_pau
         looks.append(time.monotonic())
         return Room(room, room)
 
-    monkeypatch.setattr(database, "room_at", room_at)
+    monkeypatch.setattr(sqlite_file, "room_at", room_at)
     caplog.set_level(logging.WARNING, "outbox.publisher")
     events = events_for(publisher, ["a"])
     report = publisher.publish(events)
@@ -286,12 +287,12 @@ def test_a_large_chunk_fills_the_room_that_there_is(
 ) -> None:
     place.bind(name, "x", "#")
     place.bind(f"{name}-copy", "x", "#")  # a row for each queue
-    monkeypatch.setattr(database, "room_at", lambda path: Room(30_000, 30_000))
+    monkeypatch.setattr(sqlite_file, "room_at", lambda path: Room(30_000, 30_000))
     publisher.publish(large_events(25, 1000, "a", "x"))
     wait_until(lambda: place.count(name) >= 12)
     assert publisher.drain(20)
     assert place.count(name) == place.count(f"{name}-copy") == 25
     event = large_events(1, 20_000, "a", "x")
     assert publisher.publish(event).kept == tuple(event)
-    monkeypatch.setattr(database, "room_at", lambda path: Room(50_000, 50_000))
+    monkeypatch.setattr(sqlite_file, "room_at", lambda path: Room(50_000, 50_000))
     assert publisher.drain(20)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox.transports.sqlite import database
+from outbox.transports.database.sqlite import sqlite_file
 from tests.integration.test_processes import WAYS, start
 from tests.places import SQLitePlace, events_for, reading
 from tests.waiting import wait_until
@@ -274,7 +274,7 @@ def test_a_file_that_was_open_during_an_unnoticed_fork_is_not_used(
     with place.publisher(drain_timeout=0) as publisher:
         publisher.make_ready()
         wait_until(lambda: publisher.connected)
-        monkeypatch.setattr(database, "_unsafe", {place.path})
+        monkeypatch.setattr(sqlite_file, "_unsafe", {place.path})
         with place.publisher(drain_timeout=0) as other:
             report = other.publish(events_for(other, ["a"]))
             assert len(report.kept) == 1

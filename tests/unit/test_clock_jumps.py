@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from outbox.transports.sqlite.clock_jumps import ClockJumps
+from outbox.transports.database.clock_jumps import ClockJumps
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from outbox.transports.sqlite.disk_room import Room, room_at
+from outbox.transports.database.database import Room
+from outbox.transports.database.sqlite.disk_room import room_at
 
 MB = 1024 * 1024
 

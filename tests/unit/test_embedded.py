@@ -12,19 +12,20 @@ from outbox import Blocked, ConnectionLost, Event, UsageError
 from outbox.backlog.chunk import Chunk, Fate
 from outbox.event import Unroutable
 from outbox.storage.store import Claimed
-from outbox.transports.sqlite.claimed_rows import (
+from outbox.transports.database.claimed_rows import (
     DELIVERY_LIMIT,
     delivery_of,
     is_deadly,
     letter_of_deadly,
 )
-from outbox.transports.sqlite.leases import LEASE, Leases
-from outbox.transports.sqlite.location import Location
-from outbox.transports.sqlite.plan import Plan
-from outbox.transports.sqlite.routing import Binding, Routes, of_queue
-from outbox.transports.sqlite.sqlite_errors import is_busy, is_failure, of_database
+from outbox.transports.database.leases import Leases
+from outbox.transports.database.plan import Plan
+from outbox.transports.database.routing import Binding, Routes, of_queue
+from outbox.transports.database.sqlite.location import Location
+from outbox.transports.database.sqlite.sqlite_errors import is_busy, is_failure, of_database
 from outbox.url import BrokerURL
 
+LEASE = 30.0
 EVENT = Event(id="1", target="a.b", exchange="x", body=b"{}", key="k", priority=3)
 
 
@@ -160,7 +161,7 @@ def test_without_a_parking_queue_nothing_is_parked() -> None:
 
 
 def test_rows_are_numbered_and_bounded_for_each_queue() -> None:
-    leases = Leases(2)
+    leases = Leases(2, LEASE)
     assert leases.free("q") == 2
     tags = [leases.take(claimed(seq), 0.0) for seq in (5, 6)]
     assert (leases.free("q"), leases.free("p"), len(leases)) == (0, 2, 2)
@@ -172,7 +173,7 @@ def test_rows_are_numbered_and_bounded_for_each_queue() -> None:
 
 
 def test_leases_are_extended_long_before_they_end() -> None:
-    leases = Leases(10)
+    leases = Leases(10, LEASE)
     assert leases.extend_in(100.0) is None
     leases.take(claimed(1), 100.0)
     leases.take(claimed(2), 105.0)
@@ -182,7 +183,7 @@ def test_leases_are_extended_long_before_they_end() -> None:
 
 
 def test_a_lease_that_another_worker_has_taken_is_forgotten() -> None:
-    leases = Leases(10)
+    leases = Leases(10, LEASE)
     first, second = (leases.take(claimed(seq), 0.0) for seq in (1, 2))
     assert leases.extended({2}, 10.0) == 1
     assert first not in leases
@@ -191,7 +192,7 @@ def test_a_lease_that_another_worker_has_taken_is_forgotten() -> None:
 
 
 def test_leases_that_cannot_be_extended_are_forgotten_when_they_end() -> None:
-    leases = Leases(10)
+    leases = Leases(10, LEASE)
     tag = leases.take(claimed(1), 0.0)
     assert leases.end(LEASE - 1) == 0
     assert tag in leases

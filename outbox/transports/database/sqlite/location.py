@@ -48,5 +48,10 @@ class Location:
             raise UsageError("the sqlite URL names no file; use sqlite:///outbox.db")
         return cls(os.path.abspath(url.path), _SYNCHRONOUS[chosen])
 
+    def check_exists(self) -> None:
+        """Raise UsageError if there is no file."""
+        if not os.path.exists(self.path):
+            raise UsageError(f"no file {self.path}")
+
     def __str__(self) -> str:
         return f"sqlite:///{self.path}"

@@ -1,4 +1,4 @@
-"""Routes events to queues: the table of bindings in the file, and lookups in it.
+"""Routes events to queues: the table of bindings, and lookups in it.
 
 Exchanges are topic exchanges, as in RabbitMQ. A queue exists if it is bound to the exchange ``""``
 by its name.

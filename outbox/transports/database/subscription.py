@@ -1,7 +1,8 @@
-"""Consumes from the file: claims rows, extends their leases, settles them."""
+"""Consumes from a database: claims rows, extends their leases, settles them."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -17,27 +18,26 @@ from outbox.messages.delivery import Delivery, QueueSpec, dead_letter_queue
 from outbox.settings import Settings
 from outbox.storage.store import OWNER_LENGTH, Claimed
 from outbox.system.backoff import backoff
-from outbox.transports.sqlite import routing
-from outbox.transports.sqlite.claimed_rows import (
+from outbox.transports.database import routing
+from outbox.transports.database.claimed_rows import (
     delivery_of,
     is_deadly,
     is_suspect,
     letter_of_deadly,
 )
-from outbox.transports.sqlite.clock_jumps import ClockJumps
-from outbox.transports.sqlite.database import Database
-from outbox.transports.sqlite.leases import LEASE, Leases
-from outbox.transports.sqlite.location import Location
-from outbox.transports.sqlite.plan import rows_of
-from outbox.transports.sqlite.routing import Binding
-from outbox.transports.sqlite.shared_file import shared_file_at
+from outbox.transports.database.clock_jumps import ClockJumps
+from outbox.transports.database.kinds import database_at
+from outbox.transports.database.leases import Leases
+from outbox.transports.database.plan import rows_of
+from outbox.transports.database.routing import Binding
 from outbox.url import BrokerURL
 
-__all__ = ["SQLiteSubscription"]
+__all__ = ["DatabaseSubscription"]
 
 logger = logging.getLogger("outbox.consumer")
 
-_FIRST_POLL, _LONGEST_POLL = 0.01, 0.1
+_FIRST_POLL = 0.01
+"""Seconds between two looks while messages come; when none do, it grows to the database's."""
 _POLL_GROWTH = 1.3
 _LOOK_AGAIN = 1.0
 """Seconds after which due rows are looked up in any case: the system's clock may have been set."""
@@ -84,7 +84,7 @@ class _Dead(NamedTuple):
     was_begun: Callable[[str, str], bool]
 
 
-class SQLiteSubscription:
+class DatabaseSubscription:
     """Settles and claims rows for all queues of a worker, on one thread.
 
     Each turn is one transaction. Handlers run elsewhere. The methods below the line run on that
@@ -96,29 +96,27 @@ class SQLiteSubscription:
     def __init__(
         self, url: BrokerURL, settings: Settings, queues: Sequence[QueueSpec], prefetch: int
     ) -> None:
-        """Check that the file can be created; nothing is connected yet.
+        """Check the URL, and that a file can be created; nothing is connected yet.
 
         Raises:
-            UsageError: the URL has an unknown option, or the file can't be used.
+            UsageError: the URL has an unknown option, or the database can't be used.
         """
-        location = Location.of(url)
         self.owner = uuid.uuid4().hex[:OWNER_LENGTH]
         self._settings = settings
         self._queues = queues
-        self._leases = Leases(prefetch)
         self._stopping = False
         self._give_up_at = 0.0
-        self._database = Database(
-            location,
+        self._database = database_at(
+            url,
             lambda: self._stopping and time.monotonic() > self._give_up_at,
             self._on_reopened,
             owner=self.owner,
         )
-        # Written only when the file isn't in use: a log handler may publish.
+        self._leases = Leases(prefetch, self._database.lease)
+        # Written only when the database isn't in use: a log handler may publish.
         self._to_log: list[tuple[int, str, tuple[Any, ...]]] = []
         self._clock_jumps = ClockJumps()
         self._claim_at = 0.0
-        self._shared_file = shared_file_at(location.path)
         self._deliver: Callable[[Delivery], None] = _not_started
         self._refused: Callable[[str], None] = _not_started
         self._wake = threading.Event()
@@ -139,7 +137,7 @@ class SQLiteSubscription:
         """Declare the queues and consume, until :meth:`cancel`."""
         self._deliver = deliver
         self._refused = refused
-        self._shared_file.listen(self._wake)
+        self._database.listen(self._wake)
         self._thread = threading.Thread(target=self._run, name="outbox-consumer", daemon=True)
         self._thread.start()
 
@@ -149,7 +147,7 @@ class SQLiteSubscription:
         return self._has_consumed and not self._failures
 
     def ping(self, answer: Callable[[], None]) -> bool:
-        """Return False: another process may keep the file locked for long."""
+        """Return False: another process may keep the database locked for long."""
         return False
 
     def release_of(self, owners: Sequence[str], was_begun: Callable[[str, str], bool]) -> None:
@@ -188,8 +186,8 @@ class SQLiteSubscription:
             self._cancelled.wait(_CANCEL_TIMEOUT)
 
     def close(self) -> None:
-        """Write the settlements, return the other rows to their places, and close the file."""
-        self._shared_file.stop_listening(self._wake)
+        """Write the settlements, return the other rows to their places, and disconnect."""
+        self._database.stop_listening(self._wake)
         self._give_up_at = time.monotonic() + _CLOSE_TIMEOUT - 1.0
         self._cancelling = self._stopping = True
         self._wake.set()
@@ -212,7 +210,7 @@ class SQLiteSubscription:
                 self._on_failure(error)
             except Exception as error:  # a bug in outbox must not end the thread
                 logger.exception(
-                    "unexpected error while consuming from %s; retrying", self._database.path
+                    "unexpected error while consuming from %s; retrying", self._database.name
                 )
                 self._on_failure(ConnectionLost(str(error)))
             self._write_log()
@@ -252,10 +250,12 @@ class SQLiteSubscription:
             self._write_log()
             if self._wake.wait(min(self._pauses(now, extend_in, has_room), default=None)):
                 self._look_at = 0.0
+            elif has_room:
+                self._poll = min(self._database.poll, self._poll * _POLL_GROWTH)
 
     def _was_replaced(self, has_room: bool) -> bool:
         """Return whether the queues have to be declared, since the file is another one now."""
-        if not has_room and not self._cancelling:  # nothing else has looked at the file
+        if not has_room and not self._cancelling:  # nothing else has looked at it
             self._database.open()
         return self._to_declare
 
@@ -266,14 +266,13 @@ class SQLiteSubscription:
         if now < self._claim_at:
             pauses.append(self._claim_at - now)
         if has_room:
-            self._poll, poll = min(_LONGEST_POLL, self._poll * _POLL_GROWTH), self._poll
-            pauses += [poll, max(0.0, self._look_at - now)]
+            pauses += [self._poll, max(0.0, self._look_at - now)]
         return pauses
 
     def _may_claim(self, now: float) -> bool:
         """Return whether to claim rows: not while stopping, or right after the clock has jumped."""
         if jump := self._clock_jumps.look():
-            # For the file all leases may have ended by now. Each worker extends its own ones before
+            # By the clock all leases may have ended by now. Each worker extends its own ones before
             # another worker takes their rows, which are being processed.
             self._to_log.append((logging.WARNING, _CLOCK_JUMPED, (jump,)))
             self._leases.extend_soon()
@@ -284,12 +283,9 @@ class SQLiteSubscription:
         """Return whether a row is due, looking it up only if the answer may have changed."""
         if not self._database.changed() and now < self._look_at:
             return False
-        due = [
-            self._database.due_in(queue.name)
-            for queue in self._queues
-            if self._leases.free(queue.name) > 0
-        ]
-        soonest = min((seconds for seconds in due if seconds is not None), default=_LOOK_AGAIN)
+        queues = [queue.name for queue in self._queues if self._leases.free(queue.name) > 0]
+        due_in = self._database.due_in(queues)
+        soonest = _LOOK_AGAIN if due_in is None else due_in
         self._look_at = now + min(max(soonest, 0.0), _LOOK_AGAIN)
         return soonest <= 0
 
@@ -298,20 +294,9 @@ class SQLiteSubscription:
         done = [self._done.popleft() for _ in range(len(self._done))]
         dead = [self._dead.popleft() for _ in range(len(self._dead))]
         declaring, self._to_declare = self._to_declare, False
-        extend_in = self._leases.extend_in(now)
-        extending = extend_in is not None and extend_in <= 0
+        written = functools.partial(self._write, now, done, dead, declares=declaring)
         try:
-            with self._database.transaction() as connection:
-                if declaring:
-                    self._declare(connection)
-                self._settle(done, connection)
-                self._release_dead(dead, connection)
-                leased = self._extend(connection) if extending else set()
-                claimed = self._claim(done, connection) if self._may_claim(now) else []
-                if self._leases.among(claimed, settled={settlement.tag for settlement in done}):
-                    raise _OwnRowsAreDue
-                deadly = [row for row in claimed if is_deadly(row)]
-                self._dead_letter(deadly, connection)
+            extended, claimed = self._database.run(written, durable=False)
         except BaseException:
             # Rolled back: the next turn does all of it. So the leases change only after the commit.
             self._done.extendleft(reversed(done))
@@ -319,7 +304,7 @@ class SQLiteSubscription:
             self._to_declare |= declaring
             raise
         self._leases.drop(settlement.tag for settlement in done)
-        if extending and (lost := self._leases.extended(leased, now)):
+        if extended is not None and (lost := self._leases.extended(extended, now)):
             logger.warning(
                 "lost %d message(s): their leases ended, and other workers have claimed them", lost
             )
@@ -329,12 +314,39 @@ class SQLiteSubscription:
         for row in claimed:
             if not is_deadly(row):
                 self._deliver(delivery_of(row, self._leases.take(row, now)))
-        for row in deadly:
+                continue
             logger.error(
                 "dead-lettered message %r of %r: it was delivered too often without being settled",
                 row.event.id,
                 row.queue,
             )
+
+    def _write(
+        self,
+        now: float,
+        done: Sequence[_Done],
+        dead: Sequence[_Dead],
+        connection: Connection,
+        *,
+        declares: bool,
+    ) -> tuple[set[int] | None, list[Claimed]]:
+        """Write what has happened, and claim rows.
+
+        Returns:
+            The numbers of the rows that are still leased, if leases were extended, and the rows
+            that were claimed.
+        """
+        if declares:
+            self._declare(connection)
+        self._settle(done, connection)
+        self._release_dead(dead, connection)
+        extend_in = self._leases.extend_in(now)
+        extended = self._extend(connection) if extend_in is not None and extend_in <= 0 else None
+        claimed = self._claim(done, connection) if self._may_claim(now) else []
+        if self._leases.among(claimed, settled={settlement.tag for settlement in done}):
+            raise _OwnRowsAreDue
+        self._dead_letter([row for row in claimed if is_deadly(row)], connection)
+        return extended, claimed
 
     def _declare(self, connection: Connection) -> None:
         """Create the queues, or check that they exist.
@@ -380,7 +392,7 @@ class SQLiteSubscription:
 
     def _extend(self, connection: Connection) -> set[int]:
         rows = self._leases.rows
-        self._database.store.extend(rows, LEASE, connection=connection)
+        self._database.store.extend(rows, self._database.lease, connection=connection)
         return self._database.store.leased(rows, connection=connection)
 
     def _release_dead(self, dead: Sequence[_Dead], connection: Connection) -> None:
@@ -407,7 +419,9 @@ class SQLiteSubscription:
         for queue in self._queues:
             free = self._leases.free(queue.name) + settled[queue.name]
             if free > 0:
-                claimed += store.claim(free, queue=queue.name, lease=LEASE, connection=connection)
+                claimed += store.claim(
+                    free, queue=queue.name, lease=self._database.lease, connection=connection
+                )
         suspects = [row for row in claimed if is_suspect(row) and not is_deadly(row)]
         if suspects:
             # Whatever is in hand when a worker dies counts a loss, and may soon be deadly itself.
@@ -422,7 +436,9 @@ class SQLiteSubscription:
         if self._suspected is None or (held and self._is_left_alone(now)):
             return []
         store = self._database.store
-        claimed = store.claim(1, queue=self._suspected, lease=LEASE, connection=connection)
+        claimed = store.claim(
+            1, queue=self._suspected, lease=self._database.lease, connection=connection
+        )
         self._alone_at = now
         if not any(map(is_suspect, claimed)):
             self._suspected = None
@@ -441,24 +457,28 @@ class SQLiteSubscription:
     def _give_back(self) -> None:
         """Write the settlements that wait, and release the other rows."""
         done = list(self._done)
-        settled = {settlement.tag for settlement in done}
         try:
             if not len(self._leases):
                 return
-            with self._database.transaction() as connection:
-                self._settle(done, connection)
-                self._leases.drop(settled)
-                self._release_unbegun(self._leases.rows, connection)
+            self._database.run(functools.partial(self._return_all, done), durable=False)
         except BrokerError as error:
             logger.warning(
-                "cannot release messages; they will be redelivered after %.0f s: %s", LEASE, error
+                "cannot release messages; they will be redelivered after %.0f s: %s",
+                self._database.lease,
+                error,
             )
 
-    def _on_reopened(self, is_another_file: bool) -> None:
+    def _return_all(self, done: Sequence[_Done], connection: Connection) -> None:
+        self._settle(done, connection)
+        settled = {settlement.tag for settlement in done}
+        others = [row for tag, row in self._leases.items() if tag not in settled]
+        self._release_unbegun(others, connection)
+
+    def _on_reopened(self, is_another: bool) -> None:
         self._to_declare = True
-        if is_another_file:
+        if is_another:
             lost = self._leases.drop_all()
-            self._to_log.append((logging.ERROR, _REPLACED, (self._database.path, lost)))
+            self._to_log.append((logging.ERROR, _REPLACED, (self._database.name, lost)))
 
     def _on_failure(self, error: OutboxError) -> None:
         if UsageError in (type(error), type(error.__cause__)) and not self._has_consumed:

@@ -12,12 +12,10 @@ from collections.abc import Container, Iterable
 
 from outbox.storage.store import Claimed
 
-__all__ = ["LEASE", "Leases"]
+__all__ = ["Leases"]
 
-LEASE = 30.0
-"""Seconds until the messages of a worker that died are redelivered."""
-
-_EXTEND_AFTER = LEASE / 3
+_EXTENSIONS = 3
+"""How often leases are extended while one would last."""
 
 
 class Leases:
@@ -26,9 +24,15 @@ class Leases:
     Changed on one thread, read on any. No I/O; ``now`` is the time of any monotonic clock.
     """
 
-    def __init__(self, prefetch: int) -> None:
-        """Start with no rows; allow at most ``prefetch`` of each queue at a time."""
+    def __init__(self, prefetch: int, lease: float) -> None:
+        """Start with no rows; allow at most ``prefetch`` of each queue at a time.
+
+        Args:
+            prefetch: that number.
+            lease: the seconds that a lease lasts.
+        """
         self._prefetch = prefetch
+        self._lease = lease
         self._rows: dict[int, Claimed] = {}
         self._of_queue: Counter[str] = Counter()
         self._last_tag = 0
@@ -45,6 +49,10 @@ class Leases:
     def rows(self) -> list[Claimed]:
         """The rows, in the order they were taken."""
         return list(self._rows.values())
+
+    def items(self) -> list[tuple[int, Claimed]]:
+        """Return the tags and rows, in the order they were taken."""
+        return list(self._rows.items())
 
     def take(self, row: Claimed, now: float) -> int:
         """Add ``row``, leased at ``now``, and return its delivery tag."""
@@ -79,7 +87,7 @@ class Leases:
         return self._extend_at - now if self._rows else None
 
     def extend_soon(self) -> None:
-        """Have the leases extended at once: in the file they may have ended."""
+        """Have the leases extended at once: by the database's clock they may have ended."""
         self._extend_at = self._since
 
     def among(self, rows: Iterable[Claimed], *, settled: Container[int]) -> bool:
@@ -107,7 +115,7 @@ class Leases:
 
     def end(self, now: float) -> int:
         """Remove all rows if their leases may have ended; return the number of rows."""
-        if not self._rows or now < self._since + LEASE:
+        if not self._rows or now < self._since + self._lease:
             return 0
         return self.drop_all()
 
@@ -119,4 +127,4 @@ class Leases:
 
     def _begin(self, now: float) -> None:
         self._since = now
-        self._extend_at = now + _EXTEND_AFTER
+        self._extend_at = now + self._lease / _EXTENSIONS

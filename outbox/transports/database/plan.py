@@ -10,7 +10,7 @@ from outbox.backlog.chunk import Entry, Fate
 from outbox.event import Event, Unroutable
 from outbox.messages.dead_letters import PARKING_QUEUE, parked
 from outbox.messages.rows import values_of
-from outbox.transports.sqlite.routing import Routes
+from outbox.transports.database.routing import Routes
 
 __all__ = ["NO_ROUTE", "Plan", "rows_of"]
 

@@ -1,4 +1,4 @@
-"""A file shared by all its users in this process: they take turns, and wake each other.
+"""A file shared by all its users in this process: they take turns.
 
 While a connection writes, SQLite makes the others poll. Between processes that is unavoidable;
 within a process a lock passes the turn on at once.
@@ -44,20 +44,6 @@ class SharedFile:
         self.turn = threading.Lock()
         self.to_fork = False
         self.members: weakref.WeakSet[Closable] = weakref.WeakSet()
-        self._listeners: frozenset[threading.Event] = frozenset()
-
-    def listen(self, event: threading.Event) -> None:
-        """Set ``event`` whenever events are published, until :meth:`stop_listening`."""
-        self._listeners |= {event}
-
-    def stop_listening(self, event: threading.Event) -> None:
-        """Undo :meth:`listen`."""
-        self._listeners -= {event}
-
-    def wake(self) -> None:
-        """Set the events of all listeners, because events were published."""
-        for event in self._listeners:
-            event.set()
 
 
 _lock = threading.Lock()

@@ -1,11 +1,11 @@
-"""Lists, replays and deletes parked messages in the file."""
+"""Lists, replays and deletes parked messages in a database."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, func, or_, select
@@ -24,15 +24,14 @@ from outbox.messages.rows import event_of
 from outbox.settings import MIB, Settings
 from outbox.storage.clock import now
 from outbox.storage.schema import events
-from outbox.transports.sqlite import routing
-from outbox.transports.sqlite.database import Database
-from outbox.transports.sqlite.location import Location
-from outbox.transports.sqlite.plan import NO_ROUTE, rows_of
-from outbox.transports.sqlite.routing import Routes
-from outbox.transports.sqlite.shared_file import shared_file_at
+from outbox.transports.database import routing
+from outbox.transports.database.database import Database
+from outbox.transports.database.kinds import database_at
+from outbox.transports.database.plan import NO_ROUTE, rows_of
+from outbox.transports.database.routing import Routes
 from outbox.url import BrokerURL
 
-__all__ = ["SQLiteParkedQueues", "StoredMessage", "replayed"]
+__all__ = ["DatabaseParkedQueues", "StoredMessage", "replayed"]
 
 _UNROUTABLE = f"unroutable: {NO_ROUTE}"
 
@@ -78,7 +77,7 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Event | str:
     if isinstance(destination, str):
         return destination
     if not isinstance(message, StoredMessage):
-        return "it is not from this file"
+        return "it is not from this database"
     headers = {
         name: value
         for name, value in message.event.headers.items()
@@ -93,32 +92,28 @@ def replayed(message: ParkedMessage, *, to_origin: bool = False) -> Event | str:
     )
 
 
-class SQLiteParkedQueues:
-    """The parking and dead-letter queues in one file. For one thread.
+class DatabaseParkedQueues:
+    """The parking and dead-letter queues in one database. For one thread.
 
     Browsing holds no messages. A replay deletes a message in the transaction that publishes it, if
     it is still in its queue and not leased.
     """
 
     def __init__(self, url: BrokerURL, settings: Settings) -> None:
-        """Check that the file exists; nothing is connected yet.
+        """Check the URL, and that a file exists; nothing is connected yet.
 
         Raises:
-            UsageError: the file doesn't exist or can't be used.
+            UsageError: the file doesn't exist, or the database can't be used.
         """
-        location = Location.of(url)
-        if not Path(location.path).exists():
-            raise UsageError(f"no file {location.path}")
-        self._database = Database(location)
-        self._shared_file = shared_file_at(location.path)
+        self._database = database_at(url, must_exist=True)
         self._routes = Routes()
         self._moved: set[int] = set()
 
     def __enter__(self) -> Self:
-        """Open the file.
+        """Connect to the database.
 
         Raises:
-            BrokerError: the file can't be used now.
+            BrokerError: the database can't be used now.
         """
         self._database.open()
         return self
@@ -131,15 +126,17 @@ class SQLiteParkedQueues:
 
         Raises:
             UsageError: the queue doesn't exist.
-            BrokerError: the file can't be used now.
+            BrokerError: the database can't be used now.
         """
-        with self._database.transaction() as connection:
+
+        def counted(connection: Connection) -> int:
             self._routes.update(routing.load(connection))
-            count: int = connection.execute(
-                select(func.count()).select_from(events).where(_waits_in(queue))
-            ).scalar_one()
+            waiting = select(func.count()).select_from(events).where(_waits_in(queue))
+            return int(connection.execute(waiting).scalar_one())
+
+        count = self._database.run(counted)
         if not self._routes.has_queue(queue):
-            raise UsageError(f"{self._database.path} has no queue {queue!r}")
+            raise UsageError(f"{self._database.name} has no queue {queue!r}")
         return count
 
     @contextlib.contextmanager
@@ -159,11 +156,12 @@ class SQLiteParkedQueues:
         """Publish and delete ``messages`` in one transaction.
 
         Raises:
-            BrokerError: the file can't be used now; nothing was replayed.
+            BrokerError: the database can't be used now; nothing was replayed.
         """
-        done: list[ParkedMessage] = []
-        failed: list[tuple[ParkedMessage, str]] = []
-        with self._database.transaction() as connection:
+
+        def moved(connection: Connection) -> ReplayResult:
+            done: list[ParkedMessage] = []
+            failed: list[tuple[ParkedMessage, str]] = []
             self._routes.update(routing.load(connection))
             for message in messages:
                 reason = self._move(message, connection, to_origin=to_origin)
@@ -171,9 +169,12 @@ class SQLiteParkedQueues:
                     done.append(message)
                 else:
                     failed.append((message, reason))
-        self._shared_file.wake()
-        self._moved.update(message.seq for message in done if isinstance(message, StoredMessage))
-        return ReplayResult(tuple(done), tuple(failed))
+            return ReplayResult(tuple(done), tuple(failed))
+
+        result = self._database.run(moved)
+        self._database.published()
+        self._moved.update(each.seq for each in result.done if isinstance(each, StoredMessage))
+        return result
 
     def _move(
         self, message: ParkedMessage, connection: Connection, *, to_origin: bool
@@ -185,7 +186,9 @@ class SQLiteParkedQueues:
         queues = self._routes.queues(event.exchange, event.target)
         if not queues:
             return _UNROUTABLE
-        if not connection.execute(select(events.c.seq).where(_is_still(message))).scalar():
+        # Locked on a server, where another process may be replaying it, too.
+        found = select(events.c.seq).where(_is_still(message)).with_for_update()
+        if connection.execute(found).scalar() is None:
             return "it is no longer in its queue, or it is leased"
         # The old row is deleted last, so that its number isn't reused for a new row.
         self._database.store.put_rows(rows_of(event, queues), connection=connection)
@@ -206,42 +209,51 @@ class _Browser:
         """Yield the messages that were in the queue at the start, each once, oldest first.
 
         Raises:
-            BrokerError: the file can't be used now.
+            BrokerError: the database can't be used now.
         """
+        newest = select(func.max(events.c.seq)).where(_waits_in(self._queue))
+        last = self._database.run(lambda connection: connection.execute(newest).scalar())
+        remaining, after = self._bound, 0
+        while remaining > 0 and last is not None and after < last:
+            window = functools.partial(self._window, after, last, min(_WINDOW, remaining))
+            after, messages = self._database.run(window)
+            remaining -= len(messages)
+            if messages:
+                yield messages
+
+    def _window(
+        self, after: int, last: int, limit: int, connection: Connection
+    ) -> tuple[int, list[StoredMessage]]:
+        """Return the messages behind the row ``after``, as many as fit, and where they end."""
         row = events.c
         waits = _waits_in(self._queue)
-        with self._database.transaction() as connection:
-            last = connection.execute(select(func.max(row.seq)).where(waits)).scalar()
-        remaining, after = self._bound, 0
-        while remaining > 0 and last is not None:
-            with self._database.transaction() as connection:
-                sizes = connection.execute(
-                    select(row.seq, func.length(row.payload))
-                    .where(waits, row.seq > after, row.seq <= last)
-                    .order_by(row.seq)
-                    .limit(min(_WINDOW, remaining))
-                ).all()
-                if not sizes:
-                    return
-                after = _end_of_window([(seq, size) for seq, size in sizes])
-                rows = connection.execute(
-                    select(events)
-                    .where(waits, row.seq >= sizes[0][0], row.seq <= after)
-                    .order_by(row.seq)
-                ).all()
-            remaining -= len(rows)
-            yield [_read(row) for row in rows]
+        sizes = connection.execute(
+            select(row.seq, func.length(row.payload))
+            .where(waits, row.seq > after, row.seq <= last)
+            .order_by(row.seq)
+            .limit(limit)
+        ).all()
+        if not sizes:
+            return last, []
+        end = _end_of_window([(seq, size) for seq, size in sizes])
+        rows = connection.execute(
+            select(events).where(waits, row.seq > after, row.seq <= end).order_by(row.seq)
+        )
+        return end, [_read(row) for row in rows]
 
     def remove(self, messages: Sequence[ParkedMessage]) -> None:
         """Delete ``messages``, except those that a replay has moved or that are leased now.
 
         Raises:
-            BrokerError: the file can't be used now; nothing was deleted.
+            BrokerError: the database can't be used now; nothing was deleted.
         """
-        with self._database.transaction() as connection:
+
+        def deleted(connection: Connection) -> None:
             for message in messages:
                 if isinstance(message, StoredMessage) and message.seq not in self._moved:
                     connection.execute(delete(events).where(_is_still(message)))
+
+        self._database.run(deleted)
 
 
 def _end_of_window(sizes: Sequence[tuple[int, int]]) -> int:

@@ -10,31 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import NamedTuple
 
-__all__ = ["Room", "room_at"]
+from outbox.transports.database.database import Room
+
+__all__ = ["room_at"]
 
 _RESERVE = 16 * 1024 * 1024
 _SMALLEST_SHARE = 10  # of a small disk, the reserve is one tenth
 
 _COPIES = 3
 """The bytes written for each byte of an event: to the log, into the file, for pages and indexes."""
-
-
-class Room(NamedTuple):
-    """The bytes of events that may be written; 0 or less if none.
-
-    Attributes:
-        for_new: bytes of events that come in addition.
-        for_copies: bytes of events each of which is about to replace a message.
-    """
-
-    for_new: int
-    for_copies: int
-
-    def without(self, size: int) -> Room:
-        """Return the room that remains after events of ``size`` bytes."""
-        return Room(self.for_new - size, self.for_copies - size)
 
 
 def room_at(path: str) -> Room:

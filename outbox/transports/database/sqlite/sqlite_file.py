@@ -1,4 +1,4 @@
-"""A connection to the file of the embedded transport."""
+"""An SQLite file, shared by the publishers and workers of one machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sqlite3
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -18,13 +18,19 @@ from outbox.storage.engines import open_sqlite
 from outbox.storage.store import Store
 from outbox.system import process
 from outbox.telemetry import tracing
-from outbox.transports.sqlite import routing
-from outbox.transports.sqlite.disk_room import Room, room_at
-from outbox.transports.sqlite.location import Location
-from outbox.transports.sqlite.shared_file import shared_file_at
-from outbox.transports.sqlite.sqlite_errors import DATABASE_ERRORS, is_busy, is_failure, of_database
+from outbox.transports.database import routing
+from outbox.transports.database.database import Database, Room
+from outbox.transports.database.sqlite.disk_room import room_at
+from outbox.transports.database.sqlite.location import Location
+from outbox.transports.database.sqlite.shared_file import shared_file_at
+from outbox.transports.database.sqlite.sqlite_errors import (
+    DATABASE_ERRORS,
+    is_busy,
+    is_failure,
+    of_database,
+)
 
-__all__ = ["Database"]
+__all__ = ["SQLiteFile"]
 
 _T = TypeVar("_T")
 
@@ -35,11 +41,13 @@ _SLICE = 0.25
 """The seconds after which such a wait checks whether to give up."""
 
 
-class Database:
+class SQLiteFile(Database):
     """Opens the file when needed, and again after a failure. For one thread.
 
     It also reopens the file if another one has replaced it at the same path.
     """
+
+    lease = 30.0
 
     def __init__(
         self,
@@ -61,6 +69,7 @@ class Database:
         Raises:
             UsageError: the path is a symbolic link, not a regular file, or another user's.
         """
+        super().__init__(location.path, str(location))
         self.path = location.path
         self._location = location
         self._given_up = given_up
@@ -92,9 +101,8 @@ class Database:
         with self._turn():
             self._opened()
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[Connection]:
-        """Run a block as the only writer, and commit at its end.
+    def run(self, work: Callable[[Connection], _T], *, durable: bool = True) -> _T:
+        """Return what ``work`` returns, called once, as the only writer.
 
         Raises:
             BrokerError: the file can't be written now, or stayed locked for 10 s; nothing has
@@ -103,25 +111,17 @@ class Database:
         with self._turn():
             connection = self._opened()
             with self._patiently(connection.begin):
-                yield connection
+                return work(connection)
 
     def changed(self) -> bool:
-        """Return whether other connections have committed since the last call (True at first).
-
-        Raises:
-            BrokerError: the file can't be used now.
-        """
+        """Return whether other connections have committed since the last call (True at first)."""
         with self._turn():
             version: int = self._raw_opened().execute("PRAGMA data_version").fetchone()[0]
         before, self._version = self._version, version
         return version != before
 
     def room(self) -> Room:
-        """Return the room for events on the disk.
-
-        Raises:
-            BrokerError: the file can't be used now.
-        """
+        """Return the room for events on the disk."""
         with self._turn():
             room = room_at(self.path)
             if room.for_new <= 0:
@@ -130,18 +130,12 @@ class Database:
                 room = room_at(self.path)
         return room
 
-    def due_in(self, queue: str) -> float | None:
-        """Return the seconds until a row of ``queue`` is due; None if the queue is empty.
-
-        0 or less means that a row is due now. Leased rows count, because they are due again when
-        their lease ends. Takes no write lock.
-
-        Raises:
-            BrokerError: the file can't be used now.
-        """
+    def due_in(self, queues: Sequence[str]) -> float | None:
+        """Return the seconds until a row of one of ``queues`` is due; takes no write lock."""
         with self._turn():
-            seconds = self._raw_opened().execute(_DUE_IN, {"queue": queue}).fetchone()[0]
-        return None if seconds is None else float(seconds)
+            raw = self._raw_opened()
+            found = [raw.execute(_DUE_IN, {"queue": queue}).fetchone()[0] for queue in queues]
+        return min((float(seconds) for seconds in found if seconds is not None), default=None)
 
     def close(self) -> None:
         """Close the connection, if it is open."""
@@ -283,15 +277,15 @@ SELECT min((
 FROM ranks WHERE rank IS NOT NULL
 """
 
-_made: weakref.WeakSet[Database] = weakref.WeakSet()
+_made: weakref.WeakSet[SQLiteFile] = weakref.WeakSet()
 
 _unsafe: set[str] = set()
 """Paths of files that were open when this process was forked: SQLite's locks on them don't work."""
 
 
 def _leave_all_to_parent() -> None:
-    for database in list(_made):
-        database._leave_to_parent()
+    for file in list(_made):
+        file._leave_to_parent()
 
 
 process.after_fork(_leave_all_to_parent)

@@ -1,8 +1,9 @@
-"""Publishes to the file: the I/O around backlog, plan and database."""
+"""Publishes to a database: the I/O around backlog and plan."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import queue
 import threading
@@ -24,17 +25,15 @@ from outbox.system.background_thread import BackgroundThread
 from outbox.system.backoff import backoff
 from outbox.system.fork_pause import Pause
 from outbox.transports.backlogged import BackloggedTransport
+from outbox.transports.database import routing
+from outbox.transports.database.database import Room
+from outbox.transports.database.kinds import database_at
+from outbox.transports.database.plan import Plan
+from outbox.transports.database.routing import Routes
 from outbox.transports.outages import outages
-from outbox.transports.sqlite import routing
-from outbox.transports.sqlite.database import Database
-from outbox.transports.sqlite.disk_room import Room
-from outbox.transports.sqlite.location import Location
-from outbox.transports.sqlite.plan import Plan
-from outbox.transports.sqlite.routing import Routes
-from outbox.transports.sqlite.shared_file import shared_file_at
 from outbox.url import BrokerURL
 
-__all__ = ["SQLiteTransport"]
+__all__ = ["DatabaseTransport"]
 
 logger = logging.getLogger("outbox.publisher")
 
@@ -63,7 +62,7 @@ class _NoRoom(Exception):
     """Rows are larger than the room that is left on the disk for events."""
 
 
-class SQLiteTransport(BackloggedTransport):
+class DatabaseTransport(BackloggedTransport):
     """Writes the events of all callers on one thread, as many as wait in one transaction.
 
     The methods below the line and those named ``_on…`` run on that thread.
@@ -73,25 +72,23 @@ class SQLiteTransport(BackloggedTransport):
     longest_delay = None
 
     def __init__(self, url: BrokerURL, settings: Settings, notify: Notifier) -> None:
-        """Check that the file can be created; nothing is connected yet.
+        """Check the URL, and that a file can be created; nothing is connected yet.
 
         Raises:
-            UsageError: the URL has an unknown option, or the file can't be used.
+            UsageError: the URL has an unknown option, or the database can't be used.
         """
         super().__init__(notify)
-        location = Location.of(url)
-        self._address = str(location)
         self._settings = settings
         self._routes = Routes()
         self._wanted = False
         self._stopping = False
         self._hurries = False
-        self._database = Database(location, lambda: self._stopping, self._on_reopened)
+        self._database = database_at(url, lambda: self._stopping, self._on_reopened)
+        self._address = self._database.address
         self._was_replaced = False
         self._queues_missing_until = 0.0
         self._room = Room(0, 0)
         self._look_for_room_at = 0.0
-        self._shared_file = shared_file_at(location.path)
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread = BackgroundThread(lambda: None, self._run, name="outbox-publisher")
         self._connected = False
@@ -101,7 +98,7 @@ class SQLiteTransport(BackloggedTransport):
 
     @property
     def connected(self) -> bool:
-        """Whether the last attempt to write the file succeeded."""
+        """Whether the last attempt to write succeeded."""
         return self._connected
 
     @property
@@ -110,14 +107,14 @@ class SQLiteTransport(BackloggedTransport):
         return threading.get_ident() == self._thread.ident
 
     def start(self) -> None:
-        """Start opening the file in the background, unless that has started."""
+        """Start connecting in the background, unless that has started."""
         if not self._wanted:
             self._wanted = True
             self._bell.put(None)
         self._thread.start()
 
     def start_now(self) -> None:
-        """Start the thread without opening the file: later, Python may refuse to start one."""
+        """Start the thread without connecting: later, Python may refuse to start one."""
         self._thread.start_now()
 
     def _encode(self, event: Event) -> bytes:
@@ -215,26 +212,11 @@ class SQLiteTransport(BackloggedTransport):
         In halves if one can't be stored, to find it, and if not all have room on the disk.
 
         Raises:
-            BrokerError: the file can't be written.
+            BrokerError: the database can't be written.
             _QueuesMissing: nothing was written, since workers are about to declare their queues.
         """
         try:
-            with self._database.transaction() as connection:
-                self._routes.update(routing.load(connection))
-                plan = Plan(entries, self._routes, self._settings.unroutable, self._makes_queue)
-                if not plan.is_complete and time.monotonic() < self._queues_missing_until:
-                    raise _QueuesMissing
-                for queue in plan.new_queues:
-                    names = (queue, dead_letter_queue(queue))
-                    routing.add(connection, [routing.of_queue(name) for name in names])
-                if plan.parks and not self._make_parking_queue(connection):
-                    plan.park_nothing()  # the other events must not wait for the queue
-                size = sum(len(row["payload"]) for row in plan.rows)
-                # What isn't kept is what workers publish: copies of messages, mostly.
-                new = any(entry.chunk.keep for entry in entries)
-                if size > (self._room.for_new if new else self._room.for_copies):
-                    raise _NoRoom
-                self._database.store.put_rows(plan.rows, connection=connection)
+            plan, size = self._database.run(functools.partial(self._put, entries))
         except (_NoRoom, *_FAULTS_OF_EVENTS) as error:
             if len(entries) > 1:
                 half = len(entries) // 2
@@ -242,7 +224,7 @@ class SQLiteTransport(BackloggedTransport):
                 self._write(entries[half:])
             elif isinstance(error, _NoRoom):
                 raise Blocked(
-                    f"no space left for {self._database.path}: the rest of the disk is reserved "
+                    f"no space left for {self._database.name}: the rest of the disk is reserved "
                     "for workers, which need room to settle messages"
                 ) from None
             else:
@@ -250,12 +232,31 @@ class SQLiteTransport(BackloggedTransport):
                 self._notify(self.backlog.give_fate(entries, Fate.REJECTED, why))
             return
         self._room = self._room.without(size)
-        self._shared_file.wake()
+        self._database.published()
         self.backlog.confirmed()
         for (fate, reason), settled in plan.fates.items():
             self._notify(self.backlog.give_fate(settled, fate, reason))
         if plan.without_queue:
             self._set_aside(plan.without_queue)
+
+    def _put(self, entries: Sequence[Entry], connection: Connection) -> tuple[Plan, int]:
+        """Write the rows of ``entries``; return the plan, and the bytes of the rows."""
+        self._routes.update(routing.load(connection))
+        plan = Plan(entries, self._routes, self._settings.unroutable, self._makes_queue)
+        if not plan.is_complete and time.monotonic() < self._queues_missing_until:
+            raise _QueuesMissing
+        for new_queue in plan.new_queues:
+            names = (new_queue, dead_letter_queue(new_queue))
+            routing.add(connection, [routing.of_queue(name) for name in names])
+        if plan.parks and not self._make_parking_queue(connection):
+            plan.park_nothing()  # the other events must not wait for the queue
+        size = sum(len(row["payload"]) for row in plan.rows)
+        # What isn't kept is what workers publish: copies of messages, mostly.
+        new = any(entry.chunk.keep for entry in entries)
+        if size > (self._room.for_new if new else self._room.for_copies):
+            raise _NoRoom
+        self._database.store.put_rows(plan.rows, connection=connection)
+        return plan, size
 
     def _makes_queue(self, event: Event) -> bool:
         """Return whether the queue of ``event`` is created for it: it is a task's."""
@@ -291,15 +292,15 @@ class SQLiteTransport(BackloggedTransport):
             self._backing_off = [waiting for waiting in self._backing_off if waiting[0] > now]
             self.backlog.requeue(due)
 
-    def _on_reopened(self, is_another_file: bool) -> None:
-        if not is_another_file:
+    def _on_reopened(self, is_another: bool) -> None:
+        if not is_another:
             return
         self._was_replaced = True
         self._queues_missing_until = time.monotonic() + _TIME_TO_DECLARE
-        self._shared_file.wake()
+        self._database.published()
 
     def _log_replacement(self) -> None:
-        # Not at once, while the file is in use: a log handler may publish.
+        # Not at once, while the database is in use: a log handler may publish.
         if self._was_replaced:
             self._was_replaced = False
             logger.error(

@@ -1,0 +1,13 @@
+"""The transport over a database: a SQLite file shared by the processes of one machine.
+
+Needs the extra ``outbox-events[sql]``.
+"""
+
+import outbox.storage as _storage  # first, because it reports a missing extra
+from outbox.transports.database.parked_queues import DatabaseParkedQueues as ParkedQueues
+from outbox.transports.database.subscription import DatabaseSubscription as Subscription
+from outbox.transports.database.transport import DatabaseTransport as Transport
+
+__all__ = ["ParkedQueues", "Subscription", "Transport"]
+
+del _storage

@@ -1,0 +1,134 @@
+"""What a publisher or worker needs of its database, whichever kind that is."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple, TypeVar
+
+from sqlalchemy import Connection
+
+from outbox.storage.store import Store
+from outbox.transports.database.listeners import listeners_at
+
+__all__ = ["UNLIMITED", "Database", "Room"]
+
+_T = TypeVar("_T")
+
+
+class Room(NamedTuple):
+    """The bytes of events that may be written; 0 or less if none.
+
+    Attributes:
+        for_new: bytes of events that come in addition.
+        for_copies: bytes of events each of which is about to replace a message.
+    """
+
+    for_new: int
+    for_copies: int
+
+    def without(self, size: int) -> Room:
+        """Return the room that remains after events of ``size`` bytes."""
+        return Room(self.for_new - size, self.for_copies - size)
+
+
+UNLIMITED = Room(sys.maxsize, sys.maxsize)
+
+
+class Database(ABC):
+    """A connection to one database, opened when needed, and again after a failure.
+
+    For one thread, except for :meth:`published`, :meth:`listen` and :meth:`stop_listening`.
+
+    Attributes:
+        name: the database in log lines and error messages; without a password.
+        address: the same as a URL.
+        lease: the seconds until the messages of a worker that died are redelivered.
+        poll: the longest time in seconds between two looks for events of other processes.
+        idle_timeout: the seconds after which a connection that isn't used is closed; None if never.
+    """
+
+    lease: ClassVar[float]
+    poll: float = 0.1
+    idle_timeout: ClassVar[float | None] = None
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.address = address
+        self._listeners = listeners_at(address)
+
+    @property
+    @abstractmethod
+    def store(self) -> Store:
+        """The store of the events in the database."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Connect, unless that has been done.
+
+        Raises:
+            BrokerError: the database can't be used now; the cause is a UsageError if retrying is
+                useless.
+        """
+
+    @abstractmethod
+    def run(self, work: Callable[[Connection], _T], *, durable: bool = True) -> _T:
+        """Return what ``work`` returns, called in a transaction that is committed at its end.
+
+        Args:
+            work: a function of the connection. It may be called again, after everything it has
+                written was rolled back.
+            durable: whether the commit waits for the disk. If not, a power cut may undo it.
+
+        Raises:
+            BrokerError: the database can't be written now; nothing has changed, unless the commit
+                itself failed.
+        """
+
+    @abstractmethod
+    def changed(self) -> bool:
+        """Return whether others may have committed since the last call (True at first).
+
+        Raises:
+            BrokerError: the database can't be used now.
+        """
+
+    @abstractmethod
+    def due_in(self, queues: Sequence[str]) -> float | None:
+        """Return the seconds until a row of one of ``queues`` is due; None if they are empty.
+
+        0 or less means that a row is due now. Leased rows count, because they are due again when
+        their lease ends. Takes no lock.
+
+        Raises:
+            BrokerError: the database can't be used now.
+        """
+
+    def room(self) -> Room:
+        """Return the room for events.
+
+        Raises:
+            BrokerError: the database can't be used now.
+        """
+        return UNLIMITED
+
+    def published(self) -> None:
+        """Wake those who listen: events were committed. Never blocks."""
+        self._listeners.wake()
+
+    def listen(self, event: threading.Event) -> None:
+        """Set ``event`` whenever events are published, until :meth:`stop_listening`.
+
+        Those of other processes may not be noticed, so polling goes on.
+        """
+        self._listeners.add(event)
+
+    def stop_listening(self, event: threading.Event) -> None:
+        """Undo :meth:`listen`."""
+        self._listeners.remove(event)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connection, if there is one. It is opened again when needed."""

@@ -1,0 +1,39 @@
+"""The kinds of databases, by URL scheme. A new kind needs a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from outbox.transports.database.database import Database
+from outbox.transports.database.sqlite.location import Location
+from outbox.transports.database.sqlite.sqlite_file import SQLiteFile
+from outbox.url import BrokerURL
+
+__all__ = ["database_at"]
+
+
+def database_at(
+    url: BrokerURL,
+    given_up: Callable[[], bool] = lambda: False,
+    on_reopened: Callable[[bool], None] = lambda _: None,
+    *,
+    owner: str = "",
+    must_exist: bool = False,
+) -> Database:
+    """Return the database that ``url`` names, not yet connected.
+
+    Args:
+        url: the URL.
+        given_up: a function that returns whether to stop waiting for others.
+        on_reopened: called when the database was opened again, with whether it is another one,
+            because a file was deleted or replaced.
+        owner: the owner of the rows that are leased there; see ``Store``.
+        must_exist: whether a file must exist already.
+
+    Raises:
+        UsageError: the URL has an unknown option, or the database can't be used.
+    """
+    location = Location.of(url)
+    if must_exist:
+        location.check_exists()
+    return SQLiteFile(location, given_up, on_reopened, owner=owner)

@@ -103,7 +103,7 @@ def load(names: Iterable[str], *, warn: bool = True) -> list[Consumer]:
 
 
 def with_consumers(names: Iterable[str]) -> list[str]:
-    """Import modules, and return the names of those that have a consumer to run.
+    """Import modules, and return the names of those that have a consumer or a task to run.
 
     Raises:
         UsageError: one of them can't be imported.
@@ -111,9 +111,8 @@ def with_consumers(names: Iterable[str]) -> list[str]:
 
     def has_consumer(name: str) -> bool:
         module = _imported(f"the module {name!r}", partial(_module, name))
-        return any(
-            isinstance(member, Task) or (_is_consumer(member) and member.queue)
-            for member in vars(module).values()
+        return bool(tasks_of(module)) or any(
+            _is_consumer(member) and member.queue for member in vars(module).values()
         )
 
     return [name for name in names if has_consumer(name)]

@@ -16,6 +16,7 @@ __all__ = [
     "Sink",
     "bind",
     "bound",
+    "framework",
     "has_session",
     "inbox",
     "is_begun",
@@ -60,6 +61,13 @@ session: Callable[[], Any] | None = None
 
 inbox: Callable[[], Any] | None = None
 """Returns the inbox in a framework's database; None if no framework is set up."""
+
+
+framework: Any = None
+"""What a framework knows of its mapped classes and its own tasks; None if none is set up.
+
+See ``outbox.django.tasks.project_tasks.ProjectTasks``.
+"""
 
 
 has_session: Callable[[], bool] | None = None

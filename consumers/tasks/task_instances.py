@@ -1,11 +1,14 @@
 """Mapped instances in a worker: loaded in one session, which outbox commits or rolls back.
 
+For Django's models the session is a transaction of each database that they are in.
+
 An instance that isn't there may be about to be committed: its task was enqueued before. Only if
 both were committed together is it gone for good.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,36 +43,40 @@ class TaskSession:
         self._provider = provider
         self._classes = classes
         self._session: Any = None
+        self._transactions: contextlib.ExitStack | None = None
+        self._databases: set[str] = set()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a session was opened."""
-        return self._session is not None
-
-    def instance(self, name: str, key: Sequence[Any], *, is_committed: bool) -> Any:
+    def instance(
+        self, name: str, key: Sequence[Any], *, is_committed: bool, using: str | None
+    ) -> Any:
         """Return the instance of a class with a key.
 
         Raises:
-            Reject: the class isn't one whose instances may be named, or the key isn't one of it; or
-                the instance was deleted.
+            Reject: the class isn't one whose instances may be named, or the key isn't one of it, or
+                there is no such database; or the instance was deleted.
             InstanceMissing: there is no such row yet.
             UsageError: nothing was configured that opens sessions.
         """
-        kind, found_key = self._address(name, key)
-        return self._found(
-            self._sync_session().get(kind, found_key), name, key, is_committed=is_committed
-        )
-
-    def _address(self, name: str, key: Sequence[Any]) -> tuple[type, tuple[Any, ...]]:
-        from outbox.sql.mapped_instances import key_for
-
         kind = self._classes.get(name)
         if kind is None:
             raise Reject(f"no mapped class of the worker's modules is {name!r:.300}")
+        framework = sinks.framework
+        if framework is not None and framework.is_mapped(kind):
+            found = self._model(framework, kind, key, using)
+        else:
+            found = self._sync_session().get(kind, _key_for(kind, key))
+        return self._found(found, name, key, is_committed=is_committed)
+
+    def _model(self, framework: Any, kind: type, key: Sequence[Any], using: str | None) -> Any:
+        """Return the instance of one of Django's models, or None."""
         try:
-            return kind, key_for(kind, key)
+            alias, found_key = framework.address(kind, key, using)
         except ValueError as error:
             raise Reject(str(error)) from None
+        if self._transactions is not None and alias not in self._databases:
+            self._transactions.enter_context(framework.transaction(alias))
+            self._databases.add(alias)
+        return framework.load(kind, found_key, alias)
 
     def _found(self, found: Any, name: str, key: Sequence[Any], *, is_committed: bool) -> Any:
         if found is not None:
@@ -99,9 +106,20 @@ class TaskSession:
         return self._session
 
     def __enter__(self) -> TaskSession:
+        if sinks.framework is not None:
+            self._transactions = contextlib.ExitStack()
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        try:
+            if self._transactions is not None:
+                self._transactions.__exit__(kind, error, traceback)
+        except BaseException as failure:
+            self._end_session(type(failure))
+            raise
+        self._end_session(kind)
+
+    def _end_session(self, kind: Any) -> None:
         session = self._session
         if session is None:
             return
@@ -117,6 +135,7 @@ class TaskSession:
             session.close()
 
     async def __aenter__(self) -> TaskSession:
+        # Without transactions of Django: it has none for coroutines.
         return self
 
     async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -124,7 +143,7 @@ class TaskSession:
         if session is None:
             return
         if not hasattr(session, "sync_session"):
-            self.__exit__(kind, error, traceback)
+            self._end_session(kind)
             return
         try:
             if kind is None:
@@ -140,6 +159,17 @@ class TaskSession:
     async def reading(self, read: Callable[[], Any]) -> Any:
         """Return what ``read`` returns, which may load instances, in a coroutine."""
         session = None if self._provider is None else self._opened()
-        if session is None or not hasattr(session, "run_sync"):
-            return read()
-        return await session.run_sync(lambda _: read())
+        if session is not None and hasattr(session, "run_sync"):
+            return await session.run_sync(lambda _: read())
+        if session is None and sinks.framework is not None:
+            return await sinks.framework.in_thread(read)
+        return read()
+
+
+def _key_for(kind: type, key: Sequence[Any]) -> tuple[Any, ...]:
+    from outbox.sql.mapped_instances import key_for
+
+    try:
+        return key_for(kind, key)
+    except ValueError as error:
+        raise Reject(str(error)) from None

@@ -271,7 +271,7 @@ def queues_of_tasks(
 
 
 def _check_sessions(table: TaskTable, settings: Settings) -> None:
-    """Check that the instances which decorated tasks take can be loaded.
+    """Check that the instances of SQLAlchemy's which decorated tasks take can be loaded.
 
     Raises:
         UsageError: nothing was configured for that.
@@ -282,7 +282,7 @@ def _check_sessions(table: TaskTable, settings: Settings) -> None:
         if entry.task is None:
             continue
         for name, hint in entry.parameters.hints.items():
-            if name != "return" and hint in table.classes.values():
+            if name != "return" and "__mapper__" in getattr(hint, "__dict__", ()):
                 raise UsageError(
                     f"the task {entry.name} takes an instance of {hint.__qualname__}, and nothing "
                     "opens a session to load it in; configure(task_session=sessionmaker(...)), or "

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from outbox import UsageError
+from outbox import UsageError, sinks
 from outbox.tasks.call_arguments import Parameters
 from outbox.tasks.decorator import Task
 from outbox.tasks.mapped import is_mapped, name_of
@@ -150,12 +150,18 @@ def _only_decorated() -> bool:
 def _mapped_classes(
     modules: list[types.ModuleType], entries: Iterable[Entry]
 ) -> Mapping[str, type]:
-    """Return the mapped classes that can be reached from modules and annotations."""
+    """Return the mapped classes that can be reached from modules and annotations.
+
+    All models of a Django project are among them.
+    """
+    found: dict[str, type] = {}
+    if sinks.framework is not None:
+        found.update({name_of(kind): kind for kind in sinks.framework.mapped_classes()})
     if "sqlalchemy.orm" not in sys.modules:
-        return {}
+        return found
     from outbox.sql.mapped_instances import classes_of, mapped_among
 
-    found: dict[str, type] = dict(classes_of(modules))
+    found.update(classes_of(modules))
     for entry in entries:
         if entry.task is not None:
             hints = entry.parameters.hints.values()

@@ -9,6 +9,7 @@ from django.core.signals import setting_changed
 
 from outbox import configuration, sinks
 from outbox.django import checking, project, storing
+from outbox.django.tasks.project_tasks import PROJECT_TASKS
 
 __all__ = ["OutboxConfig"]
 
@@ -30,6 +31,7 @@ class OutboxConfig(AppConfig):
         configuration.provide(project.publisher, project.settings_to_store)
         sinks.sink_using = storing.sink_using
         sinks.inbox = _inbox
+        sinks.framework = PROJECT_TASKS
         checking.register()
         setting_changed.connect(_on_setting_changed, dispatch_uid="outbox.django")
 

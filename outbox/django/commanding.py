@@ -21,6 +21,7 @@ from outbox.commands.application import Application
 from outbox.commands.database_access import DatabaseUnavailable, NoDatabase
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.discovery import with_consumers
+from outbox.consumers.tasks.task_table import tasks_of
 from outbox.django import project
 from outbox.django.connecting import engine_of, vendor_of
 from outbox.system.backoff import backoff
@@ -134,25 +135,30 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _consumers(options: argparse.Namespace) -> Sequence[str]:
-    """Return what the command line names, or the modules ``consumers`` of the project's apps.
+    """Return what the command line names, or what the project's apps have.
 
-    Those without a consumer of outbox are left out: other packages have consumers, too.
+    These are their modules ``consumers`` and ``tasks``, without those that have no consumer and no
+    task of outbox: other packages have consumers and tasks, too. With an app's tasks go its models,
+    whose methods can be called later.
     """
     if options.consumers:
         return list(options.consumers)
-    modules = [
-        f"{each.name}.consumers"
+    named = {
+        f"{each.name}.{name}": each
+        for name in ("consumers", "tasks")
         for each in apps.get_app_configs()
-        if each.module is not None and module_has_submodule(each.module, "consumers")
-    ]
-    found = with_consumers(modules)
+        if each.module is not None and module_has_submodule(each.module, name)
+    }
+    found = with_consumers(named)
     if not found:
-        looked = f" (there are {', '.join(modules)})" if modules else ""
+        looked = f" (there are {', '.join(named)})" if named else ""
         raise UsageError(
-            "no app of INSTALLED_APPS has a consumer in its module consumers"
+            "no app of INSTALLED_APPS has a consumer or a task in its modules consumers and tasks"
             f"{looked}; write one, or name the module: manage.py outbox consume MODULE"
         )
-    return found
+    with_tasks = [named[name] for name in found if tasks_of(sys.modules[name])]
+    models = {each.models_module.__name__: None for each in with_tasks if each.models_module}
+    return [*found, *models]
 
 
 @contextlib.contextmanager

@@ -65,9 +65,12 @@ class InstanceMapping:
             )
         return [_plain(part) for part in identity]
 
-    def session_of(self, instance: Any) -> Any:
+    def transaction_of(self, instance: Any) -> Any:
         """Return the session that ``instance`` belongs to, or None."""
         return object_session(instance)
+
+    def alias_of(self, instance: Any) -> None:
+        """Return None: the worker's session decides where an instance is looked for."""
 
 
 MAPPING = InstanceMapping()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from outbox.errors import InvalidEvent, UsageError
 from outbox.tasks.codec import Codec, codec_of, is_plain, is_same
-from outbox.tasks.mapped import Writing
+from outbox.tasks.mapped import Writing, may_be_mapped
 
 __all__ = ["DoesNotFit", "Parameters", "parameters_of"]
 
@@ -108,14 +107,15 @@ class Parameters:
         return codec
 
     def written(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], session: Any = None
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], transaction: Any = None
     ) -> dict[str, Any]:
         """Return the body of a call.
 
         Args:
             args: the positional arguments.
             kwargs: the keyword arguments.
-            session: the session in whose transaction the task is stored, or None.
+            transaction: what the transaction that stores the task is known by, or None; see
+                ``outbox.tasks.mapped.Writing``.
 
         Raises:
             InvalidEvent: the arguments don't fit the function, or one can't be carried without a
@@ -135,8 +135,8 @@ class Parameters:
             ) from None
         typed: list[int | str] = []
         values = [*args, *kwargs.values()]
-        if "sqlalchemy.orm" in sys.modules:
-            with Writing(session):
+        if may_be_mapped():
+            with Writing(transaction):
                 self._write_all(places, values, typed)
         else:
             self._write_all(places, values, typed)

@@ -152,11 +152,11 @@ def sent(
         if "headers" in passed_on:
             headers = {**(passed_on["headers"] or {}), **headers}
             passed_on = {name: value for name, value in passed_on.items() if name != "headers"}
-    session = None
+    transaction = None
     if not is_plain:
-        session, passed_on = _session_for((*args, *kwargs.values()), passed_on)
+        transaction, passed_on = _transaction_for((*args, *kwargs.values()), passed_on)
     event = collector.enqueue_event(
-        target.parameters.written(args, kwargs, session),
+        target.parameters.written(args, kwargs, transaction),
         queue or task_queues.queue_of(_settings(collector)),
         headers=headers,
         priority=LATER if priority is None else priority,
@@ -177,22 +177,27 @@ def _settings(collector: EventCollector) -> Settings:
     return configuration.settings_to_store() if publisher is None else publisher.settings
 
 
-def _session_for(values: Sequence[Any], passed_on: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the session in which the task is stored, as far as that decides what is written.
+def _transaction_for(
+    values: Sequence[Any], passed_on: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the transaction that stores the task, as far as that decides what is written.
 
     With ``outbox.sql.bind()``, that is the session of the first instance among the arguments,
-    whichever session is current: the task must not be visible before the instance is.
+    whichever session is current: the task must not be visible before the instance is. With Django
+    it is the alias of the database that takes the event, if a transaction of it is open here.
     """
-    if not passed_on and sinks.bound is None:
-        return None, passed_on
-    if any(passed_on.get(name) is not None for name in ("session", "connection", "using")):
-        given = passed_on.get("session")
+    given = passed_on.get("session")
+    if given is not None or passed_on.get("connection") is not None:
         return getattr(given, "sync_session", given), passed_on
-    if sinks.bound is None or "session" in passed_on:
+    using = passed_on.get("using", BOUND)
+    if sinks.bound is not None and using is BOUND and "session" not in passed_on:
+        for value in values:
+            session = mapped.session_of(value)
+            if session is not None:
+                return session, {**passed_on, "session": session}
         return None, passed_on
-    for value in values:
-        if mapped.is_instance(value) and (session := mapped.session_of(value)) is not None:
-            return session, {**passed_on, "session": session}
+    if sinks.framework is not None and using is not None and "session" not in passed_on:
+        return sinks.framework.open_transaction(using), passed_on
     return None, passed_on
 
 

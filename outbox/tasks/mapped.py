@@ -1,7 +1,9 @@
 """Instances of mapped classes in calls: their class and key travel, never the object.
 
-In a message an instance is ``{"$instance": [class, key]}``; a third item, true, says that the task
-was stored in the instance's own transaction, and so can't arrive before it.
+Classes are mapped by SQLAlchemy, or are models of Django. In a message an instance is
+``{"$instance": [class, key]}``; a third item, true, says that the task was stored in the instance's
+own transaction, and so can't arrive before it. A fourth is the alias of Django's database, where
+that isn't ``default``.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
+
+from outbox import sinks
 
 if TYPE_CHECKING:
     from outbox.sql.mapped_instances import InstanceMapping
@@ -35,14 +39,41 @@ MARK = "$instance"
 class Reader(Protocol):
     """What finds the instances of a call."""
 
-    def instance(self, name: str, key: Sequence[Any], *, is_committed: bool) -> Any:
+    def instance(
+        self, name: str, key: Sequence[Any], *, is_committed: bool, using: str | None
+    ) -> Any:
         """Return the instance of a class with a key.
 
         Args:
             name: the class, as ``module:qualified.name``.
             key: the parts of its primary key, in JSON's types.
             is_committed: whether it can't be missing because it is yet to be committed.
+            using: the alias of Django's database; None for the default one.
         """
+        ...
+
+
+class Mapping(Protocol):
+    """What knows mapped classes and their instances."""
+
+    def is_mapped(self, kind: Any) -> bool:
+        """Return whether ``kind`` is a mapped class."""
+        ...
+
+    def key_of(self, instance: Any) -> list[Any]:
+        """Return the primary key of the instance's row, in JSON's types.
+
+        Raises:
+            InvalidEvent: there is no such row yet, or no more.
+        """
+        ...
+
+    def transaction_of(self, instance: Any) -> Any:
+        """Return what the instance's transaction is known by, or None."""
+        ...
+
+    def alias_of(self, instance: Any) -> str | None:
+        """Return the alias of the instance's database; None if it needn't be said."""
         ...
 
 
@@ -50,7 +81,7 @@ _reader: ContextVar[Reader | None] = ContextVar("outbox_task_reader", default=No
 _writing: ContextVar[Writing | None] = ContextVar("outbox_task_writing", default=None)
 
 
-def _mapping() -> InstanceMapping | None:
+def _sqlalchemy() -> InstanceMapping | None:
     """Return what knows SQLAlchemy's mapped classes, or None while it isn't imported."""
     if "sqlalchemy.orm" not in sys.modules:
         return None
@@ -59,12 +90,27 @@ def _mapping() -> InstanceMapping | None:
     return MAPPING
 
 
+def _mapping_of(kind: Any) -> Mapping | None:
+    """Return what knows the mapped class ``kind``; None for all else."""
+    if not isinstance(kind, type):
+        return None
+    names = vars(kind)
+    mapping: Mapping | None = None
+    if "__mapper__" in names:
+        mapping = _sqlalchemy()
+    elif "_meta" in names and sinks.framework is not None:
+        mapping = sinks.framework
+    return mapping if mapping is not None and mapping.is_mapped(kind) else None
+
+
+def may_be_mapped() -> bool:
+    """Return whether there can be mapped classes in this process."""
+    return sinks.framework is not None or "sqlalchemy.orm" in sys.modules
+
+
 def is_mapped(kind: Any) -> bool:
     """Return whether ``kind`` is a mapped class."""
-    if not isinstance(kind, type) or "__mapper__" not in vars(kind):
-        return False
-    mapping = _mapping()
-    return mapping is not None and mapping.is_mapped(kind)
+    return _mapping_of(kind) is not None
 
 
 def is_instance(value: Any) -> bool:
@@ -73,9 +119,11 @@ def is_instance(value: Any) -> bool:
 
 
 def session_of(value: Any) -> Any:
-    """Return the session that a mapped instance belongs to, or None."""
-    mapping = _mapping()
-    return None if mapping is None else mapping.session_of(value)
+    """Return SQLAlchemy's session that ``value`` belongs to, or None."""
+    mapping = _sqlalchemy()
+    if mapping is None or not mapping.is_mapped(type(value)):
+        return None
+    return mapping.transaction_of(value)
 
 
 def name_of(kind: type) -> str:
@@ -90,16 +138,21 @@ def mark_of(value: Any) -> dict[str, Any]:
         TypeError: it isn't such an instance.
         InvalidEvent: its row isn't there yet, or was deleted.
     """
-    mapping = _mapping()
-    if mapping is None or not mapping.is_mapped(type(value)):
+    mapping = _mapping_of(type(value))
+    if mapping is None:
         raise TypeError(f"it is a {type(value).__qualname__}, not an instance of a mapped class")
     name, key = name_of(type(value)), mapping.key_of(value)
-    mark: list[Any] = [name, key]
+    using, is_committed = mapping.alias_of(value), False
     writing = _writing.get()
     if writing is not None:
-        writing.written.append((name, key, value))
-        if writing.session is not None and mapping.session_of(value) is writing.session:
-            mark.append(True)
+        writing.written.append((name, key, using, value))
+        transaction = writing.transaction
+        is_committed = transaction is not None and mapping.transaction_of(value) == transaction
+    mark: list[Any] = [name, key]
+    if is_committed or using is not None:
+        mark.append(is_committed)
+    if using is not None:
+        mark.append(using)
     return {MARK: mark}
 
 
@@ -115,17 +168,23 @@ def of_mark(value: Any) -> Any:
         ValueError: it isn't what :func:`mark_of` makes, or nothing here could find it.
         Exception: what finds it raised it.
     """
+    is_committed = False
+    using: str | None = None
     match value:
         case {"$instance": [str() as name, list() as key]} if len(value) == 1:
-            is_committed = False
+            pass
         case {"$instance": [str() as name, list() as key, True]} if len(value) == 1:
             is_committed = True
+        case {
+            "$instance": [str() as name, list() as key, bool() as is_committed, str() as using]
+        } if len(value) == 1:
+            pass
         case _:
             raise ValueError("it isn't an instance, {'$instance': [class, key]}")
     reader = _reader.get()
     if reader is None:
         raise ValueError("nothing here could find an instance")
-    return reader.instance(name, key, is_committed=is_committed)
+    return reader.instance(name, key, is_committed=is_committed, using=using)
 
 
 @contextmanager
@@ -142,16 +201,17 @@ class Writing:
     """A block in which a call is written, and read again to see whether that changes it.
 
     Attributes:
-        session: the session in whose transaction the task is stored, or None.
-        written: the class, the key and the instance of each that was written.
+        transaction: what the transaction that stores the task is known by, a session of SQLAlchemy
+            or the alias of Django's database; or None.
+        written: the class, the key, the alias and the instance of each that was written.
     """
 
-    __slots__ = ("_tokens", "session", "written")
+    __slots__ = ("_tokens", "transaction", "written")
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, transaction: Any) -> None:
         """Begin with nothing written."""
-        self.session = session
-        self.written: list[tuple[str, list[Any], Any]] = []
+        self.transaction = transaction
+        self.written: list[tuple[str, list[Any], str | None, Any]] = []
 
     def __enter__(self) -> None:
         self._tokens = _writing.set(self), _reader.set(self)
@@ -161,6 +221,9 @@ class Writing:
         _writing.reset(writing)
         _reader.reset(reader)
 
-    def instance(self, name: str, key: Sequence[Any], *, is_committed: bool) -> Any:
-        """Return the instance that was written with this class and key."""
-        return next(one for known, of, one in self.written if (known, of) == (name, [*key]))
+    def instance(
+        self, name: str, key: Sequence[Any], *, is_committed: bool, using: str | None
+    ) -> Any:
+        """Return the instance that was written with this class, key and alias."""
+        sought = name, [*key], using
+        return next(instance for *known, instance in self.written if tuple(known) == sought)

@@ -23,6 +23,7 @@ from outbox.tasks.call_arguments import Parameters, parameters_of
 __all__ = ["Target", "check_function", "name_of_function", "target_of"]
 
 _NOTHING: tuple[Any, ...] = ()
+_LIBRARIES = frozenset(("django", "sqlalchemy"))
 
 
 class Target:
@@ -119,6 +120,11 @@ def _of_instance(owner: Any, function: types.FunctionType) -> Target:
     check_path(full)
     if inspect.getattr_static(kind, function.__name__, None) is not function:
         raise UsageError(f"{full} isn't a method of the class of that name")
+    library = function.__module__.partition(".")[0]
+    if library in _LIBRARIES:
+        raise UsageError(
+            f"{full} is a method of {library}, which workers don't call; write one that calls it"
+        )
     return Target(full, parameters_of(function, full, kind), (owner,))
 
 

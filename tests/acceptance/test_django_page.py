@@ -125,6 +125,8 @@ def test_a_newcomer_sees_the_first_event(project: Path) -> None:
     ):
         assert post(f"http://{address}/orders", item="tea") == 201
         wait_until(lambda: expected in log.read_text().splitlines(), 20)
+        run(project, "manage.py", "shell", "-c", "import orders.placing as p; p.place('milk')")
+        wait_until(lambda: "please pay: milk, packed" in log.read_text().splitlines(), 20)
 
 
 def test_the_other_programs_of_the_page_do_what_it_says(project: Path) -> None:

@@ -75,6 +75,7 @@ if not settings.configured:
     configuration.provide(None)
     sinks.sink_using = None
     sinks.inbox = None
+    sinks.framework = None
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,7 @@ def outbox_in_django() -> Iterator[None]:
     configuration.provide(None)
     sinks.sink_using = None
     sinks.inbox = None
+    sinks.framework = None
     setting_changed.disconnect(dispatch_uid="outbox.django")
     outbox_project.forget()
     for publisher in outbox_project._publishers.values():

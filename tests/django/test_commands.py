@@ -245,7 +245,10 @@ def test_consume_says_what_it_lacks(tmp_path: Path) -> None:
     settings.write_text(complete.replace('"mail"', '"django.contrib.contenttypes"'))
     done = project.run("outbox", "consume", "-p", "2")
     assert done.returncode == 2
-    assert "no app of INSTALLED_APPS has a consumer in its module consumers" in done.stderr
+    assert (
+        "no app of INSTALLED_APPS has a consumer or a task in its modules consumers and tasks"
+        in done.stderr
+    )
 
 
 def test_init_writes_a_consumer_that_the_project_finds(tmp_path: Path) -> None:

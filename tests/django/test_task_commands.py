@@ -1,0 +1,71 @@
+"""``manage.py outbox consume`` runs the tasks of apps, and methods of their models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.django.project_folder import ProjectFolder
+from tests.waiting import wait_until
+
+_MODELS = """\
+from django.db import models
+
+from mail.noting import note
+
+
+class Order(models.Model):
+    number = models.IntegerField()
+
+    def confirm(self):
+        self.number += 1
+        self.save()
+        note(f"order {self.pk} is {self.number}")
+"""
+
+_NOTING = """\
+from pathlib import Path
+
+from django.conf import settings
+
+
+def note(text):
+    with open(Path(settings.BASE) / "mails.txt", "a") as mails:
+        mails.write(f"{text}\\n")
+"""
+
+_TASKS = """\
+from mail.noting import note
+from outbox.tasks import task
+
+
+@task
+def remind(name):
+    note(f"remind {name}")
+"""
+
+_CALLS = """\
+from django.db import transaction
+
+from mail.models import Order
+from mail.tasks import remind
+from outbox.tasks import later
+
+with transaction.atomic():
+    later(Order.objects.create(number=1).confirm)
+    remind.later("Ann")
+"""
+
+
+def test_consume_runs_the_apps_tasks_and_the_methods_of_their_models(tmp_path: Path) -> None:
+    project = ProjectFolder(tmp_path)
+    app = tmp_path / "site" / "mail"
+    for name, text in (("models", _MODELS), ("noting", _NOTING), ("tasks", _TASKS)):
+        (app / f"{name}.py").write_text(text)
+    (app / "consumers.py").unlink()
+    done = project.run("migrate", "--run-syncdb", "--verbosity", "0")
+    assert done.returncode == 0, done.stderr
+    project.shell(_CALLS)
+    with project.running("outbox", "consume") as process:
+        wait_until(lambda: len(project.mails) == 2)
+    assert sorted(project.mails) == ["order 1 is 2", "remind Ann"]
+    assert process.returncode == 0

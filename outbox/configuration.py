@@ -56,8 +56,10 @@ def configure(url: str | None = None, **settings: Unpack[SettingOverrides]) -> P
     variables.
 
     Args:
-        url: ``amqp(s)://user:password@host[:port][,host2...]/vhost``, ``sqlite:///file`` or
-            ``memory://``; the default is ``OUTBOX_URL``.
+        url: ``amqp(s)://user:password@host[:port][,host2...]/vhost``, or the database that is the
+            broker, ``postgresql://user:password@host/database``,
+            ``mariadb://user:password@host/database`` or ``sqlite:///file``, or ``memory://``; the
+            default is ``OUTBOX_URL``.
         **settings: the settings, see :class:`outbox.settings.Settings`.
 
     Raises:

@@ -77,8 +77,9 @@ class CollectorClosed(UsageError):
 class NotConfigured(UsageError):
     """No broker URL is known.
 
-    Call ``outbox.configure(url)`` or set ``OUTBOX_URL``, in one of the three forms
-    ``amqp://user:password@host:5672/vhost``, ``sqlite:///outbox.db`` or ``memory://``. A test
+    Call ``outbox.configure(url)`` or set ``OUTBOX_URL``, in one of the forms
+    ``amqp://user:password@host:5672/vhost``, ``postgresql://user:password@host/database``,
+    ``mariadb://user:password@host/database``, ``sqlite:///outbox.db`` or ``memory://``. A test
     doesn't need a URL if it uses the fixture ``collected_events``.
     """
 

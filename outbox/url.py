@@ -10,10 +10,17 @@ from outbox.errors import UsageError
 
 __all__ = ["SCHEMES", "BrokerURL", "masked"]
 
-SCHEMES = ("amqp", "amqps", "sqlite", "memory")
-_FORMS = "amqp://user:password@host:5672/vhost, sqlite:///outbox.db or memory://"
-_DEFAULT_PORTS = {"amqp": 5672, "amqps": 5671}
-_ESCAPE = "percent-encode characters such as / : @ # ? % in the user, password and vhost"
+_SERVERS = ("postgresql", "mariadb")
+SCHEMES = ("amqp", "amqps", *_SERVERS, "sqlite", "memory")
+_FORMS = (
+    "amqp://user:password@host:5672/vhost, postgresql://user:password@host/database, "
+    "mariadb://user:password@host/database, sqlite:///outbox.db or memory://"
+)
+_DEFAULT_PORTS = {"amqp": 5672, "amqps": 5671, "postgresql": 5432, "mariadb": 3306}
+_ESCAPE = "percent-encode characters such as / : @ # ? % in the user, password and {path}"
+_PATHS = {scheme: "vhost" if scheme.startswith("amqp") else "database" for scheme in SCHEMES}
+_ALSO = {"postgres": "postgresql", "mysql": "mariadb"}
+"""Other names of databases, which many URLs have."""
 _WELL_FORMED = re.compile(r"[a-z][a-z0-9+.-]{0,29}", re.ASCII)  # RFC 3986, section 3.1
 _MEANT = {
     "pyamqp": "amqp",
@@ -26,7 +33,7 @@ _MEANT = {
     "sqlite3": "sqlite",
 }
 """Other clients' names of the schemes."""
-_DATABASES = ("postgresql", "postgres", "mysql", "mariadb", "oracle", "mssql")
+_DATABASES = ("oracle", "mssql", "cockroachdb", "mongodb")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +41,13 @@ class BrokerURL:
     """A parsed broker URL. ``str()`` and ``repr()`` mask the password and omit the options.
 
     Attributes:
-        scheme: ``amqp``, ``amqps``, ``sqlite`` or ``memory``.
-        hosts: (host, port) pairs in the order they are tried; empty unless AMQP.
-        user: the decoded user; ``guest`` if an AMQP URL doesn't name one.
-        password: the decoded password; ``guest`` if an AMQP URL doesn't contain one.
+        scheme: ``amqp``, ``amqps``, ``postgresql``, ``mariadb``, ``sqlite`` or ``memory``.
+        hosts: (host, port) pairs in the order they are tried; empty for a file or memory, and where
+            the options of a database server's URL say how to reach it.
+        user: the decoded user; ``guest`` if an AMQP URL doesn't name one, else empty.
+        password: the decoded password; ``guest`` if an AMQP URL doesn't contain one, else empty.
         vhost: the decoded vhost; ``/`` if missing or empty.
-        path: the path of the file, for ``sqlite``.
+        path: the path of the file, for ``sqlite``; the name of the database on a server.
         options: the decoded query.
     """
 
@@ -60,11 +68,15 @@ class BrokerURL:
         ``amqp://host/%2F`` all name the vhost ``/``, as RabbitMQ's clients do, and
         ``amqp://host//`` too, as Celery writes it.
 
+        ``postgresql://`` and ``mariadb://`` are the same with a database in the place of the vhost.
+        ``postgres://`` and ``mysql://`` mean them, too, and a driver in the scheme
+        (``postgresql+asyncpg://``) is ignored.
+
         White space around the URL, such as the line break at the end of a secret's file, is not
         part of it; write a vhost or password that ends in a space with ``%20``.
 
         Raises:
-            UsageError: the URL is not one of the three forms. The message names its scheme, but
+            UsageError: the URL is not one of these forms. The message names its scheme, but
                 holds neither the password nor any part of the URL that might contain it.
         """
         if not isinstance(url, str):
@@ -72,7 +84,7 @@ class BrokerURL:
         if not _is_utf8(url):
             raise UsageError("the broker URL is not UTF-8; percent-encode what is not ASCII")
         scheme, separator, rest = url.strip().partition("://")
-        scheme = scheme.lower()
+        scheme = _plain(scheme.lower())
         if not separator or scheme not in SCHEMES:
             raise UsageError(_wrong_scheme(scheme if separator else "", url))
         rest, _, query = rest.partition("?")
@@ -80,28 +92,31 @@ class BrokerURL:
             options = dict(parse_qsl(query, strict_parsing=True)) if query else {}
         except ValueError:
             raise UsageError(
-                f"the options of the {scheme} URL are not name=value pairs; {_ESCAPE}"
+                f"the options of the {scheme} URL are not name=value pairs; {_escape(scheme)}"
             ) from None
         if scheme in ("memory", "sqlite"):
             path = _decoded(rest.removeprefix("/"), scheme)
             return cls(scheme, path=path, options=options)
         credentials, at, address = rest.rpartition("@")
         address, _, vhost = address.partition("/")
+        is_server = scheme in _SERVERS
         # RabbitMQ's URI specification allows no "/" in a vhost, so that nothing else is meant by
         # "//". kombu takes the second one for the vhost.
         vhost = "" if vhost == "/" else vhost
         # Text before an "@" in the options may be the rest of a password.
         if "/" in vhost or "/" in credentials or "#" in rest or "@" in query:
-            raise UsageError(f"the {scheme} URL cannot be parsed; {_ESCAPE}")
+            raise UsageError(f"the {scheme} URL cannot be parsed; {_escape(scheme)}")
         user, colon, password = credentials.partition(":")
         if ":" in password:
-            raise UsageError(f"the {scheme} URL cannot be parsed; {_ESCAPE}")
+            raise UsageError(f"the {scheme} URL cannot be parsed; {_escape(scheme)}")
+        default = "" if is_server else "guest"
         return cls(
             scheme,
-            tuple(_host(host, scheme) for host in address.split(",")),
-            _decoded(user, scheme) if at else "guest",
-            _decoded(password, scheme) if colon else "guest",
-            _vhost(_decoded(vhost, scheme) or "/", scheme),
+            tuple(_host(host, scheme) for host in address.split(",") if address or not is_server),
+            _decoded(user, scheme) if at else default,
+            _decoded(password, scheme) if colon else default,
+            "/" if is_server else _vhost(_decoded(vhost, scheme) or "/", scheme),
+            _decoded(vhost, scheme) if is_server else "",
             options=options,
         )
 
@@ -111,6 +126,9 @@ class BrokerURL:
         hosts = ",".join(
             f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts
         )
+        if self.scheme in _SERVERS:
+            user = quote(self.user, safe="") + (":***" if self.password else "")
+            return f"{self.scheme}://{user}{'@' if user else ''}{hosts}/{quote(self.path, '')}"
         return f"{self.scheme}://{quote(self.user, safe='')}:***@{hosts}/{quote(self.vhost, '')}"
 
 
@@ -122,6 +140,17 @@ def masked(url: str | None) -> str | None:
         return str(BrokerURL.parse(url))
     except UsageError:
         return "***"
+
+
+def _plain(scheme: str) -> str:
+    """Return outbox's name for a scheme that names a database server; others as they are."""
+    family = scheme.partition("+")[0]
+    name = _ALSO.get(family, family)
+    return name if name in _SERVERS and _WELL_FORMED.fullmatch(scheme) else scheme
+
+
+def _escape(scheme: str) -> str:
+    return _ESCAPE.format(path=_PATHS[scheme])
 
 
 def _wrong_scheme(scheme: str, url: str) -> str:
@@ -140,10 +169,7 @@ def _wrong_scheme(scheme: str, url: str) -> str:
     if meant:
         remedy = f"write {meant}://"
     elif family in _DATABASES:
-        remedy = (
-            "it names a database: events are stored there with outbox.sql, and this URL names the "
-            f"broker; {forms}"
-        )
+        remedy = f"it names a database in which events can't be stored; {forms}"
     else:
         remedy = forms
     return f"the broker URL has the scheme {scheme!r}, which outbox doesn't know; {remedy}"
@@ -186,10 +212,14 @@ def _host(text: str, scheme: str) -> tuple[str, int]:
         host, _, port = text.partition(":")
         valid = True
     if not valid or not host or not host.isprintable() or " " in host:
-        raise UsageError(f"the {scheme} URL has no host, or a part of it is empty; {_ESCAPE}")
+        raise UsageError(
+            f"the {scheme} URL has no host, or a part of it is empty; {_escape(scheme)}"
+        )
     if not port:
         return host, _DEFAULT_PORTS[scheme]
     digits = port.isascii() and port.isdigit() and len(port) <= 5
     if not digits or not 0 < int(port) < 65536:
-        raise UsageError(f"the port in the {scheme} URL is not a number from 1 to 65535; {_ESCAPE}")
+        raise UsageError(
+            f"the port in the {scheme} URL is not a number from 1 to 65535; {_escape(scheme)}"
+        )
     return host, int(port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import sqlite3
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol, Unpack
 
 import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
 
 from outbox import Event, EventCollector, Publisher
 from outbox.consumers import Consumer, Worker
@@ -18,6 +21,11 @@ from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.messages.delivery import Delivery, QueueSpec, QueueType, dead_letter_queue
 from outbox.messages.parked_message import ParkedMessage
 from outbox.settings import SettingOverrides, Settings
+from outbox.storage.store import Store
+from outbox.testing.databases.mariadb import PrivateMariaDB
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
+from outbox.transports.database import routing
+from outbox.transports.database.routing import Binding
 from outbox.transports.parked_queues import ParkedQueues
 from outbox.transports.registry import open_parked_queues, open_subscription
 from outbox.transports.subscription import Subscription
@@ -29,6 +37,7 @@ __all__ = [
     "RabbitMQPlace",
     "Reader",
     "SQLitePlace",
+    "ServerPlace",
     "events_for",
     "made",
     "parked_in",
@@ -41,7 +50,7 @@ __all__ = [
 
 
 class Place(Protocol):
-    """A broker, or an SQLite file instead of one."""
+    """A broker, or a database instead of one."""
 
     url: str
     exchange: str
@@ -115,10 +124,48 @@ class SQLitePlace(_Place):
         """Do nothing: the file belongs to the test alone."""
 
 
+class ServerPlace(_Place):
+    """The database of a server, with empty tables."""
+
+    def __init__(self, url: str, exchange: str) -> None:
+        super().__init__(url, exchange)
+        self.engine = create_engine(url, poolclass=NullPool)
+        Store(self.engine).create()
+        with self.engine.begin() as connection:
+            routing.create(connection)
+            for table in ("outbox_events", "outbox_bindings"):
+                connection.execute(text(f"DELETE FROM {table}"))
+
+    def execute(self, statement: str, *parameters: Any) -> list[Any]:
+        """Run a statement on a separate connection; each ``?`` is a parameter."""
+        parts = statement.split("?")
+        names = [f":p{number}" for number in range(len(parameters))]
+        text_ = text("".join(itertools.chain(*zip(parts, [*names, ""], strict=True))))
+        values = {name[1:]: value for name, value in zip(names, parameters, strict=True)}
+        with self.engine.begin() as connection:
+            result = connection.execute(text_, values)
+            return [tuple(row) for row in result] if result.returns_rows else []
+
+    def bind(self, queue: str, exchange: str, *patterns: str) -> None:
+        made = [routing.of_queue(queue), *(Binding(queue, exchange, each) for each in patterns)]
+        with self.engine.begin() as connection:
+            routing.add(connection, made)
+
+    def count(self, queue: str) -> int:
+        statement = "SELECT count(*) FROM outbox_events WHERE queue = ? AND lease_token IS NULL"
+        return int(self.execute(statement, queue)[0][0])
+
+    def will_clean_up(self, queue: str) -> None:
+        """Do nothing: the next test empties the tables."""
+
+
 def place_of(kind: str, request: pytest.FixtureRequest, name: str, folder: Path) -> Place:
-    """Return a test's place: for ``sqlite`` a file in ``folder``, for ``rabbitmq`` the broker."""
+    """Return a test's place: a file in ``folder``, a database on a server, or RabbitMQ."""
     if kind == "sqlite":
         return SQLitePlace(str(folder / "outbox.db"), name)
+    if kind in ("postgresql", "mariadb"):
+        server: PrivatePostgreSQL | PrivateMariaDB = request.getfixturevalue(kind)
+        return ServerPlace(server.url, name)
     amqp_url: str = request.getfixturevalue("amqp_url")
     inspector: Inspector = request.getfixturevalue("inspector")
     return RabbitMQPlace(amqp_url, name, inspector)

@@ -38,8 +38,9 @@ def broker_option(default: str = "OUTBOX_URL") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--url",
-        help="the broker, amqp://user:password@host:5672/vhost or sqlite:///outbox.db (default: "
-        f"{default}, which keeps the password out of the process list)",
+        help="the broker, amqp://user:password@host:5672/vhost, or a database, postgresql://, "
+        f"mariadb:// or sqlite:///outbox.db (default: {default}, which keeps the password out of "
+        "the process list)",
     )
     return parser
 

@@ -31,7 +31,7 @@ def _settings(examined: Examined) -> Iterator[Problem]:
     if url.scheme == "memory":
         yield Problem(
             "warning", "memory:// keeps events in the process that made them, and sends them to no "
-            "one", "Name a broker: amqp://host or sqlite:///outbox.db.",
+            "one", "Name a broker: amqp://host, postgresql://host/database or sqlite:///outbox.db.",
         )  # fmt: skip
     for what, text in (("user", url.user), ("vhost", url.vhost)):
         if text != text.strip():

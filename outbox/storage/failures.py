@@ -11,5 +11,9 @@ DatabaseError = SQLAlchemyError
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of the driver's message."""
-    return str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
+    """Return the first line of the driver's message, without the values that some add to it."""
+    cause = getattr(error, "orig", None) or error
+    message = getattr(getattr(cause, "diag", None), "message_primary", None)
+    if message is None and len(cause.args) == 2:  # number and message: PyMySQL, mysqlclient
+        message = cause.args[1]
+    return str(message or cause).strip().partition("\n")[0]

@@ -21,12 +21,16 @@ __all__ = ["open_parked_queues", "open_subscription", "open_transport"]
 _PACKAGES = {
     "amqp": "outbox.transports.rabbitmq",
     "amqps": "outbox.transports.rabbitmq",
+    "mariadb": "outbox.transports.database",
     "memory": "outbox.transports.memory",
+    "postgresql": "outbox.transports.database",
     "sqlite": "outbox.transports.database",
 }
 """The package of each scheme. It has the class ``Transport``, and if it can be consumed from,
 ``Subscription`` and ``ParkedQueues``. It is imported on first use, so that an application needs
 only the drivers it uses."""
+
+_WITH_QUEUES = "amqp://, postgresql://, mariadb:// or sqlite://"
 
 
 def open_transport(settings: Settings) -> Transport:
@@ -61,7 +65,7 @@ def open_subscription(
     url = BrokerURL.parse(settings.url or "")
     subscription_class = _class_for(url, "Subscription")
     if subscription_class is None:
-        raise UsageError(f"{url.scheme}:// cannot be consumed from; use amqp:// or sqlite://")
+        raise UsageError(f"{url.scheme}:// cannot be consumed from; use {_WITH_QUEUES}")
     subscription: Subscription = subscription_class(url, settings, queues, prefetch)
     return subscription
 
@@ -78,7 +82,7 @@ def open_parked_queues(settings: Settings) -> ParkedQueues:
     url = BrokerURL.parse(settings.url)
     parked_class = _class_for(url, "ParkedQueues")
     if parked_class is None:
-        raise UsageError(f"{url.scheme}:// has no parked messages; use amqp:// or sqlite://")
+        raise UsageError(f"{url.scheme}:// has no parked messages; use {_WITH_QUEUES}")
     parked_queues: ParkedQueues = parked_class(url, settings)
     return parked_queues
 

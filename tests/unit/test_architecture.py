@@ -75,6 +75,7 @@ ROOMS = (
     "transports.rabbitmq.holding",
     "transports.rabbitmq",
     "transports.database.database transports.database.listeners transports.database.routing",
+    "transports.database.server",
     "transports.database.sqlite",
     "transports.database",
     "observer publisher configuration sinks surroundings",

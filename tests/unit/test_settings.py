@@ -139,8 +139,8 @@ def test_a_traceback_with_local_variables_shows_no_password_of_the_environment(
         ("pyamqp://h//", "'pyamqp', which outbox doesn't know; write amqp://"),
         ("amqp+ssl://h", "'amqp+ssl', which outbox doesn't know; write amqps://"),
         ("rediss://h", "'rediss', which outbox doesn't know; use amqp://user"),
-        ("postgresql://h/shop", "'postgresql', which outbox doesn't know; it names a database"),
-        ("postgresql+asyncpg://h/shop", "it names a database"),
+        ("oracle://h/shop", "'oracle', which outbox doesn't know; it names a database"),
+        ("mssql+pyodbc://h/shop", "it names a database"),
         ("sqlite+pysqlite:///x.db", "write sqlite://"),
         ("HTTP://h:15672", "the scheme 'http'"),
         ("'amqp://h'", "in quotes"),
@@ -152,6 +152,33 @@ def test_a_traceback_with_local_variables_shows_no_password_of_the_environment(
 def test_a_wrong_scheme_is_named_with_the_right_one(url: str, expected: str) -> None:
     with pytest.raises(UsageError, match=expected.replace("+", r"\+")):
         BrokerURL.parse(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "scheme", "shown"),
+    [
+        ("postgresql://h/shop", "postgresql", "postgresql://h:5432/shop"),
+        ("postgres://u:hunter2@h/shop", "postgresql", "postgresql://u:***@h:5432/shop"),
+        ("postgresql+asyncpg://u@h:1/a%2Fb", "postgresql", "postgresql://u@h:1/a%2Fb"),
+        ("postgresql://h1,h2:2/shop", "postgresql", "postgresql://h1:5432,h2:2/shop"),
+        ("postgresql:///shop?host=/run", "postgresql", "postgresql:///shop"),
+        ("mysql+pymysql://u:hunter2@[::1]/shop", "mariadb", "mariadb://u:***@[::1]:3306/shop"),
+    ],
+)
+def test_a_database_server_has_many_names(url: str, scheme: str, shown: str) -> None:
+    parsed = BrokerURL.parse(url)
+    assert (parsed.scheme, str(parsed)) == (scheme, shown)
+    assert "hunter2" not in repr(parsed)
+
+
+@pytest.mark.hazard("A19")
+@pytest.mark.parametrize(
+    "url", ["postgresql://u:a/hunter2@h/d", "mariadb://u:p@h:hunter2/d", "postgres://u:p#hunter2@h"]
+)
+def test_a_wrong_url_of_a_database_is_not_quoted(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        BrokerURL.parse(url)
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.hazard("H2")

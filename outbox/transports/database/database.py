@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar, NamedTuple, TypeVar
 
 from sqlalchemy import Connection
@@ -114,14 +114,15 @@ class Database(ABC):
         """
         return UNLIMITED
 
-    def published(self) -> None:
-        """Wake those who listen: events were committed. Never blocks."""
+    def published(self, queues: Collection[str]) -> None:
+        """Wake those who listen: events were committed to ``queues``. Never blocks."""
         self._listeners.wake()
 
-    def listen(self, event: threading.Event) -> None:
-        """Set ``event`` whenever events are published, until :meth:`stop_listening`.
+    def listen(self, event: threading.Event, queues: Collection[str]) -> None:
+        """Set ``event`` whenever events are published to ``queues``, and maybe to others.
 
-        Those of other processes may not be noticed, so polling goes on.
+        Until :meth:`stop_listening`. Those of other processes may not be noticed, so polling goes
+        on.
         """
         self._listeners.add(event)
 

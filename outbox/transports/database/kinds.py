@@ -1,10 +1,11 @@
-"""The kinds of databases, by URL scheme. A new kind needs a line here."""
+"""The kinds of databases: a SQLite file, or one on a server."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from outbox.transports.database.database import Database
+from outbox.transports.database.server.server_database import ServerDatabase
 from outbox.transports.database.sqlite.location import Location
 from outbox.transports.database.sqlite.sqlite_file import SQLiteFile
 from outbox.url import BrokerURL
@@ -33,6 +34,8 @@ def database_at(
     Raises:
         UsageError: the URL has an unknown option, or the database can't be used.
     """
+    if url.scheme != "sqlite":
+        return ServerDatabase(url, on_reopened, owner=owner)
     location = Location.of(url)
     if must_exist:
         location.check_exists()

@@ -158,13 +158,14 @@ class DatabaseParkedQueues:
         Raises:
             BrokerError: the database can't be used now; nothing was replayed.
         """
+        queues: set[str] = set()
 
         def moved(connection: Connection) -> ReplayResult:
             done: list[ParkedMessage] = []
             failed: list[tuple[ParkedMessage, str]] = []
             self._routes.update(routing.load(connection))
             for message in messages:
-                reason = self._move(message, connection, to_origin=to_origin)
+                reason = self._move(message, connection, queues, to_origin=to_origin)
                 if reason is None:
                     done.append(message)
                 else:
@@ -172,14 +173,14 @@ class DatabaseParkedQueues:
             return ReplayResult(tuple(done), tuple(failed))
 
         result = self._database.run(moved)
-        self._database.published()
+        self._database.published(queues)
         self._moved.update(each.seq for each in result.done if isinstance(each, StoredMessage))
         return result
 
     def _move(
-        self, message: ParkedMessage, connection: Connection, *, to_origin: bool
+        self, message: ParkedMessage, connection: Connection, to: set[str], *, to_origin: bool
     ) -> str | None:
-        """Move ``message`` to its destination; return None, or the reason why that failed."""
+        """Move ``message``, and add its queues to ``to``; return None, or why that failed."""
         event = replayed(message, to_origin=to_origin)
         if isinstance(event, str):
             return event
@@ -192,6 +193,7 @@ class DatabaseParkedQueues:
             return "it is no longer in its queue, or it is leased"
         # The old row is deleted last, so that its number isn't reused for a new row.
         self._database.store.put_rows(rows_of(event, queues), connection=connection)
+        to.update(queues)
         connection.execute(delete(events).where(_is_still(message)))
         return None
 

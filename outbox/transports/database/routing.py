@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Column, Connection, MetaData, String, Table, select
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Column, Connection, MetaData, String, Table, insert, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from outbox.messages.topics import matches
+from outbox.storage.schema import MARIADB_OPTIONS, dialect_of
 
 __all__ = ["Binding", "Routes", "add", "bindings", "create", "load", "of_queue"]
 
@@ -27,6 +28,7 @@ bindings = Table(
     Column("exchange", String(255), primary_key=True),
     Column("pattern", String(255), primary_key=True),
     sqlite_with_rowid=False,
+    **MARIADB_OPTIONS,
 )
 
 
@@ -55,8 +57,18 @@ def load(connection: Connection) -> list[Binding]:
 
 def add(connection: Connection, new: Sequence[Binding]) -> None:
     """Add bindings, except those that exist."""
-    values = [binding._asdict() for binding in new]
-    connection.execute(insert(bindings).on_conflict_do_nothing(), values)
+    # In order, so that others who add the same ones wait instead of meeting in a deadlock.
+    missing = sorted(set(new).difference(load(connection)))
+    if missing:
+        statement = _ADD[dialect_of(connection.dialect.name) or ""]
+        connection.execute(statement, [binding._asdict() for binding in missing])
+
+
+_ADD = {
+    "postgresql": postgresql.insert(bindings).on_conflict_do_nothing(),
+    "mariadb": insert(bindings).prefix_with("IGNORE"),
+    "sqlite": sqlite.insert(bindings).on_conflict_do_nothing(),
+}
 
 
 class Routes:

@@ -137,7 +137,7 @@ class DatabaseSubscription:
         """Declare the queues and consume, until :meth:`cancel`."""
         self._deliver = deliver
         self._refused = refused
-        self._database.listen(self._wake)
+        self._database.listen(self._wake, [queue.name for queue in self._queues])
         self._thread = threading.Thread(target=self._run, name="outbox-consumer", daemon=True)
         self._thread.start()
 

@@ -92,6 +92,7 @@ class DatabaseTransport(BackloggedTransport):
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread = BackgroundThread(lambda: None, self._run, name="outbox-publisher")
         self._connected = False
+        self._used_at: float | None = None  # None also while an idle connection is closed
         self._failures = 0
         self._try_again_at = 0.0
         self._backing_off: list[tuple[float, Entry]] = []  # with the times to retry them
@@ -141,7 +142,11 @@ class DatabaseTransport(BackloggedTransport):
         while not self._stopping:
             self._take_in()
             if self._wanted and not self._stopping:
-                self._turn()
+                if self._is_idle():
+                    self._database.close()
+                    self._used_at = None
+                else:
+                    self._turn()
             self._thread.pause.busy = False
             with contextlib.suppress(queue.Empty):
                 self._bell.get(timeout=self._pause())
@@ -163,11 +168,20 @@ class DatabaseTransport(BackloggedTransport):
         self._stopping = True
         self._bell.put(None)
 
+    def _is_idle(self) -> bool:
+        """Return whether nothing was written for so long that the connection is to be closed."""
+        timeout = self._database.idle_timeout
+        if timeout is None or not self._connected or self.backlog.queued or self._backing_off:
+            return False
+        return self._used_at is None or time.monotonic() >= self._used_at + timeout
+
     def _pause(self) -> float | None:
-        """Return the seconds until the next retry; None if there is nothing to retry."""
+        """Return the seconds until there is something to do; None if there is nothing."""
         times = [due_at for due_at, _ in self._backing_off]
         if self._failures:
             times.append(self._try_again_at)
+        if self._used_at is not None and self._database.idle_timeout is not None:
+            times.append(self._used_at + self._database.idle_timeout)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _turn(self) -> None:
@@ -181,6 +195,7 @@ class DatabaseTransport(BackloggedTransport):
             while self.backlog.queued and not self._stopping:
                 self._write_next()
             self._log_replacement()
+            self._used_at = time.monotonic()
             # Not before: a file on a full disk can be opened, so the pauses would never grow.
             self._on_success()
         except BrokerError as error:
@@ -232,7 +247,7 @@ class DatabaseTransport(BackloggedTransport):
                 self._notify(self.backlog.give_fate(entries, Fate.REJECTED, why))
             return
         self._room = self._room.without(size)
-        self._database.published()
+        self._database.published({row["queue"] for row in plan.rows})
         self.backlog.confirmed()
         for (fate, reason), settled in plan.fates.items():
             self._notify(self.backlog.give_fate(settled, fate, reason))
@@ -297,7 +312,7 @@ class DatabaseTransport(BackloggedTransport):
             return
         self._was_replaced = True
         self._queues_missing_until = time.monotonic() + _TIME_TO_DECLARE
-        self._database.published()
+        self._database.published(())
 
     def _log_replacement(self) -> None:
         # Not at once, while the database is in use: a log handler may publish.

@@ -1,0 +1,1 @@
+"""What is special of a database server as the broker: its connection, its errors."""

@@ -1,0 +1,203 @@
+"""A database on a server: PostgreSQL or MariaDB."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from sqlalchemy import Connection
+
+from outbox.errors import BrokerError, UsageError
+from outbox.storage.store import Store
+from outbox.storage.transactions import try_again
+from outbox.system import process
+from outbox.telemetry import tracing
+from outbox.transports.database.database import Database
+from outbox.transports.database.server.due_times import due_in
+from outbox.transports.database.server.server_address import ServerAddress
+from outbox.transports.database.server.server_errors import (
+    DATABASE_ERRORS,
+    is_failure,
+    of_server,
+)
+from outbox.url import BrokerURL
+
+__all__ = ["ServerDatabase"]
+
+_T = TypeVar("_T")
+
+_PROBE_AFTER = 5.0
+"""Seconds without use after which a connection may have been closed, by the server or on the way,
+so that it is tried before it is used."""
+
+
+class ServerDatabase(Database):
+    """Connects to a server when needed, and again after a failure. For one thread.
+
+    It never creates tables: who publishes rarely may, and several at once would disturb each other.
+    """
+
+    lease = 60.0
+    idle_timeout = 60.0
+
+    def __init__(
+        self, url: BrokerURL, on_reopened: Callable[[bool], None], *, owner: str = ""
+    ) -> None:
+        """Check the URL; nothing is connected yet.
+
+        Args:
+            url: the URL.
+            on_reopened: called with False when a connection was opened again.
+            owner: the owner of the rows that are leased here; see ``Store``.
+
+        Raises:
+            UsageError: the URL has an invalid option.
+            MissingExtra: the driver isn't installed.
+        """
+        super().__init__(str(url), str(url))
+        address = ServerAddress.of(url)
+        self.poll = address.poll
+        self._dialect = url.scheme
+        self._on_reopened = on_reopened
+        self._engine = address.open_engine()
+        self._store = Store(self._engine, owner)
+        self._connection: Connection | None = None
+        self._used_at = 0.0
+        self._was_open = False
+        _made.add(self)
+
+    @property
+    def store(self) -> Store:
+        """The store of the events in the database."""
+        return self._store
+
+    def open(self) -> None:
+        """Connect, unless that has been done.
+
+        Raises:
+            BrokerError: the server can't be used now; the cause is a UsageError if a table is
+                missing, or the server is too old.
+        """
+        with self._translated():
+            self._opened()
+
+    def run(self, work: Callable[[Connection], _T], *, durable: bool = True) -> _T:
+        """Return what ``work`` returns, called again after a conflict with others.
+
+        Raises:
+            BrokerError: the server can't be used now; nothing has changed, unless the commit itself
+                failed.
+        """
+
+        def once() -> _T:
+            connection = self._opened()
+            with connection.begin():
+                if self._dialect == "postgresql" and not durable:
+                    connection.exec_driver_sql("SET LOCAL synchronous_commit TO OFF")
+                return work(connection)
+
+        with self._translated():
+            return try_again(once)
+
+    def changed(self) -> bool:
+        """Return True: only a look for rows can tell."""
+        return True
+
+    def due_in(self, queues: Sequence[str]) -> float | None:
+        """Return the seconds until a row of one of ``queues`` is due; one statement."""
+        with self._translated():
+            connection = self._opened()
+            with connection.begin():
+                return due_in(connection, self._dialect, queues)
+
+    def close(self) -> None:
+        """Close the connection, if there is one. It is opened again when needed."""
+        connection, self._connection = self._connection, None
+        with contextlib.suppress(*DATABASE_ERRORS):
+            if connection is not None:
+                connection.close()
+        self._engine.dispose()
+
+    def _opened(self) -> Connection:
+        connection = self._connection
+        now = time.monotonic()
+        if connection is not None and (
+            now < self._used_at + _PROBE_AFTER or self._is_alive(connection)
+        ):
+            self._used_at = now
+            return connection
+        connection = self._engine.connect()
+        try:
+            connection.execution_options(isolation_level="READ COMMITTED")
+            with connection.begin():
+                self._store.check(connection=connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        self._used_at = time.monotonic()
+        if self._was_open:
+            self._on_reopened(False)
+        self._was_open = True
+        return connection
+
+    def _is_alive(self, connection: Connection) -> bool:
+        try:
+            with connection.begin():
+                connection.exec_driver_sql("SELECT 1")
+        except DATABASE_ERRORS:
+            self._abandon()
+            return False
+        return True
+
+    def _abandon(self) -> None:
+        """Forget the connection: after a failover, the next one leads to another server."""
+        connection, self._connection = self._connection, None
+        with contextlib.suppress(*DATABASE_ERRORS):
+            if connection is not None:
+                connection.invalidate()
+                connection.close()
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        was_open = self._connection is not None
+        try:
+            with tracing.hidden():
+                yield
+        except BrokerError:
+            raise
+        except UsageError as error:
+            self._abandon()
+            raise of_server(error, self.name, connecting=True) from error
+        except DATABASE_ERRORS as error:
+            if not is_failure(error):
+                raise
+            self._abandon()
+            raise of_server(error, self.name, connecting=not was_open) from error
+
+    def _leave_to_parent(self) -> None:
+        """Abandon the parent's connection in a forked child, without a word to the server.
+
+        The extra reference keeps the pool from resetting it: the child would do that over the
+        connection which the parent goes on using.
+        """
+        if self._connection is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
+            self._connection = None
+        self._engine.dispose(close=False)
+
+
+_made: weakref.WeakSet[ServerDatabase] = weakref.WeakSet()
+
+
+def _leave_all_to_parent() -> None:
+    for database in list(_made):
+        database._leave_to_parent()
+
+
+process.after_fork(_leave_all_to_parent)

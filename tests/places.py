@@ -132,7 +132,6 @@ class ServerPlace(_Place):
         self.engine = create_engine(url, poolclass=NullPool)
         Store(self.engine).create()
         with self.engine.begin() as connection:
-            routing.create(connection)
             for table in ("outbox_events", "outbox_bindings"):
                 connection.execute(text(f"DELETE FROM {table}"))
 

@@ -132,7 +132,7 @@ def _files(options: argparse.Namespace) -> dict[Path, str]:
     }
     if options.tables is not None:
         import outbox.sql.inbox  # noqa: F401  which adds its table
-        from outbox.storage.schema import ddl
+        from outbox.storage.creating import ddl
 
         files[Path("outbox.sql")] = ddl(options.tables)
     return files

@@ -32,6 +32,16 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     create.set_defaults(run=_create)
 
+    upgrade = actions.add_parser(
+        "upgrade",
+        parents=[common, database],
+        help="add what the tables of an earlier version lack",
+        description="Add the tables and indexes that a later version has added, while the tables "
+        "are in use: PostgreSQL builds the indexes without keeping writers waiting. Processes of "
+        "the earlier version can go on.",
+    )
+    upgrade.set_defaults(run=_upgrade)
+
     show = actions.add_parser(
         "ddl",
         parents=[common],
@@ -60,9 +70,19 @@ def _create(options: argparse.Namespace) -> int:
     return exit_codes.SUCCESS
 
 
+def _upgrade(options: argparse.Namespace) -> int:
+    import outbox.sql.inbox  # noqa: F401  which adds its table
+    from outbox.storage.creating import upgrade
+
+    with open_store(options, check=False) as store:
+        added = upgrade(store.engine)
+    print(f"added {', '.join(added)}" if added else "nothing was missing")
+    return exit_codes.SUCCESS
+
+
 def _ddl(options: argparse.Namespace) -> int:
     import outbox.sql.inbox  # noqa: F401  which adds its table
-    from outbox.storage.schema import ddl
+    from outbox.storage.creating import ddl
 
     print(ddl(options.dialect), end="")
     return exit_codes.SUCCESS

@@ -10,7 +10,7 @@ from django.db.migrations.operations.base import Operation
 
 from outbox import UsageError
 
-__all__ = ["CreateTables"]
+__all__ = ["CompleteTables", "CreateTables"]
 
 
 class CreateTables(Operation):
@@ -68,6 +68,52 @@ class CreateTables(Operation):
     def describe(self) -> str:
         """Return what it does, for Django's output."""
         return "Create the tables of outbox"
+
+
+class CompleteTables(Operation):
+    """Adds what a later version of outbox needs, by statements of each vendor.
+
+    Each may find that ``outbox sql create`` or ``outbox sql upgrade`` has done its work.
+    """
+
+    reversible = True
+
+    def __init__(
+        self, statements: Mapping[str, Sequence[str]], undone: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Make the operation of the statements of each vendor, and of those that undo it."""
+        self.statements = statements
+        self.undone = undone
+
+    def state_forwards(self, app_label: str, state: Any) -> None:
+        """Change nothing: no model is about it."""
+
+    def database_forwards(
+        self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
+    ) -> None:
+        """Execute the statements of the database's vendor."""
+        self._execute(self.statements, app_label, schema_editor, to_state)
+
+    def database_backwards(
+        self, app_label: str, schema_editor: Any, from_state: Any, to_state: Any
+    ) -> None:
+        """Execute those that undo it."""
+        self._execute(self.undone, app_label, schema_editor, from_state)
+
+    @staticmethod
+    def _execute(
+        statements: Mapping[str, Sequence[str]], app_label: str, schema_editor: Any, state: Any
+    ) -> None:
+        connection = schema_editor.connection
+        models = state.apps.get_app_config(app_label).get_models()
+        if all(router.allow_migrate_model(connection.alias, model) for model in models):
+            for statement in statements[connection.vendor]:
+                # Without parameters: schema_editor would look for placeholders in the text.
+                schema_editor.execute(statement, params=None)
+
+    def describe(self) -> str:
+        """Return what it does, for Django's output."""
+        return "Complete the tables of outbox"
 
 
 def _present(connection: Any, models: Any) -> set[str]:

@@ -11,11 +11,12 @@ from sqlalchemy import Connection, Engine, func, inspect, select, text
 
 from outbox.doctor.check import Check
 from outbox.doctor.examined import Examined
-from outbox.doctor.finding import NotApplicable, NotChecked, Problem
+from outbox.doctor.finding import NotApplicable, NotChecked, Problem, Severity
 from outbox.errors import ConnectFailed, OutboxError, UsageError
 from outbox.storage.clock import now, seconds_since
+from outbox.storage.creating import ADDED_LATER, check_server
 from outbox.storage.failures import DatabaseError, reason_of
-from outbox.storage.schema import check_server, dialect_of, events, metadata_of
+from outbox.storage.schema import dialect_of, events, metadata_of
 from outbox.storage.statements import statements
 from outbox.storage.transactions import own_transaction
 
@@ -75,7 +76,8 @@ def _lacking(connection: Connection) -> Iterator[Problem]:
     inspector = inspect(connection)
     for table in metadata_of(connection.dialect.name).sorted_tables:
         if not inspector.has_table(table.name):
-            yield Problem("error", f"there is no table {table.name}")
+            severity: Severity = "warning" if table.name in ADDED_LATER else "error"
+            yield Problem(severity, f"there is no table {table.name}")
             continue
         columns = {column["name"] for column in inspector.get_columns(table.name)}
         indexes = {index["name"] for index in inspector.get_indexes(table.name)}

@@ -39,8 +39,9 @@ from outbox.messages.remembered import (
 )
 from outbox.sql import commits
 from outbox.storage.clock import Timestamp, in_seconds, now, seconds_since
+from outbox.storage.creating import create_missing
 from outbox.storage.engines import engine_beside, open_engine
-from outbox.storage.schema import MARIADB_OPTIONS, create_missing, dialect_of, for_migrations
+from outbox.storage.schema import MARIADB_OPTIONS, dialect_of, for_migrations
 from outbox.storage.transactions import own_transaction
 from outbox.telemetry import tracing
 

@@ -10,18 +10,18 @@ express that; :func:`metadata_of` can.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from sqlalchemy import (
     TIMESTAMP,
     BigInteger,
     Column,
+    ColumnElement,
     Connection,
     Float,
     Identity,
     Index,
+    Insert,
     Integer,
     LargeBinary,
     MetaData,
@@ -29,37 +29,38 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    func,
-    inspect,
+    event,
+    insert,
     literal,
+    literal_column,
     null,
-    select,
     text,
 )
 from sqlalchemy.dialects import mysql
-from sqlalchemy.engine import URL
-from sqlalchemy.exc import NoSuchModuleError
-from sqlalchemy.schema import CreateIndex, CreateTable, ExecutableDDLElement
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 from outbox.errors import UsageError
+from outbox.messages.headers import TASK
 from outbox.storage.clock import Timestamp, in_seconds, now
 
 __all__ = [
     "DIALECTS",
     "GRACE",
     "MARIADB_OPTIONS",
-    "check_server",
-    "create_missing",
-    "ddl",
+    "SCHEMA_VERSION",
+    "bindings",
     "dialect_of",
     "events",
     "events_with_grace",
+    "filled",
     "for_migrations",
+    "has_header",
     "known_dialect",
+    "meta",
     "metadata",
     "metadata_of",
-    "missing",
-    "statements_of",
 ]
 
 DIALECTS = ("postgresql", "mariadb", "sqlite")
@@ -95,9 +96,47 @@ MARIADB_OPTIONS: dict[str, Any] = {
 }
 """The options of every table on MariaDB; the others ignore them."""
 
-_CREATING = 0x6F7574626F78  # "outbox": the advisory lock of those that create tables
-_OLDEST_MARIADB = (10, 6)
-_LOCK_TIMEOUT = 60  # seconds for which MariaDB waits for it
+SCHEMA_VERSION = 1
+"""The version of the tables, in ``outbox_meta``. Tables only ever get more columns and indexes."""
+
+
+class _contains(FunctionElement[bool]):
+    """Whether a text contains another one, in words that an index's condition may have."""
+
+    inherit_cache = True
+
+
+@compiles(_contains, "postgresql")
+def _(element: _contains, compiler: SQLCompiler, **options: Any) -> str:
+    text, part = (compiler.process(each, **options) for each in element.clauses)
+    return f"strpos({text}, {part}) > 0"
+
+
+@compiles(_contains)
+def _(element: _contains, compiler: SQLCompiler, **options: Any) -> str:
+    text, part = (compiler.process(each, **options) for each in element.clauses)
+    return f"instr({text}, {part}) > 0"
+
+
+class _random_id(FunctionElement[str]):
+    """A new id, made by the database."""
+
+    inherit_cache = True
+
+
+@compiles(_random_id, "postgresql")
+def _(element: _random_id, compiler: SQLCompiler, **_: Any) -> str:
+    return "gen_random_uuid()"
+
+
+@compiles(_random_id, *_MARIADB)
+def _(element: _random_id, compiler: SQLCompiler, **_: Any) -> str:
+    return "UUID()"
+
+
+@compiles(_random_id, "sqlite")
+def _(element: _random_id, compiler: SQLCompiler, **_: Any) -> str:
+    return "lower(hex(randomblob(16)))"
 
 
 def for_migrations(table: Table) -> None:
@@ -195,7 +234,57 @@ Index(
     postgresql_where=_unkeyed_and_new,
     sqlite_where=_unkeyed_and_new,
 )
+
+
+def has_header(name: str) -> ColumnElement[bool]:
+    """Return the condition that an event has a header of this name, or one that contains it."""
+    # A literal: the condition of an index matches no parameter.
+    return _contains(events.c.headers, literal_column(f"'\"{name}\"'"))
+
+
+# Finds a task by its id; no other event is in it, or pays for it.
+Index(
+    "outbox_events_tasks",
+    events.c.id,
+    postgresql_where=has_header(TASK),
+    sqlite_where=has_header(TASK),
+)
 for_migrations(events)
+
+bindings = Table(
+    "outbox_bindings",
+    MetaData(),
+    Column("queue", String(255), primary_key=True),
+    Column("exchange", String(255), primary_key=True),
+    Column("pattern", String(255), primary_key=True),
+    sqlite_with_rowid=False,
+    **MARIADB_OPTIONS,
+)
+"""Which queues get which events, where the database is the broker."""
+for_migrations(bindings)
+
+meta = Table(
+    "outbox_meta",
+    MetaData(),
+    Column("id", String(36), primary_key=True),
+    Column("schema_version", Integer, nullable=False),
+    **MARIADB_OPTIONS,
+)
+"""One row: the identity of the tables, whatever URL leads to them, and their version."""
+
+
+def filled(table: Table) -> Insert:
+    """Return the statement that writes the row of ``table``, which is :data:`meta` or a copy."""
+    version: ColumnElement[int] = literal_column(str(SCHEMA_VERSION))
+    return insert(table).values(id=_random_id(), schema_version=version).inline()
+
+
+@event.listens_for(meta, "after_create", propagate=True)  # to copies
+def _fill(table: Table, connection: Connection, **_: Any) -> None:
+    connection.execute(filled(table))
+
+
+for_migrations(meta)
 
 # An index has no condition here, so it has columns in its place. Dead rows leave the index of what
 # is due otherwise: they are due in the year 9999.
@@ -247,96 +336,3 @@ def metadata_of(dialect: str) -> MetaData:
             if column.identity is not None:  # there an AUTO_INCREMENT
                 column.identity = column.server_default = None
     return copies
-
-
-def missing(connection: Connection) -> list[Table | Index]:
-    """Return the tables of :data:`metadata`, and the indexes, that the database lacks."""
-    inspector = inspect(connection)
-    found: list[Table | Index] = []
-    for table in metadata_of(connection.dialect.name).sorted_tables:
-        schema = connection.schema_for_object(table)
-        if not inspector.has_table(table.name, schema=schema):
-            found += [table, *_indexes(table)]
-            continue
-        known = {index["name"] for index in inspector.get_indexes(table.name, schema=schema)}
-        found += [index for index in _indexes(table) if index.name not in known]
-    return found
-
-
-def check_server(connection: Connection) -> None:
-    """Raise UsageError if the server is MySQL, or a MariaDB without SKIP LOCKED."""
-    if dialect_of(connection.dialect.name) != "mariadb":
-        return
-    version: tuple[Any, ...] = connection.dialect.server_version_info or ()
-    if not getattr(connection.dialect, "is_mariadb", False) or version < _OLDEST_MARIADB:
-        number = ".".join(map(str, version))
-        raise UsageError(
-            f"events can be stored in MariaDB from 10.6, not in this server ({number})"
-        )
-
-
-def create_missing(connection: Connection) -> list[str]:
-    """Create the tables and indexes that the database lacks; return their names.
-
-    Processes that do this at the same time wait for each other. On MariaDB this commits the
-    connection's transaction.
-
-    Raises:
-        UsageError: see :func:`check_server`.
-    """
-    check_server(connection)
-    with _alone(connection):
-        lacking = missing(connection)
-        for each in lacking:
-            if isinstance(each, Table):
-                connection.execute(CreateTable(each, if_not_exists=True))
-            else:
-                connection.execute(CreateIndex(each, if_not_exists=True))
-    return [str(each.name) for each in lacking]
-
-
-@contextlib.contextmanager
-def _alone(connection: Connection) -> Iterator[None]:
-    """Wait until no other connection creates tables, and keep others waiting in the block."""
-    dialect = known_dialect(connection.dialect.name)
-    if dialect == "postgresql":
-        # Without it, all but one would fail: even IF NOT EXISTS sees only what is committed.
-        connection.execute(select(func.pg_advisory_xact_lock(_CREATING)))
-    elif dialect == "mariadb":
-        # A lock of the connection: creating a table commits, which would end any other.
-        connection.execute(select(func.get_lock(str(_CREATING), _LOCK_TIMEOUT)))
-    try:
-        yield
-    finally:
-        if dialect == "mariadb" and not connection.invalidated:
-            connection.execute(select(func.release_lock(str(_CREATING))))
-
-
-def _indexes(table: Table) -> list[Index]:
-    return sorted(table.indexes, key=lambda index: str(index.name))
-
-
-def ddl(dialect: str) -> str:
-    """Return the statements that create the tables, for ``dialect``, as a script.
-
-    Raises:
-        UsageError: ``dialect`` is not in :data:`DIALECTS`, nor ``"mysql"`` for MariaDB.
-    """
-    return "".join(f"{statement};\n" for statement in statements_of(dialect))
-
-
-def statements_of(dialect: str) -> list[str]:
-    """Return the statements that create the tables, for ``dialect``, one by one.
-
-    Raises:
-        UsageError: ``dialect`` is not in :data:`DIALECTS`, nor ``"mysql"`` for MariaDB.
-    """
-    tables = metadata_of(dialect).sorted_tables
-    try:
-        chosen = URL.create(dialect_of(dialect) or dialect).get_dialect()()
-    except NoSuchModuleError as error:
-        raise UsageError(f"SQLAlchemy has no dialect {dialect!r}") from error
-    statements: list[ExecutableDDLElement] = []
-    for table in tables:
-        statements += [CreateTable(table), *map(CreateIndex, _indexes(table))]
-    return [str(statement.compile(dialect=chosen)).strip() for statement in statements]

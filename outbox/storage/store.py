@@ -32,7 +32,8 @@ from outbox.errors import UsageError
 from outbox.event import Event
 from outbox.messages.rows import event_of, values_of
 from outbox.storage.clock import now, seconds_since
-from outbox.storage.schema import check_server, create_missing, ddl, events, known_dialect
+from outbox.storage.creating import ADDED_LATER, check_server, create_missing, ddl
+from outbox.storage.schema import events, known_dialect
 from outbox.storage.statements import statements
 from outbox.storage.transactions import own_transaction, try_again
 from outbox.telemetry import tracing
@@ -45,7 +46,6 @@ _T = TypeVar("_T")
 
 _WINDOW = 500  # rows, or keys, at least: what an ordered claim looks at in one statement
 _LOOKS = 8  # statements in which a claim searches for a free key; the next one goes on there
-_ADDED_LATER = ("index outbox_events_heads", "index outbox_events_unkeyed")
 _TOKEN = 36  # the length of its column
 OWNER_LENGTH = 12
 _READ_THROUGH = 30.0  # seconds between two searches through a whole backlog for rows without a key
@@ -156,22 +156,23 @@ class Store:
                 return
         check_server(connection)
         inspector = inspect(connection)
-        if not inspector.has_table(events.name):
+        schema = connection.schema_for_object(events)
+        if not inspector.has_table(events.name, schema=schema):
             raise UsageError(
                 f"the table {events.name} does not exist; create it with `outbox sql create`, or "
                 "with your migrations (outbox.sql.metadata, `outbox sql ddl`)"
             )
-        columns = {column["name"] for column in inspector.get_columns(events.name)}
-        indexes = {index["name"] for index in inspector.get_indexes(events.name)}
+        columns = {each["name"] for each in inspector.get_columns(events.name, schema=schema)}
+        indexes = {each["name"] for each in inspector.get_indexes(events.name, schema=schema)}
         lacking = [f"column {each.name}" for each in events.columns if each.name not in columns]
         lacking += [f"index {each.name}" for each in events.indexes if each.name not in indexes]
         if not lacking:
             return
-        complete = complete or any(each not in _ADDED_LATER for each in lacking)
+        complete = complete or any(each.split()[1] not in ADDED_LATER for each in lacking)
         what = f"the table {events.name} lacks {', '.join(sorted(lacking))}"
         if complete:
             raise UsageError(f"{what}; it should be:\n" + ddl(self.engine.dialect.name))
-        logger.warning("%s; until `outbox sql create` adds it, claims may be slow", what)
+        logger.warning("%s; until `outbox sql upgrade` adds it, outbox may be slow", what)
 
     def put(self, new_events: Iterable[Event], *, connection: Connection | None = None) -> None:
         """Store events for the relay, in the transaction of ``connection`` if one is given."""

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Engine, and_, delete, func, inspect, select
 
 from outbox.messages.headers import DEAD_REASON, PARKED_REASON, TASK
-from outbox.storage.schema import events
+from outbox.storage.schema import events, has_header
 from outbox.storage.transactions import own_transaction
 
 __all__ = ["count_waiting", "delete_waiting"]
@@ -20,14 +20,10 @@ def _waits(event_id: str) -> ColumnElement[bool]:
         row.dead_at.is_(None),
         # After its lease has ended, its worker may still be at it.
         row.lease_token.is_(None),
-        _has(TASK),
-        ~_has(DEAD_REASON),
-        ~_has(PARKED_REASON),
+        has_header(TASK),
+        ~has_header(DEAD_REASON),
+        ~has_header(PARKED_REASON),
     )
-
-
-def _has(header: str) -> ColumnElement[bool]:
-    return events.c.headers.contains(f'"{header}"', autoescape=True)
 
 
 def count_waiting(engine: Engine, event_id: str) -> int:

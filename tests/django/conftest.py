@@ -151,9 +151,8 @@ def copy_mariadb_tables(template: str, url: str) -> None:
     with engine.begin() as connection:
         for table in inspect(connection).get_table_names(schema=template):
             connection.exec_driver_sql(f"CREATE TABLE {table} LIKE {template}.{table}")
-        connection.exec_driver_sql(
-            f"INSERT INTO django_migrations SELECT * FROM {template}.django_migrations"
-        )
+        for table in ("django_migrations", "outbox_meta"):
+            connection.exec_driver_sql(f"INSERT INTO {table} SELECT * FROM {template}.{table}")
 
 
 def migrate(its_settings: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ from outbox.django import aenqueue_event, enqueue_event
 from outbox.django.connecting import engine_of
 from outbox.django.models import StoredEvent
 from outbox.sql import Store
+from outbox.storage.creating import database_id, missing
+from outbox.storage.transactions import own_transaction
 from tests.django.shop.models import Order
 
 # Its name before Django 6.1.
@@ -172,6 +174,9 @@ def test_without_the_table_the_error_names_the_migration() -> None:
 def test_the_migrated_table_is_what_outbox_needs() -> None:
     for alias in ("default", "other"):
         Store(engine_of(alias)).check(complete=True)
+        with own_transaction(engine_of(alias)) as connection:
+            assert missing(connection) == []
+            assert database_id(connection)
     call_command("makemigrations", "outbox_events", check=True, dry_run=True, verbosity=0)
 
 

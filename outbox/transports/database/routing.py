@@ -9,27 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Column, Connection, MetaData, String, Table, insert, select
+from sqlalchemy import Connection, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from outbox.messages.topics import matches
-from outbox.storage.schema import MARIADB_OPTIONS, dialect_of
+from outbox.storage.schema import bindings, dialect_of
 
-__all__ = ["Binding", "Routes", "add", "bindings", "create", "load", "of_queue"]
+__all__ = ["Binding", "Routes", "add", "load", "of_queue"]
 
 _CACHED = 10_000  # addresses; limited because targets may contain user data
-
-_metadata = MetaData()
-
-bindings = Table(
-    "outbox_bindings",
-    _metadata,
-    Column("queue", String(255), primary_key=True),
-    Column("exchange", String(255), primary_key=True),
-    Column("pattern", String(255), primary_key=True),
-    sqlite_with_rowid=False,
-    **MARIADB_OPTIONS,
-)
 
 
 class Binding(NamedTuple):
@@ -43,11 +31,6 @@ class Binding(NamedTuple):
 def of_queue(name: str) -> Binding:
     """Return the binding that makes ``name`` a queue."""
     return Binding(name, "", name)
-
-
-def create(connection: Connection) -> None:
-    """Create the table unless it exists."""
-    _metadata.create_all(connection)
 
 
 def load(connection: Connection) -> list[Binding]:

@@ -18,7 +18,6 @@ from outbox.storage.engines import open_sqlite
 from outbox.storage.store import Store
 from outbox.system import process
 from outbox.telemetry import tracing
-from outbox.transports.database import routing
 from outbox.transports.database.database import Database, Room
 from outbox.transports.database.sqlite.disk_room import room_at
 from outbox.transports.database.sqlite.location import Location
@@ -177,7 +176,6 @@ class SQLiteFile(Database):
             with self._patiently(connection.begin):
                 is_new = self._store.create(connection=connection)
                 self._store.check(connection=connection)
-                routing.create(connection)
         except BaseException:
             connection.close()
             raise

@@ -1,0 +1,195 @@
+"""The tables: their identity, and how an earlier version's are completed."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine, make_url, text
+
+import outbox.sql
+from outbox import UsageError
+from outbox.event import Event
+from outbox.sql import Store
+from outbox.storage.creating import database_id, ddl, upgrade
+from outbox.storage.engines import open_engine
+from outbox.storage.transactions import own_transaction
+
+ADDED = ["outbox_events_heads", "outbox_events_tasks", "outbox_events_unkeyed"]
+ADDED_TABLES = ["outbox_bindings", "outbox_meta"]
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    engine = open_engine(database_url)
+    yield engine
+    engine.dispose()
+
+
+def id_of(engine: Engine) -> str | None:
+    with own_transaction(engine) as connection:
+        return database_id(connection)
+
+
+def make_earlier(engine: Engine) -> None:
+    """Leave what the first version had."""
+    Store(engine).create()
+    with engine.begin() as connection:
+        for name in ADDED:
+            where = " ON outbox_events" if engine.dialect.name == "mariadb" else ""
+            connection.exec_driver_sql(f"DROP INDEX {name}{where}")
+        for name in ADDED_TABLES:
+            connection.exec_driver_sql(f"DROP TABLE {name}")
+
+
+def test_a_database_keeps_one_id_whatever_creates_its_tables(
+    engine: Engine, database_url: str
+) -> None:
+    assert id_of(engine) is None
+    Store(engine).create()
+    made = id_of(engine)
+    assert made
+    Store(engine).create()
+    upgrade(engine)
+    other = open_engine(database_url)
+    assert id_of(other) == made
+    other.dispose()
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM outbox_meta"))  # as after a migration of Alembic's
+    assert id_of(engine) is None
+    Store(engine).create()
+    assert id_of(engine) not in (None, made)
+
+
+@pytest.mark.parametrize("way", ["ddl", "create_all", "copied"])
+def test_the_row_with_the_id_is_written_by_all_that_creates_the_tables(
+    engine: Engine, way: str
+) -> None:
+    with engine.begin() as connection:
+        if way == "ddl":
+            for statement in filter(str.strip, ddl(engine.dialect.name).split(";\n")):
+                connection.exec_driver_sql(statement)
+        elif way == "create_all":
+            outbox.sql.metadata.create_all(connection)
+        else:
+            copies = outbox.sql.metadata_of(engine.dialect.name)
+            copies.create_all(connection)
+    assert id_of(engine)
+
+
+def test_an_upgrade_completes_the_tables_and_only_those_that_are_there(engine: Engine) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        upgrade(engine)
+    make_earlier(engine)
+    assert sorted(upgrade(engine)) == sorted(ADDED + ADDED_TABLES)
+    Store(engine).check(complete=True)
+    assert id_of(engine)
+    assert upgrade(engine) == []
+
+
+def test_an_upgrade_on_postgresql_keeps_no_writer_waiting(postgresql_url: str) -> None:
+    engine = open_engine(postgresql_url)
+    make_earlier(engine)
+    store = Store(engine)
+    with engine.begin() as connection:  # what was left by an upgrade that was cut off
+        connection.exec_driver_sql(
+            "CREATE INDEX outbox_events_heads ON outbox_events (queue, key, seq) "
+            "WHERE key IS NOT NULL AND dead_at IS NULL"
+        )
+        connection.exec_driver_sql(
+            "UPDATE pg_index SET indisvalid = false "
+            "WHERE indexrelid = 'outbox_events_heads'::regclass"
+        )
+    added: list[str] = []
+    upgrading = threading.Thread(target=lambda: added.extend(upgrade(engine)))
+    with engine.connect() as connection:
+        transaction = connection.begin()
+        store.put([Event("1", "a", "shop", b"")], connection=connection)
+        upgrading.start()  # waits for that transaction
+        deadline = time.monotonic() + 10
+        waiting = text(
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
+            "AND datname = current_database() AND query LIKE '% INDEX CONCURRENTLY %'"
+        )
+        with engine.connect() as other:
+            while not other.execute(waiting).scalar():
+                assert time.monotonic() < deadline
+                other.rollback()
+        began = time.monotonic()
+        store.put([Event("2", "a", "shop", b"")])
+        assert time.monotonic() - began < 1
+        assert upgrading.is_alive()
+        transaction.commit()
+    upgrading.join(20)
+    assert sorted(added) == sorted(ADDED + ADDED_TABLES)
+    with engine.connect() as connection:
+        invalid = text("SELECT count(*) FROM pg_index WHERE NOT indisvalid")
+        assert connection.execute(invalid).scalar() == 0
+    engine.dispose()
+
+
+def test_postgresql_vacuums_the_table_often_unless_it_was_set_otherwise(
+    postgresql_url: str,
+) -> None:
+    engine = open_engine(postgresql_url)
+    Store(engine).create()
+    options = text("SELECT reloptions FROM pg_class WHERE relname = 'outbox_events'")
+    with engine.connect() as connection:
+        assert connection.execute(options).scalar() == [
+            "autovacuum_vacuum_scale_factor=0",
+            "autovacuum_vacuum_threshold=10000",
+        ]
+        connection.exec_driver_sql("ALTER TABLE outbox_events SET (autovacuum_vacuum_threshold=5)")
+        connection.commit()
+    Store(engine).create()
+    upgrade(engine)
+    with engine.connect() as connection:
+        assert "autovacuum_vacuum_threshold=5" in connection.execute(options).scalar_one()
+    engine.dispose()
+
+
+def test_a_task_is_found_by_its_index(engine: Engine) -> None:
+    from outbox.storage import task_statements
+
+    store = Store(engine)
+    store.create()
+    store.put([Event(str(n), "a", "shop", b"", headers={"outbox-task": "t"}) for n in range(500)])
+    store.put([Event(f"o{n}", "a", "shop", b"") for n in range(2000)])
+    assert task_statements.count_waiting(engine, "7") == 1
+    statement = str(
+        outbox.sql.events.select()
+        .where(task_statements._waits("7"))
+        .compile(engine, compile_kwargs={"literal_binds": True})
+    )
+    word = "EXPLAIN QUERY PLAN" if engine.dialect.name == "sqlite" else "EXPLAIN"
+    with engine.connect() as connection:
+        plan = connection.exec_driver_sql(f"{word} {statement}").all()
+    assert "outbox_events_tasks" in str(plan)
+    assert task_statements.delete_waiting(engine, "7") == 1
+
+
+def test_a_role_that_owns_no_table_may_run_create_when_nothing_is_missing(
+    postgresql_url: str,
+) -> None:
+    owner = open_engine(postgresql_url)
+    Store(owner).create()
+    role = f"reader_{uuid.uuid4().hex[:12]}"
+    with owner.begin() as connection:
+        connection.exec_driver_sql(
+            "ALTER TABLE outbox_events "
+            "RESET (autovacuum_vacuum_scale_factor, autovacuum_vacuum_threshold)"
+        )
+        connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN")
+        connection.exec_driver_sql(f"GRANT SELECT ON outbox_meta TO {role}")
+    other = open_engine(make_url(postgresql_url).set(username=role))
+    try:
+        assert not Store(other).create()
+    finally:
+        other.dispose()
+        with owner.begin() as connection:
+            connection.exec_driver_sql(f"DROP OWNED BY {role}")
+            connection.exec_driver_sql(f"DROP ROLE {role}")
+        owner.dispose()

@@ -17,6 +17,7 @@ from outbox.consumers.retry import RetryPolicy, seconds_of
 from outbox.header_values import check_name
 from outbox.messages.delivery import Delivery, QueueSpec, QueueType
 from outbox.messages.received_event import ReceivedEvent
+from outbox.recurring.recurring_task import RecurringTask
 from outbox.system.signatures import takes_no_arguments
 
 __all__ = ["Consumer", "FunctionConsumer", "consumer"]
@@ -292,6 +293,10 @@ class Consumer:
     def _for(self, delivery: Delivery) -> Consumer:
         """Return the consumer for a message of the queue: a task's, in a queue of tasks."""
         return self
+
+    def _recurring(self) -> Sequence[RecurringTask]:
+        """Return the recurring tasks of the queue, which a worker ticks for."""
+        return ()
 
     def spec(self, exchange: str) -> QueueSpec:
         """Return the queue to declare; ``exchange`` is the publisher's."""

@@ -20,6 +20,7 @@ from outbox.consumers.outcome import Again, Dead, Outcome, Return
 from outbox.consumers.worker.worker_context import MakeMessage
 from outbox.messages.delivery import Delivery
 from outbox.messages.headers import ORIGIN_EXCHANGE, ORIGIN_TARGET
+from outbox.recurring.recurring_task import RecurringTask
 from outbox.settings import Settings
 from outbox.system.steady_clock import monotonic
 from outbox.testing.called import Runnable
@@ -213,6 +214,9 @@ class _Worker(Worker):
 
     def _declared_hooks(self) -> Hooks:
         return Hooks()  # a test sets in worker_state what its handlers need
+
+    def _recurring(self) -> list[RecurringTask]:
+        return []  # a test runs what it has called
 
     def _message_maker(self) -> MakeMessage:
         return partial(_Message, broker=self._broker, note=self._note)

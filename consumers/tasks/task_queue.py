@@ -23,9 +23,11 @@ from outbox.messages import task_queues
 from outbox.messages.delivery import Delivery
 from outbox.messages.headers import TASK
 from outbox.messages.received_event import ReceivedEvent
+from outbox.recurring.recurring_task import RecurringTask
 from outbox.settings import Settings
 from outbox.tasks.call_arguments import DoesNotFit, parts_of
 from outbox.tasks.mapped import reading
+from outbox.tasks.recurring_calls import recurring_task_of
 
 __all__ = ["TaskQueue", "UnknownTask", "queues_of_tasks", "task_queues_of"]
 
@@ -83,6 +85,12 @@ class TaskQueue(Consumer):
     def process(self, event: ReceivedEvent) -> None:
         """Do nothing: each message is processed by its task's consumer."""
         raise AssertionError("a task is processed by its own consumer")
+
+    def _recurring(self) -> list[RecurringTask]:
+        """Return the recurring tasks of this queue."""
+        tasks = [self._table.entries[name].task for name in self.decorated()]
+        recurring = [recurring_task_of(task, self._settings) for task in tasks if task is not None]
+        return [each for each in recurring if each is not None]
 
     def decorated(self) -> dict[str, Consumer]:
         """Return the consumers of the decorated tasks of this queue, by the tasks' names."""

@@ -38,10 +38,11 @@ from outbox.consumers.worker.worker_context import MakeMessage, Quota, WorkerCon
 from outbox.consumers.worker.worker_stats import QueueStats, WorkerStats
 from outbox.messages.delivery import Delivery
 from outbox.observer import seam
+from outbox.recurring.recurring_task import RecurringTask
 from outbox.system.resident_memory import resident_bytes
 from outbox.telemetry import sources
 from outbox.telemetry.sources import Samples
-from outbox.transports.registry import open_subscription
+from outbox.transports.registry import open_subscription, open_ticker
 
 __all__ = ["Worker"]
 
@@ -130,6 +131,8 @@ class Worker:
         observer = seam.observer
         consumed = settings if observer is None else observer.consumed_with(settings)
         self._subscription = open_subscription(consumed, specs, self.prefetch)
+        recurring = self._recurring()
+        self._ticker = open_ticker(consumed, recurring) if recurring else None
         self._quota = None if max_messages is None else Quota(max_messages)
         self._isolation = isolation
         self._begun = begun
@@ -370,12 +373,16 @@ class Worker:
                     self._begun.own(self._subscription.owner)
                     self.take_over()
                 self._subscription.start(self._renewal.receiver(), self._on_refused)
+                if self._ticker is not None:
+                    self._ticker.start()
         for engine in self._engines():
             engine.begin()
 
     def _begin_to_stop(self) -> None:
         with self._opening:
             self._stopping.set()
+            if self._ticker is not None:
+                self._ticker.stop()
 
     def _call_hook(self, hook: Hook) -> Future[None]:
         """Have a hook called on a thread of handlers, or on their loop if it needs one."""
@@ -387,6 +394,10 @@ class Worker:
     def _declared_hooks(self) -> Hooks:
         """Return the hooks to run; the testing kit runs none."""
         return declared()
+
+    def _recurring(self) -> list[RecurringTask]:
+        """Return the recurring tasks to tick for; the testing kit ticks for none."""
+        return [task for each in self.consumers.values() for task in each._recurring()]
 
     def _message_maker(self) -> MakeMessage:
         """Return what makes messages; the testing kit makes others."""

@@ -33,6 +33,7 @@ __all__ = [
     "PARKED_TARGET",
     "REPLAYED_AT",
     "RETURNED",
+    "SCHEDULED_FOR",
     "TASK",
     "TRACEPARENT",
     "is_brokers_own",
@@ -48,6 +49,7 @@ FIRST_FAILURE = "outbox-first-failed-at"
 RETURNED = "outbox-returned"
 EXPIRES_AT = "outbox-expires-at-us"
 TASK = "outbox-task"
+SCHEDULED_FOR = "outbox-scheduled-for-us"
 REPLAYED_AT = "outbox-replayed-at"
 ORIGIN_EXCHANGE = "outbox-origin-exchange"
 ORIGIN_TARGET = "outbox-origin-target"

@@ -16,12 +16,19 @@ from outbox.messages.cloud_events import (
 )
 from outbox.messages.dead_letters import restore_origin
 from outbox.messages.delivery import Delivery, restore_delayed
-from outbox.messages.headers import DELAY_EXCHANGE, HEADER_KEY, TASK, is_brokers_own
+from outbox.messages.headers import (
+    DELAY_EXCHANGE,
+    HEADER_KEY,
+    SCHEDULED_FOR,
+    TASK,
+    is_brokers_own,
+)
 from outbox.serializer import JSONSerializer, serializer_for
 
 __all__ = ["ReceivedEvent", "Undecodable", "decode"]
 
 _RESERVED = "outbox-"
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
 class Undecodable(ValueError):
@@ -42,6 +49,8 @@ class ReceivedEvent(Event):
         redelivered: whether it may have been delivered before; only a hint.
         first_failure: the time at which the first attempt failed; None if this is the first.
         task: the name of the task that it calls; empty for other events. It comes from outside.
+        scheduled_for: the time (aware) at which a recurring task was to run; None for all else. It
+            comes from outside, too.
     """
 
     queue: str = ""
@@ -49,6 +58,7 @@ class ReceivedEvent(Event):
     redelivered: bool = False
     first_failure: datetime.datetime | None = None
     task: str = ""
+    scheduled_for: datetime.datetime | None = None
     _payload: Any = field(default=None, kw_only=True)
 
     @property
@@ -186,8 +196,20 @@ def decode(delivery: Delivery, *, lazily: bool = False) -> ReceivedEvent:
         redelivered=delivery.redelivered,
         first_failure=delivery.first_failure if headers else None,
         task=task if isinstance(task, str) else "",
+        scheduled_for=(
+            _scheduled_for(headers[SCHEDULED_FOR]) if headers and SCHEDULED_FOR in headers else None
+        ),
         _payload=payload,
     )
+
+
+def _scheduled_for(microseconds: Any) -> datetime.datetime | None:
+    if type(microseconds) is not int:
+        return None
+    try:
+        return _EPOCH + datetime.timedelta(microseconds=microseconds)
+    except OverflowError:
+        return None
 
 
 def _data_of(delivery: Delivery, content_type: str) -> Any:

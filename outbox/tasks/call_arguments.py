@@ -100,6 +100,11 @@ class Parameters:
                 hints.setdefault(first, self.owner)
         return hints
 
+    @property
+    def required(self) -> list[str]:
+        """The names of the parameters that have no default."""
+        return [name for name in self.signature.parameters if name in self._required[0]]
+
     def _codec_of(self, parameter: str) -> Codec:
         codec = self._codecs.get(parameter)
         if codec is None:

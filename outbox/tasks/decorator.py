@@ -7,22 +7,26 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, get_args, overload
 
 from outbox.errors import InvalidEvent, UsageError
 from outbox.header_values import check_name
 from outbox.messages import task_queues
+from outbox.recurring.schedules import schedule_of
 from outbox.tasks.call_arguments import parameters_of
 from outbox.tasks.call_options import CallOptions, TaskOptions, checked_priority, sent
 from outbox.tasks.target import Target, check_function, name_of_function
 from outbox.tasks.task_handle import TaskHandle
 
-__all__ = ["Retries", "Task", "TaskCall", "later", "options", "schedule", "task"]
+__all__ = ["Overlap", "Retries", "Task", "TaskCall", "later", "options", "schedule", "task"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Overlap = Literal["publish", "skip"]
+
 _LONGEST_QUEUE = 250
+_MOST_RUNS = 10_000
 
 
 class Retries(Protocol):
@@ -44,6 +48,8 @@ class Task(Generic[P, R]):
         queue: the queue that it names, or None: then it goes to that of ``tasks_queue``.
         retry, timeout, deduplicate, consumer: see :func:`task`.
         max_priority: the highest priority that has an effect in its queue, or None for the setting.
+        schedule: its times, if it is a recurring task; else None.
+        catch_up, overlap: see :func:`task`.
         target: what a call of it calls.
     """
 
@@ -62,6 +68,11 @@ class Task(Generic[P, R]):
         deduplicate: bool | datetime.timedelta,
         priority: int | None,
         consumer: type[Any] | None,
+        every: float | datetime.timedelta | None,
+        cron: str | None,
+        timezone: str | None,
+        catch_up: bool,
+        overlap: Overlap,
     ) -> None:
         """Make a task of ``function``; see :func:`task`."""
         check_function(function)
@@ -92,6 +103,10 @@ class Task(Generic[P, R]):
         self.deduplicate = deduplicate
         self.consumer = consumer
         self.target = Target(self.name, parameters_of(function, self.name))
+        self.schedule = schedule_of(every, cron, timezone, f"@task of {own_name}")
+        self.catch_up = catch_up
+        self.overlap = overlap
+        self._check_schedule(own_name)
         _register(self, own_name)
         if queue is not None:
             task_queues.note(queue, self.max_priority)
@@ -117,6 +132,49 @@ class Task(Generic[P, R]):
             OutboxError: what :meth:`outbox.EventCollector.enqueue_event` raises.
         """
         return sent(self.target, self, args, kwargs, None)
+
+    def next_runs(
+        self, after: datetime.datetime | None = None, count: int = 1
+    ) -> list[datetime.datetime]:
+        """Return the next times of a recurring task, in its time zone; nothing for any other task.
+
+        Args:
+            after: an aware datetime, after which they are; by default now.
+            count: how many, 1 to 10,000.
+
+        Raises:
+            UsageError: an argument is invalid.
+        """
+        if type(count) is not int or not 1 <= count <= _MOST_RUNS:
+            raise UsageError(f"count is {count!r:.60}, not an int from 1 to {_MOST_RUNS}")
+        if after is None:
+            after = datetime.datetime.now(datetime.UTC)
+        elif not isinstance(after, datetime.datetime) or after.utcoffset() is None:
+            raise UsageError(f"after is {after!r:.60}, not a datetime with a time zone")
+        runs: list[datetime.datetime] = []
+        while self.schedule is not None and len(runs) < count:
+            after = self.schedule.next_after(after)
+            runs.append(after.astimezone(self.schedule.zone))
+        return runs
+
+    def _check_schedule(self, own_name: str) -> None:
+        if not isinstance(self.catch_up, bool):
+            raise UsageError(f"@task of {own_name}: catch_up is {self.catch_up!r:.60}, not a bool")
+        if self.overlap not in get_args(Overlap):
+            raise UsageError(
+                f"@task of {own_name}: overlap is {self.overlap!r:.60}, not 'publish' or 'skip'"
+            )
+        if self.schedule is None:
+            if self.catch_up or self.overlap != "publish":
+                raise UsageError(
+                    f"@task of {own_name}: catch_up and overlap are of recurring tasks; give every "
+                    "or cron, too"
+                )
+        elif required := self.target.parameters.required:
+            raise UsageError(
+                f"@task of {own_name}: a recurring task is called without arguments, so each "
+                f"parameter needs a default, and {', '.join(map(repr, required))} has none"
+            )
 
     def options(self, **options: Any) -> TaskCall[P, R]:
         """Return what calls this task with other options; see :func:`outbox.tasks.options`.
@@ -230,6 +288,11 @@ def task(
     deduplicate: bool | datetime.timedelta = ...,
     priority: int | None = ...,
     consumer: type[Any] | None = ...,
+    every: float | datetime.timedelta | None = ...,
+    cron: str | None = ...,
+    timezone: str | None = ...,
+    catch_up: bool = ...,
+    overlap: Overlap = ...,
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
 
@@ -246,6 +309,11 @@ def task(
     deduplicate: bool | datetime.timedelta = False,
     priority: int | None = None,
     consumer: type[Any] | None = None,
+    every: float | datetime.timedelta | None = None,
+    cron: str | None = None,
+    timezone: str | None = None,
+    catch_up: bool = False,
+    overlap: Overlap = "publish",
 ) -> Any:
     """Make a task of a function or coroutine function of a module.
 
@@ -262,9 +330,18 @@ def task(
         priority: the priority of calls, 0 to 9; by default 5, and 3 for ``schedule()``.
         consumer: a class derived from ``Consumer``, without ``queue`` and ``process``, whose
             filters, callbacks and attributes apply to the task.
+        every: run it at each multiple of this interval since the Unix epoch: at least 1 second, as
+            seconds or a timedelta. The workers that have the task agree on one call for each time.
+        cron: run it at the times of a cron expression of five fields, or of ``@hourly``,
+            ``@daily``, ``@weekly``, ``@monthly`` or ``@yearly``. Needs the extra ``[tasks]``.
+        timezone: the time zone of ``cron``, such as ``Europe/Berlin``; by default UTC.
+        catch_up: whether one call is made up for all times at which no worker ran.
+        overlap: ``skip`` to leave out a time while the call of the last one has not ended, which
+            needs a database as the broker; ``publish`` to call it at each time.
 
     Raises:
         UsageError: the function can't be a task, or an argument is invalid; the message says why.
+        MissingExtra: ``cron`` needs cronsim, which is not installed.
     """
 
     def decorate(decorated: Callable[..., Any]) -> Task[Any, Any]:
@@ -279,6 +356,11 @@ def task(
             deduplicate=deduplicate,
             priority=priority,
             consumer=consumer,
+            every=every,
+            cron=cron,
+            timezone=timezone,
+            catch_up=catch_up,
+            overlap=overlap,
         )
 
     return decorate if function is None else decorate(function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 
 from outbox.messages.current_message import message_here
@@ -18,12 +19,15 @@ class TaskRun:
         name: the name that was called.
         attempt: the number of this attempt, 1 for the first.
         queue: the queue that it came from.
+        scheduled_for: the time (aware, in UTC) at which a recurring task was to run; None if it was
+            called.
     """
 
     id: str
     name: str
     attempt: int
     queue: str
+    scheduled_for: datetime.datetime | None = None
 
 
 def current_task() -> TaskRun | None:
@@ -35,4 +39,4 @@ def current_task() -> TaskRun | None:
     event = message_here()
     if event is None or not event.task:
         return None
-    return TaskRun(event.id, event.task, event.attempt, event.queue)
+    return TaskRun(event.id, event.task, event.attempt, event.queue, event.scheduled_for)

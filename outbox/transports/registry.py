@@ -9,14 +9,23 @@ from typing import Any
 from outbox.backlog.notifier import Notifier
 from outbox.errors import NotConfigured, UsageError
 from outbox.messages.delivery import QueueSpec
+from outbox.recurring.recurring_task import RecurringTask
 from outbox.settings import Settings
 from outbox.system.threads import check_threads
 from outbox.transports.parked_queues import ParkedQueues
 from outbox.transports.subscription import Subscription
+from outbox.transports.tick_records import TickRecords
+from outbox.transports.ticker import Ticker
 from outbox.transports.transport import Transport
 from outbox.url import BrokerURL
 
-__all__ = ["open_parked_queues", "open_subscription", "open_transport"]
+__all__ = [
+    "open_parked_queues",
+    "open_subscription",
+    "open_tick_records",
+    "open_ticker",
+    "open_transport",
+]
 
 _PACKAGES = {
     "amqp": "outbox.transports.rabbitmq",
@@ -27,8 +36,8 @@ _PACKAGES = {
     "sqlite": "outbox.transports.database",
 }
 """The package of each scheme. It has the class ``Transport``, and if it can be consumed from,
-``Subscription`` and ``ParkedQueues``. It is imported on first use, so that an application needs
-only the drivers it uses."""
+``Subscription``, ``ParkedQueues``, ``Ticker`` and ``TickRecords``. It is imported on first use, so
+that an application needs only the drivers it uses."""
 
 _WITH_QUEUES = "amqp://, postgresql://, mariadb:// or sqlite://"
 
@@ -85,6 +94,37 @@ def open_parked_queues(settings: Settings) -> ParkedQueues:
         raise UsageError(f"{url.scheme}:// has no parked messages; use {_WITH_QUEUES}")
     parked_queues: ParkedQueues = parked_class(url, settings)
     return parked_queues
+
+
+def open_ticker(settings: Settings, tasks: Sequence[RecurringTask]) -> Ticker:
+    """Return a ticker for recurring tasks at ``settings.url``, not yet started.
+
+    Raises:
+        UsageError: the URL is invalid, or its transport can't do what a task asks for.
+    """
+    url = BrokerURL.parse(settings.url or "")
+    ticker_class = _class_for(url, "Ticker")
+    if ticker_class is None:
+        raise UsageError(f"{url.scheme}:// has no recurring tasks; use amqp:// or sqlite://")
+    ticker: Ticker = ticker_class(url, settings, tasks)
+    return ticker
+
+
+def open_tick_records(settings: Settings) -> TickRecords:
+    """Return the records of recurring tasks at ``settings.url``, not yet connected.
+
+    Raises:
+        NotConfigured: there is no URL.
+        UsageError: the URL is invalid, or its transport has no recurring tasks.
+    """
+    if settings.url is None:
+        raise NotConfigured
+    url = BrokerURL.parse(settings.url)
+    records_class = _class_for(url, "TickRecords")
+    if records_class is None:
+        raise UsageError(f"{url.scheme}:// has no recurring tasks; use amqp:// or sqlite://")
+    records: TickRecords = records_class(url, settings)
+    return records
 
 
 def _class_for(url: BrokerURL, name: str) -> Any:

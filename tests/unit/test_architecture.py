@@ -68,6 +68,7 @@ ROOMS = (
     "event header_values ids serializer credentials settings url report messages.headers",
     "messages",
     "backlog telemetry.tracing",
+    "recurring",
     "storage",
     "transports",
     "transports.rabbitmq.amqp",
@@ -108,7 +109,7 @@ ROOMS = (
 )
 FLOORS = {f"outbox.{name}": floor for floor, room in enumerate(ROOMS) for name in room.split()}
 MOST_MODULES = 16
-DOORS = {"transport", "subscription", "parked_queues"}
+DOORS = {"transport", "subscription", "parked_queues", "ticker", "tick_records"}
 
 
 def floor_of(module: str) -> int:

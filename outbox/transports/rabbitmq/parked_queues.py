@@ -101,7 +101,7 @@ class RabbitMQParkedQueues:
             UsageError: the queue doesn't exist, or access is denied.
             BrokerError: the connection was lost.
         """
-        with self._channel(queue) as channel:
+        with self.channel(queue) as channel:
             return int(channel.queue_declare(queue, passive=True).method.message_count)
 
     @contextlib.contextmanager
@@ -194,11 +194,29 @@ class RabbitMQParkedQueues:
         return self._exchanges[exchange]
 
     @contextlib.contextmanager
-    def _channel(self, queue: str) -> Iterator[pika.adapters.blocking_connection.BlockingChannel]:
+    def channel(
+        self, queue: str = ""
+    ) -> Iterator[pika.adapters.blocking_connection.BlockingChannel]:
+        """Use a channel for a block.
+
+        Raises:
+            UsageError: the broker refuses something; if ``queue`` is given, perhaps since that
+                doesn't exist.
+            BrokerError: the connection was lost.
+        """
         with broker_errors(self._address, queue):
             channel = self._opened.channel()
             yield channel
             channel.close()
+
+    def work(self, seconds: float) -> None:
+        """Wait at most ``seconds`` for messages of consumers, and have them handled.
+
+        Raises:
+            BrokerError: the connection was lost.
+        """
+        with broker_errors(self._address):
+            self._opened.process_data_events(seconds)
 
     @property
     def _opened(self) -> pika_connection.BlockingConnection:

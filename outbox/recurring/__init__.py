@@ -1,0 +1,1 @@
+"""Recurring tasks: when they run, and what is published then. No I/O."""

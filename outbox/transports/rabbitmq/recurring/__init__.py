@@ -1,0 +1,1 @@
+"""Recurring tasks over RabbitMQ: a queue with one message for each."""

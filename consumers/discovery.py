@@ -17,9 +17,8 @@ from outbox import BrokerError, OutboxError, UsageError
 from outbox.consumers import logs
 from outbox.consumers.definition import Consumer, FunctionConsumer, has_process, instance_of
 from outbox.consumers.tasks.task_queue import task_queues_of
-from outbox.consumers.tasks.task_table import tasks_of
+from outbox.consumers.tasks.task_table import tasks_among, tasks_of
 from outbox.consumers.tracebacks import strip_import, traceback_of
-from outbox.tasks.decorator import Task
 
 __all__ = ["FLASK_APP_VARIABLE", "load", "selected", "with_consumers"]
 
@@ -73,7 +72,7 @@ def load(names: Iterable[str], *, warn: bool = True) -> list[Consumer]:
             member = _attribute(module, attribute)
             if _is_target(member):
                 of_tasks[module_name] = module
-                has_undecorated |= not isinstance(member, Task)
+                has_undecorated |= not tasks_among([member])
                 continue
             consumer = _named(module, attribute)
             members[id(consumer)] = consumer
@@ -316,7 +315,7 @@ def _is_target(member: object) -> bool:
     """Return whether ``member`` can be named for the tasks that it is, or has."""
     if isinstance(member, type):
         return not issubclass(member, Consumer)
-    return isinstance(member, Task | FunctionType)
+    return isinstance(member, FunctionType) or bool(tasks_among([member]))
 
 
 def _is_consumer(member: object) -> TypeGuard[_Member]:

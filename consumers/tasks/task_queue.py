@@ -256,7 +256,8 @@ def task_queues_of(modules: Iterable[types.ModuleType], *, has_undecorated: bool
     publisher = provided_publisher() or configured_publisher()
     settings = Settings.load(None, {}) if publisher is None else publisher.settings
     default = task_queues.queue_of(settings)
-    queues = {task.queue or default: None for module in modules for task in tasks_of(module)}
+    tasks = [task for module in modules for task in tasks_of(module)]
+    queues = {queue or default: None for task in tasks for queue in task.queues}
     if has_undecorated:
         queues[default] = None
     if not queues:

@@ -21,7 +21,7 @@ from outbox.tasks.call_arguments import Parameters
 from outbox.tasks.decorator import Task
 from outbox.tasks.mapped import is_mapped, name_of
 
-__all__ = ["ONLY_DECORATED", "Entry", "TaskTable", "tasks_of"]
+__all__ = ["ONLY_DECORATED", "Entry", "TaskTable", "tasks_among", "tasks_of"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -53,8 +53,15 @@ class Entry:
 
 
 def tasks_of(module: types.ModuleType) -> list[Task[Any, Any]]:
-    """Return the tasks that a module defines or imports, each once."""
-    found = {id(one): one for one in vars(module).values() if isinstance(one, Task)}
+    """Return the tasks that a module defines or imports, each once; Django's own among them."""
+    return tasks_among(list(vars(module).values()))
+
+
+def tasks_among(members: Iterable[Any]) -> list[Task[Any, Any]]:
+    """Return the tasks among ``members``, each once."""
+    found = {id(one): one for one in members if isinstance(one, Task)}
+    if sinks.framework is not None:
+        found.update({id(one): one for one in sinks.framework.tasks_among(members)})
     return list(found.values())
 
 

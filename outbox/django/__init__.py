@@ -7,7 +7,7 @@ transaction and its savepoints, outside of one it commits at once. Needs the ext
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from outbox import Event, MissingExtra, enqueue_event
 from outbox.unit_of_work.collector import EventOptions
@@ -21,6 +21,9 @@ except ImportError as error:
 
 from outbox.django.middleware import OutboxMiddleware
 
+if TYPE_CHECKING:
+    from outbox.django.tasks.task_backend import TaskBackend as TaskBackend
+
 __all__ = ["OutboxMiddleware", "aenqueue_event", "enqueue_event"]
 
 
@@ -32,3 +35,17 @@ async def aenqueue_event(payload: Any, target: str, **options: Unpack[EventOptio
     """
     event: Event = await sync_to_async(enqueue_event)(payload, target, **options)
     return event
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TaskBackend":  # imported by those who have tasks of Django's own
+        try:
+            from outbox.django.tasks.task_backend import TaskBackend
+        except ModuleNotFoundError as error:
+            if error.name != "django.tasks":
+                raise
+            raise MissingExtra(
+                "outbox.django.TaskBackend needs Django 6.0 or newer, which has tasks"
+            ) from error
+        return TaskBackend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -68,6 +68,10 @@ if not settings.configured:
         ROOT_URLCONF="tests.django.shop.urls",
         MIGRATION_MODULES=dict.fromkeys(("admin", "auth", "contenttypes", "sessions")),
         OUTBOX={},
+        TASKS={  # from Django 6.0
+            "default": {"BACKEND": "outbox.django.TaskBackend", "QUEUES": ["default", "mails"]},
+            "now": {"BACKEND": "django.tasks.backends.immediate.ImmediateBackend"},
+        },
         USE_TZ=True,
     )
     django.setup()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import django
+
 from tests.django.project_folder import ProjectFolder
 from tests.waiting import wait_until
 
@@ -43,6 +45,19 @@ def remind(name):
     note(f"remind {name}")
 """
 
+_DJANGOS_TASKS = """\
+from django.tasks import task
+
+
+@task
+def send(name):
+    note(f"send {name}")
+"""
+
+_SETTINGS = """\
+TASKS = {"default": {"BACKEND": "outbox.django.TaskBackend"}}
+"""
+
 _CALLS = """\
 from django.db import transaction
 
@@ -55,17 +70,30 @@ with transaction.atomic():
     remind.later("Ann")
 """
 
+_MORE_CALLS = """\
+from mail.tasks import send
+
+send.enqueue("Bob")
+"""
+
 
 def test_consume_runs_the_apps_tasks_and_the_methods_of_their_models(tmp_path: Path) -> None:
     project = ProjectFolder(tmp_path)
-    app = tmp_path / "site" / "mail"
+    site = tmp_path / "site"
+    app = site / "mail"
+    has_tasks = django.VERSION >= (6, 0)
     for name, text in (("models", _MODELS), ("noting", _NOTING), ("tasks", _TASKS)):
         (app / f"{name}.py").write_text(text)
+    if has_tasks:
+        with open(app / "tasks.py", "a") as tasks, open(site / "config/settings.py", "a") as file:
+            tasks.write(_DJANGOS_TASKS)
+            file.write(_SETTINGS)
     (app / "consumers.py").unlink()
     done = project.run("migrate", "--run-syncdb", "--verbosity", "0")
     assert done.returncode == 0, done.stderr
-    project.shell(_CALLS)
+    project.shell(_CALLS + (_MORE_CALLS if has_tasks else ""))
+    expected = ["order 1 is 2", "remind Ann", *(["send Bob"] if has_tasks else [])]
     with project.running("outbox", "consume") as process:
-        wait_until(lambda: len(project.mails) == 2)
-    assert sorted(project.mails) == ["order 1 is 2", "remind Ann"]
+        wait_until(lambda: len(project.mails) == len(expected), 40)
+    assert sorted(project.mails) == expected
     assert process.returncode == 0

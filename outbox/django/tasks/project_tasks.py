@@ -6,9 +6,10 @@ that Django would write it to, past managers that hide rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.apps import apps
 from django.conf import settings as django_settings
@@ -19,6 +20,9 @@ from django.db.models import Field, Model
 from outbox.django import project
 from outbox.errors import InvalidEvent
 from outbox.sinks import Bound
+
+if TYPE_CHECKING:
+    from outbox.tasks import Task
 
 __all__ = ["PROJECT_TASKS", "ProjectTasks"]
 
@@ -104,6 +108,14 @@ class ProjectTasks:
         except kind.DoesNotExist:
             return None
         return instance
+
+    def tasks_among(self, members: Iterable[Any]) -> list[Task[Any, Any]]:
+        """Return tasks for those of Django's own among ``members``, ready to run."""
+        if "django.tasks" not in sys.modules:
+            return []
+        from outbox.django.tasks.task_backend import adapted_among
+
+        return list(adapted_among(members))
 
     async def in_thread(self, read: Callable[[], Any]) -> Any:
         """Return what ``read`` returns, in the thread that a coroutine's queries run in."""

@@ -1,13 +1,14 @@
-"""How many messages ended, in which way, and how long they took: counted by each thread for itself.
+"""How many messages ended, in which way, and how long they took.
 
-A thread writes only to its own cells, without a lock: ``x += 1`` of several threads would lose
-counts in a Python without a global lock. A reader adds the cells up.
+This is done once for each message, so the most frequent case is the cheapest: a message that is
+acked adds one or two numbers to lists, and hundreds of them are sorted into buckets together.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from time import perf_counter, time
 from typing import Any, NamedTuple
@@ -58,8 +59,8 @@ OUTCOMES = (
 - ``dead``: dead-lettered by outbox, after its last attempt for instance;
 - ``returned``: begun, but left unsettled or given back; it will be redelivered.
 """
-_QUICK = BOUNDS[0]
-_ACKED, _RETURNED = OUTCOMES.index("acked"), OUTCOMES.index("returned")
+_FULL = 512
+"""Numbers that wait to be sorted into buckets: enough to be cheap, too few to be noticed."""
 
 
 class Ended(NamedTuple):
@@ -76,33 +77,50 @@ class Ended(NamedTuple):
     waits: Histogram
 
 
-class _Cell:
-    """What one thread has counted for a queue."""
+class _Times:
+    """A histogram, and ``new`` numbers that aren't sorted into its buckets yet. Its owner locks."""
 
-    __slots__ = ("durations", "outcomes", "seconds", "waited", "waits")
+    __slots__ = ("_new", "buckets", "total")
+
+    def __init__(self, new: list[float]) -> None:
+        self._new = new
+        self.buckets = [0] * (len(BOUNDS) + 1)
+        self.total = 0.0
+
+    def sort(self) -> Histogram:
+        """Sort the new numbers into the buckets; return them all."""
+        new = self._new[:]
+        del self._new[: len(new)]  # not clear(): another thread may have appended meanwhile
+        if not math.isfinite(sum(new)):  # another client may send any number
+            new = [number for number in new if math.isfinite(number)]
+        new.sort()
+        below = 0
+        for index, bound in enumerate(BOUNDS):
+            up_to = bisect_right(new, bound)
+            self.buckets[index] += up_to - below
+            below = up_to
+        self.buckets[-1] += len(new) - below
+        # What is negative comes from another machine, whose clock is ahead.
+        self.total += sum(new[bisect_left(new, 0.0) :])
+        return Histogram(self.total, tuple(self.buckets))
+
+
+class _Counts:
+    """What was counted for a queue. Who is acked is known from the number of durations."""
+
+    __slots__ = ("_durations", "_waits", "durations", "others", "waits")
 
     def __init__(self) -> None:
-        self.outcomes = [0] * len(OUTCOMES)
-        self.durations = [0] * (len(BOUNDS) + 1)
-        self.seconds = 0.0
-        self.waits = [0] * (len(BOUNDS) + 1)
-        self.waited = 0.0
+        self.others = dict.fromkeys(OUTCOMES, 0)
+        self.durations: list[float] = []
+        self.waits: list[float] = []
+        self._durations = _Times(self.durations)
+        self._waits = _Times(self.waits)
 
-    def add(self, other: _Cell) -> None:
-        """Add what another cell has counted."""
-        for mine, others in (
-            (self.outcomes, other.outcomes),
-            (self.durations, other.durations),
-            (self.waits, other.waits),
-        ):
-            for index, number in enumerate(others):
-                mine[index] += number
-        self.seconds += other.seconds
-        self.waited += other.waited
-
-
-class _Local(threading.local):
-    cells: dict[str, _Cell]
+    def read(self) -> Ended:
+        durations, waits = self._durations.sort(), self._waits.sort()
+        acked = durations.count - sum(self.others.values())
+        return Ended({**self.others, "acked": acked}, durations, waits)
 
 
 class Tally:
@@ -115,11 +133,9 @@ class Tally:
             consumers: the name of each queue's consumer.
         """
         self._consumers = dict(consumers)
-        self._local = _Local()
         self._lock = threading.Lock()
-        self._of_threads: list[tuple[threading.Thread, dict[str, _Cell]]] = []
         self._epoch = _epoch()
-        self._ended = {queue: _Cell() for queue in consumers}
+        self._counts = {queue: _Counts() for queue in consumers}
 
     def ended(self, delivery: Delivery, outcome: Outcome, began: float) -> None:
         """Count a message that is settled.
@@ -129,62 +145,39 @@ class Tally:
             outcome: how it ended.
             began: when it began, by ``time.perf_counter``.
         """
-        # The only call for a message, which takes half a microsecond: what it needs stands here.
+        # The only call for a message, so what it needs stands here. Appending to a list needs no
+        # lock, unlike adding to a number, in any Python.
         try:
-            cell = self._local.cells[delivery.queue]
-        except (AttributeError, KeyError):
-            cell = self._new_cell(delivery.queue)
-        seconds = perf_counter() - began
-        cell.outcomes[_ACKED if outcome is ACK else _index_of(outcome)] += 1
-        # What is quick isn't looked up: there it would be noticed.
-        cell.durations[0 if seconds <= _QUICK else bisect_left(BOUNDS, seconds)] += 1
-        cell.seconds += seconds
+            counts = self._counts[delivery.queue]
+        except KeyError:
+            counts = self._counts_of(delivery.queue)
         headers = delivery.headers
         if headers and not delivery.redelivered and ATTEMPT not in headers:  # its first begin
             try:
                 wait = began + self._epoch - headers[HEADER_OCCURRED_AT] * 1e-6
+                if DELAY_EXCHANGE in headers:
+                    wait -= _delay_of(headers)
+                counts.waits.append(wait)
             except (KeyError, TypeError, OverflowError):  # another client's message
-                return
-            if DELAY_EXCHANGE in headers:
-                wait -= _delay_of(headers)
-            if wait > _QUICK:
-                cell.waits[bisect_left(BOUNDS, wait)] += 1
-                cell.waited += wait
-            else:
-                cell.waits[0] += 1
-                if wait > 0.0:  # else another machine's clock is ahead
-                    cell.waited += wait
+                pass
+        if outcome is not ACK and (name := name_of(outcome)) != "acked":
+            self._count(counts, name, began)
+            return
+        durations = counts.durations
+        durations.append(perf_counter() - began)
+        if len(durations) >= _FULL:
+            with self._lock:
+                counts.read()
 
     def returned(self, delivery: Delivery, began: float) -> None:
         """Count a message that has begun, and is left to be redelivered; see :meth:`ended`."""
-        seconds = perf_counter() - began
-        cell = getattr(self._local, "cells", {}).get(delivery.queue)
-        if cell is None:
-            cell = self._new_cell(delivery.queue)
-        cell.outcomes[_RETURNED] += 1
-        cell.durations[bisect_left(BOUNDS, seconds)] += 1
-        cell.seconds += seconds
+        self._count(self._counts_of(delivery.queue), "returned", began)
 
     def read(self) -> dict[str, Ended]:
         """Return what was counted so far, by queue."""
         self._epoch = _epoch()  # the system's clock may have been set
         with self._lock:
-            self._fold()
-            sums = {}
-            for queue, ended in self._ended.items():
-                total = sums[queue] = _Cell()
-                total.add(ended)
-            for _, cells in self._of_threads:
-                for queue, cell in list(cells.items()):
-                    sums.setdefault(queue, _Cell()).add(cell)
-        return {
-            queue: Ended(
-                dict(zip(OUTCOMES, cell.outcomes, strict=True)),
-                Histogram(cell.seconds, tuple(cell.durations)),
-                Histogram(cell.waited, tuple(cell.waits)),
-            )
-            for queue, cell in sums.items()
-        }
+            return {queue: counts.read() for queue, counts in self._counts.items()}
 
     def samples(self) -> Samples:
         """Return what was counted so far, as metrics."""
@@ -203,28 +196,17 @@ class Tally:
             "outbox_message_wait_seconds": dict(waits),
         }
 
-    def _new_cell(self, queue: str) -> _Cell:
-        """Make the cell of this thread and a queue."""
-        cell = _Cell()
+    def _count(self, counts: _Counts, name: str, began: float) -> None:
+        """Count an outcome other than ``acked``."""
         with self._lock:
-            self._fold()
-            cells = getattr(self._local, "cells", None)
-            if cells is None:
-                cells = self._local.cells = {}
-                self._of_threads.append((threading.current_thread(), cells))
-            cells[queue] = cell
-        return cell
+            counts.others[name] += 1
+            counts.durations.append(perf_counter() - began)
+            if len(counts.durations) >= _FULL:
+                counts.read()
 
-    def _fold(self) -> None:
-        """Take over the counts of threads that have ended, such as those of late handlers."""
-        living = []
-        for thread, cells in self._of_threads:
-            if thread.is_alive():
-                living.append((thread, cells))
-                continue
-            for queue, cell in cells.items():
-                self._ended.setdefault(queue, _Cell()).add(cell)
-        self._of_threads = living
+    def _counts_of(self, queue: str) -> _Counts:
+        with self._lock:
+            return self._counts.setdefault(queue, _Counts())
 
 
 def _epoch() -> float:
@@ -240,10 +222,6 @@ def _delay_of(headers: Mapping[str, Any]) -> int:
 
 
 _LEVELS = 28
-
-
-def _index_of(outcome: Outcome) -> int:
-    return OUTCOMES.index(name_of(outcome))
 
 
 def name_of(outcome: Outcome) -> str:

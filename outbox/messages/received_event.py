@@ -17,7 +17,9 @@ from outbox.messages.cloud_events import (
 from outbox.messages.dead_letters import restore_origin
 from outbox.messages.delivery import Delivery, restore_delayed
 from outbox.messages.headers import (
+    ATTEMPT,
     DELAY_EXCHANGE,
+    FIRST_FAILURE,
     HEADER_KEY,
     SCHEDULED_FOR,
     TASK,
@@ -192,9 +194,9 @@ def decode(delivery: Delivery, *, lazily: bool = False) -> ReceivedEvent:
         key=key if isinstance(key, str) else None,
         occurred_at=delivery.occurred_at,
         queue=delivery.queue,
-        attempt=delivery.attempt if headers else 1,
+        attempt=delivery.attempt if headers and ATTEMPT in headers else 1,
         redelivered=delivery.redelivered,
-        first_failure=delivery.first_failure if headers else None,
+        first_failure=delivery.first_failure if headers and FIRST_FAILURE in headers else None,
         task=task if isinstance(task, str) else "",
         scheduled_for=(
             _scheduled_for(headers[SCHEDULED_FOR]) if headers and SCHEDULED_FOR in headers else None

@@ -1,7 +1,8 @@
-"""What a worker counts of its messages, thread by thread."""
+"""What a worker counts of its messages."""
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -114,6 +115,16 @@ def test_an_event_from_a_clock_ahead_has_not_waited() -> None:
     assert tally.read()["q"].waits.total == 0.0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_no_clock_shows_counts_no_wait(value: float) -> None:
+    tally = Tally({"q": "Consumer"})
+    for headers in (occurred(3), {HEADER_OCCURRED_AT: value}, occurred(1)):
+        tally.ended(delivery(headers), ACK, time.perf_counter())
+    waits = tally.read()["q"].waits
+    assert waits.count == 2
+    assert waits.total == pytest.approx(4, abs=0.5)
+
+
 @pytest.mark.parametrize("value", [None, "text", [1], 10**400])
 def test_another_clients_header_counts_no_wait(value: Any) -> None:
     tally = Tally({"q": "Consumer"})
@@ -130,27 +141,45 @@ def run(*functions: Callable[[], None]) -> None:
         thread.join()
 
 
-def test_counts_of_threads_add_up_also_when_they_have_ended() -> None:
+def test_counts_of_threads_add_up_whoever_reads_meanwhile() -> None:
     tally = Tally({"q": "Consumer"})
 
     def count() -> None:
         for _ in range(2000):
             tally.ended(delivery(), ACK, time.perf_counter())
 
+    def read() -> None:
+        for _ in range(200):
+            tally.read()
+
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        run(*[count] * 8)
+        run(*[count] * 8, read)
     finally:
         sys.setswitchinterval(interval)
     assert tally.read()["q"].outcomes["acked"] == 16_000
     assert tally.read()["q"].durations.count == 16_000  # and again: nothing is counted twice
 
 
-def test_threads_that_have_ended_leave_nothing_behind() -> None:
+def test_numbers_that_wait_to_be_sorted_are_few() -> None:
     tally = Tally({"q": "Consumer"})
-    for _ in range(50):
-        run(lambda: tally.ended(delivery(), ACK, time.perf_counter()))
-    assert len(tally._of_threads) <= 1
-    assert tally.read()["q"].outcomes["acked"] == 50
-    assert not tally._of_threads
+    for outcome in (ACK, REQUEUE):
+        for _ in range(3000):
+            tally.ended(delivery(occurred(1)), outcome, time.perf_counter())
+    durations, waits = tally._counts["q"].durations, tally._counts["q"].waits
+    assert len(durations) < 1000
+    assert len(waits) < 1000
+    ended = tally.read()["q"]
+    assert (ended.outcomes["acked"], ended.outcomes["requeued"]) == (3000, 3000)
+    assert (ended.durations.count, ended.waits.count) == (6000, 6000)
+
+
+def test_the_queues_are_counted_apart_also_those_that_nobody_named() -> None:
+    tally = Tally({"q": "Consumer"})
+    other = Delivery("other", 1, 1, False, "", "other", b"{}")
+    tally.ended(other, ACK, time.perf_counter())
+    tally.returned(other, time.perf_counter())
+    ended = tally.read()
+    assert ended["q"].durations.count == 0
+    assert (ended["other"].outcomes["acked"], ended["other"].outcomes["returned"]) == (1, 1)

@@ -300,10 +300,13 @@ class AutoPublishingEventCollector(EventCollector):
 
     def _end(self) -> None:
         self._leave()  # if that was interrupted before
-        lost = self._drop(self._buffer.close())
-        if lost:  # publishing raised, and the caller gets the exception
+        buffer = self._buffer
+        buffer.closed = True
+        if buffer.events and self._unit.pid == process.pid:  # publishing raised an exception
+            # Logged before they are gone: a signal handler may raise at any of these lines.
             message = "%d event(s) lost at the end of a block: %s"
-            log(logger, logging.ERROR, message, len(lost), ids(lost))
+            log(logger, logging.ERROR, message, len(buffer.events), ids(buffer.events))
+            self._drop(buffer.close())
 
 
 class _Kind(enum.Enum):

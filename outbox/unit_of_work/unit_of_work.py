@@ -37,6 +37,8 @@ __all__ = ["Buffer", "SavepointBuffer", "Scope", "UnitOfWork"]
 logger = logging.getLogger("outbox.collector")
 
 _scope: ContextVar[Scope | None] = ContextVar("outbox_scope", default=None)
+_ATTEMPTS = 3
+"""How often a line about lost events is logged while signal handlers that raise interrupt it."""
 
 
 class UnitOfWork:
@@ -292,7 +294,9 @@ class Buffer:
         if not getattr(self, "events", None):  # nearly always; or it was interrupted when made
             return
         unit = self.unit
-        if unit.pid == process.pid and unit.observer is None:
+        if unit.pid != process.pid or unit.observer is not None:
+            return
+        for _ in range(_ATTEMPTS):
             with contextlib.suppress(Exception):  # the interpreter may be shutting down
                 logger.error(
                     "%d event(s) lost: neither published nor dropped when their unit of work was "
@@ -300,6 +304,7 @@ class Buffer:
                     len(self.events),
                     ", ".join([repr(event.id) for event in self.events]),
                 )
+                return
 
     def _why_closed(self, event: Event) -> str:
         return (

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import logging
 import random
 import signal
 import sys
@@ -506,6 +507,49 @@ def test_an_exception_of_a_signal_handler_neither_loses_nor_doubles_the_events_o
     assert not [name for name in missing if f"'{name}'" not in caplog.text], "lost in silence"
     # A block is published unless the signal comes at the very moment of entering its __exit__().
     assert kind == "WSGI" or len(missing) < signals / 2
+
+
+def test_lost_events_are_logged_although_a_signal_handler_raises_meanwhile(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    buffer = Buffer(UnitOfWork(None, None))
+    buffer.append(Event("1", "t", "", b"1"), 10, 1000)
+    interruptions = 2
+
+    def interrupt(record: logging.LogRecord) -> bool:
+        nonlocal interruptions
+        interruptions -= 1
+        if interruptions >= 0:
+            raise Interrupted
+        return True
+
+    logger = logging.getLogger("outbox.collector")
+    logger.addFilter(interrupt)
+    try:
+        del buffer
+    finally:
+        logger.removeFilter(interrupt)
+    assert "1 event(s) lost: neither published nor dropped" in caplog.text
+    assert "'1'" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["close", "take"])
+def test_a_block_interrupted_again_while_it_drops_its_events_has_logged_them(
+    method: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(buffer: Buffer, *_: object) -> None:
+        buffer.events = []
+        raise Interrupted
+
+    def refuse(*_: object) -> None:
+        raise UsageError("closed")
+
+    configure("memory://")
+    monkeypatch.setattr(EventCollector, "_hand_over", refuse)
+    with pytest.raises(Interrupted), auto_publishing():
+        event = enqueue_event(1, "t")
+        monkeypatch.setattr(Buffer, method, interrupted)
+    assert f"1 event(s) lost at the end of a block: {event.id!r}" in caplog.text
 
 
 def test_a_signal_handler_that_enqueues_joins_the_block_it_interrupts() -> None:

@@ -26,9 +26,11 @@ from outbox.telemetry import sources
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.databases.mariadb import MariaDBMissing, PrivateMariaDB
 from outbox.testing.databases.postgresql import PostgreSQLMissing, PrivatePostgreSQL
+from outbox.testing.servers import ServerMissing
 from outbox.unit_of_work.unit_of_work import Scope
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
+from tests.pgbouncer import PrivatePgBouncer
 from tests.places import Place, place_of
 from tests.relaying import opened
 
@@ -165,6 +167,25 @@ def postgresql_url(postgresql: PrivatePostgreSQL) -> Iterator[str]:
     """An empty PostgreSQL database that no other test uses."""
     with new_database(postgresql) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def pgbouncer(postgresql: PrivatePostgreSQL) -> Iterator[PrivatePgBouncer]:
+    """A pooler in front of the server of all tests."""
+    try:
+        pooler = PrivatePgBouncer(postgresql)
+    except ServerMissing as error:
+        if "CI" in os.environ:
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+    with pooler:
+        yield pooler
+
+
+@pytest.fixture
+def pooled_url(pgbouncer: PrivatePgBouncer, postgresql_url: str) -> str:
+    """The database of ``postgresql_url``, through the pooler."""
+    return make_url(postgresql_url).set(port=pgbouncer.port).render_as_string(hide_password=False)
 
 
 def new_database(

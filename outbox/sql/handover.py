@@ -28,6 +28,7 @@ from outbox.publisher import Publisher, run_exit_hooks_in_child
 from outbox.sql.row_fates import RowFates, write_fates
 from outbox.sql.waves import Batch
 from outbox.storage.failures import DatabaseError, reason_of
+from outbox.storage.notifications import RELAY_CHANNEL
 from outbox.storage.schema import GRACE
 from outbox.storage.side_engine import SideEngine, Unfit, refusal_of, refuse
 from outbox.storage.store import Claimed, Store
@@ -37,7 +38,6 @@ from outbox.system.backoff import backoff
 from outbox.system.fork_pause import Pause
 
 __all__ = [
-    "CHANNEL",
     "Handover",
     "Place",
     "Row",
@@ -49,9 +49,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("outbox.handover")
-
-CHANNEL = "outbox_events"
-"""The PostgreSQL channel on which new rows are announced (NOTIFY, LISTEN)."""
 
 _BATCH = 1000
 _LINGER = 2.0  # seconds for which an idle thread keeps its connection
@@ -609,7 +606,7 @@ def _warn_once(engine: Engine, reason: str) -> None:
 def _notify(engine: Engine) -> None:
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
-            connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
+            connection.exec_driver_sql(f"NOTIFY {RELAY_CHANNEL}")
 
 
 def name_engine(engine: Engine | None) -> None:

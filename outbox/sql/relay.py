@@ -22,11 +22,11 @@ from sqlalchemy.engine import URL
 from outbox.configuration import default_publisher
 from outbox.errors import UsageError
 from outbox.publisher import Publisher
-from outbox.sql.listening import can_listen, listen
 from outbox.sql.row_fates import RowFates, write_fates
 from outbox.sql.waves import Batch
 from outbox.storage.engines import open_engine
 from outbox.storage.failures import DatabaseError, reason_of
+from outbox.storage.notifications import RELAY_CHANNEL, Listener, can_listen
 from outbox.storage.store import Store
 from outbox.telemetry import sources
 from outbox.telemetry.sources import Samples
@@ -41,6 +41,11 @@ _IDLE = (0.02, 2.0)  # seconds between two claims that find nothing: the first t
 _CONNECTING = 0.05  # seconds between two checks whether the broker is connected
 _CONFIRMS = 0.1  # seconds at most between two looks at leases while waiting for confirms
 _UNAVAILABLE = (0.5, 30.0)  # seconds between two attempts while the database is unavailable
+
+_REMEDY = (
+    "polling up to every 2 s. Behind a pooler in transaction mode, use a URL that leads to "
+    "PostgreSQL itself, or do without --listen"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +103,8 @@ class Relay:
                 relays, if all of them are ordered. A scheduled event holds up others only from its
                 time on.
             listen: whether to claim as soon as the channel ``outbox_events`` is notified, instead
-                of up to 2 s later; needs PostgreSQL with psycopg. Behind a pooler in transaction
-                mode, where notifications don't arrive, the relay warns and polls.
+                of up to 2 s later; needs PostgreSQL. Behind a pooler in transaction mode, where
+                notifications don't arrive, the relay warns and polls.
 
         Raises:
             UsageError: an argument is out of range, or the URL can't be used.
@@ -130,7 +135,8 @@ class Relay:
         self._unwritten = RowFates()  # fates not in the table yet, as the database was unavailable
         self._incomplete = False
         self._begun = False
-        self._threads: list[threading.Thread] = []
+        self._thread: threading.Thread | None = None
+        self._listener: Listener | None = None
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._deadline = 0.0
@@ -148,16 +154,17 @@ class Relay:
             sqlalchemy.exc.SQLAlchemyError: the database cannot be reached.
         """
         self._begin()
-        self._threads = [threading.Thread(target=self._run, name="outbox-relay", daemon=True)]
         if self.listen and can_listen(self.store.engine):
-            arguments = (self.store.engine, self._wake.set, self._stopping)
-            self._threads.append(
-                threading.Thread(
-                    target=listen, args=arguments, name="outbox-relay-listen", daemon=True
-                )
+            self._listener = Listener(
+                self.store.engine,
+                [RELAY_CHANNEL],
+                self._wake.set,
+                logger=logger,
+                remedy=_REMEDY,
             )
-        for thread in self._threads:
-            thread.start()
+            self._listener.start()
+        self._thread = threading.Thread(target=self._run, name="outbox-relay", daemon=True)
+        self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait up to ``timeout`` seconds for a request to stop; return whether there was one."""
@@ -183,11 +190,13 @@ class Relay:
             Whether all rows were confirmed.
         """
         self.ask_to_stop(timeout)
-        for thread in self._threads:
+        if self._listener is not None:
+            self._listener.stop()
+        if self._thread is not None:
             # A bit longer than the deadline, because the rest has to be released.
-            thread.join(max(0.0, self._deadline + 5 - time.monotonic()))
+            self._thread.join(max(0.0, self._deadline + 5 - time.monotonic()))
         self._disconnect()
-        return not self._incomplete and not any(thread.is_alive() for thread in self._threads)
+        return not self._incomplete and not (self._thread and self._thread.is_alive())
 
     def run_once(self) -> int:
         """Publish the due events, and return how many events the broker has confirmed.

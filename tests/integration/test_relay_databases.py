@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -15,11 +14,7 @@ from sqlalchemy.pool import NullPool
 
 from outbox import Publisher
 from outbox.sql import Inbox, Relay
-from outbox.sql import listening as module
-from outbox.testing.databases.postgresql import PrivatePostgreSQL
-from outbox.testing.servers import ServerMissing
 from outbox.transports import outages
-from tests.pgbouncer import PrivatePgBouncer
 from tests.relaying import an_event, is_empty, many, opened, running
 from tests.waiting import wait_until
 
@@ -31,25 +26,6 @@ def publisher() -> Iterator[Publisher]:
     """A publisher that confirms at once."""
     with Publisher("memory://") as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def pgbouncer(postgresql: PrivatePostgreSQL) -> Iterator[PrivatePgBouncer]:
-    """A pooler in front of the server of all tests."""
-    try:
-        server = PrivatePgBouncer(postgresql)
-    except ServerMissing as error:
-        if "CI" in os.environ:
-            pytest.fail(str(error))
-        pytest.skip(str(error))
-    with server:
-        yield server
-
-
-@pytest.fixture
-def pooled_url(pgbouncer: PrivatePgBouncer, postgresql_url: str) -> str:
-    """The database of ``postgresql_url``, through the pooler."""
-    return make_url(postgresql_url).set(port=pgbouncer.port).render_as_string(hide_password=False)
 
 
 def test_relays_and_inboxes_work_behind_a_pooler_in_transaction_mode(
@@ -78,9 +54,7 @@ def test_behind_a_pooler_listening_is_replaced_by_polling(
     pooled_url: str,
     publisher: Publisher,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "_PROBE", 1.0)
     store = opened(pooled_url)
     with running(Relay(pooled_url, publisher, listen=True)):
         wait_until(lambda: "notifications do not arrive" in caplog.text, 10)

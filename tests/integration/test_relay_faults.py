@@ -18,7 +18,7 @@ from sqlalchemy import text
 from outbox import Publisher, UsageError
 from outbox.sql import Relay, Store
 from outbox.sql import relay as module
-from outbox.sql.handover import CHANNEL
+from outbox.storage.notifications import RELAY_CHANNEL
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
 from tests.relaying import an_event, is_empty, many, opened, running
@@ -220,7 +220,8 @@ def test_a_lost_listener_reconnects(
         with postgresql_store.engine.begin() as connection:
             # Not any LISTEN: the relay first tries one on a channel of another name.
             found = "SELECT pid FROM pg_stat_activity WHERE query = :query"
-            return list(connection.execute(text(found), {"query": f"LISTEN {CHANNEL}"}).scalars())
+            statement = f'LISTEN "{RELAY_CHANNEL}"'
+            return list(connection.execute(text(found), {"query": statement}).scalars())
 
     with running(Relay(postgresql_store, publisher, listen=True)):
         wait_until(listeners)

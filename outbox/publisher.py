@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, Unpack
 
@@ -403,6 +403,14 @@ class Publisher:
             self.check_room()
         else:
             self._half_full = False
+
+    def queue_for(self, event: Event, engine: Any, options: Mapping[str, Any]) -> str:
+        """Return the queue of a row that is stored for ``event``: see ``Transport.queue_for``."""
+        return self._transport().queue_for(event, engine, options)
+
+    def look_into(self, queues: Collection[str]) -> None:
+        """Have workers look into ``queues``, where rows were committed; return at once."""
+        self._transport().look_into(queues)
 
     def announce(self, body: bytes) -> None:
         """Announce this process with ``body``, at most 4 KiB, over the connection that exists.

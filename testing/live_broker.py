@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -397,6 +397,12 @@ class _LiveTransport:
 
     def start_now(self) -> None:
         self._inner.start_now()
+
+    def queue_for(self, event: Event, engine: Any, options: Mapping[str, Any]) -> str:
+        return self._inner.queue_for(event, engine, options)
+
+    def look_into(self, queues: Collection[str]) -> None:
+        self._inner.look_into(queues)
 
     def announce(self, body: bytes) -> None:
         self._inner.announce(body)

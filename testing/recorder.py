@@ -6,7 +6,8 @@ import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from outbox import BrokerError, ConnectionLost, Event, UsageError
 from outbox.backlog.backlog import Backlog, News
@@ -252,6 +253,13 @@ class Recorder:
 
     def start_now(self) -> None:
         """Do nothing: there is no thread."""
+
+    def queue_for(self, event: Event, engine: Any, options: Mapping[str, Any]) -> str:
+        """Return ``""``: whatever is stored, a relay or this process publishes."""
+        return ""
+
+    def look_into(self, queues: Collection[str]) -> None:
+        """Do nothing: nothing is delivered from a table."""
 
     def announce(self, body: bytes) -> None:
         """Do nothing: nobody listens."""

@@ -36,6 +36,11 @@ class SlowTransport:
 
     def start_now(self) -> None: ...
 
+    def queue_for(self, event: Any, engine: Any, options: Any) -> str:
+        return ""
+
+    def look_into(self, queues: Any) -> None: ...
+
     def announce(self, body: bytes) -> None: ...
 
     def prepare(self, events: Any, *, keep: bool) -> Chunk:

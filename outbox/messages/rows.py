@@ -9,7 +9,13 @@ from typing import Any
 from outbox.event import Event, Headers
 from outbox.header_values import check_name, plain_table
 
-__all__ = ["event_of", "headers_of", "values_of"]
+__all__ = ["UNROUTED", "event_of", "headers_of", "values_of"]
+
+UNROUTED = "outbox.unrouted"
+"""The queue of events stored in the database that is the broker, until they are routed to queues.
+
+Not ``""``, from which a relay publishes to another broker: both may be used in one database.
+"""
 
 
 def values_of(event: Event, *, queue: str = "", rank: int = 0) -> dict[str, Any]:

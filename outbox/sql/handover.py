@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +24,9 @@ from sqlalchemy.exc import ProgrammingError
 
 from outbox.configuration import configured_publisher
 from outbox.errors import OutboxError
+from outbox.event import Event
+from outbox.messages.rows import UNROUTED
+from outbox.observer import seam
 from outbox.publisher import Publisher, run_exit_hooks_in_child
 from outbox.sql.row_fates import RowFates, write_fates
 from outbox.sql.waves import Batch
@@ -45,7 +48,9 @@ __all__ = [
     "drain",
     "handover_for",
     "name_engine",
+    "options_of",
     "place_of",
+    "queue_for",
 ]
 
 logger = logging.getLogger("outbox.handover")
@@ -106,26 +111,30 @@ class Place:
         engine: the engine whose connection wrote them.
         options: what the connection's execution options add to the engine's, for instance a
             ``schema_translate_map``.
+        queue: the queue of the rows: ``""``, the relay's; ``UNROUTED``, from which they are routed
+            to those of workers; or one of these.
     """
 
     engine: Engine
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    queue: str = ""
 
 
-def place_of(connection: Connection) -> Place:
-    """Return where ``connection`` stores rows."""
-    engine = connection.engine
-    options, usual = connection.get_execution_options(), engine.get_execution_options()
+def place_of(connection: Connection, queue: str) -> Place:
+    """Return where ``connection`` stores rows for ``queue``."""
+    return Place(connection.engine, options_of(connection), queue)
+
+
+def options_of(connection: Connection) -> dict[str, Any]:
+    """Return what the execution options of ``connection`` add to those of its engine."""
+    options, usual = connection.get_execution_options(), connection.engine.get_execution_options()
     if options is usual or options == usual:
-        return Place(engine)
-    return Place(
-        engine,
-        {
-            name: value
-            for name, value in options.items()
-            if name not in _NOT_CARRIED and not (name in usual and usual[name] == value)
-        },
-    )
+        return {}
+    return {
+        name: value
+        for name, value in options.items()
+        if name not in _NOT_CARRIED and not (name in usual and usual[name] == value)
+    }
 
 
 class _Submitted(NamedTuple):
@@ -185,6 +194,12 @@ class Handover:
         self._publisher = weakref.ref(publisher)
         self._reset()
 
+    @property
+    def publishes(self) -> bool:
+        """Whether it publishes what is submitted, and doesn't only notify relays of it."""
+        publisher = self._publisher()
+        return publisher is not None and publisher.settings.after_commit == "publish"
+
     def submit(
         self, place: Place, rows: list[Row], transaction: RootTransaction | None = None
     ) -> None:
@@ -207,6 +222,12 @@ class Handover:
                 publisher.make_ready()
         except (RuntimeError, OutboxError) as error:  # too many threads, or Python is exiting
             logger.warning("%d stored event(s) wait to be published: %s", len(rows), error)
+
+    def announce(self, queues: Collection[str]) -> None:
+        """Have workers look into ``queues``, where rows were committed; this never raises."""
+        publisher = self._publisher()
+        if publisher is not None:
+            publisher.look_into(queues)
 
     def hurry(self) -> None:
         """Try again soon what is left."""
@@ -441,6 +462,10 @@ class Handover:
         if publisher is None:
             rows.clear()
             return
+        if place.queue not in ("", UNROUTED):
+            publisher.look_into((place.queue,))  # they are routed, and delivered from there
+            rows.clear()
+            return
         side: SideEngine | None = None
         try:
             side = self._side_of(place.engine)
@@ -520,7 +545,9 @@ class Handover:
         try:
             while rows and tries < _TRIES:
                 ids = {row.seq: row.id for row in rows.values()}
-                claimed = side.run(store.claim, len(ids), only=ids, lease=_LEASE, ordered=True)
+                claimed = side.run(
+                    store.claim, len(ids), queue=place.queue, only=ids, lease=_LEASE, ordered=True
+                )
                 if not claimed:
                     self._forget(side, store, place, rows, first=not tries)
                     tries += 1
@@ -629,6 +656,15 @@ def handover_for(engine: Engine, publisher: Publisher | None) -> Handover | None
         return None
     handover = _by_publisher.get(publisher)
     return handover or _by_publisher.setdefault(publisher, Handover(publisher))
+
+
+def queue_for(
+    stored: Event, engine: Engine, options: Mapping[str, Any], publisher: Publisher | None
+) -> str:
+    """Return the queue of the row that is to be stored for an event: ``""`` is the relay's."""
+    if publisher is None or not (seam.observer is None or seam.observer.hands_over):
+        return ""
+    return publisher.queue_for(stored, _named or engine, options)
 
 
 def doubt(transaction: RootTransaction) -> None:

@@ -28,11 +28,21 @@ from outbox import sinks
 from outbox.backlog.notifier import ids
 from outbox.errors import UsageError
 from outbox.event import Event
-from outbox.messages.rows import values_of
+from outbox.messages.rows import UNROUTED, values_of
 from outbox.observer import Observer, seam
 from outbox.publisher import Publisher
 from outbox.sql.commits import commits_by_itself, is_autocommit
-from outbox.sql.handover import Handover, Place, Row, doubt, handover_for, name_engine, place_of
+from outbox.sql.handover import (
+    Handover,
+    Place,
+    Row,
+    doubt,
+    handover_for,
+    name_engine,
+    options_of,
+    place_of,
+    queue_for,
+)
 from outbox.storage.schema import events, events_with_grace, known_dialect
 from outbox.telemetry import sources
 
@@ -75,20 +85,27 @@ class _Rows(dict["_Row", "_Stored"]):
     Attributes:
         unwritten: those that are not written yet.
         connection: the connection that has written the last ones, and may write more.
-        place: where it writes.
+        places: where it writes, by queue.
         committing: whether the commit of the transaction has begun.
         expects_commit: whether closing the session without a commit or rollback is logged.
     """
 
-    __slots__ = ("committing", "connection", "expects_commit", "place", "unwritten")
+    __slots__ = ("committing", "connection", "expects_commit", "places", "unwritten")
 
     def __init__(self) -> None:
         super().__init__()
         self.unwritten: dict[_Row, None] = {}
         self.connection: Connection | None = None
-        self.place: Place | None = None
+        self.places: dict[str, Place] = {}
         self.committing = False
         self.expects_commit = False
+
+    def place_for(self, queue: str) -> Place | None:
+        """Return where the last rows for ``queue`` were written, if any were."""
+        place = self.places.get(queue)
+        if place is None and self.connection is not None:
+            place = self.places[queue] = place_of(self.connection, queue)
+        return place
 
 
 @dataclass(slots=True, eq=False)
@@ -98,8 +115,10 @@ class _Stored:
     Attributes:
         rows: the rows of the transaction.
         event: its event.
+        queue: its queue.
         at: the ``time.monotonic()`` at which it was enqueued.
         transaction: the innermost transaction of the session then; a savepoint's is one.
+        publisher: its publisher, if there is one.
         handover: what publishes it after the commit, if this process does.
         observer: the test that observes it, if any.
         is_callers: whether the session uses a connection of its caller.
@@ -109,8 +128,10 @@ class _Stored:
 
     rows: _Rows
     event: Event
+    queue: str
     at: float
     transaction: SessionTransaction | None
+    publisher: Publisher | None
     handover: Handover | None
     observer: Observer | None
     is_callers: bool
@@ -242,11 +263,12 @@ def sink_of_connection(connection: Any) -> sinks.Sink:
         if commits_by_itself(connection):
             raise UsageError(_AUTOCOMMIT)
         handover = _handover(connection.engine, stored, publisher)
+        queue = queue_for(stored, connection.engine, options_of(connection), publisher)
         at = time.monotonic()
-        table = events if handover is None else events_with_grace
-        key = connection.execute(insert(table), values_of(stored)).inserted_primary_key
+        table = events_with_grace if _has_grace(handover, queue) else events
+        key = connection.execute(insert(table), _values(stored, queue)).inserted_primary_key
         if handover is not None and key is not None:
-            _hand_over_later(connection, handover, stored, key[0], at)
+            _hand_over_later(connection, handover, stored, queue, key[0], at)
         return True
 
     return store
@@ -298,6 +320,15 @@ def _handover(engine: Engine, stored: Event, publisher: Publisher | None) -> Han
     return handover_for(engine, publisher)
 
 
+def _has_grace(handover: Handover | None, queue: str) -> bool:
+    """Return whether others leave the row to this process for a moment, which publishes it."""
+    return handover is not None and handover.publishes and queue in ("", UNROUTED)
+
+
+def _values(stored: Event, queue: str) -> dict[str, Any]:
+    return values_of(stored, queue=queue, rank=(stored.priority or 0) if queue else 0)
+
+
 def _sink(session: Session, *, expects_commit: bool = False) -> sinks.Sink:
     def store(stored: Event, publisher: Publisher | None) -> bool:
         _store_in_session(session, stored, publisher)
@@ -320,7 +351,9 @@ def _store_in_session(session: Session, stored: Event, publisher: Publisher | No
         if present is not None:
             _check_transactional(present[0])
     handover = _handover(where.engine, stored, publisher)
-    row = _Row(values_of(stored)) if handover is None else _RowWithGrace(values_of(stored))
+    options = options_of(where) if isinstance(where, Connection) else {}
+    queue = queue_for(stored, where.engine, options, publisher)
+    row = (_RowWithGrace if _has_grace(handover, queue) else _Row)(_values(stored, queue))
     if not getattr(session, "_warn_on_events", False):
         session.add(row)
     # else a listener while a flush executes: it takes no other objects, but the next flush does
@@ -331,8 +364,10 @@ def _store_in_session(session: Session, stored: Event, publisher: Publisher | No
     rows[row] = row.stored = _Stored(
         rows,
         stored,
+        queue,
         time.monotonic(),
         transaction or _innermost(session),
+        publisher,
         handover,
         seam.observer,
         isinstance(where, Connection),
@@ -372,7 +407,13 @@ def _before_insert(_: Mapper[Any], connection: Connection, row: _Row) -> None:
         # The last chance: what is written in AUTOCOMMIT could not be taken back.
         _check_transactional(connection)
         rows.connection = connection
-        rows.place = place_of(connection)
+        rows.places.clear()
+    stored = row.stored
+    options = options_of(connection)
+    if stored.queue and options and not stored.is_callers:
+        # The session has chosen another schema for its transaction.
+        stored.queue = queue_for(stored.event, connection.engine, options, stored.publisher)
+        row.__dict__.update(_values(stored.event, stored.queue))
 
 
 def _after_insert(_: Mapper[Any], connection: Connection, row: _Row) -> None:
@@ -383,9 +424,11 @@ def _after_insert(_: Mapper[Any], connection: Connection, row: _Row) -> None:
     stored.seq = row.__dict__["seq"]
     if stored.is_callers:
         # The session's commit is not that of its caller's connection.
-        _hand_over_later(connection, stored.handover, stored.event, stored.seq, stored.at)
+        _hand_over_later(
+            connection, stored.handover, stored.event, stored.queue, stored.seq, stored.at
+        )
     else:
-        stored.place = stored.rows.place
+        stored.place = stored.rows.place_for(stored.queue)
 
 
 for _class in (_Row, _RowWithGrace):
@@ -430,12 +473,19 @@ def _after_commit(session: Session) -> None:
 
 def _hand_over(stored: Iterable[_Stored], *, certain: bool = True) -> None:
     submitted: dict[tuple[Handover, Place], list[Row]] = {}
+    routed: dict[Handover, set[str]] = {}
     for each in stored:
-        if each.handover is not None and each.place is not None:
+        if each.handover is None or each.place is None:
+            continue
+        if each.queue not in ("", UNROUTED):
+            routed.setdefault(each.handover, set()).add(each.queue)
+        else:
             number = Row(each.seq, each.event.id, each.at, certain)
             submitted.setdefault((each.handover, each.place), []).append(number)
     for (handover, place), numbers in submitted.items():
         handover.submit(place, numbers)
+    for handover, queues in routed.items():
+        handover.announce(queues)
 
 
 def _hand_over_doubtful(rows: _Rows) -> None:
@@ -488,7 +538,7 @@ def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> N
         elif row not in rows.unwritten and state_of(row).transient:
             # It was written in a savepoint, but enqueued before: the next flush writes it again.
             del rows[row]
-            again = type(row)(values_of(stored.event))
+            again = type(row)(_values(stored.event, stored.queue))
             again.stored = rows[again] = stored
             stored.place = None
             rows.unwritten[again] = None
@@ -560,7 +610,7 @@ _watched: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def _hand_over_later(
-    connection: Connection, handover: Handover, stored: Event, seq: int, at: float
+    connection: Connection, handover: Handover, stored: Event, queue: str, seq: int, at: float
 ) -> None:
     """Have a row published when the transaction of ``connection`` is committed."""
     if connection.engine not in _watched:
@@ -576,7 +626,7 @@ def _hand_over_later(
         uncommitted = _uncommitted[connection] = _Uncommitted(transaction, {})
     # The savepoint may be rolled back yet.
     row = Row(seq, stored.id, at, certain=not connection.in_nested_transaction())
-    uncommitted.rows.setdefault((handover, place_of(connection)), []).append(row)
+    uncommitted.rows.setdefault((handover, place_of(connection, queue)), []).append(row)
 
 
 def _on_commit(connection: Connection, *_: Any) -> None:

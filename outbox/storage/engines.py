@@ -57,7 +57,7 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
     Args:
         url: the URL of a PostgreSQL, MariaDB or SQLite database; white space around it is not part
             of it.
-        pool: the pool class for SQLite.
+        pool: the pool class.
 
     Raises:
         UsageError: the URL isn't a database URL, or outbox can't store events in that database.
@@ -97,6 +97,7 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
     try:
         return create_engine(
             parsed.set(drivername=f"{dialect}+{driver}"),
+            poolclass=pool,
             pool_pre_ping=True,
             connect_args=connect_args,
             **options,

@@ -6,8 +6,9 @@ import _thread
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from outbox.backlog.backlog import Backlog, not_confirmed
 from outbox.backlog.chunk import Chunk, Entry
@@ -105,6 +106,13 @@ class BackloggedTransport:
                 events += len(item.entries)
                 size += item.size
         return events, size
+
+    def queue_for(self, event: Event, engine: Any, options: Mapping[str, Any]) -> str:
+        """Return ``""``: whatever is stored, a relay or this process publishes."""
+        return ""
+
+    def look_into(self, queues: Collection[str]) -> None:
+        """Do nothing: nothing is delivered from a table."""
 
     def announce(self, body: bytes) -> None:
         """Do nothing: nobody listens."""

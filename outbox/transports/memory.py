@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from outbox.backlog.backlog import Backlog, News
 from outbox.backlog.chunk import Chunk, Entry, Fate
@@ -45,6 +46,13 @@ class MemoryTransport:
 
     def start_now(self) -> None:
         """Do nothing: there is no thread."""
+
+    def queue_for(self, event: Event, engine: Any, options: Mapping[str, Any]) -> str:
+        """Return ``""``: whatever is stored, a relay or this process publishes."""
+        return ""
+
+    def look_into(self, queues: Collection[str]) -> None:
+        """Do nothing: nothing is delivered from a table."""
 
     def announce(self, body: bytes) -> None:
         """Do nothing: nobody listens."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 from outbox.backlog.backlog import Backlog
 from outbox.backlog.chunk import Chunk, Entry
@@ -77,6 +77,26 @@ class Transport(Protocol):
 
     def hand_in(self, chunk: Chunk) -> None:
         """Accept ``chunk`` and return at once; the chunk gets the report."""
+        ...
+
+    def queue_for(self, event: Event, engine: Any, options: Mapping[str, Any]) -> str:
+        """Return the queue of a row that the application is about to store for ``event``.
+
+        It is ``""``, the relay's, unless the events of that queue are delivered from the same
+        table.
+
+        Args:
+            event: the event.
+            engine: the SQLAlchemy engine with which it is stored.
+            options: what the connection's execution options add to the engine's.
+        """
+        ...
+
+    def look_into(self, queues: Collection[str]) -> None:
+        """Have workers look into ``queues``: the application has committed rows there.
+
+        Returns at once.
+        """
         ...
 
     def announce(self, body: bytes) -> None:

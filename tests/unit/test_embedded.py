@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from outbox import Blocked, ConnectionLost, Event, UsageError
-from outbox.backlog.chunk import Chunk, Fate
+from outbox.backlog.chunk import Chunk, Entry, Fate
 from outbox.event import Unroutable
 from outbox.storage.store import Claimed
 from outbox.transports.database.claimed_rows import (
@@ -114,7 +114,7 @@ def test_countless_addresses_do_not_fill_the_memory() -> None:
 # -------------------------------------------------------------------------------------- plan
 
 
-def plan(*events: Event, bound: Routes | None = None) -> Plan:
+def plan(*events: Event, bound: Routes | None = None) -> Plan[Entry]:
     return Plan(Chunk(events).entries, bound or routes(("q", "x", "a.*")), "park")
 
 

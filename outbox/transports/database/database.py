@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
-from typing import ClassVar, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
 from outbox.storage.store import Store
 from outbox.transports.database.listeners import listeners_at
+from outbox.transports.database.routing import Binding
 
 __all__ = ["UNLIMITED", "Database", "Room"]
 
@@ -46,18 +47,21 @@ class Database(ABC):
         name: the database in log lines and error messages; without a password.
         address: the same as a URL.
         lease: the seconds until the messages of a worker that died are redelivered.
-        poll: the longest time in seconds between two looks for events of other processes.
         idle_timeout: the seconds after which a connection that isn't used is closed; None if never.
     """
 
     lease: ClassVar[float]
-    poll: float = 0.1
     idle_timeout: ClassVar[float | None] = None
 
     def __init__(self, name: str, address: str) -> None:
         self.name = name
         self.address = address
         self._listeners = listeners_at(address)
+
+    @property
+    def poll(self) -> float:
+        """The longest time in seconds between two looks for events of other processes."""
+        return 0.1
 
     @property
     @abstractmethod
@@ -114,6 +118,31 @@ class Database(ABC):
         """
         return UNLIMITED
 
+    @abstractmethod
+    def holds(self, engine: Engine, options: Mapping[str, Any]) -> bool:
+        """Return whether ``engine``, an application's, writes events to the tables used here.
+
+        URLs don't tell: a pooler, an alias or a socket leads to the same tables, and a search path
+        to others.
+
+        Args:
+            engine: the engine.
+            options: what a connection's execution options add to the engine's.
+
+        Raises:
+            BrokerError: the database can't be used now.
+            sqlalchemy.exc.SQLAlchemyError: the application's can't.
+            Unfit: it can't be used from this thread.
+        """
+
+    def bindings(self) -> list[Binding] | None:
+        """Return the bindings of the moment; None if that could keep the application waiting.
+
+        Raises:
+            BrokerError: the database can't be used now.
+        """
+        return None
+
     def published(self, queues: Collection[str]) -> None:
         """Wake those who listen: events were committed to ``queues``. Never blocks."""
         self._listeners.wake()
@@ -129,6 +158,23 @@ class Database(ABC):
     def stop_listening(self, event: threading.Event) -> None:
         """Undo :meth:`listen`."""
         self._listeners.remove(event)
+
+    @abstractmethod
+    def note_look(self, *, found: bool) -> None:
+        """Note whether the last look for rows found any, for who is woken first the next time."""
+
+    @abstractmethod
+    def make_ready(self) -> None:
+        """Start the threads now that may be needed later: Python may refuse that, while it exits.
+
+        Raises:
+            UsageError: a thread can't work in this process, or must not be started yet.
+            RuntimeError: the system has no more threads.
+        """
+
+    def end(self) -> None:
+        """Close the connections for good, after :meth:`published` has had its effect."""
+        self.close()
 
     @abstractmethod
     def close(self) -> None:

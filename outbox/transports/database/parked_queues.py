@@ -119,7 +119,7 @@ class DatabaseParkedQueues:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._database.close()
+        self._database.end()
 
     def count(self, queue: str) -> int:
         """Return the number of messages waiting in ``queue``.

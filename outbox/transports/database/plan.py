@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-from outbox.backlog.chunk import Entry, Fate
+from outbox.backlog.chunk import Fate
 from outbox.event import Event, Unroutable
 from outbox.messages.dead_letters import PARKING_QUEUE, parked
 from outbox.messages.rows import values_of
 from outbox.transports.database.routing import Routes
 
-__all__ = ["NO_ROUTE", "Plan", "rows_of"]
+__all__ = ["NO_ROUTE", "Plan", "Planned", "rows_of"]
 
 NO_ROUTE = "312 NO_ROUTE"
 """RabbitMQ's reason for an unroutable event (AMQP 0-9-1, basic.return)."""
 
 
-class Plan:
+class Planned(Protocol):
+    """What an event belongs to, such as an entry of the backlog.
+
+    Attributes:
+        parked_as: the event that is written because this one is unroutable, or None.
+    """
+
+    parked_as: Event | None
+
+    @property
+    def event(self) -> Event:
+        """The event."""
+        ...
+
+
+_P = TypeVar("_P", bound=Planned)
+
+
+class Plan(Generic[_P]):
     """The rows to write, and the fates to give once they are committed. No I/O.
 
     Attributes:
@@ -30,7 +48,7 @@ class Plan:
 
     def __init__(
         self,
-        entries: Sequence[Entry],
+        entries: Sequence[_P],
         routes: Routes,
         policy: Unroutable,
         makes: Callable[[Event], bool] = lambda _: False,
@@ -44,10 +62,10 @@ class Plan:
             makes: returns whether the queue of an event to the exchange ``""`` is created for it.
         """
         self.rows: list[dict[str, Any]] = []
-        self.fates: dict[tuple[Fate, str], list[Entry]] = {}
-        self.without_queue: list[Entry] = []
+        self.fates: dict[tuple[Fate, str], list[_P]] = {}
+        self.without_queue: list[_P] = []
         self.new_queues: dict[str, None] = {}
-        published: list[Entry] = []
+        published: list[_P] = []
         for entry in entries:
             event = entry.event
             queues = routes.queues(event.exchange, event.target)
@@ -62,7 +80,7 @@ class Plan:
         if published:
             self.fates[Fate.PUBLISHED, ""] = published
 
-    def _unroutable(self, entry: Entry, policy: Unroutable) -> None:
+    def _unroutable(self, entry: _P, policy: Unroutable) -> None:
         fate, reason = Fate.IGNORED, f"unroutable: {NO_ROUTE}"
         if policy == "park":
             # Parked events are for people to look at, so even a delayed one appears at once.

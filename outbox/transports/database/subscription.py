@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
+from outbox.backlog.chunk import Fate
+from outbox.backlog.notifier import ids
 from outbox.errors import BrokerError, ConnectionLost, OutboxError, UsageError
+from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.messages.delivery import Delivery, QueueSpec, dead_letter_queue
+from outbox.messages.rows import UNROUTED
 from outbox.settings import Settings
 from outbox.storage.store import OWNER_LENGTH, Claimed
 from outbox.system.backoff import backoff
@@ -28,7 +32,8 @@ from outbox.transports.database.claimed_rows import (
 from outbox.transports.database.clock_jumps import ClockJumps
 from outbox.transports.database.kinds import database_at
 from outbox.transports.database.leases import Leases
-from outbox.transports.database.plan import rows_of
+from outbox.transports.database.plan import Plan, rows_of
+from outbox.transports.database.router import Router, StoredEvent
 from outbox.transports.database.routing import Binding
 from outbox.url import BrokerURL
 
@@ -41,6 +46,9 @@ _FIRST_POLL = 0.01
 _POLL_GROWTH = 1.3
 _LOOK_AGAIN = 1.0
 """Seconds after which due rows are looked up in any case: the system's clock may have been set."""
+
+_LOOK_FOR_STORED = 1.0
+"""Seconds between two looks for stored events that their processes have not routed."""
 
 _LONGEST_PAUSE = 2.0
 """The longest back-off in seconds: short, because the leases have to be extended in time."""
@@ -71,6 +79,20 @@ class _Done(NamedTuple):
 
     tag: int
     delay: float | None
+
+
+class _Written(NamedTuple):
+    """What a turn has written.
+
+    Attributes:
+        extended: the numbers of the rows that are still leased; None if no leases were extended.
+        claimed: the rows that were claimed.
+        routed: what became of stored events; None if none were to be routed.
+    """
+
+    extended: set[int] | None
+    claimed: list[Claimed]
+    routed: Plan[StoredEvent] | None
 
 
 class _OwnRowsAreDue(Exception):
@@ -132,6 +154,9 @@ class DatabaseSubscription:
         self._failures = 0
         self._poll = _FIRST_POLL
         self._look_at = 0.0
+        self._router = Router(settings)
+        self._routes_stored = False
+        self._look_for_stored_at = 0.0
 
     def start(self, deliver: Callable[[Delivery], None], refused: Callable[[str], None]) -> None:
         """Declare the queues and consume, until :meth:`cancel`."""
@@ -215,7 +240,7 @@ class DatabaseSubscription:
                 self._on_failure(ConnectionLost(str(error)))
             self._write_log()
         self._give_back()
-        self._database.close()
+        self._database.end()
         self._cancelled.set()
 
     def _write_log(self) -> None:
@@ -266,7 +291,7 @@ class DatabaseSubscription:
         if now < self._claim_at:
             pauses.append(self._claim_at - now)
         if has_room:
-            pauses += [self._poll, max(0.0, self._look_at - now)]
+            pauses += [min(self._poll, self._database.poll), max(0.0, self._look_at - now)]
         return pauses
 
     def _may_claim(self, now: float) -> bool:
@@ -284,8 +309,14 @@ class DatabaseSubscription:
         if not self._database.changed() and now < self._look_at:
             return False
         queues = [queue.name for queue in self._queues if self._leases.free(queue.name) > 0]
+        # Any worker does that for all queues, since the process that stored them may be dead.
+        self._routes_stored = now >= self._look_for_stored_at
+        if self._routes_stored:
+            queues.append(UNROUTED)
+            self._look_for_stored_at = now + _LOOK_FOR_STORED
         due_in = self._database.due_in(queues)
         soonest = _LOOK_AGAIN if due_in is None else due_in
+        self._database.note_look(found=soonest <= 0)
         self._look_at = now + min(max(soonest, 0.0), _LOOK_AGAIN)
         return soonest <= 0
 
@@ -296,7 +327,7 @@ class DatabaseSubscription:
         declaring, self._to_declare = self._to_declare, False
         written = functools.partial(self._write, now, done, dead, declares=declaring)
         try:
-            extended, claimed = self._database.run(written, durable=False)
+            extended, claimed, routed = self._database.run(written, durable=False)
         except BaseException:
             # Rolled back: the next turn does all of it. So the leases change only after the commit.
             self._done.extendleft(reversed(done))
@@ -311,6 +342,9 @@ class DatabaseSubscription:
         if claimed:
             self._poll = _FIRST_POLL
         self._look_at = 0.0
+        self._routes_stored = False
+        if routed is not None:
+            self._note_routed(routed)
         for row in claimed:
             if not is_deadly(row):
                 self._deliver(delivery_of(row, self._leases.take(row, now)))
@@ -329,24 +363,39 @@ class DatabaseSubscription:
         connection: Connection,
         *,
         declares: bool,
-    ) -> tuple[set[int] | None, list[Claimed]]:
-        """Write what has happened, and claim rows.
-
-        Returns:
-            The numbers of the rows that are still leased, if leases were extended, and the rows
-            that were claimed.
-        """
+    ) -> _Written:
+        """Write what has happened, route stored events if need be, and claim rows."""
         if declares:
             self._declare(connection)
         self._settle(done, connection)
         self._release_dead(dead, connection)
         extend_in = self._leases.extend_in(now)
         extended = self._extend(connection) if extend_in is not None and extend_in <= 0 else None
-        claimed = self._claim(done, connection) if self._may_claim(now) else []
+        may_claim = self._may_claim(now)
+        routed = None
+        if may_claim and self._routes_stored:
+            routed = self._router.route_stored(self._database.store, connection)
+        claimed = self._claim(done, connection) if may_claim else []
         if self._leases.among(claimed, settled={settlement.tag for settlement in done}):
             raise _OwnRowsAreDue
         self._dead_letter([row for row in claimed if is_deadly(row)], connection)
-        return extended, claimed
+        return _Written(extended, claimed, routed)
+
+    def _note_routed(self, routed: Plan[StoredEvent]) -> None:
+        """Wake the workers that get what was routed, and have more routed soon, if there is any."""
+        self._look_for_stored_at = 0.0
+        self._database.published({row["queue"] for row in routed.rows})
+        for (fate, reason), stored in routed.fates.items():
+            those = ids(each.event for each in stored)
+            if fate is Fate.PARKED:
+                logger.warning("%d stored event(s) parked in %r: %s; no queue is bound to them",
+                               len(stored), PARKING_QUEUE, those)  # fmt: skip
+            elif fate is Fate.REJECTED:
+                logger.error("%d stored event(s) are dead: %s; %s", len(stored), those, reason)
+        if routed.without_queue:
+            those = ids(each.event for each in routed.without_queue)
+            logger.error("cannot park %d stored event(s), no queue %r: %s",
+                         len(routed.without_queue), PARKING_QUEUE, those)  # fmt: skip
 
     def _declare(self, connection: Connection) -> None:
         """Create the queues, or check that they exist.

@@ -8,28 +8,27 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import StatementError
 
 from outbox.backlog.chunk import Entry, Fate
 from outbox.backlog.notifier import Notifier, call_hook
-from outbox.errors import Blocked, BrokerError, ConnectionLost, Nacked
+from outbox.errors import Blocked, BrokerError, ConnectionLost, Nacked, UsageError
 from outbox.event import Event
-from outbox.messages import task_queues
 from outbox.messages.dead_letters import PARKING_QUEUE
-from outbox.messages.delivery import dead_letter_queue
 from outbox.settings import MIB, Settings
 from outbox.system.background_thread import BackgroundThread
 from outbox.system.backoff import backoff
 from outbox.system.fork_pause import Pause
 from outbox.transports.backlogged import BackloggedTransport
-from outbox.transports.database import routing
 from outbox.transports.database.database import Room
 from outbox.transports.database.kinds import database_at
+from outbox.transports.database.own_tables import OwnTables
 from outbox.transports.database.plan import Plan
-from outbox.transports.database.routing import Routes
+from outbox.transports.database.router import Router
 from outbox.transports.outages import outages
 from outbox.url import BrokerURL
 
@@ -79,11 +78,12 @@ class DatabaseTransport(BackloggedTransport):
         """
         super().__init__(notify)
         self._settings = settings
-        self._routes = Routes()
+        self._router = Router(settings)
         self._wanted = False
         self._stopping = False
         self._hurries = False
         self._database = database_at(url, lambda: self._stopping, self._on_reopened)
+        self._tables = OwnTables(self._database, self._ask_thread)
         self._address = self._database.address
         self._was_replaced = False
         self._queues_missing_until = 0.0
@@ -117,6 +117,31 @@ class DatabaseTransport(BackloggedTransport):
     def start_now(self) -> None:
         """Start the thread without connecting: later, Python may refuse to start one."""
         self._thread.start_now()
+        self._database.make_ready()
+
+    def queue_for(self, event: Event, engine: Any, options: Mapping[str, Any]) -> str:
+        """Return the queue of a row that the application is about to store for ``event``."""
+        return self._tables.queue_for(event, engine, options)
+
+    def look_into(self, queues: Collection[str]) -> None:
+        """Have workers look into ``queues``: the application has committed rows there."""
+        self._database.published(queues)
+
+    def _ask_thread(self, question: Callable[[], object]) -> bool:
+        """Have ``question`` called soon on the thread; return whether to wait for that."""
+        if self.on_own_thread:
+            return False
+        try:
+            self.start()
+        except (UsageError, RuntimeError):
+            return False
+
+        def ask() -> None:
+            question()
+            self._used_at = time.monotonic()  # the connection isn't idle
+
+        self._ask(ask)
+        return True
 
     def _encode(self, event: Event) -> bytes:
         # Rows are made on the writing thread; as frames, the bodies only count for size limits.
@@ -157,7 +182,7 @@ class DatabaseTransport(BackloggedTransport):
                 self._thread.pause.wait()
         outages.left(self._address, self)
         self._finish()
-        self._database.close()
+        self._database.end()
 
     def _hurry(self) -> None:
         self._hurries = True
@@ -254,17 +279,11 @@ class DatabaseTransport(BackloggedTransport):
         if plan.without_queue:
             self._set_aside(plan.without_queue)
 
-    def _put(self, entries: Sequence[Entry], connection: Connection) -> tuple[Plan, int]:
+    def _put(self, entries: Sequence[Entry], connection: Connection) -> tuple[Plan[Entry], int]:
         """Write the rows of ``entries``; return the plan, and the bytes of the rows."""
-        self._routes.update(routing.load(connection))
-        plan = Plan(entries, self._routes, self._settings.unroutable, self._makes_queue)
+        plan = self._router.plan(entries, connection)
         if not plan.is_complete and time.monotonic() < self._queues_missing_until:
             raise _QueuesMissing
-        for new_queue in plan.new_queues:
-            names = (new_queue, dead_letter_queue(new_queue))
-            routing.add(connection, [routing.of_queue(name) for name in names])
-        if plan.parks and not self._make_parking_queue(connection):
-            plan.park_nothing()  # the other events must not wait for the queue
         size = sum(len(row["payload"]) for row in plan.rows)
         # What isn't kept is what workers publish: copies of messages, mostly.
         new = any(entry.chunk.keep for entry in entries)
@@ -272,23 +291,6 @@ class DatabaseTransport(BackloggedTransport):
             raise _NoRoom
         self._database.store.put_rows(plan.rows, connection=connection)
         return plan, size
-
-    def _makes_queue(self, event: Event) -> bool:
-        """Return whether the queue of ``event`` is created for it: it is a task's."""
-        return (
-            self._settings.declare == "create"
-            and task_queues.is_task(event)
-            and task_queues.spec_of(event.target, self._settings) is not None
-        )
-
-    def _make_parking_queue(self, connection: Connection) -> bool:
-        """Create the parking queue if necessary and allowed; return whether it exists."""
-        if self._routes.has_queue(PARKING_QUEUE):
-            return True
-        if self._settings.declare != "create":
-            return False
-        routing.add(connection, [routing.of_queue(PARKING_QUEUE)])
-        return True
 
     def _set_aside(self, entries: Sequence[Entry]) -> None:
         """Keep ``entries`` outside the queue for their back-off: someone may create the queue."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from sqlalchemy import Engine
 from sqlalchemy.engine import URL
+from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from outbox.errors import UsageError
 from outbox.storage.engines import open_engine
@@ -16,6 +18,8 @@ __all__ = ["ServerAddress"]
 
 _POLL = 0.1
 _LONGEST_POLL = 60.0
+# Who only listens sends nothing that would show that the server is gone.
+_KEEPALIVE = {"keepalives_idle": "10", "keepalives_interval": "5", "keepalives_count": "2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +30,15 @@ class ServerAddress:
         url: the URL without outbox's own options, which may hold a password.
         schema: the schema of the tables; None for the connection's own.
         poll: the longest time in seconds between two looks for events.
+        listens: whether workers are woken by notifications, if the server has them.
+        listen_url: the URL to listen at; None for ``url``.
     """
 
     url: URL
     schema: str | None
     poll: float
+    listens: bool = True
+    listen_url: URL | None = None
 
     @classmethod
     def of(cls, url: BrokerURL) -> Self:
@@ -43,6 +51,7 @@ class ServerAddress:
         """
         options: dict[str, Any] = dict(url.options)
         schema, poll = options.pop("schema", None), options.pop("poll", None)
+        listen = options.pop("listen", None) or os.environ.get("OUTBOX_LISTEN_URL")
         if not url.path:
             raise UsageError(
                 f"the {url.scheme} URL names no database; use {url.scheme}://host/database"
@@ -66,18 +75,44 @@ class ServerAddress:
             url.path,
             options,
         )
-        return cls(found, schema, _POLL if poll is None else _seconds(poll, url.scheme))
+        listens, listen_url = listen != "no", None
+        if listen and listens:
+            elsewhere = BrokerURL.parse(listen)
+            if elsewhere.scheme != "postgresql":
+                raise UsageError(
+                    "the URL to listen at (listen= in the database URL, or OUTBOX_LISTEN_URL) is "
+                    f"a {elsewhere.scheme}:// URL; use one of PostgreSQL, or no"
+                )
+            # Not with what is set here again, or it would name itself.
+            options = {**elsewhere.options, "listen": "no"}
+            listen_url = cls.of(replace(elsewhere, options=options)).url
+        seconds = _POLL if poll is None else _seconds(poll, url.scheme)
+        return cls(found, schema, seconds, listens, listen_url)
 
-    def open_engine(self) -> Engine:
+    def open_engine(self, *, pool: type[Pool] = QueuePool) -> Engine:
         """Return an engine for the database, not connected yet.
+
+        Args:
+            pool: the pool class.
 
         Raises:
             MissingExtra: the driver isn't installed.
         """
-        engine = open_engine(self.url)
+        engine = open_engine(self.url, pool=pool)
         if self.schema is None:
             return engine
         return engine.execution_options(schema_translate_map={None: self.schema})
+
+    def open_listening_engine(self) -> Engine | None:
+        """Return an engine to listen with, not connected yet; None if workers don't listen.
+
+        Raises:
+            MissingExtra: the driver isn't installed.
+        """
+        if not self.listens or self.url.get_backend_name() != "postgresql":
+            return None
+        url = self.listen_url or self.url
+        return open_engine(url.update_query_dict({**_KEEPALIVE, **url.query}), pool=NullPool)
 
 
 def _seconds(text: str, scheme: str) -> float:

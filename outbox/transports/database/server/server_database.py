@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
 from outbox.errors import BrokerError, UsageError
+from outbox.storage.creating import database_id
+from outbox.storage.schema import dialect_of
+from outbox.storage.side_engine import SideEngine
 from outbox.storage.store import Store
-from outbox.storage.transactions import try_again
+from outbox.storage.transactions import own_transaction, try_again
 from outbox.system import process
 from outbox.telemetry import tracing
 from outbox.transports.database.database import Database
+from outbox.transports.database.routing import Binding, load
 from outbox.transports.database.server.due_times import due_in
 from outbox.transports.database.server.server_address import ServerAddress
 from outbox.transports.database.server.server_errors import (
@@ -24,11 +29,15 @@ from outbox.transports.database.server.server_errors import (
     is_failure,
     of_server,
 )
+from outbox.transports.database.server.waking import Waking
 from outbox.url import BrokerURL
 
 __all__ = ["ServerDatabase"]
 
 _T = TypeVar("_T")
+
+_POLL_WOKEN = 1.0
+"""Seconds between two looks for events while commits wake workers: a notification may be lost."""
 
 _PROBE_AFTER = 5.0
 """Seconds without use after which a connection may have been closed, by the server or on the way,
@@ -60,7 +69,8 @@ class ServerDatabase(Database):
         """
         super().__init__(str(url), str(url))
         address = ServerAddress.of(url)
-        self.poll = address.poll
+        self._poll = address.poll
+        self._waking = Waking(address)
         self._dialect = url.scheme
         self._on_reopened = on_reopened
         self._engine = address.open_engine()
@@ -69,6 +79,11 @@ class ServerDatabase(Database):
         self._used_at = 0.0
         self._was_open = False
         _made.add(self)
+
+    @property
+    def poll(self) -> float:
+        """A second at least where what is committed wakes workers."""
+        return max(self._poll, _POLL_WOKEN) if self._waking.is_proven else self._poll
 
     @property
     def store(self) -> Store:
@@ -113,6 +128,55 @@ class ServerDatabase(Database):
             connection = self._opened()
             with connection.begin():
                 return due_in(connection, self._dialect, queues)
+
+    def holds(self, engine: Engine, options: Mapping[str, Any]) -> bool:
+        """Return whether the tables that ``engine`` writes to have the same identity."""
+        if dialect_of(engine.dialect.name) != self._dialect:
+            return False
+        side = SideEngine(engine)
+        try:
+            theirs = side.run(_id_of, side.with_options(options))
+        finally:
+            side.close()
+        with self._translated():
+            connection = self._opened()
+            with connection.begin():
+                return theirs is not None and theirs == database_id(connection)
+
+    def bindings(self) -> list[Binding] | None:
+        """Return the bindings of the moment."""
+        with self._translated():
+            connection = self._opened()
+            with connection.begin():
+                return load(connection)
+
+    def make_ready(self) -> None:
+        """Start the thread that notifies workers in other processes."""
+        self._waking.make_ready()
+
+    def published(self, queues: Collection[str]) -> None:
+        """Wake those who listen to ``queues``, in all processes. Never blocks."""
+        super().published(queues)
+        self._waking.notify(queues)
+
+    def listen(self, event: threading.Event, queues: Collection[str]) -> None:
+        """Set ``event`` whenever events are published to ``queues``, or :attr:`poll` changes."""
+        super().listen(event, queues)
+        self._waking.listen(event, queues)
+
+    def stop_listening(self, event: threading.Event) -> None:
+        """Undo :meth:`listen`."""
+        super().stop_listening(event)
+        self._waking.stop_listening()
+
+    def note_look(self, *, found: bool) -> None:
+        """Note whether the last look for rows found any."""
+        self._waking.note_look(found=found)
+
+    def end(self) -> None:
+        """Close the connections for good."""
+        self.close()
+        self._waking.close()
 
     def close(self) -> None:
         """Close the connection, if there is one. It is opened again when needed."""
@@ -190,6 +254,11 @@ class ServerDatabase(Database):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
             self._connection = None
         self._engine.dispose(close=False)
+
+
+def _id_of(engine: Engine) -> str | None:
+    with own_transaction(engine) as connection:
+        return database_id(connection)
 
 
 _made: weakref.WeakSet[ServerDatabase] = weakref.WeakSet()

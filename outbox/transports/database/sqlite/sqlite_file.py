@@ -8,13 +8,13 @@ import os
 import sqlite3
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
 
 from outbox.errors import Blocked, BrokerError, ConnectFailed, UsageError
-from outbox.storage.engines import open_sqlite
+from outbox.storage.engines import names_memory, open_sqlite
 from outbox.storage.store import Store
 from outbox.system import process
 from outbox.telemetry import tracing
@@ -135,6 +135,22 @@ class SQLiteFile(Database):
             raw = self._raw_opened()
             found = [raw.execute(_DUE_IN, {"queue": queue}).fetchone()[0] for queue in queues]
         return min((float(seconds) for seconds in found if seconds is not None), default=None)
+
+    def holds(self, engine: Engine, options: Mapping[str, Any]) -> bool:
+        """Return whether ``engine`` uses the same file, and in it the same schema."""
+        if engine.dialect.name != "sqlite" or names_memory(engine.url):
+            return False
+        with contextlib.suppress(OSError):  # the file was deleted
+            return not options.get("schema_translate_map") and os.path.samefile(
+                str(engine.url.database), self.path
+            )
+        return False
+
+    def note_look(self, *, found: bool) -> None:
+        """Do nothing: workers of other processes are not woken."""
+
+    def make_ready(self) -> None:
+        """Do nothing: there are no threads."""
 
     def close(self) -> None:
         """Close the connection, if it is open."""

@@ -191,14 +191,12 @@ def test_a_lease_that_another_worker_has_taken_is_forgotten() -> None:
     assert leases.free("q") == 9
 
 
-def test_leases_that_cannot_be_extended_are_forgotten_when_they_end() -> None:
+def test_a_lease_that_has_ended_is_kept_unless_another_worker_has_it() -> None:
     leases = Leases(10, LEASE)
     tag = leases.take(claimed(1), 0.0)
-    assert leases.end(LEASE - 1) == 0
+    assert leases.extend_in(2 * LEASE) == pytest.approx(LEASE / 3 - 2 * LEASE)
+    assert leases.extended({1}, 2 * LEASE) == 0
     assert tag in leases
-    assert leases.end(LEASE) == 1
-    assert tag not in leases
-    assert leases.extend_in(LEASE) is None
 
 
 # --------------------------------------------------------------------------------- delivering

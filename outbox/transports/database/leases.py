@@ -1,8 +1,8 @@
 """The rows a worker has claimed, and the times to extend their leases.
 
-All rows share one deadline: they are extended together, well before the oldest lease ends. Once a
-lease may have ended, another worker may have claimed the row, so the delivery becomes stale and is
-never settled here: settling it could delete a row that another worker is processing.
+All rows share one deadline: they are extended together, well before the oldest lease ends. A lease
+that has ended is extended like any other, unless another worker has claimed the row meanwhile: only
+then the delivery becomes stale. So what was done while the database was away is settled afterwards.
 """
 
 from __future__ import annotations
@@ -112,12 +112,6 @@ class Leases:
         self.drop(lost)
         self._begin(now)
         return len(lost)
-
-    def end(self, now: float) -> int:
-        """Remove all rows if their leases may have ended; return the number of rows."""
-        if not self._rows or now < self._since + self._lease:
-            return 0
-        return self.drop_all()
 
     def drop_all(self) -> int:
         """Remove all rows; return the number of rows."""

@@ -57,7 +57,8 @@ _LOOK_AT_CLOCK = 0.5
 """The longest time in seconds in which a worker with leases doesn't notice a jump of the clock."""
 
 _TIME_TO_EXTEND = 2.0
-"""Seconds after such a jump in which other workers have extended their leases."""
+"""Seconds after such a jump, or a long outage, in which other workers have extended their leases
+once they have noticed."""
 
 _ALONE = 60.0
 """Seconds for which a message that was lost several times may keep others from being claimed, and
@@ -150,8 +151,10 @@ class DatabaseSubscription:
         self._alone_at = 0.0
         self._thread: threading.Thread | None = None
         self._to_declare = True
+        self._in_doubt = False  # whether a claim may have been committed unnoticed
         self._has_consumed = False
         self._failures = 0
+        self._worked_at = time.monotonic()
         self._poll = _FIRST_POLL
         self._look_at = 0.0
         self._router = Router(settings)
@@ -229,6 +232,7 @@ class DatabaseSubscription:
                     self._turn()
                     self._has_consumed = True
                     self._failures = 0
+                    self._worked_at = time.monotonic()
             except _OwnRowsAreDue:
                 self._leases.extend_soon()
             except (BrokerError, UsageError) as error:
@@ -266,6 +270,7 @@ class DatabaseSubscription:
                 or self._done
                 or self._dead
                 or self._to_declare
+                or self._in_doubt
                 or (extend_in is not None and extend_in <= 0)
                 or (has_room and self._is_due(now))
             ):
@@ -295,7 +300,7 @@ class DatabaseSubscription:
         return pauses
 
     def _may_claim(self, now: float) -> bool:
-        """Return whether to claim rows: not while stopping, or right after the clock has jumped."""
+        """Return whether to claim rows: not while stopping, or while others extend their leases."""
         if jump := self._clock_jumps.look():
             # By the clock all leases may have ended by now. Each worker extends its own ones before
             # another worker takes their rows, which are being processed.
@@ -315,6 +320,7 @@ class DatabaseSubscription:
             queues.append(UNROUTED)
             self._look_for_stored_at = now + _LOOK_FOR_STORED
         due_in = self._database.due_in(queues)
+        self._worked_at = now
         soonest = _LOOK_AGAIN if due_in is None else due_in
         self._database.note_look(found=soonest <= 0)
         self._look_at = now + min(max(soonest, 0.0), _LOOK_AGAIN)
@@ -334,6 +340,7 @@ class DatabaseSubscription:
             self._dead.extendleft(reversed(dead))
             self._to_declare |= declaring
             raise
+        self._in_doubt = False
         self._leases.drop(settlement.tag for settlement in done)
         if extended is not None and (lost := self._leases.extended(extended, now)):
             logger.warning(
@@ -369,6 +376,8 @@ class DatabaseSubscription:
             self._declare(connection)
         self._settle(done, connection)
         self._release_dead(dead, connection)
+        if self._in_doubt:
+            self._release_unknown(connection)
         extend_in = self._leases.extend_in(now)
         extended = self._extend(connection) if extend_in is not None and extend_in <= 0 else None
         may_claim = self._may_claim(now)
@@ -379,6 +388,7 @@ class DatabaseSubscription:
         if self._leases.among(claimed, settled={settlement.tag for settlement in done}):
             raise _OwnRowsAreDue
         self._dead_letter([row for row in claimed if is_deadly(row)], connection)
+        self._in_doubt |= bool(claimed)
         return _Written(extended, claimed, routed)
 
     def _note_routed(self, routed: Plan[StoredEvent]) -> None:
@@ -454,6 +464,12 @@ class DatabaseSubscription:
             store.release(begun, in_place=True, connection=connection)
             self._release_unbegun(sent_ahead, connection)
 
+    def _release_unknown(self, connection: Connection) -> None:
+        """Release what was claimed by a commit whose answer got lost."""
+        known = {row.seq for row in self._leases.rows}
+        held = self._database.store.held_by([self.owner], connection=connection)
+        self._release_unbegun([row for row in held if row.seq not in known], connection)
+
     def _release_unbegun(self, rows: Sequence[Claimed], connection: Connection) -> None:
         # Counted as returned, so that is_deadly() doesn't count the claim as a loss.
         self._database.store.release(rows, failed=True, in_place=True, connection=connection)
@@ -525,6 +541,7 @@ class DatabaseSubscription:
 
     def _on_reopened(self, is_another: bool) -> None:
         self._to_declare = True
+        self._leases.extend_soon()
         if is_another:
             lost = self._leases.drop_all()
             self._to_log.append((logging.ERROR, _REPLACED, (self._database.name, lost)))
@@ -534,10 +551,12 @@ class DatabaseSubscription:
             self._refused(str(error))
         if not self._failures:
             logger.error("cannot consume: %s; retrying", error)
-        if lost := self._leases.end(time.monotonic()):
-            logger.warning("lost %d message(s) (leases ended); they will be redelivered", lost)
-        until = time.monotonic() + min(_LONGEST_PAUSE, backoff(self._failures))
+        now = time.monotonic()
+        until = now + min(_LONGEST_PAUSE, backoff(self._failures))
         self._failures += 1
+        if now > self._worked_at + self._database.lease / 2:
+            # By now leases may have ended. Whoever holds a row extends its lease first.
+            self._claim_at = until + _LONGEST_PAUSE + _TIME_TO_EXTEND
         while not self._stopping and (remaining := until - time.monotonic()) > 0:
             if self._cancelling:
                 self._cancelled.set()

@@ -16,6 +16,7 @@ BOUNDS: Sequence[Sequence[str]] = (
     ("benchmarks.misaddressed", "--rounds", "1", "--check"),
     ("proving.bounds.take_over", "--rounds", "8"),
     ("proving.bounds.take_over", "--rounds", "8", "--kills"),
+    ("proving.bounds.ticks",),
 )
 """Modules to run, with their arguments; the exit code of each is 0 if its bound is kept."""
 

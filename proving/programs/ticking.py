@@ -1,0 +1,53 @@
+"""A process that calls a recurring task at its times, and nothing else: a witness takes the calls.
+
+python -m proving.programs.ticking EVERY FILE, with OUTBOX_URL; whoever calls writes its pid to FILE
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from pathlib import Path
+
+from outbox.settings import Settings
+from outbox.tasks.decorator import task
+from outbox.tasks.recurring_calls import recurring_task_of
+from outbox.transports.registry import open_ticker
+
+__all__ = ["QUEUE", "TASK"]
+
+QUEUE, TASK = "ticking", "tick"
+
+
+def tick() -> None:
+    """Do nothing."""
+
+
+class Note(logging.Handler):
+    """Notes that this process has called the task."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the pid."""
+        if "called the recurring task" in record.msg:
+            Path(sys.argv[2]).write_text(str(os.getpid()))
+
+
+def main() -> None:
+    """Tick until the process is killed."""
+    logger = logging.getLogger("outbox.ticks")
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(Note())
+    logger.propagate = False
+    settings = Settings.load(None, {"tasks_queue": QUEUE})
+    recurring = recurring_task_of(task(name=TASK, every=float(sys.argv[1]))(tick), settings)
+    if recurring is None:
+        raise AssertionError("it has a schedule")
+    ticker = open_ticker(settings, [recurring])
+    ticker.start()
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -25,6 +25,7 @@ from outbox.transports.rabbitmq.recurring.ticker import RabbitMQTicker
 from outbox.transports.registry import open_tick_records, open_ticker
 from tests import beating
 from tests.amqp import Inspector, Message
+from tests.places import Place
 from tests.recurring import DAILY, EACH_SECOND, recurring
 from tests.waiting import wait_until
 
@@ -313,19 +314,18 @@ def test_a_task_that_needs_a_database_is_refused(amqp_url: str, name: str) -> No
         open_ticker(Settings.load("memory://", {}), [recurring(name)])
 
 
-def test_a_worker_calls_its_recurring_tasks(amqp_url: str, name: str, inspector: Inspector) -> None:
+def test_a_worker_calls_its_recurring_tasks(place: Place, name: str) -> None:
     for queue in (name, dead_letter_queue(name), f"{name}.every", f"{name}.every.beat"):
-        inspector.clean_up(queue=queue)
-    publisher = configure(amqp_url, exchange=name, tasks_queue=name)
-    inspector.clean_up(exchange=name)
+        place.will_clean_up(queue)
+    publisher = configure(place.url, exchange=place.exchange, tasks_queue=name)
+    beating.runs.clear()
     with working(publisher), working(publisher):
         wait_until(lambda: len(beating.runs) >= 3)
     runs = list(beating.runs)
     times = [run.scheduled_for for _, run in runs]
     assert all(b - a == SECOND for a, b in itertools.pairwise(times) if a and b)
     for at, run in runs:
-        assert run.name == "beat"
-        assert run.queue == name
+        assert (run.name, run.queue) == ("beat", name)
         assert run.scheduled_for is not None
         assert 0 <= at - run.scheduled_for.timestamp() < 1
 

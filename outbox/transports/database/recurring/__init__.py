@@ -1,0 +1,1 @@
+"""Recurring tasks with a database as the broker: a row for each."""

@@ -1,0 +1,198 @@
+"""Recurring tasks with a database as the broker: one call for each time, one row for each task."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from sqlalchemy import Connection
+
+from outbox.event import Event
+from outbox.messages.headers import SCHEDULED_FOR
+from outbox.recurring.due import GRACE
+from outbox.recurring.recurring_task import RecurringTask, TickRecord
+from outbox.settings import Settings
+from outbox.storage import tick_statements
+from outbox.storage.schema import events
+from outbox.transports.database.database import Database
+from outbox.transports.database.kinds import database_at
+from outbox.transports.database.recurring import tick_round
+from outbox.transports.registry import open_tick_records, open_ticker
+from outbox.transports.ticker import Ticker
+from outbox.url import BrokerURL
+from tests.recurring import DAILY, EACH_SECOND, recurring
+from tests.waiting import wait_until
+
+UTC = datetime.UTC
+SECOND = datetime.timedelta(seconds=1)
+QUEUE = "calls"
+T = TypeVar("T")
+
+
+def now() -> datetime.datetime:
+    return datetime.datetime.now(UTC)
+
+
+class Ticking:
+    """Workers' tickers over one database, and what is in it."""
+
+    def __init__(self, url: str) -> None:
+        self.settings = Settings.load(url, {})
+        self._database: Database = database_at(BrokerURL.parse(url))
+        self._tickers: list[Ticker] = []
+        self.run(tick_statements.create)
+
+    def run(self, work: Callable[[Connection], T]) -> T:
+        return self._database.run(work)
+
+    def start(self, *tasks: RecurringTask) -> Ticker:
+        ticker = open_ticker(self.settings, tasks or [recurring(QUEUE)])
+        self._tickers.append(ticker)
+        ticker.start()
+        return ticker
+
+    def stop(self) -> None:
+        for ticker in self._tickers:
+            ticker.stop()
+        self._database.close()
+
+    def calls(self) -> list[tuple[datetime.datetime, str]]:
+        """The time and the id of each call that waits, in order."""
+
+        def read(connection: Connection) -> Sequence[Any]:
+            rows = connection.execute(events.select().order_by(events.c.seq))
+            return [row for row in rows if row.queue == QUEUE]
+
+        return [(scheduled_for(row.headers), row.id) for row in self.run(read)]
+
+    def end_calls(self) -> None:
+        """End the calls, as a worker does."""
+        self.run(lambda connection: connection.execute(events.delete()) and None)
+
+    def plan(self, schedule: str, next_at: datetime.datetime, seen_at: datetime.datetime) -> None:
+        """Write the row of a task, as an earlier worker has left it."""
+        self.run(lambda c: tick_statements.add(c, QUEUE, "tick", schedule, next_at, seen_at))
+
+    def record(self) -> TickRecord | None:
+        with open_tick_records(self.settings) as records:
+            found = records.all(QUEUE)
+        return found[0] if found else None
+
+
+def scheduled_for(headers: str) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(json.loads(headers)[SCHEDULED_FOR] / 1e6, UTC)
+
+
+@pytest.fixture
+def ticking(tmp_path: Path) -> Iterator[Ticking]:
+    ticking = Ticking(f"sqlite:///{tmp_path}/outbox.db")
+    yield ticking
+    ticking.stop()
+
+
+def test_each_time_is_called_once_by_whichever_worker(ticking: Ticking) -> None:
+    for _ in range(3):
+        ticking.start()
+    wait_until(lambda: len(ticking.calls()) >= 3)
+    calls = ticking.calls()
+    times = [at for at, _ in calls]
+    assert times == [times[0] + number * SECOND for number in range(len(times))]
+    assert len({event_id for _, event_id in calls}) == len(calls)
+    assert times[-1] <= now() <= times[-1] + SECOND
+    record = ticking.record()
+    assert record is not None
+    assert (record.schedule, record.has_worker) == ("every 1 s", True)
+
+
+def test_late_times_are_made_up_for_and_older_ones_left_out(
+    ticking: Ticking, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = now().replace(microsecond=0)
+    ticking.plan("every 1 s", start - 3600 * SECOND, start)
+    with caplog.at_level(logging.WARNING, "outbox.ticks"):
+        ticking.start()
+        wait_until(lambda: len(ticking.calls()) >= 50)
+    times = [at for at, _ in ticking.calls()]
+    assert times == [times[0] + number * SECOND for number in range(len(times))]
+    assert (start - times[0]).total_seconds() == pytest.approx(GRACE.total_seconds(), abs=5)
+    assert "no worker ran at" in caplog.text
+
+
+def test_catching_up_calls_once_for_all_that_was_missed(ticking: Ticking) -> None:
+    last = DAILY.next_after(now() - datetime.timedelta(days=1))
+    if now() - last < 2 * GRACE:
+        pytest.skip("it is midnight, when it isn't missed")
+    ticking.plan("every 86400 s", last - datetime.timedelta(days=30), now())
+    ticking.start(recurring(QUEUE, schedule=DAILY, catch_up=True))
+    wait_until(ticking.calls)
+    assert [at for at, _ in ticking.calls()] == [last]
+    record = ticking.record()
+    assert record is not None
+    assert record.next_at == last + datetime.timedelta(days=1)
+    assert record.last_at == last
+
+
+def test_a_call_that_has_not_ended_is_not_overlapped(ticking: Ticking) -> None:
+    ticking.start(recurring(QUEUE, skips=True))
+    wait_until(ticking.calls)
+    time.sleep(2.1)
+    assert len(ticking.calls()) == 1
+    ticking.end_calls()
+    wait_until(ticking.calls, 3)
+
+
+def test_another_schedule_counts_once_the_old_workers_have_left(
+    ticking: Ticking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tick_round, "LOOK_EVERY", 0.1)
+    old = ticking.start(recurring(QUEUE, schedule=DAILY))
+    wait_until(ticking.record)
+    ticking.start(recurring(QUEUE, schedule=EACH_SECOND))
+    time.sleep(1.2)
+    assert ticking.calls() == []
+    left_at = now()
+    old.stop()
+    wait_until(ticking.calls, 3)
+    assert ticking.calls()[0][0] > left_at
+
+
+def test_killed_workers_have_left_when_they_are_not_seen(ticking: Ticking) -> None:
+    ticking.plan("every 7 s", now() + 3600 * SECOND, now() - 31 * SECOND)
+    ticking.start()
+    wait_until(ticking.calls, 3)
+
+
+def test_a_transaction_that_fails_calls_nothing_and_is_tried_again(
+    ticking: Ticking, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = recurring(QUEUE)
+    failures = iter([RuntimeError("once")])
+
+    def event_of(tick: datetime.datetime) -> Event:
+        for error in failures:
+            raise error
+        return task.event(tick)
+
+    failing = RecurringTask("tick", QUEUE, EACH_SECOND, False, False, event_of)
+    ticking.start(failing)
+    wait_until(lambda: len(ticking.calls()) >= 2)
+    times = [at for at, _ in ticking.calls()]
+    assert times == [times[0] + number * SECOND for number in range(len(times))]
+    assert "unexpected error" in caplog.text
+
+
+def test_the_records_can_be_forgotten(ticking: Ticking) -> None:
+    ticking.plan("every 7 s", now(), now() - 60 * SECOND)
+    record = ticking.record()
+    assert record is not None
+    assert (record.name, record.schedule, record.has_worker) == ("tick", "every 7 s", False)
+    with open_tick_records(ticking.settings) as records:
+        assert records.forget(QUEUE, "tick")
+        assert not records.forget(QUEUE, "tick")
+    assert ticking.record() is None

@@ -8,6 +8,7 @@ import datetime
 import json
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,14 +19,15 @@ from django.db import transaction
 from django.test import override_settings
 from django.utils import timezone
 
-from outbox import InvalidEvent, enqueue_event
-from outbox.consumers import RetryPolicy
+from outbox import EventCollector, InvalidEvent, Publisher, enqueue_event
+from outbox.consumers import RetryPolicy, Worker
 from outbox.consumers.discovery import load
 from outbox.consumers.outcome import Ack, Again, Dead
 from outbox.django.models import StoredEvent
 from outbox.messages.headers import TASK
 from outbox.testing import CollectedEvents
 from tests.django.shop.models import Order, noted
+from tests.waiting import wait_until
 
 tasks: Any = pytest.importorskip("django.tasks", reason="Django 6.0 has tasks")
 InvalidTask: Any = tasks.exceptions.InvalidTask
@@ -199,6 +201,24 @@ def test_coroutines_run_on_the_event_loop(
     assert [result.status for result in finished] == ["SUCCESSFUL", "FAILED"]
     assert finished[0]._return_value == {1: "slept"}
     assert finished[1].errors[0].exception_class is LookupError
+
+
+def test_an_attempt_that_was_given_up_is_over(
+    tmp_path: Path, options: Any, sent: list[Any]
+) -> None:
+    options(timeout=0.2)
+    # A worker, since nothing else looks at the time limit of a plain function.
+    with Publisher(f"sqlite:///{tmp_path / 'broker.db'}") as publisher:
+        worker = Worker(load(["tests.django.shop.mailing"]), publisher=publisher, threads=1)
+        worker.start()
+        collector = EventCollector(publisher=publisher)
+        headers = {TASK: "tests.django.shop.mailing:doze"}
+        collector.enqueue_event({"args": [0.8]}, "tasks", exchange="", headers=headers, using=None)
+        wait_until(lambda: noted == ["awake"])
+        assert worker.stop(10)
+    assert [name for name, _, _ in sent] == ["task_started", "task_finished"]
+    [error] = sent[-1][2].errors
+    assert error.exception_class_path == "outbox.consumers.outcome.ProcessTimeout"
 
 
 def test_a_task_may_be_deferred(collected_events: CollectedEvents) -> None:

@@ -23,6 +23,7 @@ from django.tasks.signals import task_finished, task_started
 from django.utils import timezone
 from django.utils.json import normalize_json
 
+from outbox import EventCollector
 from outbox.django import project
 from outbox.messages import task_queues
 from outbox.messages.current_message import message_here
@@ -90,6 +91,8 @@ class AdaptedTask(Task[..., Any]):
             result = self._begun(args, kwargs)
             task_started.send(type(self.backend), task_result=result)
             value = self.original.func(*self._context(result), *result.args, **result.kwargs)
+            if _was_given_up():
+                return None
             task_finished.send(type(self.backend), task_result=_succeeded(result, value))
             return as_json(result.return_value)
 
@@ -219,6 +222,11 @@ def _set(result: TaskResult, **fields: Any) -> None:
     """Change fields of a result, which is frozen, as Django's own backends do."""
     for name, value in fields.items():
         object.__setattr__(result, name, value)
+
+
+def _was_given_up() -> bool:
+    """Return whether the attempt has exceeded its timeout, and has failed with that."""
+    return EventCollector.current().closed
 
 
 def _succeeded(result: TaskResult, value: Any) -> TaskResult:

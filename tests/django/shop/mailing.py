@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 from django.tasks import TaskContext, task
@@ -12,7 +13,7 @@ from tests.django.shop.models import Order, noted
 if TYPE_CHECKING:
     from decimal import Decimal
 
-__all__ = ["count", "fail", "log", "now", "returns", "send", "wait"]
+__all__ = ["count", "doze", "fail", "log", "now", "returns", "send", "wait"]
 
 
 @task
@@ -42,6 +43,12 @@ def fail(text: str) -> None:
 @task
 def returns() -> object:
     return object()
+
+
+@task
+def doze(seconds: float) -> None:
+    time.sleep(seconds)
+    noted.append("awake")
 
 
 @task(takes_context=True)

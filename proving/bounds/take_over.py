@@ -1,14 +1,15 @@
 """Take-overs of an id under load: nothing is lost, done twice or interrupted.
 
-    python -m proving.bounds.take_over [--rounds N] [--kills] [--broker rabbitmq|sqlite] [-p N]
-                                       [--long SECONDS] [--seed N]
+    python -m proving.bounds.take_over [--rounds N] [--kills] [--workers] [-p N] [--seed N]
+                                       [--broker rabbitmq|sqlite] [--long SECONDS]
 
 In each round a new ``outbox-consume --id`` takes over from the one before. With ``--kills`` a
 process is killed in three of four rounds: the one that has the id, or its successor, at a random
 moment, or two successors start at once. Meanwhile messages that take 20 and 400 ms arrive, and at
 the beginning one that takes longer than the shutdown timeout, of one second, by far.
 
-The parent of the workers is killed, not a worker: that would repeat what the worker has begun.
+There the parent of the workers is killed. With ``--workers`` a worker is, in some rounds: what it
+has begun may be done twice, and nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from outbox import Event, Publisher
+from outbox import Event, Publisher, exit_codes
 from outbox.ids import new_id
 from outbox.service.identity.listing import listed
 from outbox.testing.broker import PrivateBroker
@@ -74,8 +75,10 @@ class Outcome:
         rounds: the number of rounds of each kind.
         sent: the number of messages.
         lost: those that were sent and have not ended.
-        twice: those that have ended more than once.
-        interrupted: those that have begun more often than they have ended.
+        twice: those that have ended more than once, not counting a killed worker.
+        interrupted: those that have begun more often than they have ended, likewise.
+        killed: the workers that were killed.
+        repeated: the messages that were begun by one of them and by another one as well.
         pause: the longest time in which none ended although one waited, in seconds; the long one
             doesn't count.
         take_over: the seconds of each take-over, from the start of the successor.
@@ -87,6 +90,8 @@ class Outcome:
     lost: int = 0
     twice: int = 0
     interrupted: int = 0
+    killed: set[int] = field(default_factory=set)
+    repeated: int = 0
     pause: float = 0.0
     take_over: list[float] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -108,8 +113,9 @@ class Outcome:
         rounds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.rounds.items()))
         return (
             f"{rounds}: {self.sent} sent, {self.lost} lost, {self.twice} done twice, "
-            f"{self.interrupted} interrupted, longest pause {self.pause:.2f} s, take-over "
-            f"p50 {times[len(times) // 2]:.1f} s, max {times[-1]:.1f} s"
+            f"{self.interrupted} interrupted, {len(self.killed)} workers killed and "
+            f"{self.repeated} of their messages repeated, longest pause {self.pause:.2f} s, "
+            f"take-over p50 {times[len(times) // 2]:.1f} s, max {times[-1]:.1f} s"
             + "".join(f"\n  {text}" for text in self.failed)
         )
 
@@ -155,6 +161,17 @@ class _Service:
                     return one.holder
         return None
 
+    def workers(self) -> list[int]:
+        """Return the worker processes of all that live, those that leave among them."""
+        living = {process.pid for process in self._started if process.poll() is None}
+        return [
+            worker.pid
+            for one in listed(self.pids, "1")
+            if one.holder in living and one.status
+            for worker in one.status.workers
+            if worker.pid
+        ]
+
     def wait_for(self, *processes: subprocess.Popen[bytes]) -> bool:
         """Wait until one of the processes has the id and is ready; return whether one has."""
         end = time.monotonic() + _PATIENCE
@@ -166,7 +183,7 @@ class _Service:
             time.sleep(0.01)
         return False
 
-    def stop(self) -> list[str]:
+    def stop(self, *, may_be_unfinished: bool) -> list[str]:
         """Stop all; return what went wrong."""
         for process in self._started:
             with contextlib.suppress(ProcessLookupError):
@@ -176,7 +193,9 @@ class _Service:
             try:
                 code = process.wait(_PATIENCE)
                 # SIGTERM ends one that has just begun, and has nothing to finish.
-                if code not in (0, -signal.SIGKILL, -signal.SIGTERM):
+                if code not in (0, -signal.SIGKILL, -signal.SIGTERM) and not (
+                    code == exit_codes.UNFINISHED and may_be_unfinished
+                ):
                     failed.append(f"process {process.pid} ended with {code}")
             except subprocess.TimeoutExpired:
                 failed.append(f"process {process.pid} did not end")
@@ -230,6 +249,7 @@ def run(
     *,
     rounds: int,
     kills: bool = False,
+    workers: bool = False,
     processes: int = 1,
     long: float = 3.0,
     seed: int = 1,
@@ -240,13 +260,15 @@ def run(
         url: the broker.
         folder: an empty folder.
         rounds: the number of take-overs.
-        kills: whether processes are killed.
+        kills: whether parents of workers are killed.
+        workers: whether workers are killed.
         processes: the number of worker processes.
         long: the seconds that the long message takes.
         seed: the seed of all random choices.
     """
     rng = random.Random(seed)
     outcome = Outcome()
+    kinds = (*(_KINDS if kills else _KINDS[:1]), *(["worker"] if workers else []))
     service, load = _Service(folder, url, processes), _Load(url, random.Random(seed))
     try:
         first = service.start()
@@ -259,7 +281,7 @@ def run(
         began = time.monotonic()
         for number in range(rounds):
             # The first is plain: it makes the process leave that has the long message.
-            kind = _KINDS[number % len(_KINDS)] if kills else "plain"
+            kind = kinds[number % len(kinds)]
             outcome.rounds[kind] += 1
             if fault := _take_over(service, kind, rng, outcome):
                 outcome.failed.append(f"round {number + 1}, {kind}: {fault}")
@@ -269,7 +291,8 @@ def run(
         _wait_for_ends(folder, load.sent, _PATIENCE + long)
     finally:
         load.end()
-        outcome.failed += service.stop()
+        # A parent that leaves doesn't replace a worker that is killed meanwhile, and says so.
+        outcome.failed += service.stop(may_be_unfinished=bool(outcome.killed))
     _judge(outcome, _read(folder), load.sent, began, ended)
     return outcome
 
@@ -282,6 +305,13 @@ def _take_over(service: _Service, kind: str, rng: random.Random, outcome: Outcom
     if kind == "two":
         time.sleep(rng.uniform(0.0, 0.3))
         successors.append(service.start())
+    if kind == "worker":
+        time.sleep(rng.uniform(0.0, 1.5))
+        if pids := service.workers():
+            worker = rng.choice(pids)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+                outcome.killed.add(worker)
     if kind in ("predecessor", "successor"):
         time.sleep(rng.uniform(0.0, 1.5))
         victim = successors[0].pid if kind == "successor" else owner
@@ -324,10 +354,13 @@ def _judge(
     began: float,
     ended: float,
 ) -> None:
-    begins = Counter(id for word, id, _, _ in entries if word == "begin")
-    ends = Counter(id for word, id, _, _ in entries if word == "end")
     outcome.sent = len(sent)
-    outcome.lost = sum(not ends[id] for id in sent)
+    outcome.lost = len(set(sent) - {id for word, id, _, _ in entries if word == "end"})
+    by_others = [entry for entry in entries if entry[2] not in outcome.killed]
+    begins = Counter(id for word, id, _, _ in by_others if word == "begin")
+    ends = Counter(id for word, id, _, _ in by_others if word == "end")
+    by_killed = {id for word, id, pid, _ in entries if word == "begin" and pid in outcome.killed}
+    outcome.repeated = sum(id in begins for id in by_killed)
     outcome.twice = sum(count > 1 for count in ends.values())
     outcome.interrupted = sum(begins[id] > ends[id] for id in begins)
     long = next(iter(sent))
@@ -359,6 +392,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=12, help="take-overs (default: 12)")
     parser.add_argument("--kills", action="store_true", help="kill processes meanwhile")
+    parser.add_argument("--workers", action="store_true", help="kill workers meanwhile")
     parser.add_argument("--broker", choices=("rabbitmq", "sqlite"), default="sqlite")
     parser.add_argument("-p", "--processes", type=int, default=1)
     parser.add_argument("--long", type=float, default=3.0, help="seconds of the long message")
@@ -372,6 +406,7 @@ def main() -> int:
                 folder,
                 rounds=options.rounds,
                 kills=options.kills,
+                workers=options.workers,
                 processes=options.processes,
                 long=options.long,
                 seed=options.seed,

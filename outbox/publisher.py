@@ -38,6 +38,15 @@ logger = logging.getLogger("outbox.publisher")
 _BUSY = 0.05
 """Seconds to wait for the publisher's thread where it reports at once."""
 
+_READ_KEPT = 10_000
+"""The events of a spool that ``Publisher.kept`` has at most."""
+
+_LOOK_AGAIN = 0.6  # more than what drain() takes until it hurries
+"""Seconds between two looks whether the spool has everything, so that the process can end."""
+
+_WRITING = 60.0
+"""Seconds to wait for a write to the spool, and then again."""
+
 _RETIRING = 2.0
 """Seconds to wait until a replaced publisher has moved its events."""
 
@@ -87,8 +96,16 @@ class Publisher:
 
     @property
     def kept(self) -> tuple[Event, ...]:
-        """The kept events, in the order they will be sent again."""
-        return self._transport().kept
+        """The kept events, in the order they will be sent again.
+
+        With a spool, at most 10,000 of those that are in memory and of this publisher's own on the
+        disk, which are read; ``stats().kept`` counts all.
+        """
+        transport = self._transport()
+        kept, spool = transport.kept, transport.backlog.spool
+        if spool is None:
+            return kept
+        return (*kept, *spool.peek(_READ_KEPT - len(kept)))[:_READ_KEPT]
 
     @property
     def connected(self) -> bool:
@@ -109,10 +126,11 @@ class Publisher:
         tally = transport.backlog.tally
         fates = dict(tally.fates)
         kept = transport.kept
+        aside, aside_bytes = transport.backlog.aside_size
         return Stats(
             connected=self.connected,
-            kept=len(kept),
-            kept_bytes=sum(len(event.body) for event in kept),
+            kept=len(kept) + aside,
+            kept_bytes=sum(len(event.body) for event in kept) + aside_bytes,
             ever_kept=tally.ever_kept,
             published=fates.get("published", 0),
             parked=fates.get("parked", 0),
@@ -259,7 +277,9 @@ class Publisher:
                     break
             else:
                 chunk.holder.release(chunk)
-        return chunk.reported or chunk.future.result()
+        while chunk.reported is None:  # it is about to be: another thread has claimed it
+            await waker.reported(chunk, _WRITING)
+        return chunk.reported
 
     def drain(self, timeout: float | None = None) -> bool:
         """Retry at once, and wait until every event has a fate; return whether all have one.
@@ -287,6 +307,7 @@ class Publisher:
     def close(self, timeout: float | None = None) -> tuple[Event, ...]:
         """Drain, disconnect, and return the lost events, which are logged at ERROR.
 
+        What is in the spool isn't lost, and while the broker is unavailable it isn't waited for.
         Closing twice is harmless. Publishing afterwards raises ``UsageError``.
 
         Args:
@@ -298,7 +319,7 @@ class Publisher:
             return ()
         latest = time.monotonic() + self.settings.drain_timeout
         if not own.on_own_thread:
-            own.drain(self._drain_timeout(timeout))
+            _drain_to_close(own, self._drain_timeout(timeout))
         self._closed = True
         lost = _close(own)
         left = latest - time.monotonic()
@@ -340,10 +361,16 @@ class Publisher:
 
         What waits for a broker that doesn't answer counts as kept. Events that the broker refuses
         for now have the same limits, but separately: only what exceeds those counts here, so that
-        memory stays bounded.
+        memory stays bounded. What is in the spool has a limit of its own.
         """
         transport = self._transport()
         events, size = transport.waiting_size
+        spool = transport.backlog.spool
+        if spool is not None:
+            if why := spool.why_full():
+                raise CollectorFull(f"{why}; nothing was enqueued")
+            stored, stored_bytes = spool.stored
+            events, size = max(0, events - stored), max(0, size - stored_bytes)
         held_events, held_bytes = transport.backlog.held_size
         settings = self.settings
         events -= min(held_events, settings.max_kept)
@@ -524,6 +551,7 @@ def _counts(tally: Tally, cleared: list[int]) -> Samples:
 
 def _gauges(transport: Transport) -> Samples:
     events, size = transport.backlog.kept_size
+    spool = transport.backlog.spool
     oldest = transport.backlog.oldest_kept
     age = 0.0 if oldest is None else time.time() - oldest.occurred_at.timestamp()
     return {
@@ -531,7 +559,21 @@ def _gauges(transport: Transport) -> Samples:
         "outbox_events_kept": {(): events},
         "outbox_events_kept_bytes": {(): size},
         "outbox_oldest_kept_age_seconds": {(): max(0.0, age)},
+        "outbox_spool_bytes": {(): 0 if spool is None else spool.stored[1]},
     }
+
+
+def _drain_to_close(transport: Transport, timeout: float) -> None:
+    """Drain, but don't wait for a broker that is unavailable once the spool has everything."""
+    spool = transport.backlog.spool
+    if spool is None:
+        transport.drain(timeout)
+        return
+    deadline = time.monotonic() + timeout
+    while not (transport.circuit_open and spool.holds_all):
+        left = deadline - time.monotonic()
+        if left <= 0 or transport.drain(min(left, _LOOK_AGAIN)):
+            return
 
 
 def _close(transport: Transport) -> tuple[Event, ...]:
@@ -558,7 +600,7 @@ def _close_all() -> None:
     for publisher in list(_open_publishers):
         publisher.close()
     for transport, timeout in list(_open_transports.items()):
-        transport.drain(timeout)
+        _drain_to_close(transport, timeout)
         _close(transport)
 
 

@@ -61,6 +61,8 @@ class SettingOverrides(TypedDict, total=False):
     heartbeat: int
     max_kept: int
     max_kept_bytes: int
+    spool: str | os.PathLike[str]
+    spool_max_bytes: int
     max_events: int
     max_bytes: int
     max_body_bytes: int
@@ -106,6 +108,13 @@ class Settings:
         max_kept: the number of kept events at which ``enqueue_event()`` raises ``CollectorFull``.
         max_kept_bytes: the same, in bytes as they are sent to RabbitMQ, headers included; of their
             bodies in an SQLite file.
+        spool: a folder on a local disk to which kept events are written before they are reported as
+            kept, so that they survive the end of the process; made with mode 0700, and of one
+            user. Empty for none. Held as an absolute path. ``max_kept`` and ``max_kept_bytes``
+            then limit only what can't be written.
+        spool_max_bytes: the bytes of this publisher's events in the spool at which
+            ``enqueue_event()`` raises ``CollectorFull``, as it does when the disk has less than
+            256 MiB left, or 5 % of a small one; 0 for no limit but the disk's.
         max_events: the limit of one collector, in events.
         max_bytes: the limit of one collector, in bytes of their bodies and headers.
         max_body_bytes: the limit of one body; RabbitMQ 4 refuses more than 16 MiB by default.
@@ -169,6 +178,8 @@ class Settings:
     heartbeat: int = 20
     max_kept: int = 10_000
     max_kept_bytes: int = 64 * MIB
+    spool: str = ""
+    spool_max_bytes: int = 1024 * MIB
     max_events: int = 100_000
     max_bytes: int = 64 * MIB
     max_body_bytes: int = 16 * MIB
@@ -315,6 +326,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
     elif name == "tasks_queue":
         if not isinstance(value, str) or not value or not _is_short(f"{value}.dead"):
             raise UsageError(f"{where} is {value!r:.80}, not the name of a queue")
+    elif name == "spool":
+        return _folder(value, where)
     elif name == "credentials":
         checked_provider(value, where)
     elif name == "source" and isinstance(value, str) and not _is_reference(value):
@@ -335,6 +348,14 @@ def _checked(name: str, value: Any, where: str) -> Any:
             "bytes), encode() and decode()"
         )
     return value
+
+
+def _folder(value: Any, where: str) -> str:
+    """Return the absolute path of a folder; "" for none."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str) or "://" in path or "\0" in path:
+        raise UsageError(f"{where} is {value!r:.80}, not the path of a folder")
+    return os.path.abspath(path) if path else ""
 
 
 def _sources(value: Any, where: str) -> tuple[HeadersSource, ...]:

@@ -24,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from outbox.backlog.chunk import Chunk, Entry, Fate
 from outbox.backlog.stats import LATENCY_BOUNDS, Tally
@@ -32,7 +33,7 @@ from outbox.event import Event
 from outbox.report import PublishReport, Rejection
 from outbox.telemetry import tracing
 
-__all__ = ["SILENCE", "Backlog", "News", "not_confirmed"]
+__all__ = ["SILENCE", "Backlog", "News", "Spool", "not_confirmed"]
 
 SILENCE = 0.5
 """Seconds without any confirm that open the circuit. A caller's own timeout may be far shorter than
@@ -45,7 +46,8 @@ class News:
 
     Attributes:
         reports: chunks to resolve with their reports, in this order.
-        kept: events that are kept from now on.
+        kept: entries that are kept from now on.
+        no_longer_kept: entries that were kept, and have their fate now.
         parked: events that were parked.
         rejected: events that were given up, with the reasons.
         error: the reason why events are kept.
@@ -54,7 +56,8 @@ class News:
     """
 
     reports: list[tuple[Chunk, PublishReport]] = field(default_factory=list)
-    kept: list[Event] = field(default_factory=list)
+    kept: list[Entry] = field(default_factory=list)
+    no_longer_kept: list[Entry] = field(default_factory=list)
     parked: list[Event] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
     error: BrokerError | None = None
@@ -62,11 +65,37 @@ class News:
     settled: list[Callable[[], object]] = field(default_factory=list)
 
 
+class Spool(Protocol):
+    """Where kept events are written to, as a publisher sees it. Thread-safe."""
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """The number of events on the disk, and their bytes."""
+        ...
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every event without a fate is on the disk, so that the process may end."""
+        ...
+
+    def why_full(self) -> str:
+        """Return why no more events may be promised; "" if there is room."""
+        ...
+
+    def peek(self, most: int) -> list[Event]:
+        """Return the next ``most`` events that are on the disk alone, in order."""
+        ...
+
+
 class Backlog:
     """Queue, kept events and circuit of one publisher. No I/O, no threads, no locks.
 
     Only the transport's thread may change it. Any thread may read its properties, except
-    ``queued``.
+    ``queued`` and ``kept_entries``.
+
+    Attributes:
+        tally: the counters.
+        spool: where kept events are written to, or None.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -79,12 +108,14 @@ class Backlog:
         self._kept_bytes = 0
         self._unreported_bytes = 0
         self._held = [0, 0]  # those of the kept events that are held, and their bytes
+        self._aside = [0, 0]  # the kept events that are on the disk alone, and their bytes
         self._down: BrokerError | None = None
         self._doubted_since: float | None = None
         self._busy_since = 0.0
         self._settled: list[Callable[[], object]] = []
         self._last_confirm = 0.0
         self.tally = Tally()
+        self.spool: Spool | None = None
 
     @property
     def kept(self) -> tuple[Event, ...]:
@@ -110,8 +141,28 @@ class Backlog:
 
     @property
     def kept_size(self) -> tuple[int, int]:
-        """The number of kept events, and the bytes they take."""
+        """The number of kept events, and the bytes they take, in memory or on the disk."""
+        events, size = self._aside
+        return self._kept_events + events, self._kept_bytes + size
+
+    @property
+    def aside_size(self) -> tuple[int, int]:
+        """The number of kept events that are on the disk alone, and their bytes.
+
+        They are behind those of :attr:`kept`. See :meth:`put_aside`.
+        """
+        events, size = self._aside
+        return events, size
+
+    @property
+    def kept_in_memory(self) -> tuple[int, int]:
+        """The number of kept events that aren't on the disk alone, and their bytes."""
         return self._kept_events, self._kept_bytes
+
+    @property
+    def kept_entries(self) -> list[Entry]:
+        """The kept entries in memory; only for the transport's thread."""
+        return [entry for entry in (*self._elsewhere, *self._queue) if entry.kept]
 
     @property
     def held_size(self) -> tuple[int, int]:
@@ -125,7 +176,7 @@ class Backlog:
     @property
     def waiting_size(self) -> tuple[int, int]:
         """The number of entries without a fate, and the bytes they take."""
-        return self._unsettled, self._kept_bytes + self._unreported_bytes
+        return self._unsettled, self.kept_size[1] + self._unreported_bytes
 
     @property
     def unsettled(self) -> int:
@@ -152,8 +203,14 @@ class Backlog:
         """Whether entries wait to be sent."""
         return bool(self._queue)
 
-    def add(self, chunk: Chunk) -> News:
-        """Add ``chunk`` behind all others."""
+    def add(self, chunk: Chunk, held_back: BrokerError | None = None) -> News:
+        """Add ``chunk`` behind all others.
+
+        Args:
+            chunk: the events.
+            held_back: why they are kept and the chunk is reported, though the broker is available;
+                None if there is no such reason.
+        """
         news = News()
         if not chunk.submitted_at:
             chunk.submitted_at = self._clock()
@@ -168,7 +225,7 @@ class Backlog:
             self._keep_rest(chunk, chunk.error or not_confirmed(chunk, self._clock()), news)
             return self._complete(news)
         self._expect_report(chunk)
-        error = self.circuit
+        error = self.circuit or held_back
         if chunk.keep or error is None:
             self._queue.extend(chunk.entries)
         if error is not None or not chunk.entries:
@@ -294,6 +351,65 @@ class Backlog:
         self._settled.append(callback)
         return self._complete(News())
 
+    def put_aside(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Forget those of ``entries`` that wait in the queue; return them, in their order.
+
+        They are kept, and count as such. Something else, the spool, has them from now on, until it
+        gives them back to :meth:`restore`.
+        """
+        chosen = {entry for entry in entries if entry.fate is None}
+        chosen -= self._elsewhere.keys()
+        queue, left, found = self._queue, [], []
+        while chosen and queue:
+            entry = queue.pop()  # from the end: there they are
+            if entry in chosen:
+                chosen.remove(entry)
+                found.append(entry)
+            else:
+                left.append(entry)
+        queue.extend(reversed(left))
+        found.reverse()
+        for entry in found:
+            self._no_longer_held(entry)
+        size = sum(entry.size for entry in found)
+        self._kept_events -= len(found)
+        self._kept_bytes -= size
+        self._count_aside(len(found), size)
+        return found
+
+    def restore(self, entries: Sequence[Entry]) -> None:
+        """Add entries that were put aside, or others in their place, behind all in the queue."""
+        self._queue.extend(entries)
+        size = sum(entry.size for entry in entries)
+        self._kept_events += len(entries)
+        self._kept_bytes += size
+        self._count_aside(-len(entries), -size)
+
+    def leave(self, entries: Iterable[Entry]) -> None:
+        """Forget kept ``entries`` and those that were put aside: something else has them."""
+        for entry in entries:
+            self._elsewhere.pop(entry, None)
+            self._no_longer_held(entry)
+            entry.fate = Fate.WITHDRAWN  # here, that is: it is skipped in the queue
+            self._unsettled -= 1
+            self._kept_events -= 1
+            self._kept_bytes -= entry.size
+        self._unsettled -= self._aside[0]
+        self._aside = [0, 0]
+
+    def add_aside(self, events: int, size: int) -> None:
+        """Count events that something else has, which another process or publisher had before."""
+        if not self._unsettled:
+            self._busy_since = self._clock()
+        self._unsettled += events
+        self._count_aside(events, size)
+
+    def lose_aside(self, events: int) -> News:
+        """Count events no longer that were put aside and can't be restored."""
+        self._unsettled -= events
+        self._count_aside(-events, 0)
+        return self._complete(News())
+
     def surrender(self) -> list[Entry]:
         """Remove and return the entries without a fate, for another backlog to adopt.
 
@@ -305,7 +421,7 @@ class Backlog:
         self._unreported.clear()
         self._unsettled = self._unreported_bytes = 0
         self._kept_events = self._kept_bytes = 0
-        self._held = [0, 0]
+        self._held, self._aside = [0, 0], [0, 0]
         return [entry for entry in entries if entry.fate is None]
 
     def adopt(self, entries: Sequence[Entry]) -> News:
@@ -344,6 +460,7 @@ class Backlog:
             self._set_fate(entry, Fate.WITHDRAWN, str(error), news)
         self._queue.clear()
         self._elsewhere.clear()
+        self._unsettled, self._aside = 0, [0, 0]
         return tuple(entry.event for entry in remaining), self._complete(news)
 
     def _complete(self, news: News) -> News:
@@ -400,6 +517,7 @@ class Backlog:
             _trace_kept(entry, None)
             self._no_longer_held(entry)
             entry.kept = False
+            news.no_longer_kept.append(entry)
             self._kept_events -= 1
             self._kept_bytes -= entry.size
         else:
@@ -413,7 +531,7 @@ class Backlog:
             entry.kept = True
             self._count_kept(entry)
             self.tally.ever_kept += 1
-            news.kept.append(entry.event)
+            news.kept.append(entry)
             news.quiet = news.quiet and entry.chunk.quiet
             self._count_down(entry.chunk, news)
         else:
@@ -429,6 +547,11 @@ class Backlog:
         tally.buckets[bisect.bisect_left(LATENCY_BOUNDS, seconds)] += 1
         tally.total += seconds
         tally.maximum = max(tally.maximum, seconds)
+
+    def _count_aside(self, events: int, size: int) -> None:
+        aside = self._aside
+        aside[0] += events
+        aside[1] = max(0, aside[1] + size) if aside[0] else 0
 
     def _no_longer_held(self, entry: Entry) -> None:
         if entry.held:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from outbox.errors import BrokerError
 from outbox.event import Event
@@ -42,6 +42,8 @@ class Entry:
         held: whether it is kept because the broker refuses its address for now; set while it is
             kept.
         attempts: how often the broker has nacked it.
+        row: where the spool has written it: the file, and its number there; None if it hasn't.
+            Only the spool's thread sets it.
         size: the bytes that it takes, as counted when it was kept; set from then on.
     """
 
@@ -56,6 +58,7 @@ class Entry:
         "kept",
         "parked_as",
         "reason",
+        "row",
         "size",
     )
 
@@ -72,6 +75,7 @@ class Entry:
         self.reason = ""
         self.kept = False
         self.attempts = 0
+        self.row: tuple[Any, int] | None = None
 
     @property
     def sent_as(self) -> Event:

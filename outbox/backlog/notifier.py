@@ -71,9 +71,10 @@ class Notifier:
                 if chunk.took is not None and report.published:
                     call_hook(self._settings.on_confirmed, len(report.published), chunk.took)
         if news.kept:
+            kept = tuple([entry.event for entry in news.kept])
             if not news.quiet:
-                log_kept(news.kept, news.error)
-            call_hook(self._settings.on_kept, tuple(news.kept))
+                log_kept(kept, news.error)
+            call_hook(self._settings.on_kept, kept)
         if news.parked:
             if not news.quiet:
                 parked = news.parked

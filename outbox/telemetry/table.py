@@ -45,11 +45,12 @@ METRICS: dict[str, Metric] = {
         "Seconds from the submission of a chunk of events until the last one was confirmed.",
         bounds=PUBLISH_BOUNDS,
     ),
-    "outbox_events_kept": Metric("gauge", "Events that are kept in memory now."),
+    "outbox_events_kept": Metric("gauge", "Events that are kept now, in memory or in the spool."),
     "outbox_events_kept_bytes": Metric("gauge", "Bytes of the events that are kept now."),
     "outbox_oldest_kept_age_seconds": Metric(
         "gauge", "Age of the oldest event that is kept now; 0 without any.", is_maximum=True
     ),
+    "outbox_spool_bytes": Metric("gauge", "Bytes of the events that are in the spool now."),
     # Connections
     "outbox_connected": Metric("gauge", "Connections that can be used now.", ("link",)),
     "outbox_connects_total": Metric("counter", "Connections that were opened.", ("link",)),

@@ -8,15 +8,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from outbox.backlog.backlog import Backlog, not_confirmed
+from outbox.backlog.backlog import Backlog, News, not_confirmed
 from outbox.backlog.chunk import Chunk, Entry
 from outbox.backlog.notifier import Notifier, ids, log_kept
 from outbox.errors import ConnectionLost, UsageError
 from outbox.event import Event
 from outbox.system import log_lines
 from outbox.transports.transport import Transport
+
+if TYPE_CHECKING:
+    from outbox.spool.spooling import Spooling
 
 __all__ = ["BackloggedTransport"]
 
@@ -41,10 +44,12 @@ class BackloggedTransport:
     Attributes:
         backlog: the entries without a fate.
         successor: the transport that everything was moved to, or None.
+        spool: where kept events are written to, or None.
     """
 
     def __init__(self, notify: Notifier) -> None:
-        self._notify = notify
+        self._notify: Callable[[News], None] = notify
+        self.spool: Spooling | None = None
         self.backlog = Backlog()
         self.successor: Transport | None = None
         self._inbox: deque[Chunk | Callable[[], object]] = deque()
@@ -67,7 +72,12 @@ class BackloggedTransport:
     def settled(self) -> bool:
         """Whether every event that was handed in has a fate."""
         # In this order: the thread takes a chunk out of the inbox before it adds it to the backlog.
-        return not self._inbox and not self._taking_in and not self.backlog.unsettled
+        return self.idle and not self.backlog.unsettled
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing that callers have handed in waits for the thread."""
+        return not self._inbox and not self._taking_in
 
     @property
     def connected(self) -> bool:
@@ -114,6 +124,18 @@ class BackloggedTransport:
     def look_into(self, queues: Collection[str]) -> None:
         """Do nothing: nothing is delivered from a table."""
 
+    def use_spool(self, spool: Spooling) -> None:
+        """Write kept events to ``spool``, before the transport is used."""
+        self.spool = self._notify = self.backlog.spool = spool
+
+    def call_soon(self, request: Callable[[], object]) -> None:
+        """Have ``request`` called on the transport's thread."""
+        self._ask(request)
+
+    def encode(self, event: Event) -> bytes:
+        """Return the frames of ``event``; on any thread."""
+        return self._encode(event)
+
     def announce(self, body: bytes) -> None:
         """Do nothing: nobody listens."""
 
@@ -148,21 +170,25 @@ class BackloggedTransport:
         """Report ``chunk`` now: its caller's timeout is over.
 
         The caller itself reports what it sees, since the thread may be busy; the thread then keeps
-        or withdraws the rest.
+        or withdraws the rest. With a spool, the report waits until the kept events are written.
         """
         if not chunk.claim_report():
             return
+        entries = chunk.entries
         try:
             if chunk.error is None:
                 chunk.error = self.backlog.circuit or not_confirmed(chunk, time.monotonic())
             self.backlog.doubt(chunk)
             report = chunk.report()
-            chunk.resolve(report)
+            if self.spool is None or not report.kept:
+                chunk.resolve(report)
+            else:
+                self.spool.report(chunk, [each for each in entries if each.fate is None], report)
             if report.kept and not chunk.quiet:
                 chunk.quiet = True
                 log_kept(report.kept, chunk.error)
         finally:
-            self._ask(partial(self._on_released, chunk))
+            self._ask(partial(self._on_released, chunk, entries))
 
     def drain(self, timeout: float) -> bool:
         """Wait until every event has its fate; return whether all do.
@@ -299,7 +325,9 @@ class BackloggedTransport:
                 if not isinstance(item, Chunk):
                     item()
                 elif item.accept():
-                    self._notify(self.backlog.add(item))
+                    spool = self.spool
+                    held_back = None if spool is None else spool.reason_to_hold_back(item)
+                    self._notify(self.backlog.add(item, held_back))
             except Exception:  # a bug in outbox must not hold up the others
                 logger.exception("unexpected error")
         self._taking_in = False
@@ -309,26 +337,43 @@ class BackloggedTransport:
             self.successor.adopt(entries)
             return
         self._notify(self.backlog.adopt(entries))
+        if self.spool is not None:
+            self.spool.adopted(entries)
         if self._ended:
             lost, news = self.backlog.close(ConnectionLost("the publisher was closed"))
             self._notify(news)
             logger.error("%d event(s) lost, the publisher was closed: %s", len(lost), ids(lost))
 
-    def _on_released(self, chunk: Chunk) -> None:
-        if chunk.reported is None:  # the caller was interrupted
+    def _up(self) -> None:
+        """Note that the broker is available."""
+        self.backlog.up()
+        if self.spool is not None:
+            self.spool.up()
+
+    def _on_released(self, chunk: Chunk, entries: Sequence[Entry]) -> None:
+        if chunk.reported is None and self.spool is None:  # the caller was interrupted
             chunk.resolve(chunk.report())
         holder = chunk.holder
         if holder is not self and isinstance(holder, BackloggedTransport):  # moved meanwhile
-            holder._ask(partial(holder._on_released, chunk))
-        else:
-            self._notify(self.backlog.release(chunk))
+            holder._ask(partial(holder._on_released, chunk, entries))
+            return
+        report = chunk.report()
+        self._notify(self.backlog.release(chunk))
+        if self.spool is not None:
+            self.spool.released(chunk, entries, report)
 
     def _surrender(self) -> None:
         """Move the backlog to the successor, and end."""
         successor = self._retires_to
         if successor is None or self.successor is not None:
             return
+        while successor.successor is not None:
+            successor = successor.successor
+        spool = successor.spool if isinstance(successor, BackloggedTransport) else None
+        hand_over = None if self.spool is None else self.spool.hand_over(spool)
         successor.adopt(self.backlog.surrender())
+        if hand_over is not None:
+            hand_over()
         self.successor, self._retires_to = successor, None
         self._finish()
         self._retired.release()
@@ -344,6 +389,9 @@ class BackloggedTransport:
             self._take_in()
         else:
             self._pass_on()
+        if self.spool is not None and self.successor is None:
+            self._notify(self.backlog.down((), ConnectionLost("the publisher was closed")))
+            self.spool.secure()
         self._left, news = self.backlog.close(ConnectionLost("the publisher was closed"))
         self._notify(news)
 

@@ -12,6 +12,7 @@ from outbox.messages.delivery import QueueSpec
 from outbox.recurring.recurring_task import RecurringTask
 from outbox.settings import Settings
 from outbox.system.threads import check_threads
+from outbox.transports.backlogged import BackloggedTransport
 from outbox.transports.parked_queues import ParkedQueues
 from outbox.transports.subscription import Subscription
 from outbox.transports.tick_records import TickRecords
@@ -47,14 +48,20 @@ def open_transport(settings: Settings) -> Transport:
 
     Raises:
         NotConfigured: there is no URL.
-        UsageError: the URL is invalid, or a publisher's thread can't work in this process.
+        UsageError: the URL is invalid, the spool can't be used, or a publisher's thread can't work
+            in this process.
     """
     if settings.url is None:
         raise NotConfigured
     url = BrokerURL.parse(settings.url)
     if url.scheme != "memory":
         check_threads()
-    transport: Transport = _class_for(url, "Transport")(url, settings, Notifier(settings))
+    notify = Notifier(settings)
+    transport: Transport = _class_for(url, "Transport")(url, settings, notify)
+    if settings.spool and isinstance(transport, BackloggedTransport):
+        from outbox.spool.spooling import Spooling
+
+        transport.use_spool(Spooling(url, settings, transport, notify))
     return transport
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from outbox import UsageError
-from outbox.service.identity.folder import _file_system, default_folder, open_folder
+from outbox.service.identity.folder import default_folder, open_folder
 from outbox.service.identity.pid_file import ELSEWHERE, check_id, holder_of, pid_path
+from outbox.system.disk.private_folder import file_system
 from tests.waiting import wait_until
 
 _PROGRAM = """
@@ -231,16 +232,16 @@ def test_the_kind_of_file_system_is_found_by_its_device(tmp_path: Path) -> None:
         "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n"
         "40 22 0:52 / /srv/shared rw - nfs4 server:/x rw,vers=4.2\n"
     )
-    assert _file_system(os.makedev(0, 52), str(mounts)) == "nfs4"
-    assert _file_system(os.makedev(254, 0), str(mounts)) == "ext4"
-    assert _file_system(os.makedev(9, 9), str(mounts)) == ""
-    assert _file_system(0, str(tmp_path / "nothing")) == ""
+    assert file_system(os.makedev(0, 52), str(mounts)) == "nfs4"
+    assert file_system(os.makedev(254, 0), str(mounts)) == "ext4"
+    assert file_system(os.makedev(9, 9), str(mounts)) == ""
+    assert file_system(0, str(tmp_path / "nothing")) == ""
 
 
 def test_a_folder_on_a_network_file_system_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("outbox.service.identity.folder._file_system", lambda device: "nfs4")
+    monkeypatch.setattr("outbox.system.disk.private_folder.file_system", lambda device: "nfs4")
     with pytest.raises(UsageError, match=r"network file system \(nfs4\)"):
         open_folder(tmp_path)
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-import stat
 import tempfile
 from pathlib import Path
 
-from outbox.errors import UsageError
+from outbox.system.disk.private_folder import private_folder
 
 __all__ = ["default_folder", "open_folder"]
 
 _VARIABLE = "OUTBOX_PID_DIR"
-_REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ncpfs", "fuse.sshfs"}
-"""File systems whose locks may hold on one machine only, or not at all."""
 
 
 def default_folder() -> Path:
@@ -37,50 +32,6 @@ def open_folder(path: Path, *, create: bool = True) -> Path:
         create: whether to make it; a missing one is not checked.
 
     Raises:
-        UsageError: it is a link or not a folder, belongs to another user, others may write to it,
-            it is on a network file system, or it can't be made.
+        UsageError: see :func:`private_folder`.
     """
-    path = Path(os.path.abspath(path))
-    try:
-        if create:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                path.mkdir(mode=0o700)
-        # Not through a link: in a folder for all, such as /tmp, another user may have put it there.
-        status = path.lstat()
-    except FileNotFoundError:
-        return path
-    except OSError as error:
-        raise UsageError(f"cannot use the folder {path}: {error.strerror}") from None
-    if fault := _fault(status):
-        raise UsageError(f"the folder {path} {fault}; choose another: --pid-dir, or {_VARIABLE}")
-    kind = _file_system(status.st_dev)
-    if kind in _REMOTE:
-        raise UsageError(
-            f"the folder {path} is on a network file system ({kind}), where a lock may hold on "
-            f"one machine only; choose another: --pid-dir, or {_VARIABLE}"
-        )
-    return path
-
-
-def _fault(status: os.stat_result) -> str | None:
-    if stat.S_ISLNK(status.st_mode):
-        return "is a symbolic link"
-    if not stat.S_ISDIR(status.st_mode):
-        return "is not a folder"
-    if status.st_uid != os.geteuid():
-        return f"belongs to another user (uid {status.st_uid})"
-    if status.st_mode & 0o022:
-        return "may be written to by other users"
-    return None
-
-
-def _file_system(device: int, mounts: str = "/proc/self/mountinfo") -> str:
-    """Return the type of the file system on a device; empty where that is unknown."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        text = Path(mounts).read_text(errors="replace")
-    except OSError:
-        return ""
-    found = re.search(rf"^\d+ \d+ {number} .* - (\S+) ", text, re.MULTILINE)
-    return found[1] if found else ""
+    return private_folder(path, f"choose another: --pid-dir, or {_VARIABLE}", create=create)

@@ -332,7 +332,7 @@ class DatabaseTransport(BackloggedTransport):
         self._failures = 0
         if not self._connected:
             self._connected = True
-            self.backlog.up()
+            self._up()
             self.backlog.tally.connects += 1
             call_hook(self._settings.on_connected, self._address)
 

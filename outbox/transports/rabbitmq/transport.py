@@ -194,7 +194,7 @@ class RabbitMQTransport(BackloggedTransport):
             self._connection.read_confirms(PUBLISH_CHANNEL, self._on_acks)
         self._link.ready()
         if not self._blocked:
-            self.backlog.up()
+            self._up()
         if not self._connection_serves:
             self._connection_serves = True
             self.backlog.tally.connects += 1
@@ -562,5 +562,5 @@ class RabbitMQTransport(BackloggedTransport):
         if self._watched_since is not None:
             self._watched_since = time.monotonic()
         if self._channel is not None:
-            self.backlog.up()
+            self._up()
             self._pump()

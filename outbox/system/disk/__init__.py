@@ -1,0 +1,1 @@
+"""What outbox asks of folders and disks."""

@@ -92,7 +92,7 @@ class DatabaseTicker:
             outages.ended(self._database.address)
         self._is_prepared = True
         if look.has_published:
-            self._database.published()
+            self._database.published({task.queue for task in self._tasks})
         for level, message, arguments in look.to_log:  # not before: a log handler may publish
             logger.log(level, message, *arguments)
         return look.pause

@@ -14,6 +14,7 @@ from outbox.commands import (
     init_command,
     parked_command,
     relay_command,
+    spool_command,
     sql_command,
     stored_command,
     tail_command,
@@ -39,6 +40,7 @@ _SUB_COMMANDS = (
     stored_command,
     sql_command,
     parked_command,
+    spool_command,
     tail_command,
     doctor_command,
     init_command,
@@ -100,8 +102,8 @@ def code_of(error: OutboxError) -> int:
 def _parser(application: Application) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=application.prog,
-        description="Publish stored events, manage parked ones, watch what passes by, and examine "
-        "or begin set-ups.",
+        description="Publish stored events, manage parked and spooled ones, watch what passes by, "
+        "and examine or begin set-ups.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

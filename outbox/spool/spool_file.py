@@ -25,8 +25,9 @@ __all__ = [
     "Spooled",
     "Unreadable",
     "Unwritable",
-    "as_event",
     "open_file",
+    "row_at",
+    "rows_of",
     "size_of",
 ]
 
@@ -56,6 +57,8 @@ _COLUMNS = (
 )
 _INSERT = f"INSERT INTO event ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _UNREAD = f"SELECT {_COLUMNS} FROM event WHERE seq > ? ORDER BY seq"
+_BACKWARDS = f"SELECT {_COLUMNS} FROM event WHERE seq > ? ORDER BY seq DESC"
+_SINGLE = f"SELECT {_COLUMNS} FROM event WHERE seq = ?"
 _DELETE = "DELETE FROM event WHERE seq = ? RETURNING size"
 _LOG = 64 * 1024 * 1024
 """Bytes of the write-ahead log beyond which it is cut when it has been copied into the file."""
@@ -257,7 +260,7 @@ class SpoolFile:
                 most_bytes -= row.size
                 if len(events) == most or (events and most_bytes < 0):
                     break
-                events.append(Spooled(row.seq, as_event(row), row.size))
+                events.append(_spooled(row))
         if events and not look:
             self._read_to = events[-1].seq
         return events
@@ -376,17 +379,30 @@ def open_file(path: Path, mode: str) -> sqlite3.Connection:
         )
 
 
-def as_event(row: Any) -> Event:
-    """Return the event of a row of the table, or of what has its columns as attributes.
+def rows_of(connection: sqlite3.Connection, *, backwards: bool = False) -> Iterator[Spooled]:
+    """Yield the events of a file, in order or from the last one back.
 
     Raises:
+        sqlite3.Error: the file is damaged.
         ValueError: outbox writes no such row.
     """
+    with contextlib.closing(connection.cursor()) as cursor:
+        for values in cursor.execute(_BACKWARDS if backwards else _UNREAD, (0,)):
+            yield _spooled(_Row(*values))
+
+
+def row_at(connection: sqlite3.Connection, seq: int) -> Spooled | None:
+    """Return the event with the number ``seq``; raise as ``rows_of`` does."""
+    values = connection.execute(_SINGLE, (seq,)).fetchone()
+    return None if values is None else _spooled(_Row(*values))
+
+
+def _spooled(row: _Row) -> Spooled:
     occurred_at = datetime.datetime.fromisoformat(row.occurred_at)
     event = event_of(row._replace(occurred_at=occurred_at))
-    if row.deliver_at is None:
-        return event
-    return replace(event, deliver_at=datetime.datetime.fromisoformat(row.deliver_at))
+    if row.deliver_at is not None:
+        event = replace(event, deliver_at=datetime.datetime.fromisoformat(row.deliver_at))
+    return Spooled(row.seq, event, row.size)
 
 
 def size_of(entry: Entry) -> int:

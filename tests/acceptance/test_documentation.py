@@ -423,6 +423,8 @@ def test_the_documented_options_of_the_commands_exist() -> None:
         ["outbox", "parked", "list"],
         ["outbox", "parked", "replay"],
         ["outbox", "parked", "purge"],
+        ["outbox", "spool", "status"],
+        ["outbox", "spool", "drain"],
         ["outbox", "relay"],
         ["outbox", "workers", "start"],
         ["outbox", "workers", "stop"],

@@ -16,6 +16,7 @@ from outbox.errors import ConnectFailed, OutboxError, UsageError
 from outbox.storage.clock import now, seconds_since
 from outbox.storage.creating import ADDED_LATER, check_server
 from outbox.storage.failures import DatabaseError, reason_of
+from outbox.storage.floors import NO_FLOOR
 from outbox.storage.schema import dialect_of, events, metadata_of
 from outbox.storage.statements import statements
 from outbox.storage.transactions import own_transaction
@@ -232,7 +233,7 @@ _ROWS = text("SELECT reltuples FROM pg_class WHERE oid = to_regclass(:table)")
 def _explained(connection: Connection, dialect: str) -> str:
     parameters = {
         "of_queue": "", "of_rank": 0, "at_most": 100, "max_bytes": 1_000_000, "seconds": 60.0,
-        "of_token": "doctor",
+        "of_token": "doctor", "floor": NO_FLOOR,
     }  # fmt: skip
     compiled = statements(dialect).lease_due.compile(dialect=connection.dialect)
     values = compiled.construct_params(parameters)

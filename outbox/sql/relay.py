@@ -26,7 +26,7 @@ from outbox.sql.row_fates import RowFates, write_fates
 from outbox.sql.waves import Batch
 from outbox.storage.engines import open_engine
 from outbox.storage.failures import DatabaseError, reason_of
-from outbox.storage.notifications import RELAY_CHANNEL, Listener, can_listen
+from outbox.storage.notifications import RELAY_CHANNEL, Floors, Listener, can_listen
 from outbox.storage.store import Store
 from outbox.telemetry import sources
 from outbox.telemetry.sources import Samples
@@ -118,6 +118,7 @@ class Relay:
         if isinstance(database, str | URL):
             database = open_engine(database)
         self.store = Store(database) if isinstance(database, Engine) else database
+        self._floors = Floors()
         self.publisher = publisher or default_publisher()
         self.batch = batch
         self.lease = lease or max(60.0, 2 * self.publisher.settings.stall_timeout)
@@ -290,7 +291,11 @@ class Relay:
             if known_to_be_connected and not self.publisher.connected:
                 break
             began = time.monotonic()
-            rows = self.store.claim(self.batch, lease=self.lease, ordered=self.ordered)
+            # Which finds all, when run_once() asks it to.
+            floors = self._floors if known_to_be_connected else None
+            rows = self.store.claim(
+                self.batch, lease=self.lease, ordered=self.ordered, floors=floors
+            )
             self._lag = max((row.age for row in rows), default=0.0)
             if not rows:
                 break

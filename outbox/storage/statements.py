@@ -29,12 +29,14 @@ from sqlalchemy import (
     bindparam,
     case,
     cast,
+    column,
     delete,
     exists,
     func,
     insert,
     literal,
     literal_column,
+    null,
     or_,
     select,
     true,
@@ -45,10 +47,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, BIGINT
 from sqlalchemy.sql.dml import ReturningInsert
 
-from outbox.storage.clock import in_seconds, now, seconds_after, seconds_since
+from outbox.storage.clock import Timestamp, in_seconds, now, seconds_after, seconds_since
+from outbox.storage.floors import Span
 from outbox.storage.schema import GRACE, events
 
-__all__ = ["Statements", "statements"]
+__all__ = ["NEVER", "Statements", "statements"]
 
 # A parameter must not have the name of a column.
 _QUEUE = bindparam("of_queue", type_=String)
@@ -57,13 +60,15 @@ _AT_MOST = bindparam("at_most", type_=Integer)
 _AFTER = bindparam("after", type_=String)
 _AMONG = bindparam("among", type_=Integer)
 _MAX_BYTES = bindparam("max_bytes", type_=Integer)
+_FLOOR = bindparam("floor", type_=Timestamp)
 _SECONDS = bindparam("seconds", type_=Float)
 _TOKEN = bindparam("of_token", type_=String)
 _WHY = bindparam("why", type_=Text)
 _FAILURES = bindparam("failures", type_=Integer)
 
 _FEW_ROWS = {"insertmanyvalues_page_size": 100}
-_NEVER = datetime.datetime(9999, 12, 31, tzinfo=datetime.UTC)
+NEVER = datetime.datetime(9999, 12, 31, tzinfo=datetime.UTC)
+"""When dead rows are due on MariaDB, whose indexes have no condition."""
 
 _WITH_AGE = (events, seconds_since(events.c.stored_at).label("age"))
 
@@ -153,9 +158,52 @@ class Statements(ABC):
         )
 
     @functools.cached_property
+    def firsts_of_ranks(self) -> Select[Any]:
+        """Of each rank in each of ``queues``: the row that is due first.
+
+        Seeks from rank to rank, so that the cost doesn't grow with the number of rows.
+        """
+        lower = events.alias("lower")
+
+        def highest(queue: ColumnElement[str], *conditions: ColumnElement[bool]) -> Any:
+            of_queue = and_(lower.c.queue == queue, lower.c.dead_at.is_(None), *conditions)
+            return select(func.max(lower.c.rank)).where(of_queue).scalar_subquery()
+
+        names = self._names
+        ranks = select(names.c.value.label("queue"), highest(names.c.value).label("rank"))
+        cte = ranks.cte("ranks", recursive=True)
+        next_rank = highest(cte.c.queue, lower.c.rank < cte.c.rank)
+        cte = cte.union_all(select(cte.c.queue, next_rank).where(cte.c.rank.is_not(None)))
+        due_at = _first_due_at(cte.c.queue, cte.c.rank, events.c.dead_at.is_(None))
+        firsts = select(cte.c.queue, cte.c.rank, due_at.label("due_at"))
+        return _with_due_in(firsts.where(cte.c.rank.is_not(None)).subquery("firsts"))
+
+    def firsts_above(self, connection: Connection, spans: Sequence[Span]) -> Sequence[Any]:
+        """Return the same for the ranks of ``spans``, above their floors.
+
+        Each row has in ``new_rank`` a rank between its own and the next one, if it was looked for
+        and there is any.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def names(self, queues: Sequence[str]) -> Any:
+        """Return ``queues`` as the parameter ``queues``."""
+
+    @functools.cached_property
+    @abstractmethod
+    def _names(self) -> Any:
+        """The elements of ``queues``, as a table with the column ``value``."""
+
+    @functools.cached_property
     def lease_due(self) -> Update | Select[Any]:
-        """Lease due rows."""
-        return self._lease(self.due)
+        """Lease rows that are due, from ``floor`` on."""
+        return self._lease(self.due_from_floor)
+
+    @functools.cached_property
+    def due_from_floor(self) -> ColumnElement[bool]:
+        """Whether a row is due, and not below ``floor``: all below are leased, deleted or dead."""
+        return and_(self.due, events.c.available_at >= _FLOOR)
 
     @functools.cached_property
     def lease_chosen(self) -> Update | Select[Any]:
@@ -191,7 +239,8 @@ class Statements(ABC):
         parameter that names them.
         """
         row = events.c
-        oldest = select(row.seq, row.key).where(self.due).order_by(row.available_at, row.seq)
+        due = self.due_from_floor
+        oldest = select(row.seq, row.key).where(due).order_by(row.available_at, row.seq)
         window = self._materialized(self._by_due(oldest.limit(_AMONG)).cte("near"))
         keys = select(window.c.key).where(window.c.key.is_not(None)).distinct().subquery("keys")
         unkeyed = select(window.c.seq).where(window.c.key.is_(None))
@@ -419,6 +468,56 @@ class _InOneStatement(Statements):
 class _PostgreSQLStatements(_InOneStatement):
     _lock = True
 
+    def names(self, queues: Sequence[str]) -> Any:
+        return list(queues)
+
+    @functools.cached_property
+    def _names(self) -> Any:
+        names = func.unnest(bindparam("queues", type_=ARRAY(Text)))
+        return names.table_valued("value", name="names").render_derived()
+
+    def firsts_above(self, connection: Connection, spans: Sequence[Span]) -> Sequence[Any]:
+        parameters = {
+            "queues": [span.queue for span in spans],
+            "ranks": [span.rank for span in spans],
+            "nexts": [span.next for span in spans],
+            "floors": [span.floor for span in spans],
+        }
+        return connection.execute(self._firsts_above, parameters).all()
+
+    @functools.cached_property
+    def _firsts_above(self) -> Select[Any]:
+        spans = (
+            func.unnest(
+                bindparam("queues", type_=ARRAY(Text)),
+                bindparam("ranks", type_=ARRAY(Integer)),
+                bindparam("nexts", type_=ARRAY(Integer)),
+                bindparam("floors", type_=ARRAY(Timestamp)),
+            )
+            .table_valued(
+                "queue",
+                column("rank", Integer),
+                column("next", Integer),
+                column("floor", Timestamp),
+                name="spans",
+            )
+            .render_derived()
+        )
+        span = spans.c
+        row = events.c
+        alive = row.dead_at.is_(None)
+        between = and_(row.queue == span.queue, row.rank > span.rank, row.rank < span.next, alive)
+        return _with_due_in(
+            select(
+                span.queue,
+                span.rank,
+                _first_due_at(span.queue, span.rank, alive, row.available_at >= span.floor).label(
+                    "due_at"
+                ),
+                select(func.min(row.rank)).where(between).scalar_subquery().label("new_rank"),
+            ).subquery("firsts")
+        )
+
     def numbers(self, seqs: Sequence[int]) -> Any:
         return list(seqs)
 
@@ -461,6 +560,13 @@ class _PostgreSQLStatements(_InOneStatement):
 
 
 class _SQLiteStatements(_InOneStatement):
+    def names(self, queues: Sequence[str]) -> Any:
+        return json.dumps(list(queues))
+
+    @functools.cached_property
+    def _names(self) -> Any:
+        return func.json_each(bindparam("queues", type_=Text)).table_valued("value")
+
     def numbers(self, seqs: Sequence[int]) -> Any:
         return json.dumps(list(seqs))
 
@@ -495,6 +601,36 @@ class _MariaDBStatements(Statements):
     """
 
     indexes_all_unkeyed = True
+
+    def names(self, queues: Sequence[str]) -> Any:
+        return list(queues)
+
+    @functools.cached_property
+    def _names(self) -> Any:
+        raise NotImplementedError
+
+    @functools.cached_property
+    def firsts_of_ranks(self) -> Select[Any]:
+        # MariaDB jumps from group to group, if they are the first columns of an index; seeking from
+        # rank to rank, it would read all rows up to each. Dead rows are due in the year 9999.
+        row = events.c
+        firsts = (
+            self._by_due(select(row.queue, row.rank, func.min(row.available_at).label("due_at")))
+            .where(row.queue.in_(bindparam("queues", type_=String, expanding=True)))
+            .group_by(row.queue, row.rank)
+        )
+        return _with_due_in(firsts.subquery("firsts"))
+
+    def firsts_above(self, connection: Connection, spans: Sequence[Span]) -> Sequence[Any]:
+        # It looks for no new rank: in a range without rows, InnoDB reads on through all remains of
+        # the next rank. Those are found when the index is read through.
+        known = [span for span in spans if span.rank >= 0]
+        parameters = {
+            f"{name}{number}": value
+            for number, span in enumerate(known)
+            for name, value in (("queue", span.queue), ("rank", span.rank), ("floor", span.floor))
+        }
+        return connection.execute(_firsts_above_each(len(known)), parameters).all() if known else []
 
     def lease(
         self, connection: Connection, statement: Any, parameters: dict[str, Any]
@@ -565,7 +701,7 @@ class _MariaDBStatements(Statements):
     @functools.cached_property
     def bury(self) -> Update:
         # Out of the index of what is due, which has no condition here.
-        return super().bury.values(available_at=_NEVER)
+        return super().bury.values(available_at=NEVER)
 
     @functools.cached_property
     def _lease_named(self) -> Update:
@@ -579,7 +715,7 @@ class _MariaDBStatements(Statements):
         row = events.c
         oldest = select(row.seq, func.length(row.payload).label("size")).where(condition)
         ordered = oldest.order_by(row.available_at, row.seq).limit(_AT_MOST)
-        if condition is self.due:
+        if condition is self.due_from_floor:
             ordered = self._by_due(ordered)
         return ordered.with_for_update(skip_locked=True)
 
@@ -620,6 +756,38 @@ _KINDS: dict[str, type[Statements]] = {
 def statements(dialect: str) -> Statements:
     """Return the statements for one of ``DIALECTS``, built once per process."""
     return _KINDS[dialect]()
+
+
+def _with_due_in(firsts: Any) -> Select[Any]:
+    """Add the seconds until the rows of ``firsts`` are due, and the database's time."""
+    return select(firsts, (-seconds_since(firsts.c.due_at)).label("due_in"), now().label("now"))
+
+
+def _first_due_at(
+    queue: ColumnElement[str], rank: ColumnElement[int], *conditions: ColumnElement[bool]
+) -> Any:
+    row = events.c
+    of_rank = and_(row.queue == queue, row.rank == rank, *conditions)
+    return select(func.min(row.available_at)).where(of_rank).scalar_subquery()
+
+
+@functools.lru_cache(maxsize=64)
+def _firsts_above_each(count: int) -> Select[Any]:
+    """A union of ``count`` spans, since MariaDB seeks only for values that it knows beforehand."""
+
+    def first(number: int) -> Select[Any]:
+        queue: Any = bindparam(f"queue{number}", type_=String)
+        rank: Any = bindparam(f"rank{number}", type_=Integer)
+        # Without a look at dead_at, which isn't in the index: dead rows are due in the year 9999.
+        above = events.c.available_at >= bindparam(f"floor{number}", type_=Timestamp)
+        return select(
+            queue.label("queue"),
+            rank.label("rank"),
+            _first_due_at(queue, rank, above).label("due_at"),
+            null().label("new_rank"),
+        )
+
+    return _with_due_in(union_all(*map(first, range(count))).subquery("firsts"))
 
 
 def _leased_rows() -> Update:

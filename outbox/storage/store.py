@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import logging
 import math
@@ -33,8 +34,9 @@ from outbox.event import Event
 from outbox.messages.rows import event_of, values_of
 from outbox.storage.clock import now, seconds_since
 from outbox.storage.creating import ADDED_LATER, check_server, create_missing, ddl
+from outbox.storage.floors import NO_FLOOR, Floors
 from outbox.storage.schema import events, known_dialect
-from outbox.storage.statements import statements
+from outbox.storage.statements import NEVER, statements
 from outbox.storage.transactions import own_transaction, try_again
 from outbox.telemetry import tracing
 
@@ -123,6 +125,8 @@ class Store:
         self.engine = engine
         self._owner = owner
         self._statements = statements(dialect)
+        # SQLite removes what is deleted from its indexes at once.
+        self._leaves_remains = dialect != "sqlite"
         # Where an ordered claim goes on; threads that share them only look at some keys twice.
         self._next_key: dict[str, str] = {}
         self._read_through_at = -math.inf
@@ -200,6 +204,7 @@ class Store:
         max_bytes: int = 16 * 1024 * 1024,
         ordered: bool = False,
         only: Mapping[int, str] | None = None,
+        floors: Floors | None = None,
         connection: Connection | None = None,
     ) -> list[Claimed]:
         """Lease due rows to the caller, the oldest first, and return them in their order.
@@ -218,13 +223,16 @@ class Store:
                 is scheduled takes its place in that order when it becomes due.
             only: the rows to choose from, by number, with their ids: both must agree, because
                 another schema has the same numbers. Rows within their grace count as due.
+            floors: what the caller passes to each of the claims that it repeats. Most of them then
+                begin where the last one found the first row, past the remains of others, and
+                may miss rows below for a second, or for 5 s in a table that can't be cleaned up.
             connection: the connection whose transaction to use; by default a new transaction.
         """
         if connection is None:
             return self._in_own_transaction(
                 lambda own: self.claim(
                     limit, queue=queue, lease=lease, max_bytes=max_bytes, ordered=ordered,
-                    only=only, connection=own,
+                    only=only, floors=floors, connection=own,
                 )
             )  # fmt: skip
         parameters = {
@@ -237,12 +245,39 @@ class Store:
             parameters["marks"] = self._statements.marks(only)
             return self._take(connection, limit, parameters, ordered=ordered)
         claimed: list[Claimed] = []
-        for rank in self._ranks(connection, queue):
-            parameters["of_rank"] = rank
+        for rank, floor in self._due(connection, queue, floors):
+            parameters.update(of_rank=rank, floor=floor)
             claimed += self._take(connection, limit - len(claimed), parameters, ordered=ordered)
             if len(claimed) >= limit:
                 break
+        if floors is not None:
+            floors.claimed(queue, all_wanted=len(claimed) >= limit)
         return claimed
+
+    def due_in(
+        self,
+        queues: Sequence[str],
+        *,
+        floors: Floors | None = None,
+        connection: Connection | None = None,
+    ) -> float | None:
+        """Return the seconds until a row of one of ``queues`` is due; None if they are empty.
+
+        0 or less means that a row is due now. Leased rows count, because they are due again when
+        their lease ends. The cost depends on the number of queues and ranks, not on that of rows.
+
+        Args:
+            queues: the queues.
+            floors: as for :meth:`claim`.
+            connection: the connection to use; by default a new transaction.
+        """
+        if connection is None:
+            with own_transaction(self.engine) as connection:
+                return self.due_in(queues, floors=floors, connection=connection)
+        floors = floors if self._leaves_remains else None
+        through = floors is None or floors.is_time_to_look_through(queues, idle=True)
+        firsts = self._firsts(connection, queues, floors, through=through)
+        return min((float(first.due_in) for first in firsts), default=None)
 
     def complete(self, rows: Iterable[Claimed], *, connection: Connection | None = None) -> int:
         """Delete rows that are published or processed; return how many the caller still leased."""
@@ -426,6 +461,29 @@ class Store:
 
         return try_again(once)
 
+    def _due(
+        self, connection: Connection, queue: str, floors: Floors | None
+    ) -> Iterator[tuple[int, datetime.datetime]]:
+        """Yield the ranks of ``queue`` to claim from, the highest first, and where to begin.
+
+        It may yield a rank again. Whoever has enough stops.
+        """
+        if not self._leaves_remains:
+            yield from ((rank, NO_FLOOR) for rank in self._ranks(connection, queue))
+            return
+        if not queue and floors is None:
+            yield 0, NO_FLOOR  # the relay's queue has only this rank
+            return
+        through = floors is None or floors.is_time_to_look_through([queue])
+        while True:
+            firsts = self._firsts(connection, [queue], floors, through=through)
+            for first in sorted(firsts, key=_rank, reverse=True):
+                if first.due_in <= 0:
+                    yield first.rank, first.due_at
+            if through or floors is None or not floors.is_time_to_look_through([queue], idle=True):
+                return
+            through = True
+
     def _ranks(self, connection: Connection, queue: str) -> Iterator[int]:
         """Yield the ranks in ``queue``, the highest first; the relay's queue has only rank 0."""
         if not queue:
@@ -438,6 +496,34 @@ class Store:
             if rank is None:
                 return
             yield rank
+
+    def _firsts(
+        self, connection: Connection, queues: Sequence[str], floors: Floors | None, *, through: bool
+    ) -> list[Any]:
+        """Return of each rank of ``queues`` the row that is due first.
+
+        Args:
+            connection: the connection.
+            queues: the queues.
+            floors: the floors to note, and to begin at.
+            through: whether to begin at the beginning.
+        """
+        sql = self._statements
+        if through or floors is None:
+            began = time.monotonic()
+            rows = connection.execute(sql.firsts_of_ranks, {"queues": sql.names(queues)}).all()
+            if floors is not None:
+                floors.looked_through(queues, began, time.monotonic())
+        else:
+            rows = sql.firsts_above(connection, floors.spans(queues))
+            while new := [row for row in rows if row.new_rank is not None]:
+                for row in new:
+                    floors.add(row.queue, row.new_rank)
+                rows = sql.firsts_above(connection, floors.spans(queues))
+        if floors is not None:
+            for row in rows:
+                floors.raise_to(row.queue, row.rank, row.due_at, row.now)
+        return [row for row in rows if row.due_at is not None and row.due_at < NEVER]
 
     def _take(
         self, connection: Connection, limit: int, parameters: dict[str, Any], *, ordered: bool
@@ -644,4 +730,5 @@ class Store:
 _UNREADABLE = (TypeError, ValueError, OverflowError, OSError, DataError)
 
 _number = attrgetter("seq")
+_rank = attrgetter("rank")
 _key = attrgetter("key")

@@ -5,6 +5,7 @@ Building a statement takes longer than the database takes to run it.
 
 from __future__ import annotations
 
+import base64
 import datetime
 import functools
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import (
     CTE,
+    JSON,
     ColumnElement,
     Connection,
     Delete,
@@ -67,6 +69,7 @@ _WHY = bindparam("why", type_=Text)
 _FAILURES = bindparam("failures", type_=Integer)
 
 _FEW_ROWS = {"insertmanyvalues_page_size": 100}
+_FEW = 5  # rows that PostgreSQL inserts as quickly one by one
 NEVER = datetime.datetime(9999, 12, 31, tzinfo=datetime.UTC)
 """When dead rows are due on MariaDB, whose indexes have no condition."""
 
@@ -114,6 +117,10 @@ class Statements(ABC):
     @abstractmethod
     def is_marked(self) -> ColumnElement[bool]:
         """Whether number and id of a row, one of ``numbers``, are among ``marks``."""
+
+    def put_rows(self, connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+        """Insert rows that have the same columns."""
+        connection.execute(self.put, rows)
 
     @functools.cached_property
     def put(self) -> Insert | ReturningInsert[Any]:
@@ -468,6 +475,14 @@ class _InOneStatement(Statements):
 class _PostgreSQLStatements(_InOneStatement):
     _lock = True
 
+    def put_rows(self, connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+        # The server would parse and plan the statement for each row, since it can't be prepared.
+        if len(rows) < _FEW:
+            super().put_rows(connection, rows)
+        else:
+            document = json.dumps(rows, default=_in_json)
+            connection.execute(_put_document(tuple(rows[0])), {"document": document})
+
     def names(self, queues: Sequence[str]) -> Any:
         return list(queues)
 
@@ -756,6 +771,34 @@ _KINDS: dict[str, type[Statements]] = {
 def statements(dialect: str) -> Statements:
     """Return the statements for one of ``DIALECTS``, built once per process."""
     return _KINDS[dialect]()
+
+
+def _in_json(value: bytes | datetime.datetime) -> str:
+    if isinstance(value, datetime.datetime):
+        return value.isoformat()
+    return base64.b64encode(value).decode()
+
+
+@functools.lru_cache(maxsize=64)
+def _put_document(names: Sequence[str]) -> Insert:
+    """Insert rows with these columns that come as a JSON document."""
+    columns = [events.c[name] for name in names]
+    rows = (
+        func.json_to_recordset(cast(bindparam("document", type_=Text), JSON))
+        .table_valued(
+            *(column(each.name, Text if each.name == "payload" else each.type) for each in columns),
+            name="new",
+        )
+        .render_derived(with_types=True)
+    )
+    values: dict[str, Any] = {"stored_at": now(), "available_at": now()}
+    values |= {
+        name: func.decode(rows.c[name], "base64") if name == "payload" else rows.c[name]
+        for name in names
+    }
+    return insert(events).from_select(
+        list(values), select(*values.values()), include_defaults=False
+    )
 
 
 def _with_due_in(firsts: Any) -> Select[Any]:

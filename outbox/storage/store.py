@@ -192,8 +192,8 @@ class Store:
             return
         # The rows of one statement must have the same columns. Only neighbours are grouped, because
         # the order of insertion is the order of the rows.
-        for _, alike in itertools.groupby(rows, key=lambda row: "available_at" in row):
-            connection.execute(self._statements.put, list(alike))
+        for _, alike in itertools.groupby(rows, key=dict.keys):
+            self._statements.put_rows(connection, list(alike))
 
     def claim(
         self,

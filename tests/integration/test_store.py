@@ -28,6 +28,7 @@ from sqlalchemy import (
     select,
     text,
 )
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from outbox import UsageError, configure, enqueue_event
@@ -747,3 +748,24 @@ def test_a_role_that_may_only_insert_can_store_events(postgresql_url: str) -> No
             connection.exec_driver_sql(f"DROP OWNED BY {role}")
             connection.exec_driver_sql(f"DROP ROLE {role}")
         store.engine.dispose()
+
+
+def test_rows_that_are_stored_together_are_what_they_are_alone(store: Store) -> None:
+    odd = ["plain", "\u20ac \U0001f600", "back\\slash \"quoted\" 'q' {a,NULL}", "line\nbreak\ttab"]
+    moment = datetime.datetime(2040, 1, 2, 3, 4, 5, 678901, tzinfo=datetime.UTC)
+    stored = [
+        Event(
+            id=f"{number}{text}", target=text, exchange=text, body=bytes(range(256)), key=text,
+            headers={"h": text, "b": b"\x00"}, occurred_at=moment,
+            priority=number, unroutable="fail" if number % 2 else None,
+        )
+        for number, text in enumerate(odd * 4)
+    ]  # fmt: skip
+    store.put(stored)
+    rows = store.claim(100)
+    assert [row.event for row in rows] == stored
+    assert all(0 <= row.age < 60 for row in rows)
+    if store.engine.dialect.name != "sqlite":  # which takes any length
+        with pytest.raises(DBAPIError):
+            store.put([*stored[:8], dataclasses.replace(stored[0], id="x" * 256)])
+        assert store.status().waiting == 0

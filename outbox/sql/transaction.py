@@ -265,10 +265,17 @@ def sink_of_connection(connection: Any) -> sinks.Sink:
         handover = _handover(connection.engine, stored, publisher)
         queue = queue_for(stored, connection.engine, options_of(connection), publisher)
         at = time.monotonic()
-        table = events_with_grace if _has_grace(handover, queue) else events
-        key = connection.execute(insert(table), _values(stored, queue)).inserted_primary_key
-        if handover is not None and key is not None:
-            _hand_over_later(connection, handover, stored, queue, key[0], at)
+        statement = insert(events_with_grace if _has_grace(handover, queue) else events)
+        values = _values(stored, queue)
+        number = 0
+        if handover is not None and queue in ("", UNROUTED):
+            key = connection.execute(statement, values).inserted_primary_key
+            number = 0 if key is None else key[0]
+        else:
+            # Without a number, which would take the right to read the table.
+            connection.execute(statement.inline(), values)
+        if handover is not None:
+            _hand_over_later(connection, handover, stored, queue, number, at)
         return True
 
     return store

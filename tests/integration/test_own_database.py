@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import subprocess
 import sys
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, select
+from sqlalchemy import Engine, create_engine, make_url, select, text
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from outbox import Event, Publisher, configure, enqueue_event
@@ -19,7 +24,10 @@ from outbox.sql import metadata
 from outbox.storage.engines import open_engine
 from outbox.storage.schema import events
 from outbox.storage.store import Store
+from outbox.transports.database import own_tables
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.one_python
 
 
 @pytest.fixture
@@ -129,8 +137,8 @@ def test_events_stored_in_a_transaction_reach_the_workers_of_the_same_database(u
     with engine.begin() as connection:
         enqueue_event(1, "order.placed", connection=connection, id="e3")
     wait_until(lambda: seen.ids == ["e1", "e2", "e3"])
+    wait_until(lambda: rows(engine) == [])
     assert worker.stop()
-    assert rows(engine) == []
     engine.dispose()
 
 
@@ -172,4 +180,199 @@ def test_events_stored_in_another_database_wait_for_a_relay(
     assert rows(engine) == [("e0", ""), ("e1", "")]
     [warning] = caplog.messages
     assert "are in other tables than the queues of" in warning
+    engine.dispose()
+
+
+# ---------------------------------------------------------------------- when queues are made
+
+
+@pytest.mark.parametrize(
+    ("database_url", "level"),
+    [
+        ("postgresql", "READ COMMITTED"),
+        ("postgresql", "SERIALIZABLE"),
+        ("mariadb", "REPEATABLE READ"),
+    ],
+    indirect=["database_url"],
+)
+def test_a_queue_made_during_the_transaction_gets_its_events(url: str, level: Any) -> None:
+    engine = create_engine(url, isolation_level=level)
+    publisher = configure(url)
+    seen, also_seen = Seen(), AlsoSeen()
+    workers = [Worker([each], publisher=publisher) for each in (seen, also_seen)]
+    with Session(engine) as session:
+        session.execute(select(1))  # its snapshot is from now
+        workers[0].start()
+        wait_until(lambda: workers[0].is_consuming)
+        enqueue_event(1, "order.placed", session=session, id="e1")
+        session.flush()
+        workers[1].start()
+        wait_until(lambda: workers[1].is_consuming)
+        session.commit()
+    wait_until(lambda: seen.ids == ["e1"])
+    wait_until(lambda: rows(engine) == [])
+    assert all(worker.stop() for worker in workers)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_an_event_whose_queue_is_made_after_it_was_stored_is_routed_there(url: str) -> None:
+    engine = create_engine(url, isolation_level="REPEATABLE READ")
+    publisher = configure(url)
+    seen = Seen()
+    worker = Worker([seen], publisher=publisher)
+    with Session(engine) as session:
+        enqueue_event(1, "order.placed", session=session, id="e1")
+        session.flush()
+        worker.start()
+        wait_until(lambda: worker.is_consuming)
+        session.commit()
+    wait_until(lambda: seen.ids == ["e1"])
+    assert worker.stop()
+    engine.dispose()
+
+
+def test_an_event_for_several_queues_reaches_each(url: str) -> None:
+    engine = create_engine(url)
+    publisher = configure(url)
+    seen, also_seen = Seen(), AlsoSeen()
+    worker = Worker([seen, also_seen], publisher=publisher)
+    worker.start()
+    wait_until(lambda: worker.is_consuming)
+    with Session(engine) as session:
+        for number in range(5):
+            enqueue_event(1, "order.placed", session=session, id=f"e{number}")
+        session.commit()
+    wait_until(lambda: len(seen.ids) == len(also_seen.ids) == 5)
+    wait_until(lambda: rows(engine) == [])
+    assert worker.stop()
+    engine.dispose()
+
+
+def test_a_savepoint_that_is_rolled_back_takes_its_events_along(url: str) -> None:
+    engine = create_engine(url)
+    publisher = configure(url)
+    seen = Seen()
+    worker = Worker([seen], publisher=publisher)
+    worker.start()
+    wait_until(lambda: worker.is_consuming)
+    with Session(engine) as session:
+        enqueue_event(1, "order.placed", session=session, id="e1")
+        with contextlib.suppress(ZeroDivisionError), session.begin_nested():
+            enqueue_event(1, "order.placed", session=session, id="no")
+            session.flush()
+            raise ZeroDivisionError
+        enqueue_event(1, "order.placed", session=session, id="e2")
+        session.commit()
+    wait_until(lambda: sorted(seen.ids) == ["e1", "e2"])
+    wait_until(lambda: rows(engine) == [])
+    assert worker.stop()
+    engine.dispose()
+
+
+# ------------------------------------------------------------------------------- PostgreSQL
+
+
+@pytest.fixture
+def server_url(postgresql_url: str) -> str:
+    """The URL of a PostgreSQL database with empty tables."""
+    engine = open_engine(postgresql_url)
+    Store(engine).create()
+    engine.dispose()
+    return postgresql_url
+
+
+def declared(url: str) -> None:
+    """Have the queues made."""
+    with Publisher(url) as publisher:
+        worker = Worker([Seen()], publisher=publisher)
+        worker.start()
+        wait_until(lambda: worker.is_consuming)
+        assert worker.stop()
+
+
+def test_events_are_routed_at_once_from_an_event_loop(server_url: str) -> None:
+    declared(server_url)
+    configure(server_url, after_commit="nothing")
+
+    async def store() -> None:
+        engine = create_async_engine(make_url(server_url).set(drivername="postgresql+asyncpg"))
+        async with AsyncSession(engine) as session:
+            enqueue_event(1, "order.placed", session=session, id="e1")
+            await session.commit()
+        await engine.dispose()
+
+    asyncio.run(store())
+    engine = create_engine(server_url)
+    assert rows(engine) == [("e1", "orders")]
+    engine.dispose()
+
+
+def test_a_role_that_may_only_insert_stores_events(server_url: str) -> None:
+    declared(server_url)
+    owner = create_engine(server_url)
+    with owner.begin() as connection:
+        name = f"app_{uuid.uuid4().hex[:8]}"
+        connection.execute(text(f"CREATE ROLE {name} LOGIN"))
+        connection.execute(text(f"GRANT INSERT ON outbox_events TO {name}"))
+        connection.execute(text(f"GRANT SELECT ON outbox_bindings, outbox_meta TO {name}"))
+    url = make_url(server_url).set(username=name)
+    engine = create_engine(url)
+    configure(url.render_as_string(False))
+    with engine.begin() as connection:
+        enqueue_event(1, "order.placed", connection=connection, id="e1")
+    assert rows(owner) == [("e1", "orders")]
+    engine.dispose()
+    with owner.begin() as connection:
+        connection.execute(text(f"DROP OWNED BY {name}"))
+        connection.execute(text(f"DROP ROLE {name}"))
+    owner.dispose()
+
+
+def test_events_of_another_schema_wait_for_a_relay(
+    server_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    declared(server_url)
+    configure(server_url, after_commit="nothing")
+    engine = create_engine(server_url)
+    other = engine.execution_options(schema_translate_map={None: "tenant"})
+    with engine.begin() as connection:
+        connection.execute(text("CREATE SCHEMA tenant"))
+    Store(other).create()
+    with Session(other) as session:
+        enqueue_event(1, "order.placed", session=session, id="e1")
+        session.commit()
+    with Session(engine) as session:
+        # Chosen for this transaction only, after it was known where the engine writes.
+        enqueue_event(1, "order.placed", session=session, id="e2")
+        session.flush()
+        session.rollback()
+        session.connection(execution_options={"schema_translate_map": {None: "tenant"}})
+        enqueue_event(1, "order.placed", session=session, id="e3")
+        session.commit()
+    assert rows(other) == [("e1", ""), ("e3", "")]
+    assert rows(engine) == []
+    [warning] = [each for each in caplog.messages if "relay" in each]
+    assert "are in other tables than the queues of" in warning
+    engine.dispose()
+
+
+def test_a_copy_of_the_bindings_that_is_too_old_is_not_used(
+    server_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_tables, "_REFRESH", 0.3)
+    monkeypatch.setattr(own_tables, "_OUTDATED", 0.3)
+    configure(server_url, after_commit="nothing")
+    engine = create_engine(server_url)
+    with Session(engine) as session:
+        enqueue_event(1, "order.placed", session=session, id="e1")  # the copy is made
+        session.commit()
+        declared(server_url)
+        time.sleep(0.4)
+        enqueue_event(1, "order.placed", session=session, id="e2")  # it is read again
+        session.commit()
+        time.sleep(0.2)
+        enqueue_event(1, "order.placed", session=session, id="e3")
+        session.commit()
+    assert rows(engine)[-2:] == [("e2", UNROUTED), ("e3", "orders")]
     engine.dispose()

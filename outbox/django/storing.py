@@ -17,7 +17,7 @@ import os
 import re
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.conf import settings as django_settings
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
@@ -29,12 +29,13 @@ from outbox.django import project
 from outbox.django.connecting import can_hand_over, engine_of, vendor_of
 from outbox.django.moments import NOW, in_column
 from outbox.event import Event
-from outbox.messages.rows import values_of
+from outbox.messages.rows import UNROUTED, values_of
 from outbox.observer import Observer, seam
 from outbox.publisher import Publisher
 from outbox.sinks import Bound, Sink
 from outbox.telemetry import sources
 from outbox.unit_of_work.origin import application_frame, warn_at
+from outbox.url import BrokerURL
 
 __all__ = ["pending_of", "sink_using"]
 
@@ -54,10 +55,12 @@ _COLUMNS = (
     "key",
     "priority",
     "unroutable",
+    "queue",
+    "rank",
     "occurred_at",  # the last one: it is converted for the database
 )
 # Which have defaults in our own schema, but not in a test database made without migrations.
-_CONSTANTS = {"queue": "''", "rank": "0", "deliveries": "0", "attempts": "0"}
+_CONSTANTS = {"deliveries": "0", "attempts": "0"}
 _LACKS_TABLE = re.compile(
     r"no such table: outbox_events|(?<!of )relation \"outbox_events\" does not exist"
     r"|outbox_events' doesn't exist"
@@ -104,6 +107,20 @@ def pending_of(function: object) -> Pending | None:
     return pending if isinstance(pending, Pending) else None
 
 
+class StoredRow(NamedTuple):
+    """A row that was stored.
+
+    Attributes:
+        number: its number.
+        at: the ``time.monotonic()`` before it was written.
+        queue: its queue.
+    """
+
+    number: int
+    at: float
+    queue: str
+
+
 class Pending:
     """What is published after the commit of a transaction, or of one of its savepoints.
 
@@ -113,8 +130,7 @@ class Pending:
     Attributes:
         publisher: the publisher; None if a relay publishes the rows.
         events: the events, in their order.
-        rows: the number of each event's row, and the monotonic time at which it was stored; empty
-            if the events were not stored.
+        rows: each event's row; empty if the events were not stored.
     """
 
     advice = (
@@ -132,7 +148,7 @@ class Pending:
         self._observer = observer
         self.publisher = publisher
         self.events: list[Event] = []
-        self.rows: list[tuple[int, float]] = []
+        self.rows: list[StoredRow] = []
 
     def publish(self) -> None:
         """Publish what was committed; never raise, since others' callbacks may follow."""
@@ -171,7 +187,7 @@ class Pending:
             or not (connection.in_atomic_block or connection.autocommit)  # it would begin one
         ):
             return None
-        [(number, _)], [event] = self.rows, self.events
+        [(number, _, _)], [event] = self.rows, self.events
         try:
             # Without Django's cursor, whose queries an application's test may count.
             with contextlib.closing(connection.connection.cursor()) as cursor:
@@ -187,16 +203,22 @@ def _store(connection: Any, event: Event, publisher: Publisher | None) -> bool:
     """Insert ``event`` through Django's ``connection``: one query, whatever happens later."""
     alias: str = connection.alias
     observer = seam.observer
-    hands_over = (
+    may_hand_over = (
         publisher is not None
-        and publisher.settings.after_commit != "nothing"
-        and event.deliver_at is None
         and _has_sqlalchemy()
         and (observer.hands_over if observer else not project.is_test_environment())
+    )
+    hands_over = (
+        may_hand_over
+        and publisher is not None
+        and publisher.settings.after_commit != "nothing"
+        and event.deliver_at is None
         and can_hand_over(alias)
     )
+    queue = _queue_for(alias, event, publisher) if may_hand_over else ""
+    in_grace = hands_over and _is_published_here(publisher, queue)
     at = time.monotonic()
-    number = _insert(connection, event, in_grace=hands_over)
+    number = _insert(connection, event, queue, in_grace=in_grace)
     if observer is not None:
         observer.stored_in_transaction(event)
     elif not hands_over:
@@ -204,21 +226,46 @@ def _store(connection: Any, event: Event, publisher: Publisher | None) -> bool:
     if connection.in_atomic_block:
         pending = _pending_at_commit(connection, publisher if hands_over else None, observer)
         pending.events.append(event)
-        pending.rows.append((number, at))
+        pending.rows.append(StoredRow(number, at, queue))
         if observer is not None:
             observer.attached(event, pending)
     elif connection.get_autocommit():
         if observer is not None:
             observer.committed([event])
         if hands_over and publisher is not None:
-            _hand_over(alias, publisher, [event], [(number, at)])
+            _hand_over(alias, publisher, [event], [StoredRow(number, at, queue)])
     # else the process can't learn of the commit: a relay publishes it
     return False
 
 
-def _insert(connection: Any, event: Event, *, in_grace: bool) -> int:
+def _queue_for(alias: str, event: Event, publisher: Publisher | None) -> str:
+    """Return the queue of the row that is to be stored: ``""`` is the relay's."""
+    if publisher is None or not _names_database(publisher.settings.url or ""):
+        return ""
+    try:
+        engine = engine_of(alias)
+    except UsageError:  # a database in memory
+        return ""
+    return publisher.queue_for(event, engine, {})
+
+
+@functools.cache
+def _names_database(url: str) -> bool:
+    return bool(url) and BrokerURL.parse(url).is_database
+
+
+def _is_published_here(publisher: Publisher | None, queue: str) -> bool:
+    """Return whether relays and workers leave the row to this process for a moment."""
+    return (
+        publisher is not None
+        and publisher.settings.after_commit == "publish"
+        and queue in ("", UNROUTED)
+    )
+
+
+def _insert(connection: Any, event: Event, queue: str, *, in_grace: bool) -> int:
     vendor = vendor_of(connection.alias)
-    values = values_of(event)
+    values = values_of(event, queue=queue, rank=(event.priority or 0) if queue else 0)
     times = (
         [event.occurred_at] if event.deliver_at is None else [event.occurred_at, event.deliver_at]
     )
@@ -294,7 +341,7 @@ def _pending_at_commit(
 
 
 def _hand_over(
-    alias: str, publisher: Publisher, events: list[Event], rows: list[tuple[int, float]]
+    alias: str, publisher: Publisher, events: list[Event], rows: list[StoredRow]
 ) -> None:
     """Have the process's background thread publish committed rows; never raise."""
     sources.count("outbox_events_collected_total", (), len(events))
@@ -306,14 +353,16 @@ def _hand_over(
         handover = handover_for(engine, publisher)
         # A savepoint that is rolled back by hand takes its rows with it, and leaves this callback.
         certain = not connections[alias].savepoint_state
-        if handover is not None:
-            handover.submit(
-                Place(engine),
-                [
-                    Row(number, event.id, at, certain)
-                    for event, (number, at) in zip(events, rows, strict=True)
-                ],
-            )
+        if handover is None:
+            return
+        submitted: dict[str, list[Row]] = {}
+        for event, (number, at, queue) in zip(events, rows, strict=True):
+            submitted.setdefault(queue, []).append(Row(number, event.id, at, certain))
+        for queue, numbers in submitted.items():
+            if queue in ("", UNROUTED):
+                handover.submit(Place(engine, queue=queue), numbers)
+            else:
+                handover.announce((queue,))
     except Exception:
         logger.exception("leaving stored events to the relay: %s", ids(events))
 

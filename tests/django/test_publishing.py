@@ -21,6 +21,7 @@ from django.db import DatabaseError, connection, connections, transaction
 
 import outbox.sql
 from outbox import Publisher, UsageError
+from outbox.consumers import ReceivedEvent, Worker, consumer
 from outbox.django import connecting, enqueue_event
 from outbox.django import project as outbox_project
 from outbox.django.connecting import can_hand_over, engine_of
@@ -99,6 +100,45 @@ def test_what_is_committed_is_published_at_once(
     assert numbers(inspector, queue, 1) == [5]
     wait_until(lambda: stored() == [])
     assert not caplog.records
+
+
+def test_where_the_project_stores_events_workers_get_them_without_a_relay(
+    databases: str, outbox_setting: Any, name: str
+) -> None:
+    url = engine_of("default").url
+    if databases != "sqlite":
+        its_settings = settings.DATABASES["default"]
+        url = url.set(
+            drivername=databases,
+            username=its_settings["USER"],
+            host=its_settings["HOST"],
+            port=int(its_settings["PORT"]),
+            database=its_settings["NAME"],
+        )
+    address = url.render_as_string(hide_password=False)
+    outbox_setting(URL=address, EXCHANGE=name)
+    seen: list[int] = []
+
+    @consumer(name, topics=["order.*"])
+    def note(event: ReceivedEvent) -> None:
+        seen.append(event.payload["n"])
+
+    with Publisher(address, exchange=name) as publisher:
+        worker = Worker([note], publisher=publisher)
+        worker.start()
+        wait_until(lambda: worker.is_consuming)
+        with transaction.atomic():
+            enqueue(1)
+            with contextlib.suppress(KeyError), transaction.atomic():
+                enqueue(2)
+                raise KeyError
+            enqueue(3)
+            # SQLite's copy of the bindings would have to be read while this has the lock.
+            queues = [each.queue for each in StoredEvent.objects.all()]
+            assert queues == ["outbox.unrouted" if databases == "sqlite" else name] * 2
+        wait_until(lambda: sorted(seen) == [1, 3])
+        assert worker.stop()
+    wait_until(lambda: stored() == [])
 
 
 @pytest.mark.usefixtures("databases")

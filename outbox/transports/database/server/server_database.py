@@ -10,11 +10,11 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, literal, literal_column, select
 
 from outbox.errors import BrokerError, UsageError
 from outbox.storage.creating import database_id
-from outbox.storage.schema import dialect_of
+from outbox.storage.schema import dialect_of, meta
 from outbox.storage.side_engine import SideEngine
 from outbox.storage.store import Store
 from outbox.storage.transactions import own_transaction, try_again
@@ -135,13 +135,13 @@ class ServerDatabase(Database):
             return False
         side = SideEngine(engine)
         try:
-            theirs = side.run(_id_of, side.with_options(options))
+            theirs = side.run(_identity_at, side.with_options(options))
         finally:
             side.close()
         with self._translated():
             connection = self._opened()
             with connection.begin():
-                return theirs is not None and theirs == database_id(connection)
+                return theirs is not None and theirs == _identity_of(connection)
 
     def bindings(self) -> list[Binding] | None:
         """Return the bindings of the moment."""
@@ -256,9 +256,29 @@ class ServerDatabase(Database):
         self._engine.dispose(close=False)
 
 
-def _id_of(engine: Engine) -> str | None:
+# The id alone is the same in a copy of the database, or of the schema.
+_WHERE = {
+    "postgresql": (
+        "SELECT oid, pg_postmaster_start_time() FROM pg_database WHERE datname = current_database()"
+    ),
+    "mariadb": "SELECT @@hostname, @@port, DATABASE()",
+}
+
+
+def _identity_at(engine: Engine) -> tuple[Any, ...] | None:
     with own_transaction(engine) as connection:
-        return database_id(connection)
+        return _identity_of(connection)
+
+
+def _identity_of(connection: Connection) -> tuple[Any, ...] | None:
+    """Return what no other tables have in common with those here; None if that isn't known."""
+    id = database_id(connection)
+    dialect = dialect_of(connection.dialect.name) or ""
+    if id is None:
+        return None
+    where = connection.exec_driver_sql(_WHERE[dialect]).one()
+    oid = literal_column("tableoid") if dialect == "postgresql" else literal(0)
+    return id, *where, connection.execute(select(oid).select_from(meta).limit(1)).scalar()
 
 
 _made: weakref.WeakSet[ServerDatabase] = weakref.WeakSet()

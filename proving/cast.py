@@ -8,7 +8,10 @@ from pathlib import Path
 
 from proving.processes import Program, Server
 
-__all__ = ["free_port", "programs"]
+__all__ = ["SPOOL", "free_port", "programs"]
+
+SPOOL = "spool"
+"""The folder, below that of the history, in which the script with a spool has it."""
 
 _MARGIN = 5.0
 """Seconds for a server to end after its workers."""
@@ -47,6 +50,7 @@ def programs(
     behind = {} if pooler is None else {"OUTBOX_DATABASE_URL": pooler}
     return {
         "script": program("script", "proving.programs.script"),
+        "spooled": program("spooled", "proving.programs.script", OUTBOX_SPOOL=str(folder / SPOOL)),
         "wsgi": server(
             "wsgi",
             *("gunicorn", "-k", "gthread", "--threads", "3"),

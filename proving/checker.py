@@ -12,7 +12,8 @@ Writers put events into *units* of work and write down:
   where a database decides, what the database says in the end.
 - ``unsure``: the ``unit``, whose intents were written first, may be interrupted or refused. Unless
   it also has one of these ends, all its events come out or none.
-- ``confirm``: the library has reported the events with these ``keys`` as published.
+- ``confirm``: the library has reported the events with these ``keys`` as published, or
+  as kept in a spool.
 
 Witnesses, which consume with another library, write:
 

@@ -106,6 +106,18 @@ def _unblock_new_worker(ground: Ground) -> None:
     ground.start("worker")
 
 
+def _kill_spooled_while_away(ground: Ground) -> None:
+    """Kill the script with a spool once it has kept events there."""
+    ground.proxy.refuse()
+    time.sleep(1.0)
+    ground.stop("spooled", "kill")
+
+
+def _back_for_new_spooled(ground: Ground) -> None:
+    ground.proxy.heal()
+    ground.start("spooled")
+
+
 _SHORT, _LONG = (0.2, 1.5), (1.0, 6.0)
 
 FAULTS: Sequence[Fault] = (
@@ -134,6 +146,7 @@ FAULTS: Sequence[Fault] = (
     Fault("stop broker", lambda on: on.broker.shut_down(), lambda on: on.broker.start(), _SHORT),
     Fault("freeze broker", lambda on: on.broker.pause(), lambda on: on.broker.resume(), _LONG),
     Fault("kill holding worker", _kill_holding_worker, _unblock_new_worker, _SHORT),
+    Fault("kill spooled while away", _kill_spooled_while_away, _back_for_new_spooled, _SHORT),
     Fault("unbind", lambda on: on.unbind(), lambda on: on.bind(), _LONG, "queues"),
     Fault(
         "no permission",
@@ -186,6 +199,7 @@ FAULTS: Sequence[Fault] = (
         )
         for kind in (
             "script",
+            "spooled",
             "wsgi",
             "asgi",
             "prefork",

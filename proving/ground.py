@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Self
 
 from outbox.testing.broker import PrivateBroker
-from proving.cast import free_port, programs
+from proving.cast import SPOOL, free_port, programs
 from proving.database import Database
 from proving.history import Journal
 from proving.load import WRITERS, Load
@@ -99,6 +102,7 @@ class Ground:
         self._habits = habits
         self._bug = bug
         self._load: Load | None = None
+        self._variables: dict[str, str] = {}
         self.programs: dict[str, Program] = {}
         queues = {f"{name}.ledger": "ledger"}
         queues |= {f"{name}.{queue}.dead": "dead" for queue in CONSUMED}
@@ -119,7 +123,7 @@ class Ground:
         self.proxy.start()
         self._queues.declare(parking=self._parking)
         url = self._queues.make_user(self.proxy.url) if self._own_user else self.proxy.url
-        environment = self._environment(url)
+        environment = self._variables = self._environment(url)
         pooler = None
         if self._database is not None:
             self._database.start()
@@ -177,6 +181,8 @@ class Ground:
             self._load.stop()
         for kind in WRITERS:
             self.stop(kind, "terminate")
+        if "spooled" in self.programs:
+            self._drain_spool()
         if self._database is not None:
             database = self._database
             for kind in _RELAYS:
@@ -198,6 +204,21 @@ class Ground:
             ),
             max(deadline, time.monotonic() + _END),
         )
+
+    def _drain_spool(self) -> None:
+        """Publish what killed processes have left, as an operator does."""
+        command = [sys.executable, "-m", "outbox", "spool", "drain"]
+        folder = str(self._folder / SPOOL)
+        done = subprocess.run(
+            [*command, "--spool", folder],
+            env={**os.environ, **self._variables},
+            capture_output=True,
+            text=True,
+            timeout=self._drain + _END,
+            check=False,
+        )
+        if done.returncode:
+            self.history.write("astray", process="outbox spool drain", how=done.stderr[-1000:])
 
     def _let_finish(self, worker: Program) -> None:
         """Wait until the worker's queues are empty, and end it."""

@@ -17,7 +17,7 @@ from proving.queues import Queues
 
 __all__ = ["WRITERS", "Load"]
 
-WRITERS = ("script", "wsgi", "asgi", "prefork", "durable", "django")
+WRITERS = ("script", "spooled", "wsgi", "asgi", "prefork", "durable", "django")
 """The kinds of programs that enqueue events which no message has caused."""
 _PAUSE = 0.05  # seconds between two requests
 _TASK_PAUSE = 0.15  # seconds between two tasks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from sqlalchemy.orm import Session
 from outbox import ids
 from outbox.configuration import default_publisher
 from outbox.messages import rows
+from outbox.spool.spool import Spool
 from outbox.sql import Store, metadata, relay, row_fates, transaction, waves
 from outbox.storage import schema, store
 from outbox.storage.statements import Statements
@@ -139,7 +141,26 @@ def _notifications_trusted() -> None:
     module.Relay._begin = begin
 
 
+def _spool_reports_first() -> None:
+    original = Spool.write
+
+    def write(self: Any, entries: Any, done: Any, *, aside: bool = False) -> None:
+        done()
+        later = threading.Timer(1.0, original, (self, entries, lambda: None), {"aside": aside})
+        later.daemon = True
+        later.start()
+
+    Spool.write = write  # type: ignore[method-assign]
+
+
 BUGS: Sequence[Bug] = (
+    Bug(
+        "spool-reports-first",
+        "lost",
+        ["kill spooled while away"],
+        ["spooled"],
+        _spool_reports_first,
+    ),
     Bug("claim-deletes", "lost", ["cut at publish", "refuse"], _DURABLE, _claim_deletes),
     Bug("stored-elsewhere", "phantom", [], _DURABLE, _stored_elsewhere),
     Bug("released-is-committed", "phantom", [], _DURABLE, _released_is_committed),

@@ -1,12 +1,14 @@
 """A script with threads and an event loop, which publishes until SIGTERM.
 
 Its main thread is interrupted by signals, and another one configures outbox again and again, if the
-programs have these habits.
+programs have these habits. With a spool, the kind is ``spooled``: what outbox reports as kept is
+then owed as well.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import threading
 import time
@@ -18,8 +20,9 @@ from proving.programs.interrupted import Interrupted
 from proving.programs.late import in_late_task, in_late_thread
 from proving.programs.unit import Unit, does, journal, pace
 
-HISTORY = journal("script")
-PACE = pace("script")
+KIND = "spooled" if os.environ.get("OUTBOX_SPOOL") else "script"
+HISTORY = journal(KIND)
+PACE = pace(KIND)
 THREADS = 2
 TASKS = 2
 PAUSE = 0.05  # seconds at most between two units
@@ -78,9 +81,12 @@ class Lane:
 
     @staticmethod
     def note(unit: Unit, report: PublishReport | None) -> None:
-        """Write down which events the library reports as published."""
-        if report is not None and report.published:
-            unit.confirm([event.payload["key"] for event in report.published])
+        """Write down which events the library reports as published, or as kept in the spool."""
+        if report is None:
+            return
+        safe = report.published + (report.kept if KIND == "spooled" else ())
+        if safe:
+            unit.confirm([event.payload["key"] for event in safe])
 
 
 def in_thread(lane: Lane, stopping: threading.Event) -> None:

@@ -496,6 +496,7 @@ publisher = Publisher(sys.argv[1], spool=sys.argv[2])
 def last():
     report = publisher.publish([Event(id="last", target="a.b", exchange="shop", body=b"{}")])
     assert report.kept
+publisher.make_ready()  # on Python 3.12, no thread is started at exit
 atexit.register(last)
 if "first" in sys.argv:
     publisher.publish([Event(id="first", target="a.b", exchange="shop", body=b"{}")])

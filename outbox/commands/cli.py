@@ -18,6 +18,7 @@ from outbox.commands import (
     sql_command,
     stored_command,
     tail_command,
+    tasks_command,
     workers_command,
 )
 from outbox.commands.application import Application
@@ -41,6 +42,7 @@ _SUB_COMMANDS = (
     sql_command,
     parked_command,
     spool_command,
+    tasks_command,
     tail_command,
     doctor_command,
     init_command,

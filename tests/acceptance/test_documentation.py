@@ -435,6 +435,8 @@ def test_the_documented_options_of_the_commands_exist() -> None:
         ["outbox", "doctor"],
         ["outbox", "init"],
         ["outbox", "tail"],
+        ["outbox", "tasks", "list"],
+        ["outbox", "tasks", "forget"],
         ["proving"],
         ["examples.demo"],
         ["flask"],

@@ -6,7 +6,7 @@ import datetime
 
 from outbox.recurring.schedules import Schedule
 
-__all__ = ["GRACE", "next_tick"]
+__all__ = ["GRACE", "is_far_ahead", "next_tick"]
 
 GRACE = datetime.timedelta(seconds=60)
 """How late a tick may be: the time in which another worker takes over, or a service restarts."""
@@ -29,15 +29,21 @@ def next_tick(
         now: the present time.
         catch_up: whether one tick is made up for all that were missed.
     """
-    if planned > now + _AHEAD and planned > schedule.next_after(now + _AHEAD):
-        # A worker's clock was wrong: by its time the task would not run for years.
-        return schedule.next_after(now)
     if planned >= now - GRACE:
         return planned
     recent = schedule.next_after(now - GRACE)
     if recent <= now or not catch_up:
         return recent
     return _last_until(schedule, planned, now)
+
+
+def is_far_ahead(schedule: Schedule, planned: datetime.datetime, now: datetime.datetime) -> bool:
+    """Return whether times would be left out that are to come: some clock is or was wrong.
+
+    Which one can't be known, so nothing is done about it: counting from now, a clock that is behind
+    would call for times that another worker has called for.
+    """
+    return planned > now + _AHEAD and planned > schedule.next_after(now + _AHEAD)
 
 
 def _last_until(

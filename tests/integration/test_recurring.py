@@ -29,6 +29,8 @@ from tests.places import Place
 from tests.recurring import DAILY, EACH_SECOND, recurring
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.one_python
+
 UTC = datetime.UTC
 SECOND = datetime.timedelta(seconds=1)
 
@@ -108,13 +110,13 @@ def cut(ticker: RabbitMQTicker) -> None:
 def test_each_time_is_called_once_by_whichever_worker(ticking: Ticking) -> None:
     first, second = ticking.start(), ticking.start()
     arrived: list[tuple[datetime.datetime, Message]] = []
-    for cuts in range(4):
+    for cuts in range(3):
         arrived += [(now(), each) for each in ticking.inspector.messages(ticking.calls, 1)]
         cut(first if holds(first) else second)
         assert len(arrived) == cuts + 1
     times = [scheduled_for(message) for _, message in arrived]
-    assert times == [times[0] + number * SECOND for number in range(4)]
-    assert len({message.id for _, message in arrived}) == 4
+    assert times == [times[0] + number * SECOND for number in range(3)]
+    assert len({message.id for _, message in arrived}) == 3
     for at, message in arrived:
         assert scheduled_for(message) <= at <= scheduled_for(message) + SECOND
         assert message.payload == {"args": []}
@@ -123,7 +125,6 @@ def test_each_time_is_called_once_by_whichever_worker(ticking: Ticking) -> None:
         ticker.stop()
 
 
-@pytest.mark.one_python
 def test_a_daily_task_survives_its_workers(ticking: Ticking, amqp_url: str) -> None:
     # RabbitMQ 4 gives up a message that has come back 20 times.
     daily = recurring(ticking.calls, schedule=DAILY)
@@ -200,6 +201,17 @@ def test_another_schedule_counts_from_now_once_the_old_workers_have_left(
     new.stop()
 
 
+def test_a_clock_that_was_wrong_is_said(ticking: Ticking, caplog: pytest.LogCaptureFixture) -> None:
+    far = now() + 7200 * SECOND
+    ticking.plan(Planned("every 1 s", far))
+    ticker = ticking.start()
+    wait_until(lambda: holds(ticker))
+    assert caplog.text.count(f"runs next at {far.isoformat()}, and not before") == 1
+    with open_tick_records(ticking.settings) as records:
+        records.forget(ticking.calls, "tick")
+    ticking.inspector.get(ticking.calls)
+
+
 def test_what_others_put_into_its_queue_does_no_harm(
     ticking: Ticking, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -246,7 +258,7 @@ def test_a_schedule_that_is_held_is_published_anew_now_and_then(
         held = queue._held
         if held is not None:
             tags.add(held.tag)
-        return len(tags) >= 3
+        return len(tags) >= 2
 
     wait_until(renewed_often)
     ticker.stop()
@@ -320,7 +332,7 @@ def test_a_worker_calls_its_recurring_tasks(place: Place, name: str) -> None:
     publisher = configure(place.url, exchange=place.exchange, tasks_queue=name)
     beating.runs.clear()
     with working(publisher), working(publisher):
-        wait_until(lambda: len(beating.runs) >= 3)
+        wait_until(lambda: len(beating.runs) >= 2)
     runs = list(beating.runs)
     times = [run.scheduled_for for _, run in runs]
     assert all(b - a == SECOND for a, b in itertools.pairwise(times) if a and b)

@@ -39,7 +39,7 @@ import pika.spec
 
 from outbox.event import Event
 from outbox.messages import task_queues
-from outbox.recurring.due import next_tick
+from outbox.recurring.due import is_far_ahead, next_tick
 from outbox.recurring.recurring_task import RecurringTask
 from outbox.settings import Settings
 from outbox.system.backoff import backoff
@@ -272,7 +272,19 @@ class TickQueue:
             self._done.append(self._held.tag)
             planned = planned.merged(self._held.planned)
             is_worn = True
+        self._check_clocks(planned)
         self._held = _Held(tag, planned, is_worn, time.monotonic())
+
+    def _check_clocks(self, planned: Planned) -> None:
+        schedule, now = self._task.schedule, datetime.datetime.now(datetime.UTC)
+        if planned.text == schedule.text and is_far_ahead(schedule, planned.next_at, now):
+            logger.warning(
+                "the recurring task %r runs next at %s, and not before: the clock of this machine, "
+                "or of one that has run it, was wrong; if it was the other one, use `outbox tasks "
+                "forget`",
+                self._task.name,
+                planned.next_at.isoformat(),
+            )
 
     def _plan(self, held: _Held) -> None:
         """Tick if that is due; else keep the schedule, or publish it anew."""

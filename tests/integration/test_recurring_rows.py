@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,15 +15,18 @@ import pytest
 from sqlalchemy import Connection
 
 from outbox.event import Event
-from outbox.messages.headers import SCHEDULED_FOR
+from outbox.messages.headers import SCHEDULED_FOR, TASK
 from outbox.recurring.due import GRACE
 from outbox.recurring.recurring_task import RecurringTask, TickRecord
 from outbox.settings import Settings
 from outbox.storage import tick_statements
 from outbox.storage.schema import events
+from outbox.storage.store import Store
+from outbox.storage.transactions import own_transaction
 from outbox.transports.database.database import Database
 from outbox.transports.database.kinds import database_at
 from outbox.transports.database.recurring import tick_round
+from outbox.transports.database.recurring.tick_round import TickRound
 from outbox.transports.registry import open_tick_records, open_ticker
 from outbox.transports.ticker import Ticker
 from outbox.url import BrokerURL
@@ -198,3 +202,41 @@ def test_the_records_can_be_forgotten(ticking: Ticking) -> None:
         assert records.forget(QUEUE, "tick")
         assert not records.forget(QUEUE, "tick")
     assert ticking.record() is None
+
+
+def test_workers_compete_for_each_time_in_every_database(store: Store) -> None:
+    with own_transaction(store.engine) as connection:
+        tick_statements.create(connection)
+    tasks = [recurring(QUEUE), recurring(QUEUE, "skipping", skips=True)]
+    stopping = threading.Event()
+    errors: list[Exception] = []
+
+    def work() -> None:
+        while not stopping.is_set():
+            look = TickRound(store, tasks)
+            try:
+                with own_transaction(store.engine) as connection:
+                    look.run(connection)
+            except Exception as error:
+                errors.append(error)
+                return
+            time.sleep(min(look.pause, 0.05))  # more often than needed
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    time.sleep(2.5)
+    stopping.set()
+    for worker in workers:
+        worker.join()
+    assert errors == []
+    with own_transaction(store.engine) as connection:
+        rows = connection.execute(events.select().order_by(events.c.seq)).all()
+    calls: dict[str, list[datetime.datetime]] = {"tick": [], "skipping": []}
+    for row in rows:
+        calls[json.loads(row.headers)[TASK]].append(scheduled_for(row.headers))
+    assert len(calls["tick"]) in (2, 3)
+    first = calls["tick"][0]
+    assert calls["tick"] == [first + number * SECOND for number in range(len(calls["tick"]))]
+    assert calls["skipping"] == [first]
+    assert len({row.id for row in rows}) == len(rows)

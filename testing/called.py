@@ -12,6 +12,7 @@ from outbox import Event
 from outbox.configuration import publisher_if_any, settings_to_store
 from outbox.consumers import Consumer
 from outbox.consumers.tasks.task_queue import queues_of_tasks
+from outbox.consumers.tasks.task_table import tasks_among
 from outbox.messages import task_queues
 from outbox.messages.headers import TASK
 from outbox.tasks import Task
@@ -40,7 +41,8 @@ class ExpectedCall:
         """
         target: Any = getattr(call, "target", None)
         if not isinstance(target, Target):
-            target = target_of(call)
+            of_framework = tasks_among([call])
+            target = of_framework[0].target if of_framework else target_of(call)
         self.name: str = target.name
         self._parameters: Parameters = target.parameters
         self._text = f"{self.name}({', '.join(_texts(args, kwargs))})"

@@ -46,6 +46,11 @@ class TaskSession:
         self._transactions: contextlib.ExitStack | None = None
         self._databases: set[str] = set()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a session of SQLAlchemy was opened."""
+        return self._session is not None
+
     def instance(
         self, name: str, key: Sequence[Any], *, is_committed: bool, using: str | None
     ) -> Any:

@@ -257,7 +257,7 @@ def task_queues_of(modules: Iterable[types.ModuleType], *, has_undecorated: bool
     settings = Settings.load(None, {}) if publisher is None else publisher.settings
     default = task_queues.queue_of(settings)
     tasks = [task for module in modules for task in tasks_of(module)]
-    queues = {queue or default: None for task in tasks for queue in task.queues}
+    queues = {queue or default: None for task in tasks for queue in (task.queue, *task.also_in)}
     if has_undecorated:
         queues[default] = None
     if not queues:

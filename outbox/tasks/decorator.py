@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, get_args, overload
 
@@ -51,7 +51,10 @@ class Task(Generic[P, R]):
         schedule: its times, if it is a recurring task; else None.
         catch_up, overlap: see :func:`task`.
         target: what a call of it calls.
+        also_in: further queues that its workers consume from, since calls may name them.
     """
+
+    also_in: Sequence[str] = ()
 
     __wrapped__: Callable[P, R]
 
@@ -117,11 +120,6 @@ class Task(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"<task {self.name}>"
-
-    @property
-    def queues(self) -> Iterable[str | None]:
-        """The queues that its workers consume from; None for that of ``tasks_queue``."""
-        return (self.queue,)
 
     def later(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
         """Call the function later, in a worker, once this unit of work has succeeded.

@@ -66,22 +66,30 @@ class ProjectFolder:
         root: the folder in which everything is; ``manage.py`` is in a folder below it.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Write the files, and create the tables."""
+    def __init__(self, root: Path, settings: str = "", **modules: str) -> None:
+        """Write the files, and create the tables.
+
+        Args:
+            root: an empty folder.
+            settings: what to add to the settings.
+            **modules: further modules of ``mail``, by name.
+        """
         self.root = root
         site = root / "site"
         for name in ("config", "mail", "chat"):
             (site / name).mkdir(parents=True)
             (site / name / "__init__.py").touch()
         (site / "manage.py").write_text(_MANAGE)
-        settings = f"{_SETTINGS}BASE = {str(root)!r}\n"
+        settings = f"{_SETTINGS}BASE = {str(root)!r}\n{settings}"
         if django.VERSION < (5, 1):
             backend = "tests.django.sqlite_immediate"
             settings = settings.replace("django.db.backends.sqlite3", backend)
         (site / "config" / "settings.py").write_text(settings)
         (site / "mail" / "consumers.py").write_text(_CONSUMERS)
         (site / "chat" / "consumers.py").write_text("class ChatConsumer:\n    pass\n")
-        done = self.run("migrate", "--verbosity", "0")
+        for name, text in modules.items():
+            (site / "mail" / f"{name}.py").write_text(text)
+        done = self.run("migrate", "--run-syncdb", "--verbosity", "0")
         assert done.returncode == 0, done.stderr
 
     def command(self, *arguments: str) -> list[str]:

@@ -98,6 +98,7 @@ def test_a_call_is_an_event_and_a_worker_runs_it(
     assert (event.id, event.target) == (result.id, "tasks")
     assert json.loads(event.headers)[TASK] == "tests.django.shop.mailing:send"
     assert (event.priority, event.exchange) == (4, "")
+    collected_events.assert_later(mailing.send, ...)
     assert outcomes(collected_events) == [Ack()]
     assert noted == [("ann@example.com", None, {"cc": ["bob", "carl"]})]
     assert [name for name, _, _ in sent] == list(NAMES)
@@ -119,6 +120,7 @@ def test_a_call_belongs_to_the_transaction(collected_events: CollectedEvents) ->
     with transaction.atomic():
         mailing.send.enqueue("b")
         assert noted == []
+    collected_events.assert_later(mailing.send, address="b")
     outcomes(collected_events)
     assert noted == [("b", None, None)]
 
@@ -279,10 +281,10 @@ def test_priorities_are_refused_where_the_queue_has_none(outbox_setting: Any) ->
 def test_attributes_of_a_task_win_over_the_options(options: Any) -> None:
     options(timeout=5, deduplicate=True)
     backend = tasks.default_task_backend
-    made = backend.adapted(mailing.send)
+    made = backend.adapted(mailing.send).task
     assert (made.timeout, made.deduplicate, made.retry) == (5, True, None)
     own = dataclasses.replace(mailing.send, timeout=9, deduplicate=False)
-    made = backend.adapted(own)
+    made = backend.adapted(own).task
     assert (made.timeout, made.deduplicate) == (9, False)
     assert own.using(priority=0).timeout == 9
 

@@ -78,19 +78,15 @@ send.enqueue("Bob")
 
 
 def test_consume_runs_the_apps_tasks_and_the_methods_of_their_models(tmp_path: Path) -> None:
-    project = ProjectFolder(tmp_path)
-    site = tmp_path / "site"
-    app = site / "mail"
     has_tasks = django.VERSION >= (6, 0)
-    for name, text in (("models", _MODELS), ("noting", _NOTING), ("tasks", _TASKS)):
-        (app / f"{name}.py").write_text(text)
-    if has_tasks:
-        with open(app / "tasks.py", "a") as tasks, open(site / "config/settings.py", "a") as file:
-            tasks.write(_DJANGOS_TASKS)
-            file.write(_SETTINGS)
-    (app / "consumers.py").unlink()
-    done = project.run("migrate", "--run-syncdb", "--verbosity", "0")
-    assert done.returncode == 0, done.stderr
+    project = ProjectFolder(
+        tmp_path,
+        settings=_SETTINGS,
+        models=_MODELS,
+        noting=_NOTING,
+        tasks=_TASKS + (_DJANGOS_TASKS if has_tasks else ""),
+        consumers="",
+    )
     project.shell(_CALLS + (_MORE_CALLS if has_tasks else ""))
     expected = ["order 1 is 2", "remind Ann", *(["send Bob"] if has_tasks else [])]
     with project.running("outbox", "consume") as process:

@@ -28,7 +28,7 @@ from outbox.django import project
 from outbox.messages import task_queues
 from outbox.messages.current_message import message_here
 from outbox.messages.received_event import ReceivedEvent
-from outbox.tasks import Task
+from outbox.tasks import Task, task
 from outbox.tasks.call_arguments import DoesNotFit, parts_of
 
 __all__ = ["AdaptedTask", "as_json", "in_zone", "queue_of", "result_of"]
@@ -40,21 +40,19 @@ _failure: ContextVar[tuple[str, BaseException] | None] = ContextVar(
 )
 
 
-class AdaptedTask(Task[..., Any]):
-    """One of Django's tasks as a task of outbox.
+class AdaptedTask:
+    """One of Django's tasks, and the task of outbox that stands beside it.
 
     Attributes:
         original: Django's task.
         backend: the ``outbox.django.TaskBackend`` that it runs for.
+        is_async: whether its function is a coroutine function.
+        attributes: ``retry``, ``timeout`` and ``deduplicate`` of the task of outbox.
+        task: the task of outbox. Each of its calls says for which queue it is.
     """
 
     def __init__(self, original: Any, backend: Any, attributes: Mapping[str, Any]) -> None:
         """Make the task of outbox for ``original``.
-
-        Args:
-            original: Django's task.
-            backend: the backend that it runs for.
-            attributes: ``retry``, ``timeout`` and ``deduplicate``, see :func:`outbox.tasks.task`.
 
         Raises:
             UsageError: workers could not call its function, or an attribute is invalid.
@@ -62,29 +60,19 @@ class AdaptedTask(Task[..., Any]):
         self.original = original
         self.backend = backend
         self.is_async = inspect.iscoroutinefunction(original.func)
-        super().__init__(
-            self._coroutine() if self.is_async else self._function(),
-            name=None,
-            aliases=(),
-            queue=None,  # each call says which
-            max_priority=None,
-            priority=None,
-            consumer=None,
-            **attributes,
-        )
-        for queue in self.queues:
-            if queue is not None:
-                task_queues.note(queue, None)
+        self.attributes = attributes
+        call = self._coroutine() if self.is_async else self._function()
+        self.task: Task[..., Any] = task(**attributes)(call)
+        names = {original.queue_name, *backend.queues} - {DEFAULT_TASK_QUEUE_NAME}
+        self.task.also_in = sorted(names)
+        for name in names:
+            task_queues.note(name, None)
 
-    @property
-    def queues(self) -> Iterable[str | None]:
-        """All queues of the backend: a call may name another one than the task does."""
-        return {queue_of(name) for name in (self.original.queue_name, *self.backend.queues)}
-
-    def prepare_to_run(self) -> None:
-        """Have a worker call back how messages have ended; further calls do nothing."""
-        if self.consumer is None:
-            self.consumer = _consumer_of(self)  # imported by workers alone
+    def ready_to_run(self) -> Task[..., Any]:
+        """Return the task of outbox, which calls back here how its messages have ended."""
+        if self.task.consumer is None:
+            self.task.consumer = _consumer_of(self)  # imported by workers alone
+        return self.task
 
     def _function(self) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -116,7 +104,8 @@ class AdaptedTask(Task[..., Any]):
         for name in ("__module__", "__name__", "__qualname__", "__doc__"):
             setattr(call, name, getattr(self.original.func, name))
         call.__annotations__ = {}
-        parameters = list(inspect.signature(self.original.func).parameters.values())
+        of_original = inspect.signature(self.original.func).parameters.values()
+        parameters = [each.replace(annotation=inspect.Parameter.empty) for each in of_original]
         signature = inspect.Signature(parameters[1 if self.original.takes_context else 0 :])
         call.__signature__ = signature  # type: ignore[attr-defined]
         return call
@@ -128,7 +117,7 @@ class AdaptedTask(Task[..., Any]):
         """Return the result of the attempt that begins here."""
         event = message_here()
         if event is None:
-            raise RuntimeError(f"the task {self.name} is called without its message")
+            raise RuntimeError(f"the task {self.task.name} is called without its message")
         return self._result(event, list(args), kwargs, TaskResultStatus.RUNNING)
 
     def _result(self, event: ReceivedEvent, args: Any, kwargs: Any, status: Any) -> TaskResult:

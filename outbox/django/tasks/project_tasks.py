@@ -113,9 +113,9 @@ class ProjectTasks:
         """Return tasks for those of Django's own among ``members``, ready to run."""
         if "django.tasks" not in sys.modules:
             return []
-        from outbox.django.tasks.task_backend import adapted_among
+        from outbox.django.tasks.task_backend import tasks_among
 
-        return list(adapted_among(members))
+        return tasks_among(members)
 
     async def in_thread(self, read: Callable[[], Any]) -> Any:
         """Return what ``read`` returns, in the thread that a coroutine's queries run in."""

@@ -21,10 +21,11 @@ from outbox import UsageError
 from outbox.configuration import overriding_url
 from outbox.django import project
 from outbox.django.tasks.adapted_task import AdaptedTask, as_json, queue_of, result_of
+from outbox.tasks import Task
 from outbox.tasks.call_options import CallOptions, sent
 from outbox.url import BrokerURL
 
-__all__ = ["OutboxTask", "TaskBackend", "adapted_among"]
+__all__ = ["OutboxTask", "TaskBackend", "tasks_among"]
 
 _ATTRIBUTES = ("retry", "timeout", "deduplicate")
 
@@ -84,7 +85,7 @@ class TaskBackend(BaseTaskBackend):
         """
         attributes = {name: self._attribute(task, name) for name in _ATTRIBUTES}
         known = _adapted.get(task.func)
-        if known is not None and all(getattr(known, n) == v for n, v in attributes.items()):
+        if known is not None and known.attributes == attributes:
             return known
         made = _adapted[task.func] = AdaptedTask(task, self, attributes)
         return made
@@ -109,10 +110,8 @@ class TaskBackend(BaseTaskBackend):
         if task.run_after is not None:
             is_aware = timezone.is_aware(task.run_after)
             options["at"] = task.run_after if is_aware else timezone.make_aware(task.run_after)
-        adapted = self.adapted(task)
-        handle = sent(
-            adapted.target, adapted, as_json(args), as_json(kwargs), CallOptions.checked(options)
-        )
+        own = self.adapted(task).task
+        handle = sent(own.target, own, as_json(args), as_json(kwargs), CallOptions.checked(options))
         result = result_of(
             task,
             handle.id,
@@ -156,7 +155,7 @@ _adapted: dict[Any, AdaptedTask] = {}
 _RABBITMQ = ("amqp", "amqps")
 
 
-def adapted_among(members: Iterable[Any]) -> list[AdaptedTask]:
+def tasks_among(members: Iterable[Any]) -> list[Task[Any, Any]]:
     """Return the tasks of outbox for those of Django's among ``members``, ready to run.
 
     A task may be declared for another backend, and be called with ``using(backend=...)``. Without
@@ -167,9 +166,7 @@ def adapted_among(members: Iterable[Any]) -> list[AdaptedTask]:
     found = []
     for original in originals if backends else ():
         declared = [each for each in backends if each.alias == original.backend]
-        adapted = (declared or backends)[0].adapted(original)
-        adapted.prepare_to_run()
-        found.append(adapted)
+        found.append((declared or backends)[0].adapted(original).ready_to_run())
     return found
 
 

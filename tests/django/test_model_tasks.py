@@ -9,7 +9,9 @@ from typing import Any
 
 import django
 import pytest
+from django.apps import apps
 from django.db import connections, transaction
+from django.db.migrations.state import ProjectState
 from django.db.models.signals import post_save
 
 from outbox import InvalidEvent, UsageError, enqueue_event
@@ -91,6 +93,10 @@ def test_an_instance_without_a_row_is_refused_where_it_was_called() -> None:
         later(order.ship)
     with pytest.raises(UsageError, match="is a method of django"):
         later(Order.objects.create(number=1).save)
+    past = ProjectState.from_apps(apps).apps.get_model("shop", "Parcel")
+    Parcel.objects.create()
+    with pytest.raises(InvalidEvent, match="of a migration's model"):
+        later(shop.label, past.objects.get(), "old")
     assert not StoredEvent.objects.exists()
 
 
@@ -98,8 +104,9 @@ def test_an_instance_without_a_row_is_refused_where_it_was_called() -> None:
 def test_rows_that_the_manager_hides_are_found(collected_events: CollectedEvents) -> None:
     parcel = Parcel.objects.create(hidden=True)
     later(parcel.send)
+    later(shop.label, parcel, "hidden")
     delivered(collected_events)
-    assert noted == [parcel.pk]
+    assert noted == [parcel.pk, (parcel.pk, "hidden")]
 
 
 @on_sqlite

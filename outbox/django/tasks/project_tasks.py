@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PROJECT_TASKS", "ProjectTasks"]
 
+_OF_MIGRATIONS = "__fake__"
+
 
 class ProjectTasks:
     """The models of the project, as ``outbox.tasks.mapped.Mapping`` wants them."""
@@ -39,7 +41,7 @@ class ProjectTasks:
 
     def mapped_classes(self) -> list[type]:
         """Return the models of all apps."""
-        return list(apps.get_models())
+        return list(apps.get_models(include_auto_created=True))
 
     def key_of(self, instance: Any) -> list[Any]:
         """Return the primary key of the instance's row, as JSON has it.
@@ -48,6 +50,10 @@ class ProjectTasks:
             InvalidEvent: there is no such row yet, or no more, or JSON can't carry its key.
         """
         name = type(instance).__qualname__
+        if type(instance).__module__ == _OF_MIGRATIONS:
+            raise InvalidEvent(
+                f"the {name} is of a migration's model, which no worker has; give the task its key"
+            )
         if instance._state.adding:  # with a default, its key is there before the row is
             raise InvalidEvent(
                 f"the {name} has no row yet, so that the task would not find it; save() it first"

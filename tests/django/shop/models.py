@@ -10,7 +10,7 @@ from django.db import connections, models
 
 from outbox import enqueue_event
 
-__all__ = ["Order", "Parcel", "Visible", "noted"]
+__all__ = ["Order", "Parcel", "Visible", "label", "noted"]
 
 noted: list[Any] = []
 """What methods that were called later have noted."""
@@ -57,6 +57,10 @@ class Parcel(models.Model):
 
     def send(self) -> None:
         noted.append(self.id)
+
+
+def label(parcel, text):  # type: ignore[no-untyped-def]  # as applications write them
+    noted.append((parcel.pk, text))
 
 
 if django.VERSION >= (5, 2):

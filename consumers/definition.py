@@ -224,6 +224,9 @@ class Consumer:
     is_async: ClassVar[bool] = False
     max_priority: ClassVar[int | None] = None
     queue_type: ClassVar[QueueType | None] = None
+    _keeps: ClassVar[float | None] = None
+    """The seconds for which the results of a task are kept; None for other messages."""
+    _hides_errors: ClassVar[bool] = False
     _is_mixed: ClassVar[bool] = False
     """Whether some of its messages need a thread, and others the event loop."""
 

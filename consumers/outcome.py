@@ -11,6 +11,7 @@ from outbox.backlog.chunk import Chunk
 
 __all__ = [
     "ACK",
+    "CANCELLED",
     "DUPLICATE",
     "EXPIRED",
     "REJECT",
@@ -29,6 +30,7 @@ __all__ = [
     "Reject",
     "RemoteError",
     "Requeue",
+    "ResultsUnavailable",
     "Return",
     "Unconfirmed",
     "of_handler",
@@ -45,10 +47,12 @@ class Ack:
     Attributes:
         duplicate: whether it had been done before, and was not processed.
         expired: whether its time to live was over, and it was not processed.
+        cancelled: whether it is a task that was cancelled, and it was not processed.
     """
 
     duplicate: bool = False
     expired: bool = False
+    cancelled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,7 @@ ACK = Ack()
 
 DUPLICATE = Ack(duplicate=True)
 EXPIRED = Ack(expired=True)
+CANCELLED = Ack(cancelled=True)
 
 REJECT = Dead("rejected by the consumer")
 """Returned by ``process()``: dead-letter the message."""
@@ -235,6 +240,10 @@ class RemoteError(Exception):
 
     def __str__(self) -> str:
         return f"{self.kind}, in another process:\n{self.traceback}"
+
+
+class ResultsUnavailable(Exception):
+    """The results of tasks can't be written now, so that a task can't begin."""
 
 
 class FollowOnsRefused(Exception):

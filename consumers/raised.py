@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from outbox.consumers.outcome import HandlerExit, of_handler
 
-__all__ = ["causes", "leaves", "unwrapped"]
+__all__ = ["causes", "leaves", "text_of", "unwrapped"]
 
 
 def leaves(error: BaseException) -> list[BaseException]:
@@ -56,3 +56,11 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         yield cause
         original = getattr(cause, "orig", None)  # SQLAlchemy's
         cause = original if isinstance(original, BaseException) else cause.__cause__
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of ``error``; with an application's exception, even that may fail."""
+    try:
+        return str(error)
+    except Exception as why:
+        return f"(text unavailable: {type(why).__qualname__})"

@@ -19,6 +19,11 @@ from outbox.errors import (
     NotConfigured,
     OutboxError,
     PublishTimeout,
+    ResultLost,
+    ResultTimeout,
+    TaskCancelled,
+    TaskError,
+    TaskFailed,
     UnpublishedEvents,
     UsageError,
 )
@@ -79,6 +84,11 @@ __all__ = [
     "OutboxError",
     "PublishFailed",
     "PublishTimeout",
+    "ResultLost",
+    "ResultTimeout",
+    "TaskCancelled",
+    "TaskError",
+    "TaskFailed",
     "UnpublishedEvents",
     "UsageError",
 ]

@@ -9,6 +9,11 @@
     │   ├── MissingExtra          an optional dependency is not installed
     │   ├── NoResults             nothing keeps the results of tasks
     │   └── UnpublishedEvents     a consumer enqueued events and did not publish them
+    ├── TaskError                 a task has nothing to return
+    │   ├── TaskFailed            it has failed
+    │   ├── TaskCancelled         it was cancelled
+    │   ├── ResultLost            it has succeeded, but its value could not be kept
+    │   └── ResultTimeout         (also a TimeoutError) no result within the caller's timeout
     └── BrokerError               a failure of the broker or the network: may pass
         ├── ConnectFailed         no connection could be opened
         ├── ConnectionLost        the connection was lost before all events were confirmed
@@ -40,6 +45,11 @@ __all__ = [
     "NotConfigured",
     "OutboxError",
     "PublishTimeout",
+    "ResultLost",
+    "ResultTimeout",
+    "TaskCancelled",
+    "TaskError",
+    "TaskFailed",
     "UnpublishedEvents",
     "UsageError",
 ]
@@ -113,6 +123,41 @@ class UnpublishedEvents(UsageError):
             f"{', '.join(self.event_ids)}; call publish() at the end of process(), "
             "or set auto_publish = True on the consumer"
         )
+
+
+class TaskError(OutboxError):
+    """A task has nothing to return; raised by ``TaskHandle.result()``."""
+
+
+class TaskFailed(TaskError):
+    """A task has failed, and will not be tried again.
+
+    Attributes:
+        error_type: the class of what it raised, as text: whatever wrote the result is not imported.
+        error: the text of that, or the reason why it was given up.
+        traceback: the traceback, without the values of variables; empty if there is none.
+    """
+
+    def __init__(self, error_type: str = "", error: str = "", traceback: str = "") -> None:
+        super().__init__(error_type, error, traceback)
+        self.error_type = error_type
+        self.error = error
+        self.traceback = traceback
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.error_type, self.error)))
+
+
+class TaskCancelled(TaskError):
+    """A task was cancelled before it ran."""
+
+
+class ResultLost(TaskError):
+    """A task has succeeded, but what it returned could not be kept; the text says why."""
+
+
+class ResultTimeout(TimeoutError, TaskError):
+    """A task has no result within the caller's timeout; it may run later all the same."""
 
 
 class BrokerError(OutboxError):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from outbox.errors import InvalidEvent
-from outbox.messages.headers import TASK
+from outbox.messages.headers import KEEP_RESULT, TASK
 
 __all__ = [
     "MAX_HEADER_BYTES",
@@ -95,8 +95,8 @@ def _checked_headers(headers: Any) -> dict[str, Any]:
         raise InvalidEvent(f"headers must be a mapping, not a {type(headers).__name__}")
     for name in headers:
         check_name("header name", name)
-        if name == TASK:
-            continue  # outbox itself adds it, and it is harmless: any program may send tasks
+        if name in (TASK, KEEP_RESULT):
+            continue  # outbox itself adds them, and they are harmless: any program may send tasks
         if name in _INTERPRETED or name.lower().startswith(_INTERPRETED_PREFIXES):
             raise InvalidEvent(
                 f"the header {name!r} is reserved: "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from outbox.event import Event
 from outbox.settings import Settings
 from outbox.transports.transport import Transport
 
-__all__ = ["Attachment", "Observer", "seam"]
+__all__ = ["Attachment", "KeptResults", "Observer", "seam"]
 
 
 class Attachment(Protocol):
@@ -26,6 +26,18 @@ class Attachment(Protocol):
         ...
 
 
+class KeptResults(Protocol):
+    """The results of tasks in a test, which are in memory. Thread-safe."""
+
+    def get(self, id_: str) -> Any:
+        """Return the ``ResultRow`` of a task, or None."""
+        ...
+
+    def cancel(self, id_: str, task: str = "") -> bool:
+        """Cancel a task unless it runs or is done; return whether it will not run."""
+        ...
+
+
 class Observer(Protocol):
     """An observer of every event of the process, on any thread, while it is installed.
 
@@ -35,9 +47,13 @@ class Observer(Protocol):
     Attributes:
         hands_over: whether this process publishes stored events after the commit, as it does
             without an observer.
+        results: the results of tasks; None where workers write them into a database.
     """
 
     hands_over: bool
+
+    @property
+    def results(self) -> KeptResults | None: ...  # noqa: D102
 
     def transport_of(self, settings: Settings) -> Transport:
         """Return the transport that replaces that of a publisher with these settings."""

@@ -79,6 +79,7 @@ class SettingOverrides(TypedDict, total=False):
     tasks_max_priority: int
     unknown_task_after: float
     task_session: Callable[[], Any] | None
+    results: Any
     serializer: Serializer
     headers: HeadersSource | Sequence[HeadersSource] | None
     on_kept: EventsHook | None
@@ -153,6 +154,9 @@ class Settings:
         task_session: returns a new session of SQLAlchemy, a ``sessionmaker`` or an
             ``async_sessionmaker``, in which a worker loads the instances that tasks are called
             with; without one it uses what was given to ``outbox.sql.bind()``.
+        results: the database in which the results of tasks are kept: a URL, or an engine of
+            SQLAlchemy, for PostgreSQL, MariaDB or SQLite; empty for that of the queues, where a
+            database holds them; ``off`` for none.
         serializer: the serializer of payloads.
         headers: called without arguments for each event that is enqueued, in the caller's thread
             and context; what it returns, a mapping or None, is added to the event's headers. Given
@@ -196,6 +200,7 @@ class Settings:
     tasks_max_priority: int = 0
     unknown_task_after: float = 900.0
     task_session: Callable[[], Any] | None = None
+    results: Any = ""
     serializer: Serializer = JSONSerializer()  # noqa: RUF009  it is stateless
     headers: tuple[HeadersSource, ...] = ()
     on_kept: EventsHook | None = None
@@ -208,6 +213,8 @@ class Settings:
 
     def __repr__(self) -> str:
         shown = {name: getattr(self, name) for name in _NAMES} | {"url": masked(self.url)}
+        if isinstance(self.results, str) and "://" in self.results:
+            shown["results"] = "***"
         if self.credentials is not None:
             shown["credentials"] = "***"  # the repr of a partial has its arguments
         return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
@@ -323,6 +330,8 @@ def _checked(name: str, value: Any, where: str) -> Any:
     elif name == "task_session":
         if value is not None and not callable(value):
             raise UsageError(f"{where} is {value!r:.80}, not a function that returns a session")
+    elif name == "results":
+        return _results(value, where)
     elif name == "tasks_queue":
         if not isinstance(value, str) or not value or not _is_short(f"{value}.dead"):
             raise UsageError(f"{where} is {value!r:.80}, not the name of a queue")
@@ -356,6 +365,19 @@ def _folder(value: Any, where: str) -> str:
     if not isinstance(path, str) or "://" in path or "\0" in path:
         raise UsageError(f"{where} is {value!r:.80}, not the path of a folder")
     return os.path.abspath(path) if path else ""
+
+
+def _results(value: Any, where: str) -> Any:
+    """Return the database of results; no message quotes a URL, which may hold a password."""
+    if isinstance(value, str):
+        value = value.strip()
+        if value and value != "off" and "://" not in value:
+            raise UsageError(f"{where} is neither the URL of a database nor 'off'")
+        return value
+    engine = getattr(value, "sync_engine", value)
+    if not hasattr(engine, "dialect") or not hasattr(engine, "connect"):
+        raise UsageError(f"{where} is a {type(value).__name__}, not a URL or an engine")
+    return engine
 
 
 def _sources(value: Any, where: str) -> tuple[HeadersSource, ...]:

@@ -20,6 +20,7 @@ from outbox.tasks.call_arguments import DoesNotFit, Parameters, parts_of
 from outbox.tasks.decorator import module_of_task
 from outbox.tasks.mapped import MARK
 from outbox.tasks.target import Target, target_of
+from outbox.testing.matching import is_dead_letter
 
 __all__ = ["ExpectedCall", "Runnable", "criteria_of", "with_tasks"]
 
@@ -131,6 +132,7 @@ def with_tasks(
     if modules:
         members = [member for module in modules.values() for member in vars(module).values()]
         queues |= {one.queue: None for one in members if isinstance(one, Task) and one.queue}
-        queues |= {event.target: None for event in events if task_queues.is_task(event)}
+        calls = [event for event in events if task_queues.is_task(event)]
+        queues |= {call.target: None for call in calls if not is_dead_letter(call)}
         consumers += queues_of_tasks(modules.values(), list(queues), settings)
     return consumers

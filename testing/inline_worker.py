@@ -33,6 +33,7 @@ from outbox.consumers.message.tally import Tally
 from outbox.consumers.outcome import Failed, Outcome
 from outbox.messages.delivery import Delivery
 from outbox.messages.remembered import window_of
+from outbox.results.memory_results import MemoryResults
 from outbox.system.steady_clock import monotonic
 from outbox.testing.recorder import Recorder
 
@@ -129,6 +130,9 @@ class _Entry:
     def join(self) -> None:
         pass
 
+    def accompany(self, write: Callable[[Any], None]) -> None:
+        pass
+
     def leave(self) -> None:
         pass
 
@@ -177,10 +181,11 @@ class InlineWorker:
 
     overlaps = False
 
-    def __init__(self, publisher: Publisher, inbox: MemoryInbox) -> None:
+    def __init__(self, publisher: Publisher, inbox: MemoryInbox, results: MemoryResults) -> None:
         """Create an engine whose message publishes with ``publisher``."""
         self.publisher = publisher
         self.inbox = inbox
+        self.results = results
         self.surroundings = surroundings.here()
         self.subscription: Any = _Settled()
         self.tally = Tally({})

@@ -48,6 +48,7 @@ class LiveBroker:
     """
 
     hands_over = True
+    results = None
 
     def __init__(self, url: str, where: str) -> None:
         """Make a live broker, not connected yet.

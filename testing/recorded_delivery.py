@@ -214,7 +214,7 @@ class RecordedDelivery:
         self._reached.add(consumer.queue)
         delivery = as_delivered(event, consumer.queue, 1, redelivered=self._times[place] > 1)
         restore_origin(delivery)
-        worker = InlineWorker(publisher, self._inbox)
+        worker = InlineWorker(publisher, self._inbox, self._recorder.results)
         return InlineMessage(consumer, delivery, worker, event, self._recorder)
 
     def _process(self, message: InlineMessage, raised: tuple[type, ...]) -> Delivered:

@@ -15,6 +15,7 @@ from outbox.backlog.chunk import Chunk, Entry, Fate
 from outbox.configuration import configured_publisher
 from outbox.messages.topics import matches
 from outbox.observer import Attachment
+from outbox.results.memory_results import MemoryResults
 from outbox.settings import Settings
 from outbox.testing.matching import is_copy, is_dead_letter
 from outbox.transports.transport import Transport
@@ -59,6 +60,7 @@ class Recorder:
         self._committed: list[Event] = []  # stored, but the broker was away
         self._pretended: dict[int, Fate] = {}
         self._parked: list[Event] = []
+        self.results = MemoryResults()
         self.backlog = Backlog()
         self._left: int | None = None  # how many events are still confirmed; None for all
         self._error: BrokerError = ConnectionLost("the connection was lost (simulated by the test)")

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from multiprocessing.connection import Connection
 
 from outbox import BrokerError, ConnectionLost, Nacked, exit_codes
@@ -25,6 +26,7 @@ from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message, may_be_excused
 from outbox.consumers.message.steps import Steps
 from outbox.consumers.outcome import Again, Dead, Failed, Hold, Outcome, RemoteError
+from outbox.consumers.tasks.task_queue import open_results
 from outbox.consumers.tracebacks import traceback_of
 from outbox.messages.delivery import Delivery
 from outbox.system import signals
@@ -48,7 +50,11 @@ def main(parent: Parent) -> int:
     consumers = {consumer.queue: consumer for consumer in load(orders.consumers, warn=False)}
     _leave_signals_to_worker()  # also those that the application handles
     publisher = default_publisher()
-    engine = InlineEngine(publisher, open_inbox(publisher.settings, consumers.values()))
+    results = open_results(publisher.settings, consumers.values())
+    if results is not None:
+        results.start()
+    inbox = open_inbox(publisher.settings, consumers.values())
+    engine = InlineEngine(publisher, inbox, results)
     hooks = InlineHooks(declared(), engine.surroundings)
     try:
         hooks.start()
@@ -66,6 +72,8 @@ def main(parent: Parent) -> int:
         context = contextvars.copy_context()
         connection.send(_portable(context.run(engine.conclude, message)))
     hooks.stop()
+    if results is not None:
+        results.stop(time.monotonic())
     publisher.close()
     return exit_codes.SUCCESS
 

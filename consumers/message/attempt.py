@@ -16,10 +16,11 @@ from outbox.consumers.message.deduplication import InboxEntry
 from outbox.consumers.message.follow_ons import MessageCollector
 from outbox.consumers.message.republishing import republished
 from outbox.consumers.message.services import Services
-from outbox.consumers.message.steps import Blocking, Call, Confirm, Steps
+from outbox.consumers.message.steps import Blocking, Call, Confirm, Parked, Steps, Written
 from outbox.consumers.message.surrounded import surrounded
 from outbox.consumers.outcome import (
     ACK,
+    CANCELLED,
     DUPLICATE,
     Ack,
     Dead,
@@ -28,18 +29,21 @@ from outbox.consumers.outcome import (
     Outcome,
     Reject,
     Requeue,
+    ResultsUnavailable,
     Return,
     Unconfirmed,
 )
-from outbox.consumers.raised import causes, leaves, unwrapped
+from outbox.consumers.raised import causes, leaves, text_of, unwrapped
 from outbox.consumers.retry import RetryPolicy
+from outbox.consumers.tasks.task_record import TaskRecord, record_of
 from outbox.consumers.tracebacks import strip_engine
 from outbox.messages.delivery import Delivery
 from outbox.messages.received_event import ReceivedEvent
 from outbox.report import Withdrawn
+from outbox.results.result_row import CANCELLED as REFUSED_AS_CANCELLED
 from outbox.unit_of_work.unit_of_work import Scope
 
-__all__ = ["FAILURES", "Attempt", "decided", "refuse_awaitable", "result_of", "text_of"]
+__all__ = ["FAILURES", "Attempt", "decided", "refuse_awaitable", "result_of"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -52,9 +56,12 @@ class Attempt:
 
     A late attempt goes on beside the one that replaces it. As they share neither, it can be shut
     out with ``revoke()`` and ``close()``.
+
+    Attributes:
+        record: what is kept of it, if it is one at a task; else None.
     """
 
-    __slots__ = ("_collector", "_consumer", "_delivery", "_entry", "_event", "_services")
+    __slots__ = ("_collector", "_consumer", "_delivery", "_entry", "_event", "_services", "record")
 
     def __init__(
         self, consumer: Consumer, delivery: Delivery, event: ReceivedEvent, services: Services
@@ -68,6 +75,9 @@ class Attempt:
             services.publisher, event, auto_publish=consumer.auto_publish
         )
         self._entry: InboxEntry | None = None
+        self.record: TaskRecord | None = None
+        if consumer._keeps is not None and services.results is not None:
+            self.record = record_of(consumer, delivery, services.results)
 
     def run(self) -> Steps[Outcome | Failed | Unconfirmed]:
         """Process the message; never raises an ``Exception``."""
@@ -75,7 +85,7 @@ class Attempt:
         token = self._collector.enter()
         try:
             outcome = yield from self._handle()
-            if isinstance(outcome, Ack) and not outcome.duplicate:
+            if isinstance(outcome, Ack) and not (outcome.duplicate or outcome.cancelled):
                 self._collector.refuse()
                 if self._collector.has_events or self._entry is not None:
                     outcome = yield from self._finish(outcome)
@@ -100,7 +110,14 @@ class Attempt:
 
     def _handle(self) -> Steps[Outcome]:
         """Process the message in its surroundings, if there are any."""
-        surroundings = self._services.surroundings
+        record, services = self.record, self._services
+        if record is not None and not self._deduplicates:
+            # Before anything that belongs to a thread: the attempt may go on in another one.
+            parks = services.overlaps and record.is_quick
+            refused = yield from self._begin(record, parks=parks)
+            if refused is not None:
+                return refused
+        surroundings = services.surroundings
         if surroundings is None:
             return (yield from self._refreshed())
         return (yield from surrounded(surroundings, self._refreshed()))
@@ -126,12 +143,49 @@ class Attempt:
             except Exception:  # the connection is broken already
                 logger.debug("could not close a database connection", exc_info=True)
 
+    @property
+    def _deduplicates(self) -> bool:
+        return bool(self._consumer.deduplicate) and self._services.inbox is not None
+
+    def _begin(self, record: TaskRecord, *, parks: bool) -> Steps[Ack | Dead | None]:
+        """Write that a task begins; return an outcome if it may not.
+
+        Args:
+            record: the record of the attempt.
+            parks: whether the engine goes on with another message meanwhile.
+
+        Raises:
+            ResultsUnavailable: that can't be written now.
+        """
+        write = record.begin()
+        if not write.is_over:
+            yield (Parked(write, is_last=False) if parks else Written(write))
+        if write.error is not None:
+            reason = text_of(write.error).partition("\n")[0]
+            raise ResultsUnavailable(f"the task can't begin: {reason}") from write.error
+        if not write.refusal:
+            record.began()
+            return None
+        record.is_refused = True
+        if write.refusal == REFUSED_AS_CANCELLED:
+            return CANCELLED
+        return Dead(f"its id is that of another task, {write.refusal!r:.300}")
+
     def _process(self) -> Steps[Outcome]:
         consumer, event, services = self._consumer, self._event, self._services
         if consumer.deduplicate and services.inbox is not None:
             entry = self._entry = services.inbox.entry(consumer, event)
+            record = self.record
             if (yield Blocking(entry.is_done)):
+                if record is not None:
+                    yield Blocking(record.complete)
                 return DUPLICATE
+            if record is not None:
+                # Only now: of a duplicate, the row has the result already.
+                refused = yield from self._begin(record, parks=False)
+                if refused is not None:
+                    return refused
+                entry.accompany(record.note_on)
             # With auto_publish, events are published after the handler's commit: if that noted the
             # message, a crash in between would lose them.
             if not consumer.auto_publish:
@@ -183,6 +237,8 @@ class Attempt:
         if isinstance(result, Failed):
             try:
                 if (yield Blocking(entry.is_done)):
+                    if self.record is not None:
+                        yield Blocking(self.record.complete)
                     return DUPLICATE  # another attempt was faster, and this one was rolled back
             except Exception:  # unknown: the attempt counts as failed
                 logger.debug("could not query the inbox", exc_info=True)
@@ -294,6 +350,8 @@ def _result_of(error: BaseException) -> Outcome | Failed:
             return Dead(f"a follow-on event was rejected: {text_of(error)}", error)
         case UnpublishedEvents():
             return Dead(f"{type(error).__qualname__}: {text_of(error)}", error)
+        case ResultsUnavailable():
+            return Hold(error)
         case Exception() if (unavailable := _unavailable(error)) is not None:
             return Hold(unavailable)
         case _:
@@ -311,11 +369,3 @@ def _unavailable(error: Exception) -> Exception | None:
         if isinstance(cause, PublishFailed) and cause.is_of_message:
             return None if _has_rejected(cause) else cause
     return error if is_unavailable(error) else None
-
-
-def text_of(error: BaseException) -> str:
-    """Return the text of ``error``; with an application's exception, even that may fail."""
-    try:
-        return str(error)
-    except Exception as why:
-        return f"(text unavailable: {type(why).__qualname__})"

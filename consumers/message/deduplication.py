@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 from outbox import UsageError, sinks
 from outbox.consumers.definition import Consumer
@@ -32,6 +32,13 @@ class InboxEntry(Protocol):
 
     def join(self) -> None:
         """Note the message in the handler's transaction, if there will be one. Doesn't block."""
+        ...
+
+    def accompany(self, write: Callable[[Any], None]) -> None:
+        """Have ``write`` called with the connection on which the message is noted.
+
+        It belongs to the same transaction, and is not called if that is not SQLAlchemy's.
+        """
         ...
 
     def leave(self) -> None:

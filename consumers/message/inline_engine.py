@@ -12,9 +12,11 @@ from outbox.consumers.message.steps import (
     Blocking,
     Call,
     Confirm,
+    Parked,
     Pause,
     Step,
     Steps,
+    Written,
     call,
     cancelled_in_time,
     drive,
@@ -22,6 +24,7 @@ from outbox.consumers.message.steps import (
 from outbox.consumers.message.tally import Tally
 from outbox.consumers.message.traced import end_processing
 from outbox.consumers.outcome import Outcome, Unconfirmed, of_handler
+from outbox.consumers.tasks.task_record import Results
 from outbox.transports.subscription import Subscription
 
 __all__ = ["InlineEngine"]
@@ -33,10 +36,13 @@ class InlineEngine:
     is_stopping = True
     overlaps = False
 
-    def __init__(self, publisher: Publisher, inbox: Inbox | None = None) -> None:
+    def __init__(
+        self, publisher: Publisher, inbox: Inbox | None = None, results: Results | None = None
+    ) -> None:
         """Create an engine whose messages publish with ``publisher``."""
         self.publisher = publisher
         self.inbox = inbox
+        self.results = results
         self.surroundings = surroundings.here()
         self.tally = Tally({})
 
@@ -67,6 +73,9 @@ class InlineEngine:
                 return self.publisher.wait_for(chunk)
             case Blocking(function):
                 return function()
+            case Written(write):
+                write.wait()
+        return None
 
     async def _take_async(self, step: Step) -> Any:
         if isinstance(step, Confirm):
@@ -78,8 +87,8 @@ class InlineEngine:
         return await (value if timeout is None else cancelled_in_time(value, timeout))
 
 
-def _without_pause(outcome: Outcome | Pause) -> Outcome:
-    if isinstance(outcome, Pause):
+def _without_pause(outcome: Outcome | Pause | Parked) -> Outcome:
+    if isinstance(outcome, Pause | Parked):
         raise RuntimeError("an inline engine can't let a message wait")
     return outcome
 

@@ -36,7 +36,6 @@ from outbox.consumers.message.attempt import (
     decided,
     refuse_awaitable,
     result_of,
-    text_of,
 )
 from outbox.consumers.message.copies import dead_letter, next_attempt, retry_copy
 from outbox.consumers.message.follow_ons import CallbackCollector
@@ -47,11 +46,12 @@ from outbox.consumers.message.republishing import (
     republished,
 )
 from outbox.consumers.message.services import Services
-from outbox.consumers.message.steps import Call, Closing, Confirm, Pause, Steps
+from outbox.consumers.message.steps import Call, Closing, Confirm, Parked, Pause, Steps, Written
 from outbox.consumers.message.surrounded import surrounded, taken
 from outbox.consumers.message.traced import end_processing
 from outbox.consumers.outcome import (
     ACK,
+    CANCELLED,
     DUPLICATE,
     EXPIRED,
     Ack,
@@ -66,7 +66,9 @@ from outbox.consumers.outcome import (
     Return,
     Unconfirmed,
 )
+from outbox.consumers.raised import text_of
 from outbox.consumers.retry import Retry, RetryPolicy
+from outbox.consumers.tasks.task_record import record_of
 from outbox.consumers.tracebacks import strip_engine
 from outbox.messages.delivery import Delivery
 from outbox.messages.expiry import has_expired
@@ -113,6 +115,7 @@ class Message:
     _waiting_since: float | None = None
     _refused_since: float | None = None
     _goes_on_here = False
+    _keeps_results = False
 
     def __init__(self, consumer: Consumer, delivery: Delivery, services: Services) -> None:
         """Create the message, without processing it yet. Without an id it gets a temporary one."""
@@ -123,6 +126,8 @@ class Message:
         self._services = services
         self._attempt: Attempt | None = None
         self._began = 0.0
+        if self.consumer._keeps is not None and services.results is not None:
+            self._keeps_results = True
 
     def live(self) -> Steps[Outcome | Unconfirmed | None]:
         """Process the message and settle it.
@@ -136,8 +141,10 @@ class Message:
             return (yield from self._follow((yield from self.attempt())))
         except BaseException:
             self._over()
-            if self.processing is not None and not self.is_given_up:
-                end_processing(self.processing, None)
+            if not self.is_given_up:
+                self._let_go()
+                if self.processing is not None:
+                    end_processing(self.processing, None)
             raise
 
     def confirmed(self, report: PublishReport) -> Steps[Outcome | Unconfirmed | None]:
@@ -218,6 +225,8 @@ class Message:
             )
         callbacks = consumer.callbacks
         if event is None or not callbacks:  # an undecodable message has no event to call them with
+            if self._keeps_results:
+                yield from self._write_end(outcome)
             return outcome
         if isinstance(result, Failed):
             failures = result.failures or (result.error,)
@@ -228,9 +237,27 @@ class Message:
                 yield from self._call_back(event, consumer.on_failure, result.error)
         if isinstance(outcome, Dead) and "on_dead" in callbacks:
             yield from self._call_back(event, consumer.on_dead, outcome.reason)
-        if outcome is not DUPLICATE and isinstance(outcome, Ack) and "on_success" in callbacks:
+        if (
+            isinstance(outcome, Ack)
+            and outcome not in (DUPLICATE, CANCELLED)
+            and "on_success" in callbacks
+        ):
             yield from self._call_back(event, consumer.on_success)
+        if self._keeps_results:
+            yield from self._write_end(outcome)
         return outcome
+
+    def _write_end(self, outcome: Outcome) -> Steps[None]:
+        """Write how a task has ended, before its message is settled."""
+        services, attempt = self._services, self._attempt
+        record = None if attempt is None else attempt.record
+        if record is None and services.results is not None:
+            # It has not begun here, or only in a subprocess that is gone.
+            record = record_of(self.consumer, self.delivery, services.results)
+        write = None if record is None else record.end(outcome)
+        if write is not None and not write.is_over:
+            is_last = isinstance(outcome, Ack)
+            yield (Parked(write, is_last) if services.overlaps else Written(write))
 
     def settle(self, outcome: Outcome) -> Steps[Outcome | None]:
         """Settle the delivery as ``outcome`` says: the one place that settles messages."""
@@ -287,9 +314,15 @@ class Message:
 
     def _leave(self) -> None:
         """Count a message that is left unsettled, to be redelivered."""
+        self._let_go()
         self._services.tally.returned(self.delivery, self._began)
         if self.processing is not None:
             end_processing(self.processing, None)
+
+    def _let_go(self) -> None:
+        """Note that an attempt at a task runs no longer, whose end isn't written."""
+        if self._attempt is not None and self._attempt.record is not None:
+            self._attempt.record.over()
 
     def _over(self) -> None:
         """Note that no application code runs for the message, until its next attempt if any.

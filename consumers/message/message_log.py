@@ -76,6 +76,8 @@ def _fate(outcome: Outcome) -> str:
             return "skipped as a duplicate"
         case Ack(expired=True):
             return "dropped: its ttl was over"
+        case Ack(cancelled=True):
+            return "dropped: it was cancelled"
         case Ack():
             return "finished"
         case Again():

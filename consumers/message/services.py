@@ -7,6 +7,7 @@ from typing import Protocol
 from outbox import Publisher
 from outbox.consumers.message.deduplication import Inbox
 from outbox.consumers.message.tally import Tally
+from outbox.consumers.tasks.task_record import Results
 from outbox.surroundings import Surroundings
 from outbox.transports.subscription import Subscription
 
@@ -29,6 +30,11 @@ class Services(Protocol):
     @property
     def inbox(self) -> Inbox | None:
         """The inbox, or None if no consumer deduplicates."""
+        ...
+
+    @property
+    def results(self) -> Results | None:
+        """Where the results of tasks are kept, or None."""
         ...
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from outbox.backlog.chunk import Chunk
 from outbox.consumers.outcome import ProcessTimeout, of_handler
+from outbox.results.pending_write import PendingWrite
 from outbox.system import process
 from outbox.system.forked_child import end_child
 from outbox.system.steady_clock import monotonic
@@ -20,9 +21,11 @@ __all__ = [
     "Closing",
     "Confirm",
     "HandlerCancelled",
+    "Parked",
     "Pause",
     "Step",
     "Steps",
+    "Written",
     "call",
     "cancelled_in_time",
     "drive",
@@ -70,6 +73,24 @@ class Blocking(NamedTuple):
     function: Callable[[], Any]
 
 
+class Written(NamedTuple):
+    """A wait until a row of the results of tasks has been written."""
+
+    write: PendingWrite
+
+
+class Parked(NamedTuple):
+    """The same, while the engine goes on with another message.
+
+    Attributes:
+        write: the write.
+        is_last: whether all that is left then is to settle the message.
+    """
+
+    write: PendingWrite
+    is_last: bool
+
+
 class Closing(enum.Enum):
     """What becomes of a queue while one of its messages waits.
 
@@ -101,7 +122,8 @@ class Pause(NamedTuple):
     is_in_attempt: bool = False
 
 
-Step: TypeAlias = Call | Confirm | Blocking | Pause
+Step: TypeAlias = Call | Confirm | Blocking | Written | Parked | Pause
+_LEAVING = (Pause, Parked)
 Steps: TypeAlias = Generator[Step, Any, T]
 
 
@@ -113,10 +135,11 @@ class HandlerCancelled(Exception):
     """A failed attempt: its handler was cancelled, but not by the worker."""
 
 
-def call(steps: Steps[T], take: Callable[[Step], Any]) -> T | Pause:
+def call(steps: Steps[T], take: Callable[[Step], Any]) -> T | Pause | Parked:
     """Take ``steps`` in this thread, and return their result.
 
-    A pause is returned as well, before it has begun: when it is over, call this once more.
+    A pause is returned as well, before it has begun: when it is over, call this once more. So is
+    ``Parked``.
 
     Args:
         steps: the steps of a message.
@@ -131,7 +154,7 @@ def call(steps: Steps[T], take: Callable[[Step], Any]) -> T | Pause:
         except StopIteration as end:
             result: T = end.value
             return result
-        if isinstance(step, Pause):
+        if isinstance(step, _LEAVING):
             return step
         value = error = None
         try:
@@ -144,7 +167,7 @@ async def drive(
     steps: Steps[T],
     take: Callable[[Step], Awaitable[Any]],
     is_ending: Callable[[], bool] | None = None,
-) -> T | Pause:
+) -> T | Pause | Parked:
     """Take ``steps`` in this task, and return their result, or a pause; see :func:`call`.
 
     Args:
@@ -167,7 +190,7 @@ async def drive(
         except StopIteration as end:
             result: T = end.value
             return result
-        if isinstance(step, Pause):
+        if isinstance(step, _LEAVING):
             return step
         value = error = None
         try:

@@ -40,6 +40,7 @@ OUTCOMES = (
     "acked",
     "duplicate",
     "expired",
+    "cancelled",
     "retried",
     "timed_out",
     "requeued",
@@ -52,6 +53,7 @@ OUTCOMES = (
 - ``acked``: processed;
 - ``duplicate``: acked unprocessed, since ``deduplicate`` knows that it is done;
 - ``expired``: dropped unprocessed, since its ``ttl`` was over;
+- ``cancelled``: dropped unprocessed: a task that was cancelled;
 - ``retried``: an attempt failed, and another follows;
 - ``timed_out``: likewise, because it exceeded its consumer's ``timeout``;
 - ``requeued``: the handler returned or raised a requeue;
@@ -229,6 +231,8 @@ def name_of(outcome: Outcome) -> str:
     match outcome:
         case Ack(expired=True):
             return "expired"
+        case Ack(cancelled=True):
+            return "cancelled"
         case Ack(duplicate=duplicate):
             return "duplicate" if duplicate else "acked"
         case Again(error=error):

@@ -69,7 +69,7 @@ class TaskSession:
         if framework is not None and framework.is_mapped(kind):
             found = self._model(framework, kind, key, using)
         else:
-            found = self._sync_session().get(kind, _key_for(kind, key))
+            found = self.sync_session.get(kind, _key_for(kind, key))
         return self._found(found, name, key, is_committed=is_committed)
 
     def _model(self, framework: Any, kind: type, key: Sequence[Any], using: str | None) -> Any:
@@ -94,19 +94,26 @@ class TaskSession:
             "the same transaction"
         )
 
-    def _sync_session(self) -> Any:
-        session = self._opened()
+    @property
+    def sync_session(self) -> Any:
+        """The session, opened if it isn't; the synchronous one of an ``AsyncSession``."""
+        session = self.opened()
         return getattr(session, "sync_session", session)
 
-    def _opened(self) -> Any:
+    def opened(self) -> Any:
+        """Return the session, opened if it isn't.
+
+        Raises:
+            UsageError: nothing was configured that opens sessions.
+        """
         if self._session is None:
             provider = self._provider
             self._session = None if provider is None else provider()
             if self._session is None:
                 raise UsageError(
-                    "a task was called with a mapped instance, and nothing opens a session here to "
-                    "load it in; configure(task_session=sessionmaker(...)), or give a "
-                    "scoped_session to outbox.sql.bind()"
+                    "a task needs a session, and nothing opens one here; "
+                    "configure(task_session=sessionmaker(...)), or give a scoped_session to "
+                    "outbox.sql.bind()"
                 )
         return self._session
 
@@ -163,12 +170,20 @@ class TaskSession:
 
     async def reading(self, read: Callable[[], Any]) -> Any:
         """Return what ``read`` returns, which may load instances, in a coroutine."""
-        session = None if self._provider is None else self._opened()
+        session = None if self._provider is None else self.opened()
         if session is not None and hasattr(session, "run_sync"):
             return await session.run_sync(lambda _: read())
         if session is None and sinks.framework is not None:
             return await sinks.framework.in_thread(read)
         return read()
+
+    async def in_sync(self, work: Callable[[Any], None]) -> None:
+        """Call ``work`` with the synchronous session, or None if none was opened."""
+        session = self._session
+        if hasattr(session, "run_sync"):
+            await session.run_sync(work)
+        else:
+            work(session)
 
 
 def _key_for(kind: type, key: Sequence[Any]) -> tuple[Any, ...]:

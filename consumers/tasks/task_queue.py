@@ -11,25 +11,31 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outbox import UsageError
 from outbox.configuration import configured_publisher, provided_publisher
 from outbox.consumers.definition import Consumer
 from outbox.consumers.outcome import NotYet, Reject
 from outbox.consumers.tasks.task_instances import TaskSession, session_provider
+from outbox.consumers.tasks.task_record import record_here
 from outbox.consumers.tasks.task_table import Entry, TaskTable, tasks_of
 from outbox.messages import task_queues
 from outbox.messages.delivery import Delivery
 from outbox.messages.headers import TASK
 from outbox.messages.received_event import ReceivedEvent
 from outbox.recurring.recurring_task import RecurringTask
+from outbox.results.open_results import results_writer_of
 from outbox.settings import Settings
 from outbox.tasks.call_arguments import DoesNotFit, parts_of
+from outbox.tasks.decorator import KEPT
 from outbox.tasks.mapped import reading
 from outbox.tasks.recurring_calls import recurring_task_of
 
-__all__ = ["TaskQueue", "UnknownTask", "queues_of_tasks", "task_queues_of"]
+if TYPE_CHECKING:
+    from outbox.results.results_writer import ResultsWriter
+
+__all__ = ["TaskQueue", "UnknownTask", "open_results", "queues_of_tasks", "task_queues_of"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -73,6 +79,8 @@ class TaskQueue(Consumer):
             kinds |= {entry.is_async for entry in entries}
         self.is_async = kinds == {True}  # type: ignore[misc]
         self._is_mixed = len(kinds) > 1  # type: ignore[misc]
+        # Of the queue this only says whether results are kept at all.
+        self._keeps = KEPT  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"<tasks of {self.queue!r}>"
@@ -114,6 +122,7 @@ class _Unknown(Consumer):
 
     def __init__(self, queue: str, seconds: float) -> None:
         self.queue = queue  # type: ignore[misc]
+        self._keeps = KEPT  # type: ignore[misc]  # whoever waits is shown that it failed
         self._seconds = seconds
         self._warned: set[str] = set()
 
@@ -160,7 +169,7 @@ def _consumer_of(entry: Entry, queue: str, shared: TaskQueue) -> Consumer:
         UsageError: an attribute of the task is invalid.
     """
     task = entry.task
-    attributes: dict[str, Any] = {"queue": queue, "exchange": "", "topics": ()}
+    attributes: dict[str, Any] = {"queue": queue, "exchange": "", "topics": (), "_keeps": KEPT}
     base: type[Consumer] = Consumer
     if task is not None:
         base = task.consumer or Consumer
@@ -169,6 +178,8 @@ def _consumer_of(entry: Entry, queue: str, shared: TaskQueue) -> Consumer:
         for name in ("retry", "timeout", "deduplicate"):
             if getattr(task, name):
                 attributes[name] = getattr(task, name)
+        attributes["_keeps"] = task.keep_result
+        attributes["_hides_errors"] = task.hide_errors
     deduplicates = attributes.get("deduplicate", base.deduplicate)
     if not _sets_auto_publish(base):
         # With deduplicate the transaction of the task notes it, so its events must go before.
@@ -187,6 +198,7 @@ def _sets_auto_publish(kind: type[Consumer]) -> bool:
 def _process_of(entry: Entry, shared: TaskQueue) -> Callable[..., Any]:
     """Return ``process`` of a task's consumer."""
     call, parameters = entry.call, entry.parameters
+    needs_session = entry.takes_instance or parameters.takes_session
 
     if entry.is_async:
 
@@ -196,23 +208,37 @@ def _process_of(entry: Entry, shared: TaskQueue) -> Callable[..., Any]:
                 with reading(session):
                     read = functools.partial(_read, entry, event)
                     args, kwargs = await session.reading(read) if typed else read()
-                await call(*args, **kwargs)
+                if parameters.takes_session:
+                    kwargs["session"] = session.opened()
+                result = await call(*args, **kwargs)
+                if (record := record_here()) is not None:
+                    await session.in_sync(functools.partial(record.returned, result, parameters))
 
         return process_async
 
     def process(self: Consumer, event: ReceivedEvent) -> None:
         body = event.payload
-        if not entry.takes_instance and type(body) is dict and "typed" not in body:
+        if not needs_session and type(body) is dict and "typed" not in body:
             try:
                 args, kwargs = parameters.read(body)
             except DoesNotFit as error:
                 raise Reject(str(error)) from None
-            _refuse_pending(call(*args, **kwargs), entry)
+            result = call(*args, **kwargs)
+            _refuse_pending(result, entry)
+            if (record := record_here()) is not None:
+                record.returned(result, parameters)
             return
         with shared.session() as session:
             with reading(session):
                 args, kwargs = _read(entry, event)
-            _refuse_pending(call(*args, **kwargs), entry)
+            if parameters.takes_session:
+                kwargs["session"] = session.opened()
+            result = call(*args, **kwargs)
+            _refuse_pending(result, entry)
+            if (record := record_here()) is not None:
+                record.returned(
+                    result, parameters, session.sync_session if session.is_open else None
+                )
 
     return process
 
@@ -279,6 +305,18 @@ def queues_of_tasks(
     return [TaskQueue(queue, table, settings) for queue in queues]
 
 
+def open_results(settings: Settings, consumers: Iterable[Consumer]) -> ResultsWriter | None:
+    """Return what writes the results of the tasks among ``consumers``; None if none are kept.
+
+    Raises:
+        UsageError: results can't be kept in the database of the setting, or the table is missing.
+        MissingExtra: SQLAlchemy or the database's driver is not installed.
+    """
+    if all(consumer._keeps is None for consumer in consumers):
+        return None
+    return results_writer_of(settings)
+
+
 def _check_sessions(table: TaskTable, settings: Settings) -> None:
     """Check that the instances of SQLAlchemy's which decorated tasks take can be loaded.
 
@@ -290,6 +328,12 @@ def _check_sessions(table: TaskTable, settings: Settings) -> None:
     for entry in table.entries.values():
         if entry.task is None:
             continue
+        if entry.parameters.takes_session:
+            raise UsageError(
+                f"the task {entry.name} takes a session, and nothing opens one; "
+                "configure(task_session=sessionmaker(...)), or give a scoped_session to "
+                "outbox.sql.bind()"
+            )
         for name, hint in entry.parameters.hints.items():
             if name != "return" and "__mapper__" in getattr(hint, "__dict__", ()):
                 raise UsageError(

@@ -24,7 +24,7 @@ from outbox.consumers.current import set_current_message
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.republishing import FIRST_PAUSE, LONGEST_PAUSE
 from outbox.consumers.message.services import Services
-from outbox.consumers.message.steps import Abandoned, Confirm, Pause, Step, call
+from outbox.consumers.message.steps import Abandoned, Confirm, Parked, Pause, Step, call
 from outbox.consumers.worker.life import Life
 from outbox.consumers.worker.pen import Pen
 from outbox.consumers.worker.worker_context import Quota, WorkerContext
@@ -96,6 +96,7 @@ class InFlight:
         self._line = line
         self._timeout = work.publisher.settings.timeout
         self._unconfirmed: dict[Life, tuple[float, Chunk]] = {}  # with the deadline, in its order
+        self._unwritten: set[Life] = set()
         self._stopping = False
         self._all_confirmed = threading.Event()
         self._reported: queue.SimpleQueue[tuple[Life, PublishReport] | _Order] = queue.SimpleQueue()
@@ -177,6 +178,20 @@ class InFlight:
         self._pen.park(life, pause)
         self._reported.put(_Order.LOOK)
 
+    def wait_for(self, life: Life, parked: Parked) -> None:
+        """Hold ``life`` until a row of its task is written, then go on with it.
+
+        Call it outside the life's context, which another thread may enter at once.
+        """
+        life.keeps_context = True
+        if self._pen.closed:
+            self._pen.passed(life.message)
+        if parked.is_last:
+            self._unwritten.add(life)
+            parked.write.when_over(partial(self._written, life))
+        else:
+            parked.write.when_over(partial(self._resume, life))
+
     def ends(self, message: Message) -> None:
         """Note that a message has ended; with the last one that is allowed, stop the worker."""
         if message.is_acked:
@@ -236,7 +251,8 @@ class InFlight:
         """
         self._stopping = True
         remaining = max(0.0, deadline - time.monotonic())
-        finished = not self._unconfirmed or self._all_confirmed.wait(remaining)
+        finished = self._is_quiet() or self._all_confirmed.wait(remaining)
+        self._unwritten.clear()
         self._reported.put(_Order.END)
         if self._thread.is_alive():
             self._thread.join(_ENDING)  # else it could resume what is left here
@@ -378,14 +394,29 @@ class InFlight:
             self._put_again[delivery] = life
             self._unconfirmed.pop(life, None)  # before: the engine may leave it here again
             self._line.put_ahead(delivery)
-        if self._stopping and not self._unconfirmed:
+        if self._stopping and self._is_quiet():
             self._all_confirmed.set()
+
+    def _is_quiet(self) -> bool:
+        """Return whether no message waits for its last confirm, or for its result to be written."""
+        return not (self._unconfirmed or self._unwritten)
+
+    def _written(self, life: Life) -> None:
+        """End a message whose result has been written, on the thread that has done so."""
+        if life in self._unwritten:
+            self._end(life)
+            self._unwritten.discard(life)
+            if self._stopping and self._is_quiet():
+                self._all_confirmed.set()
 
     def _end(self, life: Life) -> None:
         try:
-            life.context.run(call, life.steps, _refuse)
+            ended = life.context.run(call, life.steps, _refuse)
         except BaseException:  # a bug in outbox must end neither the thread nor the message
             self.failed(life)
+            return
+        if isinstance(ended, Parked):
+            self.wait_for(life, ended)
         else:
             self.ends(life.message)
 

@@ -24,8 +24,10 @@ from outbox.consumers.message.steps import (
     Blocking,
     Call,
     Confirm,
+    Parked,
     Pause,
     Step,
+    Written,
     cancelled_in_time,
     drive,
 )
@@ -35,6 +37,7 @@ from outbox.consumers.worker.in_flight import InFlight
 from outbox.consumers.worker.life import Life
 from outbox.consumers.worker.worker_context import WorkerContext
 from outbox.messages.delivery import Delivery
+from outbox.results.pending_write import PendingWrite
 from outbox.system import process
 from outbox.system.forked_child import end_child
 
@@ -49,7 +52,7 @@ class _Failed(enum.Enum):
 
 _FAILED = _Failed.FAILED
 """The result of a task in which outbox itself has failed: ``in_flight`` knows."""
-_Result: TypeAlias = "Outcome | Unconfirmed | Pause | _Failed | None"
+_Result: TypeAlias = "Outcome | Unconfirmed | Pause | Parked | _Failed | None"
 _Task: TypeAlias = "asyncio.Task[_Result]"
 _CANCELLED = 1.0  # seconds for a cancelled task to end
 _LOOK_EVERY = 0.2  # seconds between two looks at the deadline of a stop
@@ -66,7 +69,7 @@ class TaskEngine:
     are places.
 
     Attributes:
-        publisher, subscription, inbox, surroundings, tally: see ``Services``.
+        publisher, subscription, inbox, results, surroundings, tally: see ``Services``.
         overlaps: False with a concurrency of 1, which processes messages one after the other.
         in_flight: the messages that were started.
         size: the number of messages that it processes at a time.
@@ -81,6 +84,7 @@ class TaskEngine:
         self.publisher = work.publisher
         self.subscription = work.subscription
         self.inbox = work.inbox
+        self.results = work.results
         self.surroundings = work.surroundings
         self.tally = work.tally
         self._shared = work
@@ -313,6 +317,8 @@ class TaskEngine:
             self.in_flight.leave(life, result.chunk)
         elif isinstance(result, Pause):
             self.in_flight.park(life, result)
+        elif isinstance(result, Parked):
+            self.in_flight.wait_for(life, result)
         elif result is not _FAILED:
             self.in_flight.ends(life.message)
         if task in self._tasks:
@@ -349,7 +355,19 @@ class TaskEngine:
                 return await self.publisher.wait_for_async(chunk)
             case Blocking(function):
                 return await asyncio.to_thread(function)
+            case Written(write):
+                await self._until_over(write)
         return None
+
+    async def _until_over(self, write: PendingWrite) -> None:
+        over = self._loop.create_future()
+
+        def end() -> None:
+            if not over.done():
+                over.set_result(None)
+
+        write.when_over(functools.partial(self._call, end))
+        await over
 
     async def _in_time(self, life: Life, value: Awaitable[Any], seconds: float) -> Any:
         task: Any = asyncio.current_task()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
+from typing import TypeAlias
 
 from outbox.consumers.hooks import Hook
 from outbox.consumers.message.hook_call import run_hook
@@ -27,9 +28,11 @@ from outbox.consumers.message.steps import (
     Blocking,
     Call,
     Confirm,
+    Parked,
     Pause,
     Step,
     Steps,
+    Written,
     call,
 )
 from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed, of_handler
@@ -44,6 +47,8 @@ __all__ = ["ThreadEngine"]
 
 logger = logging.getLogger("outbox.consumer")
 
+_Result: TypeAlias = Outcome | Unconfirmed | Pause | Parked | None
+
 
 class _Late(BaseException):
     """Raised in the steps of a message when a call ends after its timeout."""
@@ -56,7 +61,7 @@ class ThreadEngine:
     Beyond that, a place stays empty until a late thread comes back.
 
     Attributes:
-        publisher, subscription, inbox, surroundings, tally: see ``Services``.
+        publisher, subscription, inbox, results, surroundings, tally: see ``Services``.
         overlaps: False with a single thread, which processes its messages one after the other.
         in_flight: the messages that were started.
         size: the number of messages that it processes at a time.
@@ -71,6 +76,7 @@ class ThreadEngine:
         self.publisher = work.publisher
         self.subscription = work.subscription
         self.inbox = work.inbox
+        self.results = work.results
         self.surroundings = work.surroundings
         self.tally = work.tally
         self._shared = work
@@ -208,7 +214,7 @@ class ThreadEngine:
     def _go_on(self, life: Life) -> bool:
         """Take the steps of a message; return whether this thread still has its place."""
         message = life.message
-        result: Outcome | Unconfirmed | Pause | None = None
+        result: _Result = None
         try:
             result = life.context.run(self._live, message, life.steps)
         except (_Late, Abandoned):
@@ -223,18 +229,18 @@ class ThreadEngine:
         self._after(life, result)
         return True
 
-    def _after(self, life: Life, result: Outcome | Unconfirmed | Pause | None) -> None:
+    def _after(self, life: Life, result: _Result) -> None:
         """Let a message wait as ``result`` says, or note that it has ended."""
         if isinstance(result, Unconfirmed):
             self.in_flight.leave(life, result.chunk)
         elif isinstance(result, Pause):
             self.in_flight.park(life, result)
+        elif isinstance(result, Parked):
+            self.in_flight.wait_for(life, result)
         else:
             self.in_flight.ends(life.message)
 
-    def _live(
-        self, message: Message, steps: Steps[Outcome | Unconfirmed | None]
-    ) -> Outcome | Unconfirmed | Pause | None:
+    def _live(self, message: Message, steps: Steps[Outcome | Unconfirmed | None]) -> _Result:
         return call(steps, partial(self._take_step, message))
 
     def _take_step(self, message: Message, step: Step) -> object:
@@ -248,6 +254,9 @@ class ThreadEngine:
                     return self.publisher.wait_for(chunk)
                 case Blocking(function):
                     return function()
+                case Written(write):
+                    write.wait()
+                    return None
             raise AssertionError("a pause is not a step to take")
         except (_Late, Abandoned):
             raise

@@ -27,6 +27,7 @@ from outbox.consumers.losses.guarded_message import (
 )
 from outbox.consumers.message.deduplication import Inbox, open_inbox
 from outbox.consumers.message.tally import Tally
+from outbox.consumers.tasks.task_queue import open_results
 from outbox.consumers.worker.assignment import Assignment
 from outbox.consumers.worker.dispatch_queue import make_dispatch_queue
 from outbox.consumers.worker.hook_runner import HookRunner
@@ -47,6 +48,8 @@ from outbox.transports.registry import open_subscription, open_ticker
 __all__ = ["Worker"]
 
 logger = logging.getLogger("outbox.consumer")
+
+_RESULTS = 1.0  # seconds for what was handed in last to be written
 
 
 class Worker:
@@ -147,12 +150,14 @@ class Worker:
         )
         self._opening = threading.Lock()
         self._is_open = False
+        self._results = open_results(consumed, self.consumers.values())
         resting = dict.fromkeys(self.consumers, 0)
         work = WorkerContext(
             consumers=self.consumers,
             publisher=self.publisher,
             subscription=self._subscription,
             inbox=open_inbox(settings, self.consumers.values()) if inbox is None else inbox,
+            results=self._results,
             surroundings=surroundings.here(),
             tally=self._tally,
             quota=self._quota,
@@ -344,6 +349,8 @@ class Worker:
             for engine in self._engines():
                 engine.end()
             end_state(self._state)
+        if self._results is not None:
+            self._results.stop(max(deadline, time.monotonic() + _RESULTS))
         self._renewal.stop(deadline)
         if self._isolation is not None:
             self._isolation.end()
@@ -360,6 +367,8 @@ class Worker:
     def _start_engines(self, *, with_state: bool = False) -> None:
         if with_state:
             self._state = begin_state()  # in the context whose copies messages run in
+        if self._results is not None:
+            self._results.start()
         for engine in self._engines():
             engine.start()
         self.publisher.make_ready()

@@ -12,6 +12,7 @@ from outbox.consumers.message.deduplication import Inbox
 from outbox.consumers.message.message import Message
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.tally import Tally
+from outbox.consumers.tasks.task_record import Results
 from outbox.consumers.worker.dispatch_queue import DispatchQueue
 from outbox.messages.delivery import Delivery
 from outbox.surroundings import Surroundings
@@ -68,6 +69,7 @@ class WorkerContext:
         publisher: the publisher of follow-on events, retries and dead letters.
         subscription: the subscription that delivers the messages.
         inbox: the inbox, or None.
+        results: where the results of tasks are kept, or None.
         surroundings, tally: see ``Services``.
         quota: the quota of messages, or None for any number.
         on_used_up: called when the last message of the quota has ended.
@@ -82,6 +84,7 @@ class WorkerContext:
     publisher: Publisher
     subscription: Subscription
     inbox: Inbox | None
+    results: Results | None
     surroundings: Surroundings | None
     tally: Tally
     quota: Quota | None

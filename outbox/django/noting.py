@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -152,6 +153,9 @@ class _Entry:
             # It is expired, and would block a new row.
             cursor.execute(f"DELETE FROM outbox_inbox {where}", self._key)
             return False
+
+    def accompany(self, write: Callable[[Any], None]) -> None:
+        pass  # it would need a connection of SQLAlchemy
 
     def join(self) -> None:
         self._joins = True

@@ -24,6 +24,7 @@ __all__ = [
     "HEADER_FORMAT",
     "HEADER_KEY",
     "HEADER_OCCURRED_AT",
+    "KEEP_RESULT",
     "ORIGIN_EXCHANGE",
     "ORIGIN_TARGET",
     "PARKED_AT",
@@ -50,6 +51,7 @@ RETURNED = "outbox-returned"
 EXPIRES_AT = "outbox-expires-at-us"
 TASK = "outbox-task"
 SCHEDULED_FOR = "outbox-scheduled-for-us"
+KEEP_RESULT = "outbox-keep-result"
 REPLAYED_AT = "outbox-replayed-at"
 ORIGIN_EXCHANGE = "outbox-origin-exchange"
 ORIGIN_TARGET = "outbox-origin-target"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from sqlalchemy import (
     Column,
@@ -45,7 +45,7 @@ from outbox.storage.schema import MARIADB_OPTIONS, dialect_of, for_migrations
 from outbox.storage.transactions import own_transaction
 from outbox.telemetry import tracing
 
-__all__ = ["Inbox"]
+__all__ = ["Inbox", "place_of"]
 
 done = Table(
     "outbox_inbox",
@@ -160,6 +160,7 @@ class _Entry:
         self._joins = False
         self._joined: RootTransaction | None = None
         self._given_up = False
+        self._accompanying: Callable[[Connection], None] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -184,6 +185,9 @@ class _Entry:
         self._joins = True
         commits.watch(self)
 
+    def accompany(self, write: Callable[[Connection], None]) -> None:
+        self._accompanying = write
+
     def leave(self) -> None:
         self._joins = False  # for tasks and threads that run on in a copy of this context
         commits.watch(None)
@@ -199,13 +203,13 @@ class _Entry:
             return
         # IntegrityError: another worker has processed the message at the same time.
         with contextlib.suppress(IntegrityError), self._inbox._transaction() as connection:
-            connection.execute(insert(done), self._values)
+            self._insert(connection)
 
     def before_commit(self, connection: Connection) -> None:
         if (
             self._joins
             and self._joined is None
-            and _place(connection.engine.url) == _place(self._inbox.url)
+            and place_of(connection.engine.url) == place_of(self._inbox.url)
             and not commits.is_autocommit(connection)
             and commits.has_changes(connection)
         ):
@@ -227,10 +231,15 @@ class _Entry:
                 return
             self._joined = connection.get_transaction()
         with tracing.hidden():
-            connection.execute(insert(done), self._values)
+            self._insert(connection)
+
+    def _insert(self, connection: Connection) -> None:
+        connection.execute(insert(done), self._values)
+        if self._accompanying is not None:
+            self._accompanying(connection)
 
 
-def _place(url: URL) -> tuple[object, ...]:
+def place_of(url: URL) -> tuple[object, ...]:
     """Return the identity of a database, whatever the user and the driver."""
     name, database, port = url.get_backend_name(), url.database, url.port
     name = dialect_of(name) or name

@@ -26,7 +26,8 @@ from outbox.sql.row_fates import RowFates, write_fates
 from outbox.sql.waves import Batch
 from outbox.storage.engines import open_engine
 from outbox.storage.failures import DatabaseError, reason_of
-from outbox.storage.notifications import RELAY_CHANNEL, Floors, Listener, can_listen
+from outbox.storage.floors import Floors
+from outbox.storage.notifications import RELAY_CHANNEL, Listener, can_listen
 from outbox.storage.store import Store
 from outbox.telemetry import sources
 from outbox.telemetry.sources import Samples

@@ -19,6 +19,7 @@ from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from outbox.errors import MissingExtra, UsageError
 from outbox.storage.schema import known_dialect
+from outbox.storage.transactions import READS_ONLY
 from outbox.system import process
 
 __all__ = ["engine_beside", "names_memory", "open_engine", "open_sqlite"]
@@ -185,7 +186,7 @@ def open_sqlite(
 def _sqlite_engine(
     path: str, busy_timeout: float = _BUSY_TIMEOUT, pool: type[Pool] = QueuePool
 ) -> Engine:
-    """Return an engine whose transactions begin with ``BEGIN IMMEDIATE``.
+    """Return an engine whose transactions begin with ``BEGIN IMMEDIATE``, unless they only read.
 
     ``BEGIN IMMEDIATE`` waits for other writers, at most ``busy_timeout`` seconds, so that the
     transaction can't fail later because another one wrote first: a transaction that has already
@@ -203,7 +204,8 @@ def _sqlite_engine(
 
     @event.listens_for(engine, "begin")
     def begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        reads = connection.get_execution_options().get(READS_ONLY, False)
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
     return engine
 

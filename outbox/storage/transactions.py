@@ -14,9 +14,12 @@ from sqlalchemy.exc import DBAPIError
 from outbox.storage.schema import dialect_of
 from outbox.telemetry import tracing
 
-__all__ = ["is_conflict", "own_transaction", "try_again"]
+__all__ = ["READS_ONLY", "is_conflict", "own_transaction", "reading", "try_again"]
 
 _T = TypeVar("_T")
+
+READS_ONLY = "outbox_reads_only"
+"""The option of a connection whose transactions read only: on SQLite they wait for no writer."""
 
 _CONFLICTS = ("40001", "40P01")  # serialization_failure, deadlock_detected
 _MARIADB_CONFLICTS = (1205, 1213)  # ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK
@@ -55,6 +58,17 @@ def own_transaction(engine: Engine, *, durable: bool = True) -> Iterator[Connect
             if is_server and not is_conflict(error):
                 connection.invalidate(error)
             raise
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """Run a block of one statement that only reads; on SQLite it needs no lock."""
+    if dialect_of(engine.dialect.name) == "sqlite":
+        with own_transaction(engine.execution_options(**{READS_ONLY: True})) as connection:
+            yield connection
+        return
+    with tracing.hidden(), engine.connect() as connection:
+        yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
 
 def _is_read_committed(engine: Engine) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,9 @@ class Parameters:
     """The parameters of a function, or of a method with its instance as the first.
 
     Attributes:
-        signature: the signature.
+        signature: the signature, without the session.
+        takes_session: whether the worker adds a parameter ``session``, annotated as a session of
+            SQLAlchemy.
         owner: the class whose instance is the first argument, or None.
     """
 
@@ -49,6 +52,9 @@ class Parameters:
         self._name = name
         self.owner = owner
         self.signature = inspect.signature(function)
+        self.takes_session = _takes_session(function, self.signature)
+        if self.takes_session:
+            self.signature = _without_session(self.signature)
         parameters = self.signature.parameters.values()
         positional = [
             parameter
@@ -240,6 +246,29 @@ class Parameters:
                 holder[place] = self._read(parameter, holder[place])
         return args, kwargs
 
+    def result_written(self, value: Any) -> tuple[Any, bool]:
+        """Return what JSON carries instead of a result, and whether it is needed to read it.
+
+        Raises:
+            TypeError, ValueError, LookupError: it can't be carried without a change.
+        """
+        if type(value) in _SCALARS or is_plain(value):
+            return value, False
+        codec = self._codec_of("return")
+        encoded = codec.encode(value)
+        again = codec.decode(encoded)
+        if not is_same(value, again):
+            raise ValueError(f"its annotation brings it back as a {type(again).__qualname__}")
+        return encoded, True
+
+    def result_read(self, value: Any) -> Any:
+        """Return a result that needs its annotation.
+
+        Raises:
+            TypeError, ValueError, LookupError: it isn't such a result.
+        """
+        return self._codec_of("return").decode(value)
+
     def _read(self, parameter: str, value: Any) -> Any:
         try:
             return self._codec_of(parameter).decode(value)
@@ -247,6 +276,41 @@ class Parameters:
             raise DoesNotFit(
                 f"the argument {parameter!r} of {self._name} can't be read: {error}"
             ) from None
+
+
+def _takes_session(function: Callable[..., Any], signature: inspect.Signature) -> bool:
+    """Return whether the parameter ``session`` is annotated as a session of SQLAlchemy."""
+    parameter = signature.parameters.get("session")
+    if parameter is None or parameter.kind is parameter.POSITIONAL_ONLY:
+        return False
+    kinds = _session_kinds()
+    if not kinds or parameter.annotation is parameter.empty:
+        return False
+
+    def alone() -> None: ...
+
+    alone.__annotations__ = {"session": parameter.annotation}
+    inner: Any = inspect.unwrap(getattr(function, "__func__", function))
+    try:
+        hint = typing.get_type_hints(alone, inner.__globals__)["session"]
+    except Exception:  # all annotations are resolved later, with an error that names this one
+        return False
+    members = typing.get_args(hint) or (hint,)
+    return any(isinstance(kind, type) and issubclass(kind, kinds) for kind in members)
+
+
+def _session_kinds() -> tuple[type, ...]:
+    """Return SQLAlchemy's classes of sessions, as far as they are imported."""
+    found = (
+        getattr(sys.modules.get("sqlalchemy.orm"), "Session", None),
+        getattr(sys.modules.get("sqlalchemy.ext.asyncio"), "AsyncSession", None),
+    )
+    return tuple(kind for kind in found if kind is not None)
+
+
+def _without_session(signature: inspect.Signature) -> inspect.Signature:
+    kept = [each for name, each in signature.parameters.items() if name != "session"]
+    return signature.replace(parameters=kept)
 
 
 def parts_of(body: Any) -> tuple[list[Any], dict[str, Any], set[int | str]]:

@@ -11,6 +11,7 @@ from outbox import configuration, sinks
 from outbox.errors import InvalidEvent
 from outbox.header_values import check_address
 from outbox.messages import task_queues
+from outbox.messages.headers import KEEP_RESULT
 from outbox.settings import Settings
 from outbox.sinks import BOUND
 from outbox.tasks import mapped
@@ -25,9 +26,13 @@ R = TypeVar("R")
 LATER, SCHEDULED = 5, 3
 """The default priorities."""
 _HIGHEST = 9
+_LONGEST = 36_525 * 86_400.0
 _SCALARS = frozenset((int, str, float, bool, types.NoneType))
 _PASSED_ON = ("delay", "key", "id", "headers", "session", "connection", "using")
-_NAMES = ("at", "priority", "queue", *_PASSED_ON)
+_NAMES = ("at", "priority", "queue", "keep_result", *_PASSED_ON)
+
+KEPT = 7 * 86_400.0
+"""The seconds for which a result is kept by default."""
 
 
 def checked_priority(priority: Any, what: str) -> int | None:
@@ -41,6 +46,19 @@ def checked_priority(priority: Any, what: str) -> int | None:
     return priority
 
 
+def checked_keep(keep: Any, what: str) -> float:
+    """Return the seconds for which a result is kept.
+
+    Raises:
+        InvalidEvent: it is neither a bool nor a timedelta; the message begins with ``what``.
+    """
+    if isinstance(keep, bool):
+        return KEPT if keep else 0.0
+    if not isinstance(keep, datetime.timedelta) or not 0 <= keep.total_seconds() <= _LONGEST:
+        raise InvalidEvent(f"{what}: keep_result is {keep!r:.60}, not a bool or a timedelta")
+    return keep.total_seconds()
+
+
 class CallOptions:
     """The options of a call.
 
@@ -48,12 +66,20 @@ class CallOptions:
         queue: the queue, or None for the task's.
         priority: the priority, or None for the task's.
         passed_on: what ``enqueue_event`` gets.
+        keep: the seconds for which the result is kept, or None for the task's.
         is_scheduled: whether the default priority is that of ``schedule()``.
     """
 
-    __slots__ = ("is_scheduled", "passed_on", "priority", "queue")
+    __slots__ = ("is_scheduled", "keep", "passed_on", "priority", "queue")
 
-    def __init__(self, queue: str | None, priority: int | None, passed_on: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        queue: str | None,
+        priority: int | None,
+        passed_on: dict[str, Any],
+        keep: float | None = None,
+    ) -> None:
+        self.keep = keep
         self.queue = queue
         self.priority = priority
         self.passed_on = passed_on
@@ -90,7 +116,11 @@ class CallOptions:
                 raise InvalidEvent(f"the queue {queue!r:.60} isn't a name of 1 to 250 bytes")
             task_queues.note(queue, None)
         priority = checked_priority(options.get("priority"), "options")
-        return cls(queue, priority, passed_on)
+        keep = None
+        if "keep_result" in options:
+            keep = checked_keep(options["keep_result"], "options")
+            passed_on["headers"] = {**(passed_on.get("headers") or {}), KEEP_RESULT: round(keep)}
+        return cls(queue, priority, passed_on, keep)
 
 
 class TaskOptions:
@@ -137,7 +167,7 @@ def sent(
             priority=LATER if task.priority is None else task.priority,
             exchange="",
         )
-        return TaskHandle(event.id, event, collector._innermost())
+        return TaskHandle(event.id, event, collector._innermost(), None, target, task.keep_result)
     passed_on: dict[str, Any] = {}
     priority = queue = None
     headers: Mapping[str, Any] = target.headers
@@ -166,7 +196,10 @@ def sent(
     engine = None
     if passed_on or sinks.bound is not None:
         engine = _engine_of(passed_on)
-    return TaskHandle(event.id, event, collector._innermost(), engine)
+    keep = None if options is None else options.keep
+    if keep is None:
+        keep = KEPT if task is None else task.keep_result
+    return TaskHandle(event.id, event, collector._innermost(), engine, target, keep)
 
 
 def _settings(collector: EventCollector) -> Settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from types import ModuleType
 from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, get_args, overload
 
@@ -14,14 +14,22 @@ from outbox.header_values import check_name
 from outbox.messages import task_queues
 from outbox.recurring.schedules import schedule_of
 from outbox.tasks.call_arguments import parameters_of
-from outbox.tasks.call_options import CallOptions, TaskOptions, checked_priority, sent
-from outbox.tasks.target import Target, check_function, name_of_function
+from outbox.tasks.call_options import (
+    KEPT,
+    CallOptions,
+    TaskOptions,
+    checked_keep,
+    checked_priority,
+    sent,
+)
+from outbox.tasks.target import Target, check_function, name_of_function, note_task
 from outbox.tasks.task_handle import TaskHandle
 
-__all__ = ["Overlap", "Retries", "Task", "TaskCall", "later", "options", "schedule", "task"]
+__all__ = ["KEPT", "Overlap", "Retries", "Task", "TaskCall", "later", "options", "schedule", "task"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 Overlap = Literal["publish", "skip"]
 
@@ -50,6 +58,8 @@ class Task(Generic[P, R]):
         max_priority: the highest priority that has an effect in its queue, or None for the setting.
         schedule: its times, if it is a recurring task; else None.
         catch_up, overlap: see :func:`task`.
+        keep_result: the seconds for which results are kept; 0 if they aren't.
+        hide_errors: whether results have only the class of an exception.
         target: what a call of it calls.
         also_in: further queues that its workers consume from, since calls may name them.
     """
@@ -76,6 +86,8 @@ class Task(Generic[P, R]):
         timezone: str | None,
         catch_up: bool,
         overlap: Overlap,
+        keep_result: bool | datetime.timedelta,
+        hide_errors: bool,
     ) -> None:
         """Make a task of ``function``; see :func:`task`."""
         check_function(function)
@@ -105,6 +117,8 @@ class Task(Generic[P, R]):
         self.timeout = timeout
         self.deduplicate = deduplicate
         self.consumer = consumer
+        self.keep_result = checked_keep(keep_result, f"@task of {own_name}")
+        self.hide_errors = hide_errors
         self.target = Target(self.name, parameters_of(function, self.name))
         self.schedule = schedule_of(every, cron, timezone, f"@task of {own_name}")
         self.catch_up = catch_up
@@ -121,7 +135,15 @@ class Task(Generic[P, R]):
     def __repr__(self) -> str:
         return f"<task {self.name}>"
 
-    def later(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
+    @overload
+    def later(
+        self: Task[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+    ) -> TaskHandle[T]: ...
+
+    @overload
+    def later(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]: ...
+
+    def later(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[Any]:
         """Call the function later, in a worker, once this unit of work has succeeded.
 
         The arguments are written now: changing them afterwards has no effect.
@@ -198,7 +220,15 @@ class TaskCall(Generic[P, R]):
         self._task = called
         self._options = options
 
-    def later(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
+    @overload
+    def later(
+        self: TaskCall[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+    ) -> TaskHandle[T]: ...
+
+    @overload
+    def later(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]: ...
+
+    def later(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[Any]:
         """Call the function later; see :meth:`Task.later`."""
         return sent(self._task.target, self._task, args, kwargs, self._options)
 
@@ -221,6 +251,7 @@ def _register(new: Task[Any, Any], own_name: str) -> None:
             )
     for name in (new.name, *new.aliases):
         _tasks[name] = new, own_name
+        note_task(name, new.target.parameters)
 
 
 def module_of_task(name: str) -> ModuleType | None:
@@ -296,6 +327,8 @@ def task(
     timezone: str | None = ...,
     catch_up: bool = ...,
     overlap: Overlap = ...,
+    keep_result: bool | datetime.timedelta = ...,
+    hide_errors: bool = ...,
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
 
@@ -317,6 +350,8 @@ def task(
     timezone: str | None = None,
     catch_up: bool = False,
     overlap: Overlap = "publish",
+    keep_result: bool | datetime.timedelta = True,
+    hide_errors: bool = False,
 ) -> Any:
     """Make a task of a function or coroutine function of a module.
 
@@ -341,6 +376,10 @@ def task(
         catch_up: whether one call is made up for all times at which no worker ran.
         overlap: ``skip`` to leave out a time while the call of the last one has not ended, which
             needs a database as the broker; ``publish`` to call it at each time.
+        keep_result: how long the result is kept, if there is a database for results; True for seven
+            days, False not at all, and nothing else of the task.
+        hide_errors: True to keep only the class of an exception with the result, neither its text
+            nor its traceback, which may hold data.
 
     Raises:
         UsageError: the function can't be a task, or an argument is invalid; the message says why.
@@ -364,6 +403,8 @@ def task(
             timezone=timezone,
             catch_up=catch_up,
             overlap=overlap,
+            keep_result=keep_result,
+            hide_errors=hide_errors,
         )
 
     return decorate if function is None else decorate(function)
@@ -374,8 +415,9 @@ def options(**values: Any) -> TaskOptions:
 
     Args:
         **values: ``at``, an aware datetime or a timedelta from now; ``delay``, seconds or a
-            timedelta; ``priority``, 0 to 9; ``queue``; ``key``, ``id``, ``headers``, ``session``,
-            ``connection`` and ``using`` as in :meth:`outbox.EventCollector.enqueue_event`.
+            timedelta; ``priority``, 0 to 9; ``queue``; ``keep_result`` as for :func:`task`;
+            ``key``, ``id``, ``headers``, ``session``, ``connection`` and ``using`` as in
+            :meth:`outbox.EventCollector.enqueue_event`.
 
     Raises:
         InvalidEvent: an option is invalid; the message names it.

@@ -20,7 +20,14 @@ from outbox.messages.headers import TASK
 from outbox.tasks import mapped
 from outbox.tasks.call_arguments import Parameters, parameters_of
 
-__all__ = ["Target", "check_function", "name_of_function", "target_of"]
+__all__ = [
+    "Target",
+    "check_function",
+    "name_of_function",
+    "note_task",
+    "parameters_of_task",
+    "target_of",
+]
 
 _NOTHING: tuple[Any, ...] = ()
 _LIBRARIES = frozenset(("django", "sqlalchemy"))
@@ -45,6 +52,19 @@ class Target:
         self.headers = CheckedHeaders({TASK: name})
         self.parameters = parameters
         self.first = first
+
+
+_of_tasks: dict[str, Parameters] = {}
+
+
+def note_task(name: str, parameters: Parameters) -> None:
+    """Note the parameters of a task of this process."""
+    _of_tasks[name] = parameters
+
+
+def parameters_of_task(name: str) -> Parameters | None:
+    """Return the parameters of a task that this process has imported, or None."""
+    return _of_tasks.get(name)
 
 
 def target_of(call: Any) -> Target:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections import deque
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from outbox import configuration
-from outbox.errors import NoResults, UsageError
+from outbox.errors import NoResults, ResultTimeout, UsageError
 from outbox.event import Event
-from outbox.tasks import task_rows
+from outbox.results.result_row import ResultRow
+from outbox.tasks import task_results, task_rows
+from outbox.tasks.target import Target
 from outbox.unit_of_work.unit_of_work import Buffer
+
+if TYPE_CHECKING:
+    from outbox.results.results_reader import ResultsReader
 
 __all__ = ["TaskHandle"]
 
@@ -24,14 +30,14 @@ class TaskHandle(Generic[R]):
     """The handle of a task, by its id.
 
     ``later()`` returns one that knows the unit of work of the call; ``TaskHandle(id)`` makes one
-    that looks at the queues of the process's default publisher. Thread-safe; a copy that travels
-    to another process knows the id alone.
+    that looks at the results, and at the queues of the process's default publisher. Thread-safe; a
+    copy that travels to another process knows the id alone.
 
     Attributes:
         id: the id of the task's event.
     """
 
-    __slots__ = ("_buffer", "_engine", "_event", "id")
+    __slots__ = ("_buffer", "_engine", "_event", "_keep", "_target", "id")
 
     def __init__(
         self,
@@ -39,12 +45,16 @@ class TaskHandle(Generic[R]):
         _event: Event | None = None,
         _buffer: Buffer | None = None,
         _engine: Any = None,
+        _target: Target | None = None,
+        _keep: float | None = None,
     ) -> None:
         """Make a handle of the task with this id, which need not exist."""
         self.id = str(id)
         self._event = _event
         self._buffer = _buffer
         self._engine = _engine
+        self._target = _target
+        self._keep = _keep
         if _buffer is not None and _buffer.unit.dropped is None:
             _buffer.unit.dropped = deque(maxlen=_REMEMBERED)
 
@@ -66,32 +76,40 @@ class TaskHandle(Generic[R]):
 
         - ``"collected"``: it waits in the open unit of work of the call;
         - ``"dropped"``: its unit of work failed, or it was cancelled there: it will not run;
-        - ``"waiting"``: its row is in a database, and no worker has it: with an SQLite file as the
+        - ``"waiting"``: its row is in a database, and no worker has it: with a database as the
           broker, or stored until it is due;
-        - ``"unknown"``: all else. It waits in RabbitMQ, a worker has it, it is done, or it was
-          never committed.
+        - ``"running"``: an attempt runs;
+        - ``"retrying"``: an attempt has failed, or its worker has disappeared, and another follows;
+        - ``"succeeded"``, ``"failed"`` or ``"cancelled"``: nothing follows;
+        - ``"unknown"``: all else. It waits in RabbitMQ, or was never committed, or is forgotten; or
+          its result isn't kept, and a worker has it, or it is done.
 
         Raises:
-            sqlalchemy.exc.SQLAlchemyError: the database can't be read.
+            sqlalchemy.exc.SQLAlchemyError: a database can't be read.
         """
         if self._was_dropped():
             return "dropped"
         if self._place() is not None:
             return "collected"
+        row = task_results.row_here(self.id)
+        if row is not None:
+            return row.status
         engine = self._engine_to_ask()
         if engine is not None and task_rows.waits(engine, self.id):
             return "waiting"
         return "unknown"
 
     def cancel(self) -> bool:
-        """Cancel the task, unless a worker has it; return True if it will not run.
+        """Cancel the task, unless it runs or is done; return True if it will not run.
 
-        A collected task is taken out of its unit of work. A row that no worker has is deleted, also
-        between two attempts. A task that runs is not interrupted.
+        A collected task is taken out of its unit of work. A row that no worker has is deleted. In
+        RabbitMQ its message stays, and is dropped when a worker would begin with it: that needs a
+        database for results, and a task that keeps its result. A task that runs is not interrupted,
+        but it can be cancelled between two attempts.
 
         Raises:
-            NoResults: it is, or may be, in RabbitMQ, where nothing can be taken out of a queue.
-            sqlalchemy.exc.SQLAlchemyError: the database can't be written.
+            NoResults: it is, or may be, in RabbitMQ, and no worker would learn of it.
+            sqlalchemy.exc.SQLAlchemyError: a database can't be written.
         """
         if self._was_dropped():
             return True
@@ -100,20 +118,46 @@ class TaskHandle(Generic[R]):
             task_rows.note_dropped(buffer.unit, event)
             return True
         engine = self._engine_to_ask()
+        is_deleted = engine is not None and task_rows.delete(engine, self.id)
+        name = "" if self._target is None else self._target.name
+        of_test = task_results.results_of_test()
+        if of_test is not None:
+            return of_test.cancel(self.id, name)
+        store = None if self._keep == 0 else task_results.store_here()
+        if store is not None:
+            return store.cancel(self.id, name, self._due_in()) or is_deleted
         if engine is None:
             raise NoResults(
                 f"the task {self.id!r} can't be cancelled any more: a broker's queue gives nothing "
-                "back, and no database is configured that workers would ask"
+                "back, and "
+                + (
+                    "its result isn't kept, so that workers don't ask before they begin"
+                    if self._keep == 0
+                    else "no database is configured that workers would ask, configure(results=...)"
+                )
             )
-        return task_rows.delete(engine, self.id)
+        return is_deleted
 
     def result(self, timeout: float | None = None) -> R:
-        """Return what the task has returned.
+        """Wait for the task, and return what it has returned.
+
+        What isn't plain JSON is read by the annotation of the function's result; a handle made by
+        ``TaskHandle(id)`` knows it only if this process has imported the task, and returns it as
+        JSON has it otherwise.
+
+        Args:
+            timeout: the seconds to wait at most; None to wait without end, 0 to only look.
 
         Raises:
-            UsageError: its unit of work has not ended, so that waiting would last for ever; or an
-                event loop runs here.
-            NoResults: nothing keeps results.
+            TaskFailed: it has failed, and no attempt follows.
+            TaskCancelled: it was cancelled.
+            ResultTimeout: it has no result in time. In a test whose events are recorded this is
+                raised at once: nothing runs meanwhile.
+            ResultLost: it has succeeded, but its value could not be kept.
+            UsageError: its unit of work has not ended, so that waiting would last for ever; or it
+                was dropped; or an event loop runs here.
+            NoResults: nothing keeps its result.
+            sqlalchemy.exc.SQLAlchemyError: the database can't be read.
         """
         try:
             asyncio.get_running_loop()
@@ -121,13 +165,23 @@ class TaskHandle(Generic[R]):
             pass
         else:
             raise UsageError("result() would block the event loop; await result_async()")
-        return self._result()
+        reader = self._reader()
+        row = self._row_of_test() if reader is None else reader.wait(self.id, timeout)
+        return self._value(row, timeout)
 
     async def result_async(self, timeout: float | None = None) -> R:  # noqa: ASYNC109
         """Await what the task has returned; see :meth:`result`."""
-        return self._result()
+        reader = self._reader()
+        row = self._row_of_test() if reader is None else await reader.wait_async(self.id, timeout)
+        return self._value(row, timeout)
 
-    def _result(self) -> R:
+    def _reader(self) -> ResultsReader | None:
+        """Return what reads the result; None in a test whose events are recorded.
+
+        Raises:
+            UsageError: there is nothing to wait for.
+            NoResults: nothing keeps the result.
+        """
         if self._was_dropped():
             raise UsageError(
                 f"the task {self.id!r} was dropped with its unit of work, and will not run"
@@ -137,10 +191,43 @@ class TaskHandle(Generic[R]):
                 f"the task {self.id!r} waits in its unit of work, which has not ended; publish() "
                 "first, or end the block"
             )
-        raise NoResults(
-            f"the result of the task {self.id!r} is not kept: no database for results is "
-            "configured; let the task write what it has found, or enqueue an event with it"
-        )
+        if self._keep == 0:
+            raise NoResults(
+                f"the result of the task {self.id!r} is not kept, since keep_result is False"
+            )
+        if task_results.results_of_test() is not None:
+            return None
+        reader = task_results.reader_here()
+        if reader is None:
+            raise NoResults(
+                f"the result of the task {self.id!r} is not kept: no database for results is "
+                "configured, configure(results=...) or OUTBOX_RESULTS"
+            )
+        return reader
+
+    def _row_of_test(self) -> ResultRow | None:
+        row = task_results.row_here(self.id)
+        return row if row is not None and row.is_final else None
+
+    def _value(self, row: ResultRow | None, timeout: float | None) -> R:
+        if row is None:
+            if task_results.results_of_test() is not None:
+                raise ResultTimeout(
+                    f"the task {self.id!r} has not run in this test; deliver_all() runs it"
+                )
+            raise ResultTimeout(f"the task {self.id!r} has no result after {timeout} s")
+        parameters = None if self._target is None else self._target.parameters
+        value: R = task_results.value_of(row, parameters)
+        return value
+
+    def _due_in(self) -> float | None:
+        """Return the seconds until the task is due; None if that isn't known here."""
+        event = self._event
+        if event is None:
+            return None
+        if event.deliver_at is None:
+            return 0.0
+        return (event.deliver_at - datetime.datetime.now(datetime.UTC)).total_seconds()
 
     def _was_dropped(self) -> bool:
         buffer = self._buffer
@@ -159,5 +246,7 @@ class TaskHandle(Generic[R]):
         """Return the engine of the database in which its row may be, or None."""
         if self._engine is not None:
             return self._engine
+        if task_results.results_of_test() is not None:
+            return None
         publisher = configuration.publisher_if_any()
-        return None if publisher is None else task_rows.engine_of(publisher.settings)
+        return None if publisher is None else task_rows.engine_of(task_results.settings_here())

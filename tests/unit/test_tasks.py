@@ -21,6 +21,7 @@ from sqlalchemy.orm import sessionmaker
 from outbox import Event, InvalidEvent, UsageError, auto_publishing, configure, enqueue_event
 from outbox.consumers import RetryPolicy
 from outbox.consumers.discovery import load
+from outbox.results.result_row import cut
 from outbox.tasks import NoResults, Task, TaskHandle, later, options, schedule, task
 from outbox.tasks.codec import codec_of, is_plain, is_same
 from tests import greeting, shipping
@@ -429,3 +430,8 @@ def test_a_tasks_own_attributes_reach_its_consumer() -> None:
     assert (slow.time_limit, slow.is_async, fails.is_async) == (0.1, True, False)
     assert fails.auto_publish
     assert task is not None
+
+
+def test_every_database_can_hold_what_is_kept_of_an_exception() -> None:
+    assert cut("a\0b\udc00") == "a\\0b?"
+    assert cut("x" * 100_000) == "x" * 65_536 + "..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import decimal
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +13,18 @@ from sqlalchemy import Engine, create_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from outbox import UsageError, auto_publishing, configure
-from outbox.tasks import later, options, schedule
+from outbox.tasks import (
+    NoResults,
+    ResultTimeout,
+    TaskCancelled,
+    TaskFailed,
+    TaskHandle,
+    later,
+    options,
+    schedule,
+)
 from outbox.testing import CollectedEvents
-from tests import counting, shipping
+from tests import accounting, counting, shipping
 from tests.shipping import Customer, Newsletter, Order
 
 
@@ -143,3 +153,41 @@ async def test_coroutines_of_instances_run_in_an_asynchronous_session(
     await collected_events.deliver_all_async(shipping)
     await engine.dispose()
     assert noted == [("async", 1)]
+
+
+def test_results_are_there_once_tasks_were_delivered(collected_events: CollectedEvents) -> None:
+    """Also without a database, and without a wait for what has not run."""
+    with auto_publishing():
+        number = accounting.add.later(1, 2)
+        months = accounting.months.later(2030)
+        cancelled = accounting.add.later(3, 4)
+        failed = accounting.fails.later("no")
+        twice = accounting.twice.later()
+        forgotten = accounting.forgets.later()
+        once = accounting.book_once.later("first")
+        with pytest.raises(UsageError, match="publish"):
+            number.result()
+    with pytest.raises(ResultTimeout, match="deliver_all"):
+        number.result()
+    assert number.status == "unknown"
+    assert cancelled.cancel()
+    collected_events.deliver(accounting, raise_errors=False)
+    assert (twice.status, number.result(), months.result()) == (
+        "retrying",
+        3,
+        {datetime.date(2030, 1, 1): decimal.Decimal("1.50")},
+    )
+    collected_events.deliver_all(accounting, raise_errors=False)
+    assert (twice.result(), once.result()) == (2, "first")
+    assert TaskHandle[int](number.id).result() == 3
+    assert not number.cancel()
+    with pytest.raises(TaskFailed, match="ValueError: no"):
+        failed.result()
+    with pytest.raises(TaskCancelled):
+        cancelled.result()
+    with pytest.raises(NoResults):
+        forgotten.result()
+    with auto_publishing():
+        accounting.book_once.options(id=once.id).later("first")
+    collected_events.deliver_all(accounting)
+    assert once.result() == "first"

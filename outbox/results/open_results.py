@@ -1,0 +1,105 @@
+"""Where the results of tasks are: in the database of the setting, or in that of the queues."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from outbox.errors import UsageError
+from outbox.settings import Settings
+from outbox.system import process
+from outbox.url import BrokerURL
+
+if TYPE_CHECKING:
+    from outbox.results.results_store import ResultsStore
+    from outbox.results.results_writer import ResultsWriter
+
+__all__ = ["results_store_of", "results_writer_of"]
+
+logger = logging.getLogger("outbox.consumer")
+
+OFF = "off"
+"""The setting with which a database that holds the queues keeps no results."""
+
+
+def results_store_of(settings: Settings) -> ResultsStore | None:
+    """Return the store of results, not connected yet; None if none are kept.
+
+    Raises:
+        UsageError: results can't be kept in the database of the setting.
+        MissingExtra: SQLAlchemy or the database's driver is not installed.
+    """
+    if settings.results == OFF:
+        return None
+    if settings.results:
+        return _store(settings.results, process.pid)
+    if settings.url is None:
+        return None
+    url = BrokerURL.parse(settings.url)
+    if url.scheme in ("amqp", "amqps", "memory"):
+        return None
+    if url.scheme == "sqlite":
+        return _store_in_file(os.path.abspath(url.path), process.pid)
+    return _store(settings.url, process.pid)
+
+
+def results_writer_of(settings: Settings) -> ResultsWriter | None:
+    """Return what writes the results of a worker's tasks, not started; None if none are kept.
+
+    An unavailable database is not an error: tasks are held until it is back.
+
+    Raises:
+        UsageError: results can't be kept in the database of the setting, or the table is missing.
+        MissingExtra: SQLAlchemy or the database's driver is not installed.
+    """
+    store = results_store_of(settings)
+    if store is None:
+        return None
+    from outbox.results.results_writer import ResultsWriter
+    from outbox.storage.failures import DatabaseError, reason_of
+
+    try:
+        store.prepare()
+    except DatabaseError as error:
+        logger.warning(
+            "the database of results is unavailable; tasks are held until it is back: %s",
+            reason_of(error),
+        )
+    return ResultsWriter(store)
+
+
+@functools.lru_cache(maxsize=16)
+def _store_in_file(path: str, pid: int) -> ResultsStore:
+    """Return the store in the file that is the broker.
+
+    An ack waits for the disk, and with it all that was written to the file's log before. So what is
+    written here needs no wait.
+    """
+    from outbox.results.results_store import ResultsStore
+    from outbox.storage.engines import open_sqlite
+
+    return ResultsStore(open_sqlite(path, synchronous="NORMAL"))
+
+
+@functools.lru_cache(maxsize=16)
+def _store(where: Any, pid: int) -> ResultsStore:
+    from sqlalchemy import make_url
+
+    from outbox.results.results_store import ResultsStore
+    from outbox.storage.engines import engine_beside, open_engine, open_sqlite
+
+    if not isinstance(where, str):
+        engine = engine_beside(where)
+        if engine is None:
+            raise UsageError(
+                "results can't be kept with this engine, since outbox can't connect in threads as "
+                "it does; give its URL, or an engine with a synchronous driver"
+            )
+        return ResultsStore(engine)
+    if where.startswith("sqlite"):
+        engine = open_engine(where)  # which checks the URL
+        engine.dispose()
+        return ResultsStore(open_sqlite(os.path.abspath(make_url(where).database or "")))
+    return ResultsStore(open_engine(where))

@@ -1,0 +1,329 @@
+"""The store of results: the operations on their rows, each in one short transaction."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import Any
+
+from sqlalchemy import (
+    Connection,
+    Engine,
+    and_,
+    case,
+    delete,
+    func,
+    inspect,
+    literal,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from outbox.errors import UsageError
+from outbox.results.result_row import (
+    CANCELLED,
+    RETRYING,
+    RUNNING,
+    SUCCEEDED,
+    WORKER_GONE,
+    ResultRow,
+)
+from outbox.results.results_statements import LEASE, statements_for
+from outbox.sql import commits
+from outbox.storage.clock import in_seconds, now
+from outbox.storage.creating import check_server
+from outbox.storage.results_table import results
+from outbox.storage.schema import dialect_of
+from outbox.storage.transactions import own_transaction, reading, try_again
+from outbox.telemetry import tracing
+
+__all__ = ["ResultsStore"]
+
+_MOST_IDS = 500  # in one statement
+_PURGED_AT_ONCE = 1000
+_WEEK = 7 * 86_400.0
+_LONGEST_DELAY = 2.0**28  # seconds: no task waits longer in RabbitMQ
+
+_row = results.c
+_gone = and_(_row.running_until.is_not(None), _row.running_until < now())
+_status = case((and_(_row.status == RUNNING, _gone), RETRYING), else_=_row.status)
+_is_final = and_(_row.status.not_in((RUNNING, RETRYING)), or_(_row.running_until.is_(None), _gone))
+_SHOWN = (
+    *(column for column in _row if column.name not in ("status", "token", "running_until")),
+    _status.label("shown_status"),
+    _is_final.label("is_final"),
+)
+
+
+class ResultsStore:
+    """The table ``outbox_results`` of a database. Thread-safe.
+
+    Its first operation is :meth:`prepare`. Database errors are SQLAlchemy's.
+
+    Attributes:
+        engine: the engine, which the caller disposes of.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Make a store of the table in the database of ``engine``.
+
+        Raises:
+            UsageError: results can't be kept in that database.
+        """
+        dialect = dialect_of(engine.dialect.name)
+        if dialect is None:
+            raise UsageError(
+                f"results are kept in PostgreSQL, MariaDB or SQLite, not in {engine.dialect.name}"
+            )
+        self.engine = engine
+        self.is_sqlite = dialect == "sqlite"
+        self._statements = statements_for(engine.dialect.name)
+        self._is_ready = False
+
+    def prepare(self) -> None:
+        """Check that the table exists; on SQLite, create it if it doesn't.
+
+        Raises:
+            UsageError: it doesn't exist; the message says how to create it.
+        """
+        if self._is_ready:
+            return
+        with own_transaction(self.engine) as connection:
+            check_server(connection)
+            if self.is_sqlite:
+                connection.execute(CreateTable(results, if_not_exists=True))
+                for index in results.indexes:
+                    connection.execute(CreateIndex(index, if_not_exists=True))
+            self._is_ready = inspect(connection).has_table(results.name)
+        if self._is_ready:
+            return
+        raise UsageError(
+            f"the table {results.name}, which keeps the results of tasks, does not exist; create "
+            "it with `outbox sql create`, or with your migrations (outbox.sql.metadata)"
+        )
+
+    @contextlib.contextmanager
+    def _transaction(self, begin: Any = own_transaction) -> Iterator[Connection]:
+        self.prepare()
+        with commits.unwatched(), begin(self.engine) as connection:
+            yield connection
+
+    def connect(self) -> Connection | None:
+        """Return a connection on which each statement is a transaction; None on SQLite.
+
+        A server answers such a statement once, where a transaction takes four answers.
+        """
+        if self.is_sqlite:
+            return None
+        self.prepare()
+        with tracing.hidden():
+            return self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+
+    def write(
+        self,
+        begun: Sequence[Mapping[str, Any]],
+        ended: Sequence[Mapping[str, Any]],
+        connection: Connection | None = None,
+    ) -> dict[str, str]:
+        """Begin and end tasks, many at once.
+
+        Args:
+            begun: the tasks that begin, with what ``results_statements`` names; no id twice.
+            ended: those that end, likewise.
+            connection: what :meth:`connect` has returned; None for a transaction apart.
+
+        Returns:
+            Of those which may not begin, the tokens and why: ``cancelled``, or the name of another
+            task that has the id.
+        """
+
+        def work() -> dict[str, str]:
+            if connection is not None:
+                with tracing.hidden():
+                    return self._write_on(connection, begun, ended)
+            with self._transaction() as own:
+                return self._write_on(own, begun, ended)
+
+        return try_again(work)
+
+    def _write_on(
+        self,
+        connection: Connection,
+        begun: Sequence[Mapping[str, Any]],
+        ended: Sequence[Mapping[str, Any]],
+    ) -> dict[str, str]:
+        if ended:
+            connection.execute(self._statements.end, {"rows": _as_json(ended)})
+        return self._begin(connection, begun) if begun else {}
+
+    def _begin(self, connection: Connection, begun: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        found = connection.execute(self._statements.begin, {"rows": _as_json(begun)})
+        tokens = {token for _, token in found}
+        refused = {row["id"]: row["token"] for row in begun if row["token"] not in tokens}
+        if not refused:
+            return {}
+        why = connection.execute(
+            select(_row.id, _row.status, _row.task).where(_row.id.in_(refused))
+        )
+        return {
+            refused[id_]: CANCELLED if status == CANCELLED else task for id_, status, task in why
+        }
+
+    def write_on(self, connection: Any, ended: Mapping[str, Any]) -> None:
+        """End an attempt in a transaction of the application."""
+        connection.execute(self._statements.end, {"rows": _as_json([ended])})
+
+    def note_on(self, connection: Any, id_: str, token: str) -> None:
+        """Note in a transaction of the application that an attempt succeeds; its value follows."""
+        connection.execute(
+            update(results)
+            .where(_row.id == id_, _row.token == token, _row.status == RUNNING)
+            .values(status=SUCCEEDED, ended_at=now())
+        )
+
+    def complete(self, id_: str) -> None:
+        """Note that a task had been done before: only its value may be missing."""
+
+        def work() -> None:
+            with self._transaction() as connection:
+                connection.execute(
+                    update(results)
+                    .where(_row.id == id_, _row.status.in_((RUNNING, RETRYING)))
+                    .values(status=SUCCEEDED, ended_at=now())
+                )
+
+        try_again(work)
+
+    def renew(self, ids: Sequence[str], tokens: Sequence[str]) -> None:
+        """Extend the leases of attempts that still run, by :data:`LEASE` seconds."""
+        for begin in range(0, len(ids), _MOST_IDS):
+            part = slice(begin, begin + _MOST_IDS)
+            statement = (
+                update(results)
+                .where(
+                    _row.id.in_(sorted(ids[part])),
+                    _row.token.in_(tokens[part]),
+                    _row.running_until.is_not(None),
+                )
+                .values(running_until=in_seconds(literal(LEASE)))
+            )
+
+            def work(statement: Any = statement) -> None:
+                with self._transaction() as connection:
+                    connection.execute(statement)
+
+            try_again(work)
+
+    def purge_some(self) -> bool:
+        """Delete rows that need not be kept any longer; return whether there may be more."""
+        old = (
+            select(_row.id)
+            .where(_row.kept_until < now(), or_(_row.running_until.is_(None), _gone))
+            .order_by(_row.kept_until)
+            .limit(_PURGED_AT_ONCE)
+            .with_for_update(skip_locked=True)
+        )
+        with self._transaction() as connection:
+            ids = connection.execute(old).scalars().all()
+            if ids:
+                connection.execute(delete(results).where(_row.id.in_(ids)))
+        return len(ids) == _PURGED_AT_ONCE
+
+    def cancel(self, id_: str, task: str = "", due_in: float | None = None) -> bool:
+        """Cancel a task unless it runs or is done; return whether it will not run.
+
+        Args:
+            id_: its id.
+            task: its name, if that is known.
+            due_in: the seconds until it is due, which the row must outlast; None if unknown.
+        """
+        keep = _LONGEST_DELAY + _WEEK if due_in is None else max(0.0, due_in) + _WEEK
+        rows = _as_json([{"id": id_, "task": task, "keep": keep}])
+
+        def work() -> bool:
+            with self._transaction() as connection:
+                connection.execute(self._statements.cancel, {"rows": rows})
+                status = connection.execute(select(_row.status).where(_row.id == id_)).scalar()
+                return bool(status == CANCELLED)
+
+        return try_again(work)
+
+    def read(self, ids: Iterable[str]) -> dict[str, ResultRow]:
+        """Return the rows with these ids, at most 500, by id."""
+        with self._transaction(reading) as connection:
+            found = connection.execute(select(*_SHOWN).where(_row.id.in_(list(ids))))
+            return {row.id: row for row in map(_row_of, found.mappings())}
+
+    def find(
+        self,
+        *,
+        statuses: Sequence[str] = (),
+        task: str | None = None,
+        queue: str | None = None,
+        limit: int | None = None,
+    ) -> list[ResultRow]:
+        """Return rows, those of the latest ids first, without their values.
+
+        Args:
+            statuses: the statuses to select; none for all.
+            task: the name of the task to select, or None.
+            queue: likewise.
+            limit: the number of rows at most, or None.
+        """
+        statement = select(*_SHOWN).order_by(_row.id.desc()).limit(limit)
+        if statuses:
+            statement = statement.where(_status.in_(statuses))
+        if task is not None:
+            statement = statement.where(_row.task == task)
+        if queue is not None:
+            statement = statement.where(_row.queue == queue)
+        with self._transaction(reading) as connection:
+            return [_row_of(row) for row in connection.execute(statement).mappings()]
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of rows by status."""
+        with self._transaction(reading) as connection:
+            found = connection.execute(select(_status, func.count()).group_by(_status))
+            return {row[0]: row[1] for row in found}
+
+    def forget(self, ids: Sequence[str]) -> int:
+        """Delete rows, except those of tasks that run; return how many.
+
+        A task that was cancelled, and whose message is still in its queue, runs after that.
+        """
+        over = or_(_row.status != RUNNING, _gone)
+        count = 0
+        for begin in range(0, len(ids), _MOST_IDS):
+            part = _row.id.in_(ids[begin : begin + _MOST_IDS])
+            with self._transaction() as connection:
+                count += connection.execute(delete(results).where(part, over)).rowcount
+        return count
+
+
+def _as_json(rows: Sequence[Mapping[str, Any]]) -> str:
+    # In one order in every process: otherwise two could wait for each other's rows.
+    return json.dumps(sorted(rows, key=itemgetter("id")))
+
+
+def _row_of(found: Mapping[Any, Any]) -> ResultRow:
+    values = dict(found)
+    status = values.pop("shown_status")
+    is_final = bool(values.pop("is_final"))
+    error = values.pop("error") or ""
+    if is_final and status == SUCCEEDED and values["value"] is None:
+        error = error or WORKER_GONE
+    return ResultRow(
+        **values
+        | {
+            "status": status,
+            "is_final": is_final,
+            "is_typed": bool(values["is_typed"]),
+            "error": error,
+            "error_type": values["error_type"] or "",
+            "traceback": values["traceback"] or "",
+        }
+    )

@@ -1,0 +1,257 @@
+"""What a worker writes about its tasks: of many at once, in one transaction.
+
+While a transaction is being committed, what comes meanwhile waits for the next one. A commit takes
+longer than most tasks, so with one for each task a worker would do little else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DataError
+
+from outbox.results.pending_write import PendingWrite
+from outbox.results.results_statements import LEASE
+from outbox.results.results_store import ResultsStore
+from outbox.sql.inbox import place_of
+from outbox.storage.failures import reason_of
+from outbox.system.backoff import backoff
+
+__all__ = ["ResultsWriter"]
+
+logger = logging.getLogger("outbox.consumer")
+
+_MOST_ROWS = 500
+_MOST_BYTES = 4 * 1024 * 1024  # MariaDB takes 16 MiB at once by default
+_RENEW_EVERY = LEASE / 3
+_PURGE_EVERY = 600.0  # seconds
+_QUICK = 0.005  # seconds
+_WEIGHT = 0.1  # of the latest task in the mean
+
+
+class _Row(NamedTuple):
+    values: Mapping[str, Any]
+    written: PendingWrite
+
+    @property
+    def size(self) -> int:
+        values = self.values
+        return sum(len(values.get(name) or "") for name in ("args", "value", "error", "traceback"))
+
+
+class ResultsWriter:
+    """A thread that writes for the tasks of one worker. Thread-safe.
+
+    A task that can't begin, because the database is unavailable, is refused at once; what has ended
+    is kept, and tried again until the writer is stopped.
+
+    Attributes:
+        store: the store.
+        is_quick: whether tasks take so little time that it is worth beginning several at once.
+    """
+
+    def __init__(self, store: ResultsStore) -> None:
+        """Make a writer, without starting its thread."""
+        self.store = store
+        self.is_quick = False
+        self._place = place_of(store.engine.url)
+        self._mean = 1.0
+        self._begun: deque[_Row] = deque()
+        self._ended: deque[_Row] = deque()
+        self._running: dict[str, tuple[str, float]] = {}
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._connection: Connection | None = None
+        self._failures = 0
+        self._retry_at = 0.0
+        self._renew_at = time.monotonic() + _RENEW_EVERY
+        self._purge_at = time.monotonic() + random.uniform(0, 10)
+        self._thread = threading.Thread(target=self._run, name="outbox-results", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, unless it has been started."""
+        if not self._thread.is_alive() and not self._stopping:
+            self._thread.start()
+
+    def stop(self, deadline: float) -> None:
+        """Write what is left until ``deadline``, of ``time.monotonic()``, and end."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def begin(self, values: Mapping[str, Any]) -> PendingWrite:
+        """Write that an attempt begins; see ``results_statements`` for the values."""
+        return self._put(self._begun, values)
+
+    def end(self, values: Mapping[str, Any]) -> PendingWrite:
+        """Write how an attempt has ended; likewise."""
+        return self._put(self._ended, values)
+
+    def complete(self, id_: str) -> None:
+        """Note that a task had been done before; waits for the database.
+
+        Raises:
+            sqlalchemy.exc.SQLAlchemyError: it is unavailable.
+        """
+        self.store.complete(id_)
+
+    def shares(self, connection: Connection) -> bool:
+        """Return whether ``connection`` leads to the database of the results."""
+        return place_of(connection.engine.url) == self._place
+
+    def write_on(self, connection: Connection, values: Mapping[str, Any]) -> None:
+        """Do the same as :meth:`end` in a transaction of the application."""
+        self.store.write_on(connection, values)
+
+    def note_on(self, connection: Connection, id_: str, token: str) -> None:
+        """Note in a transaction of the application that an attempt succeeds; its value follows."""
+        self.store.note_on(connection, id_, token)
+
+    def over(self, token: str) -> None:
+        """Note that the attempt with this token needs its lease no longer."""
+        self._running.pop(token, None)
+
+    def took(self, seconds: float) -> None:
+        """Note how long a task has taken."""
+        self._mean += _WEIGHT * (seconds - self._mean)
+        self.is_quick = self._mean < _QUICK
+
+    def _put(self, rows: deque[_Row], values: Mapping[str, Any]) -> PendingWrite:
+        row = _Row(values, PendingWrite())
+        with self._changed:
+            rows.append(row)
+            self._changed.notify()
+        return row.written
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                pause = self._pause()
+                if pause > 0:
+                    if self._stopping and not self._ended:
+                        break
+                    self._changed.wait(pause)
+                    if self._pause() > 0:
+                        continue
+                begun = _taken(self._begun)
+                ended = _taken(self._ended)
+            if begun or ended:
+                self._write(begun, ended)
+            else:
+                self._look_after()
+        self._disconnect()
+
+    def _pause(self) -> float:
+        """Return the seconds to wait for something to do."""
+        if self._begun:
+            return 0.0
+        at = min(self._renew_at, self._purge_at)
+        if self._ended:
+            at = min(at, self._retry_at)
+        return at - time.monotonic()
+
+    def _write(self, begun: list[_Row], ended: list[_Row]) -> None:
+        try:
+            if self._connection is None:
+                self._connection = self.store.connect()
+            refused = self.store.write(
+                [row.values for row in begun], [row.values for row in ended], self._connection
+            )
+        except Exception as error:
+            self._disconnect(error)
+            self._failed(error, begun, ended)
+            return
+        if self._failures:
+            logger.info("results can be written again")
+        self._failures, self._retry_at = 0, 0.0
+        now = time.monotonic()
+        for row in begun:
+            token = row.values["token"]
+            if token not in refused:
+                self._running[token] = row.values["id"], now
+        for row in ended:
+            self._running.pop(row.values["token"], None)
+        for row in (*ended, *begun):
+            row.written.end(refused.get(row.values["token"], "") if refused else "")
+
+    def _disconnect(self, error: BaseException | None = None) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(Exception):
+                if error is not None:  # another one may lead to another server
+                    connection.invalidate(error)
+                connection.close()
+
+    def _failed(self, error: Exception, begun: list[_Row], ended: list[_Row]) -> None:
+        """Refuse what was to begin, and keep what has ended."""
+        if not self._failures:
+            logger.error("results can't be written; tried again: %s", reason_of(error))
+        self._retry_at = time.monotonic() + backoff(self._failures)
+        self._failures += 1
+        for row in begun:
+            row.written.end(error=error)
+        if isinstance(error, DataError):
+            ended = [row for row in ended if self._is_kept(row)]
+        with self._changed:
+            self._ended.extendleft(reversed(ended))
+
+    def _is_kept(self, row: _Row) -> bool:
+        """Write a row alone; return False if that is over."""
+        try:
+            self.store.write([], [row.values])
+        except DataError as error:  # it would be refused each time, and hold up all others
+            logger.error("lost the result of %r: %s", row.values["id"], reason_of(error))
+        except Exception:
+            return True
+        self._running.pop(row.values["token"], None)
+        row.written.end()
+        return False
+
+    def _look_after(self) -> None:
+        """Extend leases, or delete old rows, as is due."""
+        now = time.monotonic()
+        try:
+            if now >= self._renew_at:
+                self._renew_at = now + _RENEW_EVERY
+                self._renew(now)
+            if now >= self._purge_at and not self._stopping:
+                self._purge_at = now + _PURGE_EVERY * random.uniform(0.8, 1.2)
+                if self.store.purge_some():
+                    self._purge_at = now + 1.0
+        except Exception as error:
+            logger.warning("results can't be looked after: %s", reason_of(error))
+
+    def _renew(self, now: float) -> None:
+        running = [
+            (id_, token)
+            for token, (id_, since) in list(self._running.items())
+            if now - since >= _RENEW_EVERY / 2
+        ]
+        if running:
+            ids, tokens = zip(*running, strict=True)
+            self.store.renew(ids, tokens)
+
+
+def _taken(rows: deque[_Row]) -> list[_Row]:
+    """Take rows for one statement: no id twice, which PostgreSQL refuses."""
+    taken: list[_Row] = []
+    ids: set[str] = set()
+    size = 0
+    while rows and len(taken) < _MOST_ROWS:
+        row = rows[0]
+        size += row.size
+        if row.values["id"] in ids or (taken and size > _MOST_BYTES):
+            break
+        ids.add(row.values["id"])
+        taken.append(rows.popleft())
+    return taken

@@ -18,12 +18,12 @@ from outbox.commands import (
     sql_command,
     stored_command,
     tail_command,
-    tasks_command,
     workers_command,
 )
 from outbox.commands.application import Application
 from outbox.commands.options import Version
 from outbox.commands.printing import printable
+from outbox.commands.tasks import tasks_command
 from outbox.errors import BrokerError, OutboxError
 
 __all__ = ["code_of", "main", "run"]

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from outbox.commands.options import broker_option
-from outbox.commands.recurring_tasks import (
+from outbox.commands.tasks.recurring_tasks import (
     add_list_options,
     forget,
     list_recurring,

@@ -170,8 +170,8 @@ class LiveDelivery:
         if os.environ.get("OUTBOX_DATABASE_URL"):
             return None
         settings = Settings(url=self._broker.url)
-        if settings.url and BrokerURL.parse(settings.url).scheme == "sqlite":
-            return open_inbox(settings, consumers)  # in the test's file, not the application's
+        if settings.url and BrokerURL.parse(settings.url).is_database:
+            return open_inbox(settings, consumers)  # in the test's database, not the application's
         return self._memory
 
     def _unfinished(self, consumers: Sequence[Consumer], publisher: Publisher) -> list[str]:

@@ -70,7 +70,7 @@ def open_inbox(settings: Settings, consumers: Iterable[Consumer]) -> Inbox | Non
     """Return the inbox that ``consumers`` need; None if none of them deduplicates.
 
     It is in the database of the framework that is set up; otherwise in that of
-    ``OUTBOX_DATABASE_URL``, or else in the SQLite file that is consumed from.
+    ``OUTBOX_DATABASE_URL``, or else in the database that is consumed from.
 
     An unavailable database is not an error: messages are held until it is back.
 
@@ -86,26 +86,23 @@ def open_inbox(settings: Settings, consumers: Iterable[Consumer]) -> Inbox | Non
         return inbox_of_framework
     url = os.environ.get("OUTBOX_DATABASE_URL")
     broker = BrokerURL.parse(settings.url or "memory://")
-    if not url and broker.scheme != "sqlite":
+    if not url and not broker.is_database:
         raise UsageError(
             f"the consumer of {deduplicating[0].queue!r} deduplicates, which needs a database; set "
             "OUTBOX_DATABASE_URL, or pass Worker(inbox=outbox.sql.Inbox(engine))"
         )
     from outbox import sql
-    from outbox.storage.engines import open_sqlite
     from outbox.storage.failures import DatabaseError, reason_of
+    from outbox.transports.database.kinds import engine_at
 
-    if url:
-        inbox = sql.Inbox(url)
-        try:
-            inbox.check()
-        except DatabaseError as error:
-            logger.warning(
-                "the inbox is unavailable; messages are held until it is back: %s",
-                reason_of(error),
-            )
+    inbox = sql.Inbox(url or engine_at(broker))
+    if not url and broker.scheme == "sqlite":
+        inbox.create()
         return inbox
-
-    inbox = sql.Inbox(open_sqlite(os.path.abspath(broker.path)))
-    inbox.create()
+    try:
+        inbox.check()
+    except DatabaseError as error:
+        logger.warning(
+            "the inbox is unavailable; messages are held until it is back: %s", reason_of(error)
+        )
     return inbox

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from outbox.commands.options import DATABASE_VARIABLE
 from outbox.errors import BrokerError, UsageError
+from outbox.url import BrokerURL
 
 if TYPE_CHECKING:
     from outbox.commands.application import Application
@@ -67,11 +68,25 @@ def _engine(options: argparse.Namespace) -> tuple[Any, bool]:
     if not url and application.engine is not None:
         return application.engine(), True
     url = url or os.environ.get(DATABASE_VARIABLE)
-    if not url:
-        raise NoDatabase(f"no database is named; pass --database URL, or set {DATABASE_VARIABLE}")
-    from outbox.storage.engines import open_engine
+    if url:
+        from outbox.storage.engines import open_engine
 
-    return open_engine(url), False
+        return open_engine(url), False
+    broker = _broker_on_server()
+    if broker is None:
+        raise NoDatabase(f"no database is named; pass --database URL, or set {DATABASE_VARIABLE}")
+    from outbox.transports.database.kinds import engine_at
+
+    return engine_at(broker), False
+
+
+def _broker_on_server() -> BrokerURL | None:
+    """Return the URL of the broker if that is a database on a server; a file has its tables."""
+    try:
+        broker = BrokerURL.parse(os.environ.get("OUTBOX_URL", ""))
+    except UsageError:
+        return None
+    return broker if broker.is_database and broker.scheme != "sqlite" else None
 
 
 def open_named_engine(options: argparse.Namespace) -> Callable[[], tuple[Any, bool]] | None:
@@ -83,7 +98,8 @@ def open_named_engine(options: argparse.Namespace) -> Callable[[], tuple[Any, bo
     """
     application: Application = options.application
     is_named = options.database or application.database_url or os.environ.get(DATABASE_VARIABLE)
-    if not (is_named or application.engine is not None or application.engine_of is not None):
+    is_named = is_named or application.engine is not None or application.engine_of is not None
+    if not is_named and _broker_on_server() is None:
         return None
     return lambda: _engine(options)
 

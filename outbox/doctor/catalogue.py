@@ -36,9 +36,9 @@ def all_checks() -> Sequence[Check]:
     if importlib.util.find_spec("sqlalchemy") is None:
         checks += [Check(code, "a database", "", _without_sqlalchemy) for code in _NEED_SQLALCHEMY]
     else:
-        from outbox.doctor import database_checks, sqlite_checks
+        from outbox.doctor import broker_database_checks, database_checks
 
-        checks += [*database_checks.CHECKS, *sqlite_checks.CHECKS]
+        checks += [*database_checks.CHECKS, *broker_database_checks.CHECKS]
     return sorted(checks, key=lambda check: check.code)
 
 

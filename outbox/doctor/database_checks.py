@@ -39,7 +39,8 @@ def tables_of(examined: Examined) -> set[str]:
         NotChecked: it can't be used.
     """
     with _connected(examined) as connection:
-        names = set(inspect(connection).get_table_names())
+        schema = connection.schema_for_object(events)
+        names = set(inspect(connection).get_table_names(schema=schema))
     return names & {table.name for table in metadata_of(connection.dialect.name).sorted_tables}
 
 
@@ -76,12 +77,13 @@ def _lacking(connection: Connection) -> Iterator[Problem]:
 
     inspector = inspect(connection)
     for table in metadata_of(connection.dialect.name).sorted_tables:
-        if not inspector.has_table(table.name):
+        schema = connection.schema_for_object(table)
+        if not inspector.has_table(table.name, schema=schema):
             severity: Severity = "warning" if table.name in ADDED_LATER else "error"
             yield Problem(severity, f"there is no table {table.name}")
             continue
-        columns = {column["name"] for column in inspector.get_columns(table.name)}
-        indexes = {index["name"] for index in inspector.get_indexes(table.name)}
+        columns = {each["name"] for each in inspector.get_columns(table.name, schema=schema)}
+        indexes = {each["name"] for each in inspector.get_indexes(table.name, schema=schema)}
         missing = [column.name for column in table.columns if column.name not in columns]
         if missing:
             yield Problem("error", f"the table {table.name} has no column {', '.join(missing)}")
@@ -221,7 +223,8 @@ def _plan(examined: Examined) -> Iterator[Problem]:
 
 def _columns_of(connection: Connection) -> list[str]:
     """Return the columns of the index; none if it is missing."""
-    for index in inspect(connection).get_indexes(events.name):
+    schema = connection.schema_for_object(events)
+    for index in inspect(connection).get_indexes(events.name, schema=schema):
         if index["name"] == _DUE:
             return [str(name) for name in index["column_names"]]
     return []

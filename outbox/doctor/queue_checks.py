@@ -103,7 +103,7 @@ def _arguments(examined: Examined) -> Iterator[Problem]:
 
 def _without_consumer(examined: Examined) -> Iterator[Problem]:
     if not examined.is_rabbitmq:
-        from outbox.doctor.sqlite_checks import without_consumer
+        from outbox.doctor.broker_database_checks import without_consumer
 
         yield from without_consumer(examined)
         return
@@ -138,7 +138,7 @@ def _dead_letters(examined: Examined) -> Iterator[Problem]:
     with contextlib.suppress(NotChecked):  # OBX201 says why
         yield from _dead_rows(examined)
     if not examined.is_rabbitmq:
-        from outbox.doctor.sqlite_checks import dead_letters
+        from outbox.doctor.broker_database_checks import dead_letters
 
         yield from dead_letters(examined)
         return

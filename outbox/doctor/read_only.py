@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from urllib.parse import quote
 
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
 from outbox.doctor.finding import NotChecked
 from outbox.errors import UsageError
 from outbox.storage.engines import names_memory
+from outbox.storage.failures import DatabaseError, reason_of
 
-__all__ = ["path_of", "read_only", "read_only_file"]
+__all__ = ["path_of", "read_only", "read_only_file", "reading"]
 
 
 def path_of(url: URL) -> str:
@@ -45,3 +48,19 @@ def read_only_file(path: str) -> Engine:
     return create_engine(
         URL.create("sqlite", database=name, query={"uri": "true"}), poolclass=NullPool
     )
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[Connection]:
+    """Connect to a file that nothing may change.
+
+    Raises:
+        NotChecked: the file can't be read.
+    """
+    try:
+        engine = read_only_file(path)
+        with engine.connect() as connection:
+            yield connection
+    except (DatabaseError, UsageError) as error:
+        why = reason_of(error) if isinstance(error, DatabaseError) else str(error)
+        raise NotChecked(f"{path} can't be read: {why}") from None

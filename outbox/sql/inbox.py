@@ -105,7 +105,8 @@ class Inbox:
             UsageError: it doesn't; the message says how to create it.
         """
         with tracing.hidden(), self.engine.connect() as connection:
-            if not inspect(connection).has_table(done.name):
+            schema = connection.schema_for_object(done)
+            if not inspect(connection).has_table(done.name, schema=schema):
                 raise UsageError(
                     f"the table {done.name}, which deduplication needs, does not exist; create it "
                     "with `outbox sql create`, or with your migrations (outbox.sql.metadata)"

@@ -182,7 +182,7 @@ def _build_concurrently(engine: Engine) -> list[str]:
 _UNFINISHED = text(
     "SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
     "WHERE NOT indisvalid AND relnamespace = "
-    "COALESCE(CAST(:schema AS text), current_schema())::regnamespace"
+    "quote_ident(COALESCE(CAST(:schema AS text), current_schema()))::regnamespace"
 )
 
 
@@ -216,7 +216,7 @@ def _have_vacuumed_often(connection: Connection) -> None:
 _OPTIONS = text(
     "SELECT reloptions, pg_has_role(relowner, 'USAGE') AS owned FROM pg_class "
     "WHERE relname = :table AND relnamespace = "
-    "COALESCE(CAST(:schema AS text), current_schema())::regnamespace"
+    "quote_ident(COALESCE(CAST(:schema AS text), current_schema()))::regnamespace"
 )
 
 

@@ -47,4 +47,5 @@ def delete_waiting(engine: Engine, event_id: str) -> int:
 
 def _is_there(connection: Connection) -> bool:
     """Return whether the table exists: in a new file, nothing has created it yet."""
-    return inspect(connection).has_table(events.name)
+    schema = connection.schema_for_object(events)
+    return inspect(connection).has_table(events.name, schema=schema)

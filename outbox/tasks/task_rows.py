@@ -7,7 +7,6 @@ time has either all of it or nothing.
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 from outbox.event import Event
@@ -24,17 +23,16 @@ def engine_of(settings: Settings) -> Any:
     """Return an engine for the database that is the broker, or None if the broker is none."""
     if settings.url is None:
         return None
-    url = BrokerURL.parse(settings.url)
-    if url.scheme != "sqlite":
+    if not BrokerURL.parse(settings.url).is_database:
         return None
-    return _engine_of_file(os.path.abspath(url.path), process.pid)
+    return _engine_of_broker(settings.url, process.pid)
 
 
 @functools.lru_cache(maxsize=16)
-def _engine_of_file(path: str, pid: int) -> Any:
-    from outbox.storage.engines import open_sqlite
+def _engine_of_broker(url: str, pid: int) -> Any:
+    from outbox.transports.database.kinds import engine_at
 
-    return open_sqlite(path)
+    return engine_at(BrokerURL.parse(url))
 
 
 def waits(engine: Any, event_id: str) -> bool:

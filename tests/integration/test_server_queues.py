@@ -16,14 +16,19 @@ import pytest
 from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
-from outbox import ConnectionLost, Event, Publisher, UsageError
+from outbox import ConnectionLost, Event, Publisher, UsageError, auto_publishing
 from outbox.consumers import ReceivedEvent, Worker, consumer
+from outbox.consumers.message.deduplication import open_inbox
+from outbox.settings import Settings
+from outbox.sql import Inbox
+from outbox.tasks import task_rows
 from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from outbox.transports.database import leases, subscription
 from outbox.transports.database.server import server_database
 from outbox.transports.database.server.server_database import ServerDatabase
 from outbox.url import BrokerURL
 from proving.proxy import FaultProxy
+from tests import shipping
 from tests.places import ServerPlace, events_for, made, place_of, reading, working
 from tests.waiting import wait_until
 
@@ -460,3 +465,35 @@ def test_forked_children_leave_their_parents_connections_alone(
                 os._exit(0)
             os.waitpid(child, 0)
         assert publisher.stats().connects == 1
+
+
+def test_a_message_is_done_once_where_the_inbox_is_in_the_same_database(
+    place: ServerPlace, publisher: Publisher, name: str
+) -> None:
+    made(place, name)
+    runs: list[str] = []
+
+    @consumer(name, deduplicate=True)
+    def act(event: ReceivedEvent) -> None:
+        runs.append(event.id)
+
+    inbox = open_inbox(publisher.settings, [act])
+    assert isinstance(inbox, Inbox)
+    with working(publisher, act, threads=1, inbox=inbox):
+        event = Event(id="x", target=name, exchange=name, body=b"{}")
+        publisher.publish([event, event]).raise_for_failure()
+        wait_until(lambda: is_empty(place))
+    inbox.engine.dispose()
+    assert runs == ["x"]
+
+
+def test_a_task_that_waits_is_seen_and_taken_away(
+    place: ServerPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OUTBOX_URL", place.url)
+    with auto_publishing():
+        handle = shipping.greet.later(1)
+    assert handle.status == "waiting"
+    assert handle.cancel()
+    assert is_empty(place)
+    task_rows.engine_of(Settings(url=place.url)).dispose()

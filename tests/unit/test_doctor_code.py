@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from outbox.doctor.broker_database_checks import file_system_of
 from outbox.doctor.catalogue import all_checks
 from outbox.doctor.examination import examine
 from outbox.doctor.examined import SetUp
-from outbox.doctor.sqlite_checks import file_system_of
 
 CONSUMER = """
 import asyncio, logging.config, sqlite3, time

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sqlalchemy import Engine
+
+from outbox.storage.engines import open_sqlite
 from outbox.transports.database.database import Database
+from outbox.transports.database.server.server_address import ServerAddress
 from outbox.transports.database.server.server_database import ServerDatabase
 from outbox.transports.database.sqlite.location import Location
 from outbox.transports.database.sqlite.sqlite_file import SQLiteFile
 from outbox.url import BrokerURL
 
-__all__ = ["database_at"]
+__all__ = ["database_at", "engine_at"]
 
 
 def database_at(
@@ -40,3 +44,15 @@ def database_at(
     if must_exist:
         location.check_exists()
     return SQLiteFile(location, given_up, on_reopened, owner=owner)
+
+
+def engine_at(url: BrokerURL) -> Engine:
+    """Return an engine for the database that ``url`` names, for what is kept beside the queues.
+
+    Raises:
+        UsageError: the URL has an unknown option, or the database can't be used.
+        MissingExtra: the driver isn't installed.
+    """
+    if url.scheme != "sqlite":
+        return ServerAddress.of(url).open_engine()
+    return open_sqlite(Location.of(url).path)

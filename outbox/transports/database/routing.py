@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, insert, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 
+from outbox.errors import UsageError
 from outbox.messages.topics import matches
 from outbox.storage.schema import bindings, dialect_of
 
-__all__ = ["Binding", "Routes", "add", "load", "of_queue"]
+__all__ = ["Binding", "Routes", "add", "check", "load", "of_queue"]
 
 _CACHED = 10_000  # addresses; limited because targets may contain user data
 
@@ -31,6 +32,20 @@ class Binding(NamedTuple):
 def of_queue(name: str) -> Binding:
     """Return the binding that makes ``name`` a queue."""
     return Binding(name, "", name)
+
+
+def check(connection: Connection) -> None:
+    """Check that the table exists.
+
+    Raises:
+        UsageError: it doesn't; the message says how to create it.
+    """
+    schema = connection.schema_for_object(bindings)
+    if not inspect(connection).has_table(bindings.name, schema=schema):
+        raise UsageError(
+            f"the table {bindings.name} does not exist; create it with `outbox sql upgrade`, or "
+            "with your migrations (outbox.sql.metadata)"
+        )
 
 
 def load(connection: Connection) -> list[Binding]:

@@ -20,6 +20,7 @@ from outbox.storage.store import Store
 from outbox.storage.transactions import own_transaction, try_again
 from outbox.system import process
 from outbox.telemetry import tracing
+from outbox.transports.database import routing
 from outbox.transports.database.database import Database
 from outbox.transports.database.routing import Binding, load
 from outbox.transports.database.server.due_times import due_in
@@ -199,6 +200,7 @@ class ServerDatabase(Database):
             connection.execution_options(isolation_level="READ COMMITTED")
             with connection.begin():
                 self._store.check(connection=connection)
+                routing.check(connection)
         except BaseException:
             connection.close()
             raise

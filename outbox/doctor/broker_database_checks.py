@@ -1,4 +1,4 @@
-"""Checks of SQLite files: that of a sqlite:// broker, and that of stored events."""
+"""Checks of a database that is the broker, and of SQLite files, also the application's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from sqlalchemy import Connection, func, inspect, select
 from outbox.doctor.check import Check
 from outbox.doctor.examined import Examined
 from outbox.doctor.finding import NotApplicable, NotChecked, Problem
-from outbox.doctor.read_only import path_of, read_only_file
+from outbox.doctor.read_only import path_of, reading
 from outbox.errors import OutboxError, UsageError
 from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.messages.delivery import dead_letter_queue
 from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.schema import events
+from outbox.transports.database.kinds import engine_at
 from outbox.transports.database.sqlite.disk_room import room_at
 from outbox.transports.database.sqlite.location import Location
 
@@ -111,7 +112,7 @@ def _of_folder(path: str) -> Iterator[Problem]:
 def _of_journal(path: str) -> Iterator[Problem]:
     if not os.path.getsize(path):  # nothing has been written yet
         return
-    with _reading(path) as connection:
+    with reading(path) as connection:
         mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar())
     if mode.lower() != "wal":
         yield Problem(
@@ -137,35 +138,45 @@ def file_system_of(folder: str, mounts: str = _MOUNTS) -> str:
     return kind
 
 
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[Connection]:
-    try:
-        engine = read_only_file(path)
-        with engine.connect() as connection:
-            yield connection
-    except (DatabaseError, UsageError) as error:
-        why = reason_of(error) if isinstance(error, DatabaseError) else str(error)
-        raise NotChecked(f"{path} can't be read: {why}") from None
-
-
 def _waiting(examined: Examined) -> dict[str, int]:
-    """Return the number of messages in each queue of a sqlite:// broker."""
-    location = _location(examined)
-    if location is None:
+    """Return the number of messages in each queue of a database that is the broker."""
+    if not examined.url.is_database:
         raise NotApplicable
-    if not os.path.exists(location.path):
-        return {}
     row = events.c
-    with _reading(location.path) as connection:
-        if not inspect(connection).has_table(events.name):
+    statement = select(row.queue, func.count()).where(row.dead_at.is_(None))
+    with _connected(examined) as connection:
+        schema = None if connection is None else connection.schema_for_object(events)
+        if connection is None or not inspect(connection).has_table(events.name, schema=schema):
             return {}
-        statement = select(row.queue, func.count()).where(row.dead_at.is_(None))
         rows: list[Any] = list(connection.execute(statement.group_by(row.queue)))
     return {queue: count for queue, count in rows if queue}
 
 
+@contextlib.contextmanager
+def _connected(examined: Examined) -> Iterator[Connection | None]:
+    """Connect to the broker; None if its file doesn't exist."""
+    if examined.url.scheme == "sqlite":
+        path = os.path.abspath(examined.url.path)
+        if not os.path.exists(path):
+            yield None
+            return
+        with reading(path) as connection:
+            yield connection
+        return
+    try:
+        engine = engine_at(examined.url)
+        try:
+            with engine.connect() as connection:
+                yield connection
+        finally:
+            engine.dispose()
+    except (DatabaseError, UsageError) as error:
+        why = reason_of(error) if isinstance(error, DatabaseError) else str(error)
+        raise NotChecked(f"{examined.url} can't be read: {why}") from None
+
+
 def dead_letters(examined: Examined) -> Iterator[Problem]:
-    """Yield dead letters and parked events in the file."""
+    """Yield dead letters and parked events in the database."""
     waiting = _waiting(examined)
     for queue, count in sorted(waiting.items()):
         if queue == PARKING_QUEUE:
@@ -184,7 +195,7 @@ def dead_letters(examined: Examined) -> Iterator[Problem]:
 
 
 def without_consumer(examined: Examined) -> Iterator[Problem]:
-    """Yield queues in the file with messages that no consumer has."""
+    """Yield queues in the database with messages that no consumer has."""
     waiting = _waiting(examined)
     ours = {spec.name for spec in examined.specs}
     for queue, count in sorted(waiting.items()):

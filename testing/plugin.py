@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
-from outbox import MissingExtra
+from outbox import MissingExtra, OutboxError
 from outbox.observer import seam
 from outbox.testing.assertions import EventAssertions
 from outbox.testing.broker import BrokerMissing, PrivateBroker
@@ -24,20 +24,31 @@ _MARKER = (
     "collected_events(strict=False): with strict=True the test fails if a published event was "
     "matched by no assertion; also for live_events and embedded_events"
 )
+_PLACE = (
+    "embedded_events(url): the server on which the fixture embedded_events creates its schema or "
+    "database; by default OUTBOX_TEST_DATABASE_URL, or the setting outbox_embedded_url"
+)
 _FIXTURES = {"collected_events", "live_events", "embedded_events"}
 _CHECKED = pytest.StashKey[list[EventAssertions]]()
 _SESSION = pytest.StashKey[ExitStack]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker."""
+    """Register the markers."""
     config.addinivalue_line("markers", _MARKER)
+    config.addinivalue_line("markers", _PLACE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Register the settings."""
     parser.addini(
         "outbox_strict", "make collected_events strict in every test", type="bool", default=False
+    )
+    parser.addini(
+        "outbox_embedded_url",
+        "the server on which embedded_events creates a schema or database for each test; by "
+        "default it uses a SQLite file",
+        default="",
     )
     parser.addini(
         "outbox_always",
@@ -124,19 +135,43 @@ def live_events(
 
 @pytest.fixture
 def embedded_events(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LiveEvents]:
-    """Publish the test's events to an SQLite file, for assertions about what arrived.
+    """Publish the test's events to a database, for assertions about what arrived.
 
-    Every publisher and worker of the process uses a file created for the test. It needs the extra
-    ``[sql]``, but no server.
+    Every publisher and worker of the process uses a place created for the test: a SQLite file, so
+    that no server is needed, or a schema or database on the server that the marker
+    ``embedded_events(url=...)`` names, or ``OUTBOX_TEST_DATABASE_URL``, or the setting
+    ``outbox_embedded_url``. It needs the extra ``[sql]``.
     """
     try:
         import outbox.sql  # noqa: F401  # says which extra is missing
     except MissingExtra as error:
         pytest.fail(f"the fixture embedded_events: {error}", pytrace=False)
-    url = f"sqlite:///{quote(str(tmp_path / 'outbox-events.db'))}"
-    with live(url, _where(request), strict=_is_strict(request)) as published:
+    with (
+        _place(request, tmp_path) as url,
+        live(url, _where(request), strict=_is_strict(request)) as published,
+    ):
         _check_at_end(request, published)
         yield published
+
+
+@contextmanager
+def _place(request: pytest.FixtureRequest, folder: Path) -> Iterator[str]:
+    marker = request.node.get_closest_marker("embedded_events")
+    server = (
+        (marker.kwargs.get("url") if marker else None)
+        or os.environ.get("OUTBOX_TEST_DATABASE_URL")
+        or str(request.config.getini("outbox_embedded_url"))
+    )
+    if not server:
+        yield f"sqlite:///{quote(str(folder / 'outbox-events.db'))}"
+        return
+    from outbox.transports.database.server.separate import separate
+
+    try:
+        with separate(server) as url:
+            yield url
+    except OutboxError as error:
+        pytest.fail(f"the fixture embedded_events: {error}", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)

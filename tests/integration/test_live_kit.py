@@ -12,6 +12,8 @@ import threading
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, inspect
+from sqlalchemy.pool import NullPool
 
 from outbox import (
     InvalidEvent,
@@ -370,3 +372,59 @@ def test_live_tests_share_the_broker_of_the_session(
     assert live_events.url.startswith(outbox_broker.url)
     assert live_events.url != outbox_broker.url
     assert live_events.environ["OUTBOX_URL"] == live_events.url
+
+
+ON_A_SERVER = """
+import os
+import pytest
+from sqlalchemy import create_engine, inspect
+from sqlalchemy.pool import NullPool
+from sqlalchemy import create_engine, inspect, make_url
+
+from outbox import auto_publishing, enqueue_event
+from outbox.consumers import consumer
+from outbox.url import BrokerURL
+
+@consumer("invoices", topics=["order.*"], deduplicate=True)
+def invoices(event):
+    enqueue_event({}, "invoice.sent")
+
+invoices.auto_publish = True
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_it_arrives(embedded_events, number):
+    embedded_events.assert_nothing_published()
+    with auto_publishing():
+        enqueue_event({"number": number}, "order.placed")
+    embedded_events.deliver_all(invoices)
+    embedded_events.assert_published("invoice.sent", times=1)
+    assert BrokerURL.parse(embedded_events.url).scheme == os.environ["EXPECTED"]
+
+@pytest.mark.embedded_events(url="postgresql://127.0.0.1:9/nowhere")
+def test_the_marker_decides(embedded_events):
+    pass
+"""
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_the_fixture_has_a_place_on_a_server_for_each_test(
+    kind: str,
+    request: pytest.FixtureRequest,
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url: str = request.getfixturevalue(f"{kind}_url")
+    before = names_on(url)
+    pytester.makepyfile(ON_A_SERVER)
+    monkeypatch.setenv("EXPECTED", kind)
+    monkeypatch.setenv("OUTBOX_TEST_DATABASE_URL", url)
+    result = pytester.runpytest_subprocess("-p", "no:randomly")
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(["*embedded_events: postgresql://127.0.0.1:9/nowhere: *refused*"])
+    assert names_on(url) == before
+
+
+def names_on(url: str) -> set[str]:
+    """Return the schemas, or databases, on a server."""
+    engine = create_engine(url, poolclass=NullPool)
+    return set(inspect(engine).get_schema_names())

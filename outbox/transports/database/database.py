@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine
 
+from outbox.storage.floors import Floors
 from outbox.storage.store import Store
 from outbox.transports.database.listeners import listeners_at
 from outbox.transports.database.routing import Binding
@@ -48,10 +49,12 @@ class Database(ABC):
         address: the same as a URL.
         lease: the seconds until the messages of a worker that died are redelivered.
         idle_timeout: the seconds after which a connection that isn't used is closed; None if never.
+        floors: where claims that are repeated begin; None if nothing is left of claimed rows.
     """
 
     lease: ClassVar[float]
     idle_timeout: ClassVar[float | None] = None
+    floors: Floors | None = None
 
     def __init__(self, name: str, address: str) -> None:
         self.name = name

@@ -485,7 +485,11 @@ class DatabaseSubscription:
             free = self._leases.free(queue.name) + settled[queue.name]
             if free > 0:
                 claimed += store.claim(
-                    free, queue=queue.name, lease=self._database.lease, connection=connection
+                    free,
+                    queue=queue.name,
+                    lease=self._database.lease,
+                    floors=self._database.floors,
+                    connection=connection,
                 )
         suspects = [row for row in claimed if is_suspect(row) and not is_deadly(row)]
         if suspects:

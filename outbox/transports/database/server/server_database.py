@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine, literal, literal_column, select
 
 from outbox.errors import BrokerError, UsageError
 from outbox.storage.creating import database_id
+from outbox.storage.floors import Floors
 from outbox.storage.schema import dialect_of, meta
 from outbox.storage.side_engine import SideEngine
 from outbox.storage.store import Store
@@ -23,7 +24,6 @@ from outbox.telemetry import tracing
 from outbox.transports.database import routing
 from outbox.transports.database.database import Database
 from outbox.transports.database.routing import Binding, load
-from outbox.transports.database.server.due_times import due_in
 from outbox.transports.database.server.server_address import ServerAddress
 from outbox.transports.database.server.server_errors import (
     DATABASE_ERRORS,
@@ -76,6 +76,7 @@ class ServerDatabase(Database):
         self._on_reopened = on_reopened
         self._engine = address.open_engine()
         self._store = Store(self._engine, owner)
+        self.floors = Floors()
         self._connection: Connection | None = None
         self._used_at = 0.0
         self._was_open = False
@@ -128,7 +129,7 @@ class ServerDatabase(Database):
         with self._translated():
             connection = self._opened()
             with connection.begin():
-                return due_in(connection, self._dialect, queues)
+                return self._store.due_in(queues, floors=self.floors, connection=connection)
 
     def holds(self, engine: Engine, options: Mapping[str, Any]) -> bool:
         """Return whether the tables that ``engine`` writes to have the same identity."""

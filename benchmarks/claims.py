@@ -11,23 +11,27 @@ an hour.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import Engine, text
+import psycopg
+from sqlalchemy import Engine, make_url, text
 
-from benchmarks.tables import median, progress
+from benchmarks.tables import Bound, print_bounds, progress, table
 from outbox.event import Event
 from outbox.messages.rows import values_of
 from outbox.sql import Store
+from outbox.storage.engines import open_engine
 from outbox.storage.floors import Floors
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
 
 _BACKLOG = 2000
 _CHUNK = 100
-_CLAIMS = 200
+_CLAIMS = 50
 _BODY = b'{"order": 1, "text": "%s"}' % (b"x" * 150)
 
 
@@ -86,17 +90,144 @@ def passing(engine: Engine, messages: int, floors: Floors | None) -> tuple[float
     return statistics.median(times[:tenth]), statistics.median(times[-tenth:]), rate
 
 
-def claim_time(store: Store, *, ordered: bool = False) -> float:
-    """Return the median time of a claim of 100 rows that are there, in ms."""
+def claim_time(store: Store, *, ordered: bool) -> float:
+    """Return the median time of a claim of 100 rows that are there, in ms.
+
+    Ordered claims are the relay's, of the queue ``""``.
+    """
     floors = Floors()
     times: list[float] = []
     for _ in range(_CLAIMS):
-        with store.engine.begin() as connection:
+        with store.engine.connect() as connection, connection.begin() as transaction:
             start = time.perf_counter()
             rows = store.claim(
-                _CHUNK, queue="q", ordered=ordered, floors=floors, connection=connection
+                _CHUNK,
+                queue="" if ordered else "q",
+                ordered=ordered,
+                floors=floors,
+                connection=connection,
             )
             times.append((time.perf_counter() - start) * 1000)
             assert len(rows) == _CHUNK, len(rows)
-            connection.rollback()
-    return median(times)
+            transaction.rollback()
+    return statistics.median(times)
+
+
+_DAY = "interval '1 day'"
+_BESIDE = {
+    "nothing": {},
+    "scheduled in 10 ranks": {"rank": "mod(n, 10)", "available_at": f"now() + {_DAY}"},
+    "waiting": {"available_at": "now() - interval '1 second'"},
+    "dead": {"dead_at": "now()"},
+    "nothing, ordered": {},
+    # The first row of the key is in other hands.
+    "waiting behind one key, ordered": {
+        "queue": "''",
+        "key": "'hot'",
+        "available_at": f"now() + {_DAY} * (CASE WHEN n = 1 THEN 1 ELSE -1 END)",
+        "lease_token": "CASE WHEN n = 1 THEN 'theirs' END",
+        "deliveries": "CASE WHEN n = 1 THEN 1 ELSE 0 END",
+    },
+}
+
+
+def beside(engine: Engine, rows: int) -> dict[str, float]:
+    """Return the time of a claim of 100 of 2,000 rows, in ms, beside ``rows`` others of each kind.
+
+    Every other row has a key, and no other row has that.
+    """
+    times: dict[str, float] = {}
+    for kind, columns in _BESIDE.items():
+        store = emptied(engine)
+        if columns:
+            fill(engine, rows, columns)
+        keys = [f"k{number}" if number % 2 else None for number in range(_BACKLOG)]
+        ordered = "ordered" in kind
+        queue = "" if ordered else "q"
+        store.put_rows([row(number, key=key, queue=queue) for number, key in enumerate(keys)])
+        vacuum(engine)
+        times[kind] = claim_time(store, ordered=ordered)
+        progress(f"beside {rows:,} rows, {kind}: {times[kind]:.2f} ms a claim")
+    return times
+
+
+def fill(engine: Engine, rows: int, columns: dict[str, str]) -> None:
+    """Insert rows with these columns, as SQL of the row's number ``n``, and others as usual."""
+    usual = {
+        "id": "n::text", "aggregatetype": "'a'", "aggregateid": "'a'", "type": "'a'",
+        "payload": "repeat('x', 150)::bytea", "queue": "'q'", "exchange": "'shop'",
+        "content_type": "'x'", "occurred_at": "now()", "stored_at": "now()",
+        "available_at": "now()",
+    }  # fmt: skip
+    values = {**usual, **columns}
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                f"INSERT INTO outbox_events ({', '.join(values)}) "
+                f"SELECT {', '.join(values.values())} FROM generate_series(1, {rows}) AS n"
+            )
+        )
+
+
+def publishing(engine: Engine, chunk: int) -> tuple[float, float]:
+    """Return the rows per second of ``put_rows``, and of psycopg's ``executemany``, in chunks."""
+    store = emptied(engine)
+    rows = [row(number) for number in range(chunk)]
+    names = list(rows[0])
+    statement = (
+        f"INSERT INTO outbox_events ({', '.join(names)}, stored_at, available_at) VALUES "
+        f"({', '.join(['%s'] * len(names))}, statement_timestamp(), statement_timestamp())"
+    )
+    address = make_url(str(engine.url)).set(drivername="postgresql").render_as_string()
+    times: tuple[list[float], list[float]] = ([], [])
+    with psycopg.connect(address) as by_hand:
+        for _ in range(max(10, 5000 // chunk)):
+            began = time.perf_counter()
+            store.put_rows(rows)
+            times[0].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            with by_hand.cursor() as cursor:
+                cursor.executemany(statement, [tuple(each.values()) for each in rows])
+            by_hand.commit()
+            times[1].append(time.perf_counter() - began)
+    return chunk / statistics.median(times[0]), chunk / statistics.median(times[1])
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--messages", type=int, default=400_000, help="that pass through the table")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="beside those that are claimed")
+    parser.add_argument("--check", action="store_true", help="fail if a bound is missed")
+    options = parser.parse_args()
+    bounds: list[Bound] = []
+    lines: list[list[str]] = []
+    with PrivatePostgreSQL() as server:
+        engine = open_engine(server.url)
+        Store(engine).create()
+        for open_ in (False, True):
+            emptied(engine)
+            with held(engine, open_=open_):
+                first, last, rate = passing(engine, options.messages, Floors())
+            name = f"{options.messages:,} messages, {'one' if open_ else 'no'} transaction open"
+            lines.append([name, f"{first:.2f} ms", f"{last:.2f} ms", f"{rate:,.0f}/s"])
+            limit = 2.0 if open_ else 1.5
+            bounds.append(Bound(f"a claim after {name}", last / first, limit, at_most=True))
+        times = beside(engine, options.rows)
+        for kind, took in times.items():
+            lines.append([f"{options.rows:,} rows: {kind}", f"{took:.2f} ms", "", ""])
+            alone = times["nothing, ordered" if "ordered" in kind else "nothing"]
+            if took is not alone:
+                bounds.append(Bound(f"a claim beside {kind}", took / alone, 2.0, at_most=True))
+        for chunk, least in ((100, 0.6), (1000, 0.75)):
+            ours, theirs = publishing(engine, chunk)
+            lines.append([f"chunks of {chunk}", "", f"{ours:,.0f}/s", f"by hand {theirs:,.0f}/s"])
+            bounds.append(Bound(f"chunks of {chunk}, to executemany", ours / theirs, least))
+        engine.dispose()
+    print(table(["", "a claim of 100", "later", "rate"], lines), flush=True)
+    ok = print_bounds(bounds)
+    return 0 if ok or not options.check else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

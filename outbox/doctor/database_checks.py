@@ -17,7 +17,7 @@ from outbox.storage.clock import now, seconds_since
 from outbox.storage.creating import ADDED_LATER, check_server
 from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.floors import NO_FLOOR
-from outbox.storage.schema import dialect_of, events, metadata_of
+from outbox.storage.schema import dialect_of, events, full_name, metadata_of
 from outbox.storage.statements import statements
 from outbox.storage.transactions import own_transaction
 
@@ -76,6 +76,7 @@ def _lacking(connection: Connection) -> Iterator[Problem]:
     import outbox.sql.inbox  # noqa: F401
 
     inspector = inspect(connection)
+    schema = connection.schema_for_object(events)
     for table in metadata_of(connection.dialect.name).sorted_tables:
         schema = connection.schema_for_object(table)
         if not inspector.has_table(table.name, schema=schema):
@@ -143,8 +144,8 @@ def _vacuum(examined: Examined) -> Iterator[Problem]:
         raise NotApplicable
     with _connected(examined) as connection:
         oldest = connection.execute(_OLDEST_TRANSACTION).one_or_none()
-        settings = connection.execute(_AUTOVACUUM, {"table": events.name}).one()
-        tuples = connection.execute(_TUPLES, {"table": events.name}).one_or_none()
+        settings = connection.execute(_AUTOVACUUM, {"table": full_name(connection)}).one()
+        tuples = connection.execute(_TUPLES, {"table": full_name(connection)}).one_or_none()
     if oldest is not None and oldest.seconds > _LONG_TRANSACTION:
         yield Problem(
             "warning",
@@ -198,7 +199,7 @@ def _plan(examined: Examined) -> Iterator[Problem]:
             yield Problem("warning", f"the index {_DUE} has other columns: {', '.join(columns)}")
             return
         if dialect == "postgresql":
-            rows = connection.execute(_ROWS, {"table": events.name}).scalar() or 0
+            rows = connection.execute(_ROWS, {"table": full_name(connection)}).scalar() or 0
             if _DUE not in _explained(connection, dialect):
                 if rows > _MANY_ROWS:
                     yield Problem(
@@ -238,7 +239,12 @@ def _explained(connection: Connection, dialect: str) -> str:
         "of_queue": "", "of_rank": 0, "at_most": 100, "max_bytes": 1_000_000, "seconds": 60.0,
         "of_token": "doctor", "floor": NO_FLOOR,
     }  # fmt: skip
-    compiled = statements(dialect).lease_due.compile(dialect=connection.dialect)
+    schema = connection.schema_for_object(events)
+    compiled = statements(dialect).lease_due.compile(
+        dialect=connection.dialect,
+        schema_translate_map={None: schema},
+        render_schema_translate=True,
+    )
     values = compiled.construct_params(parameters)
     order = getattr(compiled, "positiontup", None)
     arguments: Any = values if order is None else tuple(values[name] for name in order)

@@ -23,7 +23,13 @@ from sqlalchemy import (
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.schema import CreateIndex, CreateTable, DropIndex, ExecutableDDLElement
+from sqlalchemy.schema import (
+    CreateIndex,
+    CreateSchema,
+    CreateTable,
+    DropIndex,
+    ExecutableDDLElement,
+)
 from sqlalchemy.sql.compiler import DDLCompiler
 
 from outbox.errors import UsageError
@@ -33,6 +39,7 @@ from outbox.storage.schema import (
     dialect_of,
     events,
     filled,
+    full_name,
     known_dialect,
     meta,
     metadata,
@@ -120,6 +127,9 @@ def create_missing(connection: Connection) -> list[str]:
     """
     check_server(connection)
     with _alone(connection):
+        schema = connection.schema_for_object(events)
+        if schema is not None and not inspect(connection).has_schema(schema):
+            connection.execute(CreateSchema(schema, if_not_exists=True))
         lacking = missing(connection)
         for each in lacking:
             if isinstance(each, Table):
@@ -163,8 +173,8 @@ def _build_concurrently(engine: Engine) -> list[str]:
             indexes[str(index.name)] = index
     with engine.connect() as connection:
         connection.execution_options(isolation_level="AUTOCOMMIT")
-        schema = connection.schema_for_object(events)
-        for name in connection.execute(_UNFINISHED, {"schema": schema}).scalars().all():
+        unfinished = connection.execute(_UNFINISHED, {"table": full_name(connection)})
+        for name in unfinished.scalars().all():
             if name in indexes:
                 connection.execute(DropIndex(indexes[name], if_exists=True))
         lacking = {str(each.name) for each in missing(connection)}
@@ -183,6 +193,7 @@ _UNFINISHED = text(
     "SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
     "WHERE NOT indisvalid AND relnamespace = "
     "quote_ident(COALESCE(CAST(:schema AS text), current_schema()))::regnamespace"
+    "WHERE NOT indisvalid AND indrelid = to_regclass(:table)"
 )
 
 
@@ -206,8 +217,7 @@ def _alone(connection: Connection) -> Iterator[None]:
 
 def _have_vacuumed_often(connection: Connection) -> None:
     """Set when the table is vacuumed, unless that was set before, or is not the user's to set."""
-    schema = connection.schema_for_object(events)
-    table = connection.execute(_OPTIONS, {"table": events.name, "schema": schema}).one()
+    table = connection.execute(_OPTIONS, {"table": full_name(connection)}).one()
     options = [option.partition("=")[0] for option in table.reloptions or ()]
     if table.owned and not any(each.startswith("autovacuum_vacuum_") for each in options):
         connection.execute(_VacuumOften(events))
@@ -217,6 +227,7 @@ _OPTIONS = text(
     "SELECT reloptions, pg_has_role(relowner, 'USAGE') AS owned FROM pg_class "
     "WHERE relname = :table AND relnamespace = "
     "quote_ident(COALESCE(CAST(:schema AS text), current_schema()))::regnamespace"
+    "WHERE oid = to_regclass(:table)"
 )
 
 

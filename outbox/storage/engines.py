@@ -53,7 +53,7 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
     """Return an engine for an application's database, not connected yet.
 
     An asyncio driver in the URL is replaced by a synchronous one; a URL without a driver gets the
-    one that is installed.
+    one that is installed. ``?schema=NAME`` names the schema of outbox's tables in PostgreSQL.
 
     Args:
         url: the URL of a PostgreSQL, MariaDB or SQLite database; white space around it is not part
@@ -81,6 +81,15 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
         if not Path(path).parent.is_dir():
             raise UsageError(f"{path} cannot be opened: its folder does not exist")
         return _sqlite_engine(path, pool=pool)
+    schema = parsed.query.get("schema")
+    parsed = parsed.difference_update_query(["schema"])
+    if schema is not None and (
+        dialect != "postgresql" or not isinstance(schema, str) or not schema
+    ):
+        raise UsageError(
+            f"invalid schema={schema} in the {parsed.get_backend_name()} URL; use the name of one "
+            "schema of PostgreSQL, or leave it out"
+        )
     drivers = _DRIVERS[dialect]
     installed = [name for name in drivers if importlib.util.find_spec(_MODULES.get(name, name))]
     requested = parsed.get_driver_name() if "+" in parsed.drivername else ""
@@ -96,7 +105,7 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
     # Here once for each connection, since MariaDB needs four statements to do it for a transaction.
     options = {"isolation_level": "READ COMMITTED"} if dialect == "mariadb" else {}
     try:
-        return create_engine(
+        engine = create_engine(
             parsed.set(drivername=f"{dialect}+{driver}"),
             poolclass=pool,
             pool_pre_ping=True,
@@ -105,6 +114,10 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
         )
     except (ArgumentError, NoSuchModuleError) as error:
         raise UsageError(f"SQLAlchemy rejects the database URL: {error}") from error
+    if schema is None:
+        return engine
+    # Not by search_path: a pooler refuses it at the start, and a SET would stay with its next user.
+    return engine.execution_options(schema_translate_map={None: schema})
 
 
 _beside: weakref.WeakKeyDictionary[Engine, Engine | None] = weakref.WeakKeyDictionary()

@@ -56,6 +56,7 @@ __all__ = [
     "events_with_grace",
     "filled",
     "for_migrations",
+    "full_name",
     "has_header",
     "known_dialect",
     "meta",
@@ -292,6 +293,13 @@ _MARIADB_INDEXES = {
     "outbox_events_heads": ("queue", "key", "dead_at", "seq"),
     "outbox_events_unkeyed": ("queue", "key", "available_at", "seq"),
 }
+
+
+def full_name(connection: Connection) -> str:
+    """Return the name of the table of events, as PostgreSQL's to_regclass() takes it."""
+    schema = connection.schema_for_object(events)
+    quote = connection.dialect.identifier_preparer.quote
+    return f"{quote(schema)}.{events.name}" if schema else events.name
 
 
 def dialect_of(name: str) -> str | None:

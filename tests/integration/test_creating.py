@@ -8,14 +8,18 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Engine, make_url, text
+from sqlalchemy import Engine, inspect, make_url, text
 
 import outbox.sql
 from outbox import UsageError
+from outbox.doctor.database_checks import CHECKS
+from outbox.doctor.examination import examine
+from outbox.doctor.examined import SetUp
 from outbox.event import Event
 from outbox.sql import Store
 from outbox.storage.creating import database_id, ddl, upgrade
 from outbox.storage.engines import open_engine
+from outbox.storage.floors import Floors
 from outbox.storage.transactions import own_transaction
 
 ADDED = ["outbox_events_heads", "outbox_events_tasks", "outbox_events_unkeyed"]
@@ -34,15 +38,15 @@ def id_of(engine: Engine) -> str | None:
         return database_id(connection)
 
 
-def make_earlier(engine: Engine) -> None:
+def make_earlier(engine: Engine, schema: str = "") -> None:
     """Leave what the first version had."""
     Store(engine).create()
     with engine.begin() as connection:
         for name in ADDED:
             where = " ON outbox_events" if engine.dialect.name == "mariadb" else ""
-            connection.exec_driver_sql(f"DROP INDEX {name}{where}")
+            connection.exec_driver_sql(f"DROP INDEX {schema}{name}{where}")
         for name in ADDED_TABLES:
-            connection.exec_driver_sql(f"DROP TABLE {name}")
+            connection.exec_driver_sql(f"DROP TABLE {schema}{name}")
 
 
 def test_a_database_keeps_one_id_whatever_creates_its_tables(
@@ -193,3 +197,42 @@ def test_a_role_that_owns_no_table_may_run_create_when_nothing_is_missing(
             connection.exec_driver_sql(f"DROP OWNED BY {role}")
             connection.exec_driver_sql(f"DROP ROLE {role}")
         owner.dispose()
+
+
+def test_the_tables_can_be_in_a_schema_that_the_url_names(postgresql_url: str) -> None:
+    separator = "&" if "?" in postgresql_url else "?"
+    engine = open_engine(f"{postgresql_url}{separator}schema=Events")
+    store = Store(engine)
+    with pytest.raises(UsageError, match="does not exist"):
+        store.check()
+    assert store.create()
+    store.check(complete=True)
+    store.put([Event(str(n), "a", "shop", b"", key="k") for n in range(10)])
+    first = store.claim(3, ordered=True, floors=Floors())
+    assert [row.event.id for row in first] == ["0", "1", "2"]
+    assert store.complete(first) == 3
+    assert store.status().waiting == 7
+    assert store.due_in([""], floors=Floors()) == pytest.approx(0, abs=60)
+    assert id_of(engine)
+    diagnosis = examine(SetUp(open_engine=lambda: (engine, True)), CHECKS)
+    assert [each.problem.text for each in diagnosis.findings] == []
+    plain = open_engine(postgresql_url)
+    assert inspect(plain).get_table_names() == []
+    make_earlier(engine, '"Events".')
+    assert sorted(upgrade(engine)) == sorted(ADDED + ADDED_TABLES)
+    for each in (plain, engine):
+        each.dispose()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mariadb://u:secret@h/d?schema=x",
+        "postgresql://u:secret@h/d?schema=x&schema=y",
+        "sqlite:///x?schema=x",
+    ],
+)
+def test_a_schema_is_refused_where_there_is_none(url: str) -> None:
+    with pytest.raises(UsageError, match=r"schema|options") as caught:
+        open_engine(url)
+    assert "secret" not in str(caught.value)

@@ -31,6 +31,8 @@ from tests.waiting import wait_until
 
 tasks: Any = pytest.importorskip("django.tasks", reason="Django 6.0 has tasks")
 InvalidTask: Any = tasks.exceptions.InvalidTask
+DoesNotExist: Any = tasks.exceptions.TaskResultDoesNotExist
+Mismatch: Any = tasks.exceptions.TaskResultMismatch
 mailing: Any = pytest.importorskip("tests.django.shop.mailing")
 
 pytestmark = [
@@ -205,6 +207,77 @@ def test_coroutines_run_on_the_event_loop(
     assert finished[1].errors[0].exception_class is LookupError
 
 
+def test_results_in_a_test(collected_events: CollectedEvents, options: Any) -> None:
+    options(retry=RetryPolicy(max_attempts=2, delay=0))
+    called = mailing.send.enqueue("ann", options={"cc": ["bob"]})
+    failing = mailing.fail.enqueue("lost")
+    assert tasks.default_task_backend.supports_get_result
+    with pytest.raises(DoesNotExist):
+        mailing.send.get_result(called.id)
+    outcomes(collected_events)
+    result = mailing.send.get_result(called.id)
+    assert (result.status, result.return_value) == ("SUCCESSFUL", "sent to ann")
+    assert (result.args, result.kwargs) == (["ann"], {"options": {"cc": ["bob"]}})
+    assert (result.task, result.attempts, result.errors) == (mailing.send, 1, [])
+    assert result.started_at <= result.finished_at
+    called.refresh()
+    assert called.return_value == "sent to ann"
+    failing.refresh()
+    assert (failing.status, failing.is_finished) == ("READY", False)
+    collected_events.deliver_all(raise_errors=False)
+    failing.refresh()
+    assert (failing.status, failing.attempts) == ("FAILED", 2)
+    [error] = failing.errors
+    assert error.exception_class is LookupError
+    assert "LookupError: lost" in error.traceback
+    with pytest.raises(Mismatch):
+        mailing.send.get_result(failing.id)
+    with pytest.raises(DoesNotExist):
+        mailing.send.get_result("no such task")
+
+
+def test_results_in_a_database(tmp_path: Path, outbox_setting: Any) -> None:
+    url = f"sqlite:///{tmp_path / 'results.db'}"
+    assert not tasks.default_task_backend.supports_get_result
+    with pytest.raises(NotImplementedError):
+        mailing.wait.get_result("a")
+    outbox_setting(RESULTS=url)
+    broker = f"sqlite:///{tmp_path / 'broker.db'}"
+    with Publisher(broker, results=url) as publisher:
+        worker = Worker(load(["tests.django.shop.mailing"]), publisher=publisher, threads=1)
+        worker.start()
+        collector = EventCollector(publisher=publisher)
+        for name, id_ in (("wait", "a"), ("other", "b"), ("fail", "c")):
+            headers = {TASK: f"tests.django.shop.mailing:{name}"}
+            collector.enqueue_event(
+                {"args": ["0.5"] if name == "fail" else [0.5]},
+                "tasks",
+                exchange="",
+                headers=headers,
+                id=id_,
+                using=None,
+            )
+        wait_until(lambda: backend_has("a"))
+        running = asyncio.run(mailing.wait.aget_result("a"))
+        assert running.status in ("RUNNING", "SUCCESSFUL")
+        wait_until(lambda: mailing.wait.get_result("a").is_finished)
+        done = mailing.wait.get_result("a")
+        assert done.return_value == {"1": "slept"}
+        assert done.enqueued_at <= done.started_at <= done.last_attempted_at <= done.finished_at
+        wait_until(lambda: backend_has("c") and mailing.fail.get_result("c").is_finished)
+        assert mailing.fail.get_result("c").errors[0].exception_class is LookupError
+        assert worker.stop(10)
+    assert not backend_has("b")
+
+
+def backend_has(id_: str) -> bool:
+    try:
+        tasks.default_task_backend.get_result(id_)
+    except DoesNotExist:
+        return False
+    return True
+
+
 def test_an_attempt_that_was_given_up_is_over(
     tmp_path: Path, options: Any, sent: list[Any]
 ) -> None:
@@ -283,6 +356,9 @@ def test_attributes_of_a_task_win_over_the_options(options: Any) -> None:
     backend = tasks.default_task_backend
     made = backend.adapted(mailing.send).task
     assert (made.timeout, made.deduplicate, made.retry) == (5, True, None)
+    assert not backend.adapted(
+        dataclasses.replace(mailing.send, keep_result=False)
+    ).task.keep_result
     own = dataclasses.replace(mailing.send, timeout=9, deduplicate=False)
     made = backend.adapted(own).task
     assert (made.timeout, made.deduplicate) == (9, False)

@@ -31,9 +31,17 @@ from outbox.messages.received_event import ReceivedEvent
 from outbox.tasks import Task, task
 from outbox.tasks.call_arguments import DoesNotFit, parts_of
 
-__all__ = ["AdaptedTask", "as_json", "in_zone", "queue_of", "result_of"]
+__all__ = [
+    "REJECTED",
+    "AdaptedTask",
+    "as_json",
+    "in_zone",
+    "queue_of",
+    "result_of",
+    "worker_ids",
+]
 
-_REJECTED = "outbox.consumers.Reject"
+REJECTED = "outbox.consumers.Reject"
 
 _failure: ContextVar[tuple[str, BaseException] | None] = ContextVar(
     "outbox_django_failure", default=None
@@ -47,7 +55,7 @@ class AdaptedTask:
         original: Django's task.
         backend: the ``outbox.django.TaskBackend`` that it runs for.
         is_async: whether its function is a coroutine function.
-        attributes: ``retry``, ``timeout`` and ``deduplicate`` of the task of outbox.
+        attributes: what the task of outbox has been given, such as ``timeout``.
         task: the task of outbox. Each of its calls says for which queue it is.
     """
 
@@ -124,7 +132,7 @@ class AdaptedTask:
         """Return the result of an attempt that this process has begun."""
         now = timezone.now()
         return result_of(
-            self._called(event.queue),
+            self.called(event.queue),
             event.id,
             status,
             args,
@@ -136,7 +144,7 @@ class AdaptedTask:
             worker_ids=worker_ids(event.attempt, _worker_here(os.getpid())),
         )
 
-    def _called(self, queue: str) -> Any:
+    def called(self, queue: str) -> Any:
         """Return Django's task as it was called, perhaps for another queue or backend."""
         is_default = queue == project.settings_to_store().tasks_queue
         name = DEFAULT_TASK_QUEUE_NAME if is_default else queue
@@ -160,7 +168,7 @@ class AdaptedTask:
             kind, trace = type(failure[1]), "".join(format_exception(failure[1]))
             path = f"{kind.__module__}.{kind.__qualname__}"
         else:
-            path, trace = _REJECTED, reason
+            path, trace = REJECTED, reason
         result.errors.append(TaskError(exception_class_path=path, traceback=trace))
         _set(result, finished_at=timezone.now())
         return result

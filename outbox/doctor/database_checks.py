@@ -76,7 +76,6 @@ def _lacking(connection: Connection) -> Iterator[Problem]:
     import outbox.sql.inbox  # noqa: F401
 
     inspector = inspect(connection)
-    schema = connection.schema_for_object(events)
     for table in metadata_of(connection.dialect.name).sorted_tables:
         schema = connection.schema_for_object(table)
         if not inspector.has_table(table.name, schema=schema):

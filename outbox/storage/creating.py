@@ -191,8 +191,6 @@ def _build_concurrently(engine: Engine) -> list[str]:
 # An index whose building was cut off; it exists, but isn't used.
 _UNFINISHED = text(
     "SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
-    "WHERE NOT indisvalid AND relnamespace = "
-    "quote_ident(COALESCE(CAST(:schema AS text), current_schema()))::regnamespace"
     "WHERE NOT indisvalid AND indrelid = to_regclass(:table)"
 )
 
@@ -225,8 +223,6 @@ def _have_vacuumed_often(connection: Connection) -> None:
 
 _OPTIONS = text(
     "SELECT reloptions, pg_has_role(relowner, 'USAGE') AS owned FROM pg_class "
-    "WHERE relname = :table AND relnamespace = "
-    "quote_ident(COALESCE(CAST(:schema AS text), current_schema()))::regnamespace"
     "WHERE oid = to_regclass(:table)"
 )
 

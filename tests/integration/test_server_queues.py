@@ -388,6 +388,26 @@ def test_an_event_that_fits_no_row_is_rejected_and_its_siblings_are_published(
     assert place.count(name) == 2
 
 
+def test_a_chunk_larger_than_mariadb_takes_at_once_is_written_and_a_larger_event_rejected(
+    request: pytest.FixtureRequest, name: str, tmp_path: Path
+) -> None:
+    place = place_of("mariadb", request, name, tmp_path)
+    made(place, name)
+    bodies = [b'"' * 150_000] * 80  # 24 MB in a statement, where quotes are escaped
+    good = [
+        Event(id=str(number), target=name, exchange=name, body=body)
+        for number, body in enumerate(bodies)
+    ]
+    large = Event(id="large", target=name, exchange=name, body=b"\n" * 9_000_000)
+    with place.publisher() as publisher:
+        report = publisher.publish([*good, large], timeout=60)
+    assert report.published == tuple(good)
+    [rejected] = report.rejected
+    assert rejected.event is large
+    assert "max_allowed_packet" in rejected.reason
+    assert place.count(name) == 80
+
+
 def test_events_wake_a_worker_of_the_same_process_at_once(
     place: ServerPlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

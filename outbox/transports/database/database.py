@@ -113,6 +113,14 @@ class Database(ABC):
             BrokerError: the database can't be used now.
         """
 
+    def put_rows(self, rows: Sequence[dict[str, Any]], connection: Connection) -> None:
+        """Store rows in the transaction of ``connection``, in their order.
+
+        Raises:
+            ValueError: a row is larger than the database allows.
+        """
+        self.store.put_rows(rows, connection=connection)
+
     def room(self) -> Room:
         """Return the room for events.
 

@@ -192,7 +192,7 @@ class DatabaseParkedQueues:
         if connection.execute(found).scalar() is None:
             return "it is no longer in its queue, or it is leased"
         # The old row is deleted last, so that its number isn't reused for a new row.
-        self._database.store.put_rows(rows_of(event, queues), connection=connection)
+        self._database.put_rows(rows_of(event, queues), connection)
         to.update(queues)
         connection.execute(delete(events).where(_is_still(message)))
         return None

@@ -520,7 +520,7 @@ class DatabaseSubscription:
     def _dead_letter(self, rows: Sequence[Claimed], connection: Connection) -> None:
         for row in rows:
             letter = letter_of_deadly(row)
-            self._database.store.put_rows(rows_of(letter, (letter.target,)), connection=connection)
+            self._database.put_rows(rows_of(letter, (letter.target,)), connection)
         self._database.store.complete(rows, connection=connection)
 
     def _give_back(self) -> None:

@@ -289,7 +289,7 @@ class DatabaseTransport(BackloggedTransport):
         new = any(entry.chunk.keep for entry in entries)
         if size > (self._room.for_new if new else self._room.for_copies):
             raise _NoRoom
-        self._database.store.put_rows(plan.rows, connection=connection)
+        self._database.put_rows(plan.rows, connection)
         return plan, size
 
     def _set_aside(self, entries: Sequence[Entry]) -> None:

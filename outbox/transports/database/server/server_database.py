@@ -24,6 +24,7 @@ from outbox.telemetry import tracing
 from outbox.transports.database import routing
 from outbox.transports.database.database import Database
 from outbox.transports.database.routing import Binding, load
+from outbox.transports.database.server.packets import in_packets
 from outbox.transports.database.server.server_address import ServerAddress
 from outbox.transports.database.server.server_errors import (
     DATABASE_ERRORS,
@@ -78,6 +79,7 @@ class ServerDatabase(Database):
         self._store = Store(self._engine, owner)
         self.floors = Floors()
         self._connection: Connection | None = None
+        self._packet: int | None = None  # the longest statement in bytes, where there is a limit
         self._used_at = 0.0
         self._was_open = False
         _made.add(self)
@@ -119,6 +121,16 @@ class ServerDatabase(Database):
 
         with self._translated():
             return try_again(once)
+
+    def put_rows(self, rows: Sequence[dict[str, Any]], connection: Connection) -> None:
+        """Store rows in their order, in as many statements as MariaDB needs.
+
+        Raises:
+            ValueError: a row is larger than the server allows.
+        """
+        groups = [rows] if self._packet is None else in_packets(rows, self._packet)
+        for group in groups:
+            self._store.put_rows(group, connection=connection)
 
     def changed(self) -> bool:
         """Return True: only a look for rows can tell."""
@@ -202,6 +214,9 @@ class ServerDatabase(Database):
             with connection.begin():
                 self._store.check(connection=connection)
                 routing.check(connection)
+                if self._dialect == "mariadb":
+                    packet = connection.exec_driver_sql("SELECT @@max_allowed_packet")
+                    self._packet = int(packet.scalar_one())
         except BaseException:
             connection.close()
             raise

@@ -53,6 +53,25 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     show.set_defaults(run=_ddl)
 
+    rights = actions.add_parser(
+        "grants",
+        parents=[common],
+        help="print the statements that give roles their rights",
+        description="Print the statements that give the rights they need to the role of those that "
+        "only store events, and to that of relays and workers.",
+    )
+    rights.add_argument(
+        "--dialect", default="postgresql", metavar="NAME", help="postgresql (default) or mariadb"
+    )
+    rights.add_argument("--role", metavar="NAME", help="the role of those that only store events")
+    rights.add_argument(
+        "--workers", metavar="NAME", help="the role of relays, workers and the fast path"
+    )
+    rights.add_argument(
+        "--schema", default="", metavar="NAME", help="the tables' schema; MariaDB: their database"
+    )
+    rights.set_defaults(run=_grants)
+
     check = actions.add_parser(
         "check",
         parents=[common, database],
@@ -85,6 +104,15 @@ def _ddl(options: argparse.Namespace) -> int:
     from outbox.storage.creating import ddl
 
     print(ddl(options.dialect), end="")
+    return exit_codes.SUCCESS
+
+
+def _grants(options: argparse.Namespace) -> int:
+    import outbox.sql.inbox  # noqa: F401  which adds its table
+    from outbox.storage.grants import grants
+
+    for statement in grants(options.dialect, options.role, options.workers, options.schema):
+        print(f"{statement};")
     return exit_codes.SUCCESS
 
 

@@ -110,6 +110,7 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
             poolclass=pool,
             pool_pre_ping=True,
             connect_args=connect_args,
+            hide_parameters=True,  # in errors: they are payloads and headers
             **options,
         )
     except (ArgumentError, NoSuchModuleError) as error:
@@ -213,6 +214,7 @@ def _sqlite_engine(
             "check_same_thread": False,
         },
         poolclass=pool,
+        hide_parameters=True,  # in errors: they are payloads and headers
     )
 
     @event.listens_for(engine, "begin")

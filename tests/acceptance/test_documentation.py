@@ -432,6 +432,7 @@ def test_the_documented_options_of_the_commands_exist() -> None:
         ["outbox", "status"],
         ["outbox", "retry"],
         ["outbox", "sql", "ddl"],
+        ["outbox", "sql", "grants"],
         ["outbox", "doctor"],
         ["outbox", "init"],
         ["outbox", "tail"],

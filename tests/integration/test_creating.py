@@ -9,9 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 from sqlalchemy import Engine, inspect, make_url, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 import outbox.sql
-from outbox import UsageError
+from outbox import UsageError, configure, enqueue_event
 from outbox.doctor.database_checks import CHECKS
 from outbox.doctor.examination import examine
 from outbox.doctor.examined import SetUp
@@ -20,7 +22,9 @@ from outbox.sql import Store
 from outbox.storage.creating import database_id, ddl, upgrade
 from outbox.storage.engines import open_engine
 from outbox.storage.floors import Floors
+from outbox.storage.grants import grants
 from outbox.storage.transactions import own_transaction
+from outbox.transports.database import routing
 
 ADDED = ["outbox_events_heads", "outbox_events_tasks", "outbox_events_unkeyed"]
 ADDED_TABLES = ["outbox_bindings", "outbox_meta"]
@@ -236,3 +240,84 @@ def test_a_schema_is_refused_where_there_is_none(url: str) -> None:
     with pytest.raises(UsageError, match=r"schema|options") as caught:
         open_engine(url)
     assert "secret" not in str(caught.value)
+
+
+@pytest.fixture
+def roles(database_url: str) -> Iterator[tuple[str, str]]:
+    """Two new roles, or users of MariaDB, which may log in and nothing else."""
+    names = [f"{kind}_{uuid.uuid4().hex[:12]}" for kind in ("app", "worker")]
+    engine = open_engine(database_url)
+    with engine.begin() as connection:
+        for name in names:
+            if engine.dialect.name == "mariadb":
+                connection.exec_driver_sql(f"CREATE USER {name}@'%%'")
+            else:
+                connection.exec_driver_sql(f"CREATE ROLE {name} LOGIN")
+    yield names[0], names[1]
+    with engine.begin() as connection:
+        for name in names:
+            if engine.dialect.name == "mariadb":
+                connection.exec_driver_sql(f"DROP USER {name}@'%%'")
+            else:
+                connection.exec_driver_sql(f"DROP OWNED BY {name}")
+                connection.exec_driver_sql(f"DROP ROLE {name}")
+    engine.dispose()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql", "mariadb"], indirect=True)
+def test_roles_with_the_printed_grants_can_do_their_work(
+    database_url: str, roles: tuple[str, str]
+) -> None:
+    owner = open_engine(database_url)
+    Store(owner).create()
+    with owner.begin() as connection:
+        for statement in grants(owner.dialect.name, *roles):
+            connection.exec_driver_sql(statement)
+    app, worker = (open_engine(make_url(database_url).set(username=name)) for name in roles)
+    configure("memory://", after_commit="nothing")
+    with Session(app) as session:
+        enqueue_event(1, "a", session=session)
+        session.commit()
+    with app.begin() as connection:
+        enqueue_event(2, "a", connection=connection)
+    Store(app).put([Event(str(n), "a", "shop", b"") for n in range(10)])
+    assert id_of(app) == id_of(owner)
+    with pytest.raises(DBAPIError):
+        Store(app).claim(1)
+    store = Store(worker)
+    store.check()
+    rows = store.claim(12, floors=Floors())
+    assert store.release(rows[:2]) == 2
+    assert store.complete(rows[2:]) == 10
+    store.put([Event(str(n), "a", "shop", b"") for n in range(10)])
+    assert store.status().waiting == 12
+    with worker.begin() as connection:
+        routing.add(connection, [routing.of_queue("q")])
+    with app.begin() as connection:
+        assert routing.load(connection) == [routing.of_queue("q")]
+    for engine in (owner, app, worker):
+        engine.dispose()
+
+
+def test_grants_name_what_they_are_for_and_quote_it() -> None:
+    lines = grants("postgresql", 'ap"p', "Worker", "Events")
+    assert lines[0] == 'GRANT USAGE ON SCHEMA "Events" TO "ap""p"'
+    assert 'GRANT INSERT, SELECT (seq) ON "Events".outbox_events TO "ap""p"' in lines
+    assert 'GRANT SELECT, INSERT, UPDATE, DELETE ON "Events".outbox_inbox TO "Worker"' in lines
+    lines = grants("mysql", "app@10.0.%", None, "shop")
+    assert "GRANT SELECT ON shop.outbox_meta TO 'app'@'10.0.%'" in lines
+    with pytest.raises(UsageError, match="no roles"):
+        grants("sqlite", "app", None)
+    with pytest.raises(UsageError, match="--role"):
+        grants("postgresql", None, None)
+
+
+def test_an_error_of_the_database_names_no_payload_or_header(engine: Engine) -> None:
+    Store(engine).create()
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE UNIQUE INDEX only_one ON outbox_events (type)")
+    secret = Event("1", "a", "shop", b"s3cret", key="s3cret", headers={"h": "s3cret"})
+    for count in (2, 20):
+        with pytest.raises(DBAPIError) as caught:
+            Store(engine).put([secret] * count)
+        assert "s3cret" not in str(caught.value)

@@ -123,7 +123,7 @@ class _Copy(Engine):
             source.dialect,
             source.url,
             execution_options=source.get_execution_options(),
-            hide_parameters=source.hide_parameters,
+            hide_parameters=True,
         )
         if with_events:  # as SQLAlchemy does for Engine.execution_options()
             self.dispatch = self.dispatch._join(source.dispatch)

@@ -756,7 +756,7 @@ def test_rows_that_are_stored_together_are_what_they_are_alone(store: Store) -> 
     stored = [
         Event(
             id=f"{number}{text}", target=text, exchange=text, body=bytes(range(256)), key=text,
-            headers={"h": text, "b": b"\x00"}, occurred_at=moment,
+            headers={"h": text, "b": b"\x00", "nul": "\0"}, occurred_at=moment,
             priority=number, unroutable="fail" if number % 2 else None,
         )
         for number, text in enumerate(odd * 4)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 
-from outbox.storage.notifications import Listener, Sender, channel_of, sender
+from outbox.storage.notifications import Listener, Sender, channel_of
 from outbox.storage.notifications import listening as listening_module
 from proving.proxy import FaultProxy
 from tests.waiting import wait_until
@@ -68,9 +68,9 @@ def listening(
 
 
 @contextlib.contextmanager
-def sending(engine: Engine) -> Iterator[Sender]:
+def sending(engine: Engine, **options: float) -> Iterator[Sender]:
     """Close a sender after the block."""
-    found = Sender(engine)
+    found = Sender(engine, **options)
     try:
         yield found
     finally:
@@ -153,12 +153,9 @@ def test_a_lost_sending_connection_is_replaced_without_a_word(
     assert caplog.messages == []
 
 
-def test_an_unused_sending_connection_is_closed(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sender, "_IDLE", 0.2)
+def test_an_unused_sending_connection_is_closed(engine: Engine) -> None:
     notify = "SELECT set_config('synchronous_commit'"
-    with sending(engine) as notifier:
+    with sending(engine, idle_timeout=0.2) as notifier:
         for _ in range(2):
             notifier.notify([ORDERS])
             wait_until(lambda: backends(engine, notify))

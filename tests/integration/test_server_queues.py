@@ -422,6 +422,7 @@ def test_events_wake_a_worker_of_the_same_process_at_once(
 def test_an_idle_worker_looks_ten_times_a_second_at_most(
     postgresql_place: ServerPlace, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OUTBOX_LISTEN_URL", "no")
     looks: list[float] = []
     due_in = ServerDatabase.due_in
 

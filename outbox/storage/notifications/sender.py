@@ -27,9 +27,6 @@ logger = logging.getLogger("outbox.sql")
 _PACE = 0.02
 """The seconds between two notifications: one is enough for all that is committed meanwhile."""
 
-_IDLE = 60.0
-"""The seconds after which an unused connection is closed."""
-
 # The commit doesn't wait for the disk: meanwhile no other transaction that notifies, of whoever
 # uses the server, could commit. What a power cut takes away here, no listener survives either.
 _NOTIFY = (
@@ -42,17 +39,19 @@ class Sender:
     """Sends notifications on a background thread, over a connection apart. Thread-safe.
 
     At once, and then at most one every 20 ms. The connection is opened when needed, and closed
-    after a minute without use. A failure is logged and otherwise ignored: those who listen look for
+    when it isn't used. A failure is logged and otherwise ignored: those who listen look for
     themselves, too.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, idle_timeout: float = 60.0) -> None:
         """Prepare to send; nothing is connected yet, and no thread runs.
 
         Args:
             engine: an engine for a PostgreSQL database, see ``can_listen``. It may be shared.
+            idle_timeout: the seconds after which an unused connection is closed.
         """
         self._engine = engine
+        self._idle_timeout = idle_timeout
         self._requests: queue.SimpleQueue[Iterable[str] | None] = queue.SimpleQueue()
         self._thread = BackgroundThread(lambda: None, self._run, name="outbox-notify")
         # Of the thread alone; kept here so that a forked child doesn't close the connection.
@@ -103,7 +102,9 @@ class Sender:
         pause = self._thread.pause
         pause.busy = False
         try:
-            request = self._requests.get(timeout=None if self._connection is None else _IDLE)
+            request = self._requests.get(
+                timeout=None if self._connection is None else self._idle_timeout
+            )
             time.sleep(max(0.0, sent_at + _PACE - time.monotonic()))
         except queue.Empty:
             self._disconnect()

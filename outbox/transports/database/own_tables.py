@@ -39,6 +39,9 @@ _REFRESH, _OUTDATED = 0.5, 1.0
 """The age in seconds at which the copy of the bindings is read again, and from which it isn't used.
 A queue may miss events that are stored in its first second, as with any broker."""
 
+_KEEP = 10.0
+"""The seconds since its last use for which the copy is read again by itself."""
+
 _ELSEWHERE = (
     "events stored with %r are in other tables than the queues of %s: this process publishes them "
     "after their commit, and what it leaves only `outbox relay` does"
@@ -69,7 +72,7 @@ class OwnTables:
         self._answers: weakref.WeakKeyDictionary[Pool, dict[str, _Answer]]
         self._answers = weakref.WeakKeyDictionary()
         self._copy: tuple[Routes, float] | None = None
-        self._asked_at = 0.0
+        self._used_at = self._asked_at = self._tried_at = 0.0
         self._warned = False
 
     def queue_for(self, event: Event, engine: Engine, options: Mapping[str, Any]) -> str:
@@ -97,19 +100,38 @@ class OwnTables:
         return self._queue_of(event) if answer.is_here else ""
 
     def _queue_of(self, event: Event) -> str:
-        now = time.monotonic()
         routes, read_at = self._copy or (None, 0.0)
         if routes is None:
             return UNROUTED
+        self._used_at = now = time.monotonic()
         if now > read_at + _REFRESH and now > self._asked_at + _REFRESH:
             self._asked_at = now
-            self._ask(self._read)
+            self._ask(self.refresh)
         if now > read_at + _OUTDATED:
             return UNROUTED
         queues = routes.queues(event.exchange, event.target)
         return queues[0] if len(queues) == 1 else UNROUTED
 
     # ------------------------------------------------------------------ on the transport's thread
+
+    def refresh_in(self) -> float | None:
+        """Return the seconds until :meth:`refresh` is due; None if it isn't."""
+        if self._copy is None or time.monotonic() > self._used_at + _KEEP:
+            return None
+        return self._tried_at + _REFRESH - time.monotonic()
+
+    def refresh(self) -> None:
+        """Read the bindings again.
+
+        Raises:
+            BrokerError: the database can't be used now.
+        """
+        self._tried_at = time.monotonic()
+        bindings = self._database.bindings()
+        if bindings is not None:
+            routes = Routes()  # another one each time, since callers look into it meanwhile
+            routes.update(bindings)
+            self._copy = routes, self._tried_at
 
     def _find_out(
         self, question: weakref.ref[Engine], options: Mapping[str, Any], answer: _Answer
@@ -119,20 +141,13 @@ class OwnTables:
         try:
             if engine is not None:
                 is_here = self._database.holds(engine, options)
-                self._read()
+                self.refresh()
                 if not is_here:
                     self._warn(_ELSEWHERE, engine, self._database.name)
         except Exception as error:
             self._warn(_UNKNOWN, engine, self._database.name, reason_of(error))
         finally:
             answer.give(is_here=is_here)
-
-    def _read(self) -> None:
-        bindings = self._database.bindings()
-        if bindings is not None:
-            routes = Routes()  # another one each time, since callers look into it meanwhile
-            routes.update(bindings)
-            self._copy = routes, time.monotonic()
 
     def _warn(self, message: str, *arguments: object) -> None:
         if not self._warned:

@@ -166,6 +166,7 @@ class DatabaseTransport(BackloggedTransport):
     def _run(self) -> None:
         while not self._stopping:
             self._take_in()
+            self._refresh_tables()
             if self._wanted and not self._stopping:
                 if self._is_idle():
                     self._database.close()
@@ -183,6 +184,13 @@ class DatabaseTransport(BackloggedTransport):
         outages.left(self._address, self)
         self._finish()
         self._database.end()
+
+    def _refresh_tables(self) -> None:
+        due_in = self._tables.refresh_in()
+        if due_in is not None and due_in <= 0:
+            with contextlib.suppress(BrokerError):  # then events are routed after their commit
+                self._tables.refresh()
+                self._used_at = time.monotonic()
 
     def _hurry(self) -> None:
         self._hurries = True
@@ -205,6 +213,8 @@ class DatabaseTransport(BackloggedTransport):
         times = [due_at for due_at, _ in self._backing_off]
         if self._failures:
             times.append(self._try_again_at)
+        if (refresh_in := self._tables.refresh_in()) is not None:
+            times.append(time.monotonic() + refresh_in)
         if self._used_at is not None and self._database.idle_timeout is not None:
             times.append(self._used_at + self._database.idle_timeout)
         return max(0.0, min(times) - time.monotonic()) if times else None

@@ -72,7 +72,7 @@ class ServerDatabase(Database):
         super().__init__(str(url), str(url))
         address = ServerAddress.of(url)
         self._poll = address.poll
-        self._waking = Waking(address)
+        self._waking = Waking(address, idle_timeout=self.idle_timeout)
         self._dialect = url.scheme
         self._on_reopened = on_reopened
         self._engine = address.open_engine()

@@ -28,11 +28,18 @@ class Waking:
     It opens a connection for each of the two while they are used.
     """
 
-    def __init__(self, address: ServerAddress) -> None:
-        """Prepare; nothing is connected yet, and no thread runs."""
+    def __init__(self, address: ServerAddress, *, idle_timeout: float) -> None:
+        """Prepare; nothing is connected yet, and no thread runs.
+
+        Args:
+            address: the database.
+            idle_timeout: the seconds after which a connection that notifies is closed.
+        """
         self._address = address
         self._engine = address.open_engine(pool=NullPool)
-        self._sender = Sender(self._engine) if can_listen(self._engine) else None
+        self._sender: Sender | None = None
+        if can_listen(self._engine):
+            self._sender = Sender(self._engine, idle_timeout=idle_timeout)
         self._listener: Listener | None = None
 
     @property

@@ -400,7 +400,7 @@ class _LiveTransport:
         self._inner.start_now()
 
     def queue_for(self, event: Event, engine: Any, options: Mapping[str, Any]) -> str:
-        return self._inner.queue_for(event, engine, options)
+        return ""  # the test follows what is published after the commit
 
     def look_into(self, queues: Collection[str]) -> None:
         self._inner.look_into(queues)

@@ -476,14 +476,15 @@ class Handover:
             else:
                 self._publish(side, place, publisher, left.unwritten, rows)
             return
-        except Unfit as error:
-            _warn_once(place.engine, str(error))
-            rows.clear()  # a relay publishes them
-            return
-        except ProgrammingError as error:
-            # No table or no permission here: the same for another connection of the engine.
-            _warn_once(place.engine, f"{reason_of(error)}; {_UNSEEN}")
-            rows.clear()
+        except (Unfit, ProgrammingError) as error:
+            rows.clear()  # a relay publishes them, or a worker routes them
+            if place.queue == UNROUTED:
+                logger.debug("leaving stored events to workers: %s", reason_of(error))
+            elif isinstance(error, Unfit):
+                _warn_once(place.engine, str(error))
+            else:
+                # No table or no permission here: the same for another connection of the engine.
+                _warn_once(place.engine, f"{reason_of(error)}; {_UNSEEN}")
             return
         except (DatabaseError, OutboxError, _Unavailable) as error:
             if not left.failures:

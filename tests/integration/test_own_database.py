@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from outbox import Event, Publisher, configure, enqueue_event
 from outbox.consumers import Consumer, ReceivedEvent, Worker
 from outbox.messages.rows import UNROUTED, values_of
-from outbox.sql import metadata
+from outbox.sql import drain, metadata
 from outbox.storage.engines import open_engine
 from outbox.storage.schema import events
 from outbox.storage.store import Store
@@ -310,7 +310,9 @@ def test_events_are_routed_at_once_from_an_event_loop(server_url: str) -> None:
     engine.dispose()
 
 
-def test_a_role_that_may_only_insert_stores_events(server_url: str) -> None:
+def test_a_role_that_may_only_insert_stores_events(
+    server_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
     declared(server_url)
     owner = create_engine(server_url)
     with owner.begin() as connection:
@@ -323,7 +325,14 @@ def test_a_role_that_may_only_insert_stores_events(server_url: str) -> None:
     configure(url.render_as_string(False))
     with engine.begin() as connection:
         enqueue_event(1, "order.placed", connection=connection, id="e1")
-    assert rows(owner) == [("e1", "orders")]
+    with owner.begin() as connection:
+        connection.execute(text(f"GRANT SELECT ON outbox_events TO {name}"))  # for RETURNING
+    with engine.begin() as connection:
+        enqueue_event(1, "nobody.knows", connection=connection, id="e2")
+    assert drain()
+    # A worker routes it, which may do that.
+    assert rows(owner) == [("e1", "orders"), ("e2", UNROUTED)]
+    assert caplog.messages == []
     engine.dispose()
     with owner.begin() as connection:
         connection.execute(text(f"DROP OWNED BY {name}"))

@@ -109,6 +109,7 @@ class Spool:
         self._waiting: dict[Entry, bool] = {}  # to be written, in order; whether it goes aside
         self._gone: dict[SpoolFile, list[int]] = {}
         self._failed = ""
+        self._logged: set[str] = set()
         self._retry_at = 0.0
         self._look_at = 0.0
         self._current: SpoolFile
@@ -496,7 +497,7 @@ class Spool:
         try:
             files = files_in(self.folder, self._digest)
         except OSError as error:
-            logger.error("cannot look into the spool %s: %s", self.folder, error)
+            self._log_once(logging.ERROR, f"cannot look into the spool {self.folder}: {error}")
             return
         for _, path in files:
             if self._adopted is None and BAD not in path.name:
@@ -511,7 +512,7 @@ class Spool:
                 return
             file = SpoolFile.adopt(path)
         except NewerFormat as error:
-            logger.warning("%s: left to a newer version of outbox", error)
+            self._log_once(logging.WARNING, f"{error}: left to a newer version of outbox")
             return
         except Unreadable as error:
             logger.error(
@@ -519,7 +520,7 @@ class Spool:
             )
             return
         except (Unwritable, OSError) as error:
-            logger.warning("cannot adopt the spool file %s: %s", path, error)
+            self._log_once(logging.WARNING, f"cannot adopt the spool file {path}: {error}")
             return
         if file is None:
             return
@@ -529,6 +530,12 @@ class Spool:
         self._adopted = file
         logger.warning("publishing %d event(s) that an ended process left: %s", file.events, path)
         self._on_adopted(file.events, file.size)
+
+    def _log_once(self, level: int, text: str) -> None:
+        """Log what each look finds again."""
+        if text not in self._logged:
+            self._logged.add(text)
+            logger.log(level, "%s", text)
 
     def _count(self) -> None:
         adopted = self._adopted

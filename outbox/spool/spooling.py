@@ -170,15 +170,9 @@ class Spooling:
             self._spool.write(kept, _nothing)
 
     def take_over(self, files: Sequence[SpoolFile]) -> None:
-        """Go on with the files of a publisher that this one replaces."""
+        """Go on with the files of a publisher that this one replaces; called on its thread."""
         if files:
-            self._own_aside += 1  # whatever is published from now on is behind them
-            self._spool.take_over(
-                files,
-                lambda events, size: self._host.call_soon(
-                    partial(self._on_taken_over, events, size)
-                ),
-            )
+            self._host.call_soon(partial(self._take_over, files))
 
     def hand_over(self, successor: Spooling | None) -> Callable[[], None]:
         """End; return a function that gives the files to ``successor``.
@@ -252,6 +246,13 @@ class Spooling:
     def _on_adopted(self, events: int, size: int) -> None:
         self._backlog.add_aside(events, size)
         self._fill()
+
+    def _take_over(self, files: Sequence[SpoolFile]) -> None:
+        self._own_aside += 1  # whatever is published from now on is behind them
+        self._spool.take_over(
+            files,
+            lambda events, size: self._host.call_soon(partial(self._on_taken_over, events, size)),
+        )
 
     def _on_taken_over(self, events: int, size: int) -> None:
         self._own_aside += events - 1

@@ -306,7 +306,7 @@ def test_a_timed_out_event_that_is_confirmed_later_leaves_the_file_and_is_not_se
     queue = inspector.queue(name, name)
     with Publisher(proxy.url, exchange=name, spool=folder, timeout=0.3) as publisher:
         publisher.publish(events("first", exchange=name))
-        proxy.delay = 1.0
+        proxy.delay = 0.4
         report = publisher.publish(events("late", exchange=name))
         assert [event.id for event in report.kept] == ["late"]
         assert on_disk(folder) == ["late"]
@@ -408,6 +408,7 @@ def test_with_a_spool_max_kept_limits_only_what_is_not_written(
 def test_a_folder_that_cannot_be_written_is_named_and_events_stay_in_memory(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(spool_module, "_RETRY", 0.5)
     with Publisher(NOWHERE, spool=folder, drain_timeout=0) as publisher:
         folder.rmdir()
         folder.write_text("not a folder any more")
@@ -415,7 +416,6 @@ def test_a_folder_that_cannot_be_written_is_named_and_events_stay_in_memory(
         assert "cannot use the spool: " in caplog.text
         assert str(folder) in caplog.text
         assert [event.id for event in publisher.kept] == ["a"]
-        monkeypatch.setattr(spool_module, "_RETRY", 0.1)
         folder.unlink()
         folder.mkdir(0o700)
         wait_until(lambda: on_disk(folder) == ["a"], 10)
@@ -466,8 +466,10 @@ def test_a_file_of_a_newer_version_is_left_alone(
     connection.close()
     spool = spool_module.Spool(folder, path.name.partition("-")[0], lambda event: b"")
     spool.look()
+    spool.look()
     wait_until(lambda: "left to a newer version of outbox" in caplog.text)
     spool.stop()
+    assert caplog.text.count("left to a newer version of outbox") == 1
     assert path.exists()
     lock = FileLock.take(lock_path(path))
     assert lock is not None

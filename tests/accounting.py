@@ -93,7 +93,7 @@ def forgets() -> int:
     return 1
 
 
-@task(retry=RetryPolicy(max_attempts=2))
+@task(retry=RetryPolicy(max_attempts=2, delay=2))
 def twice() -> int:
     run = current_task()
     assert run is not None

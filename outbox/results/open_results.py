@@ -38,11 +38,9 @@ def results_store_of(settings: Settings) -> ResultsStore | None:
     if settings.url is None:
         return None
     url = BrokerURL.parse(settings.url)
-    if url.scheme in ("amqp", "amqps", "memory"):
-        return None
     if url.scheme == "sqlite":
         return _store_in_file(os.path.abspath(url.path), process.pid)
-    return _store(settings.url, process.pid)
+    return _store_on_server(settings.url, process.pid) if url.is_database else None
 
 
 def results_writer_of(settings: Settings) -> ResultsWriter | None:
@@ -81,6 +79,14 @@ def _store_in_file(path: str, pid: int) -> ResultsStore:
     from outbox.storage.engines import open_sqlite
 
     return ResultsStore(open_sqlite(path, synchronous="NORMAL"))
+
+
+@functools.lru_cache(maxsize=16)
+def _store_on_server(url: str, pid: int) -> ResultsStore:
+    from outbox.results.results_store import ResultsStore
+    from outbox.transports.database.kinds import engine_at
+
+    return ResultsStore(engine_at(BrokerURL.parse(url)))
 
 
 @functools.lru_cache(maxsize=16)

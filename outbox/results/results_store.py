@@ -98,7 +98,8 @@ class ResultsStore:
                 connection.execute(CreateTable(results, if_not_exists=True))
                 for index in results.indexes:
                     connection.execute(CreateIndex(index, if_not_exists=True))
-            self._is_ready = inspect(connection).has_table(results.name)
+            schema = connection.schema_for_object(results)
+            self._is_ready = inspect(connection).has_table(results.name, schema=schema)
         if self._is_ready:
             return
         raise UsageError(

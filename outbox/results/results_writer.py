@@ -34,6 +34,7 @@ _MOST_BYTES = 4 * 1024 * 1024  # MariaDB takes 16 MiB at once by default
 _RENEW_EVERY = LEASE / 3
 _PURGE_EVERY = 600.0  # seconds
 _QUICK = 0.005  # seconds
+_SCHEMAS = "schema_translate_map"
 _WEIGHT = 0.1  # of the latest task in the mean
 
 
@@ -107,7 +108,11 @@ class ResultsWriter:
 
     def shares(self, connection: Connection) -> bool:
         """Return whether ``connection`` leads to the database of the results."""
-        return place_of(connection.engine.url) == self._place
+        engine = self.store.engine
+        return place_of(connection.engine.url) == self._place and (
+            engine.get_execution_options().get(_SCHEMAS)
+            == connection.get_execution_options().get(_SCHEMAS)
+        )
 
     def write_on(self, connection: Connection, values: Mapping[str, Any]) -> None:
         """Do the same as :meth:`end` in a transaction of the application."""

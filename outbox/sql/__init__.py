@@ -6,7 +6,6 @@ Needs the extra ``outbox-events[sql]``, which is SQLAlchemy 2, and the database'
 from __future__ import annotations
 
 import outbox.storage as _storage  # first, because it reports a missing extra
-import outbox.storage.results_table as _results_table  # which adds its table to the metadata
 from outbox.sql.handover import drain
 from outbox.sql.inbox import Inbox
 from outbox.sql.relay import Relay, RelayStats
@@ -28,4 +27,4 @@ __all__ = [
     "metadata_of",
 ]
 
-del _results_table, _storage
+del _storage

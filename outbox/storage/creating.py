@@ -33,6 +33,7 @@ from sqlalchemy.schema import (
 from sqlalchemy.sql.compiler import DDLCompiler
 
 from outbox.errors import UsageError
+from outbox.storage.results_table import results
 from outbox.storage.schema import (
     SCHEMA_VERSION,
     bindings,
@@ -64,6 +65,7 @@ ADDED_LATER = (
     "outbox_events_unkeyed",
     bindings.name,
     meta.name,
+    results.name,
 )
 """What the first version didn't have: stored events are published without it, perhaps slowly."""
 

@@ -44,7 +44,7 @@ from outbox.tasks import (
 from proving.proxy import FaultProxy
 from tests import accounting
 from tests.databases import Base, Effect
-from tests.places import Place, SQLitePlace
+from tests.places import Place, SQLitePlace, place_of
 from tests.waiting import wait_until
 
 # ------------------------------------------------------------------------ the store
@@ -313,6 +313,23 @@ def test_what_tasks_return_arrives(worker: Worker) -> None:
         return await asyncio.gather(*(handle.result_async(10) for handle in handles))
 
     assert asyncio.run(wait()) == [*range(1, 21)]
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_a_server_that_is_the_broker_keeps_the_results(
+    kind: str, request: pytest.FixtureRequest, name: str, tmp_path: Path
+) -> None:
+    place = place_of(kind, request, name, tmp_path)
+    publisher = configure(place.url, tasks_queue=name, task_session=sessionmaker())
+    with auto_publishing():
+        cancelled, waiting = accounting.add.later(1, 1), accounting.add.later(1, 2)
+    assert (waiting.status, cancelled.cancel()) == ("waiting", True)
+    assert place.count(name) == 1
+    worker = Worker(load(["tests.accounting"]), publisher=publisher, threads=2, inbox=_NoInbox())
+    worker.start()
+    assert waiting.result(10) == 3
+    assert (waiting.status, cancelled.status) == ("succeeded", "cancelled")
+    assert worker.stop(10)
 
 
 def test_failures_arrive_without_the_values_of_variables(worker: Worker) -> None:

@@ -103,13 +103,23 @@ def start(url: str, every: float, noted: Path) -> subprocess.Popen[bytes]:
     )
 
 
+def wait_for(worker: subprocess.Popen[bytes], noted: Path) -> None:
+    """Wait until a worker takes part."""
+    while not noted.with_name(f"{noted.name}-{worker.pid}").exists():
+        if worker.poll() is not None:
+            raise RuntimeError("a worker has ended by itself")
+        time.sleep(0.01)
+
+
 def ticks(url: str, seconds: float, rng: random.Random, noted: Path) -> bool:
     """Show that each time is called once."""
     witness = Witness(url)
     workers = [start(url, 1, noted) for _ in range(3)]
     freeze = Freeze()
     faults: Counter[str] = Counter()
-    time.sleep(5)
+    for worker in workers:
+        wait_for(worker, noted)
+    time.sleep(2)
     end = time.monotonic() + seconds
     freeze_at = time.monotonic() + min(20.0, seconds / 3)
     while time.monotonic() < end:
@@ -136,7 +146,7 @@ def ticks(url: str, seconds: float, rng: random.Random, noted: Path) -> bool:
             time.sleep(rng.uniform(0, 0.5))
             workers[number] = start(url, 1, noted)
             faults["killed"] += 1
-            time.sleep(2.0)  # until it takes part: one of the others always lives
+            wait_for(workers[number], noted)  # so one of the others always takes part
     time.sleep(3)
     for worker in workers:
         worker.kill()

@@ -1,6 +1,7 @@
 """A process that calls a recurring task at its times, and nothing else: a witness takes the calls.
 
-python -m proving.programs.ticking EVERY FILE, with OUTBOX_URL; whoever calls writes its pid to FILE
+python -m proving.programs.ticking EVERY FILE, with OUTBOX_URL. Whoever calls writes its pid to
+FILE; who takes part makes FILE-<pid>.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import logging
 import os
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 from outbox.settings import Settings
 from outbox.tasks.decorator import task
@@ -46,7 +49,15 @@ def main() -> None:
         raise AssertionError("it has a schedule")
     ticker = open_ticker(settings, [recurring])
     ticker.start()
+    while not takes_part(ticker):
+        time.sleep(0.01)
+    Path(f"{sys.argv[2]}-{os.getpid()}").touch()
     threading.Event().wait()
+
+
+def takes_part(ticker: Any) -> bool:
+    """Return whether the broker has it as a consumer."""
+    return all(queue._is_consuming for queue in ticker._queues)
 
 
 if __name__ == "__main__":

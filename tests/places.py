@@ -132,7 +132,7 @@ class ServerPlace(_Place):
         self.engine = create_engine(url, poolclass=NullPool)
         Store(self.engine).create()
         with self.engine.begin() as connection:
-            for table in ("outbox_events", "outbox_bindings"):
+            for table in ("outbox_events", "outbox_bindings", "outbox_recurring"):
                 connection.execute(text(f"DELETE FROM {table}"))
 
     def execute(self, statement: str, *parameters: Any) -> list[Any]:

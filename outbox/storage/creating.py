@@ -45,6 +45,7 @@ from outbox.storage.schema import (
     meta,
     metadata,
     metadata_of,
+    recurring,
 )
 from outbox.storage.transactions import own_transaction
 
@@ -66,6 +67,7 @@ ADDED_LATER = (
     bindings.name,
     meta.name,
     results.name,
+    recurring.name,
 )
 """What the first version didn't have: stored events are published without it, perhaps slowly."""
 

@@ -62,6 +62,7 @@ __all__ = [
     "meta",
     "metadata",
     "metadata_of",
+    "recurring",
 ]
 
 DIALECTS = ("postgresql", "mariadb", "sqlite")
@@ -263,6 +264,21 @@ bindings = Table(
 )
 """Which queues get which events, where the database is the broker."""
 for_migrations(bindings)
+
+# Times are microseconds since the epoch: they are compared for equality, in every database.
+recurring = Table(
+    "outbox_recurring",
+    MetaData(),
+    Column("queue", String(255), primary_key=True),
+    Column("name", String(255), primary_key=True),
+    Column("schedule", _TEXT, nullable=False),
+    Column("next_at_us", BigInteger, nullable=False),
+    Column("last_at_us", BigInteger),
+    Column("seen_at_us", BigInteger, nullable=False),
+    **MARIADB_OPTIONS,
+)
+"""The recurring tasks, where the database is the broker."""
+for_migrations(recurring)
 
 meta = Table(
     "outbox_meta",

@@ -12,42 +12,19 @@ import datetime
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Connection,
-    MetaData,
-    String,
-    Table,
-    Text,
-    delete,
-    insert,
-    select,
-    update,
-)
+from sqlalchemy import Connection, delete, insert, inspect, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
+from outbox.errors import UsageError
+from outbox.messages.headers import TASK
 from outbox.storage.clock import now
-from outbox.storage.schema import MARIADB_OPTIONS, events
+from outbox.storage.schema import events, has_header
+from outbox.storage.schema import recurring as ticks
 
-__all__ = ["TickRow", "add", "advance", "clock", "create", "has_event", "remove", "rows", "see"]
+__all__ = ["TickRow", "add", "advance", "check", "clock", "has_event", "remove", "rows", "see"]
 
-_metadata = MetaData()
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
-
-# Times are microseconds since the epoch: they are compared for equality, in every database.
-ticks = Table(
-    "outbox_recurring",
-    _metadata,
-    Column("queue", String(255), primary_key=True),
-    Column("name", String(255), primary_key=True),
-    Column("schedule", Text, nullable=False),
-    Column("next_at_us", BigInteger, nullable=False),
-    Column("last_at_us", BigInteger),
-    Column("seen_at_us", BigInteger, nullable=False),
-    **MARIADB_OPTIONS,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +46,17 @@ class TickRow:
     seen_at: datetime.datetime
 
 
-def create(connection: Connection) -> None:
-    """Create the table unless it exists."""
-    _metadata.create_all(connection)
+def check(connection: Connection) -> None:
+    """Check that the table exists.
+
+    Raises:
+        UsageError: it doesn't.
+    """
+    if not inspect(connection).has_table(ticks.name, schema=connection.schema_for_object(ticks)):
+        raise UsageError(
+            f"the table {ticks.name} does not exist; add it with `outbox sql upgrade`, or with "
+            "your migrations (outbox.sql.metadata, `outbox sql ddl`)"
+        )
 
 
 def clock(connection: Connection) -> datetime.datetime:
@@ -159,7 +144,10 @@ def remove(connection: Connection, queue: str, name: str) -> bool:
 def has_event(connection: Connection, queue: str, event_id: str) -> bool:
     """Return whether an event is in a queue, in whatever state but dead."""
     found = select(events.c.seq).where(
-        events.c.queue == queue, events.c.dead_at.is_(None), events.c.id == event_id
+        events.c.id == event_id,
+        has_header(TASK),  # so that its index is used
+        events.c.queue == queue,
+        events.c.dead_at.is_(None),
     )
     return connection.execute(found.limit(1)).first() is not None
 

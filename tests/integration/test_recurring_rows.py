@@ -20,6 +20,7 @@ from outbox.recurring.due import GRACE
 from outbox.recurring.recurring_task import RecurringTask, TickRecord
 from outbox.settings import Settings
 from outbox.storage import tick_statements
+from outbox.storage.engines import open_engine
 from outbox.storage.schema import events
 from outbox.storage.store import Store
 from outbox.storage.transactions import own_transaction
@@ -49,10 +50,13 @@ class Ticking:
     """Workers' tickers over one database, and what is in it."""
 
     def __init__(self, url: str) -> None:
+        if not url.startswith("sqlite"):  # where the tables are made when they are needed
+            engine = open_engine(url)
+            Store(engine).create()
+            engine.dispose()
         self.settings = Settings.load(url, {})
         self._database: Database = database_at(BrokerURL.parse(url))
         self._tickers: list[Ticker] = []
-        self.run(tick_statements.create)
 
     def run(self, work: Callable[[Connection], T]) -> T:
         return self._database.run(work)
@@ -66,7 +70,7 @@ class Ticking:
     def stop(self) -> None:
         for ticker in self._tickers:
             ticker.stop()
-        self._database.close()
+        self._database.end()
 
     def calls(self) -> list[tuple[datetime.datetime, str]]:
         """The time and the id of each call that waits, in order."""
@@ -102,7 +106,15 @@ def ticking(tmp_path: Path) -> Iterator[Ticking]:
     ticking.stop()
 
 
-def test_each_time_is_called_once_by_whichever_worker(ticking: Ticking) -> None:
+@pytest.fixture
+def ticking_anywhere(database_url: str) -> Iterator[Ticking]:
+    ticking = Ticking(database_url)
+    yield ticking
+    ticking.stop()
+
+
+def test_each_time_is_called_once_by_whichever_worker(ticking_anywhere: Ticking) -> None:
+    ticking = ticking_anywhere
     for _ in range(3):
         ticking.start()
     wait_until(lambda: len(ticking.calls()) >= 3)
@@ -205,8 +217,6 @@ def test_the_records_can_be_forgotten(ticking: Ticking) -> None:
 
 
 def test_workers_compete_for_each_time_in_every_database(store: Store) -> None:
-    with own_transaction(store.engine) as connection:
-        tick_statements.create(connection)
     tasks = [recurring(QUEUE), recurring(QUEUE, "skipping", skips=True)]
     stopping = threading.Event()
     errors: list[Exception] = []
@@ -240,3 +250,18 @@ def test_workers_compete_for_each_time_in_every_database(store: Store) -> None:
     assert calls["tick"] == [first + number * SECOND for number in range(len(calls["tick"]))]
     assert calls["skipping"] == [first]
     assert len({row.id for row in rows}) == len(rows)
+
+
+def test_a_missing_table_is_said_with_the_remedy(
+    postgresql_store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with postgresql_store.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE outbox_recurring")
+    url = postgresql_store.engine.url.render_as_string(hide_password=False)
+    ticker = open_ticker(Settings.load(url, {}), [recurring(QUEUE)])
+    ticker.start()
+    wait_until(lambda: "add it with `outbox sql upgrade`" in caplog.text)
+    postgresql_store.create()
+    with postgresql_store.engine.connect() as connection:
+        wait_until(lambda: bool(tick_statements.rows(connection, QUEUE)))
+    ticker.stop()

@@ -40,13 +40,13 @@ class DatabaseTickRecords:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._database.close()
+        self._database.end()
 
     def all(self, queue: str) -> Sequence[TickRecord]:
         """Return the rows of ``queue``, by name."""
 
         def read(connection: Connection) -> list[TickRecord]:
-            self._prepare(connection)
+            tick_statements.check(connection)
             now = tick_statements.clock(connection)
             return [
                 TickRecord(
@@ -65,11 +65,7 @@ class DatabaseTickRecords:
         """Delete the row of a task; return whether there was one."""
 
         def remove(connection: Connection) -> bool:
-            self._prepare(connection)
+            tick_statements.check(connection)
             return tick_statements.remove(connection, queue, name)
 
         return self._database.run(remove)
-
-    def _prepare(self, connection: Connection) -> None:
-        if connection.dialect.name == "sqlite":  # where a worker makes it when it needs it
-            tick_statements.create(connection)

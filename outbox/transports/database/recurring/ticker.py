@@ -76,7 +76,7 @@ class DatabaseTicker:
             if self._is_prepared and not self._failures:
                 self._database.run(lambda connection: leave(connection, self._tasks))
         outages.left(self._database.address, self)
-        self._database.close()
+        self._database.end()
 
     def _turn(self) -> float:
         """Look once; return the seconds until the next look."""
@@ -105,8 +105,7 @@ class DatabaseTicker:
         return look
 
     def _prepare(self, connection: Connection) -> None:
-        if connection.dialect.name == "sqlite":
-            tick_statements.create(connection)
+        tick_statements.check(connection)
         if self._settings.declare == "create":
             names = [
                 name

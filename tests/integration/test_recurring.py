@@ -342,6 +342,20 @@ def test_a_worker_calls_its_recurring_tasks(place: Place, name: str) -> None:
         assert 0 <= at - run.scheduled_for.timestamp() < 1
 
 
+def test_busy_threads_delay_no_call(place: Place, name: str) -> None:
+    for queue in (name, dead_letter_queue(name), f"{name}.every", f"{name}.every.beat"):
+        place.will_clean_up(queue)
+    publisher = configure(place.url, exchange=place.exchange, tasks_queue=name)
+    beating.runs.clear()
+    beating.may_end.clear()
+    worker = Worker(load(["tests.beating"]), publisher=publisher, threads=1, prefetch=1)
+    worker.start()
+    wait_until(lambda: beating.runs)
+    wait_until(lambda: place.count(name) >= 1, 3)  # the thread has the first one
+    beating.may_end.set()
+    assert worker.stop(10)
+
+
 @contextlib.contextmanager
 def working(publisher: Publisher) -> Iterator[Worker]:
     worker = Worker(load(["tests.beating"]), publisher=publisher, threads=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -235,12 +236,18 @@ def _transaction_for(
 
 
 def _engine_of(passed_on: Mapping[str, Any]) -> Any:
-    """Return the engine of the transaction that the task was stored in, or None."""
+    """Return the engine of the transaction that the task was stored in, or None.
+
+    With Django it is a function that returns it: it takes a while to find, and is seldom needed.
+    """
     session, connection = passed_on.get("session", BOUND), passed_on.get("connection")
     if connection is not None:
         return connection.engine
-    if session is None or passed_on.get("using") is not None:
+    using = passed_on.get("using", BOUND)
+    if session is None or using is None:
         return None
+    if sinks.framework is not None and session is BOUND and (using is not BOUND or not sinks.bound):
+        return functools.partial(sinks.framework.engine_of, using)
     from outbox.sql.transaction import engine_of
 
     return engine_of(None if session is BOUND else session)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import functools
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -244,9 +245,12 @@ class TaskHandle(Generic[R]):
 
     def _engine_to_ask(self) -> Any:
         """Return the engine of the database in which its row may be, or None."""
-        if self._engine is not None:
+        if self._engine is not None and not isinstance(self._engine, functools.partial):
             return self._engine
         if task_results.results_of_test() is not None:
             return None
+        of_framework = None if self._engine is None else self._engine()
+        if of_framework is not None:
+            return of_framework
         publisher = configuration.publisher_if_any()
         return None if publisher is None else task_rows.engine_of(task_results.settings_here())

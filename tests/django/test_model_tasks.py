@@ -18,7 +18,7 @@ from outbox import InvalidEvent, UsageError, enqueue_event
 from outbox.consumers.outcome import Again, Dead
 from outbox.django.models import StoredEvent
 from outbox.messages.headers import TASK
-from outbox.tasks import later, options
+from outbox.tasks import later, options, schedule
 from outbox.testing import CollectedEvents
 from tests.django.shop import models as shop
 from tests.django.shop.models import Order, Parcel, noted
@@ -146,6 +146,21 @@ def test_an_instance_is_loaded_from_its_own_database(collected_events: Collected
     delivered(collected_events)
     assert noted == [(order.pk, "other", True, None, False)]
     assert Order.objects.using("other").get().number == 2
+
+
+def test_what_is_stored_until_it_is_due_can_be_cancelled() -> None:
+    order = Order.objects.create(number=1)
+    hour = datetime.timedelta(hours=1)
+    with transaction.atomic():
+        first = schedule(hour, order.ship)
+    assert first.status == "waiting"
+    assert first.cancel()
+    assert (first.status, StoredEvent.objects.count()) == ("unknown", 0)
+    with transaction.atomic(using="other"):
+        second = options(at=hour, using="other").later(shop.label, order, "there")
+    assert second.status == "waiting"
+    assert second.cancel()
+    assert not StoredEvent.objects.using("other").exists()
 
 
 @on_sqlite

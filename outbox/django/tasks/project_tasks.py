@@ -18,7 +18,8 @@ from django.db import DEFAULT_DB_ALIAS, connections, router, transaction
 from django.db.models import Field, Model
 
 from outbox.django import project
-from outbox.errors import InvalidEvent
+from outbox.django.connecting import engine_of
+from outbox.errors import InvalidEvent, UsageError
 from outbox.sinks import Bound
 
 if TYPE_CHECKING:
@@ -82,6 +83,14 @@ class ProjectTasks:
         if alias not in django_settings.DATABASES:
             return None  # refused when the event is stored, or STORE is None
         return alias if connections[alias].in_atomic_block else None
+
+    def engine_of(self, using: str | Bound) -> Any:
+        """Return an engine for the database that takes an event; None if there can't be one."""
+        alias = project.current().store if isinstance(using, Bound) else using
+        try:
+            return None if alias is None else engine_of(alias)
+        except UsageError:  # it is in memory
+            return None
 
     def address(
         self, kind: type[Model], key: Sequence[Any], using: str | None

@@ -25,13 +25,18 @@ __all__ = [
     "provided_publisher",
     "provider",
     "publisher_if_any",
+    "runs_here",
     "settings_to_store",
 ]
 
 _publisher: Publisher | None = None
 provider: Callable[[], Publisher | None] | None = None
 """Returns the publisher of the application that runs here, or None; see ``provide``."""
+runs_here: Callable[[], bool] | None = None
+"""Returns whether an application runs here that is one of several; None if there are none."""
 _settings: Callable[[], Settings] | None = None
+_provided: dict[bool, tuple[Callable[[], Publisher | None], Callable[[], Settings] | None]] = {}
+"""What was provided, by whether it is for the whole process."""
 _overriding_url: str | None = None
 _stand_in: tuple[Observer | None, Publisher] | None = None
 _lock = threading.RLock()
@@ -106,21 +111,42 @@ def overriding_url() -> str | None:
 def provide(
     function: Callable[[], Publisher | None] | None,
     settings: Callable[[], Settings] | None = None,
+    *,
+    is_here: Callable[[], bool] | None = None,
 ) -> None:
     """Ask ``function`` for the default publisher before the process's own is used.
 
-    For a framework of which a process may run several applications, each with its settings. None
-    ends this.
+    For a framework of which a process may run several applications, each with its settings, and
+    for one whose application is the whole process. Both may be in one process.
 
     Args:
         function: returns the publisher of the application that runs here, or None. It is called
-            for each event, from any thread.
+            for each event, from any thread. None ends all of this.
         settings: returns the settings of events that are stored without a publisher; None for
             those of the environment.
+        is_here: returns whether an application of this framework runs here, which is then asked
+            first; None if there is one, which runs everywhere else.
     """
-    global provider, _settings
-    provider = function
-    _settings = settings
+    global provider, runs_here, _provided, _settings
+    if function is None:
+        provider = runs_here = _settings = None
+        _provided = {}
+        return
+    _provided[is_here is None] = function, settings
+    runs_here = is_here or runs_here
+    if len(_provided) == 1:
+        provider, _settings = function, settings
+    else:
+        provider, _settings = _publisher_of_either, _settings_of_either
+
+
+def _publisher_of_either() -> Publisher | None:
+    return _provided[not (runs_here and runs_here())][0]()
+
+
+def _settings_of_either() -> Settings:
+    settings = _provided[not (runs_here and runs_here())][1]
+    return _settings_of_environment() if settings is None else settings()
 
 
 def settings_to_store() -> Settings:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from django.conf import settings as django_settings
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
 
-from outbox import EventCollector, UsageError
+from outbox import EventCollector, UsageError, configuration
 from outbox.backlog.notifier import ids
 from outbox.configuration import default_publisher
 from outbox.django import project
@@ -84,6 +84,8 @@ def sink_using(alias: str | Bound) -> Sink | None:
     """
     outbox = project.current()
     if isinstance(alias, Bound):
+        if configuration.runs_here is not None and configuration.runs_here():
+            return None  # it is another framework's, in a process of both
         if outbox.store is None:
             return _sink_without_store()
         chosen, is_named = outbox.store, False

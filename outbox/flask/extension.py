@@ -82,7 +82,7 @@ class Outbox:
         app.wsgi_app = OutboxMiddleware(application)  # type: ignore[method-assign]
         context_units.watch(app)
         app.cli.add_command(outbox_group)
-        provide(_publisher_here, _settings_here)
+        provide(_publisher_here, _settings_here, is_here=_is_here)
         surroundings.provide(_surroundings_here)
 
     @property
@@ -164,6 +164,10 @@ def _here() -> AppOutbox | None:
         return None
     found: AppOutbox | None = current_app.extensions.get(_NAME)
     return found
+
+
+def _is_here() -> bool:
+    return _here() is not None
 
 
 def _publisher_here() -> Publisher | None:

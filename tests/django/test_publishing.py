@@ -230,17 +230,27 @@ def test_a_script_publishes_before_it_ends(inspector: Inspector, queue: str) -> 
     assert not StoredEvent.objects.exists()
 
 
+@pytest.mark.parametrize(
+    "registered",
+    [
+        "storing.Pending.publish = lambda self: kill()",
+        "transaction.on_commit(kill)",
+    ],
+    ids=["while it publishes", "in another callback, the first"],
+)
 @pytest.mark.usefixtures("databases")
 def test_a_process_killed_right_after_the_commit_leaves_its_events_to_a_relay(
-    inspector: Inspector, queue: str, amqp_url: str, name: str
+    registered: str, inspector: Inspector, queue: str, amqp_url: str, name: str
 ) -> None:
     done = run_script(
         "import os, signal\n"
         "from outbox import enqueue_event\n"
         "from django.db import transaction\n"
         "from outbox.django import storing\n"
-        "storing.Pending.publish = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def kill():\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "with transaction.atomic():\n"
+        f"    {registered}\n"
         "    enqueue_event({'n': 1}, 'order.placed', key='1')\n",
         settings.OUTBOX,
     )

@@ -17,9 +17,6 @@ from tests.conftest import new_database
 from tests.django.conftest import postgresql_settings
 from tests.django.running import python_path
 
-# Since Python 3.13, connections that Django leaves in its threads are warned of.
-pytestmark = pytest.mark.one_python
-
 ROOT = Path(__file__).parents[2]
 CASES = "tests.django.shop.cases"
 

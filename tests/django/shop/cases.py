@@ -10,6 +10,7 @@ from typing import Any
 import django.db
 from django.core import mail
 from django.db import connection, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.http import HttpRequest, JsonResponse
 from django.test import (
     LiveServerTestCase,
@@ -329,7 +330,8 @@ class TransactionTestCaseCase(WithoutFastPath, CollectedEventsMixin, Transaction
             try:
                 place_order(7)
             finally:
-                connection.close()
+                # connection.close() leaves one to a database in memory open.
+                BaseDatabaseWrapper.close(connection)
 
         thread = threading.Thread(target=work)
         thread.start()

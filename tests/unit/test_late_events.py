@@ -495,7 +495,8 @@ def test_an_exception_of_a_signal_handler_neither_loses_nor_doubles_the_events_o
                 ended = True
 
     with alarms(handler):
-        while time.monotonic() < end:
+        # On a busy machine few signals come where they interrupt something.
+        while time.monotonic() < (end if signals > 5 else end + 20):
             ended = False
             with contextlib.suppress(Interrupted):
                 contextvars.copy_context().run(once)

@@ -12,16 +12,17 @@ from outbox.recurring.recurring_task import RecurringTask
 from outbox.recurring.schedules import EverySchedule, Schedule
 from outbox.serializer import JSONSerializer
 
-__all__ = ["DAILY", "EACH_SECOND", "recurring"]
+__all__ = ["DAILY", "QUICK", "TICK", "recurring"]
 
-EACH_SECOND = EverySchedule(datetime.timedelta(seconds=1))
+TICK = datetime.timedelta(seconds=0.25)  # a task of an application has a second at least
+QUICK = EverySchedule(TICK)
 DAILY = EverySchedule(datetime.timedelta(days=1))
 
 
 def recurring(
     queue: str,
     name: str = "tick",
-    schedule: Schedule = EACH_SECOND,
+    schedule: Schedule = QUICK,
     *,
     catch_up: bool = False,
     skips: bool = False,

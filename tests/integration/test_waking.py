@@ -164,7 +164,7 @@ def test_behind_a_pooler_workers_poll_and_are_woken_past_it(
     url: str, pooled_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pooled = make_url(pooled_url).render_as_string(hide_password=False)
-    configure(pooled)
+    publisher = configure(pooled)
     for address, is_woken in (
         (pooled, False),
         (f"{pooled}?listen={quote(url, safe='')}", True),
@@ -177,6 +177,7 @@ def test_behind_a_pooler_workers_poll_and_are_woken_past_it(
                 sent[f"e{number}"] = time.monotonic()
             found = latencies(seen, sent)
         assert found[15] < 0.25, (found, is_woken)
+    publisher.close()  # before the database goes: the pooler would wait for another one
 
 
 def test_the_url_to_listen_at_is_checked_without_showing_its_password() -> None:

@@ -59,11 +59,6 @@ class BrokerURL:
     path: str = ""
     options: dict[str, str] = field(default_factory=dict, hash=False, repr=False)
 
-    @property
-    def is_database(self) -> bool:
-        """Whether it names a database, from which stored events may be delivered."""
-        return self.scheme in (*_SERVERS, "sqlite")
-
     @classmethod
     def parse(cls, url: str) -> BrokerURL:
         """Parse ``url``.

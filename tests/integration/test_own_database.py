@@ -368,6 +368,21 @@ def test_events_of_another_schema_wait_for_a_relay(
     engine.dispose()
 
 
+def test_tables_of_an_earlier_version_are_named_with_the_remedy(
+    server_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    configure(server_url, after_commit="nothing")
+    engine = create_engine(server_url)
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE outbox_meta"))
+    with Session(engine) as session:
+        enqueue_event(1, "order.placed", session=session, id="e1")
+        session.commit()
+    assert rows(engine) == [("e1", "")]
+    assert caplog.messages[-1].endswith(": the tables have no identity: run `outbox sql upgrade`")
+    engine.dispose()
+
+
 def test_a_copy_of_the_database_is_another_one(
     postgresql: PrivatePostgreSQL, server_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:

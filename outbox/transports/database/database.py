@@ -144,6 +144,7 @@ class Database(ABC):
             BrokerError: the database can't be used now.
             sqlalchemy.exc.SQLAlchemyError: the application's can't.
             Unfit: it can't be used from this thread.
+            UsageError: the tables are those of an earlier version.
         """
 
     def bindings(self) -> list[Binding] | None:

@@ -9,6 +9,7 @@ is routed after the commit.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import functools
 import logging
 import time
@@ -19,6 +20,7 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.pool import Pool
 
+from outbox.errors import BrokerError
 from outbox.event import Event
 from outbox.messages.rows import UNROUTED
 from outbox.storage.failures import reason_of
@@ -96,7 +98,7 @@ class OwnTables:
             question = functools.partial(self._find_out, weakref.ref(engine), options, answer)
             if not self._ask(question):
                 answer.give(is_here=None)
-        answer.wait(_PATIENCE)
+        answer.wait()
         return self._queue_of(event) if answer.is_here else ""
 
     def _queue_of(self, event: Event) -> str:
@@ -121,17 +123,14 @@ class OwnTables:
         return self._tried_at + _REFRESH - time.monotonic()
 
     def refresh(self) -> None:
-        """Read the bindings again.
-
-        Raises:
-            BrokerError: the database can't be used now.
-        """
+        """Read the bindings again, if the database can be used now."""
         self._tried_at = time.monotonic()
-        bindings = self._database.bindings()
-        if bindings is not None:
-            routes = Routes()  # another one each time, since callers look into it meanwhile
-            routes.update(bindings)
-            self._copy = routes, self._tried_at
+        with contextlib.suppress(BrokerError):
+            bindings = self._database.bindings()
+            if bindings is not None:
+                routes = Routes()  # another one each time, since callers look into it meanwhile
+                routes.update(bindings)
+                self._copy = routes, self._tried_at
 
     def _find_out(
         self, question: weakref.ref[Engine], options: Mapping[str, Any], answer: _Answer
@@ -173,10 +172,12 @@ class _Answer:
         """Return whether to ask again."""
         return self.is_here is None and time.monotonic() > self._asked_at + _ASK_AGAIN
 
-    def wait(self, timeout: float) -> None:
-        """Wait for the answer, or that none can be given now."""
-        if not self._is_given and self._giving.acquire(timeout=timeout):
-            self._giving.release()
+    def wait(self) -> None:
+        """Wait for the answer, or that none can be given now: at most 2 s from the question on."""
+        if not self._is_given:
+            timeout = max(0.0, self._asked_at + _PATIENCE - time.monotonic())
+            if self._giving.acquire(timeout=timeout):
+                self._giving.release()
 
     def give(self, *, is_here: bool | None) -> None:
         """Note the answer; once only."""

@@ -188,9 +188,8 @@ class DatabaseTransport(BackloggedTransport):
     def _refresh_tables(self) -> None:
         due_in = self._tables.refresh_in()
         if due_in is not None and due_in <= 0:
-            with contextlib.suppress(BrokerError):  # then events are routed after their commit
-                self._tables.refresh()
-                self._used_at = time.monotonic()
+            self._tables.refresh()
+            self._used_at = time.monotonic()
 
     def _hurry(self) -> None:
         self._hurries = True

@@ -155,7 +155,10 @@ class ServerDatabase(Database):
         with self._translated():
             connection = self._opened()
             with connection.begin():
-                return theirs is not None and theirs == _identity_of(connection)
+                ours = _identity_of(connection)
+        if ours is None:
+            raise UsageError("the tables have no identity: run `outbox sql upgrade`")
+        return theirs == ours
 
     def bindings(self) -> list[Binding] | None:
         """Return the bindings of the moment."""

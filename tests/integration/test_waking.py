@@ -160,6 +160,7 @@ def test_an_idle_worker_looks_once_a_second_and_ten_times_where_nothing_wakes_it
     assert 12 <= counts[False] <= 21
 
 
+@pytest.mark.hazard("F18")
 def test_behind_a_pooler_workers_poll_and_are_woken_past_it(
     url: str, pooled_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +191,7 @@ def test_the_url_to_listen_at_is_checked_without_showing_its_password() -> None:
     assert "pw" not in str(raised.value)
 
 
+@pytest.mark.hazard("F18")
 def test_a_message_waits_a_second_at_most_when_the_listener_was_cut(
     url: str, engine: Engine
 ) -> None:

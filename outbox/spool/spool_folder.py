@@ -25,6 +25,9 @@ _FLEETING = {
     "ramfs": "in memory, and is lost when the machine restarts",
     "overlay": "a layer of a container's image, and is lost with the container",
 }
+_PLACE = ("host", "hostaddr", "port", "unix_socket", "service", "dbname", "schema")
+"""The options of a database's URL that say where it is."""
+
 _warned: set[Path] = set()
 
 
@@ -46,11 +49,14 @@ def open_spool_folder(folder: str) -> Path:
 def digest_of(url: BrokerURL, exchange: str) -> str:
     """Return what a publisher's files are named by: events of another broker must not reach it.
 
-    Hosts, vhost (or file) and exchange count; user, password and options don't.
+    Hosts, vhost (or file, database and schema) and exchange count; user, password and other options
+    don't.
     """
+    path = os.path.abspath(url.path) if url.scheme == "sqlite" else url.path
+    place = [f"{name}={url.options[name]}" for name in _PLACE if name in url.options]
     hosts = ",".join(sorted(f"{host}:{port}" for host, port in url.hosts))
     scheme = "amqp" if url.scheme == "amqps" else url.scheme
-    parts = (scheme, hosts, url.vhost, url.path, exchange)
+    parts = (scheme, hosts, url.vhost, path, *place, exchange)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

@@ -91,6 +91,7 @@ def on_disk(folder: Path) -> list[str]:
     return ids
 
 
+@pytest.mark.hazard("S6")
 def test_what_was_published_while_the_broker_was_away_arrives_once_and_in_order(
     proxy: FaultProxy, inspector: Inspector, name: str, folder: Path
 ) -> None:
@@ -161,6 +162,7 @@ def killed_writers(url: str, exchange: str, folder: Path, count: int, seconds: f
     return said
 
 
+@pytest.mark.hazard("S13")
 def test_nothing_that_was_reported_as_kept_is_lost_when_its_writers_are_killed(
     proxy: FaultProxy, inspector: Inspector, name: str, folder: Path
 ) -> None:
@@ -184,6 +186,7 @@ def test_nothing_that_was_reported_as_kept_is_lost_when_its_writers_are_killed(
         assert numbers == list(range(len(numbers)))  # in order within a process
 
 
+@pytest.mark.hazard("S2")
 def test_a_file_is_adopted_only_when_its_process_has_ended_even_if_a_child_lives_on(
     folder: Path,
 ) -> None:
@@ -220,6 +223,7 @@ time.sleep(60)
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.hazard("S1", "S3")
 def test_looking_for_files_to_adopt_keeps_ones_own(folder: Path) -> None:
     with Publisher(NOWHERE, spool=folder) as first, Publisher(NOWHERE, spool=folder) as second:
         first.publish(events("a"))
@@ -244,6 +248,7 @@ for path in {[str(lock_path(path)) for path in paths]}:
         assert folder.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.hazard("S9")
 def test_a_child_begins_with_a_file_of_its_own_and_its_parent_goes_on_with_its_file(
     proxy: FaultProxy, inspector: Inspector, name: str, folder: Path
 ) -> None:
@@ -265,6 +270,7 @@ def test_a_child_begins_with_a_file_of_its_own_and_its_parent_goes_on_with_its_f
     assert sorted(arrived(inspector, queue, 3)) == ["child", "parent-1", "parent-2"]
 
 
+@pytest.mark.hazard("S10")
 def test_only_publishers_of_the_same_broker_and_exchange_adopt_a_file() -> None:
     def digest(url: str, exchange: str = "shop") -> str:
         return digest_of(BrokerURL.parse(url), exchange)
@@ -275,8 +281,12 @@ def test_only_publishers_of_the_same_broker_and_exchange_adopt_a_file() -> None:
     assert digest("amqp://two,one/shop") == digest("amqp://one,two/shop") != own
     others = {digest("amqp://one/"), digest("amqp://two/shop"), digest("amqp://one/shop", "other")}
     assert len(others | {own}) == 4
+    assert digest("sqlite:///shop.db") == digest(f"sqlite:///{os.path.abspath('shop.db')}")
+    schemas = {digest(f"postgresql://db/shop?schema={name}") for name in ("one", "two")}
+    assert len(schemas) == 2
 
 
+@pytest.mark.hazard("S8")
 def test_a_poison_event_at_the_head_is_rejected_and_leaves_the_file(
     proxy: FaultProxy, inspector: Inspector, name: str, folder: Path
 ) -> None:
@@ -300,6 +310,7 @@ def test_a_poison_event_at_the_head_is_rejected_and_leaves_the_file(
     assert len(arrived(inspector, queue, 1200)) == 1200
 
 
+@pytest.mark.hazard("S7")
 def test_a_timed_out_event_that_is_confirmed_later_leaves_the_file_and_is_not_sent_twice(
     proxy: FaultProxy, inspector: Inspector, name: str, folder: Path
 ) -> None:
@@ -343,6 +354,7 @@ def test_the_event_loop_never_waits_for_the_disk(
         assert asyncio.run(longest_pause()) < 0.3
 
 
+@pytest.mark.hazard("S5")
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_full_disk_is_logged_once_and_events_are_kept_in_memory_until_it_has_room(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -421,6 +433,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_events_stay_in_memory(
         wait_until(lambda: on_disk(folder) == ["a"], 10)
 
 
+@pytest.mark.hazard("S12")
 def test_a_damaged_file_is_put_aside_and_what_is_in_memory_is_written_again(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -441,6 +454,7 @@ def test_a_damaged_file_is_put_aside_and_what_is_in_memory_is_written_again(
         assert publisher.stats().kept == 1001
 
 
+@pytest.mark.hazard("S12")
 @pytest.mark.parametrize("also_log", [False, True], ids=["file", "all"])
 def test_a_file_that_was_deleted_under_way_is_written_again(
     folder: Path, caplog: pytest.LogCaptureFixture, *, also_log: bool
@@ -455,6 +469,7 @@ def test_a_file_that_was_deleted_under_way_is_written_again(
         assert "was deleted or replaced while in use; its 1500 event(s) are now in" in caplog.text
 
 
+@pytest.mark.hazard("S11")
 def test_a_file_of_a_newer_version_is_left_alone(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -556,6 +571,7 @@ def test_a_spool_is_a_folder(value: str, why: str) -> None:
         Publisher(NOWHERE, spool=value)
 
 
+@pytest.mark.hazard("S4")
 def test_a_folder_that_others_write_to_or_on_a_network_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -628,6 +644,7 @@ def test_every_field_of_an_event_survives(folder: Path) -> None:
     file.remove()
 
 
+@pytest.mark.hazard("S2")
 def test_the_lock_is_a_record_lock(folder: Path) -> None:
     """A lock of flock() would be held on by a forked child of its dead owner."""
     folder.mkdir()

@@ -373,3 +373,57 @@ def test_a_reported_chunk_no_longer_holds_its_entries(keep: bool) -> None:
     backlog.add(chunk)
     backlog.down((), LOST)
     assert chunk.entries == []
+
+
+def test_events_aside_count_as_kept_and_return_behind_those_in_the_queue() -> None:
+    backlog = Backlog()
+    backlog.down((), LOST)
+    first = backlog.add(chunk_of("a", "b", "c")).kept
+    second = backlog.add(chunk_of("d", "e")).kept
+    aside = backlog.put_aside([first[2], *second])
+    assert ids(aside) == "cde"
+    assert ids(backlog.kept) == "ab"
+    assert backlog.aside_size == (3, 15)
+    assert backlog.kept_size == (5, 25)
+    assert backlog.unsettled == 5
+    backlog.up()
+    backlog.give_fate(backlog.take(10, 100), Fate.PUBLISHED)
+    settled: list[bool] = []
+    backlog.when_settled(lambda: settled.append(True))
+    backlog.restore(aside)
+    assert backlog.aside_size == (0, 0)
+    taken = backlog.take(10, 100)
+    assert ids(taken) == "cde"
+    news = backlog.give_fate(taken, Fate.PUBLISHED)
+    assert ids(news.no_longer_kept) == "cde"
+    assert len(news.settled) == 1
+    assert (backlog.unsettled, backlog.kept_size) == (0, (0, 0))
+
+
+def test_what_is_in_flight_cannot_be_put_aside() -> None:
+    backlog = Backlog()
+    chunk = chunk_of("a", "b")
+    backlog.add(chunk)
+    flying = backlog.take(1, 10)
+    kept = backlog.release(chunk).kept
+    assert ids(backlog.put_aside(kept)) == "b"
+    assert backlog.give_fate(flying, Fate.PUBLISHED).no_longer_kept == flying
+    assert backlog.kept_size == backlog.aside_size == (1, 5)
+
+
+def test_a_chunk_can_be_held_back_though_the_broker_is_available() -> None:
+    backlog = Backlog()
+    news = backlog.add(chunk_of("a"), LOST)
+    assert ids(report_of(news).kept) == "a"
+    assert report_of(news).error is LOST
+    assert backlog.circuit is None
+
+
+def test_adopted_and_lost_events_are_counted_while_they_are_aside() -> None:
+    backlog = Backlog()
+    backlog.add_aside(3, 30)
+    assert (backlog.unsettled, backlog.kept_size) == (3, (3, 30))
+    settled = backlog.when_settled(lambda: None)
+    assert settled.settled == []
+    assert len(backlog.lose_aside(3).settled) == 1
+    assert (backlog.unsettled, backlog.kept_size) == (0, (0, 0))

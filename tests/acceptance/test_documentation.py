@@ -437,6 +437,7 @@ def test_the_documented_options_of_the_commands_exist() -> None:
         ["outbox", "init"],
         ["outbox", "tail"],
         ["outbox", "tasks", "list"],
+        ["outbox", "tasks", "show"],
         ["outbox", "tasks", "forget"],
         ["proving"],
         ["examples.demo"],

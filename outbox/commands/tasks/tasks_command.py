@@ -1,4 +1,4 @@
-"""``outbox tasks``: lists recurring tasks, and forgets those of the past."""
+"""``outbox tasks``: tasks that have begun, their results, and recurring tasks."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import argparse
 from typing import Any
 
 from outbox.commands.options import broker_option
-from outbox.commands.tasks.recurring_tasks import (
-    add_list_options,
-    forget,
-    list_recurring,
-    queue_option,
-)
+from outbox.commands.tasks import kept_tasks, recurring_tasks
+from outbox.errors import UsageError
 
 __all__ = ["add_parser"]
 
 _EXAMPLES = """\
 examples:
+  outbox tasks list --status failed --task shop.mail:send_receipt
+      show the last calls of this task that have failed, with their exceptions
+  outbox tasks show 0199f3a2-...
+      show all that is kept of a task: arguments, result, traceback, times
+  outbox tasks retry 0199f3a2-...
+      call it once more, with the same id and arguments
+  outbox tasks cancel 0199f3a2-...
+      cancel a task that waits for a worker or for its next attempt
   outbox tasks list --recurring
       show the recurring tasks that the broker OUTBOX_URL knows
   outbox tasks list --recurring shop.mail --next 3
@@ -24,7 +28,11 @@ examples:
   outbox tasks forget shop.mail:nightly
       delete what the broker has of a recurring task that no program has any more
 
-exit codes: 0 done, 1 there is no such task, 2 wrong usage, 7 the broker cannot be reached
+Tasks are shown once a worker has begun with them, or somebody has cancelled them, if their results
+are kept (OUTBOX_RESULTS).
+
+exit codes: 0 done, 1 done in part, or there is no such task, 2 wrong usage, or no results are kept,
+7 the broker or the database cannot be reached
 """
 
 
@@ -32,36 +40,63 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add ``tasks`` to the sub-commands of ``outbox``; see ``parked_command.add_parser``."""
     tasks = commands.add_parser(
         "tasks",
-        help="list recurring tasks, and forget those of the past",
-        description="List recurring tasks, and forget those of the past.",
+        help="show, retry, cancel and forget tasks, recurring ones included",
+        description="Show tasks that have begun, and recurring ones; call tasks once more, cancel "
+        "and forget them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = tasks.add_subparsers(title="actions", metavar="ACTION", required=True)
-    broker = broker_option()
+    parents = (common, broker_option(), kept_tasks.results_option())
 
     listing = actions.add_parser(
         "list",
-        parents=[common, broker],
+        parents=parents,
         help="show tasks, without changing anything",
-        description="Show the recurring tasks: those that the broker knows, also of programs that "
-        "no longer have them, and those of modules.",
+        description="Show tasks that have begun, the latest first. With --recurring, the recurring "
+        "tasks: those that the broker knows, also of programs that no longer have them, and those "
+        "of modules.",
     )
-    listing.add_argument(
-        "--recurring", action="store_true", required=True, help="show the recurring tasks"
-    )
+    listing.add_argument("--recurring", action="store_true", help="show the recurring tasks")
     listing.add_argument("--json", action="store_true", help="print one JSON object per line")
-    queue_option(listing)
-    add_list_options(listing)
-    listing.set_defaults(run=list_recurring)
+    recurring_tasks.queue_option(listing)
+    kept_tasks.add_list_options(listing)
+    recurring_tasks.add_list_options(listing)
+    listing.set_defaults(run=_list)
+
+    kept_tasks.add_actions(actions, *parents)
 
     forgetting = actions.add_parser(
         "forget",
-        parents=[common, broker],
-        help="delete what the broker has of a recurring task",
-        description="Delete what the broker has of a recurring task that no program has any more. "
-        "A worker that does have it begins anew.",
+        parents=parents,
+        help="delete what is kept of tasks, or what the broker has of a recurring one",
+        description="Delete what is kept of tasks, by their ids; or what the broker has of a "
+        "recurring task that no program has any more: a worker that does have it begins anew.",
     )
-    forgetting.add_argument("name", metavar="NAME", help="the name of the task")
-    queue_option(forgetting)
-    forgetting.set_defaults(run=forget)
+    forgetting.add_argument(
+        "name", nargs="?", metavar="NAME", help="the name of the recurring task"
+    )
+    forgetting.add_argument(
+        "--id",
+        action="append",
+        default=[],
+        dest="ids",
+        metavar="ID",
+        help="the id of a task whose result is to be deleted; repeatable",
+    )
+    recurring_tasks.queue_option(forgetting)
+    forgetting.set_defaults(run=_forget)
+
+
+def _list(options: argparse.Namespace) -> int:
+    if options.recurring:
+        return recurring_tasks.list_recurring(options)
+    if options.modules:
+        raise UsageError(f"add --recurring to show the recurring tasks of {options.modules[0]!r}")
+    return kept_tasks.list_kept(options)
+
+
+def _forget(options: argparse.Namespace) -> int:
+    if bool(options.name) == bool(options.ids):
+        raise UsageError("name a recurring task, or tasks with --id")
+    return recurring_tasks.forget(options) if options.name else kept_tasks.forget_kept(options)

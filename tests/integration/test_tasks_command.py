@@ -1,0 +1,105 @@
+"""``outbox tasks``: what is kept of tasks, shown and changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.orm import sessionmaker
+
+from outbox import auto_publishing, configure, exit_codes
+from outbox.commands.cli import main
+from outbox.consumers import Worker
+from outbox.consumers.discovery import load
+from outbox.messages.delivery import dead_letter_queue
+from outbox.tasks import TaskHandle
+from tests import accounting
+from tests.places import Place, SQLitePlace
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.one_python
+
+
+@pytest.fixture
+def worker(
+    place: Place, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Worker]:
+    monkeypatch.setenv("OUTBOX_URL", place.url)
+    monkeypatch.setenv("OUTBOX_TASKS_QUEUE", name)
+    place.will_clean_up(name)
+    place.will_clean_up(dead_letter_queue(name))
+    if not isinstance(place, SQLitePlace):
+        monkeypatch.setenv("OUTBOX_RESULTS", f"sqlite:///{tmp_path / 'results.db'}")
+    monkeypatch.setenv("OUTBOX_DATABASE_URL", f"sqlite:///{tmp_path / 'inbox.db'}")
+    assert main(["sql", "create"]) == 0
+    publisher = configure(task_session=sessionmaker())
+    accounting.runs.clear()
+    worker = Worker(load(["tests.accounting"]), publisher=publisher, threads=1)
+    worker.start()
+    yield worker
+    assert worker.stop(10)
+
+
+def test_tasks_are_listed_shown_called_again_cancelled_and_forgotten(
+    worker: Worker, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["tasks", *arguments])
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    with auto_publishing():
+        added, failed = accounting.add.later(1, b=2), accounting.fails.later("no\x1b[2J")
+    added.result(10)
+    wait_until(lambda: failed.status == "failed")
+    code, out, _ = run("list")
+    assert code == exit_codes.SUCCESS
+    first, second = out.splitlines()
+    assert first.startswith(f"{failed.id}  failed  tests.accounting:fails  20")
+    assert first.endswith("ValueError: no\\x1b[2J")
+    assert second.startswith(f"{added.id}  succeeded  tests.accounting:add")
+    code, out, _ = run("list", "--json", "--status", "succeeded", "--task", "tests.accounting:add")
+    shown: dict[str, Any] = json.loads(out)
+    assert (shown["id"], shown["args"], shown["value"], shown["queue"]) == (
+        added.id,
+        {"args": [1], "kwargs": {"b": 2}},
+        3,
+        name,
+    )
+    code, out, err = run("show", failed.id, "unknown")
+    assert code == exit_codes.UNFINISHED
+    assert r'args: {"args": ["no\u001b[2J"]}' in out
+    assert "Traceback" in out
+    assert "\x1b" not in out
+    assert "unknown: nothing is kept of it" in err
+
+    code, out, err = run("retry", failed.id, added.id)
+    assert code == exit_codes.UNFINISHED
+    assert f"called tests.accounting:fails once more, {failed.id}" in out
+    assert f"{added.id}: it is succeeded" in err
+    wait_until(lambda: json.loads(run("show", failed.id, "--json")[1])["status"] == "failed")
+
+    later = accounting.add.options(delay=3600)
+    configure(task_session=sessionmaker())
+    with auto_publishing():
+        waiting = later.later(2, 2)
+    assert run("cancel", waiting.id)[:2] == (0, f"cancelled {waiting.id}\n")
+    code, _, err = run("cancel", added.id)
+    assert (code, f"{added.id}: it is succeeded" in err) == (exit_codes.UNFINISHED, True)
+    assert run("list", "--status", "cancelled")[1].startswith(f"{waiting.id}  cancelled")
+    assert run("forget", "--id", added.id)[:2] == (0, "forgot 1 task\n")
+    assert run("forget", "--id", added.id)[0] == exit_codes.UNFINISHED
+    assert TaskHandle[int](added.id).status == "unknown"
+    assert run("forget")[0] == exit_codes.USAGE
+
+
+def test_without_a_database_of_results_nothing_is_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUTBOX_URL", "memory://")
+    assert main(["tasks", "list"]) == exit_codes.USAGE
+    assert "OUTBOX_RESULTS" in capsys.readouterr().err

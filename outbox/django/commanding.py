@@ -58,7 +58,7 @@ def application() -> Application:
         UsageError: the setting ``OUTBOX`` is wrong.
     """
     present = project.current()
-    overrides: Any = present.overrides
+    overrides: Any = project.settings_of(present)
     return Application(
         "manage.py outbox",
         present.url,

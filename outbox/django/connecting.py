@@ -127,6 +127,8 @@ def _driver_of(wrapper: Any) -> str:
 def _forget_inherited() -> None:
     global _lock
     _lock = threading.Lock()
+    for engine in _engines.values():
+        engine.dispose(close=False)  # its connections are the parent's
     _engines.clear()
 
 

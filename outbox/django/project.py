@@ -26,6 +26,7 @@ __all__ = [
     "is_test_environment",
     "misspelled",
     "publisher",
+    "settings_of",
     "settings_to_store",
 ]
 
@@ -96,6 +97,24 @@ def is_test_environment() -> bool:
     return hasattr(mail, "outbox")  # it exists for exactly that time
 
 
+def settings_of(project: Project) -> dict[str, Any]:
+    """Return the settings of the project's publisher, by their names in lower case.
+
+    Results may be kept in a database of the project. While a test runs, it keeps them itself.
+
+    Raises:
+        UsageError: outbox can't reach that database besides Django.
+        MissingExtra: SQLAlchemy is not installed.
+    """
+    alias = project.overrides.get("results")
+    if not isinstance(alias, str) or alias not in django_settings.DATABASES:
+        return project.overrides
+    from outbox.django.connecting import engine_of
+
+    results = "off" if is_test_environment() else engine_of(alias)
+    return {**project.overrides, "results": results}
+
+
 _publishers: dict[tuple[str, str], Publisher] = {}
 _lock = threading.Lock()
 
@@ -122,14 +141,14 @@ def publisher() -> Publisher | None:
         url = "memory://"
     with _lock:
         if key not in _publishers:
-            _publishers[key] = Publisher(url, **project.overrides)
+            _publishers[key] = Publisher(url, **settings_of(project))
         return _publishers[key]
 
 
 @functools.cache
 def settings_to_store() -> Settings:
     """Return the settings of events that are stored without a publisher."""
-    return Settings.load(None, current().overrides)
+    return Settings.load(None, settings_of(current()))
 
 
 def forget() -> None:

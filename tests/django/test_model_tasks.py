@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import uuid
+from pathlib import Path
 from typing import Any
 
 import django
@@ -15,7 +16,10 @@ from django.db.migrations.state import ProjectState
 from django.db.models.signals import post_save
 
 from outbox import InvalidEvent, UsageError, enqueue_event
+from outbox.consumers import Worker
+from outbox.consumers.discovery import load
 from outbox.consumers.outcome import Again, Dead
+from outbox.django.checking import check_settings
 from outbox.django.models import StoredEvent
 from outbox.messages.headers import TASK
 from outbox.tasks import later, options, schedule
@@ -161,6 +165,20 @@ def test_what_is_stored_until_it_is_due_can_be_cancelled() -> None:
     assert second.status == "waiting"
     assert second.cancel()
     assert not StoredEvent.objects.using("other").exists()
+
+
+def test_results_are_kept_in_a_database_of_the_project(tmp_path: Path, outbox_setting: Any) -> None:
+    outbox_setting(URL=f"sqlite:///{tmp_path / 'broker.db'}", RESULTS="default")
+    assert not [each for each in check_settings() if each.id == "outbox.E004"]
+    parcel = Parcel.objects.create()
+    worker = Worker(load(["tests.django.shop.models:label"]), threads=1)
+    worker.start()
+    handle = later(shop.label, parcel, "kept")
+    assert handle.result(timeout=20) == f"kept {parcel.pk}"
+    assert handle.status == "succeeded"
+    assert worker.stop(10)
+    outbox_setting(RESULTS="unknown")
+    assert "outbox.E004" in [each.id for each in check_settings()]
 
 
 @on_sqlite

@@ -61,6 +61,7 @@ class Parcel(models.Model):
 
 def label(parcel, text):  # type: ignore[no-untyped-def]  # as applications write them
     noted.append((parcel.pk, text))
+    return f"{text} {parcel.pk}"
 
 
 if django.VERSION >= (5, 2):

@@ -418,6 +418,8 @@ def test_the_exit_codes_are_documented_once() -> None:
 def test_the_documented_options_of_the_commands_exist() -> None:
     known = "--all-pythons --init --rabbitmq-4 --help --apply-to --hypothesis-profile "
     known += "--nomigrations --parallel "  # of pytest-django and Django
+    known += "--max-tasks-per-child --max-memory-per-child "  # of Celery
+    known += "--with-scheduler --queues "  # of RQ and delayed_job
     for command in (
         ["outbox.consumers"],
         ["outbox", "parked", "list"],

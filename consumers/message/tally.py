@@ -108,7 +108,7 @@ class _Times:
 
 
 class _Counts:
-    """What was counted for a queue. Who is acked is known from the number of durations."""
+    """What was counted for a queue; durations that no other outcome has are of acked messages."""
 
     __slots__ = ("_durations", "_waits", "durations", "others", "waits")
 

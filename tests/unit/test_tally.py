@@ -141,7 +141,7 @@ def run(*functions: Callable[[], None]) -> None:
         thread.join()
 
 
-def test_counts_of_threads_add_up_whoever_reads_meanwhile() -> None:
+def test_counts_of_threads_add_up_while_another_one_reads() -> None:
     tally = Tally({"q": "Consumer"})
 
     def count() -> None:
@@ -175,7 +175,7 @@ def test_numbers_that_wait_to_be_sorted_are_few() -> None:
     assert (ended.durations.count, ended.waits.count) == (6000, 6000)
 
 
-def test_the_queues_are_counted_apart_also_those_that_nobody_named() -> None:
+def test_queues_are_counted_apart_also_those_without_a_consumer() -> None:
     tally = Tally({"q": "Consumer"})
     other = Delivery("other", 1, 1, False, "", "other", b"{}")
     tally.ended(other, ACK, time.perf_counter())

@@ -120,6 +120,11 @@ class BrokerURL:
             options=options,
         )
 
+    @property
+    def is_database(self) -> bool:
+        """Whether the broker is a database."""
+        return self.scheme == "sqlite" or self.scheme in _SERVERS
+
     def __str__(self) -> str:
         if self.scheme in ("memory", "sqlite"):
             return f"{self.scheme}:///{self.path}" if self.path else f"{self.scheme}://"

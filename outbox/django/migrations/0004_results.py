@@ -35,7 +35,7 @@ UNDONE = ("DROP TABLE outbox_results",)
 
 
 class Migration(migrations.Migration):
-    dependencies = (("outbox_events", "0002_bindings"),)
+    dependencies = (("outbox_events", "0003_recurring"),)
     operations = (
         CompleteTables(
             {

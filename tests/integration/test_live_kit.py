@@ -391,37 +391,42 @@ def invoices(event):
 
 invoices.auto_publish = True
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_it_arrives(embedded_events, number):
-    embedded_events.assert_nothing_published()
+def arrives(events, scheme):
+    events.assert_nothing_published()
     with auto_publishing():
-        enqueue_event({"number": number}, "order.placed")
-    embedded_events.deliver_all(invoices)
-    embedded_events.assert_published("invoice.sent", times=1)
-    assert BrokerURL.parse(embedded_events.url).scheme == os.environ["EXPECTED"]
+        enqueue_event({}, "order.placed")
+    events.deliver_all(invoices)
+    events.assert_published("invoice.sent", times=1)
+    assert BrokerURL.parse(events.url).scheme == scheme
+
+def test_on_the_server_of_the_environment(embedded_events):
+    arrives(embedded_events, "postgresql")
+
+@pytest.mark.embedded_events(url=os.environ["OTHER"])
+def test_on_the_server_of_the_marker(embedded_events):
+    arrives(embedded_events, "mariadb")
 
 @pytest.mark.embedded_events(url="postgresql://127.0.0.1:9/nowhere")
-def test_the_marker_decides(embedded_events):
+def test_on_no_server(embedded_events):
     pass
 """
 
 
-@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+@pytest.mark.one_python
 def test_the_fixture_has_a_place_on_a_server_for_each_test(
-    kind: str,
-    request: pytest.FixtureRequest,
+    postgresql_url: str,
+    mariadb_url: str,
     pytester: pytest.Pytester,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    url: str = request.getfixturevalue(f"{kind}_url")
-    before = names_on(url)
+    before = names_on(postgresql_url), names_on(mariadb_url)
     pytester.makepyfile(ON_A_SERVER)
-    monkeypatch.setenv("EXPECTED", kind)
-    monkeypatch.setenv("OUTBOX_TEST_DATABASE_URL", url)
+    monkeypatch.setenv("OUTBOX_TEST_DATABASE_URL", postgresql_url)
+    monkeypatch.setenv("OTHER", mariadb_url)
     result = pytester.runpytest_subprocess("-p", "no:randomly")
     result.assert_outcomes(passed=2, errors=1)
     result.stdout.fnmatch_lines(["*embedded_events: postgresql://127.0.0.1:9/nowhere: *refused*"])
-    assert names_on(url) == before
+    assert (names_on(postgresql_url), names_on(mariadb_url)) == before
 
 
 def names_on(url: str) -> set[str]:

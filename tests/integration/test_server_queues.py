@@ -27,6 +27,7 @@ from outbox.transports.database import leases, subscription
 from outbox.transports.database.server import server_database
 from outbox.transports.database.server.server_database import ServerDatabase
 from outbox.url import BrokerURL
+from proving import database_queues
 from proving.proxy import FaultProxy
 from tests import shipping
 from tests.places import ServerPlace, events_for, made, place_of, reading, working
@@ -518,3 +519,10 @@ def test_a_task_that_waits_is_seen_and_taken_away(
     assert handle.cancel()
     assert is_empty(place)
     task_rows.engine_of(Settings(url=place.url)).dispose()
+
+
+@pytest.mark.one_python
+@pytest.mark.timeout(240)
+def test_nothing_is_lost_or_invented_under_faults(tmp_path: Path) -> None:
+    ledger = database_queues.prove("postgresql", tmp_path, seconds=2.5, seed=5, pause=0.5)
+    assert ledger.is_clean, ledger

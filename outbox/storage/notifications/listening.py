@@ -31,7 +31,7 @@ _QUIET = 15.0
 """The seconds without any notification after which another one to oneself is sent."""
 
 _SPREAD = 0.02
-"""The seconds over which those are spread that found nothing the last time."""
+"""The seconds over which those are spread that have found nothing after the last notification."""
 
 
 class _NotNotified(Exception):
@@ -48,8 +48,8 @@ class Listener:
 
     Attributes:
         is_proven: whether notifications arrive; else look for rows without them.
-        found_nothing: to be set to whether the last look has found nothing, if any thread may get
-            what is announced: then others go first, by up to 20 ms.
+        has_found: to be set to True when a look has found rows. Who has found none since the last
+            notification is woken up to 20 ms later than others: they may take what there is.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Listener:
         self._stopping = False
         self._stop_pipe = (-1, -1)
         self.is_proven = False
-        self.found_nothing = False
+        self.has_found = True
 
     def start(self) -> None:
         """Start listening.
@@ -176,8 +176,9 @@ class Listener:
             if received:
                 sent, due = "", time.monotonic() + _QUIET
             if any(channel != self._probe_channel for channel, _ in received):
-                if self.found_nothing:
+                if not self.has_found:
                     self._wait((), random.uniform(0, _SPREAD))
+                self.has_found = False
                 self._wake()
             if time.monotonic() >= due:
                 if sent:

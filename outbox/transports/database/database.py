@@ -172,8 +172,8 @@ class Database(ABC):
         self._listeners.remove(event)
 
     @abstractmethod
-    def note_look(self, *, found: bool) -> None:
-        """Note whether the last look for rows found any, for who is woken first the next time."""
+    def note_found(self) -> None:
+        """Note that a look for rows has found some: who finds none is woken after others."""
 
     @abstractmethod
     def make_ready(self) -> None:

@@ -322,7 +322,8 @@ class DatabaseSubscription:
         due_in = self._database.due_in(queues)
         self._worked_at = now
         soonest = _LOOK_AGAIN if due_in is None else due_in
-        self._database.note_look(found=soonest <= 0)
+        if soonest <= 0:
+            self._database.note_found()
         self._look_at = now + min(max(soonest, 0.0), _LOOK_AGAIN)
         return soonest <= 0
 

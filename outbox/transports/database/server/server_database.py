@@ -186,9 +186,9 @@ class ServerDatabase(Database):
         super().stop_listening(event)
         self._waking.stop_listening()
 
-    def note_look(self, *, found: bool) -> None:
-        """Note whether the last look for rows found any."""
-        self._waking.note_look(found=found)
+    def note_found(self) -> None:
+        """Note that a look for rows has found some."""
+        self._waking.note_found()
 
     def end(self) -> None:
         """Close the connections for good."""

@@ -81,10 +81,10 @@ class Waking:
         )
         self._listener.start()
 
-    def note_look(self, *, found: bool) -> None:
-        """Note whether the last look found anything: if not, others go first the next time."""
+    def note_found(self) -> None:
+        """Note that a look has found rows: who finds none leaves the next ones to others."""
         if self._listener is not None:
-            self._listener.found_nothing = not found
+            self._listener.has_found = True
 
     def stop_listening(self) -> None:
         """Undo :meth:`listen`."""

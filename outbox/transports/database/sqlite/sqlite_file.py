@@ -146,7 +146,7 @@ class SQLiteFile(Database):
             )
         return False
 
-    def note_look(self, *, found: bool) -> None:
+    def note_found(self) -> None:
         """Do nothing: workers of other processes are not woken."""
 
     def make_ready(self) -> None:

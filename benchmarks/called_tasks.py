@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import decimal
+import time
 from typing import Any
 
 from outbox.tasks import task
@@ -29,3 +30,9 @@ def typed(day: datetime.date, price: decimal.Decimal, box: Box) -> None: ...
 @task
 def count(padding: str) -> None:
     countdown.handle()
+
+
+@task
+def doze(seconds: float) -> float:
+    time.sleep(seconds)
+    return time.time()

@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import time
-import uuid
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -104,7 +103,7 @@ class TaskRecord:
         self._delivery = delivery
         self._id = delivery.message_id or delivery.id_or_new
         self._task = str(headers.get(TASK))
-        self._token = uuid.uuid4().hex
+        self._token = os.urandom(16).hex()
         self._keep = keep
         self._hides_errors = hides_errors
         self._value: str | None = "null"

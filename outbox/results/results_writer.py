@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import queue
 import random
 import threading
 import time
@@ -41,11 +43,7 @@ _WEIGHT = 0.1  # of the latest task in the mean
 class _Row(NamedTuple):
     values: Mapping[str, Any]
     written: PendingWrite
-
-    @property
-    def size(self) -> int:
-        values = self.values
-        return sum(len(values.get(name) or "") for name in ("args", "value", "error", "traceback"))
+    size: int
 
 
 class ResultsWriter:
@@ -68,8 +66,10 @@ class ResultsWriter:
         self._begun: deque[_Row] = deque()
         self._ended: deque[_Row] = deque()
         self._running: dict[str, tuple[str, float]] = {}
-        self._changed = threading.Condition()
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._is_waiting = False
         self._stopping = False
+        self._until = math.inf
         self._connection: Connection | None = None
         self._failures = 0
         self._retry_at = 0.0
@@ -84,19 +84,20 @@ class ResultsWriter:
 
     def stop(self, deadline: float) -> None:
         """Write what is left until ``deadline``, of ``time.monotonic()``, and end."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
+        self._until = deadline
+        self._stopping = True
+        self._wakes.put(None)
         if self._thread.is_alive():
             self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def begin(self, values: Mapping[str, Any]) -> PendingWrite:
         """Write that an attempt begins; see ``results_statements`` for the values."""
-        return self._put(self._begun, values)
+        return self._put(self._begun, values, len(values["args"] or ""))
 
     def end(self, values: Mapping[str, Any]) -> PendingWrite:
         """Write how an attempt has ended; likewise."""
-        return self._put(self._ended, values)
+        size = len(values["value"] or "") + len(values["traceback"] or "")
+        return self._put(self._ended, values, size)
 
     def complete(self, id_: str) -> None:
         """Note that a task had been done before; waits for the database.
@@ -131,25 +132,28 @@ class ResultsWriter:
         self._mean += _WEIGHT * (seconds - self._mean)
         self.is_quick = self._mean < _QUICK
 
-    def _put(self, rows: deque[_Row], values: Mapping[str, Any]) -> PendingWrite:
-        row = _Row(values, PendingWrite())
-        with self._changed:
-            rows.append(row)
-            self._changed.notify()
-        return row.written
+    def _put(self, rows: deque[_Row], values: Mapping[str, Any], size: int) -> PendingWrite:
+        written = PendingWrite()
+        rows.append(_Row(values, written, size))
+        if self._is_waiting:  # else the thread looks for it before it waits
+            self._is_waiting = False
+            self._wakes.put(None)
+        return written
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                pause = self._pause()
-                if pause > 0:
-                    if self._stopping and not self._ended:
-                        break
-                    self._changed.wait(pause)
-                    if self._pause() > 0:
-                        continue
-                begun = _taken(self._begun)
-                ended = _taken(self._ended)
+            self._is_waiting = True
+            pause = self._pause()
+            if pause > 0:
+                if self._stopping and (not self._ended or time.monotonic() >= self._until):
+                    break
+                with contextlib.suppress(queue.Empty):
+                    self._wakes.get(timeout=pause)
+                if self._pause() > 0:
+                    continue
+            self._is_waiting = False
+            begun = _taken(self._begun)
+            ended = _taken(self._ended)
             if begun or ended:
                 self._write(begun, ended)
             else:
@@ -160,7 +164,7 @@ class ResultsWriter:
         """Return the seconds to wait for something to do."""
         if self._begun:
             return 0.0
-        at = min(self._renew_at, self._purge_at)
+        at = min(self._renew_at, self._purge_at, max(self._until, time.monotonic() + 0.05))
         if self._ended:
             at = min(at, self._retry_at)
         return at - time.monotonic()
@@ -207,8 +211,7 @@ class ResultsWriter:
             row.written.end(error=error)
         if isinstance(error, DataError):
             ended = [row for row in ended if self._is_kept(row)]
-        with self._changed:
-            self._ended.extendleft(reversed(ended))
+        self._ended.extendleft(reversed(ended))
 
     def _is_kept(self, row: _Row) -> bool:
         """Write a row alone; return False if that is over."""

@@ -24,7 +24,9 @@ from outbox.consumers import Worker, consumer
 from outbox.consumers.discovery import load
 from outbox.messages.delivery import dead_letter_queue
 from outbox.messages.headers import TASK
+from outbox.results.results_store import ResultsStore
 from outbox.sinks import bind
+from outbox.storage.engines import open_engine
 from outbox.tasks import NoResults, TaskHandle, later, options, schedule
 from tests import counting, shipping
 from tests.places import Place, SQLitePlace, reading
@@ -321,7 +323,8 @@ def test_a_call_that_deduplicates_runs_once(
 @pytest.mark.one_python
 def test_outbox_consume_runs_the_tasks_of_a_module(tmp_path: Path) -> None:
     source = (
-        "from outbox.tasks import current_task, task\n"
+        "import os\nfrom outbox.tasks import current_task, task\n"
+        "@task\ndef die():\n    os._exit(3)\n"
         "@task\ndef hello(number):\n"
         "    print('ran', number, current_task().name, flush=True)\n"
         "@task\nasync def wait(number):\n    print('waited', number, flush=True)\n"
@@ -329,7 +332,7 @@ def test_outbox_consume_runs_the_tasks_of_a_module(tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(source)
     call = (
         "import shop\nfrom outbox import auto_publishing\n"
-        "with auto_publishing():\n    shop.hello.later(1); shop.wait.later(2)\n"
+        "with auto_publishing():\n    shop.hello.later(1); shop.wait.later(2); shop.die.later()\n"
     )
     environment = {
         **os.environ,
@@ -347,6 +350,7 @@ def test_outbox_consume_runs_the_tasks_of_a_module(tmp_path: Path) -> None:
         )
     try:
         wait_until(lambda: output.read_text().count("finished") == 2, 20)
+        wait_until(lambda: "dead-lettered" in output.read_text(), 20)
     finally:
         worker.terminate()
         assert worker.wait(20) == 0
@@ -354,6 +358,11 @@ def test_outbox_consume_runs_the_tasks_of_a_module(tmp_path: Path) -> None:
     assert "ran 1 shop:hello" in text
     assert "waited 2" in text
     assert '"task": "shop:hello"' in text
+    store = ResultsStore(open_engine(environment["OUTBOX_URL"]))
+    rows = {row.task: row for row in store.find()}
+    store.engine.dispose()
+    assert (rows["shop:hello"].status, rows["shop:wait"].status) == ("succeeded", "succeeded")
+    assert (rows["shop:die"].status, rows["shop:die"].error_type) == ("failed", "ProcessDied")
 
 
 # ------------------------------------------------------------------------ handles

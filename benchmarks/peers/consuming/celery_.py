@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import celery
@@ -62,4 +63,6 @@ def _app(url: str) -> Any:
         task_ignore_result=True,
         worker_prefetch_multiplier=PREFETCH // THREADS,
     )
+    if database := os.environ.get("BENCHMARK_RESULTS"):
+        app.conf.update(task_ignore_result=False, result_backend=f"db+{database}")
     return app

@@ -1,9 +1,9 @@
 """Demonstrates outbox: ``scripts/demo``, or ``python -m examples.demo`` if all is installed.
 
 Starts a web server and a worker as separate processes that share an SQLite file, sends real HTTP
-requests, kills the worker and starts another. With --rabbitmq they share a private RabbitMQ
-instead, which is killed and restarted. A witness with its own queue sees every event. Exits with 0
-only if every step was observed.
+requests, kills the worker and starts another. With --rabbitmq or --postgresql they share a private
+server instead, which is killed and restarted. A witness with its own queue sees every event. Exits
+with 0 only if every step was observed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 from outbox import Publisher
 from outbox.consumers import Consumer, ReceivedEvent, Worker
 from outbox.testing import BrokerMissing, PrivateBroker
+from outbox.testing.databases.postgresql import PostgreSQLMissing, PrivatePostgreSQL
 
 ROOT = Path(__file__).parents[1]
 QUICK_MS = 100
@@ -50,12 +51,12 @@ def main() -> int:
         signal.signal(number, interrupt)
     try:
         with ExitStack() as stack:
-            demo = (DemoOnRabbitMQ if options.rabbitmq else DemoOnSQLite)(stack, options.consumers)
+            demo = options.kind(stack, options.consumers)
             for number, name in enumerate(options.apps or ["flask", "fastapi", "django"]):
                 demo.show(name, trouble=number == 0)
             demo.finish()
         say("Every step was observed.")
-    except (Failed, BrokerMissing, TimeoutError) as error:
+    except (Failed, BrokerMissing, PostgreSQLMissing, TimeoutError) as error:
         say(f"NOT OBSERVED: {error}")
         return 1
     except KeyboardInterrupt:
@@ -68,8 +69,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument(
         "--rabbitmq",
-        action="store_true",
+        dest="kind",
+        action="store_const",
+        const=DemoOnRabbitMQ,
+        default=DemoOnSQLite,
         help="use a private RabbitMQ, which must be installed, instead of an SQLite file",
+    )
+    parser.add_argument(
+        "--postgresql",
+        dest="kind",
+        action="store_const",
+        const=DemoOnPostgreSQL,
+        help="use a private PostgreSQL, which must be installed",
     )
     parser.add_argument(
         "--app",
@@ -254,14 +265,10 @@ class DemoOnSQLite(Demo):
         self._see_consumed(placed)
 
 
-class DemoOnRabbitMQ(Demo):
-    """The demo on a private broker, which is killed."""
+class DemoOnServer(Demo):
+    """The demo on a private server as the broker, which is killed."""
 
-    def _prepare(self) -> str:
-        step("a private RabbitMQ starts")
-        self._broker = self._stack.enter_context(PrivateBroker())
-        say(f"  it listens on {self._broker.url}")
-        return self._broker.url
+    _broker: PrivateBroker | PrivatePostgreSQL
 
     def _trouble(self, name: str, orders: str) -> None:
         step("the broker is killed")
@@ -278,6 +285,30 @@ class DemoOnRabbitMQ(Demo):
         self._broker.start()
         self._see_arrive(placed)
         self._see_consumed(placed)
+
+
+class DemoOnRabbitMQ(DemoOnServer):
+    """The demo on RabbitMQ."""
+
+    def _prepare(self) -> str:
+        step("a private RabbitMQ starts")
+        self._broker = self._stack.enter_context(PrivateBroker())
+        say(f"  it listens on {self._broker.url}")
+        return self._broker.url
+
+
+class DemoOnPostgreSQL(DemoOnServer):
+    """The demo on PostgreSQL."""
+
+    def _prepare(self) -> str:
+        step("a private PostgreSQL starts")
+        self._broker = self._stack.enter_context(PrivatePostgreSQL())
+        url = self._broker.url
+        say(f"  it listens on {url}")
+        step("the tables are created: outbox sql create")
+        command = [sys.executable, "-m", "outbox", "sql", "create", "--database", url]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return url
 
 
 class Process:

@@ -68,7 +68,7 @@ class BrokerURL:
         ``amqp://host/%2F`` all name the vhost ``/``, as RabbitMQ's clients do, and
         ``amqp://host//`` too, as Celery writes it.
 
-        ``postgresql://`` and ``mariadb://`` are the same with a database in the place of the vhost.
+        ``postgresql://`` and ``mariadb://`` are the same, with a database instead of the vhost.
         ``postgres://`` and ``mysql://`` mean them, too, and a driver in the scheme
         (``postgresql+asyncpg://``) is ignored.
 

@@ -139,7 +139,7 @@ class Ledger:
 
     @property
     def invented(self) -> set[str]:
-        """The events that were processed though nobody had enqueued them."""
+        """The events that were processed, but never enqueued."""
         return (set(self.done) | self.followed) - self.meant
 
 

@@ -7,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from outbox.testing.servers import find_rabbitmq
+from outbox.testing.servers import find_postgresql, find_rabbitmq
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -71,11 +72,24 @@ def _runs(pid: int) -> bool:
             ["--rabbitmq", "--app", "flask"], "the broker is killed", marks=needs_rabbitmq
         ),
         pytest.param(["--rabbitmq", "--django"], "the broker is killed", marks=needs_rabbitmq),
+        pytest.param(
+            ["--postgresql", "--app", "flask"],
+            "the broker is killed",
+            marks=(
+                pytest.mark.one_python,
+                pytest.mark.skipif(
+                    find_postgresql() is None and "CI" not in os.environ,
+                    reason="the demo starts a PostgreSQL itself",
+                ),
+            ),
+        ),
     ],
-    ids=["flask", "fastapi", "django", "rabbitmq", "django on rabbitmq"],
+    ids=["flask", "fastapi", "django", "rabbitmq", "django on rabbitmq", "postgresql"],
 )
-def test_the_demo_tells_its_story(tmp_path: Path, arguments: list[str], death: str) -> None:
-    code, output = _run_demo(tmp_path, *arguments)
+def test_the_demo_tells_its_story(arguments: list[str], death: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)  # a server that root starts runs as another user
+        code, output = _run_demo(Path(folder), *arguments)
     assert code == 0, output
     for observed in (
         "published: order.placed",

@@ -560,7 +560,7 @@ class DatabaseSubscription:
         until = now + min(_LONGEST_PAUSE, backoff(self._failures))
         self._failures += 1
         if now > self._worked_at + self._database.lease / 2:
-            # By now leases may have ended. Whoever holds a row extends its lease first.
+            # By now leases may have ended. Those that hold a row extend its lease first.
             self._claim_at = until + _LONGEST_PAUSE + _TIME_TO_EXTEND
         while not self._stopping and (remaining := until - time.monotonic()) > 0:
             if self._cancelling:

@@ -133,7 +133,7 @@ class ServerDatabase(Database):
             self._store.put_rows(group, connection=connection)
 
     def changed(self) -> bool:
-        """Return True: only a look for rows can tell."""
+        """Return True: whether that is so, only a look for rows shows."""
         return True
 
     def due_in(self, queues: Sequence[str]) -> float | None:

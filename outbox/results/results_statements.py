@@ -87,8 +87,9 @@ class Statements(NamedTuple):
     """The statements of a dialect; all take ``rows``, a JSON array of objects.
 
     Attributes:
-        begin: begins tasks that are not cancelled, and returns the ids and tokens of rows. Those
-            with the token that was given have begun.
+        begin: begins tasks that are not cancelled; those whose rows then have their tokens.
+        counts: whether the count of rows that it has changed says how many have begun. MariaDB
+            counts a row that was there before twice.
         end: ends attempts: those with the token that was given, unless they have been ended; with
             an empty token whichever attempt runs, or waits for the next one.
         cancel: cancels tasks, unless they run or are done.
@@ -97,13 +98,14 @@ class Statements(NamedTuple):
     begin: Executable
     end: Executable
     cancel: Executable
+    counts: bool
 
 
 @functools.cache
 def statements_for(dialect_name: str) -> Statements:
     """Return the statements for SQLAlchemy's ``dialect_name``."""
     dialect = dialect_of(dialect_name) or "sqlite"
-    return Statements(_begin(dialect), _end(dialect), _cancel(dialect))
+    return Statements(_begin(dialect), _end(dialect), _cancel(dialect), dialect != "mariadb")
 
 
 def _begin(dialect: str) -> Any:
@@ -140,7 +142,7 @@ def _begin(dialect: str) -> Any:
             ("status", new.status),
         ]
 
-    return _upsert(dialect, values, source, may_begin, changed).returning(row.id, row.token)
+    return _upsert(dialect, values, source, may_begin, changed)
 
 
 def _end(dialect: str) -> Any:

@@ -162,17 +162,27 @@ class ResultsStore:
         return self._begin(connection, begun) if begun else {}
 
     def _begin(self, connection: Connection, begun: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-        found = connection.execute(self._statements.begin, {"rows": _as_json(begun)})
-        tokens = {token for _, token in found}
-        refused = {row["id"]: row["token"] for row in begun if row["token"] not in tokens}
-        if not refused:
+        done = connection.execute(self._statements.begin, {"rows": _as_json(begun)})
+        # Asked only if some may not have begun: reading rows takes a driver that is written in
+        # Python long, since each value of each row has it wait for the interpreter.
+        if self._statements.counts and done.rowcount == len(begun):
             return {}
-        why = connection.execute(
-            select(_row.id, _row.status, _row.task).where(_row.id.in_(refused))
+        found = connection.execute(
+            select(_row.id, _row.token, _row.status, _row.task).where(
+                _row.id.in_([row["id"] for row in begun])
+            )
         )
-        return {
-            refused[id_]: CANCELLED if status == CANCELLED else task for id_, status, task in why
-        }
+        rows = {row.id: row for row in found}
+        refused: dict[str, str] = {}
+        for each in begun:
+            row = rows.get(each["id"])
+            if row is None or row.token == each["token"]:
+                continue
+            if row.status == CANCELLED:
+                refused[each["token"]] = CANCELLED
+            elif row.task != each["task"]:
+                refused[each["token"]] = row.task
+        return refused
 
     def write_on(self, connection: Any, ended: Mapping[str, Any]) -> None:
         """End an attempt in a transaction of the application."""

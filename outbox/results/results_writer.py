@@ -141,33 +141,37 @@ class ResultsWriter:
         return written
 
     def _run(self) -> None:
-        while True:
+        while not self._is_over():
             self._is_waiting = True
             pause = self._pause()
             if pause > 0:
-                if self._stopping and (not self._ended or time.monotonic() >= self._until):
-                    break
                 with contextlib.suppress(queue.Empty):
                     self._wakes.get(timeout=pause)
-                if self._pause() > 0:
-                    continue
+                continue
             self._is_waiting = False
-            begun = _taken(self._begun)
-            ended = _taken(self._ended)
+            begun, ended = _taken(self._begun), _taken(self._ended)
             if begun or ended:
                 self._write(begun, ended)
             else:
                 self._look_after()
         self._disconnect()
 
+    def _is_over(self) -> bool:
+        if not self._stopping:
+            return False
+        return not (self._begun or self._ended) or time.monotonic() >= self._until
+
     def _pause(self) -> float:
         """Return the seconds to wait for something to do."""
         if self._begun:
             return 0.0
-        at = min(self._renew_at, self._purge_at, max(self._until, time.monotonic() + 0.05))
+        now = time.monotonic()
+        at = min(self._renew_at, self._purge_at)
         if self._ended:
             at = min(at, self._retry_at)
-        return at - time.monotonic()
+        if self._stopping:
+            at = min(at, max(self._until, now + 0.01))
+        return at - now
 
     def _write(self, begun: list[_Row], ended: list[_Row]) -> None:
         try:

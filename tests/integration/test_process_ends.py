@@ -13,11 +13,16 @@ import sys
 import time
 from pathlib import Path
 
+import psycopg
 import pytest
+from sqlalchemy import make_url
 
 from outbox import Event, Publisher
+from outbox.storage.notifications import channel_of
 from outbox.testing.broker import PrivateBroker
+from outbox.transports.database.routing import add, of_queue
 from tests.amqp import Inspector
+from tests.relaying import opened
 from tests.waiting import wait_until
 
 CLOSED_PORT = "amqp://127.0.0.1:1/"
@@ -52,6 +57,26 @@ def announce():
     with auto_publishing() as block:
         enqueue_event(0, "x", id="at exit")
     print(block.report)
+"""
+
+STORING_AT_EXIT = """
+import atexit, sys
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+from outbox import auto_publishing, configure, enqueue_event
+_, url, how = sys.argv
+configure(url).make_ready()
+engine = create_engine(url)
+
+@atexit.register
+def announce():
+    if how == "publish":
+        with auto_publishing():
+            enqueue_event(0, "orders", exchange="")
+        return
+    with Session(engine) as session:
+        enqueue_event(0, "orders", exchange="", session=session)
+        session.commit()
 """
 
 STORING = """
@@ -228,3 +253,18 @@ def test_a_log_line_names_all_that_is_lost(caplog: pytest.LogCaptureFixture) -> 
     lost = publisher.close(0.1)
     assert lost == tuple(events)
     assert all(repr(event.id) in caplog.text for event in events)
+
+
+@pytest.mark.parametrize("how", ["publish", "store"])
+def test_what_is_committed_at_exit_wakes_workers(postgresql_url: str, how: str) -> None:
+    store = opened(postgresql_url)
+    with store.engine.begin() as connection:
+        add(connection, [of_queue("orders")])
+    address = make_url(postgresql_url).set(drivername="postgresql").render_as_string(False)
+    with psycopg.connect(address, autocommit=True) as listener:
+        listener.execute(f'LISTEN "{channel_of("orders")}"')
+        command = [sys.executable, "-c", STORING_AT_EXIT, postgresql_url, how]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        [_] = list(listener.notifies(timeout=5, stop_after=1))
+    store.engine.dispose()

@@ -20,7 +20,7 @@ from outbox.errors import Blocked, BrokerError, ConnectionLost, Nacked, UsageErr
 from outbox.event import Event
 from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.settings import MIB, Settings
-from outbox.system.background_thread import BackgroundThread
+from outbox.system.background_thread import STARTS_NONE_AT_EXIT, BackgroundThread
 from outbox.system.backoff import backoff
 from outbox.system.fork_pause import Pause
 from outbox.transports.backlogged import BackloggedTransport
@@ -117,7 +117,6 @@ class DatabaseTransport(BackloggedTransport):
     def start_now(self) -> None:
         """Start the thread without connecting: later, Python may refuse to start one."""
         self._thread.start_now()
-        self._database.make_ready()
 
     def queue_for(self, event: Event, engine: Any, options: Mapping[str, Any]) -> str:
         """Return the queue of a row that the application is about to store for ``event``."""
@@ -164,6 +163,9 @@ class DatabaseTransport(BackloggedTransport):
     # --------------------------------------------------------------------- on the writing thread
 
     def _run(self) -> None:
+        if STARTS_NONE_AT_EXIT:
+            with contextlib.suppress(UsageError, RuntimeError):
+                self._database.make_ready()
         while not self._stopping:
             self._take_in()
             self._refresh_tables()

@@ -255,7 +255,7 @@ def test_a_server_that_refuses_listeners_is_asked_less_and_less_often(
             proxy.cut_at(lambda frame: True)
             before = proxy.accepted
             proxy.cut()
-            for _ in range(200):
+            for _ in range(120):
                 time.sleep(0.01)
                 if proxy._rule is None:
                     proxy.cut_at(lambda frame: True)
@@ -293,7 +293,7 @@ def test_behind_a_pooler_listening_is_not_believed(
     pooled = engine_for(pooled_url, prepare_threshold=None)
     with listening(pooled, "orders") as (one, wakes):
         wait_until(lambda: caplog.messages)
-        time.sleep(2)  # another attempt
+        time.sleep(1.6)  # another attempt
         assert not one.is_proven
         assert wakes.at == []
     assert caplog.messages == ["LISTEN failed: notifications do not arrive; polling"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ import pytest
 from sqlalchemy import Engine, create_engine, make_url, select, text
 from sqlalchemy.orm import Session
 
-from outbox import Publisher, UsageError, configure, enqueue_event
-from outbox.consumers import Consumer, ReceivedEvent, Worker
+from outbox import Event, Publisher, UsageError, configure, enqueue_event
+from outbox.consumers import Consumer, ReceivedEvent, Worker, consumer
+from outbox.sql import drain
 from outbox.storage.engines import open_engine
+from outbox.storage.notifications import channel_of
 from outbox.storage.schema import events
 from outbox.storage.store import Store
 from outbox.transports.database import subscription
@@ -39,6 +42,13 @@ class Seen(Consumer):
 
     def process(self, event: ReceivedEvent) -> None:
         self.at[event.id] = time.monotonic()
+
+
+@pytest.fixture(autouse=True)
+def drained() -> Iterator[None]:
+    """The thread that publishes after commits has nothing to wait for when the test ends."""
+    yield
+    drain()
 
 
 @pytest.fixture
@@ -231,3 +241,27 @@ def test_nothing_is_read_or_announced_in_the_applications_transaction(
     assert [statement.split()[0:3] for statement in statements] == [
         ["INSERT", "INTO", "outbox_events"]
     ]
+
+
+def test_what_a_stopping_worker_returns_is_announced_to_others(url: str) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    @consumer("orders", topics=["order.*"])
+    def slow(event: ReceivedEvent) -> None:
+        begun.set()
+        may_end.wait(5)
+
+    address = make_url(url).set(drivername="postgresql").render_as_string(False)
+    with Publisher(url) as publisher, psycopg.connect(address, autocommit=True) as listener:
+        worker = Worker([slow], publisher=publisher, threads=1)
+        worker.start()
+        wait_until(lambda: worker.is_consuming)
+        publisher.publish(
+            [Event(id=f"e{n}", target="order.x", exchange="outbox", body=b"1") for n in range(5)]
+        )
+        assert begun.wait(5)
+        time.sleep(0.2)  # what was published has been announced
+        listener.execute(f'LISTEN "{channel_of("orders")}"')
+        threading.Timer(0.3, may_end.set).start()
+        assert worker.stop()
+        [_] = list(listener.notifies(timeout=5, stop_after=1))

@@ -530,7 +530,9 @@ class DatabaseSubscription:
         try:
             if not len(self._leases):
                 return
+            queues = {row.queue for row in self._leases.rows}
             self._database.run(functools.partial(self._return_all, done), durable=False)
+            self._database.published(queues)  # other workers may go on with them
         except BrokerError as error:
             logger.warning(
                 "cannot release messages; they will be redelivered after %.0f s: %s",

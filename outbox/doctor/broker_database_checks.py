@@ -17,9 +17,11 @@ from outbox.doctor.read_only import path_of, reading
 from outbox.errors import OutboxError, UsageError
 from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.messages.delivery import dead_letter_queue
+from outbox.messages.rows import UNROUTED
 from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.schema import events
-from outbox.transports.database.kinds import engine_at
+from outbox.storage.side_engine import Unfit
+from outbox.transports.database.kinds import database_at, engine_at
 from outbox.transports.database.sqlite.disk_room import room_at
 from outbox.transports.database.sqlite.location import Location
 
@@ -194,11 +196,39 @@ def dead_letters(examined: Examined) -> Iterator[Problem]:
             )
 
 
+def _same_tables(examined: Examined) -> Iterator[Problem]:
+    if not examined.url.is_database or examined.url.scheme == "sqlite":
+        raise NotApplicable
+    engine = examined.engine
+    broker = database_at(examined.url)
+    try:
+        is_here = broker.holds(engine, {})
+    except (DatabaseError, OutboxError, Unfit) as error:
+        why = reason_of(error) if isinstance(error, DatabaseError) else str(error)
+        raise NotChecked(f"it can't be found out: {why}") from None
+    finally:
+        broker.end()
+    if not is_here:
+        yield Problem(
+            "note",
+            f"events are stored in other tables than the queues of {examined.url}, so those of a "
+            "process that dies wait for a relay",
+            "Run `outbox relay`, or name the application's database as the broker.",
+        )
+
+
 def without_consumer(examined: Examined) -> Iterator[Problem]:
     """Yield queues in the database with messages that no consumer has."""
     waiting = _waiting(examined)
     ours = {spec.name for spec in examined.specs}
     for queue, count in sorted(waiting.items()):
+        if queue == UNROUTED:
+            yield Problem(
+                "warning",
+                f"{count:,} stored events wait for their queues in {queue!r}",
+                "Start a worker: any of this database moves them there.",
+            )
+            continue
         if queue in ours or queue == PARKING_QUEUE or queue.endswith(".dead"):
             continue
         yield Problem(
@@ -213,5 +243,11 @@ CHECKS = (
         "SQLite files: file system, journal, owner, room",
         "See docs/embedded.md.",
         _files,
+    ),
+    Check(
+        "OBX207",
+        "stored events and the queues in the same tables",
+        "See docs/durable.md.",
+        _same_tables,
     ),
 )

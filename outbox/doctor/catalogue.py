@@ -19,7 +19,7 @@ from outbox.doctor.finding import NotChecked, Problem
 
 __all__ = ["all_checks"]
 
-_NEED_SQLALCHEMY = ("OBX201", "OBX202", "OBX203", "OBX204", "OBX205", "OBX206")
+_NEED_SQLALCHEMY = ("OBX201", "OBX202", "OBX203", "OBX204", "OBX205", "OBX206", "OBX207")
 
 
 def all_checks() -> Sequence[Check]:

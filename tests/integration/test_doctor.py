@@ -29,6 +29,7 @@ from outbox.doctor.broker_probe import BrokerProbe
 from outbox.doctor.catalogue import all_checks
 from outbox.doctor.examination import Diagnosis, examine
 from outbox.doctor.examined import SetUp
+from outbox.messages.rows import UNROUTED, values_of
 from outbox.service.identity.pid_file import PidFile
 from outbox.service.identity.status_file import Status, status_path
 from outbox.settings import SettingOverrides, Settings
@@ -193,7 +194,10 @@ def test_nothing_is_left_unchecked_where_all_runs(
         worker.stop()
     assert found(diagnosis) == []
     assert unchecked(diagnosis) == {}
-    codes = {check.code for check in all_checks()} - {"OBX206"}  # there is no SQLite file
+    codes = {check.code for check in all_checks()} - {
+        "OBX206",
+        "OBX207",
+    }  # no database is the broker
     assert {check.code for check in diagnosis.passed} == codes
 
 
@@ -238,7 +242,7 @@ def test_what_cannot_be_looked_at_never_counts_as_passed() -> None:
     diagnosis = diagnose()
     assert {check.code for check in diagnosis.passed} <= {"OBX303"}
     codes = [check.code for check in all_checks()]
-    assert len(codes) == 25
+    assert len(codes) == 26
     assert set(codes) - {"OBX101", "OBX303"} == unchecked(diagnosis).keys() - {"OBX303"}
 
 
@@ -589,6 +593,28 @@ def test_a_pooler_in_transaction_mode_is_noted(postgresql: PrivatePostgreSQL) ->
         level = "default_transaction_isolation = 'serializable'"
         run_sql(url, f"ALTER DATABASE {name} SET {level}")
         only(of_database(url), "OBX205", "SERIALIZABLE")
+
+
+def test_stored_events_in_other_tables_than_the_queues_are_named(
+    postgresql: PrivatePostgreSQL, postgresql_url: str, write: Write
+) -> None:
+    module = write(INVOICES)
+    store = opened(postgresql_url)
+    consumed_once(postgresql_url, module)
+    with new_database(postgresql) as elsewhere:
+        other = opened(elsewhere)
+        for url, is_named in ((postgresql_url, False), (elsewhere, True)):
+            diagnosis = diagnose(postgresql_url, module, database=url)
+            named = [line for line in found(diagnosis) if line.startswith("OBX207 note")]
+            assert bool(named) == is_named, found(diagnosis)
+            assert "OBX207" not in unchecked(diagnosis)
+        other.engine.dispose()
+    store.put_rows([values_of(event, queue=UNROUTED) for event in many(2, "orders")])
+    assert any(
+        re.search("2 stored events wait for their queues in 'outbox.unrouted'", line)
+        for line in found(diagnose(postgresql_url, module, database=postgresql_url))
+    )
+    store.engine.dispose()
 
 
 def test_sqlite_files_that_cannot_work_are_named(tmp_path: Path, write: Write) -> None:

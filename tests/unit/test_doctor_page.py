@@ -27,4 +27,4 @@ def test_each_check_has_a_section_that_begins_with_its_title() -> None:
 def test_the_codes_are_unique_and_in_order() -> None:
     codes = [check.code for check in all_checks()]
     assert codes == sorted(set(codes))
-    assert len(codes) == 25
+    assert len(codes) == 26

@@ -97,11 +97,11 @@ def test_a_relay_leaves_a_server_that_has_become_read_only(
                 f"ALTER DATABASE {name} SET default_transaction_read_only = {value}"
             )
 
+    store.put(many(3, "x"))
     set_read_only("on")
     with running(Relay(postgresql_url, publisher)):
         wait_until(lambda: re.search(r"read-only.*; down for \d+ s$", caplog.text, re.MULTILINE))
         set_read_only("off")
-        store.put(many(3, "x"))
         wait_until(lambda: is_empty(store), 10)
         wait_until(lambda: "the database is available again, after " in caplog.text)
     store.engine.dispose()

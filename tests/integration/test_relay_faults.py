@@ -18,6 +18,7 @@ from sqlalchemy import text
 from outbox import Publisher, UsageError
 from outbox.sql import Relay, Store
 from outbox.sql import relay as module
+from outbox.storage.floors import NO_FLOOR
 from outbox.storage.notifications import RELAY_CHANNEL
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
@@ -250,7 +251,7 @@ def test_a_claim_does_not_read_dead_or_scheduled_rows(postgresql_store: Store) -
     claim = store._statements.lease_due
     asked = {
         "of_queue": "", "of_rank": 0, "at_most": 1000, "max_bytes": 1 << 20,
-        "of_token": "t", "seconds": 60.0,
+        "of_token": "t", "seconds": 60.0, "floor": NO_FLOOR,
     }  # fmt: skip
     compiled = claim.compile(store.engine)
     with store.engine.begin() as connection:

@@ -30,5 +30,8 @@ NOT_READY = 6
 UNAVAILABLE = 7
 """The broker or the database cannot be reached, or the connection was lost."""
 
+IN_HAND = 8
+"""``outbox migrate-transport`` has moved what it may: workers have other messages in hand."""
+
 INTERRUPTED = 130
 """Ctrl-C ended ``outbox``: 128 plus the number of the signal, as in shells."""

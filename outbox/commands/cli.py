@@ -21,6 +21,7 @@ from outbox.commands import (
     workers_command,
 )
 from outbox.commands.application import Application
+from outbox.commands.migrating import migrate_command
 from outbox.commands.options import Version
 from outbox.commands.printing import printable
 from outbox.commands.tasks import tasks_command
@@ -42,6 +43,7 @@ _SUB_COMMANDS = (
     sql_command,
     parked_command,
     spool_command,
+    migrate_command,
     tasks_command,
     tail_command,
     doctor_command,

@@ -18,6 +18,7 @@ __all__ = [
     "DELAYED",
     "DELAY_EXCHANGE",
     "DELAY_HEADERS",
+    "DELAY_UNTIL",
     "EXPIRES_AT",
     "FIRST_FAILURE",
     "FORMAT_VERSION",
@@ -58,6 +59,7 @@ ORIGIN_TARGET = "outbox-origin-target"
 DELAYED = "outbox-delayed"
 DELAY_HEADERS = "outbox-delay-"
 DELAY_EXCHANGE = "outbox-delay-exchange"
+DELAY_UNTIL = "outbox-delay-until-us"
 
 PARKED_PREFIX = "outbox-parked-"
 PARKED_REASON = "outbox-parked-reason"

@@ -427,6 +427,7 @@ def test_the_documented_options_of_the_commands_exist() -> None:
         ["outbox", "parked", "purge"],
         ["outbox", "spool", "status"],
         ["outbox", "spool", "drain"],
+        ["outbox", "migrate-transport"],
         ["outbox", "relay"],
         ["outbox", "workers", "start"],
         ["outbox", "workers", "stop"],

@@ -31,7 +31,7 @@ from outbox.transports.database.plan import NO_ROUTE, rows_of
 from outbox.transports.database.routing import Routes
 from outbox.url import BrokerURL
 
-__all__ = ["DatabaseParkedQueues", "StoredMessage", "replayed"]
+__all__ = ["DatabaseParkedQueues", "StoredMessage", "end_of_window", "replayed", "waits_in"]
 
 _UNROUTABLE = f"unroutable: {NO_ROUTE}"
 
@@ -131,7 +131,7 @@ class DatabaseParkedQueues:
 
         def counted(connection: Connection) -> int:
             self._routes.update(routing.load(connection))
-            waiting = select(func.count()).select_from(events).where(_waits_in(queue))
+            waiting = select(func.count()).select_from(events).where(waits_in(queue))
             return int(connection.execute(waiting).scalar_one())
 
         count = self._database.run(counted)
@@ -213,7 +213,7 @@ class _Browser:
         Raises:
             BrokerError: the database can't be used now.
         """
-        newest = select(func.max(events.c.seq)).where(_waits_in(self._queue))
+        newest = select(func.max(events.c.seq)).where(waits_in(self._queue))
         last = self._database.run(lambda connection: connection.execute(newest).scalar())
         remaining, after = self._bound, 0
         while remaining > 0 and last is not None and after < last:
@@ -228,7 +228,7 @@ class _Browser:
     ) -> tuple[int, list[StoredMessage]]:
         """Return the messages behind the row ``after``, as many as fit, and where they end."""
         row = events.c
-        waits = _waits_in(self._queue)
+        waits = waits_in(self._queue)
         sizes = connection.execute(
             select(row.seq, func.length(row.payload))
             .where(waits, row.seq > after, row.seq <= last)
@@ -237,7 +237,7 @@ class _Browser:
         ).all()
         if not sizes:
             return last, []
-        end = _end_of_window([(seq, size) for seq, size in sizes])
+        end = end_of_window([(seq, size) for seq, size in sizes])
         rows = connection.execute(
             select(events).where(waits, row.seq > after, row.seq <= end).order_by(row.seq)
         )
@@ -258,7 +258,7 @@ class _Browser:
         self._database.run(deleted)
 
 
-def _end_of_window(sizes: Sequence[tuple[int, int]]) -> int:
+def end_of_window(sizes: Sequence[tuple[int, int]]) -> int:
     """Return the number of the last row that fits into a window of bytes, at least the first."""
     total = 0
     end = sizes[0][0]
@@ -270,7 +270,8 @@ def _end_of_window(sizes: Sequence[tuple[int, int]]) -> int:
     return end
 
 
-def _waits_in(queue: str) -> ColumnElement[bool]:
+def waits_in(queue: str) -> ColumnElement[bool]:
+    """Return the condition that a row is in ``queue``, alive and not leased; due or not."""
     row = events.c
     not_leased = or_(row.lease_token.is_(None), row.available_at <= now())
     return and_(row.queue == queue, row.dead_at.is_(None), not_leased)
@@ -278,4 +279,4 @@ def _waits_in(queue: str) -> ColumnElement[bool]:
 
 def _is_still(message: ParkedMessage) -> ColumnElement[bool]:
     seq = message.seq if isinstance(message, StoredMessage) else -1
-    return and_(events.c.seq == seq, events.c.id == message.id, _waits_in(message.queue))
+    return and_(events.c.seq == seq, events.c.id == message.id, waits_in(message.queue))

@@ -13,10 +13,11 @@ from sqlalchemy import Connection, insert, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from outbox.errors import UsageError
+from outbox.messages.delivery import QueueSpec, dead_letter_queue
 from outbox.messages.topics import matches
 from outbox.storage.schema import bindings, dialect_of
 
-__all__ = ["Binding", "Routes", "add", "check", "load", "of_queue"]
+__all__ = ["Binding", "Routes", "add", "check", "load", "of_consumer", "of_queue"]
 
 _CACHED = 10_000  # addresses; limited because targets may contain user data
 
@@ -32,6 +33,15 @@ class Binding(NamedTuple):
 def of_queue(name: str) -> Binding:
     """Return the binding that makes ``name`` a queue."""
     return Binding(name, "", name)
+
+
+def of_consumer(queue: QueueSpec) -> list[Binding]:
+    """Return the bindings of a consumer's queue, and that which makes its dead-letter queue."""
+    bindings = [of_queue(name) for name in (dead_letter_queue(queue.name), queue.name)]
+    if queue.exchange:
+        topics = dict.fromkeys((queue.name, *queue.topics))
+        bindings += [Binding(queue.name, queue.exchange, topic) for topic in topics]
+    return bindings
 
 
 def check(connection: Connection) -> None:

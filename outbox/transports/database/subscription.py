@@ -34,7 +34,6 @@ from outbox.transports.database.kinds import database_at
 from outbox.transports.database.leases import Leases
 from outbox.transports.database.plan import Plan, rows_of
 from outbox.transports.database.router import Router, StoredEvent
-from outbox.transports.database.routing import Binding
 from outbox.url import BrokerURL
 
 __all__ = ["DatabaseSubscription"]
@@ -418,13 +417,7 @@ class DatabaseSubscription:
             name for queue in self._queues for name in (dead_letter_queue(queue.name), queue.name)
         ]
         if self._settings.declare == "create":
-            bindings = [routing.of_queue(name) for name in names]
-            for queue in self._queues:
-                if queue.exchange:
-                    bindings += [
-                        Binding(queue.name, queue.exchange, topic)
-                        for topic in dict.fromkeys((queue.name, *queue.topics))
-                    ]
+            bindings = [each for queue in self._queues for each in routing.of_consumer(queue)]
             routing.add(connection, bindings)
         else:
             if self._settings.declare == "never":

@@ -29,6 +29,7 @@ from outbox.messages.parked_message import ParkedMessage
 from outbox.transports.rabbitmq import pika_connection, pika_errors
 from outbox.transports.rabbitmq.amqp.content_header import ContentHeader, MalformedHeader
 from outbox.transports.rabbitmq.consuming.acks import Acks
+from outbox.transports.rabbitmq.consuming.queue_consumer import delivery_of
 from outbox.transports.rabbitmq.replayed import HeldMessage, read
 
 __all__ = ["Browser", "broker_errors", "next_window"]
@@ -199,7 +200,8 @@ def _read(
     except MalformedHeader:
         header = None
     readable = properties.content_encoding != pika_connection.UNREADABLE
-    return read(queue, header, body, method.delivery_tag, readable=readable)
+    delivery = delivery_of(queue, 0, method, properties, body)
+    return read(queue, header, body, method.delivery_tag, readable=readable, delivery=delivery)
 
 
 @contextlib.contextmanager

@@ -21,12 +21,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from outbox.event import Event
 from outbox.messages.dead_letters import PARKING_QUEUE
-from outbox.messages.headers import DELAY_EXCHANGE, DELAY_HEADERS
+from outbox.messages.headers import DELAY_EXCHANGE, DELAY_HEADERS, DELAY_UNTIL
 from outbox.settings import Declare
 from outbox.transports.rabbitmq import topology
 from outbox.transports.rabbitmq.topology import Step
@@ -39,6 +39,7 @@ __all__ = [
     "Part",
     "bit_header",
     "delayed",
+    "due_at",
     "level",
     "levels_of",
     "seconds_left",
@@ -66,6 +67,8 @@ LOST = f"{PREFIX}lost"
 SINK = f"{PREFIX}sink"
 """Gets a copy of each event due for an exchange, and drops it. See decision 6."""
 
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_END_OF_TIME = 253_402_300_800_000_000  # the year 10000, in microseconds
 _SECOND = datetime.timedelta(seconds=1)
 
 _FRESH = 60.0  # seconds
@@ -95,16 +98,27 @@ def delayed(event: Event, seconds: int) -> Event:
         seconds: the delay, 1 to 2²⁸-1.
     """
     bits = range(seconds.bit_length())
-    return dataclasses.replace(
-        event,
-        exchange=level(bits[-1]),
-        deliver_at=None,
-        headers={
-            **event.headers,
-            **{bit_header(number): bool(seconds >> number & 1) for number in bits},
-            DELAY_EXCHANGE: event.exchange,
-        },
-    )
+    headers = {
+        **event.headers,
+        **{bit_header(number): bool(seconds >> number & 1) for number in bits},
+        DELAY_EXCHANGE: event.exchange,
+    }
+    if event.deliver_at is not None:
+        headers[DELAY_UNTIL] = round(event.deliver_at.timestamp() * 1e6)
+    return dataclasses.replace(event, exchange=level(bits[-1]), deliver_at=None, headers=headers)
+
+
+def due_at(headers: Mapping[str, Any], number: int, now: datetime.datetime) -> datetime.datetime:
+    """Return when a message in the queue of level ``number`` is due.
+
+    Earlier versions of outbox didn't write the time. Then it is the latest at which the message may
+    be due: as if it had entered the level at ``now``.
+    """
+    until = headers.get(DELAY_UNTIL)
+    if type(until) is int and 0 <= until < _END_OF_TIME:
+        return _EPOCH + datetime.timedelta(microseconds=until)
+    bits = [below for below in range(number + 1) if headers.get(bit_header(below)) is True]
+    return now + datetime.timedelta(seconds=sum(1 << bit for bit in bits))
 
 
 class Part(NamedTuple):

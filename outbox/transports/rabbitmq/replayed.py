@@ -19,6 +19,7 @@ from outbox.messages.dead_letters import (
     origin_of,
     replay_headers,
 )
+from outbox.messages.delivery import Delivery
 from outbox.messages.headers import DELAY_EXCHANGE, TRACEPARENT
 from outbox.messages.parked_message import Address, ParkedMessage
 from outbox.transports.rabbitmq.amqp.content_header import ContentHeader
@@ -36,11 +37,13 @@ class HeldMessage(ParkedMessage):
         readable: whether pika could read its properties. The broker's returns are identified by
             them, so an unreadable message can't be replayed.
         tag: its delivery tag on the channel that holds it.
+        delivery: the same message as a worker would get it; None unless a browser has read it.
     """
 
     header: ContentHeader | None
     readable: bool
     tag: int
+    delivery: Delivery | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False, kw_only=True)
@@ -57,7 +60,13 @@ class Replayed(Event):
 
 
 def read(
-    queue: str, header: ContentHeader | None, body: bytes, tag: int, *, readable: bool
+    queue: str,
+    header: ContentHeader | None,
+    body: bytes,
+    tag: int,
+    *,
+    readable: bool,
+    delivery: Delivery | None = None,
 ) -> HeldMessage:
     """Return a message that was delivered from ``queue``."""
     header_or_empty = header or ContentHeader()
@@ -76,6 +85,7 @@ def read(
         header=header,
         readable=readable,
         tag=tag,
+        delivery=delivery,
         **(fields or {"kind": "foreign"}),
     )
 

@@ -98,10 +98,21 @@ class ServerAddress:
         Raises:
             MissingExtra: the driver isn't installed.
         """
-        engine = open_engine(self.url, pool=pool)
+        engine = open_engine(self._named(), pool=pool)
         if self.schema is None:
             return engine
         return engine.execution_options(schema_translate_map={None: self.schema})
+
+    @property
+    def connection_name(self) -> str:
+        """The name of the connections on PostgreSQL, unless the URL or PGAPPNAME has another."""
+        return "outbox" if self.schema is None else f"outbox in {self.schema}"
+
+    def _named(self) -> URL:
+        if self.url.get_backend_name() != "postgresql":
+            return self.url
+        name = {"fallback_application_name": self.connection_name}
+        return self.url.update_query_dict({**name, **self.url.query})
 
     def open_listening_engine(self) -> Engine | None:
         """Return an engine to listen with, not connected yet; None if workers don't listen.

@@ -33,7 +33,7 @@ from outbox.transports.rabbitmq.consuming.acks import Acks
 from outbox.transports.rabbitmq.link import ConnectionApart, Link
 from outbox.transports.rabbitmq.pika_errors import one_line, reply_of
 
-__all__ = ["QueueConsumer"]
+__all__ = ["QueueConsumer", "delivery_of"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -241,24 +241,7 @@ class QueueConsumer:
             properties: pika.BasicProperties,
             body: bytes,
         ) -> None:
-            headers: Mapping[str, Any] | None = properties.headers
-            self._hand_out(
-                Delivery(
-                    self.spec.name,
-                    method.delivery_tag,
-                    generation,
-                    method.redelivered,
-                    _text(method.exchange),
-                    _text(method.routing_key),
-                    body,
-                    _text(properties.content_type),
-                    _text(properties.content_encoding),
-                    headers,
-                    _text(properties.message_id),
-                    properties.priority,
-                    properties.timestamp,
-                )
-            )
+            self._hand_out(delivery_of(self.spec.name, generation, method, properties, body))
 
         return receive
 
@@ -447,6 +430,32 @@ class QueueConsumer:
             return
         for tag in list(channel.consumer_tags):
             channel.basic_cancel(tag, callback=lambda _frame: done())
+
+
+def delivery_of(
+    queue: str,
+    generation: int,
+    method: pika.spec.Basic.Deliver,
+    properties: pika.BasicProperties,
+    body: bytes,
+) -> Delivery:
+    """Return what pika has delivered from ``queue`` on a channel of this ``generation``."""
+    headers: Mapping[str, Any] | None = properties.headers
+    return Delivery(
+        queue,
+        method.delivery_tag,
+        generation,
+        method.redelivered,
+        _text(method.exchange),
+        _text(method.routing_key),
+        body,
+        _text(properties.content_type),
+        _text(properties.content_encoding),
+        headers,
+        _text(properties.message_id),
+        properties.priority,
+        properties.timestamp,
+    )
 
 
 def _text(value: Any) -> Any:

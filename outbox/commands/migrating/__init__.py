@@ -1,0 +1,1 @@
+"""``outbox migrate-transport``: moves messages from one transport to another."""

@@ -23,7 +23,7 @@ from outbox.messages.rows import event_of
 from outbox.storage.schema import events
 from outbox.transports.database.kinds import engine_at
 from outbox.url import BrokerURL
-from tests.amqp import Inspector
+from tests.amqp import Inspector, properties_of
 from tests.commands import Done, outbox_command, run_outbox
 from tests.places import Place, RabbitMQPlace, SQLitePlace, events_for, made, place_of, reading
 from tests.waiting import wait_until
@@ -220,3 +220,73 @@ def test_a_second_run_completes_what_was_killed(
     ids = [each[1] for each in contents(new.url)]
     assert set(ids) == {event.id for event in sent}
     assert len(ids) - MANY <= 1000  # of the window in which it was killed
+
+
+def test_what_rabbitmq_delays_or_other_clients_sent_is_moved_or_named(
+    amqp_url: str,
+    inspector: Inspector,
+    modules: str,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("OUTBOX_EXCHANGE", name)
+    broker = RabbitMQPlace(amqp_url, name, inspector)
+    made(broker, name, "order.*")
+    dead = dead_letter_queue(name)
+    with broker.publisher() as publisher:
+        later = events_for(publisher, ["order.paid"], deliver_at=NOW + 9 * HOUR, key="k")
+        others = events_for(publisher, ["invoice.paid"], deliver_at=NOW + 9 * HOUR)
+        assert len(publisher.publish([*later, *others]).published) == 2
+    put = inspector.channel.basic_publish
+    put("", name, b"zip", properties_of(message_id="zipped", content_encoding="gzip"))
+    death = {"queue": name, "exchange": "shop", "routing-keys": ["order.old"], "reason": "expired"}
+    put("", dead, b"{}", properties_of(message_id="expired", headers={"x-death": [death]}))
+    wait_until(lambda: (broker.count(name), broker.count(dead)) == (1, 1))
+
+    new_url = f"sqlite:///{tmp_path}/new.db"
+    assert main(["migrate-transport", amqp_url, new_url, modules]) == exit_codes.UNFINISHED
+    done = capsys.readouterr()
+    assert f"not moved: zipped in {name}: its content encoding 'gzip' would be lost" in done.err
+    assert "2 messages moved, 1 left" in done.out
+    assert (broker.count(name), broker.count(dead)) == (1, 0)
+    letter, scheduled = sorted(contents(new_url), key=lambda each: each[1] == later[0].id)
+    assert scheduled[:4] == (name, later[0].id, name, "order.paid")
+    assert scheduled[8] == round((NOW + 9 * HOUR).timestamp(), 3)
+    assert letter[:2] == (dead, "expired")
+    assert (
+        letter[-1].items()
+        >= {
+            "outbox-dead-queue": name,
+            "outbox-dead-exchange": "shop",
+            "outbox-dead-target": "order.old",
+            "outbox-dead-reason": "dead-lettered by the broker: expired",
+        }.items()
+    )
+    # The event for others is still on its way down the ladder.
+    got: Any = inspector.channel.basic_get
+    on_its_way = set()
+    while (message := got("outbox.delay.14", auto_ack=True))[0] is not None:
+        on_its_way.add(message[1].message_id)
+    assert others[0].id in on_its_way
+
+
+def test_a_queue_can_be_named_and_a_transport_must_be_another(
+    source: SQLitePlace, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = of_every_kind(source, name)
+    new_url = f"sqlite:///{tmp_path}/new.db"
+    for old in (source.url, f"sqlite:///{tmp_path}/../{tmp_path.name}/outbox.db"):
+        assert main(["migrate-transport", old, source.url]) == exit_codes.USAGE
+        assert "are the same" in capsys.readouterr().err
+    assert main(["migrate-transport", source.url, new_url, "--queue", name]) == exit_codes.SUCCESS
+    assert {each[0] for each in contents(source.url)} == {PARKING_QUEUE}
+    assert len(contents(new_url)) == len(ids) - 1
+    assert main(["migrate-transport", source.url, new_url]) == exit_codes.SUCCESS
+    assert sorted(each[1] for each in contents(new_url)) == sorted(ids)
+    assert main(["migrate-transport", "NO_SUCH_URL", new_url]) == exit_codes.USAGE
+    with SQLitePlace(f"{tmp_path}/new.db", name).publisher() as publisher:  # it has the bindings
+        later = events_for(publisher, ["order.cancelled"])
+        assert publisher.publish(later).published == tuple(later)

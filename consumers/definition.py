@@ -40,8 +40,9 @@ def _check(consumer: type[Consumer] | Consumer, what: str) -> None:
         raise UsageError(f"{what}: {error}") from None
     if consumer.retry is not None and not isinstance(consumer.retry, RetryPolicy):
         raise UsageError(f"{what}: retry is {consumer.retry!r}, not a RetryPolicy")
-    if not isinstance(consumer.auto_publish, bool):
-        raise UsageError(f"{what}: auto_publish is {consumer.auto_publish!r}, not a bool")
+    for name in ("auto_publish", "ordered"):
+        if not isinstance(getattr(consumer, name), bool):
+            raise UsageError(f"{what}: {name} is {getattr(consumer, name)!r}, not a bool")
     for name in ("timeout", "deduplicate"):
         value = getattr(consumer, name)
         if value is None or (name == "deduplicate" and isinstance(value, bool)):
@@ -128,6 +129,7 @@ _SETTINGS = (
     "skip",
     "max_priority",
     "queue_type",
+    "ordered",
 )
 _COMPUTED = ("filters", "callbacks", "is_async", "time_limit")
 _LIKENESS = 0.85
@@ -208,6 +210,10 @@ class Consumer:
             there. None leaves priorities to the broker (``docs/consuming.md``).
         queue_type: ``"quorum"`` or ``"classic"``; the default is quorum without ``max_priority``
             and classic with it. Neither can be changed for an existing queue.
+        ordered: True to process messages with the same key one after the other, in the order in
+            which they were stored, whatever the number of threads and workers. Only if a database
+            is the broker, and only if all workers of the queue have it
+            (``docs/consuming.md``).
     """
 
     queue: ClassVar[str] = ""
@@ -224,6 +230,7 @@ class Consumer:
     is_async: ClassVar[bool] = False
     max_priority: ClassVar[int | None] = None
     queue_type: ClassVar[QueueType | None] = None
+    ordered: ClassVar[bool] = False
     _keeps: ClassVar[float | None] = None
     """The seconds for which the results of a task are kept; None for other messages."""
     _hides_errors: ClassVar[bool] = False
@@ -311,6 +318,7 @@ class Consumer:
             bound_to,
             max_priority=self.max_priority,
             queue_type=self.queue_type or default_type,
+            ordered=self.ordered,
         )
 
 
@@ -355,6 +363,7 @@ def consumer(
     deduplicate: bool | datetime.timedelta = False,
     max_priority: int | None = None,
     queue_type: QueueType | None = None,
+    ordered: bool = False,
 ) -> Callable[[Callable[[ReceivedEvent], Any]], FunctionConsumer]:
     """Make a consumer from the decorated function; the arguments are ``Consumer``'s attributes.
 
@@ -378,6 +387,7 @@ def consumer(
             deduplicate=deduplicate,
             max_priority=max_priority,
             queue_type=queue_type,
+            ordered=ordered,
         )
 
     return decorate

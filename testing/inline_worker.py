@@ -149,6 +149,7 @@ class _Settled:
     """What a message that no broker has delivered asks of its subscription: nothing."""
 
     limits_processing = False
+    keeps_order = False
 
     def ack(self, delivery: Delivery) -> None:
         pass

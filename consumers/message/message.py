@@ -263,7 +263,8 @@ class Message:
         """Settle the delivery as ``outcome`` says: the one place that settles messages."""
         subscription, delivery = self._services.subscription, self.delivery
         copy: Event | None = None
-        if isinstance(outcome, Again):
+        in_place = self.consumer.ordered and subscription.keeps_order
+        if isinstance(outcome, Again) and not in_place:
             copy = retry_copy(delivery, outcome)
             if copy is None:
                 reason = "its headers are too large, or nested too deeply, to send a copy for retry"
@@ -277,6 +278,8 @@ class Message:
                 self._ack()
             case Return(delay=delay):
                 subscription.requeue(delivery, delay)
+            case Again(delay=delay) if in_place:
+                subscription.back_off(delivery, delay, next_attempt(outcome))
             case Hold():
                 raise AssertionError("a held message is processed again, not settled")
         return outcome if copy is None else (yield from self._send_on(copy, outcome))

@@ -58,6 +58,7 @@ class QueueSpec:
             to the broker.
         queue_type: ``quorum`` or ``classic``, if the broker has both.
         rank: 0 or more; a message starts only while no message of a lower-ranked queue waits.
+        ordered: whether at most one message of each key is delivered at a time, in their order.
     """
 
     name: str
@@ -66,6 +67,7 @@ class QueueSpec:
     max_priority: int | None = None
     queue_type: QueueType = "quorum"
     rank: int = 0
+    ordered: bool = False
 
 
 @dataclass(slots=True, eq=False)

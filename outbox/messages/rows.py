@@ -9,7 +9,7 @@ from typing import Any
 from outbox.event import Event, Headers
 from outbox.header_values import check_name, plain_table
 
-__all__ = ["UNROUTED", "event_of", "headers_of", "values_of"]
+__all__ = ["UNROUTED", "event_of", "headers_of", "text_of", "values_of"]
 
 UNROUTED = "outbox.unrouted"
 """The queue of events stored in the database that is the broker, until they are routed to queues.
@@ -36,7 +36,7 @@ def values_of(event: Event, *, queue: str = "", rank: int = 0) -> dict[str, Any]
         "queue": queue,
         "exchange": event.exchange,
         "content_type": event.content_type,
-        "headers": _text(event.headers) if event.headers else None,
+        "headers": text_of(event.headers) if event.headers else None,
         "key": event.key,
         "priority": event.priority,
         "rank": rank,
@@ -80,7 +80,8 @@ def event_of(row: Any) -> Event:
 _MARKS = ("$bytes", "$table")
 
 
-def _text(headers: Headers) -> str:
+def text_of(headers: Headers) -> str:
+    """Return headers as a row has them; ``headers_of`` is the inverse."""
     return json.dumps({name: _to_json(value) for name, value in headers.items()})
 
 

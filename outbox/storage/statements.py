@@ -68,6 +68,7 @@ _TOKEN = bindparam("of_token", type_=String)
 _WHY = bindparam("why", type_=Text)
 _FAILURES = bindparam("failures", type_=Integer)
 
+_RANKS = tuple(range(256))  # the priorities of AMQP
 _FEW_ROWS = {"insertmanyvalues_page_size": 100}
 _FEW = 5  # rows that PostgreSQL inserts as quickly one by one
 NEVER = datetime.datetime(9999, 12, 31, tzinfo=datetime.UTC)
@@ -291,6 +292,36 @@ class Statements(ABC):
         )
 
     @functools.cached_property
+    def keys_in_hand(self) -> Select[Any]:
+        """The keys in ``of_queue`` of which a row is leased, for at most ``seconds``.
+
+        Seeks what is leased, which is due soon, in every rank there may be.
+        """
+        row = events.c
+        return self._by_due(
+            select(row.key).where(
+                row.queue == _QUEUE,
+                row.rank.in_(_RANKS),
+                row.dead_at.is_(None),
+                row.available_at > now(),
+                # Twice, since the clock may have been set back.
+                row.available_at <= in_seconds(2 * _SECONDS),
+                row.lease_token.is_not(None),
+                row.key.is_not(None),
+            )
+        ).distinct()
+
+    @functools.cached_property
+    def lease_free_named(self) -> Update | Select[Any]:
+        """The same as ``lease_due_named``, without rows of the keys ``in_hand``."""
+        row = events.c
+        in_hand = bindparam("in_hand", type_=String, expanding=True)
+        is_free = or_(row.key.is_(None), row.key.not_in(in_hand))
+        return self._lease(
+            and_(self.is_one_of, row.dead_at.is_(None), row.available_at <= now(), is_free)
+        )
+
+    @functools.cached_property
     def new_unkeyed(self) -> Select[Any]:
         """The oldest ``at_most`` rows of the relay that are due, have no key and are new."""
         row = events.c
@@ -340,6 +371,11 @@ class Statements(ABC):
                 attempts=events.c.attempts + _FAILURES,
             )
         )
+
+    @functools.cached_property
+    def back_off(self) -> Update:
+        """The same as ``release``, with other headers."""
+        return self.release.values(headers=bindparam("new_headers", type_=Text))
 
     @functools.cached_property
     def release_in_place(self) -> Update:
@@ -865,10 +901,14 @@ def _has_its_place(row: Any) -> ColumnElement[bool]:
     """Whether ``row`` stands in the order of its key: not if it is scheduled for later.
 
     A row that has been claimed keeps its place while it backs off, and so does a new one in its
-    grace period.
+    grace period, which only those for relays have.
     """
+    at_once: ColumnElement[float] = case(
+        (row.c.queue == literal_column("''"), literal_column(str(GRACE + 0.01))),
+        else_=literal_column("0.01"),
+    )
     return or_(
         row.c.deliveries > 0,
         row.c.available_at <= now(),
-        row.c.available_at <= seconds_after(row.c.stored_at, literal_column(str(GRACE + 0.01))),
+        row.c.available_at <= seconds_after(row.c.stored_at, at_once),
     )

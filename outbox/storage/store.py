@@ -30,8 +30,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import DataError
 
 from outbox.errors import UsageError
-from outbox.event import Event
-from outbox.messages.rows import event_of, values_of
+from outbox.event import Event, Headers
+from outbox.messages.rows import event_of, text_of, values_of
 from outbox.storage.clock import now, seconds_since
 from outbox.storage.creating import ADDED_LATER, check_server, create_missing, ddl
 from outbox.storage.floors import NO_FLOOR, Floors
@@ -203,6 +203,7 @@ class Store:
         lease: float = 60.0,
         max_bytes: int = 16 * 1024 * 1024,
         ordered: bool = False,
+        one_a_key: bool = False,
         only: Mapping[int, str] | None = None,
         floors: Floors | None = None,
         connection: Connection | None = None,
@@ -221,6 +222,9 @@ class Store:
             ordered: whether to skip an event if an earlier event with the same key is alive and
                 not in this claim; the order within a key can only be kept this way. An event that
                 is scheduled takes its place in that order when it becomes due.
+            one_a_key: whether to be ordered, and to take one row of each key at most, and none of a
+                key of which another row is leased. No two such claims from a queue may run at the
+                same time: the caller sees to that. Not for rows chosen with ``only``.
             only: the rows to choose from, by number, with their ids: both must agree, because
                 another schema has the same numbers. Rows within their grace count as due.
             floors: what the caller passes to each of the claims that it repeats. Most of them then
@@ -232,7 +236,7 @@ class Store:
             return self._in_own_transaction(
                 lambda own: self.claim(
                     limit, queue=queue, lease=lease, max_bytes=max_bytes, ordered=ordered,
-                    only=only, floors=floors, connection=own,
+                    one_a_key=one_a_key, only=only, floors=floors, connection=own,
                 )
             )  # fmt: skip
         parameters = {
@@ -244,10 +248,15 @@ class Store:
             parameters["numbers"] = self._statements.numbers(list(only))
             parameters["marks"] = self._statements.marks(only)
             return self._take(connection, limit, parameters, ordered=ordered)
+        in_hand: set[str] | None = None
+        if one_a_key:
+            keys = connection.execute(self._statements.keys_in_hand, parameters).scalars()
+            in_hand = set(keys)
         claimed: list[Claimed] = []
         for rank, floor in self._due(connection, queue, floors):
             parameters.update(of_rank=rank, floor=floor)
-            claimed += self._take(connection, limit - len(claimed), parameters, ordered=ordered)
+            room = limit - len(claimed)
+            claimed += self._take(connection, room, parameters, ordered=ordered, in_hand=in_hand)
             if len(claimed) >= limit:
                 break
         if floors is not None:
@@ -309,6 +318,33 @@ class Store:
             return self._change(rows, self._statements.release_in_place, parameters, connection)
         parameters["seconds"] = float(delay)
         return self._change(rows, self._statements.release, parameters, connection)
+
+    def back_off(
+        self,
+        row: Claimed,
+        delay: float,
+        headers: Headers,
+        *,
+        connection: Connection | None = None,
+    ) -> bool:
+        """Release a row that has failed, in its place, for its next attempt.
+
+        Args:
+            row: the claimed row.
+            delay: the seconds until it is due.
+            headers: its headers from now on.
+            connection: the connection whose transaction to use; by default a new transaction.
+
+        Returns:
+            Whether the caller still leased it.
+        """
+        parameters: dict[str, Any] = {
+            "why": None,
+            "failures": 1,
+            "seconds": float(delay),
+            "new_headers": text_of(headers),
+        }
+        return bool(self._change([row], self._statements.back_off, parameters, connection))
 
     def extend(
         self, rows: Iterable[Claimed], lease: float, *, connection: Connection | None = None
@@ -526,12 +562,28 @@ class Store:
         return [row for row in rows if row.due_at is not None and row.due_at < NEVER]
 
     def _take(
-        self, connection: Connection, limit: int, parameters: dict[str, Any], *, ordered: bool
+        self,
+        connection: Connection,
+        limit: int,
+        parameters: dict[str, Any],
+        *,
+        ordered: bool,
+        in_hand: set[str] | None = None,
     ) -> list[Claimed]:
+        """Lease rows of one rank, or chosen ones.
+
+        Args:
+            connection: the connection.
+            limit: the maximum number of rows.
+            parameters: those of the statements.
+            ordered: whether to keep the order within keys.
+            in_hand: to take one row of each key, the keys of which to take none; those of what is
+                taken are added.
+        """
         sql = self._statements
         chosen = "numbers" in parameters
         parameters = {**parameters, "at_most": limit}
-        if not ordered:
+        if not ordered and in_hand is None:
             return self._lease(
                 connection, sql.lease_chosen if chosen else sql.lease_due, parameters
             )
@@ -546,8 +598,7 @@ class Store:
         claimed: list[Claimed] = []
         if near.found:
             named = {**parameters, "numbers": sql.gathered(near.numbers)}
-            heads = self._lease(connection, sql.lease_due_named, named)
-            claimed = self._with_followers(connection, heads, parameters)
+            claimed = self._take_named(connection, named, parameters, in_hand)
         room = limit - len(claimed)
         max_bytes = parameters["max_bytes"] - sum(len(row.event.body) for row in claimed)
         if near.size < among or room <= 0 or max_bytes <= 0:
@@ -556,10 +607,25 @@ class Store:
         found = self._unkeyed(connection, parameters) + self._due_heads(connection, parameters)
         if found:
             named = {**parameters, "numbers": sql.numbers(found)}
-            heads = self._lease(connection, sql.lease_due_named, named)
-            claimed += self._with_followers(connection, heads, parameters)
+            claimed += self._take_named(connection, named, parameters, in_hand)
             claimed.sort(key=_number)
         return claimed
+
+    def _take_named(
+        self,
+        connection: Connection,
+        named: dict[str, Any],
+        parameters: dict[str, Any],
+        in_hand: set[str] | None,
+    ) -> list[Claimed]:
+        """Lease the first rows of keys, and rows without one; of no key ``in_hand`` if given."""
+        sql = self._statements
+        if in_hand is None:
+            heads = self._lease(connection, sql.lease_due_named, named)
+            return self._with_followers(connection, heads, parameters)
+        heads = self._lease(connection, sql.lease_free_named, {**named, "in_hand": list(in_hand)})
+        in_hand.update(row.event.key for row in heads if row.event.key is not None)
+        return heads
 
     def _with_followers(
         self, connection: Connection, heads: list[Claimed], parameters: dict[str, Any]

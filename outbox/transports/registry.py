@@ -76,12 +76,18 @@ def open_subscription(
         prefetch: the maximum of unsettled messages per queue, 1 to 65535.
 
     Raises:
-        UsageError: the URL is invalid, or its transport can't be consumed from.
+        UsageError: the URL is invalid, its transport can't be consumed from, or a queue is ordered
+            and its transport keeps no order.
     """
     url = BrokerURL.parse(settings.url or "")
     subscription_class = _class_for(url, "Subscription")
     if subscription_class is None:
         raise UsageError(f"{url.scheme}:// cannot be consumed from; use {_WITH_QUEUES}")
+    if not subscription_class.keeps_order and (ordered := [q.name for q in queues if q.ordered]):
+        raise UsageError(
+            f"the consumer of {ordered[0]!r} is ordered, but {url.scheme}:// keeps no order of "
+            "keys; use a database (postgresql://, mariadb:// or sqlite://), or set ordered = False"
+        )
     subscription: Subscription = subscription_class(url, settings, queues, prefetch)
     return subscription
 

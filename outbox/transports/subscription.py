@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from outbox.messages.delivery import Delivery
 
@@ -16,9 +16,12 @@ class Subscription(Protocol):
     Attributes:
         limits_processing: whether the broker takes back a message that isn't settled within a
             certain time.
+        keeps_order: whether queues can be ``ordered``; then failed messages of theirs are settled
+            with :meth:`back_off`, which keeps their places.
     """
 
     limits_processing: bool
+    keeps_order: bool
 
     def start(self, deliver: Callable[[Delivery], None], refused: Callable[[str], None]) -> None:
         """Start consuming.
@@ -67,6 +70,14 @@ class Subscription(Protocol):
 
     def requeue(self, delivery: Delivery, delay: float) -> None:
         """Requeue ``delivery`` after ``delay`` seconds; do nothing if it is stale."""
+        ...
+
+    def back_off(self, delivery: Delivery, delay: float, headers: Mapping[str, Any]) -> None:
+        """Requeue ``delivery`` like :meth:`requeue`, with ``headers`` added to its own.
+
+        Raises:
+            NotImplementedError: the transport has no order.
+        """
         ...
 
     def out(self, queue: str) -> int:

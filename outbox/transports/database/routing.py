@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, insert, inspect, select
+from sqlalchemy import Connection, and_, insert, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from outbox.errors import UsageError
@@ -17,7 +17,7 @@ from outbox.messages.delivery import QueueSpec, dead_letter_queue
 from outbox.messages.topics import matches
 from outbox.storage.schema import bindings, dialect_of
 
-__all__ = ["Binding", "Routes", "add", "check", "load", "of_consumer", "of_queue"]
+__all__ = ["Binding", "Routes", "add", "check", "load", "of_consumer", "of_queue", "take_turns"]
 
 _CACHED = 10_000  # addresses; limited because targets may contain user data
 
@@ -70,6 +70,14 @@ def add(connection: Connection, new: Sequence[Binding]) -> None:
     if missing:
         statement = _ADD[dialect_of(connection.dialect.name) or ""]
         connection.execute(statement, [binding._asdict() for binding in missing])
+
+
+def take_turns(connection: Connection, queues: Sequence[str]) -> None:
+    """Wait until no other transaction has its turn with one of ``queues``; ours ends with it."""
+    row = bindings.c
+    is_queue = and_(row.exchange == "", row.pattern == row.queue, row.queue.in_(queues))
+    # In one order, so that others wait instead of meeting in a deadlock.
+    connection.execute(select(row.queue).where(is_queue).order_by(row.queue).with_for_update())
 
 
 _ADD = {

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
@@ -75,10 +75,14 @@ _REPLACED = (
 
 
 class _Done(NamedTuple):
-    """A settlement to write: an ack if ``delay`` is None, else a requeue in ``delay`` seconds."""
+    """A settlement to write: an ack if ``delay`` is None, else a requeue in ``delay`` seconds.
+
+    With ``headers`` the message waits for its next attempt, and they are added to its own.
+    """
 
     tag: int
     delay: float | None
+    headers: Mapping[str, Any] | None = None
 
 
 class _Written(NamedTuple):
@@ -114,6 +118,7 @@ class DatabaseSubscription:
     """
 
     limits_processing = False
+    keeps_order = True
 
     def __init__(
         self, url: BrokerURL, settings: Settings, queues: Sequence[QueueSpec], prefetch: int
@@ -126,6 +131,8 @@ class DatabaseSubscription:
         self.owner = uuid.uuid4().hex[:OWNER_LENGTH]
         self._settings = settings
         self._queues = queues
+        self._ordered = {queue.name for queue in queues if queue.ordered}
+        self._held_up_until: dict[str, float] = {}  # ordered queues of which nothing can be claimed
         self._stopping = False
         self._give_up_at = 0.0
         self._database = database_at(
@@ -190,6 +197,11 @@ class DatabaseSubscription:
     def requeue(self, delivery: Delivery, delay: float) -> None:
         """Release the row of ``delivery`` soon, due in ``delay`` seconds."""
         self._done.append(_Done(delivery.tag, delay))
+        self._wake.set()
+
+    def back_off(self, delivery: Delivery, delay: float, headers: Mapping[str, Any]) -> None:
+        """Release the row of ``delivery`` soon, in its place, with ``headers`` added to its own."""
+        self._done.append(_Done(delivery.tag, delay, headers))
         self._wake.set()
 
     def out(self, queue: str) -> int:
@@ -279,6 +291,9 @@ class DatabaseSubscription:
             self._write_log()
             if self._wake.wait(min(self._pauses(now, extend_in, has_room), default=None)):
                 self._look_at = 0.0
+                soon = time.monotonic() + _FIRST_POLL
+                for queue, until in self._held_up_until.items():
+                    self._held_up_until[queue] = min(until, soon)
             elif has_room:
                 self._poll = min(self._database.poll, self._poll * _POLL_GROWTH)
 
@@ -312,7 +327,11 @@ class DatabaseSubscription:
         """Return whether a row is due, looking it up only if the answer may have changed."""
         if not self._database.changed() and now < self._look_at:
             return False
-        queues = [queue.name for queue in self._queues if self._leases.free(queue.name) > 0]
+        queues = [
+            queue.name
+            for queue in self._queues
+            if self._leases.free(queue.name) > 0 and self._held_up_until.get(queue.name, 0.0) <= now
+        ]
         # Any worker does that for all queues, since the process that stored them may be dead.
         self._routes_stored = now >= self._look_for_stored_at
         if self._routes_stored:
@@ -321,6 +340,9 @@ class DatabaseSubscription:
         due_in = self._database.due_in(queues)
         self._worked_at = now
         soonest = _LOOK_AGAIN if due_in is None else due_in
+        for until in self._held_up_until.values():
+            if until > now:
+                soonest = min(soonest, until - now)
         if soonest <= 0:
             self._database.note_found()
         self._look_at = now + min(max(soonest, 0.0), _LOOK_AGAIN)
@@ -431,11 +453,13 @@ class DatabaseSubscription:
         store = self._database.store
         acked: list[Claimed] = []
         returned: dict[float, list[Claimed]] = {}
-        for tag, delay in done:
+        for tag, delay, headers in done:
             row = self._leases.get(tag)
             if row is None:
                 continue
-            if delay is None:
+            if delay is not None and headers is not None:
+                store.back_off(row, delay, {**row.event.headers, **headers}, connection=connection)
+            elif delay is None:
                 acked.append(row)
             else:
                 returned.setdefault(delay, []).append(row)
@@ -475,16 +499,25 @@ class DatabaseSubscription:
         if self._suspected is not None:
             return self._claim_alone(len(self._leases) - settled.total(), connection)
         claimed: list[Claimed] = []
+        if self._ordered:
+            routing.take_turns(connection, sorted(self._ordered))
         for queue in self._queues:
             free = self._leases.free(queue.name) + settled[queue.name]
             if free > 0:
-                claimed += store.claim(
+                taken = store.claim(
                     free,
                     queue=queue.name,
                     lease=self._database.lease,
+                    one_a_key=queue.ordered,
                     floors=self._database.floors,
                     connection=connection,
                 )
+                claimed += taken
+                if queue.ordered and len(taken) < free:
+                    # What is due besides waits for others of its keys: looking at once, and again
+                    # and again, would find nothing.
+                    pause = _FIRST_POLL if taken else self._poll
+                    self._held_up_until[queue.name] = time.monotonic() + pause
         suspects = [row for row in claimed if is_suspect(row) and not is_deadly(row)]
         if suspects:
             # Whatever is in hand when a worker dies counts a loss, and may soon be deadly itself.
@@ -499,8 +532,15 @@ class DatabaseSubscription:
         if self._suspected is None or (held and self._is_left_alone(now)):
             return []
         store = self._database.store
+        is_ordered = self._suspected in self._ordered
+        if is_ordered:
+            routing.take_turns(connection, [self._suspected])
         claimed = store.claim(
-            1, queue=self._suspected, lease=self._database.lease, connection=connection
+            1,
+            queue=self._suspected,
+            lease=self._database.lease,
+            one_a_key=is_ordered,
+            connection=connection,
         )
         self._alone_at = now
         if not any(map(is_suspect, claimed)):

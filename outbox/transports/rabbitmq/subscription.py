@@ -11,7 +11,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from outbox.errors import BrokerError, ConnectionLost
 from outbox.messages.dead_letters import restore_origin
@@ -50,6 +51,7 @@ class RabbitMQSubscription:
     """
 
     limits_processing = True  # consumer_timeout, 30 minutes by default
+    keeps_order = False  # several consumers share a queue, and a retry is a copy at its end
 
     def __init__(
         self, url: BrokerURL, settings: Settings, queues: Sequence[QueueSpec], prefetch: int
@@ -117,6 +119,10 @@ class RabbitMQSubscription:
         """Requeue ``delivery`` in ``delay`` seconds."""
         requeue = self._consumers[delivery.queue].requeue
         self._link.call(lambda: self._link.later(delay, lambda: requeue(delivery)))
+
+    def back_off(self, delivery: Delivery, delay: float, headers: Mapping[str, Any]) -> None:
+        """Raise NotImplementedError: a message can't be changed in its queue."""
+        raise NotImplementedError
 
     def out(self, queue: str) -> int:
         """Return the number of unsettled deliveries from ``queue`` on its channel."""

@@ -20,6 +20,8 @@ __all__ = [
     "big",
     "book",
     "book_once",
+    "book_together",
+    "both",
     "fails",
     "forgets",
     "hold",
@@ -38,6 +40,9 @@ runs: list[Any] = []
 """What the tasks have noted."""
 began, may_end = threading.Event(), threading.Event()
 """Set by ``hold`` when it begins, and waited for before it ends."""
+
+both = threading.Barrier(2)
+"""Passed by two attempts of ``book_together`` at once."""
 
 
 @task
@@ -131,3 +136,11 @@ def book(text: str, value: Any = 1, *, session: Session | None = None) -> Any:
 def book_once(text: str) -> str:
     runs.append(text)
     return text
+
+
+@task(deduplicate=True)
+def book_together(of: str, session: Session | None = None) -> str:
+    assert session is not None
+    both.wait(10)
+    session.add(Effect(of=of))
+    return of

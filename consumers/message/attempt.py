@@ -185,6 +185,7 @@ class Attempt:
                 refused = yield from self._begin(record, parks=False)
                 if refused is not None:
                     return refused
+                record.is_unique = True
                 entry.accompany(record.note_on)
             # With auto_publish, events are published after the handler's commit: if that noted the
             # message, a crash in between would lose them.

@@ -90,6 +90,8 @@ class TaskRecord:
     Attributes:
         has_begun: whether it was written that the attempt begins.
         is_refused: whether it may not begin, so that nothing must be written about it.
+        is_unique: whether no other attempt can succeed if this one does. Then its success counts
+            also if another has begun after it, with a copy of the message.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class TaskRecord:
         headers = delivery.headers or {}
         self.has_begun = False
         self.is_refused = False
+        self.is_unique = False
         self._results = results
         self._delivery = delivery
         self._id = delivery.message_id or delivery.id_or_new
@@ -237,13 +240,14 @@ class TaskRecord:
         return self._results.end(values)
 
     def _ending(self, status: str, delay: float = 0.0) -> dict[str, Any]:
+        is_whichever = not self.has_begun or (self.is_unique and status == SUCCEEDED)
         return {
             "id": self._id,
             "task": self._task,
             "queue": self._delivery.queue,
             "status": status,
             "attempt": self._delivery.attempt,
-            "token": self._token if self.has_begun else "",
+            "token": "" if is_whichever else self._token,
             "value": self._value,
             "is_typed": int(self._is_typed),
             "error_type": None,

@@ -40,7 +40,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.types import TypeEngine
 
-from outbox.results.result_row import CANCELLED, RETRYING, RUNNING
+from outbox.results.result_row import CANCELLED, RETRYING, RUNNING, SUCCEEDED
 from outbox.storage.clock import in_seconds, now, seconds_after
 from outbox.storage.results_table import results
 from outbox.storage.schema import dialect_of
@@ -91,7 +91,8 @@ class Statements(NamedTuple):
         counts: whether the count of rows that it has changed says how many have begun. MariaDB
             counts a row that was there before twice.
         end: ends attempts: those with the token that was given, unless they have been ended; with
-            an empty token whichever attempt runs, or waits for the next one.
+            an empty token whichever attempt runs, or waits for the next one, and a success also the
+            one whose value is missing.
         cancel: cancels tasks, unless they run or are done.
     """
 
@@ -127,7 +128,8 @@ def _begin(dialect: str) -> Any:
     }
     row = results.c
     kept = ("queue", "args", "attempt", "token", "worker", "attempted_at", "running_until")
-    emptied = ("value", "error_type", "error", "traceback", "ended_at")
+    # Not the value: an attempt that was faster may have written it a moment ago.
+    emptied = ("error_type", "error", "traceback", "ended_at")
 
     def may_begin(new: Any) -> ColumnElement[bool]:
         return and_(row.status != CANCELLED, or_(row.task == new.task, row.task == ""))
@@ -159,6 +161,12 @@ def _end(dialect: str) -> Any:
         return or_(
             and_(row.token == new.token, row.running_until.is_not(None)),
             and_(new.token == "", or_(*(row.status == status for status in statuses))),
+            and_(
+                new.token == "",
+                new.status == SUCCEEDED,
+                row.status == SUCCEEDED,
+                row.running_until.is_not(None),
+            ),
         )
 
     def changed(new: Any) -> list[tuple[str, Any]]:

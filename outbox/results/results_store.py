@@ -189,11 +189,19 @@ class ResultsStore:
         connection.execute(self._statements.end, {"rows": _as_json([ended])})
 
     def note_on(self, connection: Any, id_: str, token: str) -> None:
-        """Note in a transaction of the application that an attempt succeeds; its value follows."""
+        """Note in a transaction of the application that an attempt succeeds; its value follows.
+
+        No other attempt can, so the row is its own from now on, whichever attempt has begun last.
+        """
         connection.execute(
             update(results)
-            .where(_row.id == id_, _row.token == token, _row.status == RUNNING)
-            .values(status=SUCCEEDED, ended_at=now())
+            .where(_row.id == id_, _row.status.in_((RUNNING, RETRYING)))
+            .values(
+                status=SUCCEEDED,
+                ended_at=now(),
+                token=token,
+                running_until=in_seconds(literal(LEASE)),
+            )
         )
 
     def complete(self, id_: str) -> None:
@@ -204,7 +212,11 @@ class ResultsStore:
                 connection.execute(
                     update(results)
                     .where(_row.id == id_, _row.status.in_((RUNNING, RETRYING)))
-                    .values(status=SUCCEEDED, ended_at=now())
+                    .values(
+                        status=SUCCEEDED,
+                        ended_at=now(),
+                        running_until=case((_row.value.is_(None), _row.running_until)),
+                    )
                 )
 
         try_again(work)

@@ -143,6 +143,34 @@ def test_an_attempt_begins_and_ends_and_only_its_own_end_counts(kept: ResultsSto
     assert kept.forget(["a", "b", "c"]) == 2
 
 
+def test_of_two_copies_of_a_message_the_one_that_noted_it_writes_the_value(
+    kept: ResultsStore,
+) -> None:
+    """A broker delivers a message again when a connection is lost, while its task still runs."""
+
+    def note(attempt: dict[str, Any]) -> None:
+        with kept.engine.begin() as connection:
+            kept.note_on(connection, attempt["id"], attempt["token"])
+
+    def success(attempt: dict[str, Any]) -> dict[str, Any]:
+        return ended({**attempt, "token": ""}, "succeeded", value="1")
+
+    ids = ["begun before the note", "begun after the note", "begun after the value"]
+    first, second = [begun(each) for each in ids], [begun(each) for each in ids]
+    kept.write(first, [])
+    kept.write(second[:1], [])
+    note(first[0])
+    assert not kept.read(ids)[ids[0]].is_final
+    note(first[1])
+    kept.write(second[1:2], [])
+    kept.write([], [ended(second[0], "retrying"), *map(success, first)])
+    kept.write(second[2:], [])
+    for each in ids:
+        kept.complete(each)
+        row = kept.read([each])[each]
+        assert (row.status, row.is_final, row.value) == ("succeeded", True, "1"), each
+
+
 def test_an_id_belongs_to_one_task(kept: ResultsStore) -> None:
     first, other = begun("a"), begun("a", "shop:refund")
     assert kept.write([first], []) == {}
@@ -547,6 +575,29 @@ def test_a_session_is_committed_with_the_result(shop: Engine, tmp_path: Path, na
     assert worker.stop(10)
     with shop.connect() as connection:
         assert connection.execute(select(Effect.of)).scalars().all() == ["kept"]
+
+
+def test_a_value_survives_that_two_copies_of_its_message_run_at_once(
+    shop: Engine, tmp_path: Path, name: str
+) -> None:
+    publisher = configure(
+        f"sqlite:///{tmp_path / 'queues.db'}",
+        tasks_queue=name,
+        results=shop,
+        task_session=sessionmaker(shop),
+    )
+    worker = Worker(
+        load(["tests.accounting"]), publisher=publisher, threads=2, inbox=outbox.sql.Inbox(shop)
+    )
+    worker.start()
+    for number in range(8):  # the one that began first is not always the one that commits
+        with auto_publishing():
+            handle = accounting.book_together.later(f"{number}")
+            accounting.book_together.options(id=handle.id).later(f"{number}")
+        assert handle.result(10) == f"{number}"
+    assert worker.stop(10)
+    with shop.connect() as connection:
+        assert connection.execute(select(func.count()).select_from(Effect)).scalar() == 8
 
 
 # ------------------------------------------------------------------------ outages and ends

@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from proving.processes import Program, Server
+from proving.queues import CALLS
 
 __all__ = ["SPOOL", "free_port", "programs"]
 
@@ -37,14 +39,25 @@ def programs(
     def program(kind: str, *arguments: str, **more: str) -> Program:
         return Program(kind, arguments, {**environment, **more}, folder, grace=grace)
 
-    def server(kind: str, *arguments: str, children: int, survives: bool = True) -> Server:
+    def server(
+        kind: str,
+        *arguments: str,
+        children: int,
+        survives: bool = True,
+        more: Mapping[str, str] = MappingProxyType({}),
+    ) -> Server:
         return Server(
-            *(kind, arguments, environment, folder),
+            *(kind, arguments, {**environment, **more}, folder),
             children=children,
             survives=survives,
             grace=grace,
         )
 
+    # The database keeps the results of tasks, too.
+    tasks = {
+        "OUTBOX_RESULTS": environment.get("OUTBOX_DATABASE_URL", ""),
+        "OUTBOX_TASKS_QUEUE": f"{environment['OUTBOX_EXCHANGE']}.{CALLS}",
+    }
     # Notifications don't pass through the pooler: the relay has to find that out.
     listens = [] if pooler is None else ["--listen"]
     behind = {} if pooler is None else {"OUTBOX_DATABASE_URL": pooler}
@@ -76,6 +89,7 @@ def programs(
         ),
         "durable": program("durable", "proving.programs.durable"),
         "django": program("django", "proving.programs.django_writer"),
+        "caller": program("caller", "proving.calling.caller", **tasks),
         "relay": program("relay", "proving.programs.relay"),
         "relay2": program("relay2", "proving.programs.relay", *listens, **behind),
         "tenants": program("tenants", "proving.programs.tenants"),
@@ -85,6 +99,13 @@ def programs(
             # A broker that is away for long is no reason to end with an error.
             *("--log-level", "WARNING", "--shutdown-timeout", f"{grace - 5:.0f}"),
             children=1,
+        ),
+        "calls": server(
+            "calls",
+            *("outbox.consumers", "proving.calling.called", "-p", "2", "-t", "8"),
+            *("--log-level", "WARNING", "--shutdown-timeout", f"{grace - 5:.0f}"),
+            children=1,
+            more=tasks,
         ),
     }
 

@@ -35,13 +35,20 @@ an ``effect`` for each row that consumers left in their database.
 is the original key with ``>`` appended; with ``fail`` it enqueues that event and then fails, every
 time; with ``retry`` it fails at first, then follows; with ``slow`` it takes too long at first.
 With ``effect`` in its intent the event also has one effect in the database.
+
+Tasks are events whose delivery, ``where`` is ``run``, they write down themselves. An intent has the
+name of the ``task``. Who calls them writes ``cancelling`` before it cancels one, and ``cancelled``
+if that succeeded, with the time in ``since`` when it tried. In the end the driver writes a
+``result`` for each row in the table of results: the task's ``id``, ``status``, ``value`` and
+``error``.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from proving.history import Record, process_of
@@ -51,6 +58,7 @@ __all__ = ["FOLLOW_ON", "MAX_ATTEMPTS", "Verdict", "check"]
 FOLLOW_ON = ">"
 MAX_ATTEMPTS = 3
 _PROMPT = 5.0  # seconds within which an event comes out while nothing goes wrong
+_UNKEPT, _COMMITTING, _IN_SESSION = "unkept", "committing", "in_session"  # tasks
 _SAME_CLOCK = 0.002  # seconds by which two processes may read the time differently
 
 
@@ -68,6 +76,7 @@ class Verdict:
         phantom: delivered events that were rolled back, never committed, or enqueued by a failed
             attempt.
         renamed: keys delivered with several ids, or another than they were enqueued with.
+        unsettled: tasks whose results are not as they ended, such as those that still run.
         disordered: events first delivered after a newer event of their lane.
         delayed: events that came out long after their commit in a history without any fault.
         repeated: events delivered twice in a history without any fault.
@@ -83,6 +92,7 @@ class Verdict:
     torn: list[str] = field(default_factory=list)
     phantom: list[str] = field(default_factory=list)
     renamed: list[str] = field(default_factory=list)
+    unsettled: list[str] = field(default_factory=list)
     disordered: list[str] = field(default_factory=list)
     delayed: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
@@ -100,6 +110,7 @@ class Verdict:
             "torn apart": self.torn,
             "phantom": self.phantom,
             "new id": self.renamed,
+            "wrong result": self.unsettled,
             "out of order": self.disordered,
             "too late": self.delayed,
             "delivered twice": self.repeated,
@@ -124,6 +135,8 @@ def check(history: Sequence[Record]) -> Verdict:
     unsure = _units(history, "unsure") - committed - rolled_back
     confirmed = {key for each in history if each.what == "confirm" for key in each.facts["keys"]}
     killed = {each.facts["process"] for each in history if each.what == "killed"}
+    asked = {each.facts["key"] for each in history if each.what == "cancelling"}
+    stopped = _stopped(history, intents)
     deliveries = [each for each in history if each.what == "delivery"]
     places: dict[str, set[str]] = {}
     ids: dict[str, set[str]] = {}
@@ -140,7 +153,10 @@ def check(history: Sequence[Record]) -> Verdict:
             if came_out:
                 verdict.counts["delivered"] += 1
                 _check_place(verdict, key, intent, places)
-                _check_work(verdict, key, intent, places)
+                if key not in stopped:
+                    _check_work(verdict, key, intent, places)
+            elif key in asked and (key in stopped or key not in confirmed):
+                verdict.counts["cancelled"] += 1
             elif (
                 process_of(intent.by) in killed
                 and key not in confirmed
@@ -171,8 +187,10 @@ def check(history: Sequence[Record]) -> Verdict:
     _check_whole(verdict, intents, unsure, places, killed)
     _check_order(verdict, intents, deliveries)
     _check_deliveries(verdict, history, intents, deliveries)
-    _check_effects(verdict, intents, committed | unsure, places, history)
+    _check_effects(*(verdict, intents, committed | unsure, places.keys() - stopped, history))
     _check_attempts(verdict, history, deliveries)
+    _check_results(verdict, history, intents, places)
+    _check_cancelled(verdict, history, intents)
     verdict.counts["confirmed"] = len(confirmed)
     verdict.counts["parked"] = sum("parked" in where for where in places.values())
     verdict.counts["dead letters"] = sum("dead" in where for where in places.values())
@@ -184,6 +202,17 @@ def check(history: Sequence[Record]) -> Verdict:
 
 def _units(history: Iterable[Record], what: str) -> set[str]:
     return {each.facts["unit"] for each in history if each.what == what}
+
+
+def _stopped(history: Iterable[Record], intents: Mapping[str, Record]) -> set[str]:
+    """Return the keys of the tasks that were cancelled, also of those whose caller can't know."""
+    rows = {
+        each.facts["id"]
+        for each in history
+        if each.what == "result" and each.facts["status"] == "cancelled"
+    }
+    kept = {key for key, intent in intents.items() if intent.facts["id"] in rows}
+    return kept | {each.facts["key"] for each in history if each.what == "cancelled"}
 
 
 def _check_place(verdict: Verdict, key: str, intent: Record, places: dict[str, set[str]]) -> None:
@@ -266,7 +295,7 @@ def _check_effects(
     verdict: Verdict,
     intents: dict[str, Record],
     possible: set[str],
-    places: dict[str, set[str]],
+    came_out: set[str],
     history: Iterable[Record],
 ) -> None:
     """Check the consumers' database: each effect that the units owe, once, and no others."""
@@ -276,7 +305,7 @@ def _check_effects(
         is_wanted = intent.facts["unit"] in possible and intent.facts.get("work") != "fail"
         if not is_wanted and key in done:
             verdict.phantom.append(f"{key} was done, but should not have been")
-        elif is_wanted and intent.facts.get("effect") and key in places and key not in done:
+        elif is_wanted and intent.facts.get("effect") and key in came_out and key not in done:
             verdict.lost.append(f"{key} has no effect")
     verdict.twice += [f"{key} was done {times} times" for key, times in done.items() if times > 1]
 
@@ -315,6 +344,63 @@ def _check_attempts(
         attempts = each.facts.get("attempts")
         if each.facts["where"] == "dead" and attempts not in (None, MAX_ATTEMPTS):
             verdict.endless.append(f"{each.facts['key']} was given up after {attempts} attempts")
+
+
+def _check_results(
+    verdict: Verdict,
+    history: Sequence[Record],
+    intents: Mapping[str, Record],
+    places: Mapping[str, set[str]],
+) -> None:
+    """Check what is kept of tasks: how each has ended, its value, and that no other is kept."""
+    kept = {each.facts["id"]: each.facts for each in history if each.what == "result"}
+    asked = {each.facts["key"] for each in history if each.what == "cancelling"}
+    done = {each.facts["key"] for each in history if each.what == "effect"}
+    has_killed = any(
+        each.what == "killed" and each.facts["process"].startswith("calls-") for each in history
+    )
+    verdict.counts["results"] = len(kept)
+    for key, intent in intents.items():
+        task = intent.facts.get("task")
+        if task is None:
+            continue
+        row = kept.pop(intent.facts["id"], None)
+        status = None if row is None else row["status"]
+        wanted = _status_wanted(intent, key in places)
+        if status != wanted and not (status == "cancelled" and key in asked):
+            verdict.unsettled.append(f"{key} is {status}, not {wanted}")
+        if row is not None and status == "succeeded" and row["value"] != json.dumps(key):
+            if row["value"] is None and task == _COMMITTING and has_killed:
+                verdict.counts["values lost with a worker"] += 1
+            else:
+                verdict.unsettled.append(f"{key} has the value {row['value']}, {row['error']}")
+        if task == _IN_SESSION and (status == "succeeded") != (key in done):
+            effect = "there" if key in done else "missing"
+            verdict.unsettled.append(f"{key} is {status}, its effect {effect}")
+    verdict.unsettled += [f"{task_id} is {row['status']}" for task_id, row in kept.items()]
+
+
+def _status_wanted(intent: Record, has_run: bool) -> str | None:
+    """Return the status that is kept of a task in the end, unless it was cancelled."""
+    if not has_run or intent.facts["task"] == _UNKEPT:
+        return None
+    return "failed" if intent.facts["work"] == "fail" else "succeeded"
+
+
+def _check_cancelled(
+    verdict: Verdict, history: Sequence[Record], intents: Mapping[str, Record]
+) -> None:
+    """Check that no task ran after it was cancelled."""
+    cancelled = {each.facts["key"]: each for each in history if each.what == "cancelled"}
+    for each in history:
+        end = cancelled.get(each.facts.get("key", ""))
+        if end is None or each.what != "delivery" or each.facts["where"] != "run":
+            continue
+        # One that fails may be cancelled after an attempt that began meanwhile.
+        may_fail = intents[end.facts["key"]].facts["work"] in ("fail", "retry")
+        last = end.at if may_fail else end.facts["since"]
+        if each.at > last + _SAME_CLOCK:
+            verdict.phantom.append(f"{end.facts['key']} ran after it was cancelled")
 
 
 def _check_order(

@@ -81,6 +81,13 @@ class Database:
         for key, message_id in self._query("SELECT of, id FROM effects"):
             history.write("effect", key=key, id=message_id)
 
+    def write_results(self, history: Journal) -> None:
+        """Write a ``result`` for every row that is kept of a task."""
+        for task_id, status, value, error in self._query(
+            "SELECT id, status, value, error FROM outbox_results"
+        ):
+            history.write("result", id=task_id, status=status, value=value, error=error)
+
     def waiting(self) -> int:
         """Return the number of stored events in the tables, in any state."""
         counts = " + ".join(f"(SELECT count(*) FROM {table})" for table in _TABLES)

@@ -209,6 +209,8 @@ FAULTS: Sequence[Fault] = (
             "relay2",
             "tenants",
             "worker",
+            "caller",
+            "calls",
         )
         for way in ("kill", "terminate")
         # Celery may kill its children when it ends, and their events with them.

@@ -17,13 +17,13 @@ from proving.history import Journal
 from proving.load import WRITERS, Load
 from proving.processes import Program
 from proving.proxy import FaultProxy
-from proving.queues import CONSUMED, PARKED, Queues
+from proving.queues import CALLS, CONSUMED, PARKED, Queues
 from proving.witness import Witness
 
 __all__ = ["HABITS", "KINDS", "Ground"]
 
 _RELAYS = ("relay", "relay2", "tenants")
-KINDS = (*WRITERS, *_RELAYS, "worker", "pooler")
+KINDS = (*WRITERS, *_RELAYS, "worker", "calls", "pooler")
 """All kinds of programs; ``pooler`` is PgBouncer, before the database of ``relay2``."""
 HABITS = ("late", "interrupt", "rotate", "misaddressed", "serializable")
 """What programs can do besides.
@@ -37,6 +37,7 @@ HABITS = ("late", "interrupt", "rotate", "misaddressed", "serializable")
 Besides, with ``notify`` the durable scripts only notify relays of their events. Usually it doesn't.
 """
 _QUIET = 2.5  # seconds within which every retry is back in its queue
+_QUIET_CALLS = 5.0  # and every delayed call of a task
 _END = 20.0  # seconds, beyond what is left to publish, for an orderly exit
 
 
@@ -88,7 +89,7 @@ class Ground:
         self._queues = Queues(broker, name)
         self._database = (
             Database(pooler="pooler" in kinds)
-            if {"durable", "django", "database"} & set(kinds)
+            if {"durable", "django", "caller", "database"} & set(kinds)
             else None
         )
         self._consumed = CONSUMED if self._database is not None else CONSUMED[:2]
@@ -105,7 +106,7 @@ class Ground:
         self._variables: dict[str, str] = {}
         self.programs: dict[str, Program] = {}
         queues = {f"{name}.ledger": "ledger"}
-        queues |= {f"{name}.{queue}.dead": "dead" for queue in CONSUMED}
+        queues |= {f"{name}.{queue}.dead": "dead" for queue in (*CONSUMED, CALLS)}
         if parking:
             queues[PARKED] = "parked"
         self.ledger = Witness(broker.url, queues, Journal(folder, "ledger"))
@@ -135,15 +136,15 @@ class Ground:
         self._load = Load(
             self._folder,
             self._queues,
-            self._consumed if "worker" in self.programs else (),
+            [queue for _, queues, _ in self._workers() for queue in queues],
             self._database,
             {kind: port for kind, port in ports.items() if kind in self.programs},
             tasks="prefork" in self.programs,
             seed=self._seed,
         )
-        if "worker" in self.programs:
-            self.programs["worker"].start()
-            for queue in self._consumed:
+        for worker, queues, _ in self._workers():
+            worker.start()
+            for queue in queues:
                 self._queues.waiting(queue)  # wait until it exists
         for program in self.programs.values():
             program.start()
@@ -191,12 +192,12 @@ class Ground:
             database.write_commits(Journal(self._folder, "database"))
             for kind in _RELAYS:
                 self.stop(kind, "terminate")
-        worker = self.programs.get("worker")
-        if worker is not None:
-            self._let_finish(worker)
-            if self._database is not None:
-                self._database.write_effects(Journal(self._folder, "effects"))
-        queues = ("ledger", "bounded", *(f"{queue}.dead" for queue in CONSUMED))
+        for worker, its_queues, quiet in self._workers():
+            self._let_finish(worker, its_queues, quiet)
+        if self._database is not None:
+            self._database.write_effects(Journal(self._folder, "effects"))
+            self._database.write_results(Journal(self._folder, "results"))
+        queues = ("ledger", "bounded", *(f"{queue}.dead" for queue in (*CONSUMED, CALLS)))
         self._wait_until(
             lambda: (
                 time.monotonic() - max(self.ledger.last, self.bounded.last) > 1
@@ -220,19 +221,28 @@ class Ground:
         if done.returncode:
             self.history.write("astray", process="outbox spool drain", how=done.stderr[-1000:])
 
-    def _let_finish(self, worker: Program) -> None:
+    def _workers(self) -> list[tuple[Program, Collection[str], float]]:
+        """Return the workers, their queues, and the seconds within which all is back in these."""
+        found = (("worker", self._consumed, _QUIET), ("calls", (CALLS,), _QUIET_CALLS))
+        return [
+            (self.programs[kind], queues, quiet)
+            for kind, queues, quiet in found
+            if kind in self.programs
+        ]
+
+    def _let_finish(self, worker: Program, queues: Collection[str], quiet: float) -> None:
         """Wait until the worker's queues are empty, and end it."""
         deadline = time.monotonic() + self._patience
         while time.monotonic() < deadline:
             worker.start()
             empty_since = time.monotonic()
-            while time.monotonic() < min(deadline, empty_since + _QUIET):
+            while time.monotonic() < min(deadline, empty_since + quiet):
                 time.sleep(0.1)
-                if any(map(self._queues.waiting, self._consumed)):
+                if any(map(self._queues.waiting, queues)):
                     empty_since = time.monotonic()
             worker.terminate(self.history)
             # Messages that are left were not acked: start the worker again to process them.
-            if not any(map(self._queues.waiting, self._consumed)):
+            if not any(map(self._queues.waiting, queues)):
                 return
 
     def stop(self, kind: str, way: str) -> None:

@@ -17,7 +17,7 @@ from proving.queues import Queues
 
 __all__ = ["WRITERS", "Load"]
 
-WRITERS = ("script", "spooled", "wsgi", "asgi", "prefork", "durable", "django")
+WRITERS = ("script", "spooled", "wsgi", "asgi", "prefork", "durable", "django", "caller")
 """The kinds of programs that enqueue events which no message has caused."""
 _PAUSE = 0.05  # seconds between two requests
 _TASK_PAUSE = 0.15  # seconds between two tasks
@@ -45,7 +45,7 @@ class Load:
         Args:
             folder: the folder of the history.
             queues: the queues of the broker.
-            consumed: the queues of the worker, if there is one.
+            consumed: the queues of the workers, if there are any.
             database: the database with stored events, if there is one.
             ports: the kinds of servers to send requests to, and their ports.
             tasks: whether to give tasks to the prefork worker.
@@ -88,7 +88,7 @@ class Load:
             except Exception:  # one is unavailable; pika also raises exceptions outside its tree
                 continue
             for kind, pace in self._paces.items():
-                is_late = kind in ("durable", "django") and stored > _MOST_STORED
+                is_late = kind in ("durable", "django", "caller") and stored > _MOST_STORED
                 pace.set(slow=is_late or waiting > _MOST_CONSUMED)
 
     def _request(self, kind: str, port: int) -> None:

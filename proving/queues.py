@@ -11,10 +11,12 @@ import pika
 
 from outbox.testing.broker import PrivateBroker
 
-__all__ = ["CONSUMED", "PARKED", "Queues"]
+__all__ = ["CALLS", "CONSUMED", "PARKED", "Queues"]
 
 CONSUMED = ("orders", "tasks", "charges")
 """The queues of the worker."""
+CALLS = "calls"
+"""The queue of the tasks."""
 PARKED = "outbox.unroutable"
 _BOUND = 20  # messages in the queue that fills up
 _PASSWORD = "proving"
@@ -46,7 +48,7 @@ class Queues:
             # Classic queues: a new quorum queue doesn't always survive a kill of its node.
             channel.queue_declare(f"{name}.ledger", durable=True)
             channel.queue_declare(f"{name}.bounded", durable=True, arguments=full)
-            for queue in CONSUMED:
+            for queue in (*CONSUMED, CALLS):
                 dead = f"{name}.{queue}.dead"
                 channel.queue_declare(dead, durable=True, arguments={"x-queue-type": "quorum"})
             for topic in ("order.*", "task.*", "charge.*", "invoice.*", "shaky.*"):

@@ -75,7 +75,10 @@ class Witness:
     def _note(self, where: str) -> Any:
         def note(channel: Any, method: Any, properties: Any, body: bytes) -> None:
             self.last = time.monotonic()
-            facts: dict[str, Any] = {"key": json.loads(body)["key"], "id": properties.message_id}
+            payload = json.loads(body)
+            # Of a task it is the first argument.
+            key = payload["args"][0] if "args" in payload else payload["key"]
+            facts: dict[str, Any] = {"key": key, "id": properties.message_id}
             if where == "dead":
                 facts["attempts"] = (properties.headers or {}).get("outbox-attempt")
             self._history.write("delivery", where=where, **facts)

@@ -7,6 +7,7 @@ import itertools
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,59 @@ def test_every_planted_bug_names_faults_that_exist() -> None:
     for bug in BUGS:
         assert len(faults.named(bug.faults)) == len(bug.faults)
     assert len({bug.name for bug in BUGS}) == len(BUGS) >= 8
+
+
+def call(key: str = "a", task: str = "kept", **facts: Any) -> Record:
+    return intent(key, task=task, work="follow", **facts)
+
+
+def run(key: str = "a", at: float = 0.0) -> list[Record]:
+    return [replace(delivery(key, "run"), at=at), delivery(f"{key}>", "run")]
+
+
+def result(status: str, value: str | None = '"a"') -> Record:
+    return record("result", "results", id="id of a", status=status, value=value, error=None)
+
+
+def test_a_task_that_has_run_leaves_its_value() -> None:
+    done = [call(), COMMIT, *run()]
+    assert check([*done, result("succeeded")]).ok
+    for wrong in (result("running"), result("failed"), result("succeeded", '"b"')):
+        assert len(check([*done, wrong]).unsettled) == 1
+    assert check(done).unsettled == ["a is None, not succeeded"]
+    assert check([call(task="unkept"), COMMIT, *run()]).ok
+    assert check([call(), ROLLBACK, result("running")]).unsettled
+
+
+def test_a_value_is_lost_only_where_the_task_commits_and_a_worker_was_killed() -> None:
+    lost = result("succeeded", None)
+    killed = record("killed", process="calls-1")
+    for task, more, is_fine in (
+        ("committing", [killed], True),
+        ("committing", [], False),
+        ("kept", [killed], False),
+    ):
+        assert check([call(task=task), COMMIT, *run(), lost, *more]).ok is is_fine
+
+
+def test_a_session_holds_the_effect_and_the_result_or_neither() -> None:
+    effect = record("effect", "effects", key="a", id="id of a")
+    done = [call(task="in_session"), COMMIT, *run()]
+    assert check([*done, effect, result("succeeded")]).ok
+    assert check([*done, result("succeeded")]).unsettled == ["a is succeeded, its effect missing"]
+
+
+def test_a_cancelled_task_does_not_run() -> None:
+    cancelling = record("cancelling", key="a")
+    cancelled = record("cancelled", key="a", since=1.0)
+    row = result("cancelled", None)
+    called = [call(), COMMIT, record("confirm", keys=["a"])]
+    assert check([*called, cancelling, cancelled, row]).ok
+    assert check([*called, cancelling, row]).ok  # the caller was killed meanwhile
+    assert check([*called, cancelling]).lost
+    assert check([*called, cancelling, cancelled, row, *run(at=2.0)]).phantom == [
+        "a ran after it was cancelled"
+    ]
 
 
 def test_every_planted_bug_names_programs_and_habits_that_exist() -> None:

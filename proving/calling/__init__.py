@@ -1,0 +1,1 @@
+"""Tasks under test: the script that calls them, and what ``outbox-consume`` runs."""

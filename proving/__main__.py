@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from outbox.testing.broker import PrivateBroker
-from proving import bounds, faults
+from proving import bounds, database_queues, faults
 from proving.bugs import BUGS, Bug
 from proving.checker import Verdict, check
 from proving.faults import FAULTS, Fault, Planned
@@ -148,6 +148,22 @@ def _prove_all(seed: int, minutes: float) -> bool:
     return verdict.ok
 
 
+def _prove_database(kind: str, seed: int, minutes: float, *, calm: bool) -> bool:
+    folder = Path(tempfile.mkdtemp(prefix="outbox-proof-"))
+    begin = time.monotonic()
+    seconds = seconds_of_faults(minutes)
+    ledger = database_queues.prove(
+        kind, folder, seconds=seconds, seed=seed, pause=None if calm else 1.0
+    )
+    print(f"{kind}: {seconds:.0f} s of faults, {time.monotonic() - begin:.0f} s in all")
+    print(database_queues.report(ledger))
+    if ledger.is_clean:
+        shutil.rmtree(folder)
+    else:
+        print(f"the history is in {folder}")
+    return ledger.is_clean
+
+
 def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -248,7 +264,18 @@ def main() -> int:
     parser.add_argument(
         "--bounds", action="store_true", help="show the bounds in numbers, see proving/bounds"
     )
+    parser.add_argument(
+        "--transport",
+        choices=("rabbitmq", *database_queues.SERVERS),
+        default="rabbitmq",
+        help="what carries the events; a database has programs for itself (default: rabbitmq)",
+    )
+    parser.add_argument(
+        "--calm", action="store_true", help="without faults; for databases: no transaction may fail"
+    )
     options = parser.parse_args()
+    if options.calm and options.transport == "rabbitmq":
+        parser.error("--calm is for databases; see --clean")
     if options.bounds:
         return 0 if bounds.keep_all() else 1
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**6)
@@ -257,6 +284,9 @@ def main() -> int:
         return 0 if _run_all(seed, options.bugs, planted=True) else 1
     if options.clean is not None:
         return 0 if _run_all(seed, options.clean, planted=False) else 1
+    if options.transport != "rabbitmq":
+        done = _prove_database(options.transport, seed, options.minutes, calm=options.calm)
+        return 0 if done else 1
     return 0 if _prove_all(seed, options.minutes) else 1
 
 

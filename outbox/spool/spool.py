@@ -175,18 +175,17 @@ class Spool:
 
         Args:
             files: the files, as ``hand_over`` returned them.
-            done: called with the number of their events that aren't in memory, and their bytes.
+            done: called with the number of the own ones' events that aren't in memory, and their
+                bytes.
         """
         self._ask(lambda: self._take_over(files, done))
 
     def hand_over(self) -> list[SpoolFile]:
-        """End the thread and return the own files, open, for another spool to take over."""
+        """End the thread and return all files, open, for another spool to take over."""
         if not self._end():
             return []
-        files, self._files = self._files, []
-        if self._adopted is not None:
-            self._adopted.close()  # it is adopted again
-            self._adopted = None
+        files = self._all
+        self._files, self._adopted = [], None
         return files
 
     def stop(self) -> int:
@@ -466,11 +465,19 @@ class Spool:
     def _take_over(self, files: Sequence[SpoolFile], done: Callable[[int, int], object]) -> None:
         if self._ending:  # replaced itself, meanwhile
             for file in files:
-                file.close()
+                file.abandon()
             return
-        self._files = [*files, *self._files]
-        held = sum(size_of(entry) for file in files for entry in file.in_memory.values())
-        done(sum(file.unread for file in files), max(0, sum(file.size for file in files) - held))
+        own = [file for file in files if file.is_own]
+        self._files = [*own, *self._files]
+        done(sum(file.unread for file in own), sum(map(_unread_size, own)))
+        for file in files:
+            if file.is_own:
+                continue
+            if self._adopted is not None:
+                file.abandon()
+                continue
+            self._adopted = file
+            self._on_adopted(file.unread, _unread_size(file))
 
     def _look(self) -> None:
         """Adopt a file of an ended process, and delete an own one that is empty."""
@@ -560,6 +567,10 @@ class Spool:
     def after_fork(self) -> None:
         """Let the thread go on."""
         self._turn.release()
+
+
+def _unread_size(file: SpoolFile) -> int:
+    return max(0, file.size - sum(map(size_of, file.in_memory.values())))
 
 
 def _ignore(_events: int, _of_them: int) -> None: ...

@@ -118,6 +118,7 @@ class SpoolFile:
         in_memory: the entries of events that the publisher has in memory, by number; the others
             are to be read.
         last: the number of the last event.
+        is_own: whether this process has made it; otherwise an ended one has.
     """
 
     def __init__(self, path: Path, lock: FileLock) -> None:
@@ -127,6 +128,7 @@ class SpoolFile:
         self._file: tuple[int, int] = (0, 0)  # device and inode
         self.events = self.size = self.last = 0
         self.in_memory: dict[int, Entry] = {}
+        self.is_own = True
         self._read_to = 0
 
     @classmethod
@@ -170,6 +172,7 @@ class SpoolFile:
         if lock is None:
             return None
         file = cls(path, lock)
+        file.is_own = False
         try:
             if not path.exists():
                 file.remove()
@@ -318,6 +321,13 @@ class SpoolFile:
             with contextlib.suppress(OSError):
                 os.unlink(f"{self.path}{suffix}")
         self._lock.release(remove=True)
+
+    def abandon(self) -> None:
+        """Leave the file to other spools; what is in memory is no longer in a file."""
+        for entry in self.in_memory.values():
+            entry.row = None  # or its end would be written into a file that another spool has
+        self.in_memory.clear()
+        self.close()
 
     def close(self) -> None:
         """Leave the file to other processes."""

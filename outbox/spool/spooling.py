@@ -270,7 +270,7 @@ class Spooling:
             if file.in_memory:  # the successor has them, in its memory
                 file.change((), list(file.in_memory))
             if file.events:
-                file.close()
+                file.abandon()
             else:
                 file.remove()
         if left:

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import queue
 import signal
 import sqlite3
 import subprocess
@@ -556,6 +557,34 @@ def test_another_configure_goes_on_with_the_spool(
     assert new.drain(30)
     assert [int(id) for id in arrived(inspector, queue, len(expected))] == expected
     new.close()
+
+
+def test_another_spool_goes_on_with_an_adopted_file(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Publisher(NOWHERE, spool=folder, drain_timeout=0) as publisher:
+        publisher.publish(numbered(1500))
+    (path,) = spool_files(folder)
+    digest = path.name.partition("-")[0]
+    first, second = (spool_module.Spool(folder, digest, lambda event: b"") for _ in range(2))
+    read: queue.SimpleQueue[spool_module.Read] = queue.SimpleQueue()
+    taken: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+    first.look()
+    first.read(read.put)
+    entries = read.get(timeout=10).entries
+    second.watch(lambda events, size: taken.put((events, size)), lambda lost, own: None)
+    second.take_over(first.hand_over(), lambda events, size: None)
+    unread, size = taken.get(timeout=10)
+    assert (unread, size > 0) == (1500 - len(entries), True)
+    second.settle(entries)  # they were in flight when the publisher was replaced
+    second.read(read.put)
+    assert [entry.event.id for entry in read.get(timeout=10).entries] == [
+        str(number) for number in range(len(entries), 1500)
+    ]
+    second.stop()
+    assert on_disk(folder) == [str(number) for number in range(len(entries), 1500)]
+    assert not [found for found in folder.iterdir() if ".bad-" in found.name]
+    assert "deleted" not in caplog.text
 
 
 @pytest.mark.parametrize(

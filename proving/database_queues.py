@@ -171,6 +171,8 @@ class Ledger:
         committed: the transactions that were committed, as the database says.
         failed: the reasons why transactions failed, with the number of times.
         drained: the publishers that were ended, and had nothing left to publish.
+        for_relay: the rows that were left to a relay: their writer could not find out, during an
+            outage, whether its database is the broker, and was killed.
         left: the rows that were left in the end.
         faults: the number of times of each fault.
     """
@@ -184,6 +186,7 @@ class Ledger:
     committed: set[str] = field(default_factory=set)
     failed: Counter[str] = field(default_factory=Counter)
     drained: set[str] = field(default_factory=set)
+    for_relay: int = 0
     left: int = 0
     faults: dict[str, int] = field(default_factory=dict)
 
@@ -244,6 +247,8 @@ class _Ground:
         Store(self._engine).create()
         with self._engine.begin() as connection:
             connection.execute(text("CREATE TABLE units (name VARCHAR(100) PRIMARY KEY)"))
+        self._environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OUTBOX_URL": self._url}
+        self._relay: subprocess.Popen[bytes] | None = None
         self._started = 0
         self._workers = [self._worker() for _ in range(_WORKERS)]
         self._wait_for_queues()
@@ -269,7 +274,7 @@ class _Ground:
                 [sys.executable, "-c", program, self._url, str(path), *arguments],
                 stdin=subprocess.PIPE,
                 stderr=errors,
-                env={**os.environ, "PYTHONPATH": os.getcwd()},
+                env=self._environment,
             )
 
     def _wait_for_queues(self) -> None:
@@ -340,10 +345,18 @@ class _Ground:
         time.sleep(self._chosen.random() * 2)
         self._server.resume()
 
-    def settle(self) -> int:
-        """Let the writers end and the workers finish; return the number of rows left."""
+    def settle(self, ledger: Ledger) -> None:
+        """Let the writers end and the workers finish; note what rows were left."""
         for process in [*self._publishers, *self._writers]:
             _end(process)
+        ledger.for_relay = self._number("SELECT count(*) FROM outbox_events WHERE queue = ''")
+        if ledger.for_relay:
+            with open(self._folder / "relay.err", "wb") as errors:
+                self._relay = subprocess.Popen(
+                    [sys.executable, "-m", "outbox", "relay"],
+                    stderr=errors,
+                    env={**self._environment, "OUTBOX_DATABASE_URL": self._url},
+                )
         deadline = time.monotonic() + _SETTLED_WITHIN
         while (left := self._number("SELECT count(*) FROM outbox_events")) > 0:
             if time.monotonic() > deadline:
@@ -351,7 +364,7 @@ class _Ground:
             time.sleep(0.1)
         for worker in self._workers:
             _end(worker)
-        return left
+        ledger.left = left
 
     def committed(self) -> set[str]:
         """Return the names of the transactions that were committed."""
@@ -361,6 +374,8 @@ class _Ground:
     def close(self) -> None:
         for process in [*self._workers, *self._publishers, *self._writers]:
             _kill(process)
+        if self._relay is not None:
+            _kill(self._relay)
         self._engine.dispose()
         if self._server is not None:
             self._server.stop()
@@ -400,7 +415,7 @@ def prove(
             time.sleep(pause * (0.5 + chosen.random()))
             what = ground.happen()
             ledger.faults[what] = ledger.faults.get(what, 0) + 1
-        ledger.left = ground.settle()
+        ground.settle(ledger)
         ledger.committed = ground.committed()
     finally:
         ground.close()
@@ -433,6 +448,7 @@ def report(ledger: Ledger) -> str:
             f"published: {len(ledger.published):,} of {len(ledger.meant):,} events",
             f"stored: {len(ledger.stored):,} events; {len(ledger.committed):,} transactions "
             f"committed, {sum(ledger.failed.values()):,} failed: {failed or '-'}",
+            f"left to a relay by killed writers: {ledger.for_relay}",
             f"processed: {len(ledger.done):,} events, {again:,} of them again",
             f"publishers drained: {len(ledger.drained)} of {_PUBLISHERS}",
             *(

@@ -18,6 +18,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from outbox.errors import MissingExtra, UsageError
+from outbox.storage.arrays import send_arrays_quickly
 from outbox.storage.schema import known_dialect
 from outbox.storage.transactions import READS_ONLY
 from outbox.system import process
@@ -115,6 +116,8 @@ def open_engine(url: str | URL, *, pool: type[Pool] = QueuePool) -> Engine:
         )
     except (ArgumentError, NoSuchModuleError) as error:
         raise UsageError(f"SQLAlchemy rejects the database URL: {error}") from error
+    if driver == "psycopg":
+        send_arrays_quickly(engine)
     if schema is None:
         return engine
     # Not by search_path: a pooler refuses it at the start, and a SET would stay with its next user.

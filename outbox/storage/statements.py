@@ -5,7 +5,6 @@ Building a statement takes longer than the database takes to run it.
 
 from __future__ import annotations
 
-import base64
 import datetime
 import functools
 import json
@@ -15,7 +14,6 @@ from typing import Any
 
 from sqlalchemy import (
     CTE,
-    JSON,
     ColumnElement,
     Connection,
     Delete,
@@ -49,6 +47,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, BIGINT
 from sqlalchemy.sql.dml import ReturningInsert
 
+from outbox.storage.arrays import ArrayOf
 from outbox.storage.clock import Timestamp, in_seconds, now, seconds_after, seconds_since
 from outbox.storage.floors import Span
 from outbox.storage.schema import GRACE, events
@@ -516,8 +515,9 @@ class _PostgreSQLStatements(_InOneStatement):
         if len(rows) < _FEW:
             super().put_rows(connection, rows)
         else:
-            document = json.dumps(rows, default=_in_json)
-            connection.execute(_put_document(tuple(rows[0])), {"document": document})
+            names = tuple(rows[0])
+            arrays = {_array(name): [row[name] for row in rows] for name in names}
+            connection.execute(_put_columns(names), arrays)
 
     def names(self, queues: Sequence[str]) -> Any:
         return list(queues)
@@ -809,32 +809,25 @@ def statements(dialect: str) -> Statements:
     return _KINDS[dialect]()
 
 
-def _in_json(value: bytes | datetime.datetime) -> str:
-    if isinstance(value, datetime.datetime):
-        return value.isoformat()
-    return base64.b64encode(value).decode()
-
-
 @functools.lru_cache(maxsize=64)
-def _put_document(names: Sequence[str]) -> Insert:
-    """Insert rows with these columns that come as a JSON document."""
-    columns = [events.c[name] for name in names]
+def _put_columns(names: Sequence[str]) -> Insert:
+    """Insert rows with these columns that come as an array for each column."""
+    types = {name: ArrayOf(events.c[name].type) for name in names}
     rows = (
-        func.json_to_recordset(cast(bindparam("document", type_=Text), JSON))
-        .table_valued(
-            *(column(each.name, Text if each.name == "payload" else each.type) for each in columns),
-            name="new",
-        )
-        .render_derived(with_types=True)
+        func.unnest(*(bindparam(_array(name), type_=type_) for name, type_ in types.items()))
+        .table_valued(*(column(name, type_.item) for name, type_ in types.items()))
+        .render_derived(name="new")
     )
     values: dict[str, Any] = {"stored_at": now(), "available_at": now()}
-    values |= {
-        name: func.decode(rows.c[name], "base64") if name == "payload" else rows.c[name]
-        for name in names
-    }
+    values |= {name: rows.c[name] for name in names}
     return insert(events).from_select(
         list(values), select(*values.values()), include_defaults=False
     )
+
+
+def _array(name: str) -> str:
+    """Return the parameter with the values of a column."""
+    return f"new_{name}"
 
 
 def _with_due_in(firsts: Any) -> Select[Any]:

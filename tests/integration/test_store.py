@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import (
+    Engine,
     create_engine,
     create_mock_engine,
     event,
@@ -769,3 +771,17 @@ def test_rows_that_are_stored_together_are_what_they_are_alone(store: Store) -> 
         with pytest.raises(DBAPIError):
             store.put([*stored[:8], dataclasses.replace(stored[0], id="x" * 256)])
         assert store.status().waiting == 0
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@pytest.mark.parametrize("open_", [open_engine, create_engine])
+def test_rows_are_stored_together_by_each_driver(
+    postgresql_url: str, driver: str, open_: Callable[..., Engine]
+) -> None:
+    engine = open_(make_url(postgresql_url).set(drivername=f"postgresql+{driver}"))
+    store = Store(engine)
+    store.create()
+    stored = [an_event("NULL"), an_event(key=""), *(an_event(key="NULL") for _ in range(8))]
+    store.put(stored)
+    assert [row.event for row in store.claim(100)] == stored
+    engine.dispose()

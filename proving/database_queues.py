@@ -225,9 +225,7 @@ class Ledger:
 
     @property
     def invented(self) -> set[str]:
-        """The events that were processed, but never enqueued."""
-        return (set(self.done) | self.followed) - self.meant
-        """The events that were processed though nobody had enqueued or committed them."""
+        """The events that were processed, but never enqueued, or never committed."""
         return (set(self.done) | self.followed) - self.meant - self._owed_to_transactions
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from django.db import connections
 
 from outbox import UsageError
-from outbox.django.project import is_test_environment
+from outbox.django.environment import is_test_environment
 from outbox.system import process
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from django.conf import settings as django_settings
-from django.core import mail
 
 from outbox import Publisher, UsageError
 from outbox.configuration import configured_publisher, overriding_url
+from outbox.django.connecting import engine_of
+from outbox.django.environment import is_test_environment
 from outbox.observer import seam
 from outbox.settings import Settings, suggestion
 from outbox.system import process
@@ -23,7 +24,6 @@ __all__ = [
     "Project",
     "current",
     "forget",
-    "is_test_environment",
     "misspelled",
     "publisher",
     "settings_of",
@@ -92,11 +92,6 @@ def misspelled(key: object) -> str:
     return f"{key!r}; {suggestion(str(key).upper(), NAMES)}"
 
 
-def is_test_environment() -> bool:
-    """Return whether Django's ``setup_test_environment()`` has run and was not undone."""
-    return hasattr(mail, "outbox")  # it exists for exactly that time
-
-
 def settings_of(project: Project) -> dict[str, Any]:
     """Return the settings of the project's publisher, by their names in lower case.
 
@@ -109,8 +104,6 @@ def settings_of(project: Project) -> dict[str, Any]:
     alias = project.overrides.get("results")
     if not isinstance(alias, str) or alias not in django_settings.DATABASES:
         return project.overrides
-    from outbox.django.connecting import engine_of
-
     results = "off" if is_test_environment() else engine_of(alias)
     return {**project.overrides, "results": results}
 

@@ -27,6 +27,7 @@ from outbox.backlog.notifier import ids
 from outbox.configuration import default_publisher
 from outbox.django import project
 from outbox.django.connecting import can_hand_over, engine_of, vendor_of
+from outbox.django.environment import is_test_environment
 from outbox.django.moments import NOW, in_column
 from outbox.event import Event
 from outbox.messages.rows import UNROUTED, values_of
@@ -208,7 +209,7 @@ def _store(connection: Any, event: Event, publisher: Publisher | None) -> bool:
     may_hand_over = (
         publisher is not None
         and _has_sqlalchemy()
-        and (observer.hands_over if observer else not project.is_test_environment())
+        and (observer.hands_over if observer else not is_test_environment())
     )
     hands_over = (
         may_hand_over
@@ -315,7 +316,7 @@ def _pending_at_commit(
     hooks = connection.run_on_commit
     # In a test each event has a callback, at the end: those registered in a part of it may be run
     # apart, and captureOnCommitCallbacks() counts from the beginning.
-    is_test = observer is not None or project.is_test_environment()
+    is_test = observer is not None or is_test_environment()
     end = (
         len(hooks)
         if is_test

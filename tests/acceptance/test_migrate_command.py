@@ -161,26 +161,28 @@ def place(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Place:
 
 
 def test_nothing_is_moved_while_a_worker_runs_unless_forced(
-    place: Place, modules: str, name: str, tmp_path: Path
+    place: Place,
+    modules: str,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("OUTBOX_EXCHANGE", name)
     new_url = f"sqlite:///{tmp_path}/new.db"
+    command = ["migrate-transport", place.url, new_url, modules]
     with reading(place, name, ["order.*"], prefetch=1) as reader:
-        idle = migrate(tmp_path, place.url, new_url, modules, exchange=name)
-        assert idle.returncode == exit_codes.USAGE, idle
-        assert "is in use" in idle.stderr
+        assert main(command) == exit_codes.USAGE  # while it is idle
+        assert "is in use" in capsys.readouterr().err
         with place.publisher() as publisher:
             publisher.publish(events_for(publisher, ["order.placed"] * 5))
         [held] = reader.take(1)
-        busy = migrate(tmp_path, place.url, new_url, modules, exchange=name)
-        assert busy.returncode == exit_codes.USAGE, busy
-        forced = migrate(tmp_path, place.url, new_url, modules, "--force", exchange=name)
-        assert forced.returncode == exit_codes.IN_HAND, forced
-        assert "4 messages moved, 0 left" in forced.stdout, forced
+        assert main(command) == exit_codes.USAGE
+        assert main([*command, "--force"]) == exit_codes.IN_HAND
+        assert "4 messages moved, 0 left" in capsys.readouterr().out
     assert held.message_id not in [each[1] for each in contents(new_url)]
-    if place.url.startswith("sqlite"):
-        assert place.count(name) == 1
-    else:
-        wait_until(lambda: place.count(name) == 1)
+    wait_until(lambda: place.count(name) == 1)
 
 
 @pytest.fixture(params=["sqlite to postgresql", "rabbitmq to sqlite"])

@@ -36,3 +36,13 @@ def count(padding: str) -> None:
 def doze(seconds: float) -> float:
     time.sleep(seconds)
     return time.time()
+
+
+begun: list[tuple[float, int, float]] = []
+"""When each task of ``benchmarks.task_order`` began, its priority, and when it was due."""
+
+
+@task
+def begin(priority: int, due: float, seconds: float) -> None:
+    begun.append((time.time(), priority, due))
+    time.sleep(seconds)

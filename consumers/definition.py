@@ -234,6 +234,8 @@ class Consumer:
     _keeps: ClassVar[float | None] = None
     """The seconds for which the results of a task are kept; None for other messages."""
     _hides_errors: ClassVar[bool] = False
+    _is_paced: ClassVar[bool] = False
+    """Whether a worker claims little ahead, so that the order of claims is that of processing."""
     _is_mixed: ClassVar[bool] = False
     """Whether some of its messages need a thread, and others the event loop."""
 

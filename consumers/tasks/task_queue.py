@@ -52,6 +52,7 @@ class TaskQueue(Consumer):
     """The consumer of one queue of tasks."""
 
     exchange = ""
+    _is_paced = True
 
     def __init__(self, queue: str, table: TaskTable, settings: Settings) -> None:
         """Consume from ``queue`` what ``table`` knows.

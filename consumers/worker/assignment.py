@@ -65,11 +65,17 @@ class Assignment:
             raise UsageError(f"max_messages is {max_messages}, not 1 or more")
         # Messages beyond max_messages would only be requeued.
         self.prefetch = prefetch if max_messages is None else min(prefetch, max_messages)
+        self._places = threads * self.plain + concurrency * self.asynchronous
 
     def specs(self, exchange: str) -> list[QueueSpec]:
         """Return the queues by rank, bound to ``exchange`` unless their consumer names another."""
         specs = [
-            dataclasses.replace(consumer.spec(exchange), rank=self._ranks.get(queue, 0))
+            dataclasses.replace(
+                consumer.spec(exchange),
+                rank=self._ranks.get(queue, 0),
+                # Between queues with ranks, a full window is the sign that more waits.
+                places=self._places if consumer._is_paced and not self._ranks else 0,
+            )
             for queue, consumer in self.consumers.items()
         ]
         return sorted(specs, key=lambda spec: spec.rank)

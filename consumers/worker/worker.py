@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import inspect
 import logging
 import math
@@ -10,7 +11,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -37,7 +38,7 @@ from outbox.consumers.worker.thread_engine import ThreadEngine
 from outbox.consumers.worker.vitals import Vitals
 from outbox.consumers.worker.worker_context import MakeMessage, Quota, WorkerContext
 from outbox.consumers.worker.worker_stats import QueueStats, WorkerStats
-from outbox.messages.delivery import Delivery
+from outbox.messages.delivery import Delivery, QueueSpec
 from outbox.observer import seam
 from outbox.recurring.recurring_task import RecurringTask
 from outbox.system.resident_memory import resident_bytes
@@ -166,7 +167,9 @@ class Worker:
             make_message=self._message_maker(),
             resting=resting,
             make_dispatch_queue=lambda: make_dispatch_queue(
-                specs, lambda queue: self._subscription.out(queue) - resting[queue], self.prefetch
+                _with_priorities(specs) if self._subscription.keeps_order else specs,
+                lambda queue: self._subscription.out(queue) - resting[queue],
+                self.prefetch,
             ),
         )
         hooks = self._declared_hooks()
@@ -465,6 +468,16 @@ def _gauges(worker: Worker) -> Samples:
         "outbox_messages_in_flight": {(each.queue,): each.in_flight for each in stats.queues},
         "outbox_worker_resident_bytes": {(): resident_bytes()},
     }
+
+
+def _with_priorities(specs: Sequence[QueueSpec]) -> list[QueueSpec]:
+    """Return ``specs``, with any priority in queues of tasks: there the urgent overtakes."""
+    return [
+        dataclasses.replace(spec, max_priority=255)
+        if spec.places and not spec.max_priority
+        else spec
+        for spec in specs
+    ]
 
 
 def _name_of(consumer: Consumer) -> str:

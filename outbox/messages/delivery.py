@@ -59,6 +59,9 @@ class QueueSpec:
         queue_type: ``quorum`` or ``classic``, if the broker has both.
         rank: 0 or more; a message starts only while no message of a lower-ranked queue waits.
         ordered: whether at most one message of each key is delivered at a time, in their order.
+        places: of a queue of tasks, how many of them the worker processes at a time: what it claims
+            ahead is little, and the urgent overtakes it, where the transport can do so. 0 for all
+            that fits the prefetch.
     """
 
     name: str
@@ -68,6 +71,7 @@ class QueueSpec:
     queue_type: QueueType = "quorum"
     rank: int = 0
     ordered: bool = False
+    places: int = 0
 
 
 @dataclass(slots=True, eq=False)

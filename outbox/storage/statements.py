@@ -213,6 +213,13 @@ class Statements(ABC):
         return and_(self.due, events.c.available_at >= _FLOOR)
 
     @functools.cached_property
+    def first_due(self) -> Select[Any]:
+        """The numbers of the oldest ``at_most`` rows that ``lease_due`` may lease, in order."""
+        row = events.c
+        oldest = select(row.seq).where(self.due_from_floor).order_by(row.available_at, row.seq)
+        return self._by_due(oldest.limit(_AT_MOST))
+
+    @functools.cached_property
     def lease_chosen(self) -> Update | Select[Any]:
         """Lease chosen rows."""
         return self._lease(self.chosen)

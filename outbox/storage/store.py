@@ -204,6 +204,7 @@ class Store:
         max_bytes: int = 16 * 1024 * 1024,
         ordered: bool = False,
         one_a_key: bool = False,
+        held: Mapping[int, int] | None = None,
         only: Mapping[int, str] | None = None,
         floors: Floors | None = None,
         connection: Connection | None = None,
@@ -225,6 +226,10 @@ class Store:
             one_a_key: whether to be ordered, and to take one row of each key at most, and none of a
                 key of which another row is leased. No two such claims from a queue may run at the
                 same time: the caller sees to that. Not for rows chosen with ``only``.
+            held: by rank, how many rows the caller holds already. Then ``limit`` is for the rows of
+                each rank and those above it, held ones included: so what is urgent is claimed
+                although less urgent rows fill the limit. And the rows come in the order in which
+                they are claimed: by rank, then by the time at which they were due.
             only: the rows to choose from, by number, with their ids: both must agree, because
                 another schema has the same numbers. Rows within their grace count as due.
             floors: what the caller passes to each of the claims that it repeats. Most of them then
@@ -236,7 +241,7 @@ class Store:
             return self._in_own_transaction(
                 lambda own: self.claim(
                     limit, queue=queue, lease=lease, max_bytes=max_bytes, ordered=ordered,
-                    one_a_key=one_a_key, only=only, floors=floors, connection=own,
+                    one_a_key=one_a_key, held=held, only=only, floors=floors, connection=own,
                 )
             )  # fmt: skip
         parameters = {
@@ -253,14 +258,24 @@ class Store:
             keys = connection.execute(self._statements.keys_in_hand, parameters).scalars()
             in_hand = set(keys)
         claimed: list[Claimed] = []
+        is_full = False
         for rank, floor in self._due(connection, queue, floors):
             parameters.update(of_rank=rank, floor=floor)
             room = limit - len(claimed)
-            claimed += self._take(connection, room, parameters, ordered=ordered, in_hand=in_hand)
-            if len(claimed) >= limit:
+            if held is not None:
+                room -= sum(count for each, count in held.items() if each >= rank)
+            if room > 0:
+                places = {} if held is None else self._places(connection, room, parameters)
+                taken = self._take(connection, room, parameters, ordered=ordered, in_hand=in_hand)
+                if places:
+                    taken.sort(key=lambda row: places.get(row.seq, math.inf))
+                claimed += taken
+                room -= len(taken)
+            if room <= 0:
+                is_full = True
                 break
         if floors is not None:
-            floors.claimed(queue, all_wanted=len(claimed) >= limit)
+            floors.claimed(queue, all_wanted=is_full)
         return claimed
 
     def due_in(
@@ -560,6 +575,13 @@ class Store:
             for row in rows:
                 floors.raise_to(row.queue, row.rank, row.due_at, row.now)
         return [row for row in rows if row.due_at is not None and row.due_at < NEVER]
+
+    def _places(
+        self, connection: Connection, limit: int, parameters: dict[str, Any]
+    ) -> dict[int, int]:
+        """Return the places of the rows that a claim may take: no row says when it was due."""
+        due = connection.execute(self._statements.first_due, {**parameters, "at_most": limit})
+        return {seq: place for place, seq in enumerate(due.scalars())}
 
     def _take(
         self,

@@ -22,6 +22,9 @@ class Leases:
     """The claimed rows by delivery tag, numbered in the order they are taken.
 
     Changed on one thread, read on any. No I/O; ``now`` is the time of any monotonic clock.
+
+    Attributes:
+        prefetch: the maximum of each queue.
     """
 
     def __init__(self, prefetch: int, lease: float) -> None:
@@ -31,7 +34,7 @@ class Leases:
             prefetch: that number.
             lease: the seconds that a lease lasts.
         """
-        self._prefetch = prefetch
+        self.prefetch = prefetch
         self._lease = lease
         self._rows: dict[int, Claimed] = {}
         self._of_queue: Counter[str] = Counter()
@@ -78,9 +81,17 @@ class Leases:
         """Return the number of claimed rows of ``queue``."""
         return self._of_queue[queue]
 
+    def ranks(self, queue: str, *, settled: Container[int]) -> Counter[int]:
+        """Return how many rows of ``queue`` are claimed, by rank, without those ``settled``."""
+        return Counter(
+            row.event.priority or 0
+            for tag, row in self._rows.items()
+            if row.queue == queue and tag not in settled
+        )
+
     def free(self, queue: str) -> int:
         """Return the number of rows of ``queue`` that may be claimed now."""
-        return self._prefetch - self._of_queue[queue]
+        return self.prefetch - self._of_queue[queue]
 
     def extend_in(self, now: float) -> float | None:
         """Return the seconds until the leases have to be extended; None if there are none."""

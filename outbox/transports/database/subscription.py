@@ -32,6 +32,7 @@ from outbox.transports.database.claimed_rows import (
 from outbox.transports.database.clock_jumps import ClockJumps
 from outbox.transports.database.kinds import database_at
 from outbox.transports.database.leases import Leases
+from outbox.transports.database.pace import Pace
 from outbox.transports.database.plan import Plan, rows_of
 from outbox.transports.database.router import Router, StoredEvent
 from outbox.url import BrokerURL
@@ -45,6 +46,9 @@ _FIRST_POLL = 0.01
 _POLL_GROWTH = 1.3
 _LOOK_AGAIN = 1.0
 """Seconds after which due rows are looked up in any case: the system's clock may have been set."""
+
+_LOOK_FOR_URGENT = 0.04
+"""Seconds between two looks for tasks that overtake those which are claimed."""
 
 _LOOK_FOR_STORED = 1.0
 """Seconds between two looks for stored events that their processes have not routed."""
@@ -132,7 +136,8 @@ class DatabaseSubscription:
         self._settings = settings
         self._queues = queues
         self._ordered = {queue.name for queue in queues if queue.ordered}
-        self._held_up_until: dict[str, float] = {}  # ordered queues of which nothing can be claimed
+        self._paces = {queue.name: Pace(queue.places) for queue in queues if queue.places}
+        self._held_up_until: dict[str, float] = {}  # by queue, when to look there again
         self._stopping = False
         self._give_up_at = 0.0
         self._database = database_at(
@@ -272,7 +277,7 @@ class DatabaseSubscription:
             now = time.monotonic()
             has_room = (
                 self._may_claim(now)
-                and any(self._leases.free(queue.name) > 0 for queue in self._queues)
+                and any(self._may_have_room(queue.name) for queue in self._queues)
                 and not (len(self._leases) and self._is_left_alone(now))
             )
             extend_in = self._leases.extend_in(now)
@@ -330,7 +335,7 @@ class DatabaseSubscription:
         queues = [
             queue.name
             for queue in self._queues
-            if self._leases.free(queue.name) > 0 and self._held_up_until.get(queue.name, 0.0) <= now
+            if self._may_have_room(queue.name) and self._held_up_until.get(queue.name, 0.0) <= now
         ]
         # Any worker does that for all queues, since the process that stored them may be dead.
         self._routes_stored = now >= self._look_for_stored_at
@@ -348,6 +353,10 @@ class DatabaseSubscription:
         self._look_at = now + min(max(soonest, 0.0), _LOOK_AGAIN)
         return soonest <= 0
 
+    def _may_have_room(self, queue: str) -> bool:
+        """Return whether rows of ``queue`` may be claimed; urgent tasks always."""
+        return queue in self._paces or self._leases.free(queue) > 0
+
     def _turn(self) -> None:
         now = time.monotonic()
         done = [self._done.popleft() for _ in range(len(self._done))]
@@ -363,6 +372,8 @@ class DatabaseSubscription:
             self._to_declare |= declaring
             raise
         self._in_doubt = False
+        if self._paces:
+            self._note_paces(done, claimed)
         self._leases.drop(settlement.tag for settlement in done)
         if extended is not None and (lost := self._leases.extended(extended, now)):
             logger.warning(
@@ -412,6 +423,19 @@ class DatabaseSubscription:
         self._dead_letter([row for row in claimed if is_deadly(row)], connection)
         self._in_doubt |= bool(claimed)
         return _Written(extended, claimed, routed)
+
+    def _note_paces(self, done: Sequence[_Done], claimed: Sequence[Claimed]) -> None:
+        settled = self._settled(done)
+        new = Counter(row.queue for row in claimed)
+        now = time.monotonic()
+        for name, pace in self._paces.items():
+            held = self._leases.held(name) - settled[name] + new[name]
+            pace.note(settled[name], held, now)
+
+    def _settled(self, done: Sequence[_Done]) -> Counter[str]:
+        """Return the number of rows that are settled, by queue."""
+        rows = (self._leases.get(tag) for tag in {settlement.tag for settlement in done})
+        return Counter(row.queue for row in rows if row is not None)
 
     def _note_routed(self, routed: Plan[StoredEvent]) -> None:
         """Wake the workers that get what was routed, and have more routed soon, if there is any."""
@@ -494,8 +518,7 @@ class DatabaseSubscription:
 
     def _claim(self, done: Sequence[_Done], connection: Connection) -> list[Claimed]:
         store = self._database.store
-        rows = (self._leases.get(tag) for tag in {settlement.tag for settlement in done})
-        settled = Counter(row.queue for row in rows if row is not None)
+        settled = self._settled(done)
         if self._suspected is not None:
             return self._claim_alone(len(self._leases) - settled.total(), connection)
         claimed: list[Claimed] = []
@@ -503,7 +526,9 @@ class DatabaseSubscription:
             routing.take_turns(connection, sorted(self._ordered))
         for queue in self._queues:
             free = self._leases.free(queue.name) + settled[queue.name]
-            if free > 0:
+            if queue.name in self._paces:
+                claimed += self._claim_paced(queue.name, done, connection)
+            elif free > 0:
                 taken = store.claim(
                     free,
                     queue=queue.name,
@@ -525,6 +550,27 @@ class DatabaseSubscription:
             self._suspected, self._alone_at = suspects[0].queue, time.monotonic()
         released = {row.seq for row in suspects}
         return [row for row in claimed if row.seq not in released]
+
+    def _claim_paced(
+        self, queue: str, done: Sequence[_Done], connection: Connection
+    ) -> list[Claimed]:
+        """Claim tasks for about 50 ms, and the more urgent ones although others are claimed."""
+        limit = min(self._leases.prefetch, self._paces[queue].limit)
+        held = self._leases.ranks(queue, settled={settlement.tag for settlement in done})
+        claimed = self._database.store.claim(
+            limit,
+            queue=queue,
+            lease=self._database.lease,
+            held=held,
+            floors=self._database.floors,
+            connection=connection,
+        )
+        if held.total() + len(claimed) >= limit:
+            # What is due besides is less urgent, or will be due later.
+            self._held_up_until[queue] = time.monotonic() + _LOOK_FOR_URGENT
+        else:
+            self._held_up_until.pop(queue, None)
+        return claimed
 
     def _claim_alone(self, held: int, connection: Connection) -> list[Claimed]:
         """Claim a suspect if no other row is held, or has been held for too long."""

@@ -463,10 +463,6 @@ class Spool:
         return events[:most]
 
     def _take_over(self, files: Sequence[SpoolFile], done: Callable[[int, int], object]) -> None:
-        if self._ending:  # replaced itself, meanwhile
-            for file in files:
-                file.abandon()
-            return
         own = [file for file in files if file.is_own]
         self._files = [*own, *self._files]
         done(sum(file.unread for file in own), sum(map(_unread_size, own)))

@@ -86,6 +86,7 @@ class Spooling:
             lambda events, size: host.call_soon(partial(self._on_adopted, events, size)),
             lambda events, own: host.call_soon(partial(self._on_lost, events, own)),
         )
+        self._pass_on: Callable[[Sequence[SpoolFile]], None] | None = None  # once replaced
         self._own_aside = 0
         self._reading = False
         self._full = (0.0, "")
@@ -180,9 +181,8 @@ class Spooling:
         Call it when the entries have moved.
         """
         files = self._spool.hand_over()
-        if successor is not None:
-            return partial(successor.take_over, files)
-        return partial(self._leave, files)
+        self._pass_on = self._leave if successor is None else successor.take_over
+        return partial(self._pass_on, files)
 
     def secure(self) -> None:
         """Write what is kept, and end; forget what is written, so that it doesn't count as lost."""
@@ -244,10 +244,15 @@ class Spooling:
             self._fill()
 
     def _on_adopted(self, events: int, size: int) -> None:
+        if self._pass_on is not None:
+            return
         self._backlog.add_aside(events, size)
         self._fill()
 
     def _take_over(self, files: Sequence[SpoolFile]) -> None:
+        if self._pass_on is not None:  # replaced itself, meanwhile
+            self._pass_on(files)
+            return
         self._own_aside += 1  # whatever is published from now on is behind them
         self._spool.take_over(
             files,
@@ -255,6 +260,8 @@ class Spooling:
         )
 
     def _on_taken_over(self, events: int, size: int) -> None:
+        if self._pass_on is not None:  # counted by the successor
+            return
         self._own_aside += events - 1
         self._backlog.add_aside(events, size)
         self._fill()

@@ -559,6 +559,22 @@ def test_another_configure_goes_on_with_the_spool(
     new.close()
 
 
+def test_the_order_survives_that_publishers_are_replaced_at_once(
+    proxy: FaultProxy, inspector: Inspector, name: str, folder: Path
+) -> None:
+    queue = inspector.queue(name, name)
+    proxy.refuse()
+    configure(proxy.url, exchange=name, spool=folder).publish(numbered(1500, exchange=name))
+    for _ in range(5):
+        new = configure(proxy.url, exchange=name, spool=folder, max_kept=100_000)
+    new.publish(numbered(100, 1500, exchange=name))
+    wait_until(lambda: new.stats().kept == 1600)
+    proxy.heal()
+    assert new.drain(30)
+    assert [int(id) for id in arrived(inspector, queue, 1600)] == list(range(1600))
+    new.close()
+
+
 def test_another_spool_goes_on_with_an_adopted_file(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -31,8 +31,7 @@ from typing import Any
 
 from outbox import Publisher
 from outbox.consumers import Consumer, ReceivedEvent, Worker
-from outbox.testing import BrokerMissing, PrivateBroker
-from outbox.testing.databases.postgresql import PostgreSQLMissing, PrivatePostgreSQL
+from outbox.testing import BrokerMissing, PostgreSQLMissing, PrivateBroker, PrivatePostgreSQL
 
 ROOT = Path(__file__).parents[1]
 QUICK_MS = 100

@@ -3,6 +3,8 @@
 from outbox.testing.assertions import EventAssertions, Matches
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.collected_events import CollectedEvents
+from outbox.testing.databases.mariadb import MariaDBMissing, PrivateMariaDB
+from outbox.testing.databases.postgresql import PostgreSQLMissing, PrivatePostgreSQL
 from outbox.testing.installation import live, recorded
 from outbox.testing.live_events import LiveEvents
 from outbox.testing.recorded_delivery import Delivered
@@ -16,8 +18,12 @@ __all__ = [
     "Delivered",
     "EventAssertions",
     "LiveEvents",
+    "MariaDBMissing",
     "Matches",
+    "PostgreSQLMissing",
     "PrivateBroker",
+    "PrivateMariaDB",
+    "PrivatePostgreSQL",
     "SimulatedCrash",
     "live",
     "recorded",

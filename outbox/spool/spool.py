@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import threading
 import time
@@ -28,7 +27,7 @@ from outbox.spool.spool_file import (
 from outbox.spool.spool_folder import BAD, files_in
 from outbox.system import process
 from outbox.system.background_thread import BackgroundThread
-from outbox.system.fork_pause import Pause
+from outbox.system.fork_pause import Pause, around_fork
 
 __all__ = ["WINDOW", "WINDOW_BYTES", "Read", "Spool"]
 
@@ -600,5 +599,4 @@ def _forget_all() -> None:
 
 
 process.after_fork(_forget_all)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork)
+around_fork(_before_fork, _after_fork)

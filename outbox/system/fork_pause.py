@@ -16,9 +16,10 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import ClassVar
 
-__all__ = ["Pause"]
+__all__ = ["Pause", "around_fork"]
 
 _LONGEST = 2.0
 """Seconds that a fork waits for a thread, which may be in a slow hook, and a thread for a fork."""
@@ -64,9 +65,25 @@ class Pause:
 
 
 _pauses: list[Pause] = []
+_around: list[tuple[Callable[[], None], Callable[[], None]]] = []
+
+
+def around_fork(before: Callable[[], None], after_in_parent: Callable[[], None]) -> None:
+    """Have functions called right before each fork, and after it in the parent.
+
+    Unlike those of ``os.register_at_fork``, ``before`` is called when the threads are idle, in
+    whichever order modules are imported: so it may take what a thread uses while it works.
+    """
+    _around.append((before, after_in_parent))
 
 
 def _before_fork() -> None:
+    _have_threads_pause()
+    for before, _ in _around:
+        before()
+
+
+def _have_threads_pause() -> None:
     if not _pauses:
         return
     Pause.forking = True
@@ -78,6 +95,8 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_parent() -> None:
+    for _, after in _around:
+        after()
     Pause.forking = False
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import functools
+import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -160,11 +160,8 @@ class TaskHandle(Generic[R]):
             NoResults: nothing keeps its result.
             sqlalchemy.exc.SQLAlchemyError: the database can't be read.
         """
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            pass
-        else:
+        asyncio: Any = sys.modules.get("asyncio")  # importing it takes a while
+        if asyncio is not None and asyncio._get_running_loop() is not None:
             raise UsageError("result() would block the event loop; await result_async()")
         reader = self._reader()
         row = self._row_of_test() if reader is None else reader.wait(self.id, timeout)

@@ -12,12 +12,12 @@ it doesn't, and another process could remove the log under it
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from typing import Protocol
 
 from outbox.system import process
+from outbox.system.fork_pause import around_fork
 
 __all__ = ["SharedFile", "shared_file_at"]
 
@@ -85,5 +85,4 @@ def _reset_after_fork() -> None:
 
 
 process.after_fork(_reset_after_fork)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
+around_fork(_before_fork, _after_fork_in_parent)

@@ -11,8 +11,6 @@ from typing import Any
 from outbox import exit_codes
 from outbox.commands.options import positive
 from outbox.commands.printing import json_line, printable
-from outbox.consumers.discovery import load
-from outbox.consumers.tasks.task_table import tasks_of
 from outbox.recurring.recurring_task import TickRecord
 from outbox.settings import Settings
 from outbox.tasks.decorator import Task
@@ -103,6 +101,10 @@ def _tasks(names: Sequence[str], queue: str, settings: Settings) -> list[Task[An
     """Return the recurring tasks of modules that go to a queue."""
     if not names:
         return []
+    # Not above: it takes a while, for each command.
+    from outbox.consumers.discovery import load
+    from outbox.consumers.tasks.task_table import tasks_of
+
     load(names, warn=False)
     modules = [sys.modules[name.partition(":")[0]] for name in names]
     return [

@@ -89,5 +89,6 @@ def order_of(begun: list[tuple[float, int, float]]) -> Order:
 
 if __name__ == "__main__":
     url, *numbers = sys.argv[1:]
-    tasks, seconds, milliseconds = [*map(float, numbers), *(10_000, 60, 10)[len(numbers) :]]
+    given = [float(number) for number in numbers]
+    tasks, seconds, milliseconds = given + [10_000.0, 60.0, 10.0][len(given) :]
     print(run(url, tasks=int(tasks), seconds=seconds, each=milliseconds / 1000))

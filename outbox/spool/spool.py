@@ -27,7 +27,7 @@ from outbox.spool.spool_file import (
 from outbox.spool.spool_folder import BAD, files_in
 from outbox.system import process
 from outbox.system.background_thread import BackgroundThread
-from outbox.system.fork_pause import Pause, around_fork
+from outbox.system.fork_pause import around_fork
 
 __all__ = ["WINDOW", "WINDOW_BYTES", "Read", "Spool"]
 
@@ -251,14 +251,7 @@ class Spool:
 
     def _run(self) -> None:
         while not self._ending:
-            self._thread.pause.busy = False
-            with contextlib.suppress(queue.Empty):
-                self._bell.get(timeout=self._pause())
-                while True:
-                    self._bell.get_nowait()
-            self._thread.pause.busy = True
-            if Pause.forking:
-                self._thread.pause.wait()
+            self._thread.wait_for(self._bell, self._pause())
             with self._turn:
                 self._work()
 

@@ -306,9 +306,9 @@ class Handover:
     def _run_until_idle(self) -> None:
         rested = time.monotonic() + _LINGER
         while True:
-            self._pause.busy = False
             try:
-                first = [self._queue.get(timeout=self._next())]
+                with self._pause:
+                    first = [self._queue.get(timeout=self._next())]
             except queue.Empty:
                 first = []
                 rests = not self._sides or time.monotonic() >= rested
@@ -318,9 +318,6 @@ class Handover:
                         return
             else:
                 rested = time.monotonic() + _LINGER
-            self._pause.busy = True
-            if Pause.forking:
-                self._pause.wait()
             self._turn(first)
             first.clear()
             if not self._queue.empty():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import logging
+import queue
 import sys
 import threading
 import time
@@ -116,6 +118,18 @@ class BackgroundThread:
         if not self.ended:
             waiter.acquire(timeout=timeout)
         return self.ended
+
+    def wait_for(self, bell: queue.SimpleQueue[None], timeout: float | None) -> None:
+        """Wait, on the thread itself, until ``bell`` rings; take all that it has rung.
+
+        Args:
+            bell: the queue into which others put None if there is something to do.
+            timeout: the seconds to wait at most, or None.
+        """
+        with self.pause, contextlib.suppress(queue.Empty):
+            bell.get(timeout=timeout)
+            while True:
+                bell.get_nowait()
 
     def _start(self) -> None:
         try:

@@ -30,8 +30,11 @@ _STEP = 0.0005
 class Pause:
     """Where the work of one thread can pause.
 
-    The thread sets ``busy`` to False before it waits, and to True afterwards; then it calls
-    :meth:`wait` if :attr:`forking` says that a fork has begun. It is busy at first.
+    The thread is busy, except in a block ``with pause:``, in which it only waits for work. At the
+    end of the block it waits until a fork is over that has begun meanwhile.
+
+    Where waiting is no block, the thread sets ``busy`` itself, and calls :meth:`wait` if
+    :attr:`forking` is True afterwards.
 
     Attributes:
         busy: whether the thread works.
@@ -44,6 +47,14 @@ class Pause:
         self.busy = True
         self._thread = threading.get_ident()
         _pauses.append(self)
+
+    def __enter__(self) -> None:
+        self.busy = False
+
+    def __exit__(self, *_: object) -> None:
+        self.busy = True
+        if Pause.forking:
+            self.wait()
 
     def end(self) -> None:
         """Forget the thread, which ends."""

@@ -132,11 +132,8 @@ class _Exporter:
     def _run(self) -> None:
         pause = Pause()  # a fork waits: the child would inherit locks of prometheus_client
         while True:
-            pause.busy = False
-            time.sleep(_EVERY)
-            pause.busy = True
-            if Pause.forking:
-                pause.wait()
+            with pause:
+                time.sleep(_EVERY)
             try:
                 self.export()
             except Exception:

@@ -19,7 +19,6 @@ from outbox.storage.failures import reason_of
 from outbox.storage.notifications.channels import connected
 from outbox.system.background_thread import BackgroundThread
 from outbox.system.backoff import backoff
-from outbox.system.fork_pause import Pause
 from outbox.telemetry import tracing
 
 __all__ = ["Listener"]
@@ -205,15 +204,11 @@ class Listener:
         """Wait until a descriptor is readable, it is time to stop, or ``seconds`` are over."""
         if self._stopping:
             return
-        pause = self._thread.pause
         poll = select.poll()  # select() has no room for descriptors above 1,023
         for descriptor in (*descriptors, self._stop_pipe[0]):
             poll.register(descriptor, select.POLLIN)
-        pause.busy = False
-        poll.poll(math.ceil(max(0.0, seconds) * 1000))
-        pause.busy = True
-        if Pause.forking:
-            pause.wait()
+        with self._thread.pause:
+            poll.poll(math.ceil(max(0.0, seconds) * 1000))
 
 
 def _received(connection: Any) -> set[tuple[str, str]]:

@@ -17,7 +17,6 @@ from outbox.storage.failures import reason_of
 from outbox.storage.notifications.channels import connected
 from outbox.system.background_thread import BackgroundThread
 from outbox.system.backoff import backoff
-from outbox.system.fork_pause import Pause
 from outbox.telemetry import tracing
 
 __all__ = ["Sender"]
@@ -99,20 +98,15 @@ class Sender:
 
     def _next(self, sent_at: float) -> tuple[set[str], bool]:
         """Wait for requests; return the channels of all, and whether to end."""
-        pause = self._thread.pause
-        pause.busy = False
         try:
-            request = self._requests.get(
-                timeout=None if self._connection is None else self._idle_timeout
-            )
-            time.sleep(max(0.0, sent_at + _PACE - time.monotonic()))
+            with self._thread.pause:
+                request = self._requests.get(
+                    timeout=None if self._connection is None else self._idle_timeout
+                )
+                time.sleep(max(0.0, sent_at + _PACE - time.monotonic()))
         except queue.Empty:
             self._disconnect()
             return set(), False
-        finally:
-            pause.busy = True
-            if Pause.forking:
-                pause.wait()
         channels: set[str] = set()
         with contextlib.suppress(queue.Empty):
             while request is not None:

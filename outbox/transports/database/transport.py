@@ -22,7 +22,6 @@ from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.settings import MIB, Settings
 from outbox.system.background_thread import STARTS_NONE_AT_EXIT, BackgroundThread
 from outbox.system.backoff import backoff
-from outbox.system.fork_pause import Pause
 from outbox.transports.backlogged import BackloggedTransport
 from outbox.transports.database.database import Room
 from outbox.transports.database.kinds import database_at
@@ -175,14 +174,7 @@ class DatabaseTransport(BackloggedTransport):
                     self._used_at = None
                 else:
                     self._turn()
-            self._thread.pause.busy = False
-            with contextlib.suppress(queue.Empty):
-                self._bell.get(timeout=self._pause())
-                while True:
-                    self._bell.get_nowait()
-            self._thread.pause.busy = True
-            if Pause.forking:
-                self._thread.pause.wait()
+            self._thread.wait_for(self._bell, self._pause())
         outages.left(self._address, self)
         self._finish()
         self._database.end()

@@ -16,7 +16,6 @@ from outbox.settings import Settings
 from outbox.storage import tick_statements
 from outbox.system.background_thread import BackgroundThread
 from outbox.system.backoff import backoff
-from outbox.system.fork_pause import Pause
 from outbox.transports.database import routing
 from outbox.transports.database.kinds import database_at
 from outbox.transports.database.recurring.tick_round import TickRound, leave
@@ -67,11 +66,8 @@ class DatabaseTicker:
     def _run(self) -> None:
         while not self._stopping:
             pause = self._turn()
-            self._thread.pause.busy = False
-            self._wake.wait(pause)
-            self._thread.pause.busy = True
-            if Pause.forking:
-                self._thread.pause.wait()
+            with self._thread.pause:
+                self._wake.wait(pause)
         with contextlib.suppress(BrokerError, UsageError):
             if self._is_prepared and not self._failures:
                 self._database.run(lambda connection: leave(connection, self._tasks))

@@ -24,6 +24,7 @@ from typing import Any
 from sqlalchemy import Engine, text
 
 from benchmarks.tables import Bound, median, print_bounds, progress
+from benchmarks.tasks import rate
 
 MESSAGES = 20_000
 ROWS = 1_000_000
@@ -37,22 +38,10 @@ def beside_celery(broker: str, database: str, rounds: int, messages: int) -> lis
     for number in range(rounds):
         names = list(rates)
         for name in names if number % 2 == 0 else reversed(names):
-            environment = {**os.environ}
+            variables = {}
             if "no results" not in name:
-                environment |= {"OUTBOX_RESULTS": database, "BENCHMARK_RESULTS": database}
-            for step in ("fill", "consume"):
-                done = subprocess.run(
-                    [
-                        *(sys.executable, "-m", "benchmarks.tasks"),
-                        *(step, name.partition(",")[0], broker, str(messages)),
-                    ],
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                    check=True,
-                    timeout=600,
-                )
-            rates[name].append(float(done.stdout.split()[-1]))
+                variables = {"OUTBOX_RESULTS": database, "BENCHMARK_RESULTS": database}
+            rates[name].append(rate(name.partition(",")[0], broker, messages, **variables))
             progress(f"{name}: {rates[name][-1]:,.0f} tasks/s")
     for name, found in rates.items():
         print(f"  {name:>20}: {median(found):,.0f} tasks/s ({min(found):,.0f}-{max(found):,.0f})")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import decimal
+import os
 import subprocess
 import sys
 import time
@@ -101,6 +102,20 @@ def consume(url: str, messages: int) -> float:
     return countdown.rate
 
 
+def rate(name: str, broker: str, messages: int, **variables: str) -> float:
+    """Return the tasks a second of ``outbox`` or ``celery``, in processes with these variables."""
+    for step in ("fill", "consume"):
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.tasks", step, name, broker, str(messages)],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=600,
+        )
+    return float(done.stdout.split()[-1])
+
+
 def beside_celery(rounds: int, messages: int) -> list[Bound]:
     """Print the tasks a second, and return the bound."""
     from outbox.testing.broker import PrivateBroker
@@ -109,18 +124,7 @@ def beside_celery(rounds: int, messages: int) -> list[Bound]:
     with PrivateBroker() as broker:
         for number in range(rounds):
             for name in rates if number % 2 == 0 else reversed(list(rates)):
-                for step in ("fill", "consume"):
-                    done = subprocess.run(
-                        [
-                            *(sys.executable, "-m", "benchmarks.tasks"),
-                            *(step, name, broker.url, str(messages)),
-                        ],
-                        capture_output=True,
-                        text=True,
-                        check=True,
-                        timeout=300,
-                    )
-                rates[name].append(float(done.stdout.split()[-1]))
+                rates[name].append(rate(name, broker.url, messages))
                 progress(f"{name}: {rates[name][-1]:,.0f} tasks/s")
     for name, found in rates.items():
         print(f"  {name:>8}: {median(found):,.0f} tasks/s ({min(found):,.0f}-{max(found):,.0f})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 from outbox.event import Event
 from outbox.messages.dead_letters import PARKING_QUEUE, origin_headers
@@ -13,7 +13,9 @@ from outbox.messages.delivery import QueueSpec, dead_letter_queue
 from outbox.messages.parked_message import Address
 from outbox.messages.topics import matches
 
-__all__ = ["Chosen", "Moved", "Publish", "Source", "for_queue"]
+__all__ = ["Chosen", "Moved", "Publish", "Source", "for_queue", "published"]
+
+_T = TypeVar("_T")
 
 Publish = Callable[[Sequence[Event]], Sequence[str | None]]
 """Publishes events at the destination; returns for each why it isn't there, None if it is."""
@@ -103,6 +105,26 @@ class Source(Protocol):
     def in_hand(self) -> str | None:
         """Return a text about messages that others have in hand, None if there are none."""
         ...
+
+
+def published(
+    found: Sequence[tuple[_T, Event]], publish: Publish, left: list[tuple[str, str]]
+) -> list[_T]:
+    """Publish events; return the messages of those that are at the destination.
+
+    Args:
+        found: messages at the source, with their events.
+        publish: publishes them.
+        left: where the ids of the others are added, each with the reason.
+    """
+    reasons = publish([event for _, event in found]) if found else []
+    done: list[_T] = []
+    for (message, event), reason in zip(found, reasons, strict=True):
+        if reason is None:
+            done.append(message)
+        else:
+            left.append((event.id, reason))
+    return done
 
 
 def for_queue(event: Event, queue: str) -> Event:

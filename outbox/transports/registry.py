@@ -51,9 +51,7 @@ def open_transport(settings: Settings) -> Transport:
         UsageError: the URL is invalid, the spool can't be used, or a publisher's thread can't work
             in this process.
     """
-    if settings.url is None:
-        raise NotConfigured
-    url = BrokerURL.parse(settings.url)
+    url = _configured(settings)
     if url.scheme != "memory":
         check_threads()
     notify = Notifier(settings)
@@ -80,9 +78,7 @@ def open_subscription(
             and its transport keeps no order.
     """
     url = BrokerURL.parse(settings.url or "")
-    subscription_class = _class_for(url, "Subscription")
-    if subscription_class is None:
-        raise UsageError(f"{url.scheme}:// cannot be consumed from; use {_WITH_QUEUES}")
+    subscription_class = _class_with_queues(url, "Subscription", "cannot be consumed from")
     if not subscription_class.keeps_order and (ordered := [q.name for q in queues if q.ordered]):
         raise UsageError(
             f"the consumer of {ordered[0]!r} is ordered, but {url.scheme}:// keeps no order of "
@@ -99,12 +95,8 @@ def open_parked_queues(settings: Settings) -> ParkedQueues:
         NotConfigured: there is no URL.
         UsageError: the URL is invalid, or its transport has no such queues.
     """
-    if settings.url is None:
-        raise NotConfigured
-    url = BrokerURL.parse(settings.url)
-    parked_class = _class_for(url, "ParkedQueues")
-    if parked_class is None:
-        raise UsageError(f"{url.scheme}:// has no parked messages; use {_WITH_QUEUES}")
+    url = _configured(settings)
+    parked_class = _class_with_queues(url, "ParkedQueues", "has no parked messages")
     parked_queues: ParkedQueues = parked_class(url, settings)
     return parked_queues
 
@@ -116,9 +108,7 @@ def open_ticker(settings: Settings, tasks: Sequence[RecurringTask]) -> Ticker:
         UsageError: the URL is invalid, or its transport can't do what a task asks for.
     """
     url = BrokerURL.parse(settings.url or "")
-    ticker_class = _class_for(url, "Ticker")
-    if ticker_class is None:
-        raise UsageError(f"{url.scheme}:// has no recurring tasks; use amqp:// or sqlite://")
+    ticker_class = _class_with_queues(url, "Ticker", "has no recurring tasks")
     ticker: Ticker = ticker_class(url, settings, tasks)
     return ticker
 
@@ -130,14 +120,24 @@ def open_tick_records(settings: Settings) -> TickRecords:
         NotConfigured: there is no URL.
         UsageError: the URL is invalid, or its transport has no recurring tasks.
     """
-    if settings.url is None:
-        raise NotConfigured
-    url = BrokerURL.parse(settings.url)
-    records_class = _class_for(url, "TickRecords")
-    if records_class is None:
-        raise UsageError(f"{url.scheme}:// has no recurring tasks; use amqp:// or sqlite://")
+    url = _configured(settings)
+    records_class = _class_with_queues(url, "TickRecords", "has no recurring tasks")
     records: TickRecords = records_class(url, settings)
     return records
+
+
+def _configured(settings: Settings) -> BrokerURL:
+    if settings.url is None:
+        raise NotConfigured
+    return BrokerURL.parse(settings.url)
+
+
+def _class_with_queues(url: BrokerURL, name: str, refusal: str) -> Any:
+    """Return the class ``name`` of the transport for ``url``; raise ``UsageError`` without one."""
+    found = _class_for(url, name)
+    if found is None:
+        raise UsageError(f"{url.scheme}:// {refusal}; use {_WITH_QUEUES}")
+    return found
 
 
 def _class_for(url: BrokerURL, name: str) -> Any:

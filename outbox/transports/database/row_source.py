@@ -23,7 +23,7 @@ from outbox.transports.database.parked_queues import end_of_window, waits_in
 from outbox.transports.database.routing import Binding
 from outbox.transports.database.server.server_address import ServerAddress
 from outbox.transports.database.sqlite.location import Location
-from outbox.transports.message_source import Chosen, Moved, Publish, for_queue
+from outbox.transports.message_source import Chosen, Moved, Publish, for_queue, published
 from outbox.url import BrokerURL
 
 __all__ = ["RowSource"]
@@ -180,13 +180,7 @@ class RowSource:
                 readable.append((each.seq, _event_of(each, place)))
             except ValueError as error:
                 left.append((str(each.id), f"no event: {error}"))
-        reasons = publish([event for _, event in readable]) if readable else []
-        done: list[int] = []
-        for (seq, event), reason in zip(readable, reasons, strict=True):
-            if reason is None:
-                done.append(seq)
-            else:
-                left.append((event.id, reason))
+        done = published(readable, publish, left)
         self._delete(done, connection)
         return end, Moved(len(done), left)
 

@@ -27,9 +27,8 @@ from outbox.messages.headers import (
     RETURNED,
 )
 from outbox.messages.message_copy import NotCarried, copy_of, senders_headers
-from outbox.messages.parked_message import ParkedMessage
 from outbox.settings import Settings
-from outbox.transports.message_source import Chosen, Moved, Publish, for_queue
+from outbox.transports.message_source import Chosen, Moved, Publish, for_queue, published
 from outbox.transports.rabbitmq.delay_ladder import LEVELS, due_at, level
 from outbox.transports.rabbitmq.parked_queues import RabbitMQParkedQueues
 from outbox.transports.rabbitmq.replayed import HeldMessage
@@ -128,13 +127,7 @@ class QueueSource:
                         left.append((message.id, event))
                     else:
                         found.append((message, event))
-                reasons = publish([event for _, event in found]) if found else []
-                done: list[ParkedMessage] = []
-                for (message, event), reason in zip(found, reasons, strict=True):
-                    if reason is None:
-                        done.append(message)
-                    else:
-                        left.append((event.id, reason))
+                done = published(found, publish, left)
                 browser.remove(done)
                 yield Moved(len(done), left)
 

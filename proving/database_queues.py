@@ -252,6 +252,7 @@ class _Ground:
         self._wait_for_queues()
         self._publishers = [self._publisher() for _ in range(_PUBLISHERS)]
         self._writers = [self._writer() for _ in range(_WRITERS)]
+        self._wait_for_first_events()
 
     def _worker(self) -> subprocess.Popen[bytes]:
         return self._process(WORKER, "worker", str(LEASE))
@@ -276,11 +277,20 @@ class _Ground:
             )
 
     def _wait_for_queues(self) -> None:
-        deadline = time.monotonic() + 60
-        while self._number("SELECT count(*) FROM outbox_bindings") < 7:
-            if time.monotonic() > deadline:
-                raise TimeoutError("no worker has created the queues")
-            time.sleep(0.05)
+        _wait_until(
+            lambda: self._number("SELECT count(*) FROM outbox_bindings") >= 7,
+            "no worker has created the queues",
+        )
+
+    def _wait_for_first_events(self) -> None:
+        """Wait until something was published and something stored, however slow the machine."""
+        _wait_until(
+            lambda: (
+                self._number("SELECT count(*) FROM units") > 0
+                and any(what == "published" for what, _ in _records(self._folder))
+            ),
+            "no event was published, or none was stored",
+        )
 
     def _number(self, statement: str) -> int:
         with self._engine.connect() as connection:
@@ -377,6 +387,14 @@ class _Ground:
         self._engine.dispose()
         if self._server is not None:
             self._server.stop()
+
+
+def _wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(otherwise)
+        time.sleep(0.05)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

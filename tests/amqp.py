@@ -62,21 +62,34 @@ class Inspector:
         self._url = url
         self._queues: list[str] = []
         self._exchanges: list[str] = []
+        self._connection: Any = None
         self._connect()
 
     def _connect(self) -> None:
+        if self._connection is not None and self._connection.is_open:
+            self._connection.close()
         parameters = pika.URLParameters(self._url)
         parameters.heartbeat = 600
         self._connection = pika.BlockingConnection(parameters)
         self.channel = self._connection.channel()
 
     def _retry(self, act: Any) -> Any:
+        deadline = time.monotonic()
         try:
             self._connection.process_data_events(0)
             return act()
+        except pika.exceptions.AMQPConnectionError:
+            deadline += 5  # a broker that was just started doesn't serve every queue at once
         except pika.exceptions.AMQPError:
-            self._connect()
-            return act()
+            pass
+        while True:
+            try:
+                self._connect()
+                return act()
+            except pika.exceptions.AMQPError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     def queue(
         self,

@@ -98,6 +98,7 @@ def test_a_durable_message_survives_a_kill_and_the_port_stays(
     queue = inspector.queue(name, arguments={"x-queue-type": "classic"})
     inspector.channel.confirm_delivery()
     inspector.publish(queue, b'"kept"')
+    private_broker.ctl("eval", "mnesia:sync_log().")  # a new queue is written a little later
     private_broker.kill()
     assert not private_broker.running
     private_broker.restart()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import textwrap
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,15 @@ class Invoices(Consumer):
     {kind} process(self, event):
         {code}
 """
+
+
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """What a configuration of logging disables is enabled again."""
+    yield
+    for logger in logging.Logger.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture
@@ -71,6 +82,7 @@ def found(folder: Path, source: str) -> list[str]:
     ],
     ids=["import", "other", "none", "timeout", "task", "left out", "loggers"],
 )
+@pytest.mark.usefixtures("loggers")
 def test_what_is_wrong_with_consumers_is_named(folder: Path, source: str, pattern: str) -> None:
     [line] = found(folder, source)
     assert re.match(pattern, line), line

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from outbox import exit_codes
-from outbox.commands import (
-    doctor_command,
-    init_command,
-    parked_command,
-    relay_command,
-    spool_command,
-    sql_command,
-    stored_command,
-    tail_command,
-    workers_command,
-)
 from outbox.commands.application import Application
-from outbox.commands.migrating import migrate_command
 from outbox.commands.options import Version
 from outbox.commands.printing import printable
-from outbox.commands.tasks import tasks_command
 from outbox.errors import BrokerError, OutboxError
 
 __all__ = ["code_of", "main", "run"]
@@ -36,19 +24,23 @@ exit codes: 0 done, 1 done in part, 2 wrong usage, 7 the broker or the database 
 130 interrupted by Ctrl-C
 """
 
-_SUB_COMMANDS = (
-    relay_command,
-    workers_command,
-    stored_command,
-    sql_command,
-    parked_command,
-    spool_command,
-    migrate_command,
-    tasks_command,
-    tail_command,
-    doctor_command,
-    init_command,
-)
+_MODULES = {
+    "relay": "relay_command",
+    "workers": "workers_command",
+    "status": "stored_command",
+    "retry": "stored_command",
+    "purge": "stored_command",
+    "sql": "sql_command",
+    "parked": "parked_command",
+    "spool": "spool_command",
+    "migrate-transport": "migrating.migrate_command",
+    "tasks": "tasks.tasks_command",
+    "tail": "tail_command",
+    "doctor": "doctor_command",
+    "init": "init_command",
+}
+"""The modules of the commands, in the order of the help. Only that of the command is imported:
+importing all of them takes longer than what most commands do."""
 
 
 def main(arguments: Sequence[str] | None = None, *, application: Application | None = None) -> int:
@@ -85,7 +77,8 @@ def run(arguments: Sequence[str] | None, application: Application) -> int:
         OutboxError: what the user is to be shown; ``code_of`` has the exit code.
         SystemExit: the command line is wrong, or asks for help.
     """
-    parser = _parser(application)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(application, arguments)
     options = parser.parse_args(arguments)
     options.application = application
     if options.run is None:
@@ -103,7 +96,7 @@ def code_of(error: OutboxError) -> int:
     return exit_codes.UNAVAILABLE if isinstance(error, BrokerError) else exit_codes.USAGE
 
 
-def _parser(application: Application) -> argparse.ArgumentParser:
+def _parser(application: Application, arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=application.prog,
         description="Publish stored events, manage parked and spooled ones, watch what passes by, "
@@ -123,9 +116,18 @@ def _parser(application: Application) -> argparse.ArgumentParser:
         "its errors in any case)",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for sub_command in _SUB_COMMANDS:
-        sub_command.add_parser(commands, common)
+    for module in _modules_for(arguments):
+        importlib.import_module(f"outbox.commands.{module}").add_parser(commands, common)
     return parser
+
+
+def _modules_for(arguments: Sequence[str]) -> list[str]:
+    for argument in arguments:
+        if not argument.startswith("-"):  # the options before the command have no values
+            if argument in _MODULES:
+                return [_MODULES[argument]]
+            break
+    return list(dict.fromkeys(_MODULES.values()))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,9 @@ class SQLitePlace(_Place):
         """Do nothing: the file belongs to the test alone."""
 
 
+_EMPTIED = ("outbox_events", "outbox_bindings", "outbox_presence", "outbox_recurring")
+
+
 class ServerPlace(_Place):
     """The database of a server, with empty tables."""
 
@@ -132,7 +135,7 @@ class ServerPlace(_Place):
         self.engine = create_engine(url, poolclass=NullPool)
         Store(self.engine).create()
         with self.engine.begin() as connection:
-            for table in ("outbox_events", "outbox_bindings", "outbox_recurring"):
+            for table in _EMPTIED:
                 connection.execute(text(f"DELETE FROM {table}"))
 
     def execute(self, statement: str, *parameters: Any) -> list[Any]:

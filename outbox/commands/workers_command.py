@@ -160,8 +160,8 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
     status.add_argument(
         "--all",
         action="store_true",
-        help="besides, listen at the RabbitMQ for 13 seconds, and show the worker and relay "
-        "processes of all machines that announce themselves there",
+        help="besides, show the worker and relay processes of all machines that announce "
+        "themselves: to the RabbitMQ, which takes 13 seconds of listening, or in the database",
     )
 
 
@@ -386,15 +386,21 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _hear(options: argparse.Namespace) -> list[Announcement]:
-    """Listen for one interval; return what the processes of the wanted ids say of themselves."""
-    # With asyncio and aio-pika, which nothing else here needs.
+    """Return what the processes of the wanted ids say of themselves, after an interval if need be.
+
+    Raises:
+        UsageError: processes announce nothing there, or the broker refuses it.
+    """
+    # With asyncio and aio-pika, or SQLAlchemy, which nothing else here needs.
     from outbox.presence import listener
 
+    def on_wait() -> None:
+        print(f"listening for {seconds:.0f} s to what is announced", file=sys.stderr)
+
     seconds = listener.WHOLE_INTERVAL
-    print(f"listening for {seconds:.0f} s to what is announced", file=sys.stderr)
     application = options.application
     settings = Settings.load(options.url or application.url, application.settings)
-    found = listener.listen(seconds, settings=settings)
+    found = listener.listen(seconds, settings=settings, on_wait=on_wait)
     return [one for one in found if not options.id or one.id in options.id]
 
 

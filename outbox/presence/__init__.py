@@ -1,4 +1,4 @@
-"""Presence: worker and relay processes announce themselves on the broker, for who listens."""
+"""Presence: worker and relay processes announce themselves on the broker, to be seen by others."""
 
 from outbox.presence.announcement import Announcement
 from outbox.presence.announcing import announced

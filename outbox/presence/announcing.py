@@ -14,10 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from outbox.errors import BrokerError, UsageError
 from outbox.presence.announcement import ENDED, encoded
 from outbox.publisher import Publisher
 from outbox.system.last_error import LastError
 from outbox.system.version import installed_version
+from outbox.transports.presence_records import PresenceRecords
+from outbox.transports.registry import open_presence_records
 
 __all__ = ["announced"]
 
@@ -39,12 +42,13 @@ def announced(
     phase: Callable[[], str],
     describe: Callable[[], Mapping[str, Any]],
 ) -> Iterator[None]:
-    """Announce this process every ten seconds in the block, and its end.
+    """Announce this process in the block every ten seconds, or thirty in a database, and its end.
 
-    An announcement is sent only over a connection that publishes, and dropped otherwise.
+    It is announced only while the publisher has a connection, and otherwise not at all.
 
     Args:
-        publisher: the publisher whose connection is used. With a broker that isn't a RabbitMQ, and
+        publisher: the publisher for the broker. RabbitMQ gets the announcements over its
+            connection, and the database of a server as a row. With a SQLite file and in memory, and
             with its setting ``presence`` off, nothing is announced.
         kind: ``worker`` or ``relay``.
         id: the id that the command was given.
@@ -78,17 +82,20 @@ class _Announcing:
         self.stopping = threading.Event()
         self.last_error = LastError()
         self._publisher = publisher
+        self._records: PresenceRecords | None = open_presence_records(publisher.settings)
+        self._every = _EVERY if self._records is None else self._records.every
+        self._refusal = ""
         self._phase = phase
         self._describe = describe
         self._began = time.monotonic()
-        self._own = {
+        self._own: dict[str, Any] = {
             "process": secrets.token_hex(8),
             "kind": kind,
             "id": id,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "app_id": publisher.settings.app_id,
-            "interval": _EVERY,
+            "interval": self._every,
             "outbox": installed_version(),
             "python": platform.python_version(),
         }
@@ -101,7 +108,7 @@ class _Announcing:
                 phase, now = self._phase(), time.monotonic()
                 if (phase != announced or now >= due) and self._publisher.connected:
                     self._announce(phase)
-                    due, announced = now + _EVERY * random.uniform(0.8, 1.2), phase
+                    due, announced = now + self._every * random.uniform(0.8, 1.2), phase
             if announced:
                 self._announce(ENDED)
         except Exception:  # a worker works without
@@ -112,7 +119,20 @@ class _Announcing:
         queues = described.pop("queues", ())
         age = round(time.monotonic() - self._began, 1)
         present = {"phase": phase, "age": age, "error": self._error()}
-        self._publisher.announce(encoded({**self._own, **present, **described}, queues))
+        body = encoded({**self._own, **present, **described}, queues)
+        if self._records is None:
+            self._publisher.announce(body)
+        else:
+            self._write(self._records, body)
+
+    def _write(self, records: PresenceRecords, body: bytes) -> None:
+        try:
+            records.write(self._own["process"], body.decode())
+            self._refusal = ""
+        except (BrokerError, UsageError) as error:
+            level = logging.DEBUG if str(error) == self._refusal else logging.INFO
+            self._refusal = str(error)
+            logger.log(level, "this process isn't announced: %s", error)
 
     def _error(self) -> dict[str, Any] | None:
         """Return the class of the last error, or the logger's name, and its age, but no text."""

@@ -45,6 +45,7 @@ from outbox.storage.schema import (
     meta,
     metadata,
     metadata_of,
+    presence,
     recurring,
 )
 from outbox.storage.transactions import own_transaction
@@ -68,6 +69,7 @@ ADDED_LATER = (
     meta.name,
     results.name,
     recurring.name,
+    presence.name,
 )
 """What the first version didn't have: stored events are published without it, perhaps slowly."""
 

@@ -62,6 +62,7 @@ __all__ = [
     "meta",
     "metadata",
     "metadata_of",
+    "presence",
     "recurring",
 ]
 
@@ -279,6 +280,18 @@ recurring = Table(
 )
 """The recurring tasks, where the database is the broker."""
 for_migrations(recurring)
+
+# Without an index on the time: so PostgreSQL updates a row in place, and there are few.
+presence = Table(
+    "outbox_presence",
+    MetaData(),
+    Column("process", String(32), primary_key=True),
+    Column("announcement", _TEXT, nullable=False),
+    Column("announced_at", Timestamp, nullable=False),
+    **MARIADB_OPTIONS,
+)
+"""What processes announce of themselves, where a database on a server is the broker."""
+for_migrations(presence)
 
 meta = Table(
     "outbox_meta",

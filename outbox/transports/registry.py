@@ -14,6 +14,7 @@ from outbox.settings import Settings
 from outbox.system.threads import check_threads
 from outbox.transports.backlogged import BackloggedTransport
 from outbox.transports.parked_queues import ParkedQueues
+from outbox.transports.presence_records import PresenceRecords
 from outbox.transports.subscription import Subscription
 from outbox.transports.tick_records import TickRecords
 from outbox.transports.ticker import Ticker
@@ -22,6 +23,7 @@ from outbox.url import BrokerURL
 
 __all__ = [
     "open_parked_queues",
+    "open_presence_records",
     "open_subscription",
     "open_tick_records",
     "open_ticker",
@@ -37,8 +39,9 @@ _PACKAGES = {
     "sqlite": "outbox.transports.database",
 }
 """The package of each scheme. It has the class ``Transport``, and if it can be consumed from,
-``Subscription``, ``ParkedQueues``, ``Ticker`` and ``TickRecords``. It is imported on first use, so
-that an application needs only the drivers it uses."""
+``Subscription``, ``ParkedQueues``, ``Ticker`` and ``TickRecords``; and if processes leave what they
+announce there, ``PresenceRecords``. It is imported on first use, so that an application needs only
+the drivers it uses."""
 
 _WITH_QUEUES = "amqp://, postgresql://, mariadb:// or sqlite://"
 
@@ -123,6 +126,21 @@ def open_tick_records(settings: Settings) -> TickRecords:
     url = _configured(settings)
     records_class = _class_with_queues(url, "TickRecords", "has no recurring tasks")
     records: TickRecords = records_class(url, settings)
+    return records
+
+
+def open_presence_records(settings: Settings) -> PresenceRecords | None:
+    """Return the records of processes at ``settings.url``; None where they leave none.
+
+    Raises:
+        NotConfigured: there is no URL.
+        UsageError: the URL is invalid.
+    """
+    url = _configured(settings)
+    if url.scheme == "sqlite":  # each commit wakes all of its processes, which are on one machine
+        return None
+    records_class = _class_for(url, "PresenceRecords")
+    records: PresenceRecords | None = records_class and records_class(url)
     return records
 
 

@@ -27,7 +27,7 @@ from outbox.storage.transactions import own_transaction
 from outbox.transports.database import routing
 
 ADDED = ["outbox_events_heads", "outbox_events_tasks", "outbox_events_unkeyed"]
-ADDED_TABLES = ["outbox_bindings", "outbox_meta", "outbox_recurring"]
+ADDED_TABLES = ["outbox_bindings", "outbox_meta", "outbox_presence", "outbox_recurring"]
 
 
 @pytest.fixture

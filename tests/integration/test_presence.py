@@ -12,21 +12,26 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from outbox import Publisher, UsageError
+from outbox import BrokerError, Publisher, UsageError
 from outbox.commands.cli import main
 from outbox.presence import Announcement, announced, announcing, heard, listen, listener
 from outbox.settings import Settings
+from outbox.sql import Store
 from outbox.tap.tapped_queue import TappedQueue
+from outbox.testing.databases.postgresql import PrivatePostgreSQL
+from outbox.transports.database.presence.presence_records import DatabasePresenceRecords
 from outbox.transports.rabbitmq.presence import announcer
+from outbox.transports.registry import open_presence_records
 from proving.proxy import BLOCKED, UNBLOCKED, FaultProxy, Frame, Way
 from tests.amqp import Inspector
 from tests.commands import outbox_command
 from tests.consuming import Command
 from tests.integration.test_worker import send
-from tests.places import RabbitMQPlace
+from tests.places import Place, RabbitMQPlace, ServerPlace, events_for, place_of
 from tests.relaying import opened
 from tests.waiting import wait_until
 
@@ -45,6 +50,7 @@ def exchange(name: str, inspector: Inspector, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(announcing, "_EVERY", 0.2)
+    monkeypatch.setattr(DatabasePresenceRecords, "every", 0.2)
     monkeypatch.setattr(announcing, "_LOOK", 0.05)
 
 
@@ -260,8 +266,9 @@ async def until(condition: Callable[[], object]) -> None:
 
 def test_where_nothing_can_be_heard_the_listener_says_so(amqp_url: str, exchange: str) -> None:
     assert listen(0.3, settings=Settings.load(amqp_url, {})) == []
-    with pytest.raises(UsageError, match="sqlite:// has none"):
-        listen(0.1, settings=Settings.load("sqlite:///x.db", {}))
+    for url in ("sqlite:///x.db", "memory://"):
+        with pytest.raises(UsageError, match=r"nothing is announced.*status` without --all"):
+            listen(0.1, settings=Settings.load(url, {}))
 
 
 def test_without_the_exchange_the_listener_says_so(amqp_url: str, exchange: str) -> None:
@@ -325,6 +332,173 @@ async def test_workers_and_relays_announce_themselves_unless_that_is_off(
         for process in started:
             process.kill()
             process.wait()
+        command.close()
+
+
+@pytest.fixture(params=["rabbitmq", "postgresql", "mariadb"])
+def place(
+    request: pytest.FixtureRequest, name: str, exchange: str, quickly: None, tmp_path: Path
+) -> Place:
+    """A place where processes announce themselves quickly."""
+    return place_of(request.param, request, name, tmp_path)
+
+
+def test_what_a_process_announces_is_found_until_it_ends(place: Place) -> None:
+    settings = Settings.load(place.url, {})
+    phase = "starting"
+    described = {"queues": ["q"], "in_flight": 3, "threads": 2}
+    with (
+        place.publisher(app_id="shop") as publisher,
+        place.publisher(presence="off") as silent,
+        announced(connected(silent), "worker", id=None, phase=lambda: "ready", describe=dict),
+        announced(
+            connected(publisher), "worker", id="7", phase=lambda: phase, describe=lambda: described
+        ),
+    ):
+        found = until_found(settings, lambda found: len(found) == 1)
+        [one] = found
+        assert (one.kind, one.id, one.pid, one.app_id) == ("worker", "7", os.getpid(), "shop")
+        assert (one.phase, one.queues, one.threads, one.in_flight) == ("starting", ("q",), 2, 3)
+        assert 0 <= one.ago < PROMPTLY
+        phase = "leaving"
+        [later] = until_found(settings, lambda found: [x.phase for x in found] == ["leaving"])
+        assert later.process == one.process
+    assert listen(0.5, settings=settings) == []
+
+
+def until_found(
+    settings: Settings, condition: Callable[[list[Announcement]], object]
+) -> list[Announcement]:
+    found: list[Announcement] = []
+
+    def is_so() -> object:
+        nonlocal found
+        found = listen(0.5, settings=settings)
+        return condition(found)
+
+    wait_until(is_so, timeout=PROMPTLY)
+    return found
+
+
+@pytest.fixture(params=["postgresql", "mariadb"])
+def server(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> ServerPlace:
+    place = place_of(request.param, request, name, tmp_path)
+    assert isinstance(place, ServerPlace)
+    return place
+
+
+def test_processes_that_are_silent_are_left_out_and_then_dropped(server: ServerPlace) -> None:
+    settings = Settings.load(server.url, {})
+    records = open_presence_records(settings)
+    assert records is not None
+    texts = {
+        number: json.dumps(
+            {"version": 1, "process": str(number), "phase": "ready", "interval": 30, "pid": number}
+        )
+        for number in range(4)
+    }
+    for number, text in texts.items():
+        records.write(str(number), text)
+    assert [one.pid for one in listen(settings=settings)] == [0, 1, 2, 3]
+    records.write("3", "of a later version")
+    for number, seconds in ((0, 70), (1, 80), (2, 310)):
+        before = (
+            f"statement_timestamp() - INTERVAL '{seconds} seconds'"
+            if server.url.startswith("postgresql")
+            else f"UTC_TIMESTAMP(6) - INTERVAL {seconds} SECOND"
+        )
+        statement = f"UPDATE outbox_presence SET announced_at = {before} WHERE process = ?"
+        server.execute(statement, str(number))
+    [found] = listen(settings=settings)
+    assert found.pid == 0
+    assert 70 <= found.ago < 70 + PROMPTLY
+    records.write("3", texts[3])
+    remaining = server.execute("SELECT process FROM outbox_presence ORDER BY process")
+    assert remaining == [("0",), ("1",), ("3",)]
+
+
+def test_rows_need_no_session_of_the_server(pooled_url: str) -> None:
+    opened(pooled_url).engine.dispose()
+    settings = Settings.load(pooled_url, {})
+    records = open_presence_records(settings)
+    assert records is not None
+    text = json.dumps({"version": 1, "process": "a", "phase": "ready", "interval": 30})
+    for _ in range(12):  # over the pooler's connections, in turn
+        records.write("a", text)
+    assert [one.process for one in listen(settings=settings)] == ["a"]
+
+
+@pytest.mark.usefixtures("quickly")
+def test_without_the_table_a_process_works_and_says_so_once(
+    server: ServerPlace,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "outbox.presence")
+    monkeypatch.setattr(DatabasePresenceRecords, "every", 0.2)
+    server.execute("DROP TABLE outbox_presence")
+    try:
+        server.bind(name, name, "#")
+        with server.publisher() as publisher, watched_writes(monkeypatch) as writes:
+            with announced(
+                connected(publisher), "relay", id=None, phase=lambda: "ready", describe=dict
+            ):
+                wait_until(lambda: len(writes) >= 3)
+            assert publisher.publish(events_for(publisher, ["x"])).published
+        with pytest.raises(BrokerError, match="outbox_presence does not exist; add it with"):
+            listen(settings=publisher.settings)
+    finally:
+        Store(server.engine).create()
+    [line] = [one for one in caplog.records if one.name == "outbox.presence"]
+    assert line.levelno == logging.INFO
+    assert "outbox_presence does not exist; add it with `outbox sql upgrade`" in line.message
+
+
+@contextlib.contextmanager
+def watched_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Note the processes that are written."""
+    writes: list[str] = []
+    write = DatabasePresenceRecords.write
+
+    def noting(records: DatabasePresenceRecords, process: str, announcement: str) -> None:
+        writes.append(process)
+        write(records, process, announcement)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DatabasePresenceRecords, "write", noting)
+        yield writes
+
+
+@pytest.mark.one_python
+def test_a_worker_over_a_database_shows_in_the_status_of_all_machines(
+    postgresql: PrivatePostgreSQL,
+    tmp_path: Path,
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server = ServerPlace(postgresql.url, name)
+    command = Command(tmp_path, server, name)
+    status = ["workers", "status", "--url", server.url, "--all", "--json"]
+    status += ["--pid-dir", str(tmp_path / "none")]
+    (tmp_path / "none").mkdir(mode=0o700)
+
+    def shown() -> list[dict[str, Any]]:
+        code = main(status)
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert code == (0 if lines else 3)
+        return [line["announced"] for line in lines]
+
+    command.start("-p", "1", "-t", "3")
+    try:
+        [pid] = command.consuming(1)
+        wait_until(lambda: [one["phase"] for one in shown()] == ["ready"], timeout=PROMPTLY)
+        [worker] = shown()
+        assert (worker["pid"], worker["queues"], worker["threads"]) == (pid, [name], 3)
+        assert worker["interval"] == 30
+        assert command.stop() == 0
+        assert shown() == []
+    finally:
         command.close()
 
 

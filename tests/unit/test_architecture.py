@@ -111,7 +111,7 @@ ROOMS = (
 )
 FLOORS = {f"outbox.{name}": floor for floor, room in enumerate(ROOMS) for name in room.split()}
 MOST_MODULES = 16
-DOORS = {"transport", "subscription", "parked_queues", "ticker", "tick_records"}
+DOORS = {"transport", "subscription", "parked_queues", "ticker", "tick_records", "presence_records"}
 
 
 def floor_of(module: str) -> int:

@@ -5,11 +5,14 @@ Needs the extra ``outbox-events[sql]``.
 
 import outbox.storage as _storage  # first, because it reports a missing extra
 from outbox.transports.database.parked_queues import DatabaseParkedQueues as ParkedQueues
+from outbox.transports.database.presence.presence_records import (
+    DatabasePresenceRecords as PresenceRecords,
+)
 from outbox.transports.database.recurring.tick_records import DatabaseTickRecords as TickRecords
 from outbox.transports.database.recurring.ticker import DatabaseTicker as Ticker
 from outbox.transports.database.subscription import DatabaseSubscription as Subscription
 from outbox.transports.database.transport import DatabaseTransport as Transport
 
-__all__ = ["ParkedQueues", "Subscription", "TickRecords", "Ticker", "Transport"]
+__all__ = ["ParkedQueues", "PresenceRecords", "Subscription", "TickRecords", "Ticker", "Transport"]
 
 del _storage

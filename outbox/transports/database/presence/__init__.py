@@ -1,0 +1,1 @@
+"""What processes leave of themselves in a database, for others to read."""

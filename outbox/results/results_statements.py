@@ -144,7 +144,9 @@ def _begin(dialect: str) -> Any:
             ("status", new.status),
         ]
 
-    return _upsert(dialect, values, source, may_begin, changed)
+    begin = _upsert(dialect, values, source, may_begin, changed)
+    # Otherwise SQLAlchemy drops the count of an INSERT.
+    return begin.execution_options(preserve_rowcount=True)
 
 
 def _end(dialect: str) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, func, select, update
+from sqlalchemy import Engine, create_engine, event, func, select, update
 from sqlalchemy.orm import sessionmaker
 
 import outbox.sql
@@ -169,6 +169,21 @@ def test_of_two_copies_of_a_message_the_one_that_noted_it_writes_the_value(
         kept.complete(each)
         row = kept.read([each])[each]
         assert (row.status, row.is_final, row.value) == ("succeeded", True, "1"), each
+
+
+def test_a_batch_that_may_begin_is_not_read_back(kept: ResultsStore) -> None:
+    statements: list[str] = []
+    kept.prepare()
+    event.listen(
+        kept.engine, "before_cursor_execute", lambda *args: statements.append(args[2].split()[0])
+    )
+    attempts = [begun(f"t{number}") for number in range(3)]
+    assert kept.write(attempts, []) == {}
+    reads = kept.engine.dialect.name in ("mysql", "mariadb")  # where counts don't say it
+    assert statements.count("SELECT") == reads
+    other = begun("t0", "shop:refund")
+    assert kept.write([other], []) == {other["token"]: "shop:pay"}
+    assert statements.count("SELECT") == reads + 1
 
 
 def test_an_id_belongs_to_one_task(kept: ResultsStore) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import quote
 
 from outbox.backlog.chunk import Entry
 from outbox.event import Event
-from outbox.messages.rows import event_of, values_of
+from outbox.messages.rows import event_of, text_of
 from outbox.spool.file_lock import FileLock
 from outbox.spool.spool_folder import BAD, lock_path, new_path
 
@@ -55,11 +57,17 @@ _COLUMNS = (
     "seq, id, exchange, type, payload, content_type, headers, key, priority, deliver_at, "
     "occurred_at, unroutable, size"
 )
-_INSERT = f"INSERT INTO event ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_VALUES = f"({', '.join('?' * len(_COLUMNS.split(', ')))})"
+_INSERT = f"INSERT INTO event ({_COLUMNS}) VALUES {_VALUES}"
 _UNREAD = f"SELECT {_COLUMNS} FROM event WHERE seq > ? ORDER BY seq"
 _BACKWARDS = f"SELECT {_COLUMNS} FROM event WHERE seq > ? ORDER BY seq DESC"
 _SINGLE = f"SELECT {_COLUMNS} FROM event WHERE seq = ?"
-_DELETE = "DELETE FROM event WHERE seq = ? RETURNING size"
+_THESE = "FROM event WHERE seq IN (SELECT value FROM json_each(?))"
+_COUNT = f"SELECT count(*), coalesce(sum(size), 0) {_THESE}"
+_DELETE = f"DELETE {_THESE}"
+_AT_ONCE = 100
+"""The events that one statement inserts at most; SQLite allows 32,766 values in one."""
+
 _LOG = 64 * 1024 * 1024
 """Bytes of the write-ahead log beyond which it is cut when it has been copied into the file."""
 
@@ -219,25 +227,22 @@ class SpoolFile:
         connection = self._connect()
         seqs = list(range(self.last + 1, self.last + 1 + len(new)))
         rows = [_row_of(seq, event, size) for seq, (event, size) in zip(seqs, new, strict=True)]
-        gone = [(seq,) for seq in settled]
-        with _errors_of(self.path):
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                connection.executemany(_INSERT, rows)
-                deleted = [
-                    freed[0]
-                    for seq in gone
-                    for freed in connection.execute(_DELETE, seq).fetchall()
-                ]
-                connection.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    connection.execute("ROLLBACK")
-                raise
+        gone = list(settled)
+        deleted, freed = 0, 0
+        # A single statement is a transaction, too. Around each, other threads may take the GIL, and
+        # keep it for 5 ms: a chunk of a busy process would wait for them once an event.
+        alone = not gone and len(rows) <= _AT_ONCE
+        with _errors_of(self.path), contextlib.nullcontext() if alone else _transaction(connection):
+            for first in range(0, len(rows), _AT_ONCE):
+                _insert(connection, rows[first : first + _AT_ONCE])
+            if gone:
+                numbers = (json.dumps(gone),)
+                deleted, freed = connection.execute(_COUNT, numbers).fetchone()
+                connection.execute(_DELETE, numbers)
         self.last += len(new)
-        self.events += len(new) - len(deleted)
-        self.size += sum(size for _, size in new) - sum(deleted)
-        for (seq,) in gone:
+        self.events += len(new) - deleted
+        self.size += sum(size for _, size in new) - freed
+        for seq in gone:
             self.in_memory.pop(seq, None)
         return seqs
 
@@ -286,10 +291,12 @@ class SpoolFile:
         new = type(self).create(folder, digest)
         try:
             after = new._connect()
-            with _errors_of(new.path), contextlib.closing(before.cursor()) as cursor:
-                after.execute("BEGIN IMMEDIATE")
+            with (
+                _errors_of(new.path),
+                contextlib.closing(before.cursor()) as cursor,
+                _transaction(after),
+            ):
                 after.executemany(_INSERT, cursor.execute(_UNREAD, (0,)))
-                after.execute("COMMIT")
         except BaseException:
             new.remove()
             raise
@@ -354,10 +361,9 @@ class SpoolFile:
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute(f"PRAGMA journal_size_limit = {_LOG}")
                 if version == 0:  # new; or its process was killed before it had the table
-                    connection.execute("BEGIN IMMEDIATE")
-                    connection.execute(_TABLE)
-                    connection.execute(f"PRAGMA user_version = {FORMAT}")
-                    connection.execute("COMMIT")
+                    with _transaction(connection):
+                        connection.execute(_TABLE)
+                        connection.execute(f"PRAGMA user_version = {FORMAT}")
             status = os.stat(self.path)
         except BaseException as error:
             connection.close()
@@ -407,6 +413,25 @@ def row_at(connection: sqlite3.Connection, seq: int) -> Spooled | None:
     return None if values is None else _spooled(_Row(*values))
 
 
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Commit what is done meanwhile, or none of it."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _insert(connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> None:
+    if rows:
+        statement = _INSERT + f", {_VALUES}" * (len(rows) - 1)
+        connection.execute(statement, list(chain.from_iterable(rows)))
+
+
 def _spooled(row: _Row) -> Spooled:
     occurred_at = datetime.datetime.fromisoformat(row.occurred_at)
     event = event_of(row._replace(occurred_at=occurred_at))
@@ -421,7 +446,6 @@ def size_of(entry: Entry) -> int:
 
 
 def _row_of(seq: int, event: Event, size: int) -> tuple[Any, ...]:
-    values = values_of(event)
     due = event.deliver_at
     return (
         seq,
@@ -430,7 +454,7 @@ def _row_of(seq: int, event: Event, size: int) -> tuple[Any, ...]:
         event.target,
         event.body,
         event.content_type,
-        values["headers"],
+        text_of(event.headers) if event.headers else None,
         event.key,
         event.priority,
         None if due is None else due.isoformat(),

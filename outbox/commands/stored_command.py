@@ -14,6 +14,8 @@ from outbox.errors import UsageError
 
 __all__ = ["add_parser"]
 
+_COUNTED = 10_000  # events of one priority in one queue; of more, the status says only that
+
 _EXAMPLES = """\
 examples:
   outbox retry --reason NOT_FOUND --dry-run
@@ -39,9 +41,12 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common, database],
         help="show the backlog of stored events",
         description="Show how many stored events are waiting, since when, and how many are dead, "
-        "by reason.",
+        "by reason. Of large numbers only the beginning is counted: 10,000+.",
     )
     status.add_argument("--json", action="store_true", help="print one JSON object")
+    status.add_argument(
+        "--exact", action="store_true", help="count all events, which reads the whole table"
+    )
     status.set_defaults(run=_status)
 
     filters = argparse.ArgumentParser(add_help=False)
@@ -78,7 +83,7 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _status(options: argparse.Namespace) -> int:
     with open_store(options) as store:
-        status = store.status()
+        status = store.status(at_most=None if options.exact else _COUNTED)
     if options.json:
         print(
             json_line(
@@ -90,20 +95,22 @@ def _status(options: argparse.Namespace) -> int:
                     "dead": sum(status.dead.values()),
                     "dead_by_reason": status.dead,
                     "queues": status.queues,
+                    "complete": status.is_complete,
                 }
             )
         )
         return exit_codes.SUCCESS
-    age = "" if status.oldest is None else f", the oldest for {_duration(status.oldest)}"
-    print(f"{_events(status.waiting)} waiting{age}")
-    print(f"{_events(status.scheduled)} scheduled for later")
-    print(f"{_events(status.leased)} in flight")
-    print(f"{_events(sum(status.dead.values()))} dead")
+    alive = status.alive
+    age = "" if alive.oldest is None else f", the oldest for {_duration(alive.oldest)}"
+    print(f"{_events(alive.waiting, alive.waiting_is_complete)} waiting{age}")
+    print(f"{_events(alive.scheduled, alive.later_is_complete)} scheduled for later")
+    print(f"{_events(alive.leased, alive.later_is_complete)} in flight")
+    print(f"{_events(sum(status.dead.values()), status.dead_is_complete)} dead")
     for reason, count in status.dead.items():
         print(f"    {count}: {printable(reason)}")
-    for queue, count in status.queues.items():
+    for queue, of_queue in status.by_queue.items():
         if queue:
-            print(f"queue {printable(queue)}: {_events(count)}")
+            print(f"queue {printable(queue)}: {_events(of_queue.total, of_queue.is_complete)}")
     return exit_codes.SUCCESS
 
 
@@ -161,8 +168,9 @@ def _confirmed(count: int) -> bool:
     return answer.strip().lower() in ("y", "yes")
 
 
-def _events(count: int) -> str:
-    return f"{count:,} event{'' if count == 1 else 's'}"
+def _events(count: int, is_complete: bool = True) -> str:
+    more = "" if is_complete else "+"
+    return f"{count:,}{more} event{'' if count == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

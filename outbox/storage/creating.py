@@ -62,6 +62,7 @@ __all__ = [
 ]
 
 ADDED_LATER = (
+    "outbox_events_dead",
     "outbox_events_heads",
     "outbox_events_tasks",
     "outbox_events_unkeyed",

@@ -252,6 +252,9 @@ Index(
     postgresql_where=has_header(TASK),
     sqlite_where=has_header(TASK),
 )
+_dead = events.c.dead_at.is_not(null())
+# Finds the dead rows, of which there are few, without reading the others.
+Index("outbox_events_dead", events.c.seq, postgresql_where=_dead, sqlite_where=_dead)
 for_migrations(events)
 
 bindings = Table(
@@ -321,6 +324,7 @@ for_migrations(meta)
 _MARIADB_INDEXES = {
     "outbox_events_heads": ("queue", "key", "dead_at", "seq"),
     "outbox_events_unkeyed": ("queue", "key", "available_at", "seq"),
+    "outbox_events_dead": (),  # they are found by when they are due
 }
 
 
@@ -368,7 +372,8 @@ def metadata_of(dialect: str) -> MetaData:
             names = _MARIADB_INDEXES.get(str(index.name))
             if names is not None:
                 copy.indexes.discard(index)
-                Index(index.name, *(copy.columns[name] for name in names))
+                if names:
+                    Index(index.name, *(copy.columns[name] for name in names))
         for column in copy.columns:
             if column.identity is not None:  # there an AUTO_INCREMENT
                 column.identity = column.server_default = None

@@ -19,12 +19,10 @@ from sqlalchemy import (
     Engine,
     Select,
     Update,
-    case,
     delete,
     func,
     inspect,
     select,
-    text,
     update,
 )
 from sqlalchemy.exc import DataError
@@ -32,12 +30,14 @@ from sqlalchemy.exc import DataError
 from outbox.errors import UsageError
 from outbox.event import Event, Headers
 from outbox.messages.rows import event_of, text_of, values_of
-from outbox.storage.clock import now, seconds_since
+from outbox.storage.clock import now
 from outbox.storage.creating import ADDED_LATER, check_server, create_missing, ddl
 from outbox.storage.floors import NO_FLOOR, Floors
-from outbox.storage.schema import events, known_dialect
+from outbox.storage.schema import events, known_dialect, metadata_of
 from outbox.storage.statements import NEVER, statements
 from outbox.storage.transactions import own_transaction, try_again
+from outbox.storage.upkeep import row_counts
+from outbox.storage.upkeep.row_counts import Status
 from outbox.telemetry import tracing
 
 __all__ = ["OWNER_LENGTH", "Claimed", "Status", "Store"]
@@ -74,27 +74,6 @@ class Claimed:
     deliveries: int
     attempts: int
     age: float
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """The numbers of rows in the table, as of one moment.
-
-    Attributes:
-        waiting: rows that are due and not leased.
-        scheduled: rows that become due later: delayed, or backing off.
-        leased: rows that are being published or processed.
-        dead: dead rows by reason, the most frequent first.
-        oldest: the seconds since the oldest waiting event was stored; None if none waits.
-        queues: alive rows by queue; ``""`` for the relay.
-    """
-
-    waiting: int
-    scheduled: int
-    leased: int
-    dead: dict[str, int]
-    oldest: float | None
-    queues: dict[str, int]
 
 
 class Store:
@@ -169,7 +148,8 @@ class Store:
         columns = {each["name"] for each in inspector.get_columns(events.name, schema=schema)}
         indexes = {each["name"] for each in inspector.get_indexes(events.name, schema=schema)}
         lacking = [f"column {each.name}" for each in events.columns if each.name not in columns]
-        lacking += [f"index {each.name}" for each in events.indexes if each.name not in indexes]
+        wanted = metadata_of(connection.dialect.name).tables[events.name].indexes
+        lacking += [f"index {each.name}" for each in wanted if each.name not in indexes]
         if not lacking:
             return
         complete = complete or any(each.split()[1] not in ADDED_LATER for each in lacking)
@@ -412,42 +392,17 @@ class Store:
         """Mark rows dead, never to be claimed; return how many the caller still leased."""
         return self._change(rows, self._statements.bury, {"why": reason}, connection)
 
-    def status(self) -> Status:
-        """Return the numbers of rows in the table."""
-        row = events.c
-        alive = row.dead_at.is_(None)
-        leased = alive & row.lease_token.is_not(None) & (row.available_at > now())
-        scheduled = alive & row.lease_token.is_(None) & (row.available_at > now())
-        waiting = alive & (row.available_at <= now())
+    def status(self, *, at_most: int | None = row_counts.AT_MOST) -> Status:
+        """Return the numbers of rows in the table.
+
+        Args:
+            at_most: where counting stops, 1 or more: at that many rows with one priority in one
+                queue, and at that many dead ones. So the cost depends on the number of queues, not
+                on that of rows; and the age of the oldest event is that of those counted, which
+                have been due longest. None counts all rows, which reads the whole table.
+        """
         with own_transaction(self.engine) as connection:
-            counts = connection.execute(
-                select(
-                    func.count(case((waiting, 1))).label("waiting"),
-                    func.count(case((scheduled, 1))).label("scheduled"),
-                    func.count(case((leased, 1))).label("leased"),
-                    seconds_since(func.min(case((waiting, row.stored_at)))).label("oldest"),
-                )
-            ).one()
-            dead = connection.execute(
-                select(row.reason, func.count().label("count"))
-                .where(row.dead_at.is_not(None))
-                .group_by(row.reason)
-                .order_by(text("2 DESC"), row.reason)
-            ).all()
-            queues = connection.execute(
-                select(row.queue, func.count().label("count"))
-                .where(alive)
-                .group_by(row.queue)
-                .order_by(row.queue)
-            ).all()
-        return Status(
-            waiting=counts.waiting,
-            scheduled=counts.scheduled,
-            leased=counts.leased,
-            dead={reason or "": count for reason, count in dead},
-            oldest=None if counts.oldest is None else max(0.0, float(counts.oldest)),
-            queues={each[0]: each[1] for each in queues},
-        )
+            return row_counts.count(connection, at_most)
 
     def dead(
         self,

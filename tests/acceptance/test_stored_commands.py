@@ -14,6 +14,8 @@ import pytest
 from sqlalchemy import text
 
 from outbox import __version__, exit_codes
+from outbox.commands import stored_command
+from outbox.commands.cli import main
 from outbox.sql import Store
 from tests.commands import Done, Run, run_outbox
 from tests.relaying import an_event, many, opened
@@ -78,8 +80,27 @@ def test_the_status_is_a_json_object_on_request(run: Run, graves: Store) -> None
         "dead": 5,
         "dead_by_reason": {"too large\x1b[2J": 3, "unroutable: 312 NO_ROUTE": 2},
         "queues": {"": 2},
+        "complete": True,
     }
     assert "\x1b" not in done.stdout
+
+
+def test_the_status_marks_numbers_that_are_higher_and_counts_exactly_on_request(
+    store: Store, database_url: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    store.put(many(7, "x"))
+    store.bury(store.claim(4), "no")
+    monkeypatch.setattr(stored_command, "_COUNTED", 2)
+    for arguments, expected in (
+        ([], ["2+ events waiting", "0 events scheduled for later", "2+ events dead"]),
+        (["--exact"], ["3 events waiting", "4 events dead"]),
+    ):
+        assert main(["status", "--database", database_url, *arguments]) == exit_codes.SUCCESS
+        lines = capsys.readouterr().out.splitlines()
+        for line in expected:
+            assert any(each.startswith(line) for each in lines), lines
+    assert main(["status", "--database", database_url, "--json"]) == exit_codes.SUCCESS
+    assert json.loads(capsys.readouterr().out)["complete"] is False
 
 
 def test_the_status_of_an_empty_table_has_no_oldest_event(run: Run, store: Store) -> None:

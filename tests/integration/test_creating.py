@@ -28,6 +28,8 @@ from outbox.transports.database import routing
 
 ADDED = ["outbox_events_heads", "outbox_events_tasks", "outbox_events_unkeyed"]
 ADDED_TABLES = ["outbox_bindings", "outbox_meta", "outbox_presence", "outbox_recurring"]
+ADDED_WITH_CONDITION = ["outbox_events_dead"]  # there is none on MariaDB
+ADDED_TABLES = ["outbox_bindings", "outbox_meta", "outbox_recurring"]
 
 
 @pytest.fixture
@@ -42,11 +44,15 @@ def id_of(engine: Engine) -> str | None:
         return database_id(connection)
 
 
+def added_indexes(engine: Engine) -> list[str]:
+    return ADDED if engine.dialect.name == "mariadb" else ADDED + ADDED_WITH_CONDITION
+
+
 def make_earlier(engine: Engine, schema: str = "") -> None:
     """Leave what the first version had."""
     Store(engine).create()
     with engine.begin() as connection:
-        for name in ADDED:
+        for name in added_indexes(engine):
             where = " ON outbox_events" if engine.dialect.name == "mariadb" else ""
             connection.exec_driver_sql(f"DROP INDEX {schema}{name}{where}")
         for name in ADDED_TABLES:
@@ -92,7 +98,7 @@ def test_an_upgrade_completes_the_tables_and_only_those_that_are_there(engine: E
     with pytest.raises(UsageError, match="does not exist"):
         upgrade(engine)
     make_earlier(engine)
-    assert sorted(upgrade(engine)) == sorted(ADDED + ADDED_TABLES)
+    assert sorted(upgrade(engine)) == sorted(added_indexes(engine) + ADDED_TABLES)
     Store(engine).check(complete=True)
     assert id_of(engine)
     assert upgrade(engine) == []
@@ -132,7 +138,7 @@ def test_an_upgrade_on_postgresql_keeps_no_writer_waiting(postgresql_url: str) -
         assert upgrading.is_alive()
         transaction.commit()
     upgrading.join(20)
-    assert sorted(added) == sorted(ADDED + ADDED_TABLES)
+    assert sorted(added) == sorted(added_indexes(engine) + ADDED_TABLES)
     with engine.connect() as connection:
         invalid = text("SELECT count(*) FROM pg_index WHERE NOT indisvalid")
         assert connection.execute(invalid).scalar() == 0
@@ -223,7 +229,7 @@ def test_the_tables_can_be_in_a_schema_that_the_url_names(postgresql_url: str) -
     plain = open_engine(postgresql_url)
     assert inspect(plain).get_table_names() == []
     make_earlier(engine, '"Events".')
-    assert sorted(upgrade(engine)) == sorted(ADDED + ADDED_TABLES)
+    assert sorted(upgrade(engine)) == sorted(added_indexes(engine) + ADDED_TABLES)
     for each in (plain, engine):
         each.dispose()
 

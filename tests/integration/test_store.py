@@ -404,6 +404,78 @@ def test_due_rows_are_found_by_the_partial_index_however_many_are_dead_or_schedu
     assert "filesort" not in str(plan)  # MariaDB would lock all that it sorts
 
 
+def test_the_status_counts_up_to_a_limit_and_exactly_without_one(store: Store) -> None:
+    store.put([an_event(n) for n in range(20)])
+    store.put([an_event(n, delay=3600) for n in range(30)])
+    store.put_rows([values_of(an_event(n), queue="q", rank=n % 2) for n in range(15)])
+    store.put_rows([values_of(an_event(n), queue="dead only") for n in range(3)])
+    store.bury(store.claim(3, queue="dead only"), "no")
+    store.claim(5)
+    exact = store.status(at_most=None)
+    assert exact == dataclasses.replace(store.status(), by_queue=exact.by_queue)
+    assert (exact.waiting, exact.scheduled, exact.leased) == (30, 30, 5)
+    assert (exact.queues, exact.dead, exact.is_complete) == ({"": 50, "q": 15}, {"no": 3}, True)
+    capped = store.status(at_most=8)
+    of_relay, of_q = capped.by_queue[""], capped.by_queue["q"]
+    assert (of_relay.waiting, of_relay.scheduled, of_relay.leased) == (8, 3, 5)  # leased ones first
+    assert not of_relay.waiting_is_complete
+    assert not of_relay.later_is_complete
+    assert (of_q.waiting, of_q.waiting_is_complete) == (8 + 7, False)  # by priority
+    assert of_q.later_is_complete
+    assert (capped.dead, capped.dead_is_complete, capped.is_complete) == ({"no": 3}, True, False)
+    assert store.status(at_most=2).dead == {"no": 2}
+    assert not store.status(at_most=2).dead_is_complete
+
+
+def test_the_status_reads_no_more_rows_than_it_counts(store: Store) -> None:
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+    rows = [values_of(an_event(n), queue="q", rank=n % 3) for n in range(3000)]
+    for row in rows[1000:2000]:
+        row["available_at"] = later
+    store.put_rows(rows)
+    store.put_rows([values_of(an_event(n), queue="buried") for n in range(1000)])
+    store.bury(store.claim(1000, queue="buried"), "no")
+    counted = store.status(at_most=10)
+    assert (counted.waiting, counted.scheduled, counted.dead) == (30, 30, {"no": 10})
+    statements: list[tuple[str, Any]] = []
+
+    @event.listens_for(store.engine, "before_cursor_execute")
+    def note(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+        if "outbox_events" in statement:
+            statements.append((statement, parameters))
+
+    with store.engine.begin() as connection:
+        analyze = "ANALYZE TABLE" if store.engine.dialect.name == "mariadb" else "ANALYZE"
+        connection.exec_driver_sql(f"{analyze} outbox_events")
+        statements.clear()
+    store.status(at_most=10)
+    noted = list(statements)
+    assert len(noted) == 6  # the queues, their ranks, each of the three, the dead
+    with store.engine.begin() as connection:
+        for statement, parameters in noted:
+            if store.engine.dialect.name == "sqlite":
+                plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+                steps = [each[3] for each in plan if " outbox_events" in each[3]]
+                assert steps
+                assert all("INDEX outbox_events_" in step for step in steps), steps
+                continue
+            if store.engine.dialect.name == "postgresql":
+                plan = connection.exec_driver_sql(f"EXPLAIN {statement}", parameters)
+                assert "Seq Scan on outbox_events" not in str(plan.all()), statement
+                continue
+            before = _rows_read(connection)
+            connection.exec_driver_sql(statement, parameters).all()
+            assert _rows_read(connection) - before < 200, statement
+
+
+def _rows_read(connection: Any) -> int:
+    query = (
+        "SELECT SUM(VARIABLE_VALUE) FROM information_schema.SESSION_STATUS "
+        "WHERE VARIABLE_NAME LIKE 'HANDLER_READ%'"
+    )
+    return int(connection.execute(text(query)).scalar_one())
+
+
 def test_a_claim_on_mariadb_reads_no_dead_or_scheduled_row(mariadb_store: Store) -> None:
     store = mariadb_store
     for keys in (1, 100):  # a few keys with many rows, and many keys
@@ -680,9 +752,9 @@ def test_a_table_of_an_earlier_version_works_and_is_completed_by_create(
         ):
             connection.exec_driver_sql(statement)
     store.check()
-    lacking = ["heads", "tasks", "unkeyed"]
+    lacking = ["dead", "heads", "tasks", "unkeyed"]
     assert f"lacks {', '.join(f'index outbox_events_{each}' for each in lacking)}" in caplog.text
-    with pytest.raises(UsageError, match="lacks index outbox_events_heads"):
+    with pytest.raises(UsageError, match="lacks index outbox_events_dead"):
         store.check(complete=True)
     store.put([an_event(n, key="ab"[n % 2] if n else None) for n in range(6)])
     assert payloads(store.claim(10, ordered=True)) == [0, 1, 2, 3, 4, 5]

@@ -29,7 +29,6 @@ from outbox.transports.database import routing
 ADDED = ["outbox_events_heads", "outbox_events_tasks", "outbox_events_unkeyed"]
 ADDED_TABLES = ["outbox_bindings", "outbox_meta", "outbox_presence", "outbox_recurring"]
 ADDED_WITH_CONDITION = ["outbox_events_dead"]  # there is none on MariaDB
-ADDED_TABLES = ["outbox_bindings", "outbox_meta", "outbox_recurring"]
 
 
 @pytest.fixture

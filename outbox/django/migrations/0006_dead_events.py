@@ -11,7 +11,7 @@ UNDONE = ("DROP INDEX outbox_events_dead",)
 
 
 class Migration(migrations.Migration):
-    dependencies = (("outbox_events", "0004_results"),)
+    dependencies = (("outbox_events", "0005_presence"),)
     operations = (
         CompleteTables(
             # MariaDB has no partial indexes: there dead events are found by when they are due.

@@ -1,17 +1,17 @@
-"""How many messages ended, in which way, and how long they took.
+"""How many messages ended, in which way, and how long they took: counted by each thread for itself.
 
-This is done once for each message, so the most frequent case is the cheapest: a message that is
-acked adds one or two numbers to lists, and hundreds of them are sorted into buckets together.
+A thread adds only to its own cells, without a lock: ``x += 1`` of several threads would lose counts
+in a Python without a global lock. A reader adds the cells up.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Mapping
 from time import perf_counter, time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from outbox.consumers.outcome import (
     ACK,
@@ -25,12 +25,6 @@ from outbox.consumers.outcome import (
     RemoteError,
 )
 from outbox.messages.delivery import Delivery
-from outbox.messages.headers import (
-    ATTEMPT,
-    DELAY_EXCHANGE,
-    DELAY_HEADERS,
-    HEADER_OCCURRED_AT,
-)
 from outbox.telemetry.histogram import BOUNDS, Histogram
 from outbox.telemetry.sources import Samples
 
@@ -61,8 +55,6 @@ OUTCOMES = (
 - ``dead``: dead-lettered by outbox, after its last attempt for instance;
 - ``returned``: begun, but left unsettled or given back; it will be redelivered.
 """
-_FULL = 512
-"""Numbers that wait to be sorted into buckets: enough to be cheap, too few to be noticed."""
 
 
 class Ended(NamedTuple):
@@ -80,49 +72,78 @@ class Ended(NamedTuple):
 
 
 class _Times:
-    """A histogram, and ``new`` numbers that aren't sorted into its buckets yet. Its owner locks."""
+    """A histogram. Its thread adds to it; another one reads it under the tally's lock.
 
-    __slots__ = ("_new", "buckets", "total")
+    Numbers usually fall into the bucket of the one before. So these are only counted, between the
+    two bounds of that bucket, and the lock is taken to go to another one.
 
-    def __init__(self, new: list[float]) -> None:
-        self._new = new
-        self.buckets = [0] * (len(BOUNDS) + 1)
+    Attributes:
+        above, up_to: the bounds of the bucket of the last number.
+        count: the numbers since another bucket was the last, which ``_buckets`` doesn't have yet.
+        total: the sum of all numbers.
+    """
+
+    __slots__ = ("_buckets", "_index", "above", "count", "total", "up_to")
+
+    def __init__(self) -> None:
+        self.above, self.up_to = 0.0, BOUNDS[0]
+        self.count = 0
         self.total = 0.0
+        self._index = 0
+        self._buckets = [0] * (len(BOUNDS) + 1)
 
-    def sort(self) -> Histogram:
-        """Sort the new numbers into the buckets; return them all."""
-        new = self._new[:]
-        del self._new[: len(new)]  # not clear(): another thread may have appended meanwhile
-        if not math.isfinite(sum(new)):  # another client may send any number
-            new = [number for number in new if math.isfinite(number)]
-        new.sort()
-        below = 0
-        for index, bound in enumerate(BOUNDS):
-            up_to = bisect_right(new, bound)
-            self.buckets[index] += up_to - below
-            below = up_to
-        self.buckets[-1] += len(new) - below
-        # What is negative comes from another machine, whose clock is ahead.
-        self.total += sum(new[bisect_left(new, 0.0) :])
-        return Histogram(self.total, tuple(self.buckets))
+    def add(self, number: float) -> None:
+        """Add any number; the caller locks."""
+        self._buckets[self._index] += self.count
+        self.count = 1
+        index = self._index = bisect_left(BOUNDS, number)
+        self.above = BOUNDS[index - 1] if index else 0.0
+        self.up_to = BOUNDS[index] if index < len(BOUNDS) else math.inf
+        self.total += max(0.0, number)  # negative: from another machine, whose clock is ahead
+
+    def add_all(self, other: _Times) -> None:
+        """Add the numbers of ``other``, while it adds none or goes on; the caller locks."""
+        for index, number in enumerate(other._buckets):
+            self._buckets[index] += number
+        self._buckets[other._index] += other.count
+        self.total += other.total
+
+    def read(self) -> Histogram:
+        """Return them all; the caller locks."""
+        buckets = self._buckets[:]
+        buckets[self._index] += self.count
+        return Histogram(self.total, tuple(buckets))
 
 
-class _Counts:
-    """What was counted for a queue; durations that no other outcome has are of acked messages."""
+class _Cell:
+    """What one thread has counted for a queue.
 
-    __slots__ = ("_durations", "_waits", "durations", "others", "waits")
+    Durations are those of all outcomes; those of ``others`` than ``acked`` are also counted there.
+    """
+
+    __slots__ = ("durations", "others", "waits")
 
     def __init__(self) -> None:
         self.others = dict.fromkeys(OUTCOMES, 0)
-        self.durations: list[float] = []
-        self.waits: list[float] = []
-        self._durations = _Times(self.durations)
-        self._waits = _Times(self.waits)
+        self.durations = _Times()
+        self.waits = _Times()
+
+    def add_all(self, other: _Cell) -> None:
+        """Add what ``other`` has counted; the caller locks."""
+        for name, number in other.others.items():
+            self.others[name] += number
+        self.durations.add_all(other.durations)
+        self.waits.add_all(other.waits)
 
     def read(self) -> Ended:
-        durations, waits = self._durations.sort(), self._waits.sort()
+        """Return what was counted; the caller locks."""
+        durations = self.durations.read()
         acked = durations.count - sum(self.others.values())
-        return Ended({**self.others, "acked": acked}, durations, waits)
+        return Ended({**self.others, "acked": acked}, durations, self.waits.read())
+
+
+class _Local(threading.local):
+    cells: dict[str, _Cell]
 
 
 class Tally:
@@ -137,7 +158,9 @@ class Tally:
         self._consumers = dict(consumers)
         self._lock = threading.Lock()
         self._epoch = _epoch()
-        self._counts = {queue: _Counts() for queue in consumers}
+        self._local = _Local()
+        self._living: list[tuple[threading.Thread, dict[str, _Cell]]] = []
+        self._ended = {queue: _Cell() for queue in consumers}  # of threads that have ended
 
     def ended(self, delivery: Delivery, outcome: Outcome, began: float) -> None:
         """Count a message that is settled.
@@ -147,39 +170,46 @@ class Tally:
             outcome: how it ended.
             began: when it began, by ``time.perf_counter``.
         """
-        # The only call for a message, so what it needs stands here. Appending to a list needs no
-        # lock, unlike adding to a number, in any Python.
+        # The only call for a message, so what the frequent case needs stands here.
+        seconds = perf_counter() - began
         try:
-            counts = self._counts[delivery.queue]
-        except KeyError:
-            counts = self._counts_of(delivery.queue)
-        headers = delivery.headers
-        if headers and not delivery.redelivered and ATTEMPT not in headers:  # its first begin
-            try:
-                wait = began + self._epoch - headers[HEADER_OCCURRED_AT] * 1e-6
-                if DELAY_EXCHANGE in headers:
-                    wait -= _delay_of(headers)
-                counts.waits.append(wait)
-            except (KeyError, TypeError, OverflowError):  # another client's message
-                pass
-        if outcome is not ACK and (name := name_of(outcome)) != "acked":
-            self._count(counts, name, began)
-            return
-        durations = counts.durations
-        durations.append(perf_counter() - began)
-        if len(durations) >= _FULL:
-            with self._lock:
-                counts.read()
+            cell = self._local.cells[delivery.queue]
+        except (AttributeError, KeyError):
+            cell = self._new_cell(delivery.queue)
+        if outcome is not ACK:
+            self._count(cell, name_of(outcome), seconds)
+            delivery.read_times()  # it may never have been decoded
+        else:
+            times = cell.durations
+            if times.above < seconds <= times.up_to:
+                times.count += 1
+                times.total += seconds
+            else:
+                self._add(times, seconds)
+        since = delivery.since
+        if since is not None:
+            wait = began + self._epoch - since
+            times = cell.waits
+            if times.above < wait <= times.up_to:
+                times.count += 1
+                times.total += wait
+            else:
+                self._add(times, wait)
 
     def returned(self, delivery: Delivery, began: float) -> None:
         """Count a message that has begun, and is left to be redelivered; see :meth:`ended`."""
-        self._count(self._counts_of(delivery.queue), "returned", began)
+        self._count(self._new_cell(delivery.queue), "returned", perf_counter() - began)
 
     def read(self) -> dict[str, Ended]:
         """Return what was counted so far, by queue."""
         self._epoch = _epoch()  # the system's clock may have been set
         with self._lock:
-            return {queue: counts.read() for queue, counts in self._counts.items()}
+            self._fold()
+            sums: dict[str, _Cell] = {}
+            for cells in (self._ended, *(cells for _, cells in self._living)):
+                for queue, cell in cells.items():
+                    sums.setdefault(queue, _Cell()).add_all(cell)
+            return {queue: cell.read() for queue, cell in sums.items()}
 
     def samples(self) -> Samples:
         """Return what was counted so far, as metrics."""
@@ -198,32 +228,39 @@ class Tally:
             "outbox_message_wait_seconds": dict(waits),
         }
 
-    def _count(self, counts: _Counts, name: str, began: float) -> None:
-        """Count an outcome other than ``acked``."""
+    def _count(self, cell: _Cell, name: str, seconds: float) -> None:
+        """Count any outcome."""
         with self._lock:
-            counts.others[name] += 1
-            counts.durations.append(perf_counter() - began)
-            if len(counts.durations) >= _FULL:
-                counts.read()
+            if name != "acked":
+                cell.others[name] += 1
+            cell.durations.add(seconds)
 
-    def _counts_of(self, queue: str) -> _Counts:
+    def _add(self, times: _Times, number: float) -> None:
         with self._lock:
-            return self._counts.setdefault(queue, _Counts())
+            times.add(number)
+
+    def _new_cell(self, queue: str) -> _Cell:
+        """Return this thread's cell for ``queue``, a new one if it has none."""
+        with self._lock:
+            try:
+                cells = self._local.cells
+            except AttributeError:
+                self._fold()
+                cells = self._local.cells = {}
+                self._living.append((threading.current_thread(), cells))
+            return cells.setdefault(queue, _Cell())
+
+    def _fold(self) -> None:
+        """Move the counts of threads that have ended; the caller locks."""
+        for each in [each for each in self._living if not each[0].is_alive()]:
+            self._living.remove(each)
+            for queue, cell in each[1].items():
+                self._ended.setdefault(queue, _Cell()).add_all(cell)
 
 
 def _epoch() -> float:
     """Return the system's time at which ``perf_counter`` was 0."""
     return time() - perf_counter()
-
-
-def _delay_of(headers: Mapping[str, Any]) -> int:
-    """Return the seconds for which RabbitMQ was to delay a message; see ``delay_ladder``."""
-    return sum(
-        1 << number for number in range(_LEVELS) if headers.get(f"{DELAY_HEADERS}{number:02}")
-    )
-
-
-_LEVELS = 28
 
 
 def name_of(outcome: Outcome) -> str:

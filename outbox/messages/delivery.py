@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from outbox.messages.headers import (
     ATTEMPT,
     DELAY_EXCHANGE,
     DELAY_HEADERS,
+    DELAY_UNTIL,
     FIRST_FAILURE,
     HEADER_OCCURRED_AT,
     RETURNED,
@@ -30,6 +32,7 @@ __all__ = [
 
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_END_OF_TIME = 253_402_300_800_000_000  # the year 10000, in microseconds
 
 _NOT_ENCODED = frozenset(("utf-8", "utf8", "utf_8", "us-ascii", "ascii", "identity"))
 """The property is for compression, but many clients write the charset there."""
@@ -93,6 +96,8 @@ class Delivery:
         message_id: the id, if the sender gave one.
         priority: the priority, if the sender gave one.
         timestamp: seconds since the epoch, if the sender gave one.
+        since: when its event occurred, or was due, in seconds since the epoch; None if that isn't
+            known, or if it may have begun before. See :meth:`read_times`.
     """
 
     queue: str
@@ -108,6 +113,7 @@ class Delivery:
     message_id: str | None = None
     priority: int | None = None
     timestamp: int | None = None
+    since: float | None = None
 
     @property
     def is_encoded(self) -> bool:
@@ -161,15 +167,22 @@ class Delivery:
     @property
     def occurred_at(self) -> datetime.datetime:
         """The time the event was enqueued (aware); now, if the message doesn't say."""
-        microseconds = (self.headers or {}).get(HEADER_OCCURRED_AT)
-        try:
+        return self.read_times()
+
+    def read_times(self) -> datetime.datetime:
+        """Return :attr:`occurred_at`, and note :attr:`since`."""
+        headers = self.headers
+        if headers:
+            microseconds = headers.get(HEADER_OCCURRED_AT)
             # A date after the year 9999, or before the epoch, is ignored.
-            if isinstance(microseconds, int) and microseconds >= 0:
-                return _EPOCH + datetime.timedelta(microseconds=microseconds)
-            if isinstance(self.timestamp, int) and self.timestamp >= 0:
+            if isinstance(microseconds, int) and 0 <= microseconds < _END_OF_TIME:
+                if self.since is None and not self.redelivered and ATTEMPT not in headers:
+                    self.since = microseconds * 1e-6
+                # In seconds, since timedelta(microseconds=...) takes three times as long.
+                return _EPOCH + datetime.timedelta(0, *divmod(microseconds, 1_000_000))
+        if isinstance(self.timestamp, int) and self.timestamp >= 0:
+            with contextlib.suppress(OverflowError):
                 return _EPOCH + datetime.timedelta(seconds=self.timestamp)
-        except OverflowError:
-            pass
         moment = time_of(self.cloudevent or {})
         return datetime.datetime.now(datetime.UTC) if moment is None else moment
 
@@ -215,8 +228,16 @@ def restore_delayed(delivery: Delivery) -> None:
     headers: Mapping[str, Any] | None = delivery.headers
     if headers and isinstance(exchange := headers.get(DELAY_EXCHANGE), str):
         delivery.exchange = exchange
+        if not delivery.redelivered and ATTEMPT not in headers:
+            delivery.since = _due(headers)
         delivery.headers = {
             name: value
             for name, value in headers.items()
             if not name.startswith((DELAY_HEADERS, *_DEATHS))
         }
+
+
+def _due(headers: Mapping[str, Any]) -> float | None:
+    """Return when a delayed message was due, in seconds since the epoch; None if it doesn't say."""
+    until = headers.get(DELAY_UNTIL)
+    return until * 1e-6 if type(until) is int and 0 <= until < _END_OF_TIME else None

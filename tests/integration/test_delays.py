@@ -16,7 +16,7 @@ from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.messages.delivery import Delivery
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
-from tests.places import RabbitMQPlace, Reader, events_for, parked_in, reading
+from tests.places import RabbitMQPlace, Reader, events_for, parked_in, reading, working
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.one_python
@@ -66,6 +66,17 @@ def test_delayed_events_arrive_in_the_order_of_their_due_times_and_none_early(
             found, at = arrival(reader)
             assert found.message_id == expected.id
             assert expected.deliver_at is None or came_in_time(expected, at)
+
+
+def test_the_wait_of_a_delayed_event_is_counted_from_when_it_was_due(
+    place: RabbitMQPlace, publisher: Publisher, name: str
+) -> None:
+    with working(publisher, consumer(name)(lambda _: None)) as worker:
+        publisher.publish(events_for(publisher, [name], delay=2))
+        wait_until(lambda: worker.stats().ended == 1)
+        [queue] = worker.stats().queues
+    assert queue.wait.count == 1
+    assert queue.wait.total < 1.8
 
 
 @pytest.mark.parametrize("kind", ["default", "topic", "direct", "fanout"])

@@ -6,13 +6,15 @@ import math
 import sys
 import threading
 import time
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from outbox.consumers.message.tally import OUTCOMES, Tally
+from outbox.consumers.message.tally import OUTCOMES, Tally, _Times
 from outbox.consumers.outcome import (
     ACK,
     DUPLICATE,
@@ -27,15 +29,18 @@ from outbox.consumers.outcome import (
     RemoteError,
     Return,
 )
-from outbox.messages.delivery import Delivery
-from outbox.messages.headers import ATTEMPT, DELAY_EXCHANGE, HEADER_OCCURRED_AT
+from outbox.messages.delivery import Delivery, restore_delayed
+from outbox.messages.headers import ATTEMPT, DELAY_EXCHANGE, DELAY_UNTIL, HEADER_OCCURRED_AT
 from outbox.telemetry.histogram import BOUNDS
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def delivery(headers: dict[str, Any] | None = None, *, redelivered: bool = False) -> Delivery:
-    return Delivery("q", 1, 1, redelivered, "", "q", b"{}", headers=headers or {})
+    found = Delivery("q", 1, 1, redelivered, "", "q", b"{}", headers=headers or {})
+    restore_delayed(found)
+    found.read_times()  # as decoding does
+    return found
 
 
 def occurred(seconds_ago: float) -> dict[str, Any]:
@@ -103,10 +108,19 @@ def test_the_wait_is_that_of_the_first_begin() -> None:
 
 def test_the_wait_of_a_delayed_event_begins_when_it_was_due() -> None:
     tally = Tally({"q": "Consumer"})
-    bits = {"outbox-delay-02": True, "outbox-delay-01": False, "outbox-delay-00": True}
-    headers = {**occurred(7), DELAY_EXCHANGE: "", **bits}
-    tally.ended(delivery(headers), ACK, time.perf_counter())
-    assert tally.read()["q"].waits.total == pytest.approx(2, abs=0.5)
+    delayed = {DELAY_EXCHANGE: "", DELAY_UNTIL: round((time.time() - 2) * 1e6)}
+    for headers in ({**occurred(7), **delayed}, {**occurred(7), **delayed, ATTEMPT: 2}):
+        tally.ended(delivery(headers), ACK, time.perf_counter())
+    waits = tally.read()["q"].waits
+    assert waits.count == 1
+    assert waits.total == pytest.approx(2, abs=0.5)
+
+
+def test_a_message_that_was_not_decoded_has_waited_too() -> None:
+    tally = Tally({"q": "Consumer"})
+    undecoded = Delivery("q", 1, 1, False, "", "q", b"{}", headers=occurred(3))
+    tally.ended(undecoded, EXPIRED, time.perf_counter())
+    assert tally.read()["q"].waits.total == pytest.approx(3, abs=0.5)
 
 
 def test_an_event_from_a_clock_ahead_has_not_waited() -> None:
@@ -162,17 +176,31 @@ def test_counts_of_threads_add_up_while_another_one_reads() -> None:
     assert tally.read()["q"].durations.count == 16_000  # and again: nothing is counted twice
 
 
-def test_numbers_that_wait_to_be_sorted_are_few() -> None:
+def test_what_falls_on_a_bound_or_changes_buckets_is_counted_as_bisect_would() -> None:
+    numbers = [*BOUNDS, 0.0, *(bound * 1.001 for bound in BOUNDS), *BOUNDS[::-1], 0.02, 0.02, 1e9]
+    times = _Times()
+    for number in numbers:
+        if times.above < number <= times.up_to:
+            times.count += 1
+            times.total += number
+        else:
+            times.add(number)
+        assert times.above <= number <= times.up_to
+    expected = Counter(bisect_left(BOUNDS, number) for number in numbers)
+    found = times.read()
+    assert found.buckets == tuple(expected[index] for index in range(len(BOUNDS) + 1))
+    assert found.total == pytest.approx(sum(numbers))
+
+
+def test_counts_of_ended_threads_stay_without_their_cells() -> None:
     tally = Tally({"q": "Consumer"})
-    for outcome in (ACK, REQUEUE):
-        for _ in range(3000):
-            tally.ended(delivery(occurred(1)), outcome, time.perf_counter())
-    durations, waits = tally._counts["q"].durations, tally._counts["q"].waits
-    assert len(durations) < 1000
-    assert len(waits) < 1000
+    for _ in range(20):
+        run(lambda: tally.ended(delivery(occurred(1)), ACK, time.perf_counter()))
+    assert len(tally._living) == 1
     ended = tally.read()["q"]
-    assert (ended.outcomes["acked"], ended.outcomes["requeued"]) == (3000, 3000)
-    assert (ended.durations.count, ended.waits.count) == (6000, 6000)
+    assert not tally._living
+    assert (ended.outcomes["acked"], ended.waits.count) == (20, 20)
+    assert ended.waits.total == pytest.approx(20, abs=5)
 
 
 def test_queues_are_counted_apart_also_those_without_a_consumer() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from outbox.consumers.command import worker_main
 from outbox.consumers.command.framework import Framework
 from outbox.consumers.command.limits import Recycling
 from outbox.consumers.losses.begun_table import BegunTable
 from outbox.consumers.worker.worker import Worker
+from outbox.service.http_options import http_address
 from outbox.service.supervised import (
     LEAVING,
     MARGIN,
@@ -21,6 +23,11 @@ from outbox.service.supervised import (
     SupervisedSignals,
 )
 from outbox.system.child_process import Parent
+from outbox.telemetry.row_gauges import RowGauges
+from outbox.transports.registry import open_store
+
+if TYPE_CHECKING:
+    from outbox.storage.store import Status
 
 __all__ = ["run"]
 
@@ -36,6 +43,7 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
     supervised = Supervised(parent, logger)
     stop = SupervisedSignals(supervised)
     workers: list[Worker] = []
+    gauges: list[RowGauges] = []
 
     def log_tasks() -> None:
         for worker in workers:
@@ -61,24 +69,47 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
             }
 
         supervised.report_each_second(report)
+        if supervised.is_first and http_address(options):
+            gauges.extend(_started_gauges(worker))
 
     def work() -> int:
-        return worker_main.run(
-            options,
-            stop,
-            on_start=on_start,
-            on_ready=lambda: supervised.say(READY),
-            on_leaving=lambda: supervised.say(LEAVING),
-            on_stopping=lambda: supervised.say(STOPPING),
-            begun=begun,
-            framework=framework,
-        )
+        try:
+            return worker_main.run(
+                options,
+                stop,
+                on_start=on_start,
+                on_ready=lambda: supervised.say(READY),
+                on_leaving=lambda: supervised.say(LEAVING),
+                on_stopping=lambda: supervised.say(STOPPING),
+                begun=begun,
+                framework=framework,
+            )
+        finally:
+            for each in gauges:
+                each.stop()
 
     if not options.reload:
         return work()
     from outbox.consumers.command.autoreload import run_reloading
 
     return run_reloading(work, stop, options.shutdown_timeout + MARGIN)
+
+
+def _started_gauges(worker: Worker) -> Sequence[RowGauges]:
+    """Start to count what waits, if the broker is a database."""
+    store = open_store(worker.publisher.settings)
+    if store is None:
+        return ()
+
+    def count() -> Status:
+        try:
+            return store.status()
+        finally:
+            store.engine.dispose()  # no connection stays open meanwhile, and none is inherited
+
+    gauges = RowGauges(count, worker.consumers)
+    gauges.start()
+    return (gauges,)
 
 
 def _name_unbounded(worker: Worker) -> None:

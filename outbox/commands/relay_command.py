@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ from outbox.presence import announced
 from outbox.publisher import Publisher
 from outbox.service.faces import add_face_options, faces_of
 from outbox.service.health.stacks import dump_on_signal
+from outbox.service.http_options import http_address
 from outbox.service.parent import supervise
 from outbox.service.policy_options import add_policy, has_policy
 from outbox.service.supervised import (
@@ -36,6 +38,7 @@ from outbox.service.supervised import (
 )
 from outbox.system.child_process import Parent
 from outbox.system.signals import Signals
+from outbox.telemetry.row_gauges import RowGauges
 
 if TYPE_CHECKING:
     from outbox.sql import Relay, Store
@@ -189,7 +192,12 @@ def _relay(
         )
         if options.once:
             return _publish_once(relay, signals, options.shutdown_timeout)
-        with _announced(options, relay, signals):
+        with contextlib.ExitStack() as beside:
+            beside.enter_context(_announced(options, relay, signals))
+            if supervised is not None and http_address(options):
+                gauges = RowGauges(store.status, [""])
+                beside.callback(gauges.stop)
+                gauges.start()
             return _serve(relay, signals, options.shutdown_timeout, supervised)
     finally:
         publisher.close(0)  # the relay has released the unconfirmed events

@@ -22,6 +22,7 @@ from outbox.telemetry import metrics
 
 __all__ = [
     "DUMP",
+    "FIRST",
     "LEAVE",
     "LEAVING",
     "LOADED",
@@ -48,6 +49,9 @@ _AT_FIRST = 30.0
 """Seconds, at most, in which reports come more often, until all links are up: until then a service
 is not ready."""
 
+FIRST = "_OUTBOX_FIRST"
+"""The variable that only the process in the first slot gets."""
+
 MARGIN = 10.0
 """Seconds beyond the shutdown timeout after which a stopping process is killed.
 
@@ -56,12 +60,18 @@ They cover closing its connections and draining its publisher, which have timeou
 
 
 class Supervised:
-    """The link of a process to its supervisor. Thread-safe."""
+    """The link of a process to its supervisor. Thread-safe.
+
+    Attributes:
+        is_first: whether it is in the first slot of its parent, and so does what one process of the
+            service is enough for.
+    """
 
     def __init__(self, parent: Parent, logger: logging.Logger) -> None:
         """Take over the channel of ``parent`` for the lines of this process."""
         self._dump = dump_for_parent()
         _leave_quiet_to_parent()
+        self.is_first = bool(os.environ.pop(FIRST, ""))
         self._parent = parent
         self._logger = logger
         self._last_error = LastError()

@@ -17,6 +17,7 @@ from outbox.service.lines import LineReader
 from outbox.service.state import WorkerPhase, WorkerState
 from outbox.service.supervised import (
     DUMP,
+    FIRST,
     LEAVE,
     LEAVING,
     LOADED,
@@ -131,6 +132,8 @@ class WorkerProcess(ChildProcess):
         self._region = None if keeper is None else keeper.take()
         shared: list[int] = []
         variables = {} if folder is None else {"PWD": folder}
+        if slot == 1:
+            variables[FIRST] = "yes"
         if keeper is not None and self._region is not None:
             shared.append(keeper.descriptor)
             variables.update(keeper.variables(self._region))

@@ -35,7 +35,7 @@ from outbox.storage.creating import ADDED_LATER, check_server, create_missing, d
 from outbox.storage.floors import NO_FLOOR, Floors
 from outbox.storage.schema import events, known_dialect, metadata_of
 from outbox.storage.statements import NEVER, statements
-from outbox.storage.transactions import own_transaction, try_again
+from outbox.storage.transactions import READS_ONLY, own_transaction, try_again
 from outbox.storage.upkeep import row_counts
 from outbox.storage.upkeep.row_counts import Status
 from outbox.telemetry import tracing
@@ -401,7 +401,8 @@ class Store:
                 on that of rows; and the age of the oldest event is that of those counted, which
                 have been due longest. None counts all rows, which reads the whole table.
         """
-        with own_transaction(self.engine) as connection:
+        # On SQLite it waits for no writer, and keeps none waiting.
+        with own_transaction(self.engine.execution_options(**{READS_ONLY: True})) as connection:
             return row_counts.count(connection, at_most)
 
     def dead(

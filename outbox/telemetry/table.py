@@ -86,6 +86,21 @@ METRICS: dict[str, Metric] = {
     "outbox_store_oldest_age_seconds": Metric(
         "gauge", "Age of the oldest stored event in the relay's last claim.", is_maximum=True
     ),
+    # What waits in a database
+    "outbox_backlog_messages": Metric(
+        "gauge",
+        "Rows in the database by queue and state, of each priority up to 10,000.",
+        ("queue", "state"),
+        named_by_users=1,
+        is_maximum=True,
+    ),
+    "outbox_backlog_age_seconds": Metric(
+        "gauge",
+        "Age of the oldest row that waits in the queue; 0 without any.",
+        ("queue",),
+        named_by_users=1,
+        is_maximum=True,
+    ),
     # Processes
     "outbox_workers": Metric("gauge", "Worker processes by their state.", ("state",)),
     "outbox_worker_restarts_total": Metric(

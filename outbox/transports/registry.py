@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outbox.backlog.notifier import Notifier
 from outbox.errors import NotConfigured, UsageError
@@ -21,9 +21,13 @@ from outbox.transports.ticker import Ticker
 from outbox.transports.transport import Transport
 from outbox.url import BrokerURL
 
+if TYPE_CHECKING:
+    from outbox.storage.store import Store
+
 __all__ = [
     "open_parked_queues",
     "open_presence_records",
+    "open_store",
     "open_subscription",
     "open_tick_records",
     "open_ticker",
@@ -39,8 +43,8 @@ _PACKAGES = {
     "sqlite": "outbox.transports.database",
 }
 """The package of each scheme. It has the class ``Transport``, and if it can be consumed from,
-``Subscription``, ``ParkedQueues``, ``Ticker`` and ``TickRecords``; and if processes leave what they
-announce there, ``PresenceRecords``. It is imported on first use, so that an application needs only
+``Subscription``, ``ParkedQueues``, ``Ticker`` and ``TickRecords``; if it is that of databases, also
+``PresenceRecords`` and ``store_at``. It is imported on first use, so that an application needs only
 the drivers it uses."""
 
 _WITH_QUEUES = "amqp://, postgresql://, mariadb:// or sqlite://"
@@ -142,6 +146,21 @@ def open_presence_records(settings: Settings) -> PresenceRecords | None:
     records_class = _class_for(url, "PresenceRecords")
     records: PresenceRecords | None = records_class and records_class(url)
     return records
+
+
+def open_store(settings: Settings) -> Store | None:
+    """Return the store of the rows at ``settings.url``; None where that isn't a database.
+
+    Its engine is its own, and the caller's to dispose of.
+
+    Raises:
+        NotConfigured: there is no URL.
+        UsageError: the URL is invalid.
+    """
+    url = _configured(settings)
+    store_at = _class_for(url, "store_at")
+    store: Store | None = store_at and store_at(url)
+    return store
 
 
 def _configured(settings: Settings) -> BrokerURL:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from sqlalchemy import Engine
 
 from outbox.storage.engines import open_sqlite
+from outbox.storage.store import Store
 from outbox.transports.database.database import Database
 from outbox.transports.database.server.server_address import ServerAddress
 from outbox.transports.database.server.server_database import ServerDatabase
@@ -14,7 +15,7 @@ from outbox.transports.database.sqlite.location import Location
 from outbox.transports.database.sqlite.sqlite_file import SQLiteFile
 from outbox.url import BrokerURL
 
-__all__ = ["database_at", "engine_at"]
+__all__ = ["database_at", "engine_at", "store_at"]
 
 
 def database_at(
@@ -56,3 +57,12 @@ def engine_at(url: BrokerURL) -> Engine:
     if url.scheme != "sqlite":
         return ServerAddress.of(url).open_engine()
     return open_sqlite(Location.of(url).path)
+
+
+def store_at(url: BrokerURL) -> Store:
+    """Return the store of the rows in the database that ``url`` names, with an engine of its own.
+
+    Raises:
+        UsageError, MissingExtra: see :func:`engine_at`.
+    """
+    return Store(engine_at(url))

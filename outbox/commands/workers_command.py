@@ -128,6 +128,12 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait (default: until the end)",
     )
+    stop.add_argument(
+        "--kill",
+        action="store_true",
+        help="kill what has not ended after --timeout, such as a parent that hangs; its workers "
+        "then stop by themselves",
+    )
 
     def add_signal(name: str, number: signal.Signals, asked: str, help: str, more: str) -> None:
         description = f"{help.capitalize()}.{more}"
@@ -293,6 +299,8 @@ def _program(command: Sequence[str]) -> list[str]:
 
 
 def _stop(options: argparse.Namespace) -> int:
+    if options.kill and options.timeout is None:
+        raise UsageError("--kill needs --timeout, after which to kill")
     folder = _folder(options)
     code = exit_codes.SUCCESS
     with contextlib.ExitStack() as stack:
@@ -310,6 +318,10 @@ def _stop(options: argparse.Namespace) -> int:
         for one, process in signalled:
             if process.wait(None if end is None else max(0.0, end - time.monotonic())):
                 print(f"{one.id}: stopped (process {one.holder})")
+            elif options.kill:
+                process.send(signal.SIGKILL)
+                process.wait(None)
+                print(f"{one.id}: killed (process {one.holder})")
             else:
                 print(f"{one.id}: still stopping (process {one.holder})", file=sys.stderr)
                 code = exit_codes.UNFINISHED

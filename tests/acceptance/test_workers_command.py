@@ -295,6 +295,31 @@ def test_restart_and_reload_run_the_code_that_a_link_leads_to_now(machine: Machi
     assert versions(2) == {"2", "3"}
 
 
+def test_a_parent_that_hangs_is_killed_if_that_is_asked_for(machine: Machine) -> None:
+    started = machine.run("start", "--id", "1", "--", "outbox-consume", "work")
+    assert started.returncode == 0, started.stderr
+    parent = machine.wait_for_owner()
+    workers = [worker.pid for worker in listed(machine.pids)[0].status.workers]  # type: ignore[union-attr]
+    assert len(workers) == 1
+    os.kill(parent, signal.SIGSTOP)
+    stopped = machine.run("stop", "--id", "1", "--kill")
+    assert stopped.returncode == exit_codes.USAGE
+    assert "--kill needs --timeout" in stopped.stderr
+    stopped = machine.run("stop", "--id", "1", "--timeout", "0.5")
+    assert stopped.returncode == exit_codes.UNFINISHED
+    stopped = machine.run("stop", "--id", "1", "--timeout", "0.5", "--kill")
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout == f"1: killed (process {parent})\n"
+    wait_until(lambda: all(has_ended(one) for one in (parent, *workers)), 20)
+
+
+def has_ended(process: int) -> bool:
+    try:
+        return ") Z " in Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def test_options_that_contradict_each_other_are_refused(machine: Machine) -> None:
     for options, text in (
         (["--id", "1", "--reload"], "--reload is for development"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from outbox.commands.cli import main
 from outbox.consumers.command.arguments import make_parser
 from outbox.telemetry.table import METRICS
 
@@ -77,8 +78,11 @@ def test_alerts_ask_for_metrics_that_exist() -> None:
     assert asked <= set(METRICS)
 
 
-def test_every_option_of_our_commands_exists() -> None:
-    known = make_parser().format_help()
+def test_every_option_of_our_commands_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("start", "stop", "restart"):
+        with pytest.raises(SystemExit):
+            main(["workers", command, "--help"])
+    known = make_parser().format_help() + capsys.readouterr().out
     lines = [
         line
         for path in FILES
@@ -86,7 +90,7 @@ def test_every_option_of_our_commands_exists() -> None:
         if "outbox" in line and not line.lstrip().startswith("#")
     ]
     for option in re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", " ".join(lines)):
-        assert option in known or option == "--id", option
+        assert option in known, option
 
 
 @pytest.mark.parametrize("name", ["kubernetes.yaml", "prometheus-rules.yaml"])
@@ -135,6 +139,26 @@ def test_systemd_accepts_the_units(name: str, tmp_path: Path) -> None:
     )
     ours = [line for line in done.stderr.splitlines() if name in line]
     assert not ours, done.stderr
+
+
+@is_installed("monit")
+def test_monit_accepts_the_service(tmp_path: Path) -> None:
+    text = (DEPLOY / "outbox.monitrc").read_text()
+    text = re.sub(r'as uid "shop" and gid "shop"', "", text)  # there may be no such user
+    path = tmp_path / "outbox.monitrc"
+    path.write_text(f"set daemon 10\n{text}")
+    path.chmod(0o600)
+    done = subprocess.run(
+        ["monit", "-t", "-c", str(path)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@is_installed("ruby")
+def test_the_file_for_god_is_ruby() -> None:
+    command = ["ruby", "-c", str(DEPLOY / "outbox.god")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
 
 
 @is_installed("logrotate")

@@ -93,11 +93,14 @@ class Statements(NamedTuple):
         end: ends attempts: those with the token that was given, unless they have been ended; with
             an empty token whichever attempt runs, or waits for the next one, and a success also the
             one whose value is missing.
+        both: does what ``end`` does with ``ended_rows``, and what ``begin`` does; no id may be in
+            both. None where one statement can't.
         cancel: cancels tasks, unless they run or are done.
     """
 
     begin: Executable
     end: Executable
+    both: Executable | None
     cancel: Executable
     counts: bool
 
@@ -106,7 +109,10 @@ class Statements(NamedTuple):
 def statements_for(dialect_name: str) -> Statements:
     """Return the statements for SQLAlchemy's ``dialect_name``."""
     dialect = dialect_of(dialect_name) or "sqlite"
-    return Statements(_begin(dialect), _end(dialect), _cancel(dialect), dialect != "mariadb")
+    begin, both = _begin(dialect), None
+    if dialect == "postgresql":
+        both = begin.add_cte(_end(dialect, "ended_rows").cte("ended"))
+    return Statements(begin, _end(dialect), both, _cancel(dialect), dialect != "mariadb")
 
 
 def _begin(dialect: str) -> Any:
@@ -144,13 +150,13 @@ def _begin(dialect: str) -> Any:
             ("status", new.status),
         ]
 
-    begin = _upsert(dialect, values, source, may_begin, changed)
+    upsert = _upsert(dialect, values, source, may_begin, changed)
     # Otherwise SQLAlchemy drops the count of an INSERT.
-    return begin.execution_options(preserve_rowcount=True)
+    return upsert.execution_options(preserve_rowcount=True)
 
 
-def _end(dialect: str) -> Any:
-    rows, source = _rows(dialect, _ENDED)
+def _end(dialect: str, parameter: str = "rows") -> Any:
+    rows, source = _rows(dialect, _ENDED, parameter)
     ended_at = case((rows["is_over"] == 1, now()), else_=null())
     values: dict[str, Any] = {
         name: rows[name] for name in _ENDED if name not in ("is_over", "keep")
@@ -256,20 +262,19 @@ def _upsert(
 
 
 def _rows(
-    dialect: str, columns: Mapping[str, TypeEngine[Any]]
+    dialect: str, columns: Mapping[str, TypeEngine[Any]], parameter: str = "rows"
 ) -> tuple[dict[str, ColumnElement[Any]], FromClause | TextClause]:
-    """Return the columns of the rows in the parameter ``rows``, and what to select them from."""
+    """Return the columns of the rows in a parameter, and what to select them from."""
+    given = bindparam(parameter, type_=Text())
     if dialect == "postgresql":
         table = (
-            func.json_to_recordset(cast(bindparam("rows", type_=Text()), JSON))
+            func.json_to_recordset(cast(given, JSON))
             .table_valued(*(column(name, kind) for name, kind in columns.items()))
             .render_derived(name="new_rows", with_types=True)
         )
         return {name: table.c[name] for name in columns}, table
     if dialect == "sqlite":
-        each = func.json_each(bindparam("rows", type_=Text())).table_valued(
-            "value", name="new_rows"
-        )
+        each = func.json_each(given).table_valued("value", name="new_rows")
         return {
             name: func.json_extract(each.c.value, f"$.{name}", type_=kind)
             for name, kind in columns.items()
@@ -277,7 +282,7 @@ def _rows(
     described = ", ".join(
         f"{name} {kind.compile(_MARIADB)} PATH '$.{name}'" for name, kind in columns.items()
     )
-    whole = text(f"JSON_TABLE(:rows, '$[*]' COLUMNS ({described})) AS new_rows").bindparams(
-        bindparam("rows", type_=Text())
+    whole = text(f"JSON_TABLE(:{parameter}, '$[*]' COLUMNS ({described})) AS new_rows").bindparams(
+        given
     )
     return {name: literal_column(f"new_rows.{name}", kind) for name, kind in columns.items()}, whole

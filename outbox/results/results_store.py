@@ -157,16 +157,28 @@ class ResultsStore:
         begun: Sequence[Mapping[str, Any]],
         ended: Sequence[Mapping[str, Any]],
     ) -> dict[str, str]:
-        if ended:
-            connection.execute(self._statements.end, {"rows": _as_json(ended)})
-        return self._begin(connection, begun) if begun else {}
-
-    def _begin(self, connection: Connection, begun: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-        done = connection.execute(self._statements.begin, {"rows": _as_json(begun)})
+        statements = self._statements
+        both = statements.both if begun and ended else None
+        if both is not None and {row["id"] for row in begun}.isdisjoint(row["id"] for row in ended):
+            # One round trip and one commit for both.
+            rows = {"rows": _as_json(begun), "ended_rows": _as_json(ended)}
+            done = connection.execute(both, rows)
+        else:
+            if ended:
+                connection.execute(statements.end, {"rows": _as_json(ended)})
+            if not begun:
+                return {}
+            done = connection.execute(statements.begin, {"rows": _as_json(begun)})
         # Asked only if some may not have begun: reading rows takes a driver that is written in
         # Python long, since each value of each row has it wait for the interpreter.
-        if self._statements.counts and done.rowcount == len(begun):
+        if statements.counts and done.rowcount == len(begun):
             return {}
+        return self._refused(connection, begun)
+
+    def _refused(
+        self, connection: Connection, begun: Sequence[Mapping[str, Any]]
+    ) -> dict[str, str]:
+        """Return those that may not begin; see :meth:`write`."""
         found = connection.execute(
             select(_row.id, _row.token, _row.status, _row.task).where(
                 _row.id.in_([row["id"] for row in begun])

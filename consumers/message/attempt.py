@@ -35,7 +35,7 @@ from outbox.consumers.outcome import (
 )
 from outbox.consumers.raised import causes, leaves, text_of, unwrapped
 from outbox.consumers.retry import RetryPolicy
-from outbox.consumers.tasks.task_record import TaskRecord, record_of
+from outbox.consumers.tasks.task_record import TaskRecord
 from outbox.consumers.tracebacks import strip_engine
 from outbox.messages.delivery import Delivery
 from outbox.messages.received_event import ReceivedEvent
@@ -43,7 +43,7 @@ from outbox.report import Withdrawn
 from outbox.results.result_row import CANCELLED as REFUSED_AS_CANCELLED
 from outbox.unit_of_work.unit_of_work import Scope
 
-__all__ = ["FAILURES", "Attempt", "decided", "refuse_awaitable", "result_of"]
+__all__ = ["FAILURES", "Attempt", "begin", "decided", "refuse_awaitable", "result_of"]
 
 logger = logging.getLogger("outbox.consumer")
 
@@ -57,14 +57,19 @@ class Attempt:
     A late attempt goes on beside the one that replaces it. As they share neither, it can be shut
     out with ``revoke()`` and ``close()``.
 
-    Attributes:
-        record: what is kept of it, if it is one at a task; else None.
+    If something is kept of it, its message has made the ``record``. Without ``deduplicate`` it has
+    also begun it.
     """
 
-    __slots__ = ("_collector", "_consumer", "_delivery", "_entry", "_event", "_services", "record")
+    __slots__ = ("_collector", "_consumer", "_delivery", "_entry", "_event", "_record", "_services")
 
     def __init__(
-        self, consumer: Consumer, delivery: Delivery, event: ReceivedEvent, services: Services
+        self,
+        consumer: Consumer,
+        delivery: Delivery,
+        event: ReceivedEvent,
+        services: Services,
+        record: TaskRecord | None,
     ) -> None:
         """Create the attempt, without running it yet."""
         self._consumer = consumer
@@ -75,9 +80,7 @@ class Attempt:
             services.publisher, event, auto_publish=consumer.auto_publish
         )
         self._entry: InboxEntry | None = None
-        self.record: TaskRecord | None = None
-        if consumer._keeps is not None and services.results is not None:
-            self.record = record_of(consumer, delivery, services.results)
+        self._record = record
 
     def run(self) -> Steps[Outcome | Failed | Unconfirmed]:
         """Process the message; never raises an ``Exception``."""
@@ -110,14 +113,7 @@ class Attempt:
 
     def _handle(self) -> Steps[Outcome]:
         """Process the message in its surroundings, if there are any."""
-        record, services = self.record, self._services
-        if record is not None and not self._deduplicates:
-            # Before anything that belongs to a thread: the attempt may go on in another one.
-            parks = services.overlaps and record.is_quick
-            refused = yield from self._begin(record, parks=parks)
-            if refused is not None:
-                return refused
-        surroundings = services.surroundings
+        surroundings = self._services.surroundings
         if surroundings is None:
             return (yield from self._refreshed())
         return (yield from surrounded(surroundings, self._refreshed()))
@@ -143,46 +139,18 @@ class Attempt:
             except Exception:  # the connection is broken already
                 logger.debug("could not close a database connection", exc_info=True)
 
-    @property
-    def _deduplicates(self) -> bool:
-        return bool(self._consumer.deduplicate) and self._services.inbox is not None
-
-    def _begin(self, record: TaskRecord, *, parks: bool) -> Steps[Ack | Dead | None]:
-        """Write that a task begins; return an outcome if it may not.
-
-        Args:
-            record: the record of the attempt.
-            parks: whether the engine goes on with another message meanwhile.
-
-        Raises:
-            ResultsUnavailable: that can't be written now.
-        """
-        write = record.begin()
-        if not write.is_over:
-            yield (Parked(write, is_last=False) if parks else Written(write))
-        if write.error is not None:
-            reason = text_of(write.error).partition("\n")[0]
-            raise ResultsUnavailable(f"the task can't begin: {reason}") from write.error
-        if not write.refusal:
-            record.began()
-            return None
-        record.is_refused = True
-        if write.refusal == REFUSED_AS_CANCELLED:
-            return CANCELLED
-        return Dead(f"its id is that of another task, {write.refusal!r:.300}")
-
     def _process(self) -> Steps[Outcome]:
         consumer, event, services = self._consumer, self._event, self._services
         if consumer.deduplicate and services.inbox is not None:
             entry = self._entry = services.inbox.entry(consumer, event)
-            record = self.record
+            record = self._record
             if (yield Blocking(entry.is_done)):
                 if record is not None:
                     yield Blocking(record.complete)
                 return DUPLICATE
             if record is not None:
                 # Only now: of a duplicate, the row has the result already.
-                refused = yield from self._begin(record, parks=False)
+                refused = yield from begin(record, parks=False)
                 if refused is not None:
                     return refused
                 record.is_unique = True
@@ -238,8 +206,8 @@ class Attempt:
         if isinstance(result, Failed):
             try:
                 if (yield Blocking(entry.is_done)):
-                    if self.record is not None:
-                        yield Blocking(self.record.complete)
+                    if self._record is not None:
+                        yield Blocking(self._record.complete)
                     return DUPLICATE  # another attempt was faster, and this one was rolled back
             except Exception:  # unknown: the attempt counts as failed
                 logger.debug("could not query the inbox", exc_info=True)
@@ -274,6 +242,31 @@ class Attempt:
             for name in filters.after:
                 refuse_awaitable((yield Call(getattr(consumer, name), (event,))), name)
         return result
+
+
+def begin(record: TaskRecord, *, parks: bool) -> Steps[Ack | Dead | None]:
+    """Write that an attempt at a task begins; return an outcome if it may not.
+
+    Args:
+        record: the record of the attempt.
+        parks: whether the engine goes on with another message meanwhile.
+
+    Raises:
+        ResultsUnavailable: that can't be written now.
+    """
+    write = record.begin()
+    if not write.is_over:
+        yield (Parked(write, is_last=False) if parks else Written(write))
+    if write.error is not None:
+        reason = text_of(write.error).partition("\n")[0]
+        raise ResultsUnavailable(f"the task can't begin: {reason}") from write.error
+    if not write.refusal:
+        record.began()
+        return None
+    record.is_refused = True
+    if write.refusal == REFUSED_AS_CANCELLED:
+        return CANCELLED
+    return Dead(f"its id is that of another task, {write.refusal!r:.300}")
 
 
 def refuse_awaitable(result: object, name: str) -> None:

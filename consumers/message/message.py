@@ -4,7 +4,8 @@ It is written as generators of *steps*. An engine takes a step, waiting or await
 result back. So there is only one life, which knows nothing of threads, tasks or processes.
 
 The order is: decode, check the inbox, run filters and ``process``, publish follow-on events, note
-the message in the inbox (unless the handler's transaction has), call back, settle. The ack comes
+the message in the inbox (unless the handler's transaction has), call back, settle. That a task
+begins is written first, and how it has ended just before its message is settled. The ack comes
 last, after the confirms of the follow-on events, or of the copy that replaces a failed message: a
 crash in between may duplicate a message, but can't lose it.
 """
@@ -33,6 +34,7 @@ from outbox.consumers.message import message_log
 from outbox.consumers.message.attempt import (
     FAILURES,
     Attempt,
+    begin,
     decided,
     refuse_awaitable,
     result_of,
@@ -63,12 +65,13 @@ from outbox.consumers.outcome import (
     NotYet,
     Outcome,
     ProcessTimeout,
+    ResultsUnavailable,
     Return,
     Unconfirmed,
 )
 from outbox.consumers.raised import text_of
 from outbox.consumers.retry import Retry, RetryPolicy
-from outbox.consumers.tasks.task_record import record_of
+from outbox.consumers.tasks.task_record import TaskRecord, record_of
 from outbox.consumers.tracebacks import strip_engine
 from outbox.messages.delivery import Delivery
 from outbox.messages.expiry import has_expired
@@ -116,6 +119,7 @@ class Message:
     _refused_since: float | None = None
     _goes_on_here = False
     _keeps_results = False
+    _record: TaskRecord | None = None
 
     def __init__(self, consumer: Consumer, delivery: Delivery, services: Services) -> None:
         """Create the message, without processing it yet. Without an id it gets a temporary one."""
@@ -207,13 +211,41 @@ class Message:
             settings = self._services.publisher.settings
             self.processing = tracer.processing(self.delivery, settings)
             self.processing.enter()
+        refused = None
+        if self._keeps_results:
+            try:
+                refused = yield from self._begin()
+            except ResultsUnavailable as error:
+                self._attempt = None
+                return Hold(error)
         try:
             event = self.event = decode(self.delivery)  # an earlier attempt may have changed it
         except Undecodable as error:
             return Dead(f"undecodable: {error}", error)
         set_current_message(event)
-        self._attempt = Attempt(self.consumer, self.delivery, event, self._services)
+        if refused is not None:
+            return refused
+        self._attempt = Attempt(self.consumer, self.delivery, event, self._services, self._record)
         return (yield from self._attempt.run())
+
+    def _begin(self) -> Steps[Ack | Dead | None]:
+        """Write that an attempt at a task begins; return an outcome if it may not.
+
+        Before anything is made that belongs to the attempt: of quick tasks, many wait here.
+
+        Raises:
+            ResultsUnavailable: that can't be written now.
+        """
+        services, consumer = self._services, self.consumer
+        self._record = self._new_record()
+        if self._record is None or (consumer.deduplicate and services.inbox is not None):
+            return None  # the attempt looks into the inbox before it begins
+        parks = services.overlaps and self._record.is_quick
+        return (yield from begin(self._record, parks=parks))
+
+    def _new_record(self) -> TaskRecord | None:
+        results = self._services.results
+        return None if results is None else record_of(self.consumer, self.delivery, results)
 
     def conclude(self, result: Outcome | Failed) -> Steps[Outcome]:
         """Decide what follows from an attempt, and call the consumer's callbacks."""
@@ -249,15 +281,12 @@ class Message:
 
     def _write_end(self, outcome: Outcome) -> Steps[None]:
         """Write how a task has ended, before its message is settled."""
-        services, attempt = self._services, self._attempt
-        record = None if attempt is None else attempt.record
-        if record is None and services.results is not None:
-            # It has not begun here, or only in a subprocess that is gone.
-            record = record_of(self.consumer, self.delivery, services.results)
+        # Without one, it has not begun here, or only in a subprocess that is gone.
+        record = self._record or self._new_record()
         write = None if record is None else record.end(outcome)
         if write is not None and not write.is_over:
             is_last = isinstance(outcome, Ack)
-            yield (Parked(write, is_last) if services.overlaps else Written(write))
+            yield (Parked(write, is_last) if self._services.overlaps else Written(write))
 
     def settle(self, outcome: Outcome) -> Steps[Outcome | None]:
         """Settle the delivery as ``outcome`` says: the one place that settles messages."""
@@ -324,8 +353,8 @@ class Message:
 
     def _let_go(self) -> None:
         """Note that an attempt at a task runs no longer, whose end isn't written."""
-        if self._attempt is not None and self._attempt.record is not None:
-            self._attempt.record.over()
+        if self._record is not None:
+            self._record.over()
 
     def _over(self) -> None:
         """Note that no application code runs for the message, until its next attempt if any.

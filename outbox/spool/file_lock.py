@@ -35,6 +35,7 @@ class FileLock:
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self._descriptor = descriptor
+        self._status = os.fstat(descriptor)
 
     @classmethod
     def take(cls, path: Path) -> Self | None:
@@ -69,7 +70,7 @@ class FileLock:
     def stands(self) -> bool:
         """Whether the lock file is still there: without it, others could take the lock again."""
         try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+            return os.path.samestat(os.stat(self.path), self._status)
         except OSError:
             return False
 

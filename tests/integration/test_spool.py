@@ -187,6 +187,25 @@ def test_nothing_that_was_reported_as_kept_is_lost_when_its_writers_are_killed(
         assert numbers == list(range(len(numbers)))  # in order within a process
 
 
+def test_a_file_counts_what_is_added_and_deleted(folder: Path) -> None:
+    folder.mkdir()
+    file = SpoolFile.create(folder, "0" * 12)
+    assert file.change([(event, 3) for event in numbered(250)], ()) == list(range(1, 251))
+    assert (file.events, file.size) == (250, 750)
+    new = [(event, 5) for event in numbered(2, first=250)]
+    assert file.change(new, [1, 7, 7, 250, 999]) == [251, 252]
+    file.change((), [7])  # it has gone before
+    assert (file.events, file.size) == (249, 751)
+    left = [str(number) for number in range(252) if number not in (0, 6, 249)]
+    assert [row.event.id for row in file.read(1000, 1 << 20)] == left
+    file.close()
+    adopted = SpoolFile.adopt(file.path)
+    assert adopted is not None
+    assert (adopted.events, adopted.size, adopted.last) == (249, 751, 252)
+    assert [row.seq for row in adopted.read(1, 1)] == [2]
+    adopted.remove()
+
+
 @pytest.mark.hazard("S2")
 def test_a_file_is_adopted_only_when_its_process_has_ended_even_if_a_child_lives_on(
     folder: Path,

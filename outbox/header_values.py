@@ -69,6 +69,8 @@ def check_name(what: str, value: Any) -> None:
     Raises:
         InvalidEvent: it is not; the message names ``what``.
     """
+    if isinstance(value, str) and value.isascii() and len(value) <= 255:
+        return  # nearly every name: it needs no encoding
     if not isinstance(value, str):
         raise InvalidEvent(f"the {what} is a {type(value).__name__}, not a string: {value!r}")
     try:

@@ -57,6 +57,12 @@ class Timestamp(TypeDecorator[datetime.datetime]):
         instant: datetime.datetime | None = value
         return instant
 
+    def result_processor(self, dialect: Dialect, coltype: Any) -> Any:  # noqa: D102
+        # Drivers of PostgreSQL return such a datetime; a call for each would cost as much as it.
+        if dialect.name == "postgresql":
+            return None
+        return super().result_processor(dialect, coltype)
+
 
 class now(FunctionElement[datetime.datetime]):
     """The time at which the statement began, the same for all of its rows.

@@ -10,7 +10,7 @@ import functools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     CTE,
@@ -52,7 +52,7 @@ from outbox.storage.clock import Timestamp, in_seconds, now, seconds_after, seco
 from outbox.storage.floors import Span
 from outbox.storage.schema import GRACE, events
 
-__all__ = ["NEVER", "Statements", "statements"]
+__all__ = ["NEVER", "ClaimedRow", "Statements", "statements"]
 
 # A parameter must not have the name of a column.
 _QUEUE = bindparam("of_queue", type_=String)
@@ -73,7 +73,35 @@ _FEW = 5  # rows that PostgreSQL inserts as quickly one by one
 NEVER = datetime.datetime(9999, 12, 31, tzinfo=datetime.UTC)
 """When dead rows are due on MariaDB, whose indexes have no condition."""
 
-_WITH_AGE = (events, seconds_since(events.c.stored_at).label("age"))
+
+class ClaimedRow(NamedTuple):
+    """What a claim returns of a row, in this order.
+
+    Reading all columns takes twice the time; and a name of a tuple is found at once, while
+    SQLAlchemy looks up a row's in a mapping.
+    """
+
+    seq: int
+    queue: str
+    id: Any
+    type: Any
+    exchange: Any
+    payload: Any
+    content_type: Any
+    headers: Any
+    key: Any
+    priority: Any
+    unroutable: Any
+    occurred_at: Any
+    deliveries: int
+    attempts: int
+    age: float
+
+
+_CLAIMED = (
+    *(events.c[name] for name in ClaimedRow._fields[:-1]),
+    seconds_since(events.c.stored_at).label("age"),
+)
 
 
 class Statements(ABC):
@@ -126,6 +154,16 @@ class Statements(ABC):
     def put(self) -> Insert | ReturningInsert[Any]:
         """Insert rows."""
         return insert(events)
+
+    def put_rows_if(
+        self,
+        connection: Connection,
+        rows: Sequence[dict[str, Any]],
+        condition: ColumnElement[bool],
+        parameters: Mapping[str, Any],
+    ) -> bool:
+        """Insert rows that have the same columns if ``condition`` holds; return whether it did."""
+        raise NotImplementedError
 
     @functools.cached_property
     def due(self) -> ColumnElement[bool]:
@@ -357,7 +395,7 @@ class Statements(ABC):
     @functools.cached_property
     def leased(self) -> Select[Any]:
         """The row ``number``, as a claim returns it."""
-        return select(*_WITH_AGE).where(events.c.seq == bindparam("number"))
+        return select(*_CLAIMED).where(events.c.seq == bindparam("number"))
 
     @functools.cached_property
     def complete(self) -> Delete:
@@ -510,7 +548,7 @@ class _InOneStatement(Statements):
         return (
             _leased_rows()
             .where(row.seq.in_(select(bounded.c.seq).where(bounded.c.before < _MAX_BYTES)))
-            .returning(*_WITH_AGE)
+            .returning(*_CLAIMED)
         )
 
 
@@ -522,9 +560,21 @@ class _PostgreSQLStatements(_InOneStatement):
         if len(rows) < _FEW:
             super().put_rows(connection, rows)
         else:
-            names = tuple(rows[0])
-            arrays = {_array(name): [row[name] for row in rows] for name in names}
-            connection.execute(_put_columns(names), arrays)
+            connection.execute(_put_columns(tuple(rows[0])), _columns(rows))
+
+    def put_rows_if(
+        self,
+        connection: Connection,
+        rows: Sequence[dict[str, Any]],
+        condition: ColumnElement[bool],
+        parameters: Mapping[str, Any],
+    ) -> bool:
+        names = tuple(rows[0])
+        if len(rows) == 1:
+            statement, values = _put_one_if(names, condition), _new(rows[0])
+        else:
+            statement, values = _put_columns(names, condition), _columns(rows)
+        return connection.execute(statement, {**values, **parameters}).rowcount > 0
 
     def names(self, queues: Sequence[str]) -> Any:
         return list(queues)
@@ -767,7 +817,7 @@ class _MariaDBStatements(Statements):
 
     @functools.cached_property
     def _named(self) -> Select[Any]:
-        return select(*_WITH_AGE).where(self.is_one_of)
+        return select(*_CLAIMED).where(self.is_one_of)
 
     def _lease(self, condition: ColumnElement[bool]) -> Update | Select[Any]:
         row = events.c
@@ -817,23 +867,44 @@ def statements(dialect: str) -> Statements:
 
 
 @functools.lru_cache(maxsize=64)
-def _put_columns(names: Sequence[str]) -> Insert:
+def _put_columns(names: Sequence[str], condition: ColumnElement[bool] | None = None) -> Insert:
     """Insert rows with these columns that come as an array for each column."""
     types = {name: ArrayOf(events.c[name].type) for name in names}
     rows = (
-        func.unnest(*(bindparam(_array(name), type_=type_) for name, type_ in types.items()))
+        func.unnest(*(bindparam(_parameter(name), type_=type_) for name, type_ in types.items()))
         .table_valued(*(column(name, type_.item) for name, type_ in types.items()))
         .render_derived(name="new")
     )
-    values: dict[str, Any] = {"stored_at": now(), "available_at": now()}
-    values |= {name: rows.c[name] for name in names}
-    return insert(events).from_select(
-        list(values), select(*values.values()), include_defaults=False
-    )
+    return _put({name: rows.c[name] for name in names}, condition)
 
 
-def _array(name: str) -> str:
-    """Return the parameter with the values of a column."""
+@functools.lru_cache(maxsize=64)
+def _put_one_if(names: Sequence[str], condition: ColumnElement[bool]) -> Insert:
+    """Insert a row with these columns."""
+    # Half the time of _put_columns, for the server and here.
+    values = {name: bindparam(_parameter(name), type_=events.c[name].type) for name in names}
+    return _put(values, condition)
+
+
+def _put(values: dict[str, Any], condition: ColumnElement[bool] | None) -> Insert:
+    values = {"stored_at": now(), "available_at": now(), **values}
+    rows = select(*values.values())
+    if condition is not None:
+        rows = rows.where(condition)
+    put = insert(events).from_select(list(values), rows, include_defaults=False)
+    return put.execution_options(preserve_rowcount=True)
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {_parameter(name): [row[name] for row in rows] for name in rows[0]}
+
+
+def _new(row: dict[str, Any]) -> dict[str, Any]:
+    return {_parameter(name): value for name, value in row.items()}
+
+
+def _parameter(name: str) -> str:
+    """Return the parameter with the value, or the values, of a column."""
     return f"new_{name}"
 
 

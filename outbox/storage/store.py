@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any, TypeVar
 
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     Delete,
     Engine,
@@ -34,7 +35,7 @@ from outbox.storage.clock import now
 from outbox.storage.creating import ADDED_LATER, check_server, create_missing, ddl
 from outbox.storage.floors import NO_FLOOR, Floors
 from outbox.storage.schema import events, known_dialect, metadata_of
-from outbox.storage.statements import NEVER, statements
+from outbox.storage.statements import NEVER, ClaimedRow, statements
 from outbox.storage.transactions import READS_ONLY, own_transaction, try_again
 from outbox.storage.upkeep import row_counts
 from outbox.storage.upkeep.row_counts import Status
@@ -174,6 +175,29 @@ class Store:
         # the order of insertion is the order of the rows.
         for _, alike in itertools.groupby(rows, key=dict.keys):
             self._statements.put_rows(connection, list(alike))
+
+    def put_rows_if(
+        self,
+        rows: Sequence[dict[str, Any]],
+        condition: ColumnElement[bool],
+        parameters: Mapping[str, Any],
+        *,
+        connection: Connection,
+    ) -> bool:
+        """Store rows in one statement if ``condition`` holds; PostgreSQL only.
+
+        Args:
+            rows: rows made by :func:`outbox.messages.rows.values_of`.
+            condition: the condition.
+            parameters: its parameters.
+            connection: the connection to use.
+
+        Returns:
+            Whether they are stored: not if they have different columns, either.
+        """
+        if any(row.keys() != rows[0].keys() for row in rows):
+            return False
+        return self._statements.put_rows_if(connection, rows, condition, parameters)
 
     def claim(
         self,
@@ -710,7 +734,8 @@ class Store:
     def _claimed(self, connection: Connection, token: str, rows: Iterable[Any]) -> list[Claimed]:
         """Return the leased ``rows`` in their order, and bury those that can't be read."""
         claimed: list[Claimed] = []
-        for row in rows:
+        for each in rows:
+            row = ClaimedRow._make(each)
             try:
                 event = event_of(row)
             except _UNREADABLE as error:

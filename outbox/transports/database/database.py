@@ -121,6 +121,19 @@ class Database(ABC):
         """
         self.store.put_rows(rows, connection=connection)
 
+    def put_known(self, rows: Sequence[dict[str, Any]], digest: bytes) -> bool:
+        """Store rows in their order, in one round trip, if the bindings are those with ``digest``.
+
+        Returns:
+            Whether they are committed. If not, nothing has changed; also where that needs a
+            transaction.
+
+        Raises:
+            BrokerError: the database can't be written now; nothing has changed, unless the
+                connection was lost.
+        """
+        return False
+
     def room(self) -> Room:
         """Return the room for events.
 

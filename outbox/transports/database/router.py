@@ -56,6 +56,19 @@ class Router:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._routes = Routes()
+        self._digest: bytes | None = None
+
+    def plan_known(self, entries: Sequence[_P]) -> tuple[Plan[_P], bytes] | None:
+        """Return the plan by the bindings that were read last, and their digest.
+
+        None if the database has none to compare, or an event has no queue by those bindings.
+        """
+        if self._digest is None:
+            return None
+        events = (entry.event for entry in entries)
+        if not all(self._routes.queues(event.exchange, event.target) for event in events):
+            return None
+        return Plan(entries, self._routes, self._settings.unroutable), self._digest
 
     def plan(self, entries: Sequence[_P], connection: Connection) -> Plan[_P]:
         """Return the plan for ``entries``, after creating the queues that it needs.
@@ -63,7 +76,8 @@ class Router:
         Those are the queues of tasks that no worker has declared yet, and the parking queue, all
         only with ``declare="create"``.
         """
-        self._routes.update(routing.load(connection))
+        bindings, self._digest = routing.load_with_digest(connection)
+        self._routes.update(bindings)
         plan = Plan(entries, self._routes, self._settings.unroutable, self._makes_queue)
         for new_queue in plan.new_queues:
             names = (new_queue, dead_letter_queue(new_queue))

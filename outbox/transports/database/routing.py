@@ -9,7 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, and_, insert, inspect, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    LargeBinary,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    func,
+    insert,
+    inspect,
+    literal,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from outbox.errors import UsageError
@@ -17,7 +30,18 @@ from outbox.messages.delivery import QueueSpec, dead_letter_queue
 from outbox.messages.topics import matches
 from outbox.storage.schema import bindings, dialect_of
 
-__all__ = ["Binding", "Routes", "add", "check", "load", "of_consumer", "of_queue", "take_turns"]
+__all__ = [
+    "ARE_KNOWN",
+    "Binding",
+    "Routes",
+    "add",
+    "check",
+    "load",
+    "load_with_digest",
+    "of_consumer",
+    "of_queue",
+    "take_turns",
+]
 
 _CACHED = 10_000  # addresses; limited because targets may contain user data
 
@@ -63,6 +87,15 @@ def load(connection: Connection) -> list[Binding]:
     return [Binding(*row) for row in connection.execute(select(bindings))]
 
 
+def load_with_digest(connection: Connection) -> tuple[list[Binding], bytes | None]:
+    """Return all bindings, and a digest for :data:`ARE_KNOWN`; None if there is none to compare."""
+    if connection.dialect.name != "postgresql":
+        return load(connection), None
+    # In one statement, so that both are of one moment.
+    rows = connection.execute(select(bindings, _DIGEST.label("digest"))).all()
+    return [Binding(*row[:-1]) for row in rows], bytes(rows[0].digest) if rows else None
+
+
 def add(connection: Connection, new: Sequence[Binding]) -> None:
     """Add bindings, except those that exist."""
     # In order, so that others who add the same ones wait instead of meeting in a deadlock.
@@ -79,6 +112,21 @@ def take_turns(connection: Connection, queues: Sequence[str]) -> None:
     # In one order, so that others wait instead of meeting in a deadlock.
     connection.execute(select(row.queue).where(is_queue).order_by(row.queue).with_for_update())
 
+
+def _digest() -> ColumnElement[bytes]:
+    """Return a digest of all bindings; PostgreSQL only."""
+    row = bindings.c
+    columns = (row.queue, row.exchange, row.pattern)
+    # As text, a row has quotes where they are needed: no two rows look alike.
+    binding = cast(func.row(*columns), Text)
+    together = func.string_agg(binding, postgresql.aggregate_order_by(literal(","), *columns))
+    return select(func.sha256(func.convert_to(together, "UTF8"))).scalar_subquery()
+
+
+_DIGEST = _digest()
+
+ARE_KNOWN = bindparam("of_known", type_=LargeBinary) == _DIGEST
+"""Whether the bindings are those with the digest ``of_known``; PostgreSQL only."""
 
 _ADD = {
     "postgresql": postgresql.insert(bindings).on_conflict_do_nothing(),

@@ -259,7 +259,9 @@ class DatabaseTransport(BackloggedTransport):
             _QueuesMissing: nothing was written, since workers are about to declare their queues.
         """
         try:
-            plan, size = self._database.run(functools.partial(self._put, entries))
+            plan, size = self._put_known(entries) or self._database.run(
+                functools.partial(self._put, entries)
+            )
         except (_NoRoom, *_FAULTS_OF_EVENTS) as error:
             if len(entries) > 1:
                 half = len(entries) // 2
@@ -282,18 +284,36 @@ class DatabaseTransport(BackloggedTransport):
         if plan.without_queue:
             self._set_aside(plan.without_queue)
 
+    def _put_known(self, entries: Sequence[Entry]) -> tuple[Plan[Entry], int] | None:
+        """Do the same as :meth:`_put` by the bindings that are known, if they are those there."""
+        known = self._router.plan_known(entries)
+        if known is None:
+            return None
+        plan, digest = known
+        size = self._size_of(plan.rows, entries)
+        return (plan, size) if self._database.put_known(plan.rows, digest) else None
+
     def _put(self, entries: Sequence[Entry], connection: Connection) -> tuple[Plan[Entry], int]:
         """Write the rows of ``entries``; return the plan, and the bytes of the rows."""
         plan = self._router.plan(entries, connection)
         if not plan.is_complete and time.monotonic() < self._queues_missing_until:
             raise _QueuesMissing
-        size = sum(len(row["payload"]) for row in plan.rows)
+        size = self._size_of(plan.rows, entries)
+        self._database.put_rows(plan.rows, connection)
+        return plan, size
+
+    def _size_of(self, rows: Sequence[dict[str, Any]], entries: Sequence[Entry]) -> int:
+        """Return the bytes of ``rows``, for which there is room.
+
+        Raises:
+            _NoRoom: there is none.
+        """
+        size = sum(len(row["payload"]) for row in rows)
         # What isn't kept is what workers publish: copies of messages, mostly.
         new = any(entry.chunk.keep for entry in entries)
         if size > (self._room.for_new if new else self._room.for_copies):
             raise _NoRoom
-        self._database.put_rows(plan.rows, connection)
-        return plan, size
+        return size
 
     def _set_aside(self, entries: Sequence[Entry]) -> None:
         """Keep ``entries`` outside the queue for their back-off: someone may create the queue."""

@@ -41,6 +41,9 @@ _T = TypeVar("_T")
 _POLL_WOKEN = 1.0
 """Seconds between two looks for events while commits wake workers: a notification may be lost."""
 
+_LEVEL = "READ COMMITTED"
+_DEFAULT_LEVEL = "SELECT current_setting('default_transaction_isolation')"
+
 _PROBE_AFTER = 5.0
 """Seconds without use after which a connection may have been closed, by the server or on the way,
 so that it is tried before it is used."""
@@ -80,6 +83,8 @@ class ServerDatabase(Database):
         self.floors = Floors()
         self._connection: Connection | None = None
         self._packet: int | None = None  # the longest statement in bytes, where there is a limit
+        self._level = ""
+        self._commits_alone = False
         self._used_at = 0.0
         self._was_open = False
         _made.add(self)
@@ -113,7 +118,7 @@ class ServerDatabase(Database):
         """
 
         def once() -> _T:
-            connection = self._opened()
+            connection = self._in_level(_LEVEL)
             with connection.begin():
                 if self._dialect == "postgresql" and not durable:
                     connection.exec_driver_sql("SET LOCAL synchronous_commit TO OFF")
@@ -132,6 +137,21 @@ class ServerDatabase(Database):
         for group in groups:
             self._store.put_rows(group, connection=connection)
 
+    def put_known(self, rows: Sequence[dict[str, Any]], digest: bytes) -> bool:
+        """Store rows in their order if the bindings are those with ``digest``: one statement."""
+        if not self._is_quick():
+            return False
+
+        def once() -> bool:
+            connection = self._in_level("AUTOCOMMIT")
+            with connection.begin():
+                return self._store.put_rows_if(
+                    rows, routing.ARE_KNOWN, {"of_known": digest}, connection=connection
+                )
+
+        with self._translated():
+            return try_again(once)
+
     def changed(self) -> bool:
         """Return True: whether that is so, only a look for rows shows."""
         return True
@@ -139,7 +159,7 @@ class ServerDatabase(Database):
     def due_in(self, queues: Sequence[str]) -> float | None:
         """Return the seconds until a row of one of ``queues`` is due; one statement."""
         with self._translated():
-            connection = self._opened()
+            connection = self._in_level("AUTOCOMMIT" if self._is_quick() else _LEVEL)
             with connection.begin():
                 return self._store.due_in(queues, floors=self.floors, connection=connection)
 
@@ -153,7 +173,7 @@ class ServerDatabase(Database):
         finally:
             side.close()
         with self._translated():
-            connection = self._opened()
+            connection = self._in_level(_LEVEL)
             with connection.begin():
                 ours = _identity_of(connection)
         if ours is None:
@@ -163,7 +183,7 @@ class ServerDatabase(Database):
     def bindings(self) -> list[Binding] | None:
         """Return the bindings of the moment."""
         with self._translated():
-            connection = self._opened()
+            connection = self._in_level(_LEVEL)
             with connection.begin():
                 return load(connection)
 
@@ -203,6 +223,25 @@ class ServerDatabase(Database):
                 connection.close()
         self._engine.dispose()
 
+    def _is_quick(self) -> bool:
+        """Return whether a statement may be a transaction by itself: one round trip, not three.
+
+        Only on a connection that needs no look: a worker that opens one has to do something first.
+        """
+        return (
+            self._commits_alone
+            and self._connection is not None
+            and time.monotonic() < self._used_at + _PROBE_AFTER
+        )
+
+    def _in_level(self, level: str) -> Connection:
+        """Return the connection, opened if need be, with this isolation level."""
+        connection = self._opened()
+        if level != self._level:
+            connection.execution_options(isolation_level=level)
+            self._level = level
+        return connection
+
     def _opened(self) -> Connection:
         connection = self._connection
         now = time.monotonic()
@@ -213,13 +252,19 @@ class ServerDatabase(Database):
             return connection
         connection = self._engine.connect()
         try:
-            connection.execution_options(isolation_level="READ COMMITTED")
+            self._level = _LEVEL
+            connection.execution_options(isolation_level=_LEVEL)
             with connection.begin():
                 self._store.check(connection=connection)
                 routing.check(connection)
                 if self._dialect == "mariadb":
                     packet = connection.exec_driver_sql("SELECT @@max_allowed_packet")
                     self._packet = int(packet.scalar_one())
+                self._commits_alone = (
+                    connection.dialect.driver == "psycopg"
+                    # Otherwise the statement would have another level than a transaction.
+                    and connection.exec_driver_sql(_DEFAULT_LEVEL).scalar_one() == "read committed"
+                )
         except BaseException:
             connection.close()
             raise

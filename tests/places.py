@@ -203,6 +203,10 @@ class Reader:
         """Return the next ``count`` messages, and ack them."""
         return self._next(count, timeout, settle=True)
 
+    def ack(self, delivery: Delivery) -> None:
+        """Ack a delivery that was taken."""
+        self._subscription.ack(delivery)
+
     def requeue(self, delivery: Delivery, delay: float = 0.0) -> None:
         """Return a delivery to its queue."""
         self._subscription.requeue(delivery, delay)

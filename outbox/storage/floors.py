@@ -98,6 +98,10 @@ class Floors:
         """Note a claim, and whether it got as many rows as it wanted."""
         self._queues[queue].is_idle = not all_wanted
 
+    def are_known(self, queue: str) -> bool:
+        """Return whether a rank of ``queue`` is known."""
+        return bool(self._queues[queue].floors)
+
     def spans(self, queues: Sequence[str]) -> list[Span]:
         """Return where to look for rows of these queues."""
         spans: list[Span] = []

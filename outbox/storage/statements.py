@@ -32,6 +32,7 @@ from sqlalchemy import (
     column,
     delete,
     exists,
+    extract,
     func,
     insert,
     literal,
@@ -223,6 +224,10 @@ class Statements(ABC):
         firsts = select(cte.c.queue, cte.c.rank, due_at.label("due_at"))
         return _with_due_in(firsts.where(cte.c.rank.is_not(None)).subquery("firsts"))
 
+    def spans(self, spans: Sequence[Span]) -> dict[str, Any]:
+        """Return ``spans`` as parameters of :attr:`exchange`."""
+        raise NotImplementedError
+
     def firsts_above(self, connection: Connection, spans: Sequence[Span]) -> Sequence[Any]:
         """Return the same for the ranks of ``spans``, above their floors.
 
@@ -403,6 +408,17 @@ class Statements(ABC):
         return delete(events).where(self._ours)
 
     @functools.cached_property
+    def exchange(self) -> Update | None:
+        """Delete ``numbers`` of the leases ``of_tokens``, and lease rows of ``of_queue``.
+
+        Those rows are due, of the highest rank of the spans that has any, and not leased by
+        ``of_owner``; none if there is a rank beside the spans. Each comes as a :class:`ClaimedRow`,
+        its rank, the seconds for which it was due, and the seconds of the server's clock. None
+        except on PostgreSQL.
+        """
+        return None
+
+    @functools.cached_property
     def release(self) -> Update:
         """Release ``numbers`` of the lease ``of_token``."""
         return (
@@ -541,15 +557,19 @@ class _InOneStatement(Statements):
         )
         if self._lock:
             oldest = oldest.with_for_update(skip_locked=True)
-        # A plan that evaluates it twice would lease more rows than the limit.
-        due = self._materialized(oldest.cte("due"))
-        before = func.sum(due.c.size).over(order_by=(due.c.available_at, due.c.seq)) - due.c.size
-        bounded = select(due.c.seq, before.label("before")).subquery("bounded")
+        bounded = self._bounded(oldest)
         return (
             _leased_rows()
             .where(row.seq.in_(select(bounded.c.seq).where(bounded.c.before < _MAX_BYTES)))
             .returning(*_CLAIMED)
         )
+
+    def _bounded(self, oldest: Select[Any]) -> Any:
+        """Add to rows what those before them have in bytes."""
+        # A plan that evaluates it twice would lease more rows than the limit.
+        due = self._materialized(oldest.cte("due"))
+        before = func.sum(due.c.size).over(order_by=(due.c.available_at, due.c.seq)) - due.c.size
+        return select(*due.c, before.label("before")).subquery("bounded")
 
 
 class _PostgreSQLStatements(_InOneStatement):
@@ -585,16 +605,22 @@ class _PostgreSQLStatements(_InOneStatement):
         return names.table_valued("value", name="names").render_derived()
 
     def firsts_above(self, connection: Connection, spans: Sequence[Span]) -> Sequence[Any]:
-        parameters = {
+        return connection.execute(self._firsts_above, self.spans(spans)).all()
+
+    def spans(self, spans: Sequence[Span]) -> dict[str, Any]:
+        return {
             "queues": [span.queue for span in spans],
             "ranks": [span.rank for span in spans],
             "nexts": [span.next for span in spans],
             "floors": [span.floor for span in spans],
         }
-        return connection.execute(self._firsts_above, parameters).all()
 
     @functools.cached_property
     def _firsts_above(self) -> Select[Any]:
+        return _with_due_in(self._firsts_of_spans.subquery("firsts"))
+
+    @functools.cached_property
+    def _firsts_of_spans(self) -> Select[Any]:
         spans = (
             func.unnest(
                 bindparam("queues", type_=ARRAY(Text)),
@@ -615,15 +641,58 @@ class _PostgreSQLStatements(_InOneStatement):
         row = events.c
         alive = row.dead_at.is_(None)
         between = and_(row.queue == span.queue, row.rank > span.rank, row.rank < span.next, alive)
-        return _with_due_in(
-            select(
-                span.queue,
-                span.rank,
-                _first_due_at(span.queue, span.rank, alive, row.available_at >= span.floor).label(
-                    "due_at"
-                ),
-                select(func.min(row.rank)).where(between).scalar_subquery().label("new_rank"),
-            ).subquery("firsts")
+        above = row.available_at >= span.floor
+        return select(
+            span.queue,
+            span.rank,
+            _first_due_at(span.queue, span.rank, alive, above).label("due_at"),
+            select(func.min(row.rank)).where(between).scalar_subquery().label("new_rank"),
+        )
+
+    @functools.cached_property
+    def exchange(self) -> Update:
+        row = events.c
+        tokens = any_(bindparam("of_tokens", type_=ARRAY(Text)))
+        settled = delete(events).where(self.is_one_of, row.lease_token == tokens).cte("settled")
+        firsts = self._materialized(self._firsts_of_spans.cte("firsts"))
+        has_new_rank = exists(select(firsts.c.rank).where(firsts.c.new_rank.is_not(None)))
+        first = self._materialized(
+            select(firsts.c.rank, firsts.c.due_at)
+            .where(firsts.c.due_at <= now(), ~has_new_rank)
+            .order_by(firsts.c.rank.desc())
+            .limit(1)
+            .cte("first")
+        )
+        # A row of which the worker itself has the lease, ended or not, is in somebody's hands here;
+        # among them are those that are deleted, which one statement must not change twice.
+        owner = bindparam("of_owner", type_=String)
+        is_not_ours = func.left(row.lease_token, func.length(owner)).is_distinct_from(owner)
+        due = self._bounded(
+            select(row.seq, row.rank, row.available_at, func.length(row.payload).label("size"))
+            .where(
+                row.queue == _QUEUE,
+                row.rank == select(first.c.rank).scalar_subquery(),
+                row.dead_at.is_(None),
+                row.available_at <= now(),
+                row.available_at >= select(first.c.due_at).scalar_subquery(),
+                is_not_ours,
+            )
+            .order_by(row.available_at, row.seq)
+            .limit(_AT_MOST)
+            .with_for_update(skip_locked=True)
+        )
+        # As SET LOCAL does, without a round trip: of the transaction that this statement is.
+        no_wait = select(func.set_config("synchronous_commit", "off", True)).scalar_subquery()
+        return (
+            _leased_rows()
+            .where(row.seq == due.c.seq, due.c.before < _MAX_BYTES, no_wait == "off")
+            .returning(
+                *_CLAIMED,
+                due.c.rank,
+                seconds_since(due.c.available_at).label("due_for"),
+                cast(extract("epoch", now()), Float).label("clock"),
+            )
+            .add_cte(settled)
         )
 
     def numbers(self, seqs: Sequence[int]) -> Any:

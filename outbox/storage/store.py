@@ -282,6 +282,66 @@ class Store:
             floors.claimed(queue, all_wanted=is_full)
         return claimed
 
+    def exchanges(self, queues: Sequence[str], floors: Floors) -> bool:
+        """Return whether :meth:`exchange` does now what :meth:`claim` would for all ``queues``."""
+        return (
+            self._statements.exchange is not None
+            and all(map(floors.are_known, queues))
+            and not any(floors.is_time_to_look_through([queue]) for queue in queues)
+        )
+
+    def exchange(
+        self,
+        done: Iterable[Claimed],
+        limit: int,
+        *,
+        queue: str,
+        lease: float,
+        floors: Floors,
+        max_bytes: int = 16 * 1024 * 1024,
+        connection: Connection,
+    ) -> list[Claimed]:
+        """Do the same as :meth:`complete` and :meth:`claim` in one statement.
+
+        It claims rows of one rank, so it may return less than there is. No row comes back that is
+        leased to the owner of this store. A power cut may undo it, if the statement is a
+        transaction by itself.
+
+        Args:
+            done: the claimed rows to delete.
+            limit: the maximum number of rows to claim.
+            queue: the queue to claim from.
+            lease: the seconds until they are due again.
+            floors: as for :meth:`claim`.
+            max_bytes: as for :meth:`claim`.
+            connection: the connection to use.
+        """
+        sql = self._statements
+        tokens = {row.seq: row.token for row in done}
+        token = self._new_token()
+        parameters = {
+            **sql.spans(floors.spans([queue])),
+            "numbers": sql.numbers(list(tokens)),
+            "of_tokens": list(set(tokens.values())),
+            "of_queue": queue,
+            "of_owner": self._owner,
+            "of_token": token,
+            "seconds": float(lease),
+            "at_most": limit,
+            "max_bytes": max_bytes,
+        }
+        assert sql.exchange is not None
+        try:
+            found = connection.execute(sql.exchange, parameters).all()
+        except _UNREADABLE:
+            return self._claimed(connection, token, self._read_one_by_one(connection, token))
+        if found:
+            *_, rank, _, clock = found[0]
+            due_for = max(row[-2] for row in found)
+            floors.raise_to(queue, rank, _moment(clock - due_for), _moment(clock))
+        floors.claimed(queue, all_wanted=len(found) >= limit)
+        return self._claimed(connection, token, [row[:-3] for row in found])
+
     def due_in(
         self,
         queues: Sequence[str],
@@ -722,14 +782,17 @@ class Store:
     def _lease(
         self, connection: Connection, statement: Update | Select[Any], parameters: dict[str, Any]
     ) -> list[Claimed]:
-        # Such a token begins with digits only, unlike one without an owner.
-        token = f"{self._owner}{uuid.uuid4().hex}"[:_TOKEN] if self._owner else str(uuid.uuid4())
+        token = self._new_token()
         parameters = {**parameters, "of_token": token}
         try:
             rows: Iterable[Any] = self._statements.lease(connection, statement, parameters)
         except _UNREADABLE:
             rows = self._read_one_by_one(connection, token)
         return self._claimed(connection, token, rows)
+
+    def _new_token(self) -> str:
+        # Such a token begins with digits only, unlike one without an owner.
+        return f"{self._owner}{uuid.uuid4().hex}"[:_TOKEN] if self._owner else str(uuid.uuid4())
 
     def _claimed(self, connection: Connection, token: str, rows: Iterable[Any]) -> list[Claimed]:
         """Return the leased ``rows`` in their order, and bury those that can't be read."""
@@ -793,6 +856,13 @@ class Store:
 
         return self._in_own_transaction(change) if connection is None else change(connection)
 
+
+def _moment(seconds: float) -> datetime.datetime:
+    """Return a time given in seconds since the epoch, or a microsecond earlier."""
+    return _EPOCH + datetime.timedelta(microseconds=math.floor(seconds * 1e6) - 1)
+
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 # Raised by drivers and SQLAlchemy for a value that doesn't fit its column's type, such as text in
 # a column for bytes (SQLite), or a timestamp outside the range of datetime.

@@ -298,20 +298,28 @@ def test_a_cut_connection_makes_a_worker_reconnect_and_lose_nothing(
 def test_what_was_claimed_by_a_commit_whose_answer_got_lost_is_delivered_soon(
     place: ServerPlace, publisher: Publisher, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = ServerDatabase.run
+    run, exchange = ServerDatabase.run, ServerDatabase.exchange
     lost: list[ServerDatabase] = []
+
+    def lose_first(database: ServerDatabase, claimed: bool) -> None:
+        if claimed and not lost:
+            lost.append(database)
+            raise ConnectionLost("cut off")
 
     def losing(
         self: ServerDatabase, work: Callable[[Connection], Any], *, durable: bool = True
     ) -> Any:
         result = run(self, work, durable=durable)
-        claims = not durable and isinstance(result, tuple) and result[1]
-        if claims and not lost:
-            lost.append(self)
-            raise ConnectionLost("cut off")
+        lose_first(self, not durable and isinstance(result, tuple) and bool(result[1]))
+        return result
+
+    def losing_exchange(self: ServerDatabase, *arguments: Any) -> Any:
+        result = exchange(self, *arguments)
+        lose_first(self, bool(result))
         return result
 
     monkeypatch.setattr(ServerDatabase, "run", losing)
+    monkeypatch.setattr(ServerDatabase, "exchange", losing_exchange)
     made(place, name)
     with reading(place, name, again=True) as reader:
         events = events_for(publisher, [name] * 3)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from sqlalchemy import Connection, Engine
 
 from outbox.storage.floors import Floors
-from outbox.storage.store import Store
+from outbox.storage.store import Claimed, Store
 from outbox.transports.database.listeners import listeners_at
 from outbox.transports.database.routing import Binding
 
@@ -133,6 +133,25 @@ class Database(ABC):
                 connection was lost.
         """
         return False
+
+    def exchanges(self, queues: Sequence[str]) -> bool:
+        """Return whether :meth:`exchange` does now what a claim would for all ``queues``."""
+        return False
+
+    def exchange(self, done: Sequence[Claimed], limit: int, queue: str) -> list[Claimed]:
+        """Delete rows that are processed, and claim others, in one round trip.
+
+        The commit doesn't wait for the disk. Call it if :meth:`exchanges`.
+
+        Args:
+            done: the claimed rows to delete.
+            limit: the maximum number of rows to claim; there may be more than come.
+            queue: the queue to claim from.
+
+        Raises:
+            BrokerError: the database can't be written now. It may have been committed.
+        """
+        raise NotImplementedError
 
     def room(self) -> Room:
         """Return the room for events.

@@ -362,9 +362,14 @@ class DatabaseSubscription:
         done = [self._done.popleft() for _ in range(len(self._done))]
         dead = [self._dead.popleft() for _ in range(len(self._dead))]
         declaring, self._to_declare = self._to_declare, False
-        written = functools.partial(self._write, now, done, dead, declares=declaring)
         try:
-            extended, claimed, routed = self._database.run(written, durable=False)
+            written = None
+            if not (dead or declaring or self._in_doubt or self._routes_stored):
+                written = self._exchange(now, done)
+            if written is None:
+                write = functools.partial(self._write, now, done, dead, declares=declaring)
+                written = self._database.run(write, durable=False)
+            extended, claimed, routed = written
         except BaseException:
             # Rolled back: the next turn does all of it. So the leases change only after the commit.
             self._done.extendleft(reversed(done))
@@ -423,6 +428,39 @@ class DatabaseSubscription:
         self._dead_letter([row for row in claimed if is_deadly(row)], connection)
         self._in_doubt |= bool(claimed)
         return _Written(extended, claimed, routed)
+
+    def _exchange(self, now: float, done: Sequence[_Done]) -> _Written | None:
+        """Do the same as :meth:`_write` in one round trip for each queue.
+
+        It is what a worker does nearly always: delete what is acked, and claim as much. Handlers go
+        on while the database does that. None if there is something else to do.
+        """
+        may_claim = self._may_claim(now)
+        extend_in = self._leases.extend_in(now)
+        if (
+            not may_claim
+            or (extend_in is not None and extend_in <= 0)
+            or self._ordered
+            or self._paces
+            or self._suspected is not None
+            or any(settlement.delay is not None for settlement in done)
+        ):
+            return None
+        settled = self._settled(done)
+        names = [queue.name for queue in self._queues]
+        free = {name: self._leases.free(name) + settled[name] for name in names}
+        queues = [name for name, room in free.items() if room > 0]
+        if not queues or not self._database.exchanges(queues):
+            return None
+        acked = [row for tag, _, _ in done if (row := self._leases.get(tag)) is not None]
+        claimed: list[Claimed] = []
+        self._in_doubt = True
+        for name in queues:
+            claimed += self._database.exchange(acked, free[name], name)
+            acked = []
+        if any(map(is_suspect, claimed)):
+            claimed = self._database.run(functools.partial(self._sift, claimed), durable=False)
+        return _Written(None, claimed, None)
 
     def _note_paces(self, done: Sequence[_Done], claimed: Sequence[Claimed]) -> None:
         settled = self._settled(done)
@@ -543,6 +581,9 @@ class DatabaseSubscription:
                     # and again, would find nothing.
                     pause = _FIRST_POLL if taken else self._poll
                     self._held_up_until[queue.name] = time.monotonic() + pause
+        return self._without_suspects(claimed, connection)
+
+    def _without_suspects(self, claimed: list[Claimed], connection: Connection) -> list[Claimed]:
         suspects = [row for row in claimed if is_suspect(row) and not is_deadly(row)]
         if suspects:
             # Whatever is in hand when a worker dies counts a loss, and may soon be deadly itself.
@@ -550,6 +591,11 @@ class DatabaseSubscription:
             self._suspected, self._alone_at = suspects[0].queue, time.monotonic()
         released = {row.seq for row in suspects}
         return [row for row in claimed if row.seq not in released]
+
+    def _sift(self, claimed: list[Claimed], connection: Connection) -> list[Claimed]:
+        """Release suspects, and dead-letter what is deadly; return the others, and the latter."""
+        self._dead_letter([row for row in claimed if is_deadly(row)], connection)
+        return self._without_suspects(claimed, connection)
 
     def _claim_paced(
         self, queue: str, done: Sequence[_Done], connection: Connection

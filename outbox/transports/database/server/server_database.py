@@ -17,7 +17,7 @@ from outbox.storage.creating import database_id
 from outbox.storage.floors import Floors
 from outbox.storage.schema import dialect_of, meta
 from outbox.storage.side_engine import SideEngine
-from outbox.storage.store import Store
+from outbox.storage.store import Claimed, Store
 from outbox.storage.transactions import own_transaction, try_again
 from outbox.system import process
 from outbox.telemetry import tracing
@@ -80,7 +80,7 @@ class ServerDatabase(Database):
         self._on_reopened = on_reopened
         self._engine = address.open_engine()
         self._store = Store(self._engine, owner)
-        self.floors = Floors()
+        self.floors: Floors = Floors()
         self._connection: Connection | None = None
         self._packet: int | None = None  # the longest statement in bytes, where there is a limit
         self._level = ""
@@ -147,6 +147,28 @@ class ServerDatabase(Database):
             with connection.begin():
                 return self._store.put_rows_if(
                     rows, routing.ARE_KNOWN, {"of_known": digest}, connection=connection
+                )
+
+        with self._translated():
+            return try_again(once)
+
+    def exchanges(self, queues: Sequence[str]) -> bool:
+        """Return whether :meth:`exchange` does now what a claim would for all ``queues``."""
+        return self._is_quick() and self._store.exchanges(queues, self.floors)
+
+    def exchange(self, done: Sequence[Claimed], limit: int, queue: str) -> list[Claimed]:
+        """Delete rows that are processed, and claim others: one statement."""
+
+        def once() -> list[Claimed]:
+            connection = self._in_level("AUTOCOMMIT")
+            with connection.begin():
+                return self._store.exchange(
+                    done,
+                    limit,
+                    queue=queue,
+                    lease=self.lease,
+                    floors=self.floors,
+                    connection=connection,
                 )
 
         with self._translated():

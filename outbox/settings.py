@@ -6,6 +6,7 @@ White space around a value in the environment is not part of it.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import inspect
 import os
@@ -63,6 +64,7 @@ class SettingOverrides(TypedDict, total=False):
     max_kept_bytes: int
     spool: str | os.PathLike[str]
     spool_max_bytes: int
+    keep_published: float | datetime.timedelta
     max_events: int
     max_bytes: int
     max_body_bytes: int
@@ -116,6 +118,10 @@ class Settings:
         spool_max_bytes: the bytes of this publisher's events in the spool at which
             ``enqueue_event()`` raises ``CollectorFull``, as it does when the disk has less than
             256 MiB left, or 5 % of a small one; 0 for no limit but the disk's.
+        keep_published: how long rows of a database are kept, in ``outbox_published``, after they
+            were published by a relay or the process that stored them, or processed where the
+            database is the broker: seconds, or a ``timedelta``; held as seconds. With 0 they are
+            deleted.
         max_events: the limit of one collector, in events.
         max_bytes: the limit of one collector, in bytes of their bodies and headers.
         max_body_bytes: the limit of one body; RabbitMQ 4 refuses more than 16 MiB by default.
@@ -184,6 +190,7 @@ class Settings:
     max_kept_bytes: int = 64 * MIB
     spool: str = ""
     spool_max_bytes: int = 1024 * MIB
+    keep_published: float = 0.0
     max_events: int = 100_000
     max_bytes: int = 64 * MIB
     max_body_bytes: int = 16 * MIB
@@ -322,6 +329,8 @@ def _from_text(name: str, text: str) -> Any:
 
 def _checked(name: str, value: Any, where: str) -> Any:
     default = getattr(_DEFAULTS, name)
+    if name == "keep_published" and isinstance(value, datetime.timedelta):
+        value = value.total_seconds()
     if name in _CHOICES and value not in _CHOICES[name]:
         raise UsageError(f"{where} is {value!r}, not one of {', '.join(_CHOICES[name])}")
     if name.startswith("on_"):

@@ -66,6 +66,9 @@ class Place(Protocol):
     def will_clean_up(self, queue: str) -> None: ...
 
 
+_EMPTIED = ("outbox_events", "outbox_bindings", "outbox_recurring", "outbox_published")
+
+
 class _Place:
     def __init__(self, url: str, exchange: str) -> None:
         self.url = url

@@ -95,6 +95,7 @@ def _status(options: argparse.Namespace) -> int:
                     "dead": sum(status.dead.values()),
                     "dead_by_reason": status.dead,
                     "queues": status.queues,
+                    "kept": status.kept,
                     "complete": status.is_complete,
                 }
             )
@@ -111,6 +112,8 @@ def _status(options: argparse.Namespace) -> int:
     for queue, of_queue in status.by_queue.items():
         if queue:
             print(f"queue {printable(queue)}: {_events(of_queue.total, of_queue.is_complete)}")
+    if status.kept:
+        print(f"{_events(status.kept, status.kept_is_complete)} kept since they were published")
     return exit_codes.SUCCESS
 
 

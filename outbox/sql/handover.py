@@ -35,6 +35,7 @@ from outbox.storage.notifications import RELAY_CHANNEL
 from outbox.storage.schema import GRACE
 from outbox.storage.side_engine import SideEngine, Unfit, refusal_of, refuse
 from outbox.storage.store import Claimed, Store
+from outbox.storage.upkeep.purging import Purging
 from outbox.system import process
 from outbox.system.background_thread import STARTS_NONE_AT_EXIT, let_start
 from outbox.system.backoff import backoff
@@ -277,6 +278,7 @@ class Handover:
         self._committing: list[_Submitted] = []
         self._left: dict[Place, _Left] = {}
         self._held: Publisher | None = None  # while anything is left for it
+        self._purging: Purging | None = None
 
     def _run(self) -> None:
         self._pause = Pause()
@@ -537,7 +539,8 @@ class Handover:
             sqlalchemy.exc.SQLAlchemyError: the database is unavailable.
         """
         store = Store(side.with_options(place.options))
-        side.run(write_fates, store, unwritten)
+        keep = publisher.settings.keep_published
+        side.run(write_fates, store, unwritten, keep)
         tries = 0
         later: dict[int, Row] = {}
         try:
@@ -558,11 +561,20 @@ class Handover:
                 for row, _ in fates.nacked:
                     later[row.seq] = rows.pop(row.seq)
                 unwritten.add(fates)
-                side.run(write_fates, store, unwritten)
+                side.run(write_fates, store, unwritten, keep)
+                if keep:
+                    self._purge(side, store, keep)
                 if fates.error is not None:
                     raise _Unavailable(str(fates.error))
         finally:
             rows.update(later)
+
+    def _purge(self, side: SideEngine, store: Store, keep: float) -> None:
+        """Delete what need not be kept any longer, if it is time: no relay may do that."""
+        if self._purging is None:
+            self._purging = Purging(keep)
+        with contextlib.suppress(DatabaseError):
+            self._purging.turn(lambda limit: side.run(store.purge_published, limit))
 
     def _forget(
         self, side: SideEngine, store: Store, place: Place, rows: dict[int, Row], *, first: bool

@@ -29,6 +29,9 @@ from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.floors import Floors
 from outbox.storage.notifications import RELAY_CHANNEL, Listener, can_listen
 from outbox.storage.store import Store
+from outbox.storage.transactions import own_transaction
+from outbox.storage.upkeep import published_rows
+from outbox.storage.upkeep.purging import Purging
 from outbox.telemetry import sources
 from outbox.telemetry.sources import Samples
 from outbox.transports.outages import outages
@@ -134,6 +137,7 @@ class Relay:
         self._max_in_flight = 1 if ordered else _IN_FLIGHT
         self._extend_at = 0.0
         self._database = ("database", str(self.store.engine.url))  # without its password
+        self._purging = Purging(self.publisher.settings.keep_published)
         self._unwritten = RowFates()  # fates not in the table yet, as the database was unavailable
         self._incomplete = False
         self._begun = False
@@ -236,6 +240,9 @@ class Relay:
             raise UsageError("this relay has run already; create a new one")
         try:
             self.store.check()
+            if self.publisher.settings.keep_published:
+                with own_transaction(self.store.engine) as connection:
+                    published_rows.check(connection)
         except BaseException:
             self._disconnect()
             raise
@@ -278,7 +285,8 @@ class Relay:
 
     def _turn(self) -> bool:
         """Claim and send batches, and finish the oldest; return whether there was any."""
-        write_fates(self.store, self._unwritten)
+        self._write_fates()
+        self._purging.turn(self.store.purge_published)
         claimed = self._fill()
         return self._take_in() is not None or claimed
 
@@ -338,8 +346,11 @@ class Relay:
         self._in_flight.popleft()
         self._count(batch.fates)
         self._unwritten.add(batch.fates)
-        write_fates(self.store, self._unwritten)
+        self._write_fates()
         return batch.fates
+
+    def _write_fates(self) -> None:
+        write_fates(self.store, self._unwritten, self.publisher.settings.keep_published)
 
     def _keep_leases(self) -> None:
         """Extend the leases in flight, so that a slow broker gets no event twice."""
@@ -363,7 +374,7 @@ class Relay:
                 fates = self._in_flight.popleft().abandon()
                 self._count(fates)
                 self._unwritten.add(fates)
-            write_fates(self.store, self._unwritten)
+            self._write_fates()
         except DatabaseError as error:
             self._incomplete = True
             logger.warning(

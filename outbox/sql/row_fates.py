@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 
 from outbox.errors import BrokerError, Nacked
 from outbox.report import PublishReport, Withdrawn
+from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.store import Claimed, Store
 
 __all__ = ["RowFates", "sort_out", "write_fates"]
 
 logger = logging.getLogger("outbox.sql")
+
+_reported: set[str] = set()
+"""Why events weren't kept, as far as the log has it."""
 
 _NACKED = (1.0, 60.0)  # seconds until a nacked event is retried: the first time, and at most
 
@@ -68,17 +72,22 @@ def sort_out(rows: Sequence[Claimed], report: PublishReport) -> RowFates:
     return fates
 
 
-def write_fates(store: Store, fates: RowFates) -> None:
+def write_fates(store: Store, fates: RowFates, keep: float = 0.0) -> None:
     """Write the fates of rows to the table, if possible with one statement per kind.
 
     Fates that are written are removed from ``fates``, so after a database error this can be
     called again.
 
+    Args:
+        store: the store.
+        fates: the fates.
+        keep: the seconds for which published rows are kept; 0 if they aren't.
+
     Raises:
         sqlalchemy.exc.SQLAlchemyError: the database is unavailable, or the statement failed.
     """
     if fates.done:
-        store.complete(fates.done)
+        _complete(store, fates.done, keep)
         fates.done = []
     if fates.unconfirmed:
         store.release(fates.unconfirmed)
@@ -95,6 +104,21 @@ def write_fates(store: Store, fates: RowFates) -> None:
         store.bury(alike, reason)
         logger.error("burying %d event(s) that cannot be published: %r", len(alike), reason)
         fates.rejected = others
+
+
+def _complete(store: Store, rows: Sequence[Claimed], keep: float) -> None:
+    try:
+        store.complete(rows, keep=keep)
+    except DatabaseError as error:
+        if not keep:
+            raise
+        # As when the table is missing, or the role has no right to it. Rows that stayed where they
+        # are would be published again and again.
+        store.complete(rows)
+        reason = reason_of(error)
+        if reason not in _reported:
+            _reported.add(reason)
+            logger.error("published events are deleted, and not kept: %s", reason)
 
 
 def _split(

@@ -49,6 +49,7 @@ from outbox.storage.schema import (
     recurring,
 )
 from outbox.storage.transactions import own_transaction
+from outbox.storage.upkeep.published_rows import published
 
 __all__ = [
     "ADDED_LATER",
@@ -71,6 +72,7 @@ ADDED_LATER = (
     results.name,
     recurring.name,
     presence.name,
+    published.name,
 )
 """What the first version didn't have: stored events are published without it, perhaps slowly."""
 

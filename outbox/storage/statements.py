@@ -52,6 +52,7 @@ from outbox.storage.arrays import ArrayOf
 from outbox.storage.clock import Timestamp, in_seconds, now, seconds_after, seconds_since
 from outbox.storage.floors import Span
 from outbox.storage.schema import GRACE, events
+from outbox.storage.upkeep.published_rows import moving
 
 __all__ = ["NEVER", "ClaimedRow", "Statements", "statements"]
 
@@ -417,6 +418,10 @@ class Statements(ABC):
         except on PostgreSQL.
         """
         return None
+
+    def keep(self) -> Insert:
+        """Copy ``numbers`` of the lease ``of_token`` to those that are kept, for ``seconds``."""
+        return moving(self._ours)
 
     @functools.cached_property
     def release(self) -> Update:

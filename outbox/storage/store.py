@@ -18,6 +18,7 @@ from sqlalchemy import (
     Connection,
     Delete,
     Engine,
+    Insert,
     Select,
     Update,
     delete,
@@ -37,7 +38,7 @@ from outbox.storage.floors import NO_FLOOR, Floors
 from outbox.storage.schema import events, known_dialect, metadata_of
 from outbox.storage.statements import NEVER, ClaimedRow, statements
 from outbox.storage.transactions import READS_ONLY, own_transaction, try_again
-from outbox.storage.upkeep import row_counts
+from outbox.storage.upkeep import published_rows, row_counts
 from outbox.storage.upkeep.row_counts import Status
 from outbox.telemetry import tracing
 
@@ -367,9 +368,27 @@ class Store:
         firsts = self._firsts(connection, queues, floors, through=through)
         return min((float(first.due_in) for first in firsts), default=None)
 
-    def complete(self, rows: Iterable[Claimed], *, connection: Connection | None = None) -> int:
-        """Delete rows that are published or processed; return how many the caller still leased."""
-        return self._change(rows, self._statements.complete, {}, connection)
+    def complete(
+        self,
+        rows: Iterable[Claimed],
+        *,
+        keep: float = 0.0,
+        connection: Connection | None = None,
+    ) -> int:
+        """Delete rows that are published or processed; return how many the caller still leased.
+
+        Args:
+            rows: the claimed rows.
+            keep: the seconds for which they are in ``outbox_published`` from now on; 0 for none.
+            connection: the connection whose transaction to use; by default a new transaction.
+        """
+        first = self._statements.keep if keep else None
+        parameters: dict[str, Any] = {"seconds": float(keep)} if keep else {}
+        return self._change(rows, self._statements.complete, parameters, connection, first=first)
+
+    def purge_published(self, limit: int) -> int:
+        """Delete up to ``limit`` of the rows kept whose time is over; return how many."""
+        return self._in_own_transaction(lambda own: published_rows.purge(own, limit))
 
     def release(
         self,
@@ -837,8 +856,18 @@ class Store:
         statement: Delete | Update,
         parameters: dict[str, Any],
         connection: Connection | None,
+        *,
+        first: Insert | None = None,
     ) -> int:
-        """Run ``statement`` for each lease of ``rows``; return how many rows it changed."""
+        """Run ``statement`` for each lease of ``rows``; return how many rows it changed.
+
+        Args:
+            rows: the claimed rows.
+            statement: the statement.
+            parameters: its parameters, and those of ``first``.
+            connection: the connection whose transaction to use; by default a new transaction.
+            first: a statement to run before it, or None.
+        """
         by_token: dict[str, list[int]] = {}
         for row in rows:
             by_token.setdefault(row.token, []).append(row.seq)
@@ -846,13 +875,13 @@ class Store:
             return 0
 
         def change(connection: Connection) -> int:
-            return sum(
-                connection.execute(
-                    statement,
-                    {**parameters, "of_token": token, "numbers": self._statements.numbers(seqs)},
-                ).rowcount
-                for token, seqs in by_token.items()
-            )
+            changed = 0
+            for token, seqs in by_token.items():
+                ours = {"of_token": token, "numbers": self._statements.numbers(seqs)}
+                if first is not None:
+                    connection.execute(first, {**parameters, **ours})
+                changed += connection.execute(statement, {**parameters, **ours}).rowcount
+            return changed
 
         return self._in_own_transaction(change) if connection is None else change(connection)
 

@@ -80,6 +80,7 @@ def test_the_status_is_a_json_object_on_request(run: Run, graves: Store) -> None
         "dead": 5,
         "dead_by_reason": {"too large\x1b[2J": 3, "unroutable: 312 NO_ROUTE": 2},
         "queues": {"": 2},
+        "kept": 0,
         "complete": True,
     }
     assert "\x1b" not in done.stdout

@@ -25,6 +25,7 @@ from sqlalchemy import (
 from outbox.storage.clock import now, seconds_since
 from outbox.storage.schema import dialect_of, events
 from outbox.storage.statements import NEVER, statements
+from outbox.storage.upkeep import published_rows
 
 __all__ = ["AT_MOST", "QueueStatus", "Status", "count"]
 
@@ -88,11 +89,15 @@ class Status:
         by_queue: those of the alive rows, by queue; ``""`` for the relay. Without empty queues.
         dead: dead rows by reason, the most frequent first.
         dead_is_complete: whether all dead rows were counted.
+        kept: the number of rows that stay for a while after they were published or processed.
+        kept_is_complete: whether all of those were counted.
     """
 
     by_queue: Mapping[str, QueueStatus]
     dead: dict[str, int]
     dead_is_complete: bool = True
+    kept: int = 0
+    kept_is_complete: bool = True
 
     @property
     def alive(self) -> QueueStatus:
@@ -127,7 +132,7 @@ class Status:
     @property
     def is_complete(self) -> bool:
         """Whether all rows were counted."""
-        return self.dead_is_complete and self.alive.is_complete
+        return self.dead_is_complete and self.kept_is_complete and self.alive.is_complete
 
 
 def count(connection: Connection, at_most: int | None = AT_MOST) -> Status:
@@ -156,7 +161,8 @@ def count(connection: Connection, at_most: int | None = AT_MOST) -> Status:
         if total.total:
             by_queue[queue] = total
     dead = _count_dead(connection, dialect, ranks, limit)
-    return Status(by_queue, dead, sum(dead.values()) < limit)
+    kept = published_rows.count(connection, limit)
+    return Status(by_queue, dead, sum(dead.values()) < limit, kept, kept < limit)
 
 
 def _count_rank(connection: Connection, queue: str, rank: int, limit: int) -> QueueStatus:

@@ -21,6 +21,8 @@ from outbox.messages.delivery import Delivery, QueueSpec, dead_letter_queue
 from outbox.messages.rows import UNROUTED
 from outbox.settings import Settings
 from outbox.storage.store import OWNER_LENGTH, Claimed
+from outbox.storage.upkeep import published_rows
+from outbox.storage.upkeep.purging import Purging
 from outbox.system.backoff import backoff
 from outbox.transports.database import routing
 from outbox.transports.database.claimed_rows import (
@@ -151,6 +153,7 @@ class DatabaseSubscription:
         self._to_log: list[tuple[int, str, tuple[Any, ...]]] = []
         self._clock_jumps = ClockJumps()
         self._claim_at = 0.0
+        self._purging = Purging(settings.keep_published)
         self._deliver: Callable[[Delivery], None] = _not_started
         self._refused: Callable[[str], None] = _not_started
         self._wake = threading.Event()
@@ -287,6 +290,7 @@ class DatabaseSubscription:
                 or self._dead
                 or self._to_declare
                 or self._in_doubt
+                or self._purging.due_in() <= 0
                 or (extend_in is not None and extend_in <= 0)
                 or (has_room and self._is_due(now))
             ):
@@ -314,6 +318,8 @@ class DatabaseSubscription:
             pauses += [extend_in, _LOOK_AT_CLOCK]
         if now < self._claim_at:
             pauses.append(self._claim_at - now)
+        if self._settings.keep_published:
+            pauses.append(max(0.0, self._purging.due_in()))
         if has_room:
             pauses += [min(self._poll, self._database.poll), max(0.0, self._look_at - now)]
         return pauses
@@ -413,6 +419,7 @@ class DatabaseSubscription:
         if declares:
             self._declare(connection)
         self._settle(done, connection)
+        self._purging.turn(functools.partial(published_rows.purge, connection))
         self._release_dead(dead, connection)
         if self._in_doubt:
             self._release_unknown(connection)
@@ -495,8 +502,10 @@ class DatabaseSubscription:
         """Create the queues, or check that they exist.
 
         Raises:
-            UsageError: a queue is missing and must not be created.
+            UsageError: a queue is missing and must not be created, or a table that is needed.
         """
+        if self._settings.keep_published:
+            published_rows.check(connection)
         names = [
             name for queue in self._queues for name in (dead_letter_queue(queue.name), queue.name)
         ]
@@ -525,7 +534,7 @@ class DatabaseSubscription:
                 acked.append(row)
             else:
                 returned.setdefault(delay, []).append(row)
-        store.complete(acked, connection=connection)
+        store.complete(acked, keep=self._settings.keep_published, connection=connection)
         for delay, rows in returned.items():
             store.release(rows, delay, failed=True, in_place=delay <= 0, connection=connection)
 

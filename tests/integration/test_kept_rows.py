@@ -241,6 +241,21 @@ def test_a_worker_keeps_what_was_processed_and_deletes_it_in_time(
         assert sorted(done) == sorted(each.id for each in sent)
 
 
+def test_a_busy_worker_keeps_all_that_it_has_processed(place: DatabasePlace, name: str) -> None:
+    queue = made(place, name, "order.*")
+
+    @consumer(queue, topics=["order.*"])
+    def work(event: ReceivedEvent) -> None:
+        """Succeed."""
+
+    with place.publisher(keep_published=HOUR) as publisher:
+        for _ in range(3):
+            assert publisher.publish(events_for(publisher, ["order.placed"] * 100)).ok
+        with working(publisher, work, prefetch=20):
+            wait_until(lambda: len(kept_in(place)) == 300)
+            assert place.count(queue) == 0
+
+
 @pytest.mark.parametrize("place", ["postgresql", "mariadb"], indirect=True)
 def test_a_worker_does_not_start_without_the_table(place: DatabasePlace, name: str) -> None:
     @consumer(name)

@@ -153,6 +153,7 @@ class DatabaseSubscription:
         self._to_log: list[tuple[int, str, tuple[Any, ...]]] = []
         self._clock_jumps = ClockJumps()
         self._claim_at = 0.0
+        self._keeps = settings.keep_published > 0
         self._purging = Purging(settings.keep_published)
         self._deliver: Callable[[Delivery], None] = _not_started
         self._refused: Callable[[str], None] = _not_started
@@ -318,7 +319,7 @@ class DatabaseSubscription:
             pauses += [extend_in, _LOOK_AT_CLOCK]
         if now < self._claim_at:
             pauses.append(self._claim_at - now)
-        if self._settings.keep_published:
+        if self._keeps:
             pauses.append(max(0.0, self._purging.due_in()))
         if has_room:
             pauses += [min(self._poll, self._database.poll), max(0.0, self._look_at - now)]
@@ -370,7 +371,7 @@ class DatabaseSubscription:
         declaring, self._to_declare = self._to_declare, False
         try:
             written = None
-            if not (dead or declaring or self._in_doubt or self._routes_stored):
+            if not (dead or declaring or self._in_doubt or self._routes_stored or self._keeps):
                 written = self._exchange(now, done)
             if written is None:
                 write = functools.partial(self._write, now, done, dead, declares=declaring)
@@ -504,7 +505,7 @@ class DatabaseSubscription:
         Raises:
             UsageError: a queue is missing and must not be created, or a table that is needed.
         """
-        if self._settings.keep_published:
+        if self._keeps:
             published_rows.check(connection)
         names = [
             name for queue in self._queues for name in (dead_letter_queue(queue.name), queue.name)

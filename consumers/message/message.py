@@ -50,6 +50,7 @@ from outbox.consumers.message.republishing import (
 from outbox.consumers.message.services import Services
 from outbox.consumers.message.steps import Call, Closing, Confirm, Parked, Pause, Steps, Written
 from outbox.consumers.message.surrounded import surrounded, taken
+from outbox.consumers.message.tally import ThreadTally
 from outbox.consumers.message.traced import end_processing
 from outbox.consumers.outcome import (
     ACK,
@@ -108,12 +109,14 @@ class Message:
         is_acked: whether all is done, so that an ack is all that the message needs, also if it is
             redelivered.
         processing: the latest attempt, for the tracer; None without one.
+        tally: the counters of the thread that runs it now, if its engine has set them.
     """
 
     # On the class: few messages change them.
     is_given_up = False
     is_acked = False
     processing: tracing.Processing | None = None
+    tally: ThreadTally | None = None
     _pause = FIRST_PAUSE
     _waiting_since: float | None = None
     _refused_since: float | None = None
@@ -301,7 +304,8 @@ class Message:
         if isinstance(outcome, Dead):
             copy = dead_letter(delivery, outcome)
         message_log.ended(delivery, outcome, self._began)
-        self._services.tally.ended(delivery, outcome, self._began)
+        tally = self.tally or self._services.tally.of_thread()
+        tally.ended(delivery, outcome, self._began)
         match outcome:
             case Ack():
                 self._ack()
@@ -347,7 +351,7 @@ class Message:
     def _leave(self) -> None:
         """Count a message that is left unsettled, to be redelivered."""
         self._let_go()
-        self._services.tally.returned(self.delivery, self._began)
+        self._services.tally.of_thread().returned(self.delivery, self._began)
         if self.processing is not None:
             end_processing(self.processing, None)
 

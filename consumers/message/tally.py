@@ -28,7 +28,7 @@ from outbox.messages.delivery import Delivery
 from outbox.telemetry.histogram import BOUNDS, Histogram
 from outbox.telemetry.sources import Samples
 
-__all__ = ["OUTCOMES", "Ended", "Tally", "name_of"]
+__all__ = ["OUTCOMES", "Ended", "Tally", "ThreadTally", "name_of"]
 
 OUTCOMES = (
     "acked",
@@ -116,7 +116,7 @@ class _Times:
 
 
 class _Cell:
-    """What one thread has counted for a queue.
+    """What a thread has counted for a queue.
 
     Durations are those of all outcomes; those of ``others`` than ``acked`` are also counted there.
     """
@@ -142,8 +142,79 @@ class _Cell:
         return Ended({**self.others, "acked": acked}, durations, self.waits.read())
 
 
+class ThreadTally:
+    """The counters of one thread, for its messages alone; made by :meth:`Tally.of_thread`.
+
+    Attributes:
+        cells: what it has counted, by queue.
+        epoch: the system's time at which ``perf_counter`` was 0.
+    """
+
+    __slots__ = ("_lock", "cells", "epoch", "thread")
+
+    def __init__(self, lock: threading.Lock, epoch: float) -> None:
+        """Count from zero; readers hold ``lock``."""
+        self._lock = lock
+        self.cells: dict[str, _Cell] = {}
+        self.epoch = epoch
+        self.thread = threading.current_thread()
+
+    def ended(self, delivery: Delivery, outcome: Outcome, began: float) -> None:
+        """Count a message that is settled.
+
+        Args:
+            delivery: its delivery.
+            outcome: how it ended.
+            began: when it began, by ``time.perf_counter``.
+        """
+        # The only call for a message, so what the frequent case needs stands here.
+        seconds = perf_counter() - began
+        try:
+            cell = self.cells[delivery.queue]
+        except KeyError:
+            cell = self._cell_of(delivery.queue)
+        if outcome is not ACK:
+            self._count(cell, name_of(outcome), seconds)
+            delivery.read_times()  # it may never have been decoded
+        else:
+            times = cell.durations
+            if times.above < seconds <= times.up_to:
+                times.count += 1
+                times.total += seconds
+            else:
+                self._add(times, seconds)
+        since = delivery.since
+        if since is not None:
+            wait = began + self.epoch - since
+            times = cell.waits
+            if times.above < wait <= times.up_to:
+                times.count += 1
+                times.total += wait
+            else:
+                self._add(times, wait)
+
+    def returned(self, delivery: Delivery, began: float) -> None:
+        """Count a message that has begun, and is left to be redelivered; see :meth:`ended`."""
+        self._count(self._cell_of(delivery.queue), "returned", perf_counter() - began)
+
+    def _count(self, cell: _Cell, name: str, seconds: float) -> None:
+        """Count any outcome."""
+        with self._lock:
+            if name != "acked":
+                cell.others[name] += 1
+            cell.durations.add(seconds)
+
+    def _add(self, times: _Times, number: float) -> None:
+        with self._lock:
+            times.add(number)
+
+    def _cell_of(self, queue: str) -> _Cell:
+        with self._lock:
+            return self.cells.setdefault(queue, _Cell())
+
+
 class _Local(threading.local):
-    cells: dict[str, _Cell]
+    tally: ThreadTally | None = None
 
 
 class Tally:
@@ -157,56 +228,29 @@ class Tally:
         """
         self._consumers = dict(consumers)
         self._lock = threading.Lock()
-        self._epoch = _epoch()
         self._local = _Local()
-        self._living: list[tuple[threading.Thread, dict[str, _Cell]]] = []
+        self._living: list[ThreadTally] = []
         self._ended = {queue: _Cell() for queue in consumers}  # of threads that have ended
 
-    def ended(self, delivery: Delivery, outcome: Outcome, began: float) -> None:
-        """Count a message that is settled.
-
-        Args:
-            delivery: its delivery.
-            outcome: how it ended.
-            began: when it began, by ``time.perf_counter``.
-        """
-        # The only call for a message, so what the frequent case needs stands here.
-        seconds = perf_counter() - began
-        try:
-            cell = self._local.cells[delivery.queue]
-        except (AttributeError, KeyError):
-            cell = self._new_cell(delivery.queue)
-        if outcome is not ACK:
-            self._count(cell, name_of(outcome), seconds)
-            delivery.read_times()  # it may never have been decoded
-        else:
-            times = cell.durations
-            if times.above < seconds <= times.up_to:
-                times.count += 1
-                times.total += seconds
-            else:
-                self._add(times, seconds)
-        since = delivery.since
-        if since is not None:
-            wait = began + self._epoch - since
-            times = cell.waits
-            if times.above < wait <= times.up_to:
-                times.count += 1
-                times.total += wait
-            else:
-                self._add(times, wait)
-
-    def returned(self, delivery: Delivery, began: float) -> None:
-        """Count a message that has begun, and is left to be redelivered; see :meth:`ended`."""
-        self._count(self._new_cell(delivery.queue), "returned", perf_counter() - began)
+    def of_thread(self) -> ThreadTally:
+        """Return the counters of this thread, the same ones each time."""
+        tally = self._local.tally
+        if tally is None:
+            tally = self._local.tally = ThreadTally(self._lock, _epoch())
+            with self._lock:
+                self._fold()
+                self._living.append(tally)
+        return tally
 
     def read(self) -> dict[str, Ended]:
         """Return what was counted so far, by queue."""
-        self._epoch = _epoch()  # the system's clock may have been set
+        epoch = _epoch()  # the system's clock may have been set
         with self._lock:
             self._fold()
             sums: dict[str, _Cell] = {}
-            for cells in (self._ended, *(cells for _, cells in self._living)):
+            for tally in self._living:
+                tally.epoch = epoch
+            for cells in (self._ended, *(tally.cells for tally in self._living)):
                 for queue, cell in cells.items():
                     sums.setdefault(queue, _Cell()).add_all(cell)
             return {queue: cell.read() for queue, cell in sums.items()}
@@ -228,33 +272,11 @@ class Tally:
             "outbox_message_wait_seconds": dict(waits),
         }
 
-    def _count(self, cell: _Cell, name: str, seconds: float) -> None:
-        """Count any outcome."""
-        with self._lock:
-            if name != "acked":
-                cell.others[name] += 1
-            cell.durations.add(seconds)
-
-    def _add(self, times: _Times, number: float) -> None:
-        with self._lock:
-            times.add(number)
-
-    def _new_cell(self, queue: str) -> _Cell:
-        """Return this thread's cell for ``queue``, a new one if it has none."""
-        with self._lock:
-            try:
-                cells = self._local.cells
-            except AttributeError:
-                self._fold()
-                cells = self._local.cells = {}
-                self._living.append((threading.current_thread(), cells))
-            return cells.setdefault(queue, _Cell())
-
     def _fold(self) -> None:
         """Move the counts of threads that have ended; the caller locks."""
-        for each in [each for each in self._living if not each[0].is_alive()]:
-            self._living.remove(each)
-            for queue, cell in each[1].items():
+        for tally in [tally for tally in self._living if not tally.thread.is_alive()]:
+            self._living.remove(tally)
+            for queue, cell in tally.cells.items():
                 self._ended.setdefault(queue, _Cell()).add_all(cell)
 
 

@@ -336,6 +336,7 @@ class InFlight:
 
     def _abandon(self, life: Life) -> None:
         """Let a message notice that the worker stops, and end it."""
+        life.message.tally = None  # that of another thread
         try:
             life.context.run(call, life.steps, self._take_at_stop)
         except Abandoned:
@@ -410,6 +411,7 @@ class InFlight:
                 self._all_confirmed.set()
 
     def _end(self, life: Life) -> None:
+        life.message.tally = None  # that of another thread
         try:
             ended = life.context.run(call, life.steps, _refuse)
         except BaseException:  # a bug in outbox must end neither the thread nor the message

@@ -31,6 +31,7 @@ from outbox.consumers.message.steps import (
     cancelled_in_time,
     drive,
 )
+from outbox.consumers.message.tally import ThreadTally
 from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed
 from outbox.consumers.worker.dispatch_queue import OrderedDispatchQueue
 from outbox.consumers.worker.in_flight import InFlight
@@ -101,7 +102,8 @@ class TaskEngine:
         self._running: dict[_Task, Delivery] = {}  # late ones, too
         self._watch = LoopWatch(lambda: list(self._running.values()))
         self._late: set[_Task] = set()
-        self._loop: asyncio.AbstractEventLoop  # set by its thread, as is _stopping
+        self._loop: asyncio.AbstractEventLoop  # set by its thread, as are the next two
+        self._thread_tally: ThreadTally
         self._stopping: asyncio.Event
         self._deadline = 0.0
         self._finished = True
@@ -250,6 +252,7 @@ class TaskEngine:
 
     async def _main(self) -> None:
         self._loop = _loops[threading.get_ident()] = asyncio.get_running_loop()
+        self._thread_tally = self.tally.of_thread()
         stopping = self._stopping = asyncio.Event()
         ending = self._ending = asyncio.Event()
         self._ready.set()
@@ -298,6 +301,7 @@ class TaskEngine:
         self._tasks.add(self._start_task(life))
 
     def _start_task(self, life: Life) -> _Task:
+        life.message.tally = self._thread_tally
         task = self._loop.create_task(self._handle(life), context=life.context)
         self._running[task] = life.message.delivery
         task.add_done_callback(functools.partial(self._on_done, life))

@@ -35,6 +35,7 @@ from outbox.consumers.message.steps import (
     Written,
     call,
 )
+from outbox.consumers.message.tally import ThreadTally
 from outbox.consumers.outcome import Outcome, ProcessTimeout, Unconfirmed, of_handler
 from outbox.consumers.worker.deadlines import Deadlines
 from outbox.consumers.worker.in_flight import InFlight
@@ -178,9 +179,10 @@ class ThreadEngine:
 
     def _work(self) -> None:
         has_place = True
+        tally = self.tally.of_thread()
         try:
             while has_place and (delivery := self._waiting.get()) is not None:
-                has_place = self._process(delivery)
+                has_place = self._process(delivery, tally)
         finally:
             if has_place and self._places.leave() and self._has_hooks:
                 self._run_hooks()
@@ -203,17 +205,18 @@ class ThreadEngine:
         else:
             future.set_result(None)
 
-    def _process(self, delivery: Delivery) -> bool:
+    def _process(self, delivery: Delivery, tally: ThreadTally) -> bool:
         """Process a message; return whether this thread still has its place."""
         if self._stopping.is_set():
             self.in_flight.set_aside(delivery)  # requeued, or when the subscription closes
             return True
         life = self.in_flight.of(delivery, self._context)
-        return True if life is None else self._go_on(life)
+        return True if life is None else self._go_on(life, tally)
 
-    def _go_on(self, life: Life) -> bool:
+    def _go_on(self, life: Life, tally: ThreadTally) -> bool:
         """Take the steps of a message; return whether this thread still has its place."""
         message = life.message
+        message.tally = tally
         result: _Result = None
         try:
             result = life.context.run(self._live, message, life.steps)
@@ -304,6 +307,7 @@ class ThreadEngine:
         """End a message whose handler is late, and take over its thread's place."""
         life = Life(message, message.give_up(error), self._context.copy())
         life.is_after_timeout = True
+        message.tally = self.tally.of_thread()
         try:
             result = life.context.run(self._live, message, life.steps)
         except BaseException:

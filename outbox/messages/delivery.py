@@ -33,6 +33,9 @@ __all__ = [
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _END_OF_TIME = 253_402_300_800_000_000  # the year 10000, in microseconds
+_ROUNDED_WELL = 4_000_000_000_000_000
+"""Microseconds since the epoch, until the year 2096, up to which a float of seconds has the right
+one, rounded."""
 
 _NOT_ENCODED = frozenset(("utf-8", "utf8", "utf_8", "us-ascii", "ascii", "identity"))
 """The property is for compression, but many clients write the charset there."""
@@ -176,10 +179,12 @@ class Delivery:
             microseconds = headers.get(HEADER_OCCURRED_AT)
             # A date after the year 9999, or before the epoch, is ignored.
             if isinstance(microseconds, int) and 0 <= microseconds < _END_OF_TIME:
+                seconds = microseconds / 1e6
                 if self.since is None and not self.redelivered and ATTEMPT not in headers:
-                    self.since = microseconds * 1e-6
-                # In seconds, since timedelta(microseconds=...) takes three times as long.
-                return _EPOCH + datetime.timedelta(0, *divmod(microseconds, 1_000_000))
+                    self.since = seconds
+                if microseconds < _ROUNDED_WELL:  # in a third of the time
+                    return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+                return _EPOCH + datetime.timedelta(microseconds=microseconds)
         if isinstance(self.timestamp, int) and self.timestamp >= 0:
             with contextlib.suppress(OverflowError):
                 return _EPOCH + datetime.timedelta(seconds=self.timestamp)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from outbox.messages.delivery import Delivery
+from outbox.messages.headers import HEADER_OCCURRED_AT
 
 
 @pytest.mark.parametrize(
@@ -28,3 +32,24 @@ def test_returned_is_the_brokers_count(
 ) -> None:
     delivery = Delivery("q", 1, 1, redelivered, "", "q", b"", headers=headers)
     assert delivery.returned == returned
+
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_LAST = 253_402_300_799_999_999  # of the year 9999
+
+
+@given(st.integers(0, _LAST) | st.integers(0, 4_100_000_000_000_000))
+@example(3_999_999_999_999_999)
+@example(4_000_000_000_000_000)
+def test_the_time_of_an_event_is_exact_to_the_microsecond(microseconds: int) -> None:
+    found = Delivery("q", 1, 1, False, "", "q", b"", headers={HEADER_OCCURRED_AT: microseconds})
+    assert found.occurred_at == _EPOCH + datetime.timedelta(microseconds=microseconds)
+    assert found.since == pytest.approx(microseconds / 1e6, abs=1e-4)
+
+
+@pytest.mark.parametrize("microseconds", [-1, _LAST + 1, 10**400, 1.5, "1", None])
+def test_a_time_that_no_event_has_is_that_of_the_timestamp(microseconds: Any) -> None:
+    headers = {HEADER_OCCURRED_AT: microseconds}
+    found = Delivery("q", 1, 1, False, "", "q", b"", headers=headers, timestamp=60)
+    assert found.occurred_at == _EPOCH + datetime.timedelta(seconds=60)
+    assert found.since is None

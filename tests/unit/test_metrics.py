@@ -211,7 +211,7 @@ def test_a_publisher_counts_what_becomes_of_events() -> None:
 
 def test_all_that_is_counted_is_in_the_table() -> None:
     tally = Tally({"q": "C"})
-    tally.ended(Delivery("q", 1, 1, False, "", "q", b"{}"), ACK, 0.0)
+    tally.of_thread().ended(Delivery("q", 1, 1, False, "", "q", b"{}"), ACK, 0.0)
     with Publisher("memory://") as publisher:
         samples = {**tally.samples(), **sources.read()}
         assert publisher.stats().published == 0

@@ -68,7 +68,7 @@ def occurred(seconds_ago: float) -> dict[str, Any]:
 )
 def test_each_message_counts_as_one_outcome(outcome: Outcome, name: str) -> None:
     tally = Tally({"q": "Consumer"})
-    tally.ended(delivery(), outcome, time.perf_counter())
+    tally.of_thread().ended(delivery(), outcome, time.perf_counter())
     [ended] = tally.read().values()
     assert {each: number for each, number in ended.outcomes.items() if number} == {name: 1}
     assert set(ended.outcomes) == set(OUTCOMES)
@@ -76,14 +76,14 @@ def test_each_message_counts_as_one_outcome(outcome: Outcome, name: str) -> None
 
 def test_a_message_that_is_left_counts_as_returned() -> None:
     tally = Tally({"q": "Consumer"})
-    tally.returned(delivery(), time.perf_counter())
+    tally.of_thread().returned(delivery(), time.perf_counter())
     assert tally.read()["q"].outcomes["returned"] == 1
 
 
 def test_durations_are_sorted_into_buckets() -> None:
     tally = Tally({"q": "Consumer"})
     for seconds in (0.001, 0.02, 40.0, 1000.0):
-        tally.ended(delivery(), ACK, time.perf_counter() - seconds)
+        tally.of_thread().ended(delivery(), ACK, time.perf_counter() - seconds)
     durations = tally.read()["q"].durations
     assert durations.count == 4
     assert durations.total == pytest.approx(1040.021, abs=1)
@@ -97,10 +97,11 @@ def test_durations_are_sorted_into_buckets() -> None:
 
 def test_the_wait_is_that_of_the_first_begin() -> None:
     tally = Tally({"q": "Consumer"})
-    tally.ended(delivery(occurred(20)), ACK, time.perf_counter() - 5)
-    tally.ended(delivery(occurred(20) | {ATTEMPT: 2}), ACK, time.perf_counter())
-    tally.ended(delivery(occurred(20), redelivered=True), ACK, time.perf_counter())
-    tally.ended(delivery(), ACK, time.perf_counter())  # from another client: it says nothing
+    tally.of_thread().ended(delivery(occurred(20)), ACK, time.perf_counter() - 5)
+    tally.of_thread().ended(delivery(occurred(20) | {ATTEMPT: 2}), ACK, time.perf_counter())
+    tally.of_thread().ended(delivery(occurred(20), redelivered=True), ACK, time.perf_counter())
+    from_another_client = delivery()  # it says nothing
+    tally.of_thread().ended(from_another_client, ACK, time.perf_counter())
     waits = tally.read()["q"].waits
     assert waits.count == 1
     assert waits.total == pytest.approx(15, abs=1)
@@ -110,7 +111,7 @@ def test_the_wait_of_a_delayed_event_begins_when_it_was_due() -> None:
     tally = Tally({"q": "Consumer"})
     delayed = {DELAY_EXCHANGE: "", DELAY_UNTIL: round((time.time() - 2) * 1e6)}
     for headers in ({**occurred(7), **delayed}, {**occurred(7), **delayed, ATTEMPT: 2}):
-        tally.ended(delivery(headers), ACK, time.perf_counter())
+        tally.of_thread().ended(delivery(headers), ACK, time.perf_counter())
     waits = tally.read()["q"].waits
     assert waits.count == 1
     assert waits.total == pytest.approx(2, abs=0.5)
@@ -119,13 +120,13 @@ def test_the_wait_of_a_delayed_event_begins_when_it_was_due() -> None:
 def test_a_message_that_was_not_decoded_has_waited_too() -> None:
     tally = Tally({"q": "Consumer"})
     undecoded = Delivery("q", 1, 1, False, "", "q", b"{}", headers=occurred(3))
-    tally.ended(undecoded, EXPIRED, time.perf_counter())
+    tally.of_thread().ended(undecoded, EXPIRED, time.perf_counter())
     assert tally.read()["q"].waits.total == pytest.approx(3, abs=0.5)
 
 
 def test_an_event_from_a_clock_ahead_has_not_waited() -> None:
     tally = Tally({"q": "Consumer"})
-    tally.ended(delivery(occurred(-3600)), ACK, time.perf_counter())
+    tally.of_thread().ended(delivery(occurred(-3600)), ACK, time.perf_counter())
     assert tally.read()["q"].waits.total == 0.0
 
 
@@ -133,7 +134,7 @@ def test_an_event_from_a_clock_ahead_has_not_waited() -> None:
 def test_a_number_that_no_clock_shows_counts_no_wait(value: float) -> None:
     tally = Tally({"q": "Consumer"})
     for headers in (occurred(3), {HEADER_OCCURRED_AT: value}, occurred(1)):
-        tally.ended(delivery(headers), ACK, time.perf_counter())
+        tally.of_thread().ended(delivery(headers), ACK, time.perf_counter())
     waits = tally.read()["q"].waits
     assert waits.count == 2
     assert waits.total == pytest.approx(4, abs=0.5)
@@ -142,7 +143,7 @@ def test_a_number_that_no_clock_shows_counts_no_wait(value: float) -> None:
 @pytest.mark.parametrize("value", [None, "text", [1], 10**400])
 def test_another_clients_header_counts_no_wait(value: Any) -> None:
     tally = Tally({"q": "Consumer"})
-    tally.ended(delivery({HEADER_OCCURRED_AT: value}), ACK, time.perf_counter())
+    tally.of_thread().ended(delivery({HEADER_OCCURRED_AT: value}), ACK, time.perf_counter())
     assert tally.read()["q"].waits.count == 0
     assert tally.read()["q"].outcomes["acked"] == 1
 
@@ -160,7 +161,7 @@ def test_counts_of_threads_add_up_while_another_one_reads() -> None:
 
     def count() -> None:
         for _ in range(2000):
-            tally.ended(delivery(), ACK, time.perf_counter())
+            tally.of_thread().ended(delivery(), ACK, time.perf_counter())
 
     def read() -> None:
         for _ in range(200):
@@ -195,7 +196,7 @@ def test_what_falls_on_a_bound_or_changes_buckets_is_counted_as_bisect_would() -
 def test_counts_of_ended_threads_stay_without_their_cells() -> None:
     tally = Tally({"q": "Consumer"})
     for _ in range(20):
-        run(lambda: tally.ended(delivery(occurred(1)), ACK, time.perf_counter()))
+        run(lambda: tally.of_thread().ended(delivery(occurred(1)), ACK, time.perf_counter()))
     assert len(tally._living) == 1
     ended = tally.read()["q"]
     assert not tally._living
@@ -206,8 +207,8 @@ def test_counts_of_ended_threads_stay_without_their_cells() -> None:
 def test_queues_are_counted_apart_also_those_without_a_consumer() -> None:
     tally = Tally({"q": "Consumer"})
     other = Delivery("other", 1, 1, False, "", "other", b"{}")
-    tally.ended(other, ACK, time.perf_counter())
-    tally.returned(other, time.perf_counter())
+    tally.of_thread().ended(other, ACK, time.perf_counter())
+    tally.of_thread().returned(other, time.perf_counter())
     ended = tally.read()
     assert ended["q"].durations.count == 0
     assert (ended["other"].outcomes["acked"], ended["other"].outcomes["returned"]) == (1, 1)

@@ -84,14 +84,16 @@ def _store_in_file(path: str, pid: int) -> ResultsStore:
 @functools.lru_cache(maxsize=16)
 def _store_on_server(url: str, pid: int) -> ResultsStore:
     from outbox.results.results_store import ResultsStore
-    from outbox.transports.database.kinds import engine_at
+    from outbox.transports.database.server.server_address import ServerAddress
 
-    return ResultsStore(engine_at(BrokerURL.parse(url)))
+    address = ServerAddress.of(BrokerURL.parse(url))
+    return ResultsStore(address.open_engine(), address.open_listening_engine())
 
 
 @functools.lru_cache(maxsize=16)
 def _store(where: Any, pid: int) -> ResultsStore:
-    from sqlalchemy import make_url
+    from sqlalchemy import NullPool, make_url
+    from sqlalchemy.exc import ArgumentError
 
     from outbox.results.results_store import ResultsStore
     from outbox.storage.engines import engine_beside, open_engine, open_sqlite
@@ -103,9 +105,18 @@ def _store(where: Any, pid: int) -> ResultsStore:
                 "results can't be kept with this engine, since outbox can't connect in threads as "
                 "it does; give its URL, or an engine with a synchronous driver"
             )
-        return ResultsStore(engine)
+        return ResultsStore(engine, engine)
     if where.startswith("sqlite"):
         engine = open_engine(where)  # which checks the URL
         engine.dispose()
         return ResultsStore(open_sqlite(os.path.abspath(make_url(where).database or "")))
-    return ResultsStore(open_engine(where))
+    try:
+        url = make_url(where)
+    except (ArgumentError, ValueError):
+        return ResultsStore(open_engine(where))  # which says what is wrong with it
+    listen = url.query.get("listen")
+    if url.get_backend_name() != "postgresql" or not (listen is None or isinstance(listen, str)):
+        return ResultsStore(open_engine(url))
+    url = url.difference_update_query(["listen"])
+    listening = None if listen == "no" else open_engine(listen or url, pool=NullPool)
+    return ResultsStore(open_engine(url), listening)

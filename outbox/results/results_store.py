@@ -36,6 +36,7 @@ from outbox.results.results_statements import LEASE, statements_for
 from outbox.sql import commits
 from outbox.storage.clock import in_seconds, now
 from outbox.storage.creating import check_server
+from outbox.storage.notifications import RESULTS_CHANNEL, can_listen
 from outbox.storage.results_table import results
 from outbox.storage.schema import dialect_of
 from outbox.storage.transactions import own_transaction, reading, try_again
@@ -66,10 +67,15 @@ class ResultsStore:
 
     Attributes:
         engine: the engine, which the caller disposes of.
+        listening: the engine to listen with for results that are written, or None.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, listening: Engine | None = None) -> None:
         """Make a store of the table in the database of ``engine``.
+
+        Args:
+            engine: the engine.
+            listening: the engine to listen with; None if nobody listens.
 
         Raises:
             UsageError: results can't be kept in that database.
@@ -80,6 +86,7 @@ class ResultsStore:
                 f"results are kept in PostgreSQL, MariaDB or SQLite, not in {engine.dialect.name}"
             )
         self.engine = engine
+        self.listening = listening
         self.is_sqlite = dialect == "sqlite"
         self._statements = statements_for(engine.dialect.name)
         self._is_ready = False
@@ -282,6 +289,8 @@ class ResultsStore:
         def work() -> bool:
             with self._transaction() as connection:
                 connection.execute(self._statements.cancel, {"rows": rows})
+                if can_listen(self.engine):  # seldom enough to do it in the transaction
+                    connection.execute(select(func.pg_notify(RESULTS_CHANNEL, "")))
                 status = connection.execute(select(_row.status).where(_row.id == id_)).scalar()
                 return bool(status == CANCELLED)
 

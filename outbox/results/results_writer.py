@@ -25,6 +25,7 @@ from outbox.results.results_statements import LEASE
 from outbox.results.results_store import ResultsStore
 from outbox.sql.inbox import place_of
 from outbox.storage.failures import reason_of
+from outbox.storage.notifications import RESULTS_CHANNEL, Sender, can_listen
 from outbox.system.backoff import backoff
 
 __all__ = ["ResultsWriter"]
@@ -61,6 +62,11 @@ class ResultsWriter:
         """Make a writer, without starting its thread."""
         self.store = store
         self.is_quick = False
+        self._sender: Sender | None = None
+        if can_listen(store.engine):
+            self._sender = Sender(
+                store.engine, those="those who wait for results, who look for them"
+            )
         self._place = place_of(store.engine.url)
         self._mean = 1.0
         self._begun: deque[_Row] = deque()
@@ -89,6 +95,8 @@ class ResultsWriter:
         self._wakes.put(None)
         if self._thread.is_alive():
             self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._sender is not None:
+            self._sender.close()
 
     def begin(self, values: Mapping[str, Any]) -> PendingWrite:
         """Write that an attempt begins; see ``results_statements`` for the values."""
@@ -106,6 +114,7 @@ class ResultsWriter:
             sqlalchemy.exc.SQLAlchemyError: it is unavailable.
         """
         self.store.complete(id_)
+        self._announce()
 
     def shares(self, connection: Connection) -> bool:
         """Return whether ``connection`` leads to the database of the results."""
@@ -126,6 +135,7 @@ class ResultsWriter:
     def over(self, token: str) -> None:
         """Note that the attempt with this token needs its lease no longer."""
         self._running.pop(token, None)
+        self._announce()  # the application's transaction may have written how it ended
 
     def took(self, seconds: float) -> None:
         """Note how long a task has taken."""
@@ -194,8 +204,15 @@ class ResultsWriter:
                 self._running[token] = row.values["id"], now
         for row in ended:
             self._running.pop(row.values["token"], None)
+        if ended:
+            self._announce()
         for row in (*ended, *begun):
             row.written.end(refused.get(row.values["token"], "") if refused else "")
+
+    def _announce(self) -> None:
+        """Wake those who wait for results; never wait."""
+        if self._sender is not None:
+            self._sender.notify((RESULTS_CHANNEL,))
 
     def _disconnect(self, error: BaseException | None = None) -> None:
         connection, self._connection = self._connection, None

@@ -68,7 +68,7 @@ def listening(
 
 
 @contextlib.contextmanager
-def sending(engine: Engine, **options: float) -> Iterator[Sender]:
+def sending(engine: Engine, **options: Any) -> Iterator[Sender]:
     """Close a sender after the block."""
     found = Sender(engine, **options)
     try:

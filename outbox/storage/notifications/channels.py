@@ -7,10 +7,13 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-__all__ = ["RELAY_CHANNEL", "can_listen", "channel_of"]
+__all__ = ["RELAY_CHANNEL", "RESULTS_CHANNEL", "can_listen", "channel_of"]
 
 RELAY_CHANNEL = "outbox_events"
 """The channel on which new rows for relays are announced."""
+
+RESULTS_CHANNEL = "outbox_results"
+"""The channel on which results of tasks are announced, whatever the schema of their table."""
 
 _DRIVERS = ("psycopg", "psycopg2")
 

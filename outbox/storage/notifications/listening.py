@@ -29,6 +29,9 @@ _PROBE = 1.0
 _QUIET = 15.0
 """The seconds without any notification after which another one to oneself is sent."""
 
+_LOOK = 2.0
+"""The seconds between two looks at whether a listener is still needed, if that can end."""
+
 _SPREAD = 0.02
 """The seconds over which those are spread that have found nothing after the last notification."""
 
@@ -60,6 +63,7 @@ class Listener:
         logger: logging.Logger,
         remedy: str,
         notifying: Engine | None = None,
+        is_needed: Callable[[], bool] | None = None,
     ) -> None:
         """Prepare to listen, without connecting yet.
 
@@ -72,6 +76,8 @@ class Listener:
             logger: gets a warning when notifications don't arrive, once until they do.
             remedy: what is done without notifications, and how they could arrive, for the warning.
             notifying: the engine through which others notify, for probes; by default ``engine``.
+            is_needed: called on the thread every few seconds; once it returns False, the listener
+                ends without :meth:`stop`. None to listen until then.
         """
         self._engine = engine
         self._notifying = notifying or engine
@@ -79,6 +85,8 @@ class Listener:
         self._wake = wake
         self._logger = logger
         self._remedy = remedy
+        self._is_needed = is_needed
+        self._is_unneeded = False
         # The same at every attempt, since poolers keep connections that listen.
         self._probe_channel = f"outbox_probe_{uuid.uuid4().hex}"
         self._thread = BackgroundThread(self._prepare, self._run, name="outbox-listen")
@@ -113,7 +121,7 @@ class Listener:
     def _run(self) -> None:
         failures = 0
         is_warned = False
-        while not self._stopping:
+        while not self._is_over():
             connection: Any = None
             try:
                 with tracing.hidden():
@@ -134,9 +142,19 @@ class Listener:
                 with contextlib.suppress(Exception):
                     if connection is not None:
                         connection.close()
-            self._wait((), backoff(failures))
+            if not self._is_over():
+                self._wait((), backoff(failures))
             failures += 1
         os.close(self._stop_pipe[0])
+        if self._is_unneeded and not self._stopping:
+            self._stopping = True
+            os.close(self._stop_pipe[1])
+
+    def _is_over(self) -> bool:
+        # Once is enough: by the next time, another listener may be needed.
+        if self._is_needed is not None and not self._is_unneeded:
+            self._is_unneeded = not self._is_needed()
+        return self._stopping or self._is_unneeded
 
     def _note(self, *, is_proven: bool) -> None:
         if self.is_proven or is_proven:
@@ -170,7 +188,7 @@ class Listener:
             _NotNotified: notifications don't arrive any more.
         """
         sent, due = "", time.monotonic() + _QUIET
-        while not self._stopping:
+        while not self._is_over():
             received = _received(connection)
             if received:
                 sent, due = "", time.monotonic() + _QUIET
@@ -183,7 +201,10 @@ class Listener:
                 if sent:
                     raise _NotNotified("notifications do not arrive any more")
                 sent, due = self._send_probe(), time.monotonic() + _PROBE
-            self._wait((connection.fileno(),), due - time.monotonic())
+            pause = due - time.monotonic()
+            if self._is_needed is not None:
+                pause = min(pause, _LOOK)
+            self._wait((connection.fileno(),), pause)
 
     def _send_probe(self) -> str:
         """Send a notification to this listener, over another connection; return its payload.

@@ -42,14 +42,22 @@ class Sender:
     themselves, too.
     """
 
-    def __init__(self, engine: Engine, *, idle_timeout: float = 60.0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        idle_timeout: float = 60.0,
+        those: str = "workers or relays, which look for events",
+    ) -> None:
         """Prepare to send; nothing is connected yet, and no thread runs.
 
         Args:
             engine: an engine for a PostgreSQL database, see ``can_listen``. It may be shared.
             idle_timeout: the seconds after which an unused connection is closed.
+            those: who listens and does what otherwise, for the warning when nothing can be sent.
         """
         self._engine = engine
+        self._those = those
         self._idle_timeout = idle_timeout
         self._requests: queue.SimpleQueue[Iterable[str] | None] = queue.SimpleQueue()
         self._thread = BackgroundThread(lambda: None, self._run, name="outbox-notify")
@@ -128,7 +136,8 @@ class Sender:
             self._disconnect()
             if not self._failures:
                 logger.warning(
-                    "cannot notify workers or relays, which look for events without that, too: %s",
+                    "cannot notify %s without that, too: %s",
+                    self._those,
                     reason_of(error),
                 )
             self._retry_at = time.monotonic() + backoff(self._failures)

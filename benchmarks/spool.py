@@ -10,8 +10,10 @@ other work of the machine, the ratio of the two hardly does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -21,7 +23,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pika
@@ -54,7 +55,7 @@ def p99(times: list[float]) -> float:
     return sorted(times)[int(len(times) * 0.99)]
 
 
-@contextmanager
+@contextlib.contextmanager
 def folder() -> Iterator[Path]:
     """Yield an empty folder on the disk, and delete it."""
     path = Path(tempfile.mkdtemp(prefix="outbox-spool-"))
@@ -199,25 +200,30 @@ class Queue:
         self._channel.queue_purge(_EXCHANGE)
 
 
-def healthy(url: str, queue: Queue, rounds: int) -> float:
-    """Return the processor time with a spool by that without one, in pairs of chunks of 100."""
-    times: dict[str, list[float]] = {"plain": [], "spooled": []}
-    with (
-        folder() as path,
-        Publisher(url, exchange=_EXCHANGE) as plain,
-        Publisher(url, exchange=_EXCHANGE, spool=path) as spooled,
-    ):
-        pair = [("plain", plain), ("spooled", spooled)]
-        for number in range(400 * rounds):
-            for name, publisher in pair if number % 2 else reversed(pair):
-                chunk = events(100)
-                begin = time.process_time()
-                publisher.publish(chunk)
-                times[name].append(time.process_time() - begin)
-            if number % 100 == 99:
-                queue.empty()
-        assert list(path.iterdir()) == []
-    return median(times["spooled"]) / median(times["plain"])
+def healthy(url: str, queue: Queue) -> float:
+    """Return the processor time with a spool by that without one, in pairs of chunks of 100.
+
+    Of two publishers that do the same, the younger one takes 1 to 3 % more: so each is it once.
+    """
+    ratio = 1.0
+    for order in ((False, True), (True, False)):
+        times: dict[bool, list[float]] = {False: [], True: []}
+        with folder() as path, contextlib.ExitStack() as publishers:
+            pair = []
+            for spooled in order:
+                publisher = Publisher(url, exchange=_EXCHANGE, spool=path if spooled else "")
+                pair.append((spooled, publishers.enter_context(publisher)))
+            for number in range(400):
+                for spooled, publisher in pair if number % 2 else reversed(pair):
+                    chunk = events(100)
+                    begin = time.process_time()
+                    publisher.publish(chunk)
+                    times[spooled].append(time.process_time() - begin)
+                if number % 100 == 99:
+                    queue.empty()
+            assert list(path.iterdir()) == []
+        ratio *= median(times[True]) / median(times[False])
+    return math.sqrt(ratio)
 
 
 def drained(url: str, queue: Queue) -> tuple[float, float]:
@@ -300,13 +306,18 @@ def main() -> int:
     with PrivateBroker() as broker:
         queue = Queue(broker.url)
         print(machine(""), flush=True)
-        ratio = healthy(broker.url, queue, options.rounds)
+        ratios = [healthy(broker.url, queue) for _ in range(options.rounds)]
         drains = [drained(broker.url, queue) for _ in range(options.rounds)]
     for of_spool, plain in drains:
         progress(f"drained {of_spool:,.0f}/s; published plainly {plain:,.0f}/s")
     kept = print_bounds(
         [
-            Bound("healthy: processor time, by that without a spool", ratio, 1.01, at_most=True),
+            Bound(
+                "healthy: processor time, by that without a spool",
+                median(ratios),
+                1.01,
+                at_most=True,
+            ),
             Bound("single events, of the bare loop", _median(cases[1, 1], "ratio"), 0.3),
             Bound("single events, 99 % within ms", _slow(cases[1, 1]), 10, at_most=True),
             Bound("single events of eight threads, a second", _median(cases[8, 1], "rate"), 2000),

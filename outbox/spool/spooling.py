@@ -130,7 +130,10 @@ class Spooling:
 
     def __call__(self, news: News) -> None:
         """Pass on ``news``; reports with kept events when those are written."""
-        if news.kept or any(report.kept for _, report in news.reports):
+        keeps = bool(news.kept)
+        for _, report in news.reports:  # any() would double the cost while the broker is available
+            keeps = keeps or bool(report.kept)
+        if keeps:
             self._keep(news)
         if news.no_longer_kept:
             self._spool.settle(news.no_longer_kept)

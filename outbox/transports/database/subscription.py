@@ -46,7 +46,7 @@ logger = logging.getLogger("outbox.consumer")
 _FIRST_POLL = 0.01
 """Seconds between two looks while messages come; when none do, it grows to the database's."""
 _POLL_GROWTH = 1.3
-_LOOK_AGAIN = 1.0
+_LOOK_AGAIN = 1.25
 """Seconds after which due rows are looked up in any case: the system's clock may have been set."""
 
 _LOOK_FOR_URGENT = 0.04

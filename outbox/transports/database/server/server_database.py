@@ -38,7 +38,7 @@ __all__ = ["ServerDatabase"]
 
 _T = TypeVar("_T")
 
-_POLL_WOKEN = 1.0
+_POLL_WOKEN = 1.25
 """Seconds between two looks for events while commits wake workers: a notification may be lost."""
 
 _LEVEL = "READ COMMITTED"
@@ -91,7 +91,7 @@ class ServerDatabase(Database):
 
     @property
     def poll(self) -> float:
-        """A second at least where what is committed wakes workers."""
+        """1.25 s at least where what is committed wakes workers."""
         return max(self._poll, _POLL_WOKEN) if self._waking.is_proven else self._poll
 
     @property

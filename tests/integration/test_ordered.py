@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from outbox import Event, EventCollector, Publisher, UsageError
+from outbox import Event, EventCollector, Publisher, UsageError, exit_codes
 from outbox.consumers import REJECT, REQUEUE, ReceivedEvent, RetryPolicy, Worker, consumer
 from outbox.messages.delivery import dead_letter_queue
 from outbox.messages.rows import values_of
 from outbox.storage.store import Store
+from tests.consuming import Command
 from tests.integration.test_store import an_event, payloads
 from tests.places import ServerPlace, SQLitePlace, made, place_of, selected, working
 from tests.waiting import wait_until
@@ -349,3 +351,95 @@ def test_kills_of_workers_change_neither_order_nor_turns(
         assert numbers == sorted(numbers)
         assert sorted(set(numbers)) == list(range(each))
         assert numbers.count(10) >= 2  # tried again, in its place
+
+
+CONSUMERS = """
+import os, time
+from outbox.consumers import RetryPolicy, consumer
+
+
+def note(what, event):
+    line = f"{what} {event.payload['key']} {event.payload['n']} {os.getpid()} {os.getppid()}"
+    log = os.open("seen", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(log, (line + chr(10)).encode())
+    os.close(log)
+
+
+@consumer("QUEUE", ordered=True, retry=RetryPolicy(max_attempts=5, delay=0.05))
+def work(event):
+    note("began", event)
+    time.sleep(0.01)
+    note("ended", event)
+    if event.payload["n"] % 10 == 0 and event.attempt == 1:
+        raise ValueError
+"""
+
+
+def followed(seen: Path, killed: set[str]) -> dict[str, list[int]]:
+    """Return the numbers of each key in the order in which they began.
+
+    Only what a killed process had begun may begin again before it has ended, and nothing else of
+    its key meanwhile.
+    """
+    in_hand: dict[str, tuple[str, set[str]]] = {}
+    order: dict[str, list[int]] = defaultdict(list)
+    for line in seen.read_text().splitlines():
+        what, key, n, *processes = line.split()
+        if what == "ended":
+            assert in_hand.pop(key) == (n, set(processes)), line
+            continue
+        if key in in_hand:
+            assert in_hand[key][1] & killed, (in_hand[key], line)
+            assert in_hand[key][0] == n, (in_hand[key], line)
+        in_hand[key] = (n, set(processes))
+        order[key].append(int(n))
+    assert in_hand == {}
+    return order
+
+
+@pytest.mark.one_python
+@pytest.mark.parametrize("isolated", [False, True], ids=["threads", "isolated"])
+@pytest.mark.parametrize("place", ["postgresql", "mariadb"], indirect=True)
+def test_worker_processes_under_a_parent_keep_the_order_though_some_are_killed(
+    place: DatabasePlace, publisher: Publisher, name: str, tmp_path: Path, isolated: bool
+) -> None:
+    keys, each = 6, 15
+    command = Command(tmp_path, place, name)
+    command.write(CONSUMERS.replace("QUEUE", name))
+    seen = tmp_path / "seen"
+    seen.touch()
+    killed: set[str] = set()
+    try:
+        command.start(
+            "-p", "3", *(["-t", "1", "--isolate", "process"] if isolated else ["-t", "2"])
+        )
+        workers = command.consuming(3)
+        collector = EventCollector(publisher=publisher)
+        sent = [
+            collector.enqueue_event({"key": key, "n": n}, name, exchange="", key=f"k{key}")
+            for n in range(each)
+            for key in range(keys)
+        ]
+        assert publisher.publish(sent).ok
+        for number, worker in enumerate(workers[:2], 1):
+            wait_until(lambda: seen.read_text().count("\n") > 40 * number, 30)  # noqa: B023
+            killed.add(str(worker))
+            os.kill(worker, signal.SIGKILL)
+        if isolated:  # a handler's process alone, too
+            wait_until(lambda: seen.read_text().count("\n") > 120, 30)
+            for victim in [line.split()[3] for line in seen.read_text().splitlines()][::-1]:
+                killed.add(victim)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(victim), signal.SIGKILL)
+                    break
+        left = "SELECT id, queue, attempts, deliveries, reason FROM outbox_events"
+        wait_until(lambda: place.execute(left) == [], 30)
+        assert command.stop() == exit_codes.SUCCESS
+    finally:
+        command.close()
+    order = followed(seen, killed)
+    for numbers in order.values():
+        assert numbers == sorted(numbers)
+        assert sorted(set(numbers)) == list(range(each))
+    # Tried again, in their places; an attempt may have been lost with its process.
+    assert sum(numbers.count(0) + numbers.count(10) for numbers in order.values()) >= 3 * keys

@@ -21,7 +21,9 @@ from sqlalchemy.pool import NullPool
 from outbox import Publisher, configuration, surroundings
 from outbox.consumers import hooks
 from outbox.observer import seam
+from outbox.results import results_listener
 from outbox.sql import Store
+from outbox.storage.notifications import listening
 from outbox.telemetry import sources
 from outbox.testing.broker import BrokerMissing, PrivateBroker
 from outbox.testing.databases.mariadb import MariaDBMissing, PrivateMariaDB
@@ -307,6 +309,8 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(hooks, names, [])
     monkeypatch.setattr(hooks, "_namespaces", hooks._Namespaces())
     monkeypatch.setattr(sources, "_known", {})  # other tests may have had a thousand queues
+    monkeypatch.setattr(results_listener, "_IDLE", 0.0)
+    monkeypatch.setattr(listening, "_LOOK", 0.1)
     yield
     configuration.provide(None)
     surroundings.provide(None)

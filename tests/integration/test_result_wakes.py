@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 
 import outbox.sql
-from outbox.results import results_listener, results_reader
+from outbox.results import results_reader
 from outbox.results.open_results import results_store_of
 from outbox.results.result_row import ResultRow
 from outbox.results.results_reader import ResultsReader
@@ -25,7 +25,6 @@ from outbox.results.results_store import ResultsStore
 from outbox.results.results_writer import ResultsWriter
 from outbox.settings import Settings
 from outbox.storage.engines import open_engine, open_sqlite
-from outbox.storage.notifications import listening
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.one_python
@@ -108,12 +107,9 @@ def test_notifications_wake_those_who_wait_and_then_nothing_stays_open(
     postgresql_url: str,
     reader_at: ReaderAt,
     writer: ResultsWriter,
-    monkeypatch: pytest.MonkeyPatch,
     wait: Wait,
     driver: str,
 ) -> None:
-    monkeypatch.setattr(results_listener, "_IDLE", 0.0)
-    monkeypatch.setattr(listening, "_LOOK", 0.05)
     url = make_url(postgresql_url).set(drivername=f"postgresql+{driver}")
     url = url.update_query_dict({"application_name": uuid.uuid4().hex})
     reader = reader_at(url.render_as_string(hide_password=False))
@@ -166,9 +162,7 @@ def test_the_url_says_where_to_listen(
     postgresql_url: str,
     reader_at: ReaderAt,
     writer: ResultsWriter,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(results_listener, "_IDLE", 0.0)
     url = make_url(pooled_url).update_query_dict({"listen": postgresql_url})
     reader = reader_at(url.render_as_string(hide_password=False))
     with ThreadPoolExecutor(1) as pool:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, Unpack
 
@@ -446,6 +446,10 @@ class Publisher:
         have no listeners. Thread-safe.
         """
         self._own_transport().announce(body)
+
+    def ping(self, answer: Callable[[], None]) -> bool:
+        """Have ``answer`` called soon on the thread of the connection: see ``Transport.ping``."""
+        return self._own_transport().ping(answer)
 
     def note_cleared(self, events: Sequence[Event]) -> None:
         """Count dropped events, and call the hook ``on_cleared``."""

@@ -408,6 +408,9 @@ class _LiveTransport:
     def announce(self, body: bytes) -> None:
         self._inner.announce(body)
 
+    def ping(self, answer: Callable[[], None]) -> bool:
+        return self._inner.ping(answer)
+
     def prepare(self, events: Sequence[Event], *, keep: bool) -> Chunk:
         return self._inner.prepare(events, keep=keep)
 

@@ -266,6 +266,10 @@ class Recorder:
     def announce(self, body: bytes) -> None:
         """Do nothing: nobody listens."""
 
+    def ping(self, answer: Callable[[], None]) -> bool:
+        """Return False: there is no thread."""
+        return False
+
     def prepare(self, events: Sequence[Event], *, keep: bool) -> Chunk:
         """Return ``events`` as a chunk."""
         chunk = Chunk(events, keep=keep)

@@ -43,6 +43,9 @@ class SlowTransport:
 
     def announce(self, body: bytes) -> None: ...
 
+    def ping(self, answer: Any) -> bool:
+        return False
+
     def prepare(self, events: Any, *, keep: bool) -> Chunk:
         chunk = Chunk(events, keep=keep)
         chunk.holder = self

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from outbox import Publisher
 from outbox.consumers.worker.task_engine import TaskEngine
 from outbox.consumers.worker.thread_engine import ThreadEngine
 from outbox.messages.delivery import Delivery
@@ -23,11 +24,14 @@ class Vitals:
     """
 
     def __init__(
-        self, engines: Iterable[ThreadEngine | TaskEngine], subscription: Subscription
+        self,
+        engines: Iterable[ThreadEngine | TaskEngine],
+        subscription: Subscription,
+        publisher: Publisher,
     ) -> None:
-        """Prepare to look at the engines and the subscription of a started worker."""
+        """Prepare to look at the engines and the connections of a started worker."""
         self._engines = list(engines)
-        self._pulses = {"io": Pulse(subscription.ping)}
+        self._pulses = {"io": Pulse(subscription.ping), "publisher": Pulse(publisher.ping)}
         for engine in self._engines:
             if isinstance(engine, TaskEngine):
                 self._pulses["loop"] = Pulse(engine.ping)

@@ -236,7 +236,7 @@ class Worker:
 
     def vitals(self) -> Vitals:
         """Return what looks at this worker from a thread, once a second."""
-        return Vitals(self._engines(), self._subscription)
+        return Vitals(self._engines(), self._subscription, self.publisher)
 
     def log_tasks(self) -> None:
         """Log where each task of the event loop waits, if there is one."""

@@ -24,6 +24,7 @@ from outbox.errors import UsageError
 from outbox.presence import announced
 from outbox.publisher import Publisher
 from outbox.service.faces import add_face_options, faces_of
+from outbox.service.health.pulse import Pulse
 from outbox.service.health.stacks import dump_on_signal
 from outbox.service.http_options import http_address
 from outbox.service.parent import supervise
@@ -224,7 +225,16 @@ def _serve(
     logger.info("relaying")
     if supervised is not None:
         relay.publisher.make_ready()
-        supervised.report_each_second(lambda _: {"links": {"publisher": relay.publisher.connected}})
+        pulse = Pulse(relay.publisher.ping)
+
+        def report(seconds: float) -> dict[str, Any]:
+            silence = pulse.step(seconds)
+            return {
+                "links": {"publisher": relay.publisher.connected},
+                "pulses": {} if silence is None else {"publisher": silence},
+            }
+
+        supervised.report_each_second(report)
         supervised.say(READY)
     while not (signals.asked or signals.leaving or signals.quiet):
         relay.wait(_POLL)

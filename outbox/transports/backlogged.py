@@ -139,6 +139,10 @@ class BackloggedTransport:
     def announce(self, body: bytes) -> None:
         """Do nothing: nobody listens."""
 
+    def ping(self, answer: Callable[[], None]) -> bool:
+        """Return False: another process may keep a database locked for long."""
+        return False
+
     def start(self) -> None:
         """Start connecting on the transport's thread, unless that has been done."""
         raise NotImplementedError

@@ -103,6 +103,14 @@ class Transport(Protocol):
         """Send what this process announces of itself, or do nothing; return at once."""
         ...
 
+    def ping(self, answer: Callable[[], None]) -> bool:
+        """Have ``answer`` called soon on the transport's thread.
+
+        Returns:
+            False if that thread isn't running, or may rightly be busy for long.
+        """
+        ...
+
     def adopt(self, entries: Sequence[Entry]) -> None:
         """Take over the entries of another transport, and their chunks."""
         ...

@@ -18,6 +18,7 @@ import pytest
 
 from outbox import exit_codes
 from outbox.sql import Store
+from tests.amqp import Inspector
 from tests.places import SQLitePlace
 from tests.relaying import is_empty, many
 from tests.waiting import wait_until
@@ -25,6 +26,23 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.one_python
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
+
+HANG = """
+import gc, os, threading, time
+
+def hang_once():
+    while not os.path.exists("{folder}/hang"):
+        time.sleep(0.05)
+    from outbox.transports.rabbitmq.link import Link
+    for link in [each for each in gc.get_objects() if isinstance(each, Link)]:
+        os.rename("{folder}/hang", "{folder}/hung")
+        link.call(wait_for_ever)
+
+def wait_for_ever():
+    time.sleep(600)
+
+threading.Thread(target=hang_once, daemon=True).start()
+"""
 
 
 @pytest.fixture
@@ -97,6 +115,30 @@ def test_relays_that_die_are_replaced_and_new_code_is_loaded(
     assert parent.wait(20) == exit_codes.SUCCESS
     assert is_empty(store)
     assert place.count(name) == 20
+
+
+def test_a_relay_whose_publisher_hangs_is_replaced(
+    start: Start, store: Store, amqp_url: str, inspector: Inspector, log: Path, name: str
+) -> None:
+    inspector.queue(name, name)
+    (log.parent / "sitecustomize.py").write_text(HANG.format(folder=log.parent))
+    arguments = ("-p", "1", "--stuck-after", "3s")
+    parent = start(*arguments, OUTBOX_URL=amqp_url, PYTHONPATH=path_with(log.parent))
+    first = relays(log, 1)
+    (log.parent / "hang").touch()
+    stuck = r"\(process (\d+)\) is stuck: the thread of its publisher's connection has not answered"
+    wait_until(lambda: re.search(stuck, log.read_text()), 20)
+    assert [int(pid) for pid in re.findall(stuck, log.read_text())] == first
+    assert len(relays(log, 2)) >= 2
+    assert "in wait_for_ever" in log.read_text()
+    store.put(many(20, name))
+    assert len(inspector.messages(name, 20)) == 20
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(20) == exit_codes.SUCCESS
+
+
+def path_with(folder: Path) -> str:
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def test_a_relay_that_is_quiet_publishes_nothing_and_stays(

@@ -13,6 +13,7 @@ then its processes may have been, too."""
 
 _MEANINGS = {
     "io": "the thread of its consumer's connection has not answered",
+    "publisher": "the thread of its publisher's connection has not answered",
     "loop": "its event loop has been blocked",
     "handlers": "as many handlers as it may run have exceeded their timeout, and none has ended",
 }

@@ -126,6 +126,10 @@ class RabbitMQTransport(BackloggedTransport):
         """Publish ``body`` for those who listen to processes; drop it while that isn't possible."""
         self._link.call(lambda: self._announce(body))
 
+    def ping(self, answer: Callable[[], None]) -> bool:
+        """Have ``answer`` called soon on the link's thread; return False if it doesn't run."""
+        return self._link.ping(answer)
+
     def _encode(self, event: Event) -> bytes:
         return self._encoder.encode(event)
 

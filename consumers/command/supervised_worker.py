@@ -69,8 +69,12 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
             }
 
         supervised.report_each_second(report)
+
+    def on_ready() -> None:
+        supervised.say(READY)
+        # Not before: in a new file there are no tables yet.
         if supervised.is_first and http_address(options):
-            gauges.extend(_started_gauges(worker))
+            gauges.extend(_started_gauges(workers[-1]))
 
     def work() -> int:
         try:
@@ -78,7 +82,7 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
                 options,
                 stop,
                 on_start=on_start,
-                on_ready=lambda: supervised.say(READY),
+                on_ready=on_ready,
                 on_leaving=lambda: supervised.say(LEAVING),
                 on_stopping=lambda: supervised.say(STOPPING),
                 begun=begun,

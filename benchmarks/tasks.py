@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import decimal
+import gc
 import os
 import subprocess
 import sys
@@ -95,6 +96,8 @@ def consume(url: str, messages: int) -> float:
     worker = Worker(
         load(["benchmarks.called_tasks"]), publisher=publisher, threads=THREADS, prefetch=PREFETCH
     )
+    gc.collect()
+    gc.freeze()  # as outbox-consume does
     worker.start()
     countdown.wait()
     time.sleep(0.2)

@@ -18,7 +18,7 @@ from tests.amqp import Inspector, properties_of
 from tests.waiting import wait_until
 
 MODULE = """
-import asyncio, pathlib, time
+import asyncio, gc, pathlib, time
 from outbox import enqueue_event, publish, publish_async
 from outbox.consumers import Consumer, consumer
 
@@ -29,6 +29,7 @@ class Slow(Consumer):
     def process(self, event):
         pathlib.Path("started").touch()
         time.sleep(event.payload)
+        pathlib.Path("frozen").write_text(str(gc.get_freeze_count()))
         enqueue_event({{"slept": event.payload}}, "{name}.done", exchange="{name}")
         publish()
 
@@ -146,6 +147,7 @@ def test_a_signal_lets_running_messages_finish_and_gives_back_the_rest(
     assert inspector.get(done).payload == {"slept": 1}
     assert sorted(m.payload for m in inspector.messages(name, 2)) == [2, 3]
     assert inspector.all(f"{name}.dead") == []
+    assert int((tmp_path / "frozen").read_text()) > 10_000  # what garbage collections leave out
 
 
 @pytest.mark.hazard("G3")

@@ -10,6 +10,7 @@ holds are remembered, and never opened again.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -78,7 +79,8 @@ class FileLock:
         """Release the lock; remove its file before if ``remove`` says so."""
         with _guard:
             if remove and self.stands:
-                self.path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # who looks for files removes the rest of one
+                    self.path.unlink()
             os.close(self._descriptor)
             _held.discard(self.path)
 

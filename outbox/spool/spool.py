@@ -44,6 +44,9 @@ _LOOK = 10.0
 _RETRY = 5.0
 """Seconds until a file that couldn't be written is tried again."""
 
+_DAMAGED = 3
+"""Files that are found damaged in a row until their disk is suspected."""
+
 _ENDING = 5.0
 """Seconds to wait for the last write."""
 
@@ -111,7 +114,6 @@ class Spool:
         self._logged: set[str] = set()
         self._retry_at = 0.0
         self._look_at = 0.0
-        self._current: SpoolFile
         self._adopts = False
         self._to_read: Callable[[Read], object] | None = None  # what could not be read yet
         self._on_adopted: Callable[[int, int], object] = _ignore
@@ -304,20 +306,25 @@ class Spool:
             return
         if self._failed and time.monotonic() < self._retry_at:
             return
-        for _ in range(3):  # a damaged file is replaced by a new one
-            try:
-                self._write()
-            except Unreadable as error:
-                self._put_aside(error)
-            except Unwritable as error:
-                self._note_failure(str(error))
-                return
+        try:
+            for _ in range(_DAMAGED):
+                error = self._write()
+                if error is None:
+                    break
             else:
-                break
+                raise Unwritable(str(error))
+        except Unwritable as error:
+            self._note_failure(str(error))
+            return
         self._note_success()
         self._look_at = self._look_at or time.monotonic() + _LOOK
 
-    def _write(self) -> None:
+    def _write(self) -> Unreadable | None:
+        """Write what waits; return an error if a file is damaged, whose events may wait now, too.
+
+        Raises:
+            Unwritable: what still waits can't be written for now.
+        """
         for file in [file for file in self._files if not file.events and not file.stands]:
             self._files.remove(file)
             file.close()
@@ -326,18 +333,22 @@ class Spool:
             self._files.append(SpoolFile.create(self.folder, self._digest))
         target = self._files[-1] if new else None
         for file in {**self._gone, **({target: []} if target else {})}:
-            self._current = file
-            self._check_place(file)
             added = list(new) if file is target else []
             sizes = [size_of(entry) for entry in added]
             events = [(entry.event, size) for entry, size in zip(added, sizes, strict=True)]
-            seqs = file.change(events, self._gone.get(file, ()))
+            try:
+                self._check_place(file)
+                seqs = file.change(events, self._gone.get(file, ()))
+            except Unreadable as error:
+                self._put_aside(file, error)
+                return error
             self._gone.pop(file, None)
             for entry, seq in zip(added, seqs, strict=True):
                 entry.row = (file, seq)
                 if not new[entry]:
                     file.in_memory[seq] = entry
         self._waiting.clear()
+        return None
 
     def _check_place(self, file: SpoolFile) -> None:
         """Move a file that was deleted under the process into a new one."""
@@ -369,9 +380,8 @@ class Spool:
                 _RETRY,
             )
 
-    def _put_aside(self, error: Unreadable) -> None:
+    def _put_aside(self, file: SpoolFile, error: Unreadable) -> None:
         """Give up a file that is damaged; what is still in memory is written again."""
-        file = self._current
         was_own = file in self._files
         for entry in file.in_memory.values():
             entry.row = None
@@ -416,11 +426,10 @@ class Spool:
         for file in self._all:
             if not file.unread:
                 continue
-            self._current = file
             try:
                 rows = file.read(WINDOW, WINDOW_BYTES)
             except Unreadable as error:
-                self._put_aside(error)
+                self._put_aside(file, error)
                 continue
             self._note_success()
             entries = self._entries(file, rows)
@@ -474,12 +483,11 @@ class Spool:
             if not self._waiting:
                 self._files.remove(file)
                 file.remove()
-        for file in self._files:
-            self._current = file
+        for file in list(self._files):
             try:
                 self._check_place(file)
             except Unreadable as error:
-                self._put_aside(error)
+                self._put_aside(file, error)
             except Unwritable as error:
                 self._note_failure(str(error))
         if self._adopted is not None and self._adopted.events:

@@ -23,7 +23,7 @@ from outbox.report import PublishReport
 from outbox.settings import Settings
 from outbox.spool.disk_limits import why_full
 from outbox.spool.spool import WINDOW, WINDOW_BYTES, Read, Spool
-from outbox.spool.spool_file import SpoolFile
+from outbox.spool.spool_file import SpoolFile, Unreadable, Unwritable
 from outbox.spool.spool_folder import digest_of, open_spool_folder
 from outbox.url import BrokerURL
 
@@ -131,7 +131,7 @@ class Spooling:
     def __call__(self, news: News) -> None:
         """Pass on ``news``; reports with kept events when those are written."""
         keeps = bool(news.kept)
-        for _, report in news.reports:  # any() would double the cost while the broker is available
+        for _, report in news.reports:  # each answer of the broker pays for this; any() costs twice
             keeps = keeps or bool(report.kept)
         if keeps:
             self._keep(news)
@@ -278,7 +278,15 @@ class Spooling:
         left = sum(file.unread for file in files)
         for file in files:
             if file.in_memory:  # the successor has them, in its memory
-                file.change((), list(file.in_memory))
+                try:
+                    file.change((), list(file.in_memory))
+                except (Unreadable, Unwritable) as error:
+                    logger.error(
+                        "cannot delete %d event(s) that the next publisher has; who adopts their "
+                        "file sends them again: %s",
+                        len(file.in_memory),
+                        error,
+                    )
             if file.events:
                 file.abandon()
             else:

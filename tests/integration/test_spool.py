@@ -377,29 +377,60 @@ def test_the_event_loop_never_waits_for_the_disk(
 @pytest.mark.hazard("S5")
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_full_disk_is_logged_once_and_events_are_kept_in_memory_until_it_has_room(
-    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
 ) -> None:
-    monkeypatch.setattr(spool_module, "_RETRY", 0.2)
-    change, is_full = SpoolFile.change, True
-
-    def on_full_disk(*arguments: object) -> list[int]:
-        if is_full:
-            error = sqlite3.OperationalError("database or disk is full")
-            raise Unwritable(str(error)) from error
-        return change(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(SpoolFile, "change", on_full_disk)
-    with Publisher(NOWHERE, spool=folder, drain_timeout=0) as publisher:
-        for number in range(5):
-            assert publisher.publish(events(f"{number}")).kept
-        assert on_disk(folder) == []
-        failures = [line for line in caplog.messages if "cannot use the spool" in line]
+    program = """
+import logging, resource, sys, time
+from outbox import Event, Publisher
+from outbox.spool import spool
+spool._RETRY = 0.2
+logging.basicConfig(level=logging.WARNING, format="LOG %(message)s", stream=sys.stdout)
+def publish(publisher, first, count):
+    chunk = [
+        Event(id=str(n), target="a.b", exchange="shop", body=bytes(9000))
+        for n in range(first, first + count)
+    ]
+    assert len(publisher.publish(chunk).kept) == count
+publisher = Publisher(sys.argv[1], spool=sys.argv[2], drain_timeout=0)
+publish(publisher, 0, 1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1))  # as if the disk was full then
+for first in range(1, 31):
+    publish(publisher, first, 1)
+publish(publisher, 31, 120)
+publish(publisher, 151, 1)
+print("full", flush=True)
+sys.stdin.readline()
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+time.sleep(0.3)
+publish(publisher, 152, 1)
+print("room", flush=True)
+sys.stdin.readline()
+print("lost", len(publisher.close()))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program, NOWHERE, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as writer:
+        assert writer.stdin is not None
+        assert writer.stdout is not None
+        lines = [writer.stdout.readline()]
+        while lines[-1] != "full\n":
+            assert lines[-1]
+            lines.append(writer.stdout.readline())
+        failures = [line for line in lines if line.startswith("LOG cannot use the spool")]
         assert len(failures) == 1
-        assert "disk is full; 1 event(s) are kept in memory alone" in failures[0]
-        is_full = False
-        wait_until(lambda: on_disk(folder) == ["0", "1", "2", "3", "4"])
-        assert "can be used again" in caplog.text
-        assert publisher.close() == ()  # what is in the spool isn't lost
+        assert "1 event(s) are kept in memory alone, and it is tried again" in failures[0]
+        written = [int(id) for id in on_disk(folder)]
+        assert written == list(range(len(written)))  # up to the first failure
+        assert 1 < len(written) < 31
+        print("go", file=writer.stdin, flush=True)
+        wait_until(lambda: [int(id) for id in on_disk(folder)] == list(range(153)))
+        print("go", file=writer.stdin, flush=True)
+        rest = writer.stdout.read()
+    assert "can be used again" in rest
+    assert rest.endswith("lost 0\n")  # what is in the spool isn't
 
 
 def test_a_disk_that_is_full_for_good_costs_no_more_than_without_a_spool(
@@ -576,6 +607,21 @@ def test_another_configure_goes_on_with_the_spool(
     assert new.drain(30)
     assert [int(id) for id in arrived(inspector, queue, len(expected))] == expected
     new.close()
+
+
+def test_a_publisher_is_replaced_even_if_its_file_is_damaged(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = configure(NOWHERE, spool=folder)
+    old.publish(numbered(10))
+    (path,) = spool_files(folder)
+    old._own.spool._spool._files[0].disconnect()  # type: ignore[union-attr]
+    path.write_bytes(b"\0" * 40_000)
+    new = configure(NOWHERE, drain_timeout=0)
+    assert "cannot delete 10 event(s)" in caplog.text
+    assert "unexpected error" not in caplog.text
+    assert len(new.publish(events("next")).kept) == 1
+    assert [event.id for event in new.close()] == [*map(str, range(10)), "next"]
 
 
 def test_the_order_survives_that_publishers_are_replaced_at_once(

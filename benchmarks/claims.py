@@ -90,10 +90,10 @@ def passing(engine: Engine, messages: int, floors: Floors | None) -> tuple[float
     return statistics.median(times[:tenth]), statistics.median(times[-tenth:]), rate
 
 
-def claim_time(store: Store, *, ordered: bool) -> float:
+def claim_time(store: Store, order: str) -> float:
     """Return the median time of a claim of 100 rows that are there, in ms.
 
-    Ordered claims are the relay's, of the queue ``""``.
+    Ordered claims are the relay's, of the queue ``""``; those of one row a key are a consumer's.
     """
     floors = Floors()
     times: list[float] = []
@@ -102,8 +102,9 @@ def claim_time(store: Store, *, ordered: bool) -> float:
             start = time.perf_counter()
             rows = store.claim(
                 _CHUNK,
-                queue="" if ordered else "q",
-                ordered=ordered,
+                queue="" if order == "ordered" else "q",
+                ordered=order == "ordered",
+                one_a_key=order == "one a key",
                 floors=floors,
                 connection=connection,
             )
@@ -114,20 +115,22 @@ def claim_time(store: Store, *, ordered: bool) -> float:
 
 
 _DAY = "interval '1 day'"
-_BESIDE = {
+# The first row of the key is in other hands.
+_BEHIND = {
+    "key": "'hot'",
+    "available_at": f"now() + {_DAY} * (CASE WHEN n = 1 THEN 1 ELSE -1 END)",
+    "lease_token": "CASE WHEN n = 1 THEN 'theirs' END",
+    "deliveries": "CASE WHEN n = 1 THEN 1 ELSE 0 END",
+}
+_BESIDE: dict[str, dict[str, str]] = {
     "nothing": {},
     "scheduled in 10 ranks": {"rank": "mod(n, 10)", "available_at": f"now() + {_DAY}"},
     "waiting": {"available_at": "now() - interval '1 second'"},
     "dead": {"dead_at": "now()"},
     "nothing, ordered": {},
-    # The first row of the key is in other hands.
-    "waiting behind one key, ordered": {
-        "queue": "''",
-        "key": "'hot'",
-        "available_at": f"now() + {_DAY} * (CASE WHEN n = 1 THEN 1 ELSE -1 END)",
-        "lease_token": "CASE WHEN n = 1 THEN 'theirs' END",
-        "deliveries": "CASE WHEN n = 1 THEN 1 ELSE 0 END",
-    },
+    "waiting behind one key, ordered": {"queue": "''", **_BEHIND},
+    "nothing, one a key": {},
+    "waiting behind one key, one a key": _BEHIND,
 }
 
 
@@ -142,13 +145,18 @@ def beside(engine: Engine, rows: int) -> dict[str, float]:
         if columns:
             fill(engine, rows, columns)
         keys = [f"k{number}" if number % 2 else None for number in range(_BACKLOG)]
-        ordered = "ordered" in kind
-        queue = "" if ordered else "q"
+        order = order_of(kind)
+        queue = "" if order == "ordered" else "q"
         store.put_rows([row(number, key=key, queue=queue) for number, key in enumerate(keys)])
         vacuum(engine)
-        times[kind] = claim_time(store, ordered=ordered)
+        times[kind] = claim_time(store, order)
         progress(f"beside {rows:,} rows, {kind}: {times[kind]:.2f} ms a claim")
     return times
+
+
+def order_of(kind: str) -> str:
+    """Return the order that claims of this kind keep; empty if none."""
+    return kind.partition(", ")[2]
 
 
 def fill(engine: Engine, rows: int, columns: dict[str, str]) -> None:
@@ -216,7 +224,8 @@ def main() -> int:
         times = beside(engine, options.rows)
         for kind, took in times.items():
             lines.append([f"{options.rows:,} rows: {kind}", f"{took:.2f} ms", "", ""])
-            alone = times["nothing, ordered" if "ordered" in kind else "nothing"]
+            order = order_of(kind)
+            alone = times[f"nothing, {order}" if order else "nothing"]
             if took is not alone:
                 bounds.append(Bound(f"a claim beside {kind}", took / alone, 2.0, at_most=True))
         for chunk, least in ((100, 0.6), (1000, 0.75)):

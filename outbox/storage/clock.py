@@ -15,7 +15,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-__all__ = ["Timestamp", "in_seconds", "now", "seconds_after", "seconds_since"]
+__all__ = ["ExactTimestamp", "Timestamp", "in_seconds", "now", "seconds_after", "seconds_since"]
 
 _UTC = datetime.UTC
 _MARIADB = ("mariadb", "mysql")  # SQLAlchemy's names, by the beginning of the URL
@@ -62,6 +62,21 @@ class Timestamp(TypeDecorator[datetime.datetime]):
         if dialect.name == "postgresql":
             return None
         return super().result_processor(dialect, coltype)
+
+
+class ExactTimestamp(Timestamp):
+    """The same as the database has it, to be handed back to it: a float of seconds on SQLite.
+
+    There a datetime would be rounded to microseconds.
+    """
+
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:  # noqa: D102
+        return value if isinstance(value, float) else super().process_bind_param(value, dialect)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:  # noqa: D102
+        return value if dialect.name == "sqlite" else super().process_result_value(value, dialect)
 
 
 class now(FunctionElement[datetime.datetime]):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import (
     CTE,
+    BigInteger,
     ColumnElement,
     Connection,
     Delete,
@@ -42,6 +43,7 @@ from sqlalchemy import (
     select,
     true,
     tuple_,
+    type_coerce,
     union_all,
     update,
 )
@@ -49,7 +51,14 @@ from sqlalchemy.dialects.postgresql import ARRAY, BIGINT
 from sqlalchemy.sql.dml import ReturningInsert
 
 from outbox.storage.arrays import ArrayOf
-from outbox.storage.clock import Timestamp, in_seconds, now, seconds_after, seconds_since
+from outbox.storage.clock import (
+    ExactTimestamp,
+    Timestamp,
+    in_seconds,
+    now,
+    seconds_after,
+    seconds_since,
+)
 from outbox.storage.floors import Span
 from outbox.storage.schema import GRACE, events
 from outbox.storage.upkeep.published_rows import moving
@@ -387,6 +396,40 @@ class Statements(ABC):
     def unkeyed(self) -> Select[Any]:
         """The oldest ``at_most`` rows that are due and have no key; reads all that are due."""
         return self._unkeyed(self.due)
+
+    @functools.cached_property
+    def passed(self) -> Select[Any]:
+        """Of the ``among`` due rows behind a position: those without a key, and else the last one.
+
+        The position is ``behind_at`` and ``behind_seq``. Of those without a key at most ``at_most``
+        come. ``size`` is how many rows were looked at, and ``late`` a moment a second before a row
+        was due.
+        """
+        row = events.c
+        exact = type_coerce(row.available_at, ExactTimestamp)
+        position: ColumnElement[Any] = tuple_(
+            bindparam("behind_at", type_=ExactTimestamp), bindparam("behind_seq", type_=BigInteger)
+        )
+        oldest = (
+            select(row.seq, row.key, exact.label("due_at"))
+            .where(self.due, tuple_(exact, row.seq) > position)
+            .order_by(row.available_at, row.seq)
+            .limit(_AMONG)
+        )
+        window = self._materialized(self._by_due(oldest).cte("passed"))
+        latest = select(window.c.seq).order_by(window.c.due_at.desc(), window.c.seq.desc()).limit(1)
+        is_last = window.c.seq == latest.scalar_subquery()
+        late = seconds_after(window.c.due_at, literal(-1.0))
+        return (
+            select(
+                *window.c,
+                type_coerce(late, ExactTimestamp).label("late"),
+                select(func.count()).select_from(window).scalar_subquery().label("size"),
+            )
+            .where(or_(window.c.key.is_(None), is_last))
+            .order_by(window.c.due_at, window.c.seq)
+            .limit(_AT_MOST)
+        )
 
     @functools.cached_property
     def following_due(self) -> Select[Any]:

@@ -48,11 +48,16 @@ logger = logging.getLogger("outbox.sql")
 
 _T = TypeVar("_T")
 
+_Position = tuple[Any, int]
+"""When a row was due, as the database has it, and its number."""
+
 _WINDOW = 500  # rows, or keys, at least: what an ordered claim looks at in one statement
 _LOOKS = 8  # statements in which a claim searches for a free key; the next one goes on there
 _TOKEN = 36  # the length of its column
 OWNER_LENGTH = 12
-_READ_THROUGH = 30.0  # seconds between two searches through a whole backlog for rows without a key
+_PASSED = 1000  # rows in which a claim searches for those without a key; the next one goes on there
+_SEARCH = 0.1  # seconds for which one does so that finds nothing else
+_PASS_AGAIN = 30.0  # seconds between two searches for those that came back behind others
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,11 @@ class Store:
         self._leaves_remains = dialect != "sqlite"
         # Where an ordered claim goes on; threads that share them only look at some keys twice.
         self._next_key: dict[str, str] = {}
-        self._read_through_at = -math.inf
+        # By queue and rank: no row without a key is before these positions in the order of what is
+        # due. Rows that are given back in place may be, which the second search finds.
+        self._passed: dict[tuple[str, int], _Position] = {}
+        self._passed_again: dict[tuple[str, int], _Position] = {}
+        self._pass_again_at = -math.inf
 
     def create(self, *, connection: Connection | None = None) -> bool:
         """Create the tables and their indexes if they don't exist.
@@ -685,7 +694,8 @@ class Store:
         if near.size < among or room <= 0 or max_bytes <= 0:
             return claimed
         parameters = {**parameters, "at_most": room, "max_bytes": max_bytes, "among": among}
-        found = self._unkeyed(connection, parameters) + self._due_heads(connection, parameters)
+        found = self._due_heads(connection, parameters)
+        found += self._unkeyed(connection, parameters, 0.0 if found or claimed else _SEARCH)
         if found:
             named = {**parameters, "numbers": sql.numbers(found)}
             claimed += self._take_named(connection, named, parameters, in_hand)
@@ -743,22 +753,65 @@ class Store:
         followers = self._lease(connection, statement, named)
         return sorted(heads + self._without_gaps(connection, wanted, followers), key=_number)
 
-    def _unkeyed(self, connection: Connection, parameters: dict[str, Any]) -> list[int]:
-        """Return the numbers of due rows without a key, wherever they are in the backlog."""
+    def _unkeyed(
+        self, connection: Connection, parameters: dict[str, Any], seconds: float
+    ) -> list[int]:
+        """Return the numbers of due rows without a key, wherever they are in the backlog.
+
+        It goes on searching for ``seconds`` while it finds none.
+        """
         sql = self._statements
         if sql.indexes_all_unkeyed:
             return list(connection.execute(sql.unkeyed, parameters).scalars())
         found: list[int] = []
         if not parameters["of_queue"]:
             found += connection.execute(sql.new_unkeyed, parameters).scalars()
-        # No index has just the rows that were claimed before, so finding them reads through the
-        # backlog: only now and then, since they have waited already.
-        if len(found) < parameters["at_most"] and time.monotonic() >= self._read_through_at:
-            through = connection.execute(sql.unkeyed, parameters).scalars().all()
-            found += through
-            if len(through) < parameters["at_most"]:
-                self._read_through_at = time.monotonic() + _READ_THROUGH
+        # No index has just the other rows, so finding them reads through the backlog: a part of it
+        # at a time.
+        until = time.monotonic() + seconds
+        if len(found) < parameters["at_most"]:
+            found += self._pass_until(until, connection, parameters, self._passed)[0]
+        if len(found) < parameters["at_most"] and time.monotonic() >= self._pass_again_at:
+            again = self._passed_again
+            come_back, is_end = self._pass_until(until, connection, parameters, again)
+            found += come_back
+            if is_end:
+                again.clear()
+                self._pass_again_at = time.monotonic() + _PASS_AGAIN
         return found
+
+    def _pass_until(self, until: float, *arguments: Any) -> tuple[list[int], bool]:
+        """Do the same as :meth:`_pass`, again and again while it finds none, if there is time."""
+        while True:
+            found, is_end = self._pass(*arguments)
+            if found or is_end or time.monotonic() >= until:
+                return found, is_end
+
+    def _pass(
+        self,
+        connection: Connection,
+        parameters: dict[str, Any],
+        positions: dict[tuple[str, int], _Position],
+    ) -> tuple[list[int], bool]:
+        """Search for due rows without a key from a position on, and go on up to the first of them.
+
+        Returns:
+            The numbers of those that are found, and whether there are no rows behind.
+        """
+        place = parameters["of_queue"], parameters["of_rank"]
+        behind_at, behind_seq = positions.get(place, (NO_FLOOR, 0))
+        position = {"behind_at": behind_at, "behind_seq": behind_seq, "among": _PASSED}
+        rows = connection.execute(self._statements.passed, {**parameters, **position}).all()
+        unkeyed = [row for row in rows if row.key is None]
+        is_end = not unkeyed and (not rows or rows[-1].size < _PASSED)
+        if unkeyed:
+            # Not past them: they may be locked, or this transaction may be rolled back.
+            positions[place] = unkeyed[0].due_at, unkeyed[0].seq - 1
+        elif rows:
+            # At the end, transactions may still commit rows that were due a bit earlier.
+            last = rows[-1]
+            positions[place] = (last.late, 0) if is_end else (last.due_at, last.seq)
+        return [row.seq for row in unkeyed], is_end
 
     def _due_heads(self, connection: Connection, parameters: dict[str, Any]) -> list[int]:
         """Return the numbers of rows that are the first of their key and due.
@@ -767,15 +820,19 @@ class Store:
         """
         queue = parameters["of_queue"]
         began = after = self._next_key.get(queue, "")
+        # Usually most heads are due, and those for which there is no room would cost as much.
+        among = min(2 * parameters["at_most"], parameters["among"])
         for _ in range(_LOOKS):
-            keys = connection.execute(self._statements.heads, {**parameters, "after": after}).all()
-            is_end = len(keys) < parameters["among"]
+            look = {**parameters, "after": after, "among": among}
+            keys = connection.execute(self._statements.heads, look).all()
+            is_end = len(keys) < among
             self._next_key[queue] = after = "" if is_end else keys[-1].key
             found = [each.seq for each in keys if each.seq is not None]
             if found or (is_end and not began):
                 return found
             if is_end:
                 began = ""  # once more, from the first key on
+            among = parameters["among"]
         return []
 
     def _without_gaps(

@@ -286,20 +286,48 @@ def test_an_ordered_claim_finds_the_one_free_key_among_many(
         assert store.claim(1, ordered=True) == []
 
 
+@pytest.mark.parametrize("queue", ["", "q"])
 def test_rows_without_a_key_are_found_behind_a_waiting_key_also_when_they_are_tried_again(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def claim() -> list[Claimed]:
+        # One row of each key is what consumers ask for, the relay takes more.
+        return store.claim(5, queue=queue, ordered=not queue, one_a_key=bool(queue))
+
     monkeypatch.setattr(module, "_WINDOW", 10)
-    store.put([an_event(n, key="stuck") for n in range(100)])
-    store.claim(1, ordered=True)
-    store.put([an_event("new")])
-    [new] = store.claim(5, ordered=True)
+    monkeypatch.setattr(module, "_PASSED", 10)
+    store.put_rows([values_of(an_event(n, key="stuck"), queue=queue) for n in range(100)])
+    store.release(store.claim(1, queue=queue), 3600)
+    store.put_rows([values_of(an_event("new"), queue=queue)])
+    [new] = claim()
     assert new.event.payload == "new"
     store.release([new])
+    [again] = claim()
+    assert again.event.payload == "new"
+    assert claim() == []
+    store.release([again], in_place=True)
     if store.engine.dialect.name != "mariadb":  # where an index has them all
-        assert store.claim(5, ordered=True) == []  # a moment ago the backlog was read through
-    store._read_through_at = 0.0
-    assert payloads(store.claim(5, ordered=True)) == ["new"]
+        assert claim() == []  # a moment ago the whole backlog was searched
+    store._pass_again_at = 0.0
+    assert payloads(claim()) == ["new"]
+
+
+def test_the_search_for_rows_without_a_key_goes_on_with_the_next_claim(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store.engine.dialect.name == "mariadb":
+        pytest.skip("an index has them all")
+    monkeypatch.setattr(module, "_WINDOW", 10)
+    monkeypatch.setattr(module, "_PASSED", 10)
+    monkeypatch.setattr(module, "_SEARCH", 0.0)
+    rows = [values_of(an_event(n, key="stuck"), queue="q") for n in range(100)]
+    store.put_rows(rows)  # all of them due at one time
+    store.release(store.claim(1, queue="q"), 3600)
+    store.put_rows([values_of(an_event(n), queue="q") for n in range(3)])
+    claims = [store.claim(5, queue="q", one_a_key=True) for _ in range(12)]
+    found = [row.event.payload for claimed in claims for row in claimed]
+    assert found == [0, 1, 2]
+    assert claims[:5] == [[]] * 5
 
 
 def test_two_claims_of_one_key_leave_no_gap_in_what_either_takes(postgresql_url: str) -> None:

@@ -63,7 +63,7 @@ from outbox.storage.floors import Span
 from outbox.storage.schema import GRACE, events
 from outbox.storage.upkeep.published_rows import moving
 
-__all__ = ["NEVER", "ClaimedRow", "Statements", "statements"]
+__all__ = ["NEVER", "OWNER_LENGTH", "ClaimedRow", "Statements", "statements"]
 
 # A parameter must not have the name of a column.
 _QUEUE = bindparam("of_queue", type_=String)
@@ -77,6 +77,9 @@ _SECONDS = bindparam("seconds", type_=Float)
 _TOKEN = bindparam("of_token", type_=String)
 _WHY = bindparam("why", type_=Text)
 _FAILURES = bindparam("failures", type_=Integer)
+
+OWNER_LENGTH = 12
+"""The characters of a lease's token that name its owner."""
 
 _RANKS = tuple(range(256))  # the priorities of AMQP
 _FEW_ROWS = {"insertmanyvalues_page_size": 100}
@@ -357,18 +360,34 @@ class Statements(ABC):
         Seeks what is leased, which is due soon, in every rank there may be.
         """
         row = events.c
+        in_hand = and_(row.queue == _QUEUE, self._in_hand, row.key.is_not(None))
+        return self._by_due(select(row.key).where(in_hand)).distinct()
+
+    @functools.cached_property
+    def held(self) -> Select[Any]:
+        """The rows in ``queues`` that ``owners`` lease, for at most ``seconds``."""
+        row = events.c
+        owner = func.substr(row.lease_token, 1, OWNER_LENGTH)
         return self._by_due(
-            select(row.key).where(
-                row.queue == _QUEUE,
-                row.rank.in_(_RANKS),
-                row.dead_at.is_(None),
-                row.available_at > now(),
-                # Twice, since the clock may have been set back.
-                row.available_at <= in_seconds(2 * _SECONDS),
-                row.lease_token.is_not(None),
-                row.key.is_not(None),
+            select(row.seq, row.lease_token).where(
+                row.queue.in_(bindparam("queues", type_=String, expanding=True)),
+                self._in_hand,
+                owner.in_(bindparam("owners", type_=String, expanding=True)),
             )
-        ).distinct()
+        )
+
+    @functools.cached_property
+    def _in_hand(self) -> ColumnElement[bool]:
+        """Whether a row is leased for at most ``seconds``: such a row is due soon."""
+        row = events.c
+        return and_(
+            row.rank.in_(_RANKS),
+            row.dead_at.is_(None),
+            row.available_at > now(),
+            # Twice, since the clock may have been set back.
+            row.available_at <= in_seconds(2 * _SECONDS),
+            row.lease_token.is_not(None),
+        )
 
     @functools.cached_property
     def lease_free_named(self) -> Update | Select[Any]:

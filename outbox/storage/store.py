@@ -22,7 +22,6 @@ from sqlalchemy import (
     Select,
     Update,
     delete,
-    func,
     inspect,
     select,
     update,
@@ -36,7 +35,7 @@ from outbox.storage.clock import now
 from outbox.storage.creating import ADDED_LATER, check_server, create_missing, ddl
 from outbox.storage.floors import NO_FLOOR, Floors
 from outbox.storage.schema import events, known_dialect, metadata_of
-from outbox.storage.statements import NEVER, ClaimedRow, statements
+from outbox.storage.statements import NEVER, OWNER_LENGTH, ClaimedRow, statements
 from outbox.storage.transactions import READS_ONLY, own_transaction, try_again
 from outbox.storage.upkeep import published_rows, row_counts
 from outbox.storage.upkeep.row_counts import Status
@@ -54,7 +53,6 @@ _Position = tuple[Any, int]
 _WINDOW = 500  # rows, or keys, at least: what an ordered claim looks at in one statement
 _LOOKS = 8  # statements in which a claim searches for a free key; the next one goes on there
 _TOKEN = 36  # the length of its column
-OWNER_LENGTH = 12
 _PASSED = 1000  # rows in which a claim searches for those without a key; the next one goes on there
 _SEARCH = 0.1  # seconds for which one does so that finds nothing else
 _PASS_AGAIN = 30.0  # seconds between two searches for those that came back behind others
@@ -470,21 +468,35 @@ class Store:
         return {row.seq for row in leases if row.lease_token == tokens[row.seq]}
 
     def held_by(
-        self, owners: Sequence[str], *, connection: Connection | None = None
+        self,
+        owners: Sequence[str],
+        queues: Sequence[str],
+        lease: float,
+        *,
+        connection: Connection | None = None,
     ) -> list[Claimed]:
         """Return the rows that are leased to the stores with these owners.
 
-        It reads the whole table.
+        Without those whose lease has ended. The cost depends on the number of rows that are leased
+        or become due soon, not on that of all.
+
+        Args:
+            owners: the owners.
+            queues: the queues to look into.
+            lease: the seconds for which they lease rows.
+            connection: the connection to use; by default a new transaction.
         """
         if connection is None:
             with own_transaction(self.engine) as connection:
-                return self.held_by(owners, connection=connection)
-        token = events.c.lease_token
-        is_theirs = func.substr(token, 1, OWNER_LENGTH).in_(list(owners))
-        tokens = select(token).where(is_theirs, events.c.dead_at.is_(None)).distinct()
+                return self.held_by(owners, queues, lease, connection=connection)
+        parameters = {"owners": list(owners), "queues": list(queues), "seconds": float(lease)}
+        by_token: dict[str, list[int]] = {}
+        for seq, token in connection.execute(self._statements.held, parameters):
+            by_token.setdefault(token, []).append(seq)
         held: list[Claimed] = []
-        for each in connection.execute(tokens).scalars().all():
-            held += self._claimed(connection, each, self._read_one_by_one(connection, each))
+        for token, seqs in by_token.items():
+            rows = self._read_one_by_one(connection, token, seqs)
+            held += self._claimed(connection, token, rows)
         return held
 
     def alive(self, ids: Mapping[int, str], *, connection: Connection | None = None) -> set[int]:
@@ -888,10 +900,20 @@ class Store:
         claimed.sort(key=_number)
         return claimed
 
-    def _read_one_by_one(self, connection: Connection, token: str) -> Iterator[Any]:
-        """Yield the rows leased with ``token``, and bury those that can't be loaded."""
-        leased = select(events.c.seq).where(events.c.lease_token == token)
-        for number in connection.execute(leased).scalars().all():
+    def _read_one_by_one(
+        self, connection: Connection, token: str, numbers: Sequence[int] | None = None
+    ) -> Iterator[Any]:
+        """Yield rows leased with ``token``, and bury those that can't be loaded.
+
+        Args:
+            connection: the connection.
+            token: the lease.
+            numbers: those of its rows; without them, the whole table is read.
+        """
+        if numbers is None:
+            leased = select(events.c.seq).where(events.c.lease_token == token)
+            numbers = connection.execute(leased).scalars().all()
+        for number in numbers:
             try:
                 yield connection.execute(self._statements.leased, {"number": number}).one()
             except _UNREADABLE as error:

@@ -432,6 +432,29 @@ def test_due_rows_are_found_by_the_partial_index_however_many_are_dead_or_schedu
     assert "filesort" not in str(plan)  # MariaDB would lock all that it sorts
 
 
+def test_what_others_lease_is_found_by_owner_without_reading_the_table(store: Store) -> None:
+    rows = [values_of(an_event(n), queue=f"q{n % 3}", rank=n % 2) for n in range(12)]
+    store.put_rows(rows)
+    store.put_rows([values_of(an_event(n, delay=3600), queue="q0") for n in range(1000)])
+    owners = [uuid.uuid4().hex[:12] for _ in range(3)]
+    first, second, third = (Store(store.engine, owner) for owner in owners)
+    theirs = first.claim(2, queue="q0") + first.claim(1, queue="q1") + second.claim(1, queue="q0")
+    third.claim(2, queue="q0")
+    second.claim(1, queue="q2")
+    first.release(theirs[:1])
+
+    def seqs(found: list[Claimed]) -> list[int]:
+        return sorted(row.seq for row in found)
+
+    assert seqs(store.held_by(owners[:2], ["q0", "q1"], 60.0)) == seqs(theirs[1:])
+    assert store.held_by(owners[:1], ["q2"], 60.0) == []
+    assert store.held_by(["0" * 12], ["q0", "q1", "q2"], 60.0) == []
+    # Their leases are those that end within the given time.
+    [mine] = third.claim(1, queue="q1", lease=3000.0)
+    assert mine.seq not in seqs(store.held_by(owners, ["q1"], 60.0))
+    assert mine.seq in seqs(store.held_by(owners, ["q1"], 3000.0))
+
+
 def test_the_status_counts_up_to_a_limit_and_exactly_without_one(store: Store) -> None:
     store.put([an_event(n) for n in range(20)])
     store.put([an_event(n, delay=3600) for n in range(30)])

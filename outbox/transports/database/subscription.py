@@ -549,7 +549,7 @@ class DatabaseSubscription:
         for owners, was_begun in dead:
             begun: list[Claimed] = []
             sent_ahead: list[Claimed] = []
-            for row in store.held_by(owners, connection=connection):
+            for row in self._held_by(owners, connection):
                 (begun if was_begun(row.queue, row.event.id) else sent_ahead).append(row)
             store.release(begun, in_place=True, connection=connection)
             self._release_unbegun(sent_ahead, connection)
@@ -557,8 +557,13 @@ class DatabaseSubscription:
     def _release_unknown(self, connection: Connection) -> None:
         """Release what was claimed by a commit whose answer got lost."""
         known = {row.seq for row in self._leases.rows}
-        held = self._database.store.held_by([self.owner], connection=connection)
+        held = self._held_by([self.owner], connection)
         self._release_unbegun([row for row in held if row.seq not in known], connection)
+
+    def _held_by(self, owners: Sequence[str], connection: Connection) -> list[Claimed]:
+        queues = [queue.name for queue in self._queues]
+        lease = self._database.lease
+        return self._database.store.held_by(owners, queues, lease, connection=connection)
 
     def _release_unbegun(self, rows: Sequence[Claimed], connection: Connection) -> None:
         # Counted as returned, so that is_deadly() doesn't count the claim as a loss.

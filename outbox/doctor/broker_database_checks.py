@@ -18,6 +18,7 @@ from outbox.errors import OutboxError, UsageError
 from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.messages.delivery import dead_letter_queue
 from outbox.messages.rows import UNROUTED
+from outbox.presence.listener import listen
 from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.schema import events
 from outbox.storage.side_engine import Unfit
@@ -25,7 +26,7 @@ from outbox.transports.database.kinds import database_at, engine_at
 from outbox.transports.database.sqlite.disk_room import room_at
 from outbox.transports.database.sqlite.location import Location
 
-__all__ = ["CHECKS", "dead_letters", "without_consumer"]
+__all__ = ["CHECKS", "dead_letters", "without_consumer", "workers"]
 
 _NETWORKS = (
     *("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "lustre", "afs", "ncpfs", "glusterfs"),
@@ -215,6 +216,24 @@ def _same_tables(examined: Examined) -> Iterator[Problem]:
             "process that dies wait for a relay",
             "Run `outbox relay`, or name the application's database as the broker.",
         )
+
+
+def workers(examined: Examined) -> dict[str, list[str]]:
+    """Return the version of outbox of each worker, by the queue it consumes; not of unnamed queues.
+
+    Raises:
+        NotApplicable: the broker is no database on a server.
+        OutboxError: it can't be read.
+    """
+    if not examined.url.is_database or examined.url.scheme == "sqlite":
+        raise NotApplicable
+    found = [each for each in listen(settings=examined.settings) if each.kind == "worker"]
+    names_all = not any(each.more_queues for each in found)
+    versions = {
+        spec.name: [each.outbox for each in found if spec.name in each.queues]
+        for spec in examined.specs
+    }
+    return {queue: known for queue, known in versions.items() if known or names_all}
 
 
 def without_consumer(examined: Examined) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -104,6 +104,13 @@ class ManagementAPI:
         except FileNotFoundError:
             return set()
         return {each["destination"] for each in found if each["destination_type"] == "queue"}
+
+    def consumers_of(self, queue: str) -> Sequence[Mapping[str, Any]]:
+        """Return what the clients that consume from a queue say of themselves: properties."""
+        details = (self.queue(queue) or {}).get("consumer_details", ())
+        names = {each.get("channel_details", {}).get("connection_name") for each in details}
+        found = self._get(f"vhosts/{self._vhost}/connections")
+        return [each.get("client_properties", {}) for each in found if each.get("name") in names]
 
     def policies(self) -> Sequence[dict[str, Any]]:
         """Return the policies of the vhost, those of operators included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from outbox.doctor.broker_probe import Refusal
@@ -11,9 +12,12 @@ from outbox.doctor.examined import Examined
 from outbox.doctor.finding import NotChecked, Problem
 from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.messages.delivery import QueueSpec, dead_letter_queue
+from outbox.transports.rabbitmq.parameters import VERSION_PROPERTY
 from outbox.transports.rabbitmq.topology import obstacle
 
 __all__ = ["CHECKS"]
+
+_NONE_RUNS = "no worker of these modules runs"
 
 
 def _specs(examined: Examined) -> tuple[Sequence[QueueSpec], NotChecked | None]:
@@ -172,16 +176,50 @@ def _dead_rows(examined: Examined) -> Iterator[Problem]:
     yield from dead_rows(examined)
 
 
-def _no_worker(examined: Examined) -> Iterator[Problem]:
+def _workers(examined: Examined) -> Iterator[Problem]:
+    if not examined.is_rabbitmq:
+        from outbox.doctor.broker_database_checks import workers
+
+        found = workers(examined)
+        if not any(found.values()):
+            raise NotChecked(_NONE_RUNS)
+        for name, versions in found.items():
+            if not versions:
+                yield _unconsumed(name)
+            yield from _mixed(name, versions)
+        return
     probe = examined.probe
     queues = {spec.name: probe.queue(spec.name) for spec in examined.specs}
     if not any(queue is not None and queue.consumers for queue in queues.values()):
-        raise NotChecked("no worker of these modules runs")
+        raise NotChecked(_NONE_RUNS)
     for name, queue in queues.items():
         if queue is None or (not queue.consumers and not queue.messages):
-            yield Problem(
-                "warning", f"no worker consumes {name!r}, while others of these modules run"
-            )
+            yield _unconsumed(name)
+    management = examined.management
+    for name in queues:
+        clients = management.consumers_of(name)
+        yield from _mixed(name, [each.get(VERSION_PROPERTY) for each in clients])
+
+
+def _unconsumed(queue: str) -> Problem:
+    return Problem("warning", f"no worker consumes {queue!r}, while others of these modules run")
+
+
+def _mixed(queue: str, versions: Sequence[object]) -> Iterator[Problem]:
+    """Yield a problem if the workers of a queue have several versions of outbox.
+
+    Args:
+        queue: its name.
+        versions: that of each worker; what is no text is unknown.
+    """
+    counts = Counter(version for version in versions if isinstance(version, str) and version)
+    if len(counts) > 1:
+        listed = ", ".join(f"{version:.40} ({n})" for version, n in sorted(counts.items()))
+        yield Problem(
+            "warning",
+            f"the workers of {queue!r} have different versions of outbox: {listed}",
+            "Restart those with the earlier version, if a deployment isn't under way.",
+        )
 
 
 def _messages(count: int, what: str = "message") -> str:
@@ -217,8 +255,8 @@ CHECKS = (
     ),
     Check(
         "OBX302",
-        "queues that no worker consumes",
+        "the workers of the queues, and their versions",
         "Start a worker without -Q, or one with this queue.",
-        _no_worker,
+        _workers,
     ),
 )

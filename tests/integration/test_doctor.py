@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from outbox.doctor.catalogue import all_checks
 from outbox.doctor.examination import Diagnosis, examine
 from outbox.doctor.examined import SetUp
 from outbox.messages.rows import UNROUTED, values_of
+from outbox.presence.announcement import encoded
 from outbox.service.identity.pid_file import PidFile
 from outbox.service.identity.status_file import Status, status_path
 from outbox.settings import SettingOverrides, Settings
@@ -38,6 +41,8 @@ from outbox.storage.engines import open_engine
 from outbox.testing.broker import BrokerMissing
 from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from outbox.testing.servers import ServerMissing
+from outbox.transports.database.presence.presence_records import DatabasePresenceRecords
+from outbox.transports.rabbitmq import parameters
 from outbox.url import BrokerURL
 from tests.commands import run_outbox
 from tests.conftest import new_database
@@ -384,6 +389,58 @@ def test_messages_without_a_consumer_are_named(
     diagnosis = diagnose(url, module)
     assert len(found(diagnosis)) == 1
     assert "management" in unchecked(diagnosis)["OBX107"]
+
+
+def test_workers_of_different_versions_are_named(
+    managed: ManagedBroker, url: str, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = write(INVOICES)
+    with contextlib.ExitStack() as stack:
+        for version in ("1.4.0", "1.5.0", "1.5.0"):
+            monkeypatch.setattr(parameters, "installed_version", partial(str, version))
+            publisher = stack.enter_context(Publisher(url))
+            worker = Worker(load([module]), publisher=publisher)
+            worker.start()
+            stack.callback(worker.stop)
+
+        def is_known() -> bool:  # to the API, which learns of consumers a moment later
+            lines = found(diagnose(url, module, management=managed))
+            return any("1.5.0 (2)" in line for line in lines)
+
+        wait_until(is_known, 30)
+        only(
+            diagnose(url, module, management=managed),
+            "OBX302",
+            r"of 'invoices' have different versions of outbox: 1.4.0 \(1\), 1.5.0 \(2\)",
+        )
+        assert "management" in unchecked(diagnose(url, module))["OBX302"]
+
+
+def test_a_database_knows_the_workers_that_have_announced_themselves(
+    postgresql_url: str, write: Write
+) -> None:
+    opened(postgresql_url).engine.dispose()
+    url = postgresql_url.replace("+psycopg", "")
+    first, second = write(INVOICES), write(INVOICES.replace("invoices", "receipts"))
+    records = DatabasePresenceRecords(BrokerURL.parse(url))
+
+    def workers_of(modules: Sequence[str]) -> list[str]:
+        lines = found(diagnose(url, *modules))
+        return [line for line in lines if line.startswith("OBX302")]
+
+    def announce(process: str, kind: str, version: str, *queues: str) -> None:
+        own = {"process": process, "kind": kind, "interval": 30.0, "outbox": version}
+        records.write(process, encoded({**own, "phase": "ready"}, queues).decode())
+
+    assert "no worker of these modules" in unchecked(diagnose(url, first))["OBX302"]
+    announce("a", "worker", "1.5.0", "invoices")
+    announce("b", "relay", "1.4.0")
+    assert workers_of([first]) == []
+    [line] = workers_of([first, second])
+    assert "no worker consumes 'receipts'" in line
+    announce("c", "worker", "1.4.0", "invoices")
+    [line] = workers_of([first])
+    assert line.endswith("have different versions of outbox: 1.4.0 (1), 1.5.0 (1)")
 
 
 def test_a_queue_without_a_worker_beside_others_is_named(url: str, write: Write) -> None:

@@ -9,9 +9,15 @@ import pika.credentials
 
 from outbox.errors import UsageError
 from outbox.settings import Settings
+from outbox.system.version import installed_version
 from outbox.url import BrokerURL
 
-__all__ = ["connection_parameters"]
+__all__ = ["CONSUMER", "VERSION_PROPERTY", "connection_parameters"]
+
+CONSUMER = "consumer"
+"""The role of a worker's connection."""
+VERSION_PROPERTY = "outbox_version"
+"""The property by which a worker's connection names the version of outbox."""
 
 _FILES = ("cafile", "certfile", "keyfile")
 _OPTIONS = (*_FILES, "auth")
@@ -45,6 +51,9 @@ def connection_parameters(
         raise UsageError(f"auth in the {url.scheme} URL excludes the setting 'credentials'")
     credentials = _credentials(url)
     context = _tls_context(url.options) if url.scheme == "amqps" else None
+    properties = {"connection_name": f"{settings.connection_name} {role}"}
+    if role == CONSUMER:  # finding it out takes more time than a short program should lose
+        properties[VERSION_PROPERTY] = installed_version()
     return [
         pika.ConnectionParameters(
             host=host,
@@ -56,7 +65,7 @@ def connection_parameters(
             stack_timeout=settings.connect_timeout,
             connection_attempts=1,
             ssl_options=pika.SSLOptions(context, host) if context else None,
-            client_properties={"connection_name": f"{settings.connection_name} {role}"},
+            client_properties=properties,
         )
         for host, port in url.hosts
     ]

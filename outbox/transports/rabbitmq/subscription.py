@@ -23,7 +23,7 @@ from outbox.transports.rabbitmq import pika_connection, topology
 from outbox.transports.rabbitmq.consuming.acks import Done
 from outbox.transports.rabbitmq.consuming.queue_consumer import QueueConsumer
 from outbox.transports.rabbitmq.link import Link
-from outbox.transports.rabbitmq.parameters import connection_parameters
+from outbox.transports.rabbitmq.parameters import CONSUMER, connection_parameters
 from outbox.transports.rabbitmq.pika_errors import was_ended_for_an_error
 from outbox.url import BrokerURL
 
@@ -57,7 +57,7 @@ class RabbitMQSubscription:
         self, url: BrokerURL, settings: Settings, queues: Sequence[QueueSpec], prefetch: int
     ) -> None:
         self._link = Link(
-            connection_parameters(url, settings, "consumer"),
+            connection_parameters(url, settings, CONSUMER),
             self,
             name="outbox-consumer",
             credentials=settings.credentials,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from types import FrameType
 from typing import Any
 
 import pytest
 
+from outbox import enqueue_event
 from outbox.consumers import (
     REJECT,
     REQUEUE,
@@ -16,6 +18,9 @@ from outbox.consumers import (
     ReceivedEvent,
     RetryPolicy,
 )
+from outbox.consumers.message.tally import ThreadTally
+from outbox.consumers.outcome import Outcome
+from outbox.messages.delivery import Delivery
 from outbox.telemetry import metrics
 from tests.places import Place, events_for, made, working
 from tests.waiting import wait_until
@@ -82,6 +87,45 @@ def test_a_worker_shows_what_it_works_on(place: Place, name: str) -> None:
                 go_on.set()
             wait_until(lambda: worker.stats().ended == 3)
             wait_until(lambda: worker.stats().in_flight == 0)
+
+
+def test_each_thread_counts_for_itself(
+    place: Place, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[tuple[threading.Thread, threading.Thread]] = []
+    count = ThreadTally.ended
+
+    def ended(tally: ThreadTally, delivery: Delivery, outcome: Outcome, began: float) -> None:
+        threads.append((tally.thread, threading.current_thread()))
+        count(tally, delivery, outcome, began)
+
+    class Publishing(Consumer):  # which ends on the thread that gets the confirms
+        queue = made(place, name)
+        auto_publish = True
+        timeout = 0.5
+        retry = RetryPolicy(max_attempts=1)
+
+        def process(self, event: ReceivedEvent) -> None:
+            if event.payload["n"] == 0:
+                time.sleep(1)
+            enqueue_event({"n": 0}, f"{name}.async", exchange="")
+
+    class Asynchronous(Consumer):
+        queue = made(place, f"{name}.async")
+
+        async def process(self, event: ReceivedEvent) -> None:
+            pass
+
+    monkeypatch.setattr(ThreadTally, "ended", ended)
+    with place.publisher(unroutable="fail") as publisher:
+        publisher.publish(events_for(publisher, [name] * 6))
+        with working(publisher, Publishing, Asynchronous) as worker:
+            wait_until(lambda: worker.stats().ended == 11)
+            late, other = worker.stats().queues
+    assert (late.outcomes["acked"], late.outcomes["dead"]) == (5, 1)
+    assert other.outcomes["acked"] == 5
+    assert all(own is current for own, current in threads)
+    assert len({current for _, current in threads}) > 2
 
 
 @pytest.mark.one_python

@@ -175,7 +175,8 @@ class ThreadTally:
             cell = self._cell_of(delivery.queue)
         if outcome is not ACK:
             self._count(cell, name_of(outcome), seconds)
-            delivery.read_times()  # it may never have been decoded
+            if delivery.since is None:
+                delivery.read_times()  # it may never have been decoded
         else:
             times = cell.durations
             if times.above < seconds <= times.up_to:

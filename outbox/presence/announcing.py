@@ -31,6 +31,8 @@ _LONGEST_CLASS = 255
 _LOOK = 1.0
 """Seconds between two looks whether there is something to announce: another phase, or the
 connection that it takes."""
+_END_WITHIN = 2.0
+"""Seconds for which the end of a process waits until that is announced."""
 
 
 @contextlib.contextmanager
@@ -67,7 +69,7 @@ def announced(
     finally:
         announcing.stopping.set()
         announcing.last_error.end()
-        thread.join(_LOOK)
+        thread.join(_END_WITHIN)
 
 
 class _Announcing:

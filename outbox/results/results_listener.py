@@ -18,7 +18,7 @@ __all__ = ["ResultsListener"]
 
 logger = logging.getLogger("outbox")
 
-_IDLE = 10.0
+_IDLE = 2.0
 """The seconds for which the connection is kept that listens, while nobody waits."""
 _LATER = 600.0
 """The seconds until it is tried again after a listener that heard nothing."""
@@ -58,37 +58,33 @@ class ResultsListener:
     def calling(self, wake: Callable[[], object]) -> Iterator[None]:
         """Call ``wake`` in the block, on another thread, when there may be new results.
 
-        And whenever :attr:`is_proven` changes. It must not block.
+        And whenever :attr:`is_proven` changes. It must not block. See :meth:`listen`.
         """
-        if self._engine is None:
-            yield
-            return
         with self._lock:
             self._wakes.append(wake)
-            new = None
-            if self._listener is None and time.monotonic() >= self._not_before:
-                new = self._listener = self._made(self._engine)
         try:
-            if new is not None:
-                self._start(new)
             yield
         finally:
             with self._lock:
                 self._wakes.remove(wake)
                 self._until = time.monotonic() + _IDLE
 
-    def _made(self, engine: Engine) -> Listener:
-        return Listener(
-            engine,
-            [RESULTS_CHANNEL],
-            self._wake,
-            logger=logger,
-            remedy=_REMEDY,
-            notifying=self._notifying,
-            is_needed=self._is_needed,
-        )
-
-    def _start(self, listener: Listener) -> None:
+    def listen(self) -> None:
+        """Begin to listen, unless that was done, for as long as there are calls to make."""
+        if self._listener is not None or self._engine is None:
+            return
+        with self._lock:
+            if self._listener is not None or time.monotonic() < self._not_before:
+                return
+            listener = self._listener = Listener(
+                self._engine,
+                [RESULTS_CHANNEL],
+                self._wake,
+                logger=logger,
+                remedy=_REMEDY,
+                notifying=self._notifying,
+                is_needed=self._is_needed,
+            )
         try:
             listener.start()
         except (UsageError, RuntimeError, OSError):  # those who wait look for themselves

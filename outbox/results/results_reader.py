@@ -18,6 +18,8 @@ _SHORTEST = 0.004
 _GROWTH = 1.25
 _LONGEST = (0.025, 0.25)
 """Seconds between two looks: at most, and at most after a minute."""
+_ONLY_LOOKS = 0.01
+"""The same while it isn't worth to listen: a result is often there within 30 ms."""
 _LISTENING = 1.0
 """The same while notifications say when to look: some writers can't notify."""
 _LONG = 60.0
@@ -77,6 +79,8 @@ class ResultsReader:
                         row = self.read(id_)
                         if row is not None and row.is_final:
                             return row
+                    if pause > _ONLY_LOOKS:
+                        self._listener.listen()
                     if woken.wait(pause):
                         time.sleep(min(pause, self._waiting * _EACH))
                 return self._last(id_)
@@ -97,6 +101,8 @@ class ResultsReader:
                         row = await asyncio.to_thread(self.read, id_)
                         if row is not None and row.is_final:
                             return row
+                    if pause > _ONLY_LOOKS:
+                        self._listener.listen()
                     try:
                         async with asyncio.timeout(pause):
                             await woken.wait()

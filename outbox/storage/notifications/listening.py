@@ -29,7 +29,7 @@ _PROBE = 1.0
 _QUIET = 15.0
 """The seconds without any notification after which another one to oneself is sent."""
 
-_LOOK = 2.0
+_LOOK = 1.0
 """The seconds between two looks at whether a listener is still needed, if that can end."""
 
 _SPREAD = 0.02
@@ -76,7 +76,7 @@ class Listener:
             logger: gets a warning when notifications don't arrive, once until they do.
             remedy: what is done without notifications, and how they could arrive, for the warning.
             notifying: the engine through which others notify, for probes; by default ``engine``.
-            is_needed: called on the thread every few seconds; once it returns False, the listener
+            is_needed: called on the thread every second; once it returns False, the listener
                 ends without :meth:`stop`. None to listen until then.
         """
         self._engine = engine
@@ -142,13 +142,17 @@ class Listener:
                 with contextlib.suppress(Exception):
                     if connection is not None:
                         connection.close()
-            if not self._is_over():
-                self._wait((), backoff(failures))
+            self._rest(backoff(failures))
             failures += 1
         os.close(self._stop_pipe[0])
         if self._is_unneeded and not self._stopping:
             self._stopping = True
             os.close(self._stop_pipe[1])
+
+    def _rest(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._is_over() and (remaining := until - time.monotonic()) > 0:
+            self._wait((), remaining if self._is_needed is None else min(remaining, _LOOK))
 
     def _is_over(self) -> bool:
         # Once is enough: by the next time, another listener may be needed.

@@ -32,6 +32,7 @@ __all__ = ["Results", "TaskRecord", "record_here", "record_of", "set_record_here
 
 logger = logging.getLogger("outbox.consumer")
 
+_encoder = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
 _LONGEST_ARGS = 64 * 1024  # bytes
 _LONGEST_NAME = 255
 
@@ -161,7 +162,7 @@ class TaskRecord:
         shares = connection is not None and self._results.shares(connection)
         try:
             encoded, self._is_typed = parameters.result_written(value)
-            text = json.dumps(encoded, allow_nan=False, separators=(",", ":"))
+            text = "null" if encoded is None else _encoder.encode(encoded)
             if len(text) > LONGEST_VALUE:
                 raise ValueError(f"it has {len(text):,} bytes as JSON, more than 1 MiB")
         except (TypeError, ValueError, LookupError, RecursionError) as error:

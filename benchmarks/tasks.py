@@ -1,10 +1,11 @@
-"""The cost of calling a task later, beside ``enqueue_event``; and no-op tasks beside Celery's.
+"""The cost of calling a task later, beside ``enqueue_event``; and no-op tasks beside others'.
 
 python -m benchmarks.tasks [--rounds N] [--messages N] [--without-broker]
 
 Calls: chunks of 100, in turns, the best of seven rounds of each. Over RabbitMQ: 8 threads, acks
 after the task; the contenders take turns, each in a new process that is timed from the first to the
-last task, and the ratio is the median of those of the rounds.
+last task, and the ratio is the median of those of the rounds. Celery is one, and Dramatiq if it is
+installed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import datetime
 import decimal
 import gc
+import importlib.util
 import os
 import subprocess
 import sys
@@ -106,7 +108,7 @@ def consume(url: str, messages: int) -> float:
 
 
 def rate(name: str, broker: str, messages: int, **variables: str) -> float:
-    """Return the tasks a second of ``outbox`` or ``celery``, in processes with these variables."""
+    """Return the tasks a second of a contender, in processes with these variables."""
     for step in ("fill", "consume"):
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.tasks", step, name, broker, str(messages)],
@@ -119,11 +121,13 @@ def rate(name: str, broker: str, messages: int, **variables: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def beside_celery(rounds: int, messages: int) -> list[Bound]:
-    """Print the tasks a second, and return the bound."""
+def beside_others(rounds: int, messages: int) -> list[Bound]:
+    """Print the tasks a second, and return the bounds."""
     from outbox.testing.broker import PrivateBroker
 
     rates: dict[str, list[float]] = {"outbox": [], "celery": []}
+    if importlib.util.find_spec("dramatiq") is not None:
+        rates["dramatiq"] = []
     with PrivateBroker() as broker:
         for number in range(rounds):
             for name in rates if number % 2 == 0 else reversed(list(rates)):
@@ -131,18 +135,25 @@ def beside_celery(rounds: int, messages: int) -> list[Bound]:
                 progress(f"{name}: {rates[name][-1]:,.0f} tasks/s")
     for name, found in rates.items():
         print(f"  {name:>8}: {median(found):,.0f} tasks/s ({min(found):,.0f}-{max(found):,.0f})")
-    ratio = median(ours / theirs for ours, theirs in zip(*rates.values(), strict=True))
-    return [Bound("no-op tasks / Celery's, median of paired rounds", ratio, 4)]
+    wanted = {"celery": 4, "dramatiq": 5}
+    return [
+        Bound(
+            f"no-op tasks / those of {name.capitalize()}, median of paired rounds",
+            median(ours / theirs for ours, theirs in zip(rates["outbox"], found, strict=True)),
+            wanted[name],
+        )
+        for name, found in rates.items()
+        if name in wanted
+    ]
 
 
 def main() -> int:
     """Run the benchmark, or one step of it in a process for itself."""
     if sys.argv[1:2] in (["fill"], ["consume"]):
         step, name, url, messages = sys.argv[1:]
-        if name == "celery":
-            from benchmarks.peers.consuming import celery_ as contender
-        else:
-            contender = sys.modules[__name__]
+        contender = sys.modules[__name__]
+        if name != "outbox":
+            contender = importlib.import_module(f"benchmarks.peers.consuming.{name}_")
         result = getattr(contender, step)(url, int(messages))
         print(result)
         return 0
@@ -153,7 +164,7 @@ def main() -> int:
     options = parser.parse_args()
     bounds = calls()
     if not options.without_broker:
-        bounds += beside_celery(options.rounds, options.messages)
+        bounds += beside_others(options.rounds, options.messages)
     return 0 if print_bounds(bounds) else 1
 
 

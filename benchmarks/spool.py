@@ -213,7 +213,7 @@ def healthy(url: str, queue: Queue) -> float:
             for spooled in order:
                 publisher = Publisher(url, exchange=_EXCHANGE, spool=path if spooled else "")
                 pair.append((spooled, publishers.enter_context(publisher)))
-            for number in range(400):
+            for number in range(200):
                 for spooled, publisher in pair if number % 2 else reversed(pair):
                     chunk = events(100)
                     begin = time.process_time()
@@ -306,7 +306,7 @@ def main() -> int:
     with PrivateBroker() as broker:
         queue = Queue(broker.url)
         print(machine(""), flush=True)
-        ratios = [healthy(broker.url, queue) for _ in range(options.rounds)]
+        ratios = [healthy(broker.url, queue) for _ in range(4 * options.rounds)]
         drains = [drained(broker.url, queue) for _ in range(options.rounds)]
     for of_spool, plain in drains:
         progress(f"drained {of_spool:,.0f}/s; published plainly {plain:,.0f}/s")

@@ -118,6 +118,7 @@ class Store:
         self._passed: dict[tuple[str, int], _Position] = {}
         self._passed_again: dict[tuple[str, int], _Position] = {}
         self._pass_again_at = -math.inf
+        self._looked_again = False
 
     def create(self, *, connection: Connection | None = None) -> bool:
         """Create the tables and their indexes if they don't exist.
@@ -780,17 +781,19 @@ class Store:
             found += connection.execute(sql.new_unkeyed, parameters).scalars()
         # No index has just the other rows, so finding them reads through the backlog: a part of it
         # at a time.
+        if len(found) >= parameters["at_most"]:
+            return found
+        # In turns, as long as the second search isn't over.
+        looks_again = self._looked_again = (
+            not self._looked_again and time.monotonic() >= self._pass_again_at
+        )
+        positions = self._passed_again if looks_again else self._passed
         until = time.monotonic() + seconds
-        if len(found) < parameters["at_most"]:
-            found += self._pass_until(until, connection, parameters, self._passed)[0]
-        if len(found) < parameters["at_most"] and time.monotonic() >= self._pass_again_at:
-            again = self._passed_again
-            come_back, is_end = self._pass_until(until, connection, parameters, again)
-            found += come_back
-            if is_end:
-                again.clear()
-                self._pass_again_at = time.monotonic() + _PASS_AGAIN
-        return found
+        passed, is_end = self._pass_until(until, connection, parameters, positions)
+        if looks_again and is_end:
+            positions.clear()
+            self._pass_again_at = time.monotonic() + _PASS_AGAIN
+        return found + passed
 
     def _pass_until(self, until: float, *arguments: Any) -> tuple[list[int], bool]:
         """Do the same as :meth:`_pass`, again and again while it finds none, if there is time."""
@@ -833,7 +836,7 @@ class Store:
         queue = parameters["of_queue"]
         began = after = self._next_key.get(queue, "")
         # Usually most heads are due, and those for which there is no room would cost as much.
-        among = min(2 * parameters["at_most"], parameters["among"])
+        among = min(parameters["at_most"] * 5 // 4 + 1, parameters["among"])
         for _ in range(_LOOKS):
             look = {**parameters, "after": after, "among": among}
             keys = connection.execute(self._statements.heads, look).all()

@@ -324,7 +324,7 @@ def test_the_search_for_rows_without_a_key_goes_on_with_the_next_claim(
     store.put_rows(rows)  # all of them due at one time
     store.release(store.claim(1, queue="q"), 3600)
     store.put_rows([values_of(an_event(n), queue="q") for n in range(3)])
-    claims = [store.claim(5, queue="q", one_a_key=True) for _ in range(12)]
+    claims = [store.claim(5, queue="q", one_a_key=True) for _ in range(24)]
     found = [row.event.payload for claimed in claims for row in claimed]
     assert found == [0, 1, 2]
     assert claims[:5] == [[]] * 5

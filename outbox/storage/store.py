@@ -339,9 +339,9 @@ class Store:
             "at_most": limit,
             "max_bytes": max_bytes,
         }
-        assert sql.exchange is not None
+        statement: Any = sql.exchange  # None only if exchanges() returns False
         try:
-            found = connection.execute(sql.exchange, parameters).all()
+            found = connection.execute(statement, parameters).all()
         except _UNREADABLE:
             return self._claimed(connection, token, self._read_one_by_one(connection, token))
         if found:

@@ -466,6 +466,11 @@ class Statements(ABC):
         return select(*_CLAIMED).where(events.c.seq == bindparam("number"))
 
     @functools.cached_property
+    def named(self) -> Select[Any]:
+        """The rows ``numbers``, as a claim returns them."""
+        return select(*_CLAIMED).where(self.is_one_of)
+
+    @functools.cached_property
     def complete(self) -> Delete:
         """Delete ``numbers`` of the lease ``of_token``."""
         return delete(events).where(self._ours)
@@ -893,7 +898,7 @@ class _MariaDBStatements(Statements):
             "of_token": parameters["of_token"],
         }
         connection.execute(self._lease_named, named)
-        return connection.execute(self._named, {"numbers": seqs}).all()
+        return connection.execute(self.named, {"numbers": seqs}).all()
 
     def numbers(self, seqs: Sequence[int]) -> Any:
         return list(seqs)
@@ -950,10 +955,6 @@ class _MariaDBStatements(Statements):
     @functools.cached_property
     def _lease_named(self) -> Update:
         return _leased_rows().where(self.is_one_of)
-
-    @functools.cached_property
-    def _named(self) -> Select[Any]:
-        return select(*_CLAIMED).where(self.is_one_of)
 
     def _lease(self, condition: ColumnElement[bool]) -> Update | Select[Any]:
         row = events.c

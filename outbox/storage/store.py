@@ -496,7 +496,11 @@ class Store:
             by_token.setdefault(token, []).append(seq)
         held: list[Claimed] = []
         for token, seqs in by_token.items():
-            rows = self._read_one_by_one(connection, token, seqs)
+            named = {"numbers": self._statements.numbers(seqs)}
+            try:
+                rows: Iterable[Any] = connection.execute(self._statements.named, named).all()
+            except _UNREADABLE:
+                rows = self._read_one_by_one(connection, token, seqs)
             held += self._claimed(connection, token, rows)
         return held
 

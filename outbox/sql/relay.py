@@ -21,6 +21,7 @@ from sqlalchemy.engine import URL
 
 from outbox.configuration import default_publisher
 from outbox.errors import UsageError
+from outbox.messages.rows import UNROUTED
 from outbox.publisher import Publisher
 from outbox.sql.row_fates import RowFates, write_fates
 from outbox.sql.waves import Batch
@@ -28,13 +29,14 @@ from outbox.storage.engines import open_engine
 from outbox.storage.failures import DatabaseError, reason_of
 from outbox.storage.floors import Floors
 from outbox.storage.notifications import RELAY_CHANNEL, Listener, can_listen
-from outbox.storage.store import Store
+from outbox.storage.store import Claimed, Store
 from outbox.storage.transactions import own_transaction
 from outbox.storage.upkeep import published_rows
 from outbox.storage.upkeep.purging import Purging
 from outbox.telemetry import sources
 from outbox.telemetry.sources import Samples
 from outbox.transports.outages import outages
+from outbox.url import BrokerURL
 
 __all__ = ["Relay", "RelayStats"]
 
@@ -124,6 +126,10 @@ class Relay:
         self.store = Store(database) if isinstance(database, Engine) else database
         self._floors = Floors()
         self.publisher = publisher or default_publisher()
+        # Stored by processes whose broker is a database, while they couldn't see whether it is this
+        # one. With another broker they aren't this relay's.
+        url = self.publisher.settings.url
+        self._takes_unrouted = url is not None and BrokerURL.parse(url).is_database
         self.batch = batch
         self.lease = lease or max(60.0, 2 * self.publisher.settings.stall_timeout)
         self.ordered = ordered
@@ -302,9 +308,9 @@ class Relay:
             began = time.monotonic()
             # Which finds all, when run_once() asks it to.
             floors = self._floors if known_to_be_connected else None
-            rows = self.store.claim(
-                self.batch, lease=self.lease, ordered=self.ordered, floors=floors
-            )
+            rows = self._claim("", floors)
+            if not rows and self._takes_unrouted:
+                rows = self._claim(UNROUTED, floors)
             self._lag = max((row.age for row in rows), default=0.0)
             if not rows:
                 break
@@ -325,6 +331,11 @@ class Relay:
             if len(rows) < self.batch // 2:
                 break
         return claimed
+
+    def _claim(self, queue: str, floors: Floors | None) -> list[Claimed]:
+        return self.store.claim(
+            self.batch, queue=queue, lease=self.lease, ordered=self.ordered, floors=floors
+        )
 
     def _take_in(self) -> RowFates | None:
         """Wait for the oldest batch in flight, and write its fates.

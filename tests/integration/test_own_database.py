@@ -21,13 +21,14 @@ from sqlalchemy.orm import Session
 from outbox import Event, Publisher, configure, enqueue_event
 from outbox.consumers import Consumer, ReceivedEvent, Worker
 from outbox.messages.rows import UNROUTED, values_of
-from outbox.sql import drain, metadata
+from outbox.sql import Relay, drain, metadata
 from outbox.storage.engines import open_engine
 from outbox.storage.schema import events
 from outbox.storage.store import Store
 from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from outbox.transports.database import own_tables
 from tests.conftest import new_database
+from tests.relaying import opened, running
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.one_python
@@ -177,6 +178,84 @@ with Session(create_engine({url!r})) as session:
         assert worker.stop()
     assert rows(engine) == []
     engine.dispose()
+
+
+DURING_AN_OUTAGE = """
+import os, sys
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+from outbox import configure, enqueue_event
+_, broker, database, after_commit = sys.argv
+configure(broker, after_commit=after_commit, connect_timeout=0.5)
+with Session(create_engine(database)) as session:
+    enqueue_event(1, "order.placed", session=session, id="e1")
+    enqueue_event(1, "order.placed", session=session, id="e2", delay=0.1)
+    session.commit()
+os._exit(9)
+"""
+
+
+def store_during_an_outage(broker: str, database: str, after_commit: str = "publish") -> None:
+    """Store two events in a process for which the broker is away, and which then dies."""
+    away = make_url(broker).set(host="127.0.0.1", port=1)  # where nothing listens
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            DURING_AN_OUTAGE,
+            away.render_as_string(hide_password=False),
+            database,
+            after_commit,
+        ],
+        timeout=30,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 9, done.stderr
+    assert "cannot find out whether events stored with" in done.stderr
+
+
+@pytest.mark.parametrize("after_commit", ["publish", "nothing"])
+def test_events_of_a_process_that_starts_during_an_outage_need_no_relay(
+    server_url: str, after_commit: str
+) -> None:
+    store_during_an_outage(server_url, server_url, after_commit)
+    engine = create_engine(server_url)
+    assert sorted(rows(engine)) == [("e1", UNROUTED), ("e2", UNROUTED)]
+    seen = Seen()
+    with Publisher(server_url) as publisher:
+        worker = Worker([seen], publisher=publisher)
+        worker.start()
+        wait_until(lambda: sorted(seen.ids) == ["e1", "e2"])
+        assert worker.stop()
+    assert rows(engine) == []
+    engine.dispose()
+
+
+def test_if_their_database_is_another_one_a_relay_publishes_them(
+    server_url: str, postgresql: PrivatePostgreSQL
+) -> None:
+    seen = Seen()
+    with new_database(postgresql) as other_url, Publisher(server_url) as publisher:
+        store = opened(other_url)
+        store_during_an_outage(server_url, other_url)
+        assert store.status().queues == {UNROUTED: 2}
+        worker = Worker([seen], publisher=publisher)
+        worker.start()
+        with running(Relay(store, publisher)):
+            wait_until(lambda: sorted(seen.ids) == ["e1", "e2"])
+        assert worker.stop()
+        assert store.status().queues == {}
+        store.engine.dispose()
+
+
+def test_a_relay_to_another_broker_leaves_them_alone(tmp_path: Path) -> None:
+    store = opened(f"sqlite:///{tmp_path}/other.db")
+    stored(store, event(1))
+    with Publisher("memory://") as publisher:
+        assert Relay(store, publisher).run_once() == 0
+    assert store.status().queues == {UNROUTED: 1}
+    store.engine.dispose()
 
 
 @pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
@@ -391,7 +470,7 @@ def test_tables_of_an_earlier_version_are_named_with_the_remedy(
     with Session(engine) as session:
         enqueue_event(1, "order.placed", session=session, id="e1")
         session.commit()
-    assert rows(engine) == [("e1", "")]
+    assert rows(engine) == [("e1", UNROUTED)]
     assert caplog.messages[-1].endswith(": the tables have no identity: run `outbox sql upgrade`")
     engine.dispose()
 

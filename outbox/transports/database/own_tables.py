@@ -50,8 +50,8 @@ _ELSEWHERE = (
 )
 _UNKNOWN = (
     "cannot find out whether events stored with %r are in the same tables as the queues of %s, so "
-    "this process publishes them after their commit, and what it leaves only `outbox relay` does: "
-    "%s"
+    "this process routes them after their commit, and what it leaves a worker of that database "
+    "does, or `outbox relay`: %s"
 )
 
 
@@ -80,7 +80,9 @@ class OwnTables:
     def queue_for(self, event: Event, engine: Engine, options: Mapping[str, Any]) -> str:
         """Return the queue of the row for ``event``; ``""``, the relay's, if that is elsewhere.
 
-        The first time for an engine, this waits until its database has answered, at most 2 s.
+        The first time for an engine, this waits until its database has answered, at most 2 s. While
+        the answer isn't known, it is most likely that the tables are the same: whatever is found
+        there as ``UNROUTED`` is routed by workers if they are, and published by relays if not.
 
         Args:
             event: the event.
@@ -99,6 +101,8 @@ class OwnTables:
             if not self._ask(question):
                 answer.give(is_here=None)
         answer.wait()
+        if answer.is_here is None:
+            return UNROUTED
         return self._queue_of(event) if answer.is_here else ""
 
     def _queue_of(self, event: Event) -> str:

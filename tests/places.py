@@ -66,9 +66,6 @@ class Place(Protocol):
     def will_clean_up(self, queue: str) -> None: ...
 
 
-_EMPTIED = ("outbox_events", "outbox_bindings", "outbox_recurring", "outbox_published")
-
-
 class _Place:
     def __init__(self, url: str, exchange: str) -> None:
         self.url = url
@@ -127,7 +124,13 @@ class SQLitePlace(_Place):
         """Do nothing: the file belongs to the test alone."""
 
 
-_EMPTIED = ("outbox_events", "outbox_bindings", "outbox_presence", "outbox_recurring")
+_EMPTIED = (
+    "outbox_events",
+    "outbox_bindings",
+    "outbox_presence",
+    "outbox_published",
+    "outbox_recurring",
+)
 
 
 class ServerPlace(_Place):

@@ -55,12 +55,12 @@ def payloads(rows: list[Claimed]) -> list[Any]:
 
 
 def wait_until_due(store: Store) -> None:
-    """Make every row due, as time would."""
+    """Make every row due that isn't dead, as time would."""
     with store.engine.begin() as connection:
         connection.execute(
-            events.update().values(
-                available_at=datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
-            )
+            events.update()
+            .where(events.c.dead_at.is_(None))
+            .values(available_at=datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1))
         )
 
 

@@ -344,11 +344,9 @@ class DatabaseSubscription:
             for queue in self._queues
             if self._may_have_room(queue.name) and self._held_up_until.get(queue.name, 0.0) <= now
         ]
-        # Any worker does that for all queues, since the process that stored them may be dead.
-        self._routes_stored = now >= self._look_for_stored_at
+        self._routes_stored = self._looks_for_stored(now)
         if self._routes_stored:
             queues.append(UNROUTED)
-            self._look_for_stored_at = now + _LOOK_FOR_STORED
         due_in = self._database.due_in(queues)
         self._worked_at = now
         soonest = _LOOK_AGAIN if due_in is None else due_in
@@ -359,6 +357,16 @@ class DatabaseSubscription:
             self._database.note_found()
         self._look_at = now + min(max(soonest, 0.0), _LOOK_AGAIN)
         return soonest <= 0
+
+    def _looks_for_stored(self, now: float) -> bool:
+        """Return whether it is time to look for stored events that nothing has routed.
+
+        Any worker does that for all queues, since the process that stored them may be dead.
+        """
+        if now < self._look_for_stored_at:
+            return False
+        self._look_for_stored_at = now + _LOOK_FOR_STORED
+        return True
 
     def _may_have_room(self, queue: str) -> bool:
         """Return whether rows of ``queue`` may be claimed; urgent tasks always."""
@@ -371,6 +379,8 @@ class DatabaseSubscription:
         declaring, self._to_declare = self._to_declare, False
         try:
             written = None
+            # A busy worker comes here without a look before.
+            self._routes_stored |= self._looks_for_stored(now)
             if not (dead or declaring or self._in_doubt or self._routes_stored or self._keeps):
                 written = self._exchange(now, done)
             if written is None:

@@ -68,7 +68,7 @@ with Publisher(url) as publisher:
 
 @contextlib.contextmanager
 def working(url: str, queue: str, path: Path) -> Iterator[int]:
-    """Run a worker in a process of its own; yield its pid."""
+    """Run a worker in a separate process; yield its pid."""
     with subprocess.Popen(
         [sys.executable, "-c", WORKER, url, queue, str(path)],
         stdin=subprocess.PIPE,

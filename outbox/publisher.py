@@ -361,7 +361,7 @@ class Publisher:
 
         What waits for a broker that doesn't answer counts as kept. Events that the broker refuses
         for now have the same limits, but separately: only what exceeds those counts here, so that
-        memory stays bounded. What is in the spool has a limit of its own.
+        memory stays bounded. What is in the spool has a separate limit.
         """
         transport = self._transport()
         events, size = transport.waiting_size

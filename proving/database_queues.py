@@ -1,6 +1,6 @@
 """A database as the broker, under faults: nothing is lost, and nothing invented.
 
-Two processes publish, two store events in transactions of their own in the same database, some of
+Two processes publish, two store events in their transactions in the same database, some of
 which are rolled back, and three consume and publish a follow-on event for each message. Meanwhile
 processes are killed, connections are ended by the server, and the server is killed and frozen. Each
 process writes down what it did in a file that survives it. At the end every event that was reported

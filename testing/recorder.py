@@ -264,7 +264,7 @@ class Recorder:
         """Do nothing: nothing is delivered from a table."""
 
     def announce(self, body: bytes) -> None:
-        """Do nothing: nobody listens."""
+        """Do nothing: there is no listener."""
 
     def ping(self, answer: Callable[[], None]) -> bool:
         """Return False: there is no thread."""

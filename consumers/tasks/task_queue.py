@@ -123,7 +123,7 @@ class _Unknown(Consumer):
 
     def __init__(self, queue: str, seconds: float) -> None:
         self.queue = queue  # type: ignore[misc]
-        self._keeps = KEPT  # type: ignore[misc]  # whoever waits is shown that it failed
+        self._keeps = KEPT  # type: ignore[misc]  # those who wait see that it failed
         self._seconds = seconds
         self._warned: set[str] = set()
 

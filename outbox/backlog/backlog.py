@@ -168,7 +168,7 @@ class Backlog:
     def held_size(self) -> tuple[int, int]:
         """The number of kept events that the broker refuses for now, and the bytes they take.
 
-        They wait for someone to grant a permission or to create a queue. See :meth:`hold`.
+        They wait until a permission is granted or a queue is created. See :meth:`hold`.
         """
         events, size = self._held
         return events, size

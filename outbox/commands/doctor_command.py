@@ -26,7 +26,7 @@ examples:
   outbox doctor shop.consumers
       look at the settings, the broker OUTBOX_URL, the database OUTBOX_DATABASE_URL, and the module
   outbox doctor shop.consumers --management http://rabbit:15672
-      look at policies, bindings, alarms and replicas, too, which only this API tells
+      look at policies, bindings, alarms and replicas, too, which only this API shows
   outbox doctor --json --fail-on error
       print one JSON object, and exit with 1 only for errors
 

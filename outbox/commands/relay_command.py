@@ -163,7 +163,7 @@ def _run_supervised(options: argparse.Namespace, parent: Parent) -> int:
 
 
 def _database_of(options: argparse.Namespace) -> str:
-    """Return what tells the database apart from others, without a password."""
+    """Return what identifies the database, without a password."""
     named = options.database or options.application.database_url
     named = named or os.environ.get(DATABASE_VARIABLE) or ""
     url = urlsplit(named)

@@ -1,4 +1,4 @@
-"""Checks of what only RabbitMQ's management API tells."""
+"""Checks of what only RabbitMQ's management API shows."""
 
 from __future__ import annotations
 

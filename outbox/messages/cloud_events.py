@@ -146,7 +146,7 @@ def structured(content_type: str, body: bytes) -> Structured:
     """
     name = content_type.partition(";")[0].strip().lower()
     if name.startswith(f"{_STRUCTURED}-batch"):
-        raise NotACloudEvent("it is a batch of CloudEvents; send them as messages of their own")
+        raise NotACloudEvent("it is a batch of CloudEvents; send each as a message")
     if name != f"{_STRUCTURED}+json":
         raise NotACloudEvent(f"the format {content_type!r} is not supported; send JSON")
     try:

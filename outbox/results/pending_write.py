@@ -1,4 +1,4 @@
-"""A row that waits to be written, and whoever waits for that."""
+"""A row that waits to be written, and those who wait for that."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ __all__ = ["ResultsListener"]
 logger = logging.getLogger("outbox")
 
 _IDLE = 2.0
-"""The seconds for which the connection is kept that listens, while nobody waits."""
+"""The seconds for which the connection is kept that listens, once the last one has waited."""
 _LATER = 600.0
 """The seconds until it is tried again after a listener that heard nothing."""
 

@@ -75,7 +75,7 @@ class ResultsStore:
 
         Args:
             engine: the engine.
-            listening: the engine to listen with; None if nobody listens.
+            listening: the engine to listen with; None to look only.
 
         Raises:
             UsageError: results can't be kept in that database.

@@ -26,7 +26,7 @@ def faces_of(options: argparse.Namespace, applications: Sequence[str]) -> list[F
 
     Args:
         options: the parsed command line.
-        applications: what tells the application apart from others; see ``Identity``.
+        applications: what identifies the application; see ``Identity``.
 
     Raises:
         UsageError: the id or the address can't be taken, or an option needs another.

@@ -374,7 +374,7 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(ThreadedWSGIServer):
-    """A server for one socket, which another thread calls when someone connects."""
+    """A server for one socket, which another thread calls for each connection."""
 
     daemon_threads = True
     timeout = 0  # of handle_request()

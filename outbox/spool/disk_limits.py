@@ -1,4 +1,4 @@
-"""How much a spool may hold: a limit of its own, and what the disk has left."""
+"""How much a spool may hold: the limit that it was given, and what the disk has left."""
 
 from __future__ import annotations
 

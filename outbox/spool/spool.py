@@ -266,7 +266,7 @@ class Spool:
         try:
             done = self._take_writes()
             self._save()
-            self._count()  # before anybody is told
+            self._count()  # before anything is reported
             for each in done:
                 _call(each)
             while self._requests:

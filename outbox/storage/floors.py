@@ -31,7 +31,8 @@ _LOOK_THROUGH_EVERY = 1.0
 were stored by a transaction that took long, or given back."""
 
 _SHARE = 9
-"""While there is little to claim, reading through takes one part of the time to so many others."""
+"""While there is little to claim, reading through takes one part of the time, and this many parts
+are left."""
 
 _LONGEST_PAUSE = 5.0
 """Seconds between two readings at most, however long they take."""

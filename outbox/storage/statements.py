@@ -735,7 +735,7 @@ class _PostgreSQLStatements(_InOneStatement):
             .limit(1)
             .cte("first")
         )
-        # A row of which the worker itself has the lease, ended or not, is in somebody's hands here;
+        # A row of which the worker itself has the lease, ended or not, is in hand here;
         # among them are those that are deleted, which one statement must not change twice.
         owner = bindparam("of_owner", type_=String)
         is_not_ours = func.left(row.lease_token, func.length(owner)).is_distinct_from(owner)

@@ -602,7 +602,7 @@ class Store:
     ) -> Iterator[tuple[int, datetime.datetime]]:
         """Yield the ranks of ``queue`` to claim from, the highest first, and where to begin.
 
-        It may yield a rank again. Whoever has enough stops.
+        It may yield a rank again. A caller that has enough stops.
         """
         if not self._leaves_remains:
             yield from ((rank, NO_FLOOR) for rank in self._ranks(connection, queue))

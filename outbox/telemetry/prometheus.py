@@ -41,7 +41,7 @@ _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class PrometheusCollector:
-    """A collector of what this process has counted, for applications with a registry of their own.
+    """A collector of what this process has counted, for applications that have a registry.
 
     Counting costs nothing more with it: it reads when it is asked. Where the variable
     ``PROMETHEUS_MULTIPROC_DIR`` is set, as under gunicorn, prometheus_client asks no collector:

@@ -79,7 +79,7 @@ class Source(Protocol):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
     def users(self) -> str | None:
-        """Return who else uses it, as far as that can be found out; None if nobody is found."""
+        """Return who else uses it, as far as that can be found out; None if no one is found."""
         ...
 
     def specs(self) -> list[QueueSpec]:
@@ -97,7 +97,7 @@ class Source(Protocol):
     def move(self, place: str, publish: Publish) -> Iterator[Moved]:
         """Move what is in ``place`` now, some messages at a time.
 
-        Nobody else gets a message while it is being published. One that ``publish`` has confirmed
+        No consumer gets a message while it is being published. One that ``publish`` has confirmed
         is then deleted; if this process ends in between, it is in both places.
         """
         ...

@@ -10,7 +10,7 @@ __all__ = ["Ticker"]
 class Ticker(Protocol):
     """Publishes one event for each time of each of its tasks, in competition with other workers'.
 
-    Thread-safe. It works on a thread of its own, so that it waits for none of a worker's.
+    Thread-safe. It works on a separate thread, so that it waits for none of a worker's.
     """
 
     def start(self) -> None:

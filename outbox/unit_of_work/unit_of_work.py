@@ -62,7 +62,7 @@ class UnitOfWork:
         pid: the id of the process that made it.
         max_events: the limit in events; None for the publisher's setting.
         max_bytes: the limit in bytes of all bodies and headers; None for the publisher's setting.
-        dropped: the ids of the last events that were dropped; None unless someone wants to know.
+        dropped: the ids of the last events that were dropped; None if that is not wanted.
         total: the number of events in all its buffers.
         total_size: the bytes of their bodies and headers.
     """

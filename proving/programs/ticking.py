@@ -1,6 +1,6 @@
 """A process that calls a recurring task at its times, and nothing else: a witness takes the calls.
 
-python -m proving.programs.ticking EVERY FILE, with OUTBOX_URL. Whoever calls writes its pid to
+python -m proving.programs.ticking EVERY FILE, with OUTBOX_URL. The caller writes its pid to
 FILE; who takes part makes FILE-<pid>.
 """
 

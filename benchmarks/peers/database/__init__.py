@@ -1,7 +1,7 @@
 """Queues in PostgreSQL to compare, each set up as its documentation describes.
 
 Publishers commit each chunk, with 200 bytes of JSON an event, before they send the next. Consumers
-have a handler that counts; nobody keeps what is done, and nobody logs a line per message. Each
+have a handler that counts; none of them keeps what is done, and none logs a line per message. Each
 measurement runs in a new process, and a contender's module is imported only there.
 """
 

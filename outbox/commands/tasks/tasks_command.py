@@ -28,7 +28,7 @@ examples:
   outbox tasks forget shop.mail:nightly
       delete what the broker has of a recurring task that no program has any more
 
-Tasks are shown once a worker has begun with them, or somebody has cancelled them, if their results
+Tasks are shown once a worker has begun with them, or they were cancelled, if their results
 are kept (OUTBOX_RESULTS).
 
 exit codes: 0 done, 1 done in part, or there is no such task, 2 wrong usage, or no results are kept,

@@ -78,7 +78,7 @@ def identity_of(options: argparse.Namespace, applications: Sequence[str]) -> Ide
 
     Args:
         options: the parsed command line.
-        applications: what tells the application apart from others; see ``Identity``.
+        applications: what identifies the application; see ``Identity``.
 
     Raises:
         UsageError: an option needs ``--id``.

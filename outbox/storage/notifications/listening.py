@@ -44,7 +44,7 @@ class Listener:
     """Listens on channels, on a background thread and over a connection apart.
 
     A connection that doesn't fail may yet deliver nothing: a pooler in transaction mode accepts
-    LISTEN, and after a failover nobody may be at the other end. So the listener sends a
+    LISTEN, and after a failover the other end may be gone. So the listener sends a
     notification to itself, at first and whenever it has heard nothing for 15 s, and takes another
     connection if it doesn't arrive within a second. Between two attempts are up to 30 s.
 

@@ -60,7 +60,7 @@ def engine_at(url: BrokerURL) -> Engine:
 
 
 def store_at(url: BrokerURL) -> Store:
-    """Return the store of the rows in the database that ``url`` names, with an engine of its own.
+    """Return the store of the rows in the database that ``url`` names, with a new engine.
 
     Raises:
         UsageError, MissingExtra: see :func:`engine_at`.

@@ -127,7 +127,7 @@ class RowSource:
         return queue in self._chosen.names() or (queue == UNROUTED and self._chosen.with_parked)
 
     def count(self, place: str) -> int:
-        """Return the number of rows in ``place`` that nobody leases."""
+        """Return the number of rows in ``place`` that are not leased."""
         return self._count(waits_in(place))
 
     def in_hand(self) -> str | None:

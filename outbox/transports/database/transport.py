@@ -316,7 +316,7 @@ class DatabaseTransport(BackloggedTransport):
         return size
 
     def _set_aside(self, entries: Sequence[Entry]) -> None:
-        """Keep ``entries`` outside the queue for their back-off: someone may create the queue."""
+        """Keep ``entries`` outside the queue for their back-off: the queue may be created."""
         logger.error("cannot park %d event(s): no queue %r", len(entries), PARKING_QUEUE)
         error = Nacked(f"cannot park {len(entries)} event(s): no queue {PARKING_QUEUE!r}")
         self._notify(self.backlog.refused(entries, error))

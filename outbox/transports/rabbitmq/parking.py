@@ -7,7 +7,7 @@ The rules:
     broker has confirmed that; until then it is in flight.
 3.  If an event is returned from there too, the parking queue doesn't exist. If allowed, the queue
     is created on a separate channel, and the event is sent again. Otherwise the event is held, and
-    tried again after a back-off, because someone may create the queue.
+    tried again after a back-off, because the queue may be created.
 4.  A task is never parked for want of its queue, which the first call may precede: the queue is
     declared, as a worker would, and the task is sent again. So that costs nothing otherwise.
 """

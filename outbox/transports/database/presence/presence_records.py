@@ -1,6 +1,6 @@
 """A row for each process, in a database on a server.
 
-Each look and each write has a short connection of its own: so whatever keeps it waiting, a lock or
+Each look and each write opens a short connection: so whatever keeps it waiting, a lock or
 a server that is gone, delays neither events nor messages, and between two announcements no process
 holds a connection for this.
 """

@@ -12,10 +12,10 @@ rules:
 2.  A schedule that is delivered again is published anew at once, and one that is held is every ten
     minutes. Otherwise RabbitMQ 4 drops it after 20 returns, and every version closes a channel over
     a message that waits for its ack for half an hour.
-3.  Who consumes sends a *hello* into the queue. A queue delivers in order: whoever gets a hello
-    back that it has sent over this channel, since it last published a schedule, and holds no
-    schedule, knows that there is none, and writes the first one. Hellos are acked by whoever has
-    the schedule, so none is lost before.
+3.  Who consumes sends a *hello* into the queue. A queue delivers in order: a worker that gets a
+    hello back that it has sent over this channel, since it last published a schedule, and holds no
+    schedule, knows that there is none, and writes the first one. Hellos are acked by the worker
+    that has the schedule, so none is lost before.
 4.  Of two schedules the later one counts. One whose text differs from that of the task counts from
     now: only now the last worker with the other text has left.
 5.  A consumer is never cancelled; its channel is closed. The broker would choose the next one while

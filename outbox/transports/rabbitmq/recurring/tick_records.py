@@ -35,8 +35,8 @@ _PATIENCE = 1.0
 class RabbitMQTickRecords:
     """The register of a queue of tasks, and the queues that it names. For one thread.
 
-    AMQP can't list queues. So whoever writes the first schedule of a task adds its name to the
-    register, a queue of names.
+    AMQP can't list queues. So the worker that writes the first schedule of a task adds its name to
+    the register, a queue of names.
     """
 
     def __init__(self, url: BrokerURL, settings: Settings) -> None:

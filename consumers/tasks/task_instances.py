@@ -46,10 +46,18 @@ class TaskSession:
         self._transactions: contextlib.ExitStack | None = None
         self._databases: set[str] = set()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a session of SQLAlchemy was opened."""
-        return self._session is not None
+    def connections(self) -> list[Any]:
+        """Return the connections whose transactions are committed after the task has returned.
+
+        Those of Django take the statements of the results, too, but no others of SQLAlchemy. In a
+        coroutine function call it in :meth:`in_sync`.
+        """
+        found = [] if self._session is None else [self.sync_session.connection()]
+        for alias in self._databases:
+            connection = sinks.framework.connection(alias)
+            if connection is not None:
+                found.append(connection)
+        return found
 
     def instance(
         self, name: str, key: Sequence[Any], *, is_committed: bool, using: str | None
@@ -177,13 +185,13 @@ class TaskSession:
             return await sinks.framework.in_thread(read)
         return read()
 
-    async def in_sync(self, work: Callable[[Any], None]) -> None:
-        """Call ``work`` with the synchronous session, or None if none was opened."""
+    async def in_sync(self, work: Callable[[], None]) -> None:
+        """Call ``work``, which may use the synchronous session if one was opened."""
         session = self._session
         if hasattr(session, "run_sync"):
-            await session.run_sync(work)
+            await session.run_sync(lambda _: work())
         else:
-            work(session)
+            work()
 
 
 def _key_for(kind: type, key: Sequence[Any]) -> tuple[Any, ...]:

@@ -213,7 +213,9 @@ def _process_of(entry: Entry, shared: TaskQueue) -> Callable[..., Any]:
                     kwargs["session"] = session.opened()
                 result = await call(*args, **kwargs)
                 if (record := record_here()) is not None:
-                    await session.in_sync(functools.partial(record.returned, result, parameters))
+                    await session.in_sync(
+                        lambda: record.returned(result, parameters, session.connections())
+                    )
 
         return process_async
 
@@ -237,9 +239,7 @@ def _process_of(entry: Entry, shared: TaskQueue) -> Callable[..., Any]:
             result = call(*args, **kwargs)
             _refuse_pending(result, entry)
             if (record := record_here()) is not None:
-                record.returned(
-                    result, parameters, session.sync_session if session.is_open else None
-                )
+                record.returned(result, parameters, session.connections())
 
     return process
 

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -66,7 +66,7 @@ class Results(Protocol):
         ...
 
     def shares(self, connection: Any) -> bool:
-        """Return whether a connection of SQLAlchemy leads to the database of the results."""
+        """Return whether a connection leads to the database of the results."""
         ...
 
     def write_on(self, connection: Any, values: Mapping[str, Any]) -> None:
@@ -145,21 +145,20 @@ class TaskRecord:
         self._began_at = time.perf_counter()
         set_record_here(self)
 
-    def returned(self, value: Any, parameters: Parameters, session: Any = None) -> None:
+    def returned(self, value: Any, parameters: Parameters, connections: Sequence[Any] = ()) -> None:
         """Note what the task has returned.
 
         Args:
             value: the value.
             parameters: what knows the annotation of the value.
-            session: the session that is committed next, a synchronous one, or None. If it leads to
-                the database of the results, the end is written in its transaction.
+            connections: those whose transactions are committed next. If one leads to the database
+                of the results, the end is written in its transaction.
 
         Raises:
             TypeError: the value can't be carried, and the transaction can still be rolled back.
         """
         self._results.took(time.perf_counter() - self._began_at)
-        connection = None if session is None else session.connection()
-        shares = connection is not None and self._results.shares(connection)
+        connection = next(filter(self._results.shares, connections), None)
         try:
             encoded, self._is_typed = parameters.result_written(value)
             text = "null" if encoded is None else _encoder.encode(encoded)
@@ -167,13 +166,13 @@ class TaskRecord:
                 raise ValueError(f"it has {len(text):,} bytes as JSON, more than 1 MiB")
         except (TypeError, ValueError, LookupError, RecursionError) as error:
             reason = f"what {self._task} returned can't be kept: {error}"
-            if shares:
+            if connection is not None:
                 raise TypeError(reason) from None
             logger.error("the result of message %r is lost: %s", self._id, reason)
             self._value, self._lost = None, reason
         else:
             self._value = text
-        if shares:
+        if connection is not None:
             self._results.write_on(connection, self._ending(SUCCEEDED))
             self._is_written = True
 

@@ -22,7 +22,7 @@ from outbox.consumers.outcome import Again, Dead
 from outbox.django.checking import check_settings
 from outbox.django.models import StoredEvent
 from outbox.messages.headers import TASK
-from outbox.tasks import later, options, schedule
+from outbox.tasks import TaskFailed, later, options, schedule
 from outbox.testing import CollectedEvents
 from tests.django.shop import models as shop
 from tests.django.shop.models import Order, Parcel, noted
@@ -179,6 +179,27 @@ def test_results_are_kept_in_a_database_of_the_project(tmp_path: Path, outbox_se
     assert worker.stop(10)
     outbox_setting(RESULTS="unknown")
     assert "outbox.E004" in [each.id for each in check_settings()]
+
+
+@pytest.mark.parametrize("databases", ["postgresql", "mariadb"], indirect=True)
+def test_a_result_is_committed_with_what_the_method_has_changed(
+    tmp_path: Path, outbox_setting: Any, databases: str
+) -> None:
+    outbox_setting(URL=f"sqlite:///{tmp_path / 'broker.db'}", RESULTS="default")
+    order, other = Order.objects.create(number=1), Order.objects.create(number=1)
+    worker = Worker(load(["tests.django.shop.models:Order"]), threads=1)
+    worker.start()
+    assert later(order.count_up, "number").result(timeout=20) == 2
+    with pytest.raises(TaskFailed, match=r"TypeError: what .*Order\.count_up returned"):
+        later(other.count_up, "object").result(timeout=20)
+    assert worker.stop(10)
+    assert [each.number for each in Order.objects.order_by("pk")] == [2, 1]
+    if databases == "postgresql":
+        with connections["default"].cursor() as cursor:
+            cursor.execute("SELECT xmin FROM outbox_results WHERE status = 'succeeded'")
+            [result] = cursor.fetchall()
+            cursor.execute("SELECT xmin FROM shop_order WHERE number = 2")
+            assert cursor.fetchall() == [result]  # the transaction that has written it
 
 
 @on_sqlite

@@ -18,7 +18,8 @@ from django.db import DEFAULT_DB_ALIAS, connections, router, transaction
 from django.db.models import Field, Model
 
 from outbox.django import project
-from outbox.django.connecting import engine_of
+from outbox.django.connecting import can_hand_over, engine_of
+from outbox.django.tasks.atomic_connection import AtomicConnection
 from outbox.errors import InvalidEvent, UsageError
 from outbox.sinks import Bound
 
@@ -114,6 +115,18 @@ class ProjectTasks:
         """Return a transaction in which instances are loaded and their methods run."""
         atomic: AbstractContextManager[None] = transaction.atomic(using=alias)
         return atomic
+
+    def connection(self, alias: str) -> AtomicConnection | None:
+        """Return what writes results in the open transaction of a database.
+
+        None where outbox can't connect to it, to compare it with the database of the results. And
+        None on SQLite unless transactions begin with the lock: one that has only read would fail if
+        another connection has written meanwhile.
+        """
+        try:
+            return AtomicConnection(alias) if can_hand_over(alias) else None
+        except UsageError:  # it is in memory
+            return None
 
     def load(self, kind: type[Model], key: tuple[Any, ...], alias: str) -> Model | None:
         """Return the instance with a key, or None."""

@@ -29,6 +29,11 @@ class Order(models.Model):
         in_atomic = connections[self._state.db].in_atomic_block
         noted.append((self.pk, self._state.db, in_atomic, parcel and parcel.pk, fast))
 
+    def count_up(self, kind: str) -> Any:
+        self.number += 1
+        self.save()
+        return self.number if kind == "number" else object()
+
     def lose(self) -> None:
         self.number = -1
         self.save()

@@ -184,7 +184,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def _check_at_end(request: pytest.FixtureRequest, events: EventAssertions) -> None:
-    request.node.stash.setdefault(_CHECKED, []).append(events)
+    checked = request.node.stash.setdefault(_CHECKED, [])
+    checked.append(events)
+    request.addfinalizer(checked.clear)  # the test's item lives until the session ends
 
 
 def _where(request: pytest.FixtureRequest) -> str:

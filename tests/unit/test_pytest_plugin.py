@@ -250,6 +250,38 @@ def test_the_fixture_is_safe_under_threads_loops_and_xdist(
     assert "lost" not in done.stderr
 
 
+KEPT = """
+import gc, weakref
+import pytest
+from outbox import auto_publishing, enqueue_event
+from outbox.consumers import consumer
+
+known = []
+
+@consumer("work", topics=["#"])
+def work(event):
+    raise LookupError("a traceback")
+
+@pytest.mark.parametrize("fixture", ["collected_events", "embedded_events"])
+def test_events(request, fixture):
+    events = request.getfixturevalue(fixture)
+    with auto_publishing():
+        enqueue_event(1, "x")
+    events.deliver_all(work, raise_errors=False)
+    known.append(weakref.ref(events))
+
+def test_afterwards():
+    gc.collect()
+    assert [each() for each in known] == [None, None]
+"""
+
+
+def test_nothing_of_a_test_is_kept_until_the_session_ends(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(KEPT)
+    options = ("-p", "no:cacheprovider", "-p", "no:randomly")
+    pytester.runpytest_subprocess(*options).assert_outcomes(passed=3)
+
+
 def test_two_fixtures_in_one_test_are_refused_naming_both(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_both(collected_events, embedded_events): pass")
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider")

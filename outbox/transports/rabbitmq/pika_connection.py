@@ -20,6 +20,7 @@ pika has no public equivalent, so it is pinned to the versions in which
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import re
 import socket
@@ -319,6 +320,22 @@ def _leave_all_to_parent() -> None:
 process.after_fork(_leave_all_to_parent)
 
 
+class _Waker(_socket.socket):
+    """A second socket that wakes a loop, and is closed with the last reference to it.
+
+    So it is never closed while another thread writes to it. The class beneath Python's, since that
+    one warns that it wasn't closed, and gevent and eventlet replace it.
+    """
+
+    def __init__(self, waking: socket.socket) -> None:
+        number = _socket.dup(waking.fileno())
+        super().__init__(waking.family, waking.type, waking.proto, fileno=number)
+        self.settimeout(0)
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Loop(IOLoop):
     """pika's loop, made safe for callers that are interrupted, and for forks.
 
@@ -339,18 +356,13 @@ class Loop(IOLoop):
     def __init__(self) -> None:
         super().__init__()
         poller: Any = self._poller
-        # Closed with the loop object: never while another thread writes to it.
-        self._waker = poller._w_interrupt.dup()
+        self._waker = _Waker(poller._w_interrupt)
         self._pid = process.pid
         self._forks = threads.greenlets_of(sys.modules) is not None
         self._poll = poller.poll
         self._dispatch = poller._dispatch_fd_events
         poller.poll = self._poll_idle
         poller._dispatch_fd_events = self._dispatch_working
-
-    def __del__(self) -> None:
-        """Close the socket that wakes the loop."""
-        self._waker.close()
 
     def add_callback_threadsafe(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` soon in the loop. Safe in signal handlers and finalizers."""

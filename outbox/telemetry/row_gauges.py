@@ -52,7 +52,7 @@ class RowGauges:
         self._thread.start()
 
     def stop(self) -> None:
-        """Count no more, and don't wait for a count that runs."""
+        """Count no more, and show no gauges soon; don't wait for a count that runs."""
         self._stopping.set()
 
     def _run(self) -> None:
@@ -67,6 +67,7 @@ class RowGauges:
                 self._status = None
                 self._log(f"{type(error).__name__}: {error}".partition("\n")[0])
             pause = max(_EVERY * random.uniform(0.8, 1.2), _SHARE * (time.monotonic() - began))
+        self._status = None
 
     def _log(self, refusal: str) -> None:
         level = logging.DEBUG if refusal == self._refusal else logging.INFO

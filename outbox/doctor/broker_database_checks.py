@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import Connection, func, inspect, select
+from sqlalchemy import Connection, func, select
 
 from outbox.doctor.check import Check
 from outbox.doctor.examined import Examined
@@ -20,7 +20,7 @@ from outbox.messages.delivery import dead_letter_queue
 from outbox.messages.rows import UNROUTED
 from outbox.presence.listener import listen
 from outbox.storage.failures import DatabaseError, reason_of
-from outbox.storage.schema import events
+from outbox.storage.schema import events, exists
 from outbox.storage.side_engine import Unfit
 from outbox.transports.database.kinds import database_at, engine_at
 from outbox.transports.database.sqlite.disk_room import room_at
@@ -148,8 +148,7 @@ def _waiting(examined: Examined) -> dict[str, int]:
     row = events.c
     statement = select(row.queue, func.count()).where(row.dead_at.is_(None))
     with _connected(examined) as connection:
-        schema = None if connection is None else connection.schema_for_object(events)
-        if connection is None or not inspect(connection).has_table(events.name, schema=schema):
+        if connection is None or not exists(connection, events):
             return {}
         rows: list[Any] = list(connection.execute(statement.group_by(row.queue)))
     return {queue: count for queue, count in rows if queue}

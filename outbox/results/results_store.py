@@ -15,7 +15,6 @@ from sqlalchemy import (
     case,
     delete,
     func,
-    inspect,
     literal,
     or_,
     select,
@@ -38,7 +37,7 @@ from outbox.storage.clock import in_seconds, now
 from outbox.storage.creating import check_server
 from outbox.storage.notifications import RESULTS_CHANNEL, can_listen
 from outbox.storage.results_table import results
-from outbox.storage.schema import dialect_of
+from outbox.storage.schema import dialect_of, exists
 from outbox.storage.transactions import own_transaction, reading, try_again
 from outbox.telemetry import tracing
 
@@ -105,8 +104,7 @@ class ResultsStore:
                 connection.execute(CreateTable(results, if_not_exists=True))
                 for index in results.indexes:
                     connection.execute(CreateIndex(index, if_not_exists=True))
-            schema = connection.schema_for_object(results)
-            self._is_ready = inspect(connection).has_table(results.name, schema=schema)
+            self._is_ready = exists(connection, results)
         if self._is_ready:
             return
         raise UsageError(

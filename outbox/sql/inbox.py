@@ -22,7 +22,6 @@ from sqlalchemy import (
     Table,
     delete,
     insert,
-    inspect,
     literal,
     select,
 )
@@ -41,7 +40,7 @@ from outbox.sql import commits
 from outbox.storage.clock import Timestamp, in_seconds, now, seconds_since
 from outbox.storage.creating import create_missing
 from outbox.storage.engines import engine_beside, open_engine
-from outbox.storage.schema import MARIADB_OPTIONS, dialect_of, for_migrations
+from outbox.storage.schema import MARIADB_OPTIONS, dialect_of, exists, for_migrations
 from outbox.storage.transactions import own_transaction
 from outbox.telemetry import tracing
 
@@ -105,8 +104,7 @@ class Inbox:
             UsageError: it doesn't; the message says how to create it.
         """
         with tracing.hidden(), self.engine.connect() as connection:
-            schema = connection.schema_for_object(done)
-            if not inspect(connection).has_table(done.name, schema=schema):
+            if not exists(connection, done):
                 raise UsageError(
                     f"the table {done.name}, which deduplication needs, does not exist; create it "
                     "with `outbox sql create`, or with your migrations (outbox.sql.metadata)"

@@ -39,6 +39,7 @@ from outbox.storage.schema import (
     bindings,
     dialect_of,
     events,
+    exists,
     filled,
     full_name,
     known_dialect,
@@ -161,8 +162,7 @@ def upgrade(engine: Engine) -> list[str]:
         UsageError: there is no table of events, or see :func:`check_server`.
     """
     with own_transaction(engine) as connection:
-        schema = connection.schema_for_object(events)
-        if not inspect(connection).has_table(events.name, schema=schema):
+        if not exists(connection, events):
             raise UsageError(
                 f"the table {events.name} does not exist; create it with `outbox sql create`"
             )
@@ -251,8 +251,7 @@ def database_id(connection: Connection) -> str | None:
         The id; None if they have none, since a migration has created them that writes no rows, or
         an earlier version of outbox.
     """
-    schema = connection.schema_for_object(meta)
-    if not inspect(connection).has_table(meta.name, schema=schema):
+    if not exists(connection, meta):
         return None
     return connection.execute(select(meta.c.id).order_by(meta.c.id).limit(1)).scalar()
 

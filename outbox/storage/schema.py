@@ -31,6 +31,7 @@ from sqlalchemy import (
     Text,
     event,
     insert,
+    inspect,
     literal,
     literal_column,
     null,
@@ -53,6 +54,7 @@ __all__ = [
     "bindings",
     "dialect_of",
     "events",
+    "exists",
     "events_with_grace",
     "filled",
     "for_migrations",
@@ -347,6 +349,12 @@ def known_dialect(name: str) -> str:
     if dialect is None:
         raise UsageError(f"events cannot be stored in {name}, only in {' or '.join(DIALECTS)}")
     return dialect
+
+
+def exists(connection: Connection, table: Table) -> bool:
+    """Return whether one of the tables exists, in the schema that ``connection`` uses for it."""
+    schema = connection.schema_for_object(table)
+    return inspect(connection).has_table(table.name, schema=schema)
 
 
 def metadata_of(dialect: str) -> MetaData:

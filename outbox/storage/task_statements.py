@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, and_, delete, func, inspect, select
+from sqlalchemy import ColumnElement, Engine, and_, delete, func, select
 
 from outbox.messages.headers import DEAD_REASON, PARKED_REASON, TASK
-from outbox.storage.schema import events, has_header
+from outbox.storage.schema import events, exists, has_header
 from outbox.storage.transactions import own_transaction
 
 __all__ = ["count_waiting", "delete_waiting"]
@@ -29,7 +29,7 @@ def _waits(event_id: str) -> ColumnElement[bool]:
 def count_waiting(engine: Engine, event_id: str) -> int:
     """Return how many rows of a task no process has leased."""
     with own_transaction(engine) as connection:
-        if not _is_there(connection):
+        if not exists(connection, events):  # nothing has created it yet
             return 0
         found: Any = connection.execute(
             select(func.count()).select_from(events).where(_waits(event_id))
@@ -40,12 +40,6 @@ def count_waiting(engine: Engine, event_id: str) -> int:
 def delete_waiting(engine: Engine, event_id: str) -> int:
     """Delete the rows of a task that no process has leased; return how many there were."""
     with own_transaction(engine) as connection:
-        if not _is_there(connection):
+        if not exists(connection, events):
             return 0
         return int(connection.execute(delete(events).where(_waits(event_id))).rowcount)
-
-
-def _is_there(connection: Connection) -> bool:
-    """Return whether the table exists: in a new file, nothing has created it yet."""
-    schema = connection.schema_for_object(events)
-    return inspect(connection).has_table(events.name, schema=schema)

@@ -12,13 +12,13 @@ import datetime
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, inspect, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.sql.elements import ColumnElement
 
 from outbox.errors import UsageError
 from outbox.messages.headers import TASK
 from outbox.storage.clock import now
-from outbox.storage.schema import events, has_header
+from outbox.storage.schema import events, exists, has_header
 from outbox.storage.schema import recurring as ticks
 
 __all__ = ["TickRow", "add", "advance", "check", "clock", "has_event", "remove", "rows", "see"]
@@ -52,7 +52,7 @@ def check(connection: Connection) -> None:
     Raises:
         UsageError: it doesn't.
     """
-    if not inspect(connection).has_table(ticks.name, schema=connection.schema_for_object(ticks)):
+    if not exists(connection, ticks):
         raise UsageError(
             f"the table {ticks.name} does not exist; add it with `outbox sql upgrade`, or with "
             "your migrations (outbox.sql.metadata, `outbox sql ddl`)"

@@ -26,15 +26,14 @@ from sqlalchemy import (
     delete,
     func,
     insert,
-    inspect,
     select,
 )
 
 from outbox.errors import UsageError
 from outbox.storage.clock import Timestamp, in_seconds, now
-from outbox.storage.schema import MARIADB_OPTIONS, events, for_migrations
+from outbox.storage.schema import MARIADB_OPTIONS, events, exists, for_migrations
 
-__all__ = ["check", "count", "exists", "moving", "published", "purge"]
+__all__ = ["check", "count", "moving", "published", "purge"]
 
 _WITHOUT = ("seq", "available_at", "lease_token", "dead_at", "reason")
 _CARRIED = [column for column in events.columns if column.name not in _WITHOUT]
@@ -59,19 +58,13 @@ Index("outbox_published_kept", published.c.kept_until)
 for_migrations(published)
 
 
-def exists(connection: Connection) -> bool:
-    """Return whether the table exists."""
-    schema = connection.schema_for_object(published)
-    return inspect(connection).has_table(published.name, schema=schema)
-
-
 def check(connection: Connection) -> None:
     """Check that the table exists.
 
     Raises:
         UsageError: it doesn't.
     """
-    if not exists(connection):
+    if not exists(connection, published):
         raise UsageError(
             f"the table {published.name} does not exist, which keep_published needs; add it with "
             "`outbox sql upgrade`, or with your migrations (outbox.sql.metadata, `outbox sql ddl`)"
@@ -102,7 +95,7 @@ def purge(connection: Connection, limit: int) -> int:
 
 def count(connection: Connection, at_most: int) -> int:
     """Return the number of rows, at most ``at_most``; 0 if the table doesn't exist."""
-    if not exists(connection):
+    if not exists(connection, published):
         return 0
     rows = select(published.c.number).limit(at_most).subquery()
     return int(connection.execute(select(func.count()).select_from(rows)).scalar_one())

@@ -19,7 +19,6 @@ from sqlalchemy import (
     cast,
     func,
     insert,
-    inspect,
     literal,
     select,
 )
@@ -28,7 +27,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from outbox.errors import UsageError
 from outbox.messages.delivery import QueueSpec, dead_letter_queue
 from outbox.messages.topics import matches
-from outbox.storage.schema import bindings, dialect_of
+from outbox.storage.schema import bindings, dialect_of, exists
 
 __all__ = [
     "ARE_KNOWN",
@@ -74,8 +73,7 @@ def check(connection: Connection) -> None:
     Raises:
         UsageError: it doesn't; the message says how to create it.
     """
-    schema = connection.schema_for_object(bindings)
-    if not inspect(connection).has_table(bindings.name, schema=schema):
+    if not exists(connection, bindings):
         raise UsageError(
             f"the table {bindings.name} does not exist; create it with `outbox sql upgrade`, or "
             "with your migrations (outbox.sql.metadata)"

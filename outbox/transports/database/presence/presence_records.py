@@ -11,13 +11,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, TypeVar
 
-from sqlalchemy import Connection, delete, insert, inspect, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.pool import NullPool
 
 from outbox.errors import UsageError
 from outbox.storage.clock import in_seconds, now, seconds_since
-from outbox.storage.schema import presence
+from outbox.storage.schema import exists, presence
 from outbox.storage.transactions import own_transaction, try_again
 from outbox.transports.database.server.server_address import ServerAddress
 from outbox.transports.database.server.server_errors import DATABASE_ERRORS, of_server
@@ -103,8 +103,7 @@ def _drop_silent(connection: Connection) -> None:
 
 def _check(connection: Connection) -> None:
     """Raise UsageError if the table is missing."""
-    schema = connection.schema_for_object(presence)
-    if not inspect(connection).has_table(presence.name, schema=schema):
+    if not exists(connection, presence):
         raise UsageError(
             f"the table {presence.name} does not exist; add it with `outbox sql upgrade`, or with "
             "your migrations (outbox.sql.metadata, `outbox sql ddl`)"

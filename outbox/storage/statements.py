@@ -273,7 +273,7 @@ class Statements(ABC):
         """The numbers of the oldest ``at_most`` rows that ``lease_due`` may lease, in order."""
         row = events.c
         oldest = select(row.seq).where(self.due_from_floor).order_by(row.available_at, row.seq)
-        return self._by_due(oldest.limit(_AT_MOST))
+        return self.by_due(oldest.limit(_AT_MOST))
 
     @functools.cached_property
     def lease_chosen(self) -> Update | Select[Any]:
@@ -311,7 +311,7 @@ class Statements(ABC):
         row = events.c
         due = self.due_from_floor
         oldest = select(row.seq, row.key).where(due).order_by(row.available_at, row.seq)
-        window = self._materialized(self._by_due(oldest.limit(_AMONG)).cte("near"))
+        window = self._materialized(self.by_due(oldest.limit(_AMONG)).cte("near"))
         keys = select(window.c.key).where(window.c.key.is_not(None)).distinct().subquery("keys")
         unkeyed = select(window.c.seq).where(window.c.key.is_(None))
         heads = select(self._due_head_of(keys.c.key)).select_from(keys)  # NULL where it isn't due
@@ -361,14 +361,14 @@ class Statements(ABC):
         """
         row = events.c
         in_hand = and_(row.queue == _QUEUE, self._in_hand, row.key.is_not(None))
-        return self._by_due(select(row.key).where(in_hand)).distinct()
+        return self.by_due(select(row.key).where(in_hand)).distinct()
 
     @functools.cached_property
     def held(self) -> Select[Any]:
         """The rows in ``queues`` that ``owners`` lease, for at most ``seconds``."""
         row = events.c
         owner = func.substr(row.lease_token, 1, OWNER_LENGTH)
-        return self._by_due(
+        return self.by_due(
             select(row.seq, row.lease_token).where(
                 row.queue.in_(bindparam("queues", type_=String, expanding=True)),
                 self._in_hand,
@@ -435,7 +435,7 @@ class Statements(ABC):
             .order_by(row.available_at, row.seq)
             .limit(_AMONG)
         )
-        window = self._materialized(self._by_due(oldest).cte("passed"))
+        window = self._materialized(self.by_due(oldest).cte("passed"))
         latest = select(window.c.seq).order_by(window.c.due_at.desc(), window.c.seq.desc()).limit(1)
         is_last = window.c.seq == latest.scalar_subquery()
         late = seconds_after(window.c.due_at, literal(-1.0))
@@ -486,6 +486,7 @@ class Statements(ABC):
         """
         return None
 
+    @functools.cached_property
     def keep(self) -> Insert:
         """Copy ``numbers`` of the lease ``of_token`` to those that are kept, for ``seconds``."""
         return moving(self._ours)
@@ -562,7 +563,7 @@ class Statements(ABC):
         """Have ``cte`` evaluated once."""
         return cte.prefix_with("MATERIALIZED")
 
-    def _by_due(self, statement: Select[Any]) -> Select[Any]:
+    def by_due(self, statement: Select[Any]) -> Select[Any]:
         """Have rows read in the order of the index of what is due."""
         return statement
 
@@ -864,7 +865,7 @@ class _MariaDBStatements(Statements):
         # rank to rank, it would read all rows up to each. Dead rows are due in the year 9999.
         row = events.c
         firsts = (
-            self._by_due(select(row.queue, row.rank, func.min(row.available_at).label("due_at")))
+            self.by_due(select(row.queue, row.rank, func.min(row.available_at).label("due_at")))
             .where(row.queue.in_(bindparam("queues", type_=String, expanding=True)))
             .group_by(row.queue, row.rank)
         )
@@ -961,7 +962,7 @@ class _MariaDBStatements(Statements):
         oldest = select(row.seq, func.length(row.payload).label("size")).where(condition)
         ordered = oldest.order_by(row.available_at, row.seq).limit(_AT_MOST)
         if condition is self.due_from_floor:
-            ordered = self._by_due(ordered)
+            ordered = self.by_due(ordered)
         return ordered.with_for_update(skip_locked=True)
 
     def _gather(self, numbers: ColumnElement[int]) -> ColumnElement[Any]:
@@ -970,7 +971,7 @@ class _MariaDBStatements(Statements):
     def _materialized(self, cte: CTE) -> CTE:
         return cte
 
-    def _by_due(self, statement: Select[Any]) -> Select[Any]:
+    def by_due(self, statement: Select[Any]) -> Select[Any]:
         return _forced(statement, events, "outbox_events_due")
 
     def _by_key(self, statement: Select[Any], table: Any = events) -> Select[Any]:

@@ -390,7 +390,7 @@ class Store:
             keep: the seconds for which they are in ``outbox_published`` from now on; 0 for none.
             connection: the connection whose transaction to use; by default a new transaction.
         """
-        first = self._statements.keep() if keep else None
+        first = self._statements.keep if keep else None
         parameters: dict[str, Any] = {"seconds": float(keep)} if keep else {}
         return self._change(rows, self._statements.complete, parameters, connection, first=first)
 

@@ -157,7 +157,7 @@ def count(connection: Connection, at_most: int | None = AT_MOST) -> Status:
         total = QueueStatus()
         for each in of_queue:
             if each.due_at is not None and each.due_at < NEVER:
-                total += _count_rank(connection, queue, each.rank, limit)
+                total += _count_rank(connection, dialect, queue, each.rank, limit)
         if total.total:
             by_queue[queue] = total
     dead = _count_dead(connection, dialect, ranks, limit)
@@ -165,10 +165,12 @@ def count(connection: Connection, at_most: int | None = AT_MOST) -> Status:
     return Status(by_queue, dead, sum(dead.values()) < limit, kept, kept < limit)
 
 
-def _count_rank(connection: Connection, queue: str, rank: int, limit: int) -> QueueStatus:
+def _count_rank(
+    connection: Connection, dialect: str, queue: str, rank: int, limit: int
+) -> QueueStatus:
     # In one statement, so that a row which is claimed meanwhile is counted once.
     parameters = {"of_queue": queue, "of_rank": rank, "at_most": limit}
-    counts = connection.execute(_of_rank(), parameters).one()
+    counts = connection.execute(_of_rank(dialect), parameters).one()
     return QueueStatus(
         counts.waiting,
         counts.later - counts.leased,
@@ -197,7 +199,7 @@ def _queues(dialect: str) -> Select[Any]:
     """The queues that have rows, on MariaDB also dead ones."""
     queue = events.c.queue
     if dialect == "mariadb":  # which jumps from group to group
-        return _by_due(select(queue).group_by(queue))
+        return statements(dialect).by_due(select(queue).group_by(queue))
     alive = events.c.dead_at.is_(None)
     queues = select(func.min(queue).label("queue")).where(alive).cte("queues", recursive=True)
     following = select(func.min(queue)).where(queue > queues.c.queue, alive).scalar_subquery()
@@ -206,11 +208,11 @@ def _queues(dialect: str) -> Select[Any]:
 
 
 @functools.cache
-def _of_rank() -> Select[Any]:
+def _of_rank(dialect: str) -> Select[Any]:
     """Of the rows with ``of_rank`` in ``of_queue``, the numbers, each up to ``at_most``."""
-    row = events.c
+    row, by_due = events.c, statements(dialect).by_due
     of_rank = (row.queue == _QUEUE, row.rank == _RANK, row.dead_at.is_(None))
-    by_due = (row.available_at, row.seq)
+    in_order = (row.available_at, row.seq)
     due = select(row.stored_at).where(*of_rank, row.available_at <= now())
     due_later = select(row.lease_token).where(
         *of_rank,
@@ -218,9 +220,9 @@ def _of_rank() -> Select[Any]:
         # Not those in MariaDB's index of what is due that are dead.
         row.available_at < NEVER,
     )
-    waiting = _by_due(due.order_by(*by_due).limit(_LIMIT)).subquery("due")
+    waiting = by_due(due.order_by(*in_order).limit(_LIMIT)).subquery("due")
     # What is leased is due soon, and so it is counted before what is scheduled for later.
-    later = _by_due(due_later.order_by(*by_due).limit(_LIMIT)).subquery("due_later")
+    later = by_due(due_later.order_by(*in_order).limit(_LIMIT)).subquery("due_later")
     first = select(
         func.count().label("waiting"), seconds_since(func.min(waiting.c.stored_at)).label("oldest")
     ).select_from(waiting)
@@ -237,7 +239,7 @@ def _dead(dialect: str) -> Select[Any]:
     row = events.c
     those = select(row.reason).where(row.dead_at.is_not(None)).limit(_LIMIT)
     if dialect == "mariadb":  # where no index has a condition, but the dead are due last
-        those = _by_due(
+        those = statements(dialect).by_due(
             those.where(
                 row.queue.in_(bindparam("queues", type_=String, expanding=True)),
                 row.rank.in_(bindparam("ranks", type_=Integer, expanding=True)),
@@ -250,9 +252,3 @@ def _dead(dialect: str) -> Select[Any]:
         .group_by(dead.c.reason)
         .order_by(text("2 DESC"), dead.c.reason)
     )
-
-
-def _by_due(statement: Select[Any]) -> Select[Any]:
-    for dialect in ("mariadb", "mysql"):
-        statement = statement.with_hint(events, "FORCE INDEX (outbox_events_due)", dialect)
-    return statement

@@ -264,10 +264,10 @@ class Recorder:
         """Do nothing: nothing is delivered from a table."""
 
     def announce(self, body: bytes) -> None:
-        """Do nothing: there is no listener."""
+        """Do nothing: only RabbitMQ passes it on."""
 
     def ping(self, answer: Callable[[], None]) -> bool:
-        """Return False: there is no thread."""
+        """Return False: it has no thread."""
         return False
 
     def prepare(self, events: Sequence[Event], *, keep: bool) -> Chunk:

@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, parent: Parent, framework: Framework | None
 
     def on_ready() -> None:
         supervised.say(READY)
-        # Not before: in a new file there are no tables yet.
+        # Not before: a new file has no tables yet.
         if supervised.is_first and http_address(options):
             gauges.extend(_started_gauges(workers[-1]))
 

@@ -221,7 +221,7 @@ def workers(examined: Examined) -> dict[str, list[str]]:
     """Return the version of outbox of each worker, by the queue it consumes; not of unnamed queues.
 
     Raises:
-        NotApplicable: the broker is no database on a server.
+        NotApplicable: the broker isn't a database on a server.
         OutboxError: it can't be read.
     """
     if not examined.url.is_database or examined.url.scheme == "sqlite":

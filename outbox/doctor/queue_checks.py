@@ -210,7 +210,7 @@ def _mixed(queue: str, versions: Sequence[object]) -> Iterator[Problem]:
 
     Args:
         queue: its name.
-        versions: that of each worker; what is no text is unknown.
+        versions: that of each worker; what isn't text is unknown.
     """
     counts = Counter(version for version in versions if isinstance(version, str) and version)
     if len(counts) > 1:

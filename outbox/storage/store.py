@@ -815,7 +815,7 @@ class Store:
         """Search for due rows without a key from a position on, and go on up to the first of them.
 
         Returns:
-            The numbers of those that are found, and whether there are no rows behind.
+            The numbers of those that are found, and whether the last row was looked at.
         """
         place = parameters["of_queue"], parameters["of_rank"]
         behind_at, behind_seq = positions.get(place, (NO_FLOOR, 0))
@@ -839,7 +839,7 @@ class Store:
         """
         queue = parameters["of_queue"]
         began = after = self._next_key.get(queue, "")
-        # Usually most heads are due, and those for which there is no room would cost as much.
+        # Usually most heads are due, and those that don't fit would cost as much.
         among = min(parameters["at_most"] * 5 // 4 + 1, parameters["among"])
         for _ in range(_LOOKS):
             look = {**parameters, "after": after, "among": among}

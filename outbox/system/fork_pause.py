@@ -33,7 +33,7 @@ class Pause:
     The thread is busy, except in a block ``with pause:``, in which it only waits for work. At the
     end of the block it waits until a fork is over that has begun meanwhile.
 
-    Where waiting is no block, the thread sets ``busy`` itself, and calls :meth:`wait` if
+    Where waiting isn't a block, the thread sets ``busy`` itself, and calls :meth:`wait` if
     :attr:`forking` is True afterwards.
 
     Attributes:

@@ -28,7 +28,7 @@ _SHARE = 50
 class RowGauges:
     """Counts the rows of each queue, and has them read with what this process counts.
 
-    While the database can't be counted, there are no gauges: old ones would hide that.
+    While the database can't be counted, it shows no gauges: old ones would hide that.
     """
 
     def __init__(self, count: Callable[[], Status], queues: Iterable[str]) -> None:

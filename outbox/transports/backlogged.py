@@ -137,7 +137,7 @@ class BackloggedTransport:
         return self._encode(event)
 
     def announce(self, body: bytes) -> None:
-        """Do nothing: there is no listener."""
+        """Do nothing: only RabbitMQ passes it on."""
 
     def ping(self, answer: Callable[[], None]) -> bool:
         """Return False: another process may keep a database locked for long."""

@@ -55,10 +55,10 @@ class MemoryTransport:
         """Do nothing: nothing is delivered from a table."""
 
     def announce(self, body: bytes) -> None:
-        """Do nothing: there is no listener."""
+        """Do nothing: only RabbitMQ passes it on."""
 
     def ping(self, answer: Callable[[], None]) -> bool:
-        """Return False: there is no thread."""
+        """Return False: it has no thread."""
         return False
 
     def prepare(self, events: Sequence[Event], *, keep: bool) -> Chunk:

@@ -62,7 +62,7 @@ def open_transport(settings: Settings) -> Transport:
     if url.scheme != "memory":
         check_threads()
     notify = Notifier(settings)
-    transport: Transport = _class_for(url, "Transport")(url, settings, notify)
+    transport: Transport = _member_for(url, "Transport")(url, settings, notify)
     if settings.spool and isinstance(transport, BackloggedTransport):
         from outbox.spool.spooling import Spooling
 
@@ -143,7 +143,7 @@ def open_presence_records(settings: Settings) -> PresenceRecords | None:
     url = _configured(settings)
     if url.scheme == "sqlite":  # each commit wakes all of its processes, which are on one machine
         return None
-    records_class = _class_for(url, "PresenceRecords")
+    records_class = _member_for(url, "PresenceRecords")
     records: PresenceRecords | None = records_class and records_class(url)
     return records
 
@@ -158,7 +158,7 @@ def open_store(settings: Settings) -> Store | None:
         UsageError: the URL is invalid.
     """
     url = _configured(settings)
-    store_at = _class_for(url, "store_at")
+    store_at = _member_for(url, "store_at")
     store: Store | None = store_at and store_at(url)
     return store
 
@@ -171,12 +171,12 @@ def _configured(settings: Settings) -> BrokerURL:
 
 def _class_with_queues(url: BrokerURL, name: str, refusal: str) -> Any:
     """Return the class ``name`` of the transport for ``url``; raise ``UsageError`` without one."""
-    found = _class_for(url, name)
+    found = _member_for(url, name)
     if found is None:
         raise UsageError(f"{url.scheme}:// {refusal}; use {_WITH_QUEUES}")
     return found
 
 
-def _class_for(url: BrokerURL, name: str) -> Any:
-    """Return the class ``name`` of the transport for ``url``, or None if it has none."""
+def _member_for(url: BrokerURL, name: str) -> Any:
+    """Return what the transport for ``url`` has by this name, a class or a function, or None."""
     return getattr(importlib.import_module(_PACKAGES[url.scheme]), name, None)

@@ -45,7 +45,7 @@ def engine(postgresql_url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def looks_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits looks once, and then only if there was a notification."""
+    """Those who wait look once, and then only if there was a notification."""
     monkeypatch.setattr(results_reader, "_SHORTEST", NEVER)
     monkeypatch.setattr(results_reader, "_LONGEST", (NEVER, NEVER))
     monkeypatch.setattr(results_reader, "_LISTENING", NEVER)

@@ -1,1 +1,1 @@
-"""What operators see of the stored events."""
+"""Besides publishing: rows are counted, kept for a while, and deleted."""

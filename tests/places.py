@@ -9,7 +9,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import Any, Protocol, TypeAlias, Unpack
 
 import pytest
 from sqlalchemy import create_engine, text
@@ -33,11 +33,13 @@ from tests.amqp import Inspector
 from tests.waiting import wait_until
 
 __all__ = [
+    "DatabasePlace",
     "Place",
     "RabbitMQPlace",
     "Reader",
     "SQLitePlace",
     "ServerPlace",
+    "database_place_of",
     "events_for",
     "made",
     "parked_in",
@@ -45,6 +47,7 @@ __all__ = [
     "reading",
     "replay",
     "selected",
+    "server_place_of",
     "working",
 ]
 
@@ -177,6 +180,27 @@ def place_of(kind: str, request: pytest.FixtureRequest, name: str, folder: Path)
     amqp_url: str = request.getfixturevalue("amqp_url")
     inspector: Inspector = request.getfixturevalue("inspector")
     return RabbitMQPlace(amqp_url, name, inspector)
+
+
+DatabasePlace: TypeAlias = SQLitePlace | ServerPlace
+
+
+def database_place_of(
+    kind: str, request: pytest.FixtureRequest, name: str, folder: Path
+) -> DatabasePlace:
+    """Return a test's place in a database; see :func:`place_of`."""
+    place = place_of(kind, request, name, folder)
+    assert isinstance(place, SQLitePlace | ServerPlace)
+    return place
+
+
+def server_place_of(
+    kind: str, request: pytest.FixtureRequest, name: str, folder: Path
+) -> ServerPlace:
+    """Return a test's place in a database on a server; see :func:`place_of`."""
+    place = place_of(kind, request, name, folder)
+    assert isinstance(place, ServerPlace)
+    return place
 
 
 class Reader:

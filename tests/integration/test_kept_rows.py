@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 from sqlalchemy import event, select, text, update
@@ -23,19 +23,23 @@ from outbox.storage.schema import events
 from outbox.storage.upkeep import purging
 from outbox.storage.upkeep.published_rows import published
 from tests.amqp import Inspector
-from tests.places import ServerPlace, SQLitePlace, events_for, made, place_of, working
+from tests.places import (
+    DatabasePlace,
+    SQLitePlace,
+    database_place_of,
+    events_for,
+    made,
+    working,
+)
 from tests.relaying import an_event, is_empty, many, running
 from tests.waiting import wait_until
 
-DatabasePlace: TypeAlias = SQLitePlace | ServerPlace
 HOUR = 3600.0
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
 def place(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> DatabasePlace:
-    found = place_of(request.param, request, name, tmp_path)
-    assert isinstance(found, SQLitePlace | ServerPlace)
-    return found
+    return database_place_of(request.param, request, name, tmp_path)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 
@@ -24,17 +24,19 @@ from outbox.messages.rows import values_of
 from outbox.storage.store import Store
 from tests.consuming import Command
 from tests.integration.test_store import an_event, payloads
-from tests.places import ServerPlace, SQLitePlace, made, place_of, selected, working
+from tests.places import (
+    DatabasePlace,
+    database_place_of,
+    made,
+    selected,
+    working,
+)
 from tests.waiting import wait_until
-
-DatabasePlace: TypeAlias = SQLitePlace | ServerPlace
 
 
 @pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
 def place(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> DatabasePlace:
-    found = place_of(request.param, request, name, tmp_path)
-    assert isinstance(found, SQLitePlace | ServerPlace)
-    return found
+    return database_place_of(request.param, request, name, tmp_path)
 
 
 @pytest.fixture

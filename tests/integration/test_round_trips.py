@@ -15,14 +15,12 @@ from outbox.sql import Store
 from outbox.storage.engines import open_engine
 from outbox.storage.floors import Floors
 from outbox.storage.store import Claimed
-from tests.places import ServerPlace, events_for, made, place_of, reading
+from tests.places import ServerPlace, events_for, made, reading, server_place_of
 
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> ServerPlace:
-    found = place_of("postgresql", request, name, tmp_path)
-    assert isinstance(found, ServerPlace)
-    return found
+    return server_place_of("postgresql", request, name, tmp_path)
 
 
 @pytest.fixture

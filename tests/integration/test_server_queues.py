@@ -30,22 +30,18 @@ from outbox.url import BrokerURL
 from proving import database_queues
 from proving.proxy import FaultProxy
 from tests import shipping
-from tests.places import ServerPlace, events_for, made, place_of, reading, working
+from tests.places import ServerPlace, events_for, made, place_of, reading, server_place_of, working
 from tests.waiting import wait_until
 
 
 @pytest.fixture(params=["postgresql", "mariadb"])
 def place(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> ServerPlace:
-    found = place_of(request.param, request, name, tmp_path)
-    assert isinstance(found, ServerPlace)
-    return found
+    return server_place_of(request.param, request, name, tmp_path)
 
 
 @pytest.fixture
 def postgresql_place(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> ServerPlace:
-    found = place_of("postgresql", request, name, tmp_path)
-    assert isinstance(found, ServerPlace)
-    return found
+    return server_place_of("postgresql", request, name, tmp_path)
 
 
 @pytest.fixture

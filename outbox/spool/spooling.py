@@ -89,6 +89,7 @@ class Spooling:
         self._pass_on: Callable[[Sequence[SpoolFile]], None] | None = None  # once replaced
         self._own_aside = 0
         self._reading = False
+        self._arrived: Read | None = None  # what was read, until the backlog has it
         self._full = (0.0, "")
 
     @property
@@ -184,6 +185,7 @@ class Spooling:
         Call it when the entries have moved.
         """
         files = self._spool.hand_over()
+        self._restore()  # the file counts it as in memory: else it would be nowhere
         self._pass_on = self._leave if successor is None else successor.take_over
         return partial(self._pass_on, files)
 
@@ -237,14 +239,28 @@ class Spooling:
         events, size = self._backlog.kept_in_memory
         if events <= WINDOW // 2 and size <= WINDOW_BYTES // 2:
             self._reading = True
-            self._spool.read(lambda read: self._host.call_soon(partial(self._on_read, read)))
+            self._spool.read(self._on_read)
 
     def _on_read(self, read: Read) -> None:
+        """Have the backlog take what was read; on the spool's thread."""
+        self._arrived = read
+        self._host.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._arrived is None:  # taken by hand_over()
+            return
         self._reading = False
+        if self._restore():
+            self._fill()
+
+    def _restore(self) -> bool:
+        """Add to the backlog what has arrived; return whether there was any event."""
+        read, self._arrived = self._arrived, None
+        if read is None:
+            return False
         self._own_aside -= read.own
         self._backlog.restore(read.entries)
-        if read.entries:
-            self._fill()
+        return bool(read.entries)
 
     def _on_adopted(self, events: int, size: int) -> None:
         if self._pass_on is not None:

@@ -12,8 +12,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,10 @@ from outbox import (
 )
 from outbox.spool import spool as spool_module
 from outbox.spool.file_lock import FileLock
+from outbox.spool.spool import Read
 from outbox.spool.spool_file import SpoolFile, Unwritable
 from outbox.spool.spool_folder import digest_of, lock_path
+from outbox.spool.spooling import Spooling
 from outbox.url import BrokerURL
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
@@ -606,6 +609,40 @@ def test_another_configure_goes_on_with_the_spool(
     proxy.heal()
     assert new.drain(30)
     assert [int(id) for id in arrived(inspector, queue, len(expected))] == expected
+    new.close()
+
+
+def test_what_is_being_read_when_the_publisher_is_replaced_is_published_in_order(
+    proxy: FaultProxy,
+    inspector: Inspector,
+    name: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue = inspector.queue(name, name)
+    proxy.refuse()
+    configure(proxy.url, exchange=name, spool=folder).publish(numbered(1500, exchange=name))
+    hand_over = Spooling.hand_over
+
+    def read_before(self: Spooling, successor: Spooling | None) -> Callable[[], None]:
+        self._reading = True
+        is_read = threading.Event()
+
+        def on_read(read: Read) -> None:
+            self._on_read(read)
+            is_read.set()
+
+        self._spool.read(on_read)
+        assert is_read.wait(10)
+        return hand_over(self, successor)
+
+    monkeypatch.setattr(Spooling, "hand_over", read_before)
+    new = configure(proxy.url, exchange=name, spool=folder, max_kept=100_000)
+    monkeypatch.undo()
+    new.publish(numbered(100, 1500, exchange=name))
+    proxy.heal()
+    assert new.drain(30)
+    assert [int(id) for id in arrived(inspector, queue, 1600)] == list(range(1600))
     new.close()
 
 

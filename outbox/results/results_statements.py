@@ -135,7 +135,9 @@ def _begin(dialect: str) -> Any:
     row = results.c
     kept = ("queue", "args", "attempt", "token", "worker", "attempted_at", "running_until")
     # Not the value: an attempt that was faster may have written it a moment ago.
-    emptied = ("error_type", "error", "traceback", "ended_at")
+    emptied = ("error_type", "error", "traceback")
+    # Another copy of its message begins. It may be left without an end: the first one is done.
+    has_succeeded = and_(row.status == SUCCEEDED, row.value.is_not(None))
 
     def may_begin(new: Any) -> ColumnElement[bool]:
         return and_(row.status != CANCELLED, or_(row.task == new.task, row.task == ""))
@@ -147,7 +149,8 @@ def _begin(dialect: str) -> Any:
             ("started_at", func.coalesce(row.started_at, new.started_at)),
             ("enqueued_at", func.coalesce(row.enqueued_at, new.enqueued_at)),
             ("task", new.task),
-            ("status", new.status),
+            ("ended_at", case((has_succeeded, row.ended_at))),
+            ("status", case((has_succeeded, row.status), else_=new.status)),
         ]
 
     upsert = _upsert(dialect, values, source, may_begin, changed)

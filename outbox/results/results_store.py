@@ -228,11 +228,14 @@ class ResultsStore:
             with self._transaction() as connection:
                 connection.execute(
                     update(results)
-                    .where(_row.id == id_, _row.status.in_((RUNNING, RETRYING)))
-                    .values(
-                        status=SUCCEEDED,
-                        ended_at=now(),
-                        running_until=case((_row.value.is_(None), _row.running_until)),
+                    .where(_row.id == id_, _row.status.in_((RUNNING, RETRYING, SUCCEEDED)))
+                    .ordered_values(  # MariaDB's later ones see the earlier ones
+                        (
+                            _row.ended_at,
+                            case((_row.status == SUCCEEDED, _row.ended_at), else_=now()),
+                        ),
+                        (_row.running_until, case((_row.value.is_(None), _row.running_until))),
+                        (_row.status, SUCCEEDED),
                     )
                 )
 

@@ -248,6 +248,31 @@ def test_cancelling_and_beginning_at_once_never_both_succeed(kept: ResultsStore)
     assert [*map(bool.__xor__, winners, cancelled)] == [True] * count
 
 
+def test_another_copy_that_is_left_without_an_end_takes_no_success_back(
+    kept: ResultsStore,
+) -> None:
+    first, second, third = begun("a"), begun("a"), begun("a")
+    kept.write([first], [])
+    kept.write([], [ended(first, "succeeded", value="1")])
+    ended_at = kept.read(["a"])["a"].ended_at
+    assert ended_at is not None
+    assert kept.write([second], []) == {}
+    row = kept.read(["a"])["a"]
+    assert (row.status, row.is_final, row.value) == (
+        "succeeded",
+        False,
+        "1",
+    )  # it may end otherwise
+    set_lease(kept, -1)
+    row = kept.read(["a"])["a"]
+    assert (row.status, row.is_final, row.value) == ("succeeded", True, "1")
+    assert (row.ended_at, row.error) == (ended_at, "")
+    assert not kept.cancel("a")
+    kept.write([third], [])
+    kept.write([], [ended(third, "failed")])
+    assert status_of(kept, "a") == "failed"
+
+
 def test_a_row_ends_with_its_worker(kept: ResultsStore) -> None:
     running, noted = begun("a"), begun("b")
     kept.write([running, noted], [])

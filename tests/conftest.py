@@ -9,11 +9,13 @@ import os
 import tempfile
 import threading
 import uuid
+import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import hypothesis
+import pymysql.connections
 import pytest
 from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
@@ -39,7 +41,13 @@ from tests.relaying import opened
 # Properties are tried quickly by default, with the same examples each time in CI, and at length
 # with HYPOTHESIS_PROFILE=thorough or --hypothesis-profile thorough.
 hypothesis.settings.register_profile("quick", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile(
+    "ci",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # says that the machine is busy
+)
 hypothesis.settings.register_profile(
     "thorough", deadline=None, max_examples=2_000, print_blob=True, stateful_step_count=100
 )
@@ -49,20 +57,58 @@ hypothesis.settings.load_profile(
 
 
 _BROKERS = {"amqp_url", "outbox_broker", "private_broker", "mortal_broker", "tls_broker", "managed"}
+_KINDS = {"rabbitmq", "postgresql", "mariadb", "sqlite"}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option for those who wait."""
+    parser.addoption(
+        "--short",
+        action="store_true",
+        help="leave out slow tests, and run each that is for several kinds of databases or brokers "
+        "on one of them, which its name decides; except those of which every kind matters",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests that start a RabbitMQ or use one: those that another version may fail.
 
     And those on MariaDB, which show nothing of a Python version that the others don't.
     """
+    if config.getoption("short"):
+        _shorten(config, items)
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        parameters = _parameters(item)
         if fixtures & _BROKERS or parameters.get("place") == "rabbitmq":
             item.add_marker("rabbitmq")
         if "mariadb" in parameters.values() or "mariadb_url" in fixtures:
             item.add_marker("one_python")
+
+
+def _parameters(item: pytest.Item) -> dict[str, object]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def _shorten(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep of each test that is for several kinds one, and no slow ones."""
+    tests: dict[str, dict[str, pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow"):
+            continue
+        name, kinds = item.nodeid, ""
+        if not item.get_closest_marker("every_kind"):
+            for each in _parameters(item).values():
+                if isinstance(each, str) and each in _KINDS:
+                    name, kinds = name.replace(each, "*", 1), f"{kinds} {each}"
+        tests.setdefault(name, {})[kinds] = item
+    # The same in each process, whatever Python's seed for hashes is.
+    kept = {
+        kinds[sorted(kinds)[zlib.crc32(name.encode()) % len(kinds)]].nodeid
+        for name, kinds in tests.items()
+    }
+    config.hook.pytest_deselected(items=[each for each in items if each.nodeid not in kept])
+    items[:] = [each for each in items if each.nodeid in kept]
 
 
 def _started() -> PrivateBroker:
@@ -86,6 +132,8 @@ def _started_postgresql() -> PrivatePostgreSQL:
 
 
 def _started_mariadb() -> PrivateMariaDB:
+    # The server has no TLS, and for each connection PyMySQL would read all known certificates.
+    pymysql.connections.SSL_ENABLED = False
     try:
         return PrivateMariaDB().start()
     except MariaDBMissing as error:
@@ -308,7 +356,8 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for names in ("_start", "_stop"):
         monkeypatch.setattr(hooks, names, [])
     monkeypatch.setattr(hooks, "_namespaces", hooks._Namespaces())
-    monkeypatch.setattr(sources, "_known", {})  # other tests may have had a thousand queues
+    for names in ("_known", "_gone"):  # other tests may have had a thousand queues
+        monkeypatch.setattr(sources, names, {})
     monkeypatch.setattr(results_listener, "_IDLE", 0.0)
     monkeypatch.setattr(listening, "_LOOK", 0.1)
     yield

@@ -246,6 +246,7 @@ def test_a_module_runs_all_its_consumers_or_only_those_of_selected_queues(
     wait_for_consumer(inspector, name)
 
 
+@pytest.mark.slow
 def test_queues_in_one_option_are_emptied_one_after_the_other(
     start: Start, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:

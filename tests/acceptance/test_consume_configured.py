@@ -35,6 +35,7 @@ def jobs(event):
 
 
 @pytest.mark.parametrize("isolated", [False, True], ids=["threads", "subprocesses"])
+@pytest.mark.slow
 def test_the_applications_settings_count_and_the_commands_url_has_precedence(
     tmp_path: Path, isolated: bool
 ) -> None:

@@ -42,6 +42,7 @@ def get(address: str, path: str) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_not_ready_but_live(command: Command) -> None:
     command.start("--http", "127.0.0.1:0", "-p", "2", "-t", "1")
     address = address_of(command)
@@ -74,6 +75,7 @@ def counted(address: str, name: str) -> dict[str, int]:
     return {outcome: int(number) for outcome, number in found if int(number)}
 
 
+@pytest.mark.slow
 def test_what_workers_count_outlives_them(command: Command, name: str) -> None:
     command.start("--http", "127.0.0.1:0", "-t", "1", "--max-messages", "4")
     address = address_of(command)
@@ -91,6 +93,7 @@ def test_what_workers_count_outlives_them(command: Command, name: str) -> None:
 
 
 @pytest.mark.parametrize("signalled", [False, True])
+@pytest.mark.slow
 def test_counts_never_fall_while_workers_are_killed(
     command: Command, name: str, signalled: bool
 ) -> None:
@@ -129,6 +132,7 @@ def test_a_used_port_leaves_the_id_free(command: Command) -> None:
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_successor_answers_at_the_address_of_its_predecessor(
     command: Command, tmp_path: Path, name: str
 ) -> None:
@@ -159,6 +163,7 @@ def test_an_address_that_is_none_is_wrong_usage(command: Command) -> None:
     assert "--http: '9100' is not an address; use HOST:PORT" in command.text()
 
 
+@pytest.mark.slow
 def test_the_variable_is_the_default(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTBOX_HTTP", "127.0.0.1:0")
     command.start()

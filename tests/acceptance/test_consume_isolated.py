@@ -102,6 +102,7 @@ def dead_letter(place: Place, queue: str) -> Delivery:
         return reader.get()[0]
 
 
+@pytest.mark.slow
 def test_a_handler_that_hangs_is_killed_and_retried_and_then_dead_lettered(
     command: Command, place: Place, name: str
 ) -> None:
@@ -146,6 +147,7 @@ def test_an_exception_that_cannot_be_pickled_is_still_reported(
     assert "in process" in headers["outbox-dead-traceback"]
 
 
+@pytest.mark.slow
 def test_a_stop_lets_handlers_finish_and_leaves_no_process_behind(
     command: Command, place: Place, name: str
 ) -> None:
@@ -172,6 +174,7 @@ def test_the_processes_of_a_killed_worker_end_with_it(command: Command) -> None:
     assert time.monotonic() - begin < 5
 
 
+@pytest.mark.slow
 def test_a_program_started_by_a_handler_ends_with_the_handler(
     command: Command, place: Place, name: str
 ) -> None:
@@ -206,6 +209,7 @@ def test_messages_wait_while_the_application_cannot_be_imported(
     wait_until(lambda: sorted(one for one, _ in command.did()) == sorted(ids))
 
 
+@pytest.mark.slow
 def test_a_callbacks_log_line_about_a_killed_handler_has_the_message_id(
     command: Command, place: Place, name: str
 ) -> None:
@@ -217,6 +221,7 @@ def test_a_callbacks_log_line_about_a_killed_handler_has_the_message_id(
 
 
 @pytest.mark.hazard("G7")
+@pytest.mark.slow
 def test_a_process_that_leaks_is_replaced_with_its_worker(command: Command, name: str) -> None:
     command.write(MODULE.format(name=name).replace("timeout = 1\n", "timeout = None\n"))
     command.start("--isolate", "process", "-t", "1", "--max-memory", "200M")
@@ -227,6 +232,7 @@ def test_a_process_that_leaks_is_replaced_with_its_worker(command: Command, name
     assert len({pid for _, pid in command.did()}) == 2
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_end_are_waited_for_at_the_same_time(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

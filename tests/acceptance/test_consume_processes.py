@@ -62,6 +62,7 @@ def test_a_killed_worker_is_replaced_and_its_message_is_handled(anywhere: Comman
     assert anywhere.stop() == exit_codes.SUCCESS, anywhere.text()
 
 
+@pytest.mark.slow
 def test_the_parent_neither_imports_the_application_nor_connects(anywhere: Command) -> None:
     anywhere.start("-p", "2")
     workers = anywhere.consuming(2)
@@ -75,6 +76,7 @@ def test_the_parent_neither_imports_the_application_nor_connects(anywhere: Comma
 
 
 @pytest.mark.hazard("G7")
+@pytest.mark.slow
 def test_a_crash_loop_of_one_worker_is_slowed_down_and_reported(command: Command) -> None:
     command.write("raise RuntimeError('broken')")
     command.start("-p", "3")
@@ -95,6 +97,7 @@ def test_a_crash_loop_of_one_worker_is_slowed_down_and_reported(command: Command
 
 
 @pytest.mark.hazard("G7")
+@pytest.mark.slow
 def test_when_the_parent_is_killed_workers_finish_running_messages_and_exit(
     anywhere: Command,
 ) -> None:
@@ -139,6 +142,7 @@ def test_a_signal_to_the_whole_group_counts_once_for_every_worker(command: Comma
     assert command.left() == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_all_workers_at_once(command: Command) -> None:
     command.start("-p", "2", "-t", "1")
     workers = command.consuming(2)
@@ -180,6 +184,7 @@ def test_processes_are_recycled_after_max_messages_and_nothing_is_lost_or_repeat
     assert anywhere.left() == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_uses_too_much_memory_is_recycled_after_its_message(
     command: Command,
 ) -> None:
@@ -195,6 +200,7 @@ def test_a_process_that_uses_too_much_memory_is_recycled_after_its_message(
     assert len(set(command.did())) == len({pid for _, pid in command.did()}) == 2
 
 
+@pytest.mark.slow
 def test_a_process_is_recycled_at_its_maximum_age_without_losing_its_messages(
     command: Command,
 ) -> None:
@@ -209,6 +215,7 @@ def test_a_process_is_recycled_at_its_maximum_age_without_losing_its_messages(
 
 
 @pytest.mark.parametrize("isolation", [[], ["--isolate", "process"]])
+@pytest.mark.slow
 def test_a_recycled_worker_lets_its_messages_finish_while_another_consumes(
     command: Command, isolation: list[str]
 ) -> None:
@@ -226,6 +233,7 @@ def test_a_recycled_worker_lets_its_messages_finish_while_another_consumes(
 
 
 @pytest.mark.parametrize("limit", ["--max-age", "--max-messages"])
+@pytest.mark.slow
 def test_a_recycled_worker_gives_back_what_it_has_not_begun(anywhere: Command, limit: str) -> None:
     anywhere.start("-t", "1", limit, "1", "--shutdown-timeout", "0.2")
     anywhere.consuming(1)
@@ -236,6 +244,7 @@ def test_a_recycled_worker_gives_back_what_it_has_not_begun(anywhere: Command, l
     anywhere.stop()
 
 
+@pytest.mark.slow
 def test_a_worker_that_waits_for_its_last_message_has_a_successor(command: Command) -> None:
     command.start("-t", "2", "--max-messages", "2")
     command.consuming(1)
@@ -247,6 +256,7 @@ def test_a_worker_that_waits_for_its_last_message_has_a_successor(command: Comma
     assert command.stop() == exit_codes.SUCCESS
 
 
+@pytest.mark.slow
 def test_a_stop_ends_a_worker_that_waits_for_its_messages(command: Command) -> None:
     command.start("-t", "2", "--max-age", "1", "--shutdown-timeout", "0.5")
     command.consuming(1)
@@ -282,6 +292,7 @@ def test_sighup_replaces_all_workers_one_by_one(command: Command) -> None:
     assert command.stop() == exit_codes.SUCCESS
 
 
+@pytest.mark.slow
 def test_workers_are_kept_if_their_replacements_cannot_start(command: Command) -> None:
     command.start("-p", "2", "-t", "1")
     before = command.consuming(2)
@@ -295,6 +306,7 @@ def test_workers_are_kept_if_their_replacements_cannot_start(command: Command) -
     assert command.stop() == exit_codes.SUCCESS
 
 
+@pytest.mark.slow
 def test_a_worker_restarts_when_a_source_file_changes(command: Command) -> None:
     command.start("--reload")
     command.consuming(1)

@@ -249,6 +249,7 @@ def test_a_child_forked_by_a_coroutine_does_not_run_its_loop(command: Command) -
     assert "could not handle" not in command.text()  # copies of other tasks
 
 
+@pytest.mark.slow
 def test_a_recycled_worker_lets_its_coroutines_finish(command: Command) -> None:
     command.queue += "-tasks"
     command.start("--max-age", "1", "--shutdown-timeout", "0.2")

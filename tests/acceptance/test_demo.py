@@ -66,17 +66,22 @@ def _runs(pid: int) -> bool:
     ("arguments", "death"),
     [
         (["--app", "flask"], "the worker is killed"),
-        (["--app", "fastapi"], "the worker is killed"),
+        pytest.param(["--app", "fastapi"], "the worker is killed", marks=pytest.mark.slow),
         (["--django"], "the worker is killed"),
         pytest.param(
             ["--rabbitmq", "--app", "flask"], "the broker is killed", marks=needs_rabbitmq
         ),
-        pytest.param(["--rabbitmq", "--django"], "the broker is killed", marks=needs_rabbitmq),
+        pytest.param(
+            ["--rabbitmq", "--django"],
+            "the broker is killed",
+            marks=(*needs_rabbitmq, pytest.mark.slow),
+        ),
         pytest.param(
             ["--postgresql", "--app", "flask"],
             "the broker is killed",
             marks=(
                 pytest.mark.one_python,
+                pytest.mark.slow,
                 pytest.mark.skipif(
                     find_postgresql() is None and "CI" not in os.environ,
                     reason="the demo starts a PostgreSQL itself",

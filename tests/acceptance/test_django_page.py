@@ -129,6 +129,7 @@ def test_a_newcomer_sees_the_first_event(project: Path) -> None:
         wait_until(lambda: "please pay: milk, packed" in log.read_text().splitlines(), 20)
 
 
+@pytest.mark.slow
 def test_the_other_programs_of_the_page_do_what_it_says(project: Path) -> None:
     place = SQLitePlace(str(project / "events.db"), "outbox")
     with reading(place, "documentation", ["#"]) as reader:

@@ -141,6 +141,7 @@ def test_the_quick_start_works_in_the_order_of_the_readme(tmp_path: Path) -> Non
         assert worker.wait(20) == exit_codes.SUCCESS
 
 
+@pytest.mark.slow
 def test_the_program_of_the_page_on_flask_works_in_its_order(tmp_path: Path) -> None:
     page = ROOT / "docs" / "flask.md"
     (tmp_path / "shop.py").write_text(snippets(page)[0])
@@ -274,6 +275,7 @@ def write_program(page: Path, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.stem)
+@pytest.mark.slow
 def test_the_tests_of_the_program_on_a_page_pass(page: Path, pytester: pytest.Pytester) -> None:
     pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
     rest = write_program(page, pytester.path)
@@ -416,7 +418,7 @@ def test_the_exit_codes_are_documented_once() -> None:
 
 
 def test_the_documented_options_of_the_commands_exist() -> None:
-    known = "--all-pythons --init --rabbitmq-4 --help --apply-to --hypothesis-profile "
+    known = "--all-pythons --whole --init --rabbitmq-4 --help --apply-to --hypothesis-profile "
     known += "--nomigrations --parallel "  # of pytest-django and Django
     known += "--max-tasks-per-child --max-memory-per-child "  # of Celery
     known += "--with-scheduler --queues "  # of RQ and delayed_job

@@ -96,6 +96,7 @@ def test_outbox_parked_lists_replays_and_deletes(place: SQLitePlace) -> None:
     assert place.count("orders") == 1
 
 
+@pytest.mark.slow
 def test_a_thousand_parked_events_are_replayed_in_order(place: SQLitePlace) -> None:
     with place.publisher() as publisher:
         events = events_for(publisher, ["late"] * 2_500)

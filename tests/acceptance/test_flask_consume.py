@@ -163,6 +163,7 @@ def done(place: SQLitePlace) -> list[Any]:
 @pytest.mark.parametrize(
     "options", [[], ["-p", "1"], ["--isolate", "process"]], ids=["plain", "processes", "isolated"]
 )
+@pytest.mark.slow
 def test_each_message_has_a_context_of_the_application(
     options: list[str], place: SQLitePlace, tmp_path: Path
 ) -> None:

@@ -135,6 +135,7 @@ def test_a_consumer_its_test_tables_and_unit_work_as_they_are(tmp_path: Path) ->
             assert worker.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_it_writes_into_a_package(tmp_path: Path) -> None:
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "__init__.py").touch()

@@ -114,6 +114,7 @@ def dead_letters(command: Command, count: int) -> dict[str, str]:
         pytest.param(["exit as if all was well", "exit late"], ASYNC, id="async"),
     ],
 )
+@pytest.mark.slow
 def test_a_message_that_kills_its_process_is_dead_lettered_and_costs_the_others_one_attempt(
     command: Command, poisons: list[str], process: str
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_message_that_kills_its_process_is_dead_lettered_and_costs_the_others_
     assert all(repr(each) in command.text() for each in deadly)
 
 
+@pytest.mark.slow
 def test_a_poison_with_the_inbox_is_dead_lettered_too(on_a_file: Command) -> None:
     on_a_file.write(module(on_a_file.queue, PLAIN, '{"deduplicate": True}'))
     on_a_file.start("-p", "2", "-t", "2")
@@ -152,6 +154,7 @@ def test_a_poison_with_the_inbox_is_dead_lettered_too(on_a_file: Command) -> Non
     assert on_a_file.stop() == exit_codes.SUCCESS, on_a_file.text()
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_held_of_a_file_is_delivered_at_once_and_has_lost_nothing(
     on_a_file: Command,
 ) -> None:

@@ -195,6 +195,7 @@ def route(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> tuple[Pl
     )
 
 
+@pytest.mark.slow
 def test_a_second_run_completes_what_was_killed(
     route: tuple[Place, Place], modules: str, name: str, tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_line_of_json_has_everything_and_the_payload_on_request(
     assert run("list", "--queue", dead, "--payload").stdout.count('{"secret": 1}') == 3
 
 
+@pytest.mark.slow
 def test_nothing_from_a_message_reaches_the_terminal_unescaped(
     run: Run, inspector: Inspector, dead: str, name: str
 ) -> None:
@@ -252,6 +253,7 @@ def test_deleting_on_a_terminal_asks_first(
         (signal.SIGINT, exit_codes.INTERRUPTED, "outbox: interrupted\n"),
     ],
 )
+@pytest.mark.slow
 def test_a_replay_ended_midway_loses_nothing(
     amqp_url: str,
     run: Run,
@@ -362,6 +364,7 @@ def test_a_missing_url_names_the_possible_forms() -> None:
     assert "amqp://user:password@host" in seen.stderr
 
 
+@pytest.mark.slow
 def test_a_broker_that_is_away_is_reported_in_one_line(private_broker: PrivateBroker) -> None:
     private_broker.kill()
     seen = run_at(private_broker.url, "list")

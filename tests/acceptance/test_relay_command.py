@@ -114,6 +114,7 @@ def test_rows_that_are_not_confirmed_in_time_are_released(
     assert "lost" not in errors  # they are in the table
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(
     start: Start, store: Store, proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_second_signal_ends_it_at_once(
     assert child.wait(2) == exit_codes.INTERRUPTED
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_database_can_be_reached_is_a_clean_stop(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
@@ -167,6 +169,7 @@ def test_once_stops_early_at_a_signal_and_releases_its_rows(
     assert store.status().waiting == 30
 
 
+@pytest.mark.slow
 def test_postgresql_is_relayed_in_order_with_hints(
     start: Start, postgresql_url: str, inspector: Inspector, name: str
 ) -> None:

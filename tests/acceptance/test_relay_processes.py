@@ -117,6 +117,7 @@ def test_relays_that_die_are_replaced_and_new_code_is_loaded(
     assert place.count(name) == 20
 
 
+@pytest.mark.slow
 def test_a_relay_whose_publisher_hangs_is_replaced(
     start: Start, store: Store, amqp_url: str, inspector: Inspector, log: Path, name: str
 ) -> None:
@@ -141,6 +142,7 @@ def path_with(folder: Path) -> str:
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+@pytest.mark.slow
 def test_a_relay_that_is_quiet_publishes_nothing_and_stays(
     start: Start, store: Store, place: SQLitePlace, log: Path, name: str
 ) -> None:
@@ -158,6 +160,7 @@ def test_a_relay_that_is_quiet_publishes_nothing_and_stays(
     assert store.status().waiting == 3
 
 
+@pytest.mark.slow
 def test_a_relay_shows_itself_to_systemd_and_to_probes(
     start: Start, store: Store, place: SQLitePlace, log: Path, name: str, tmp_path: Path
 ) -> None:

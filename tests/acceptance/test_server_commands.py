@@ -40,6 +40,7 @@ def url(postgresql_url: str) -> str:
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_the_commands_work_on_a_server(url: str, tmp_path: Path) -> None:
     variables = {"OUTBOX_URL": url}
     created = run_outbox("sql", "create", variables=variables)

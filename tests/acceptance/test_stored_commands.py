@@ -104,6 +104,7 @@ def test_the_status_marks_numbers_that_are_higher_and_counts_exactly_on_request(
     assert json.loads(capsys.readouterr().out)["complete"] is False
 
 
+@pytest.mark.slow
 def test_the_status_of_an_empty_table_has_no_oldest_event(run: Run, store: Store) -> None:
     assert store.status().oldest is None
     assert json.loads(run("status", "--json").stdout)["oldest"] is None
@@ -137,6 +138,7 @@ def test_retry_makes_the_selected_events_due_again_and_leaves_the_rest_dead(
     assert set(dead(graves)) == {"e0", "e1", "e2", "e3", "e4"} - set(chosen)
 
 
+@pytest.mark.slow
 def test_purge_deletes_only_selected_events(run: Run, graves: Store) -> None:
     graves.put([an_event(9, "x")])
     assert run("purge", "--target", "b").returncode == exit_codes.USAGE
@@ -210,6 +212,7 @@ def test_the_table_is_created_once_and_checked(run: Run, database_url: str) -> N
     assert run("status").returncode == exit_codes.USAGE
 
 
+@pytest.mark.slow
 def test_the_printed_ddl_creates_the_table(tmp_path: Path) -> None:
     printed = run_at("", "sql", "ddl", "--dialect", "sqlite")
     with sqlite3.connect(tmp_path / "a.db") as connection:

@@ -77,6 +77,7 @@ def command(tmp_path: Path, name: str) -> Iterator[Command]:
     command.close()
 
 
+@pytest.mark.slow
 def test_a_worker_whose_handlers_are_deadlocked_is_replaced(command: Command) -> None:
     command.write(DEADLOCK.format(name=command.queue))
     command.start("-p", "2", "-t", "2", "--stuck-after", "2s")
@@ -93,6 +94,7 @@ def test_a_worker_whose_handlers_are_deadlocked_is_replaced(command: Command) ->
     command.stop()
 
 
+@pytest.mark.slow
 def test_a_worker_whose_event_loop_is_blocked_is_replaced_and_the_others_go_on(
     command: Command,
 ) -> None:
@@ -112,6 +114,7 @@ def test_a_worker_whose_event_loop_is_blocked_is_replaced_and_the_others_go_on(
     command.stop()
 
 
+@pytest.mark.slow
 def test_sigusr1_logs_the_stacks_and_tasks_of_a_worker(command: Command) -> None:
     command.write(WAITING.format(name=command.queue))
     command.start("-p", "1", "--shutdown-timeout", "0.2")

@@ -135,6 +135,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     machine.close()
 
 
+@pytest.mark.slow
 def test_take_overs_under_load_lose_repeat_and_interrupt_nothing(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'outbox.db'}"
     outcome = take_over.run(
@@ -208,6 +209,7 @@ def test_a_service_is_started_shown_replaced_and_stopped(machine: Machine) -> No
     assert machine.run("stop").returncode == 0
 
 
+@pytest.mark.slow
 def test_stop_reaches_those_that_leave_as_well(machine: Machine) -> None:
     command = ("work", "--id", "1", "--shutdown-timeout", "60")
     first = machine.foreground(*command)
@@ -227,6 +229,7 @@ def test_stop_reaches_those_that_leave_as_well(machine: Machine) -> None:
     assert first.wait(10) == exit_codes.KILLED
 
 
+@pytest.mark.slow
 def test_handing_over_has_a_bound_if_it_is_given_one(machine: Machine) -> None:
     command = ("work", "--id", "1", "--shutdown-timeout", "0.2", "--handover-timeout", "0.5")
     first = machine.foreground(*command)
@@ -238,6 +241,7 @@ def test_handing_over_has_a_bound_if_it_is_given_one(machine: Machine) -> None:
     first.wait(20)
 
 
+@pytest.mark.slow
 def test_a_failed_start_shows_the_end_of_the_log_and_its_code(machine: Machine) -> None:
     machine.write("broken", "1 / 0\n")
     started = machine.run(
@@ -260,6 +264,7 @@ def test_a_failed_start_shows_the_end_of_the_log_and_its_code(machine: Machine) 
     assert "secret" not in started.stderr
 
 
+@pytest.mark.slow
 def test_restart_and_reload_run_the_code_that_a_link_leads_to_now(machine: Machine) -> None:
     folder = machine.folder
     notes = folder / "notes"
@@ -295,6 +300,7 @@ def test_restart_and_reload_run_the_code_that_a_link_leads_to_now(machine: Machi
     assert versions(2) == {"2", "3"}
 
 
+@pytest.mark.slow
 def test_a_parent_that_hangs_is_killed_if_that_is_asked_for(machine: Machine) -> None:
     started = machine.run("start", "--id", "1", "--", "outbox-consume", "work")
     assert started.returncode == 0, started.stderr
@@ -320,6 +326,7 @@ def has_ended(process: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_options_that_contradict_each_other_are_refused(machine: Machine) -> None:
     for options, text in (
         (["--id", "1", "--reload"], "--reload is for development"),
@@ -337,6 +344,7 @@ def test_options_that_contradict_each_other_are_refused(machine: Machine) -> Non
     assert machine.run("status").returncode == exit_codes.USAGE
 
 
+@pytest.mark.slow
 def test_a_successor_that_fails_leaves_the_other_alone(machine: Machine) -> None:
     first = machine.foreground("work", "--id", "1")
     machine.wait_for_owner(first.pid)
@@ -359,6 +367,7 @@ def test_a_successor_that_fails_leaves_the_other_alone(machine: Machine) -> None
     assert first.poll() is None
 
 
+@pytest.mark.slow
 def test_another_application_does_not_take_over_by_mistake(machine: Machine) -> None:
     first = machine.foreground("work", "--id", "1")
     machine.wait_for_owner(first.pid)
@@ -385,6 +394,7 @@ def test_another_application_does_not_take_over_by_mistake(machine: Machine) -> 
 
 
 @pytest.mark.hazard("G10")
+@pytest.mark.slow
 def test_neither_a_cleaned_folder_nor_a_killed_parent_gets_in_the_way(machine: Machine) -> None:
     first = machine.foreground("work", "--id", "1")
     machine.wait_for_owner(first.pid)
@@ -410,6 +420,7 @@ def test_neither_a_cleaned_folder_nor_a_killed_parent_gets_in_the_way(machine: M
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="makes PID namespaces")
+@pytest.mark.slow
 def test_what_is_held_in_another_container_is_left_alone(machine: Machine) -> None:
     apart = ("unshare", "--pid", "--fork", "--kill-child")
     machine.foreground("work", "--id", "1", wrapped_in=apart)

@@ -160,6 +160,7 @@ def test_consume_runs_the_apps_consumers_with_a_relay_beside_them(tmp_path: Path
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_without_its_relay_consume_leaves_what_is_stored_to_another(tmp_path: Path) -> None:
     project = ProjectFolder(tmp_path)
     with project.running("outbox_consume", "--no-relay") as process:
@@ -174,6 +175,7 @@ def test_without_its_relay_consume_leaves_what_is_stored_to_another(tmp_path: Pa
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_what_a_killed_handler_has_committed_is_not_done_again(tmp_path: Path) -> None:
     project = ProjectFolder(tmp_path)
     (tmp_path / "site" / "mail" / "consumers.py").write_text(_DIES)
@@ -189,6 +191,7 @@ def test_what_a_killed_handler_has_committed_is_not_done_again(tmp_path: Path) -
     assert project.run("outbox", "status").stdout.startswith("1 event waiting")
 
 
+@pytest.mark.slow
 def test_consume_reloads_changed_code(tmp_path: Path) -> None:
     project = ProjectFolder(tmp_path)
     path = tmp_path / "site" / "mail" / "consumers.py"

@@ -128,6 +128,7 @@ class LiveCase(TransactionTestCase):
 """
 
 
+@pytest.mark.slow
 def test_the_test_database_can_be_dropped(
     project: Project, postgresql: PrivatePostgreSQL, inspector: Inspector, heard: str
 ) -> None:

@@ -351,6 +351,7 @@ def test_what_is_committed_is_delivered_in_this_process(
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("server", ["uvicorn", "hypercorn"])
+@pytest.mark.slow
 def test_what_is_committed_is_delivered_on_a_server(
     framework: str,
     server: str,

@@ -41,6 +41,8 @@ from tests.places import (
 )
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.every_kind
+
 HEADERS: dict[str, Any] = {
     "text": "Grüße",
     "empty": "",
@@ -567,7 +569,9 @@ def test_submitted_events_are_published_before_close_returns(
 
 
 @pytest.mark.hazard("C11")
-@pytest.mark.parametrize(("threads", "prefetch"), [(1, 50), (4, 50), (2, 1)])
+@pytest.mark.parametrize(
+    ("threads", "prefetch"), [pytest.param(1, 50, marks=pytest.mark.slow), (4, 50), (2, 1)]
+)
 def test_all_messages_of_a_queue_start_before_any_of_the_next(
     place: Place,
     publisher: Publisher,

@@ -47,6 +47,7 @@ def publish(publisher: Publisher, target: str) -> Event:
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_a_password_can_be_changed_under_publishers_and_workers(
     private_broker: PrivateBroker, user: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -183,6 +184,7 @@ def publish_for(seconds: float, publisher: Publisher) -> list[bool]:
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_without_another_token_the_broker_refuses_events(oauth_url: str, name: str) -> None:
     expires = Credentials("", token(2), valid_for=1000)
     with Publisher(oauth_url, credentials=lambda: expires, exchange=name, timeout=1) as publisher:
@@ -193,6 +195,7 @@ def test_without_another_token_the_broker_refuses_events(oauth_url: str, name: s
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_a_connection_outlives_its_token(oauth_url: str, name: str) -> None:
     asked: list[str] = []
     disconnected: list[object] = []

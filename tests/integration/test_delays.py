@@ -209,6 +209,7 @@ def test_an_event_that_is_already_due_is_published_at_once(
 
 
 @pytest.mark.hazard("C7")
+@pytest.mark.slow
 def test_an_event_delayed_repeatedly_carries_no_headers_of_the_broker(
     place: RabbitMQPlace, publisher: Publisher, name: str
 ) -> None:

@@ -191,6 +191,7 @@ def all_arrive(publisher: Publisher, inspector: Inspector, queue: str, ids: list
     assert inspector.all(dead_letter_queue(queue)) == []
 
 
+@pytest.mark.slow
 def test_messages_sent_ahead_survive_any_number_of_stops(
     passive: Publisher, inspector: Inspector, limited: str
 ) -> None:
@@ -217,6 +218,7 @@ def test_what_is_given_back_at_a_stop_counts_only_where_the_broker_leaves_no_way
     assert counts == [is_counted] * MESSAGES
 
 
+@pytest.mark.slow
 def test_messages_sent_ahead_survive_any_number_of_cut_links(
     proxy: FaultProxy, inspector: Inspector, passive: Publisher, limited: str
 ) -> None:

@@ -89,6 +89,7 @@ def place(tmp_path: Path, name: str) -> SQLitePlace:
     return SQLitePlace(str(tmp_path / "outbox.db"), name)
 
 
+@pytest.mark.slow
 def test_four_processes_publish_and_four_consume_without_an_error_about_a_locked_file(
     place: SQLitePlace, name: str, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ for n in range(15):
 """
 
 
+@pytest.mark.slow
 def test_several_processes_can_create_the_file_and_come_and_go(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/new.db"
     with contextlib.ExitStack() as stack:
@@ -281,6 +283,7 @@ def test_a_file_that_was_open_during_an_unnoticed_fork_is_not_used(
             assert "was open when this process was forked" in str(report.error)
 
 
+@pytest.mark.slow
 def test_a_process_may_fork_at_any_moment_while_publishing(place: SQLitePlace, name: str) -> None:
     place.bind(name, name, "#")
     done = subprocess.run(

@@ -864,6 +864,7 @@ def test_a_publisher_that_is_closed_ends_the_attempts(
     assert stored(engine) == ["a"]
 
 
+@pytest.mark.slow
 def test_a_publisher_that_is_forgotten_after_the_commit_publishes(engine: Engine) -> None:
     def store() -> None:
         publisher = Publisher("memory://")
@@ -966,6 +967,7 @@ outbox.sql.drain()
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_lease_is_renewed_while_the_broker_takes_its_time(
     postgresql_url: str, monkeypatch: pytest.MonkeyPatch, amqp_url: str, name: str
 ) -> None:

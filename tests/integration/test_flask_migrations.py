@@ -46,6 +46,7 @@ def create_app():
 """
 
 
+@pytest.mark.slow
 def test_a_generated_migration_keeps_the_tables_and_leaves_nothing_to_do(tmp_path: Path) -> None:
     database_url = f"sqlite:///{tmp_path}/shop.db"
 
@@ -77,6 +78,7 @@ def test_a_generated_migration_keeps_the_tables_and_leaves_nothing_to_do(tmp_pat
     store.engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_new_database_gets_the_tables(database_url: str, tmp_path: Path) -> None:
     test = tmp_path / "shop.py"
     test.write_text(PROJECT.format(url=database_url))

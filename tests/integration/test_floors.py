@@ -135,6 +135,7 @@ def test_higher_ranks_come_first_also_if_they_are_new(postgresql_store: Store) -
     assert ids(store.claim(2, queue="q", floors=floors)) == ["between", "low2"]
 
 
+@pytest.mark.slow
 def test_ten_ranks_of_scheduled_rows_take_one_statement(store: Store) -> None:
     floors = Floors()
     now = datetime.datetime.now(datetime.UTC)

@@ -148,6 +148,7 @@ assert publish("after").ok
 
 
 @pytest.mark.hazard("A17")
+@pytest.mark.slow
 def test_while_greenlets_idle_the_publisher_answers_heartbeats(
     proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:

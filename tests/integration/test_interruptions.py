@@ -149,6 +149,7 @@ def test_a_signal_handler_may_publish_while_it_interrupts_a_publisher(
     assert sorted(arrived) == sorted(done + signalled)
 
 
+@pytest.mark.slow
 def test_a_finalizer_may_publish_while_it_interrupts_a_publisher(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:

@@ -42,6 +42,7 @@ def levels_of(engine: Engine) -> set[str]:
     return levels
 
 
+@pytest.mark.slow
 def test_nothing_is_published_twice_and_no_commit_fails_beside_a_relay(strict: Engine) -> None:
     store = Store(strict)
     store.create()

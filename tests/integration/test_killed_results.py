@@ -72,6 +72,7 @@ def results(place: Place, request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_no_result_runs_two_leases_after_all_workers_were_killed(
     place: Place, results: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,7 @@ def test_heartbeats_detect_a_half_open_link_while_nothing_is_published(
             wait_until(functools.partial(_is_down, publisher), 6)
 
 
+@pytest.mark.slow
 def test_an_idle_half_open_link_is_noticed_soon_after_one_heartbeat(
     proxy: FaultProxy, name: str
 ) -> None:

@@ -340,6 +340,7 @@ def test_recording_in_a_live_test_is_refused_naming_both_places(events: LiveEven
             pass
 
 
+@pytest.mark.slow
 def test_virtual_hosts_are_empty_and_never_the_same(outbox_broker: PrivateBroker) -> None:
     found = [outbox_broker.empty_url() for _ in range(17)]
     assert len(set(found)) == 17
@@ -347,6 +348,7 @@ def test_virtual_hosts_are_empty_and_never_the_same(outbox_broker: PrivateBroker
         outbox_broker.give_back(url)
 
 
+@pytest.mark.slow
 def test_a_test_sees_nothing_of_the_one_before(
     outbox_broker: PrivateBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -413,6 +415,7 @@ def test_on_no_server(embedded_events):
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_the_fixture_has_a_place_on_a_server_for_each_test(
     postgresql_url: str,
     mariadb_url: str,

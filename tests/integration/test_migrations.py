@@ -26,6 +26,7 @@ for table in outbox.sql.metadata.tables.values():
 
 
 @pytest.mark.parametrize("metadata", [BESIDE, COPIED], ids=["beside", "copied"])
+@pytest.mark.slow
 def test_a_generated_migration_creates_the_tables_and_leaves_nothing_to_do(
     database_url: str, tmp_path: Path, metadata: str
 ) -> None:

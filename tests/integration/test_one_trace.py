@@ -101,6 +101,7 @@ def test_a_request_its_stored_event_and_the_handlers_are_one_trace(
     assert attributes_of(of_bill)["messaging.destination.name"] == bills
 
 
+@pytest.mark.slow
 def test_a_delayed_event_has_a_trace_apart(
     traces: Traces, broker: RabbitMQPlace, name: str
 ) -> None:
@@ -225,6 +226,7 @@ def work(event):
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_an_isolated_attempt_has_its_span_where_it_ran(
     broker: RabbitMQPlace, name: str, tmp_path: Path
 ) -> None:

@@ -402,6 +402,7 @@ def followed(seen: Path, killed: set[str]) -> dict[str, list[int]]:
 @pytest.mark.one_python
 @pytest.mark.parametrize("isolated", [False, True], ids=["threads", "isolated"])
 @pytest.mark.parametrize("place", ["postgresql", "mariadb"], indirect=True)
+@pytest.mark.slow
 def test_worker_processes_under_a_parent_keep_the_order_though_some_are_killed(
     place: DatabasePlace, publisher: Publisher, name: str, tmp_path: Path, isolated: bool
 ) -> None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.one_python
 @pytest.mark.timeout(400)  # the environment is made by the first run
+@pytest.mark.slow
 def test_they_see_what_is_the_applications_and_nothing_of_outbox(
     amqp_url: str, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:

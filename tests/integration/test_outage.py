@@ -68,6 +68,7 @@ def test_every_event_arrives_when_the_broker_is_killed_in_the_middle_of_200_flus
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_a_rollback_does_not_touch_events_kept_from_an_earlier_publish(
     private_broker: PrivateBroker, name: str
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_rollback_does_not_touch_events_kept_from_an_earlier_publish(
 
 
 @pytest.mark.hazard("A5", "B4")
+@pytest.mark.slow
 def test_while_the_broker_is_away_only_the_first_flush_takes_time(
     private_broker: PrivateBroker, name: str
 ) -> None:
@@ -145,6 +147,7 @@ def test_a_frozen_broker_costs_one_caller_its_timeout_and_nothing_is_sent_twice(
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_a_connection_without_a_confirm_for_the_stall_timeout_is_closed(
     private_broker: PrivateBroker, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -203,6 +206,7 @@ def test_awaiting_callers_time_out_and_their_loop_stays_free(
         publisher.drain(10)
 
 
+@pytest.mark.slow
 def test_kept_events_are_drained_at_process_exit(private_broker: PrivateBroker, name: str) -> None:
     inspector = Inspector(private_broker.url)
     queue = inspector.queue(name, name, arguments=CLASSIC)
@@ -269,6 +273,7 @@ def test_at_max_kept_new_work_is_refused_before_it_commits(
         assert len(publisher.kept) == 11
 
 
+@pytest.mark.slow
 def test_reconnects_and_kept_events_are_counted_and_reported(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -302,6 +307,7 @@ def test_reconnects_and_kept_events_are_counted_and_reported(
 
 @pytest.mark.hazard("C5")
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_under_a_real_memory_alarm_publishers_keep_events_and_workers_go_on_acking(
     private_broker: PrivateBroker, name: str
 ) -> None:
@@ -342,6 +348,7 @@ def test_under_a_real_memory_alarm_publishers_keep_events_and_workers_go_on_acki
 
 
 @pytest.mark.parametrize("how", ["never connected", "silent since it connected"])
+@pytest.mark.slow
 def test_what_is_submitted_to_a_silent_broker_is_bounded_like_what_is_kept(
     private_broker: PrivateBroker, name: str, how: str
 ) -> None:

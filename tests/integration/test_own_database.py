@@ -132,6 +132,7 @@ def rows(engine: Engine) -> list[tuple[str, str]]:
         return [(id, queue) for id, queue in found]
 
 
+@pytest.mark.slow
 def test_events_stored_in_a_transaction_reach_the_workers_of_the_same_database(url: str) -> None:
     engine = create_engine(url)
     seen = Seen()
@@ -216,6 +217,7 @@ def store_during_an_outage(broker: str, database: str, after_commit: str = "publ
 
 
 @pytest.mark.parametrize("after_commit", ["publish", "nothing"])
+@pytest.mark.slow
 def test_events_of_a_process_that_starts_during_an_outage_need_no_relay(
     server_url: str, after_commit: str
 ) -> None:
@@ -232,6 +234,7 @@ def test_events_of_a_process_that_starts_during_an_outage_need_no_relay(
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_if_their_database_is_another_one_a_relay_publishes_them(
     server_url: str, postgresql: PrivatePostgreSQL
 ) -> None:

@@ -165,6 +165,7 @@ def test_a_connection_that_ends_in_the_middle_loses_nothing(
     assert sorted(map(int, ids(inspector.messages(dead, 290)))) == list(range(10, 300))
 
 
+@pytest.mark.slow
 def test_thousands_of_messages_are_replayed_in_order_in_a_few_seconds(
     queues: ParkedQueues, inspector: Inspector, amqp_url: str, dead: str, name: str
 ) -> None:
@@ -346,6 +347,7 @@ def test_a_dead_letter_replayed_to_its_original_address_reaches_every_queue_agai
     assert ids(inspector.messages(other, 2, 0.3)) == ["7"]
 
 
+@pytest.mark.slow
 def test_a_broker_that_stops_answering_ends_the_replay_and_keeps_the_messages(
     private_broker: PrivateBroker,
 ) -> None:

@@ -21,6 +21,7 @@ EVERY = (POISON + GOOD) // POISON
 
 @pytest.mark.hazard("G2")
 @pytest.mark.timeout(60)
+@pytest.mark.slow
 def test_a_thousand_poison_messages_among_ten_thousand_are_dead_lettered_and_then_nothing_is_busy(
     place: Place, name: str
 ) -> None:

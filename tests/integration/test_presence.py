@@ -288,6 +288,7 @@ def test_a_publisher_that_is_not_connected_or_not_on_rabbitmq_drops_announcement
 
 @pytest.mark.one_python
 @pytest.mark.asyncio
+@pytest.mark.slow
 async def test_workers_and_relays_announce_themselves_unless_that_is_off(
     amqp_url: str,
     inspector: Inspector,

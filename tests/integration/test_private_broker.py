@@ -118,6 +118,7 @@ def test_ctl_speaks_to_this_node(private_broker: PrivateBroker) -> None:
 
 @linux
 @pytest.mark.usefixtures("private_broker")  # skipped where that is
+@pytest.mark.slow
 def test_stopping_leaves_neither_process_nor_folder(parent: Path) -> None:
     with PrivateBroker(directory=parent) as broker:
         folder = _folder(parent)
@@ -129,6 +130,7 @@ def test_stopping_leaves_neither_process_nor_folder(parent: Path) -> None:
 
 @linux
 @pytest.mark.usefixtures("private_broker")
+@pytest.mark.slow
 def test_a_node_that_does_not_start_leaves_nothing_behind(
     parent: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +164,7 @@ def _start_script(directory: Path) -> subprocess.Popen[str]:
 
 @linux
 @pytest.mark.usefixtures("private_broker")
+@pytest.mark.slow
 def test_a_program_that_forgets_to_stop_it_leaves_nothing_behind(parent: Path) -> None:
     with _start_script(parent) as script:
         folder = _folder(parent)
@@ -174,6 +177,7 @@ def test_a_program_that_forgets_to_stop_it_leaves_nothing_behind(parent: Path) -
 @linux
 @needs_setpriv
 @pytest.mark.usefixtures("private_broker")
+@pytest.mark.slow
 def test_no_process_survives_a_program_that_is_killed(parent: Path) -> None:
     with _start_script(parent) as script:
         folder = _folder(parent)

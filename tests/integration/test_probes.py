@@ -228,6 +228,7 @@ def silent(port: int, number: int) -> list[socket.socket]:
     return [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(number)]
 
 
+@pytest.mark.slow
 def test_silent_clients_neither_pile_up_nor_keep_others_out() -> None:
     before = threading.active_count()
     with answering() as (_, port):

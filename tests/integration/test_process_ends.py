@@ -205,6 +205,7 @@ def test_a_process_that_publishes_nothing_does_not_connect_at_its_end(
 
 @pytest.mark.one_python
 @pytest.mark.parametrize("recovers", [True, False])
+@pytest.mark.slow
 def test_a_child_of_celery_drains_what_it_keeps_or_names_it(
     private_broker: PrivateBroker, name: str, tmp_path: Path, recovers: bool
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_child_publishes_over_its_own_connection_and_does_not_harm_its_parents
 
 @pytest.mark.hazard("A7")
 @pytest.mark.parametrize(("how", "method"), WAYS)
+@pytest.mark.slow
 def test_a_child_drains_what_it_keeps_when_it_ends(
     proxy: FaultProxy, inspector: Inspector, name: str, tmp_path: Path, how: str, method: str
 ) -> None:

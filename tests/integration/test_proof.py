@@ -13,6 +13,7 @@ from proving.ground import Ground
 pytestmark = pytest.mark.one_python
 
 
+@pytest.mark.slow
 def test_a_proof_that_cannot_settle_is_judged_by_its_history(
     private_broker: PrivateBroker, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -436,6 +436,7 @@ def test_a_hook_that_waits_for_its_publisher_is_refused_without_harm(
 
 @pytest.mark.hazard("A4")
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_a_publisher_idle_longer_than_its_heartbeat_is_still_connected(
     amqp_url: str, inspector: Inspector, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -511,6 +512,7 @@ def test_a_report_survives_pickling(publisher: Publisher, inspector: Inspector, 
 
 @pytest.mark.hazard("A8")
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_events_to_a_missing_exchange_are_identified_by_its_name_in_a_large_chunk(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -540,6 +542,7 @@ def test_a_hook_that_exits_ends_nothing(amqp_url: str, inspector: Inspector, nam
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_a_large_chunk_that_is_unroutable_is_parked_in_order(
     publisher: Publisher, inspector: Inspector, name: str
 ) -> None:

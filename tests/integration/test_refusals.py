@@ -91,6 +91,7 @@ def test_events_to_missing_exchanges_cost_others_no_duplicate_and_no_connection(
     assert proxy.accepted == 1
 
 
+@pytest.mark.slow
 def test_a_missing_exchange_is_looked_for_again_after_some_seconds(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -133,6 +134,7 @@ def test_the_publishers_own_exchange_is_declared_again_and_the_events_are_sent(
         assert publisher.stats().connects == 1
 
 
+@pytest.mark.slow
 def test_an_exchange_the_user_may_not_write_to_holds_up_its_own_events_only(
     app: App, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -162,6 +164,7 @@ def is_kept_after(pause: float, publisher: Publisher, exchange: str) -> bool:
     return bool(publisher.publish(events_for(exchange, 1, "z")).kept)
 
 
+@pytest.mark.slow
 def test_a_permission_that_is_withdrawn_for_a_moment_costs_no_event(app: App, name: str) -> None:
     app.inspector.queue(name, name)
     app.may()
@@ -181,6 +184,7 @@ def test_a_permission_that_is_withdrawn_for_a_moment_costs_no_event(app: App, na
     assert list(dict.fromkeys(arrived)) == [event.id for event in events]
 
 
+@pytest.mark.slow
 def test_a_routing_key_the_user_may_not_use_holds_up_no_others(app: App, name: str) -> None:
     app.inspector.queue(name, name)
     app.may()
@@ -202,6 +206,7 @@ def test_a_routing_key_the_user_may_not_use_holds_up_no_others(app: App, name: s
     assert twice <= {good[0].id, good[1].id, f"{name}-bad-0-0"}
 
 
+@pytest.mark.slow
 def test_a_missing_exchange_is_unroutable_even_if_the_user_may_not_write_to_it(
     app: App, name: str
 ) -> None:
@@ -213,6 +218,7 @@ def test_a_missing_exchange_is_unroutable_even_if_the_user_may_not_write_to_it(
 
 
 @pytest.mark.parametrize("lacks", ["write", "configure"])
+@pytest.mark.slow
 def test_events_that_cannot_be_parked_are_kept_beside_the_others(
     app: App, name: str, lacks: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -240,6 +246,7 @@ def test_events_that_cannot_be_parked_are_kept_beside_the_others(
     assert parked == [event.id for event in unroutable[:50]]
 
 
+@pytest.mark.slow
 def test_the_documented_permissions_suffice_to_publish_to_park_and_to_delay(
     app: App, name: str
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_hint_wakes_an_idle_relay(
 
 @pytest.mark.hazard("F20")
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_a_relay_on_a_host_whose_clock_is_wrong_publishes_nothing_early_or_late(
     postgresql_url: str, amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -294,6 +295,7 @@ def test_a_connection_lost_between_confirm_and_delete_only_repeats_the_same_ids(
 
 @pytest.mark.hazard("F21")
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_a_restarted_database_does_not_end_a_relay(
     mortal_postgresql: PrivatePostgreSQL, publisher: Publisher, inspector: Inspector, name: str
 ) -> None:
@@ -406,6 +408,7 @@ def test_a_relay_killed_at_any_point_loses_nothing_and_only_repeats_the_same_ids
 @pytest.mark.hazard("F14")
 @pytest.mark.one_python
 @pytest.mark.parametrize("database_url", ["postgresql", "mariadb"], indirect=True)
+@pytest.mark.slow
 def test_three_ordered_relays_with_one_killed_keep_the_order_of_every_key(
     database_url: str, amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -433,6 +436,7 @@ def test_three_ordered_relays_with_one_killed_keep_the_order_of_every_key(
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_a_broker_killed_and_restarted_loses_nothing(
     private_broker: Any, postgresql_url: str, name: str
 ) -> None:

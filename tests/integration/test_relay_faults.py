@@ -267,6 +267,7 @@ def test_a_claim_does_not_read_dead_or_scheduled_rows(postgresql_store: Store) -
     assert sum(int(part.partition("=")[2]) for part in hits.split() if "=" in part) < 100, hits
 
 
+@pytest.mark.slow
 def test_relays_killed_at_random_lose_nothing(
     postgresql_url: str, amqp_url: str, inspector: Inspector, name: str
 ) -> None:

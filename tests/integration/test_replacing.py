@@ -27,6 +27,7 @@ from tests.amqp import Inspector
 
 
 @pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.slow
 def test_configure_under_load_loses_nothing_and_fails_nobody(
     amqp_url: str, inspector: Inspector, name: str, keep: bool
 ) -> None:
@@ -241,6 +242,7 @@ class TimeLimit(BaseException):
     """What a signal handler raises."""
 
 
+@pytest.mark.slow
 def test_an_interrupted_configure_leaves_a_publisher_that_works(
     proxy: FaultProxy, amqp_url: str, inspector: Inspector, name: str
 ) -> None:
@@ -281,6 +283,7 @@ def test_the_thread_of_a_replaced_publisher_ends_while_the_program_still_refers_
     assert first.kept == ()
 
 
+@pytest.mark.slow
 def test_events_follow_publishers_that_are_replaced_before_they_start(
     amqp_url: str, inspector: Inspector, name: str
 ) -> None:

@@ -679,6 +679,7 @@ def test_a_result_is_held_while_its_database_is_away(
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_a_worker_that_is_killed_after_its_commit_leaves_no_result_running(
     tmp_path: Path,
 ) -> None:

@@ -156,6 +156,7 @@ def backlog_at(address: str) -> list[str]:
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_one_process_of_a_service_counts_for_all(
     postgresql: PrivatePostgreSQL, tmp_path: Path, name: str
 ) -> None:

@@ -239,6 +239,7 @@ def test_events_are_kept_while_the_server_is_away_and_written_when_it_is_back(
     assert mortal_place.count(name) == 4
 
 
+@pytest.mark.slow
 def test_what_a_worker_does_while_the_server_is_away_is_settled_afterwards(
     mortal_place: ServerPlace,
     mortal_postgresql: PrivatePostgreSQL,
@@ -445,6 +446,7 @@ def test_an_idle_worker_looks_ten_times_a_second_at_most(
     assert 5 <= len([at for at in looks if begin <= at < begin + 1.0]) <= 11
 
 
+@pytest.mark.slow
 def test_a_conflict_with_others_is_tried_again_unseen(
     place: ServerPlace, publisher: Publisher, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -529,6 +531,7 @@ def test_a_task_that_waits_is_seen_and_taken_away(
 
 @pytest.mark.one_python
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_nothing_is_lost_or_invented_under_faults(tmp_path: Path) -> None:
     ledger = database_queues.prove("postgresql", tmp_path, seconds=2.5, seed=5, pause=0.5)
     assert ledger.is_clean, database_queues.report(ledger)

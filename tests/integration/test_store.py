@@ -243,6 +243,7 @@ def test_an_event_in_its_grace_period_keeps_its_place_in_its_key(store: Store) -
 
 
 @pytest.mark.parametrize("keys", [1, 200])
+@pytest.mark.slow
 def test_an_ordered_claim_takes_no_longer_however_many_rows_wait_behind_their_keys(
     store: Store, keys: int
 ) -> None:

@@ -622,6 +622,7 @@ def test_an_event_that_can_never_be_published_is_buried_with_its_reason(
     store.engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_thousand_transactions_in_four_threads_are_published_once_each(
     postgresql_url: str, bound_queue: str, inspector: Inspector
 ) -> None:

@@ -248,6 +248,7 @@ open("first", "w").close()
 """
 
 
+@pytest.mark.slow
 def test_a_worker_whose_interpreter_is_held_by_c_code_is_killed_with_its_stacks(
     drive: Callable[..., Driven],
 ) -> None:
@@ -276,6 +277,7 @@ time.sleep(60)
     assert driven.stop() == exit_codes.SUCCESS
 
 
+@pytest.mark.slow
 def test_a_worker_whose_part_is_silent_is_killed_unless_it_answers_in_time(
     drive: Callable[..., Driven],
 ) -> None:
@@ -301,6 +303,7 @@ time.sleep(60)
     driven.stop()
 
 
+@pytest.mark.slow
 def test_after_a_stop_of_the_parent_or_of_all_nothing_is_taken_to_be_stuck(
     drive: Callable[..., Driven],
 ) -> None:
@@ -327,6 +330,7 @@ def test_after_a_stop_of_the_parent_or_of_all_nothing_is_taken_to_be_stuck(
     driven.stop()
 
 
+@pytest.mark.slow
 def test_a_stopped_parent_does_not_stop_its_worker_and_hears_of_its_end(
     drive: Callable[..., Driven],
 ) -> None:
@@ -428,7 +432,8 @@ def test_a_service_that_was_ready_is_never_given_up_and_its_deaths_have_a_line_e
     assert "(3 in a row); starting another in" in driven.log()
     driven.process.send_signal(signal.SIGHUP)  # other code
     driven.wait_for("as 2 others since the last such line; starting another in")
-    assert driven.stop() in (exit_codes.SUCCESS, exit_codes.FLAPPING)
+    # It may be giving up just now, or be past its signal handlers.
+    assert driven.stop() in (exit_codes.SUCCESS, exit_codes.FLAPPING, -signal.SIGTERM)
 
 
 def test_what_a_process_has_counted_until_its_end_is_kept(drive: Callable[..., Driven]) -> None:
@@ -509,6 +514,7 @@ waiting()
     driven.stop()
 
 
+@pytest.mark.slow
 def test_many_dumps_do_not_harm_a_busy_worker(drive: Callable[..., Driven]) -> None:
     driven = drive(
         REPORTER
@@ -628,6 +634,7 @@ def test_a_successor_that_hangs_in_its_import_is_killed_and_the_workers_stay(
     driven.stop()
 
 
+@pytest.mark.slow
 def test_a_successor_that_waits_for_the_broker_is_not_killed(
     drive: Callable[..., Driven],
 ) -> None:

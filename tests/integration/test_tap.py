@@ -194,6 +194,7 @@ async def test_a_reader_that_is_too_slow_gets_the_newest_and_is_shown_how_many_i
 
 
 @pytest.mark.asyncio
+@pytest.mark.slow
 async def test_the_queue_of_a_blocked_loop_stays_bounded_in_the_broker(
     amqp_url: str,
     publisher: Publisher,

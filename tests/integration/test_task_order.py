@@ -26,6 +26,7 @@ def place(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> Place:
 
 
 @pytest.mark.one_python
+@pytest.mark.slow
 def test_scheduled_tasks_begin_by_priority_then_by_time_and_none_early(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/tasks.db"
     order = task_order.run(url, tasks=400, seconds=1.5, each=0.004)
@@ -33,6 +34,7 @@ def test_scheduled_tasks_begin_by_priority_then_by_time_and_none_early(tmp_path:
     assert order.passing <= 4
 
 
+@pytest.mark.slow
 def test_an_urgent_task_overtakes_those_that_are_claimed(place: Place, name: str) -> None:
     publisher = configure(place.url, exchange=place.exchange, tasks_queue=name)
     place.will_clean_up(name)

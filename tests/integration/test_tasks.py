@@ -382,6 +382,7 @@ def test_a_waiting_task_is_cancelled_in_a_file(place: Place, publisher: Publishe
     assert (again.status, again.cancel()) == ("cancelled", True)
 
 
+@pytest.mark.slow
 def test_a_task_that_a_worker_has_is_not_cancelled(
     place: Place, publisher: Publisher, name: str
 ) -> None:

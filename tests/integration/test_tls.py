@@ -102,6 +102,7 @@ def found(url: str) -> list[str]:
     return [f"{each.check.code} {each.problem.text}" for each in diagnosis.findings]
 
 
+@pytest.mark.slow
 def test_the_doctor_names_what_is_wrong_with_certificates(
     tls_broker: TLSBroker, certificates: Path
 ) -> None:

@@ -56,6 +56,7 @@ def queues(name: str) -> tuple[str, str]:
     return f"{name}-sick", f"{name}-well"
 
 
+@pytest.mark.slow
 def test_a_quorum_queue_without_a_leader_leaves_the_others_alone(
     private_broker: PrivateBroker,
     name: str,
@@ -165,6 +166,7 @@ def test_one_queue_that_must_be_changed_still_ends_the_start(
         worker.wait(10)
 
 
+@pytest.mark.slow
 def test_missing_queues_are_declared_again_once_in_two_seconds_for_all_that_miss_them(
     proxy: FaultProxy, inspector: Inspector, name: str
 ) -> None:

@@ -114,6 +114,7 @@ def test_stopping_waits_for_the_confirms(private_broker: PrivateBroker, gate: Ga
         assert len(inspector.all(f"{gate.queue}-next")) == MESSAGES
 
 
+@pytest.mark.slow
 def test_a_message_unconfirmed_at_the_end_of_the_grace_period_is_redelivered(
     private_broker: PrivateBroker, gate: Gate
 ) -> None:
@@ -142,6 +143,7 @@ def test_a_message_not_confirmed_in_time_is_processed_again_with_the_same_follow
     assert {one.payload["of"] for one in follow_ons} == set(gate.handled)
 
 
+@pytest.mark.slow
 def test_a_stop_does_not_wait_for_messages_that_were_not_confirmed_in_time(
     private_broker: PrivateBroker, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -86,6 +86,7 @@ def test_a_uwsgi_that_cannot_run_the_publisher_is_refused_and_its_log_says_why(
 
 @pytest.mark.hazard("D12")
 @pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.slow
 def test_a_worker_publishes_over_its_own_connection_after_the_master_has_published(
     proxy: FaultProxy, inspector: Inspector, name: str, tmp_path: Path, loop: str
 ) -> None:

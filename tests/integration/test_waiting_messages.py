@@ -391,6 +391,7 @@ def test_a_retry_that_finds_no_room_in_its_queue_goes_on_in_the_worker(
 # -------------------------------------------------------------------------- what waits for long
 
 
+@pytest.mark.slow
 def test_what_waits_long_to_begin_is_given_back_to_others(
     amqp_url: str, name: str, inspector: Inspector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,6 +456,7 @@ def limited(broker: PrivateBroker, seconds: float) -> Iterator[None]:
         set_limit(1800, 60)
 
 
+@pytest.mark.slow
 def test_messages_that_outlast_the_brokers_limit_for_acks_are_processed_once(
     private_broker: PrivateBroker, name: str
 ) -> None:

@@ -148,6 +148,7 @@ def test_a_worker_finds_messages_without_being_woken(url: str, engine: Engine) -
         assert latencies(seen, sent)[-1] < 1.4
 
 
+@pytest.mark.slow
 def test_an_idle_worker_looks_once_a_second_and_ten_times_where_nothing_wakes_it(
     url: str,
 ) -> None:
@@ -171,6 +172,7 @@ def test_an_idle_worker_looks_once_a_second_and_ten_times_where_nothing_wakes_it
 
 
 @pytest.mark.hazard("F18")
+@pytest.mark.slow
 def test_behind_a_pooler_workers_poll_and_are_woken_past_it(
     url: str, pooled_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ def test_the_event_loop_keeps_running_while_a_flush_waits_for_a_silent_broker(
 
 
 @pytest.mark.hazard("D11")
+@pytest.mark.slow
 def test_an_aborted_worker_drops_its_unpublished_events(
     amqp_url: str, inspector: Inspector, name: str, tmp_path: Path
 ) -> None:

@@ -482,6 +482,7 @@ def test_a_queue_with_other_arguments_is_reported_by_the_name_of_the_argument(
 @pytest.mark.hazard("B11")
 @pytest.mark.one_python
 @on_either_engine
+@pytest.mark.slow
 def test_a_worker_survives_the_restart_of_its_broker_and_loses_nothing(
     private_broker: PrivateBroker, name: str, engine: Any
 ) -> None:
@@ -703,6 +704,7 @@ def test_all_attempts_at_a_message_without_an_id_see_the_same_id(
     assert letter.id == seen[0][0]
 
 
+@pytest.mark.slow
 def test_a_worker_reports_whether_it_is_consuming(private_broker: PrivateBroker, name: str) -> None:
     private_broker.kill()
     with Publisher(private_broker.url, exchange=name) as publisher:

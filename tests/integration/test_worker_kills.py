@@ -83,9 +83,12 @@ def test_a_message_whose_worker_is_killed_is_handled_and_with_the_inbox_only_onc
         first.join(20)
         assert first.exitcode == -signal.SIGKILL
     let_leases_end(place)
-    with running(dataclasses.replace(job, point="")):
-        wait_until(lambda: effects(engine).keys() == ids, 20)
-        wait_until(lambda: place.count(name) == 0)
+    for _ in range(1 if deduplicate else 3):
+        with running(dataclasses.replace(job, point="")):
+            wait_until(lambda: effects(engine).keys() == ids, 20)
+            wait_until(lambda: place.count(name) == 0)
+        if place.count(name) == 0:
+            break  # else the stop came before a copy for a retry, which is one message more
     assert place.count(name) == place.count(dead_letter_queue(name)) == 0  # nor given back
     counts = effects(engine)
     if deduplicate:

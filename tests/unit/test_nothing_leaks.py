@@ -287,6 +287,7 @@ MODULES = {
 
 
 @pytest.mark.parametrize("arguments", [(), ("-n", "2", "--dist", "loadfile")], ids=["", "xdist"])
+@pytest.mark.slow
 def test_the_second_test_sees_nothing_of_the_first(
     pytester: pytest.Pytester, arguments: tuple[str, ...]
 ) -> None:

@@ -230,6 +230,7 @@ def test_without_the_fixture_nothing_is_left():
 
 
 @pytest.mark.parametrize("arguments", [(), ("-n", "2")], ids=["one process", "xdist"])
+@pytest.mark.slow
 def test_the_fixture_is_safe_under_threads_loops_and_xdist(
     tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
@@ -276,6 +277,7 @@ def test_afterwards():
 """
 
 
+@pytest.mark.slow
 def test_nothing_of_a_test_is_kept_until_the_session_ends(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(KEPT)
     options = ("-p", "no:cacheprovider", "-p", "no:randomly")
@@ -292,6 +294,7 @@ def test_two_fixtures_in_one_test_are_refused_naming_both(pytester: pytest.Pytes
 
 
 @pytest.mark.parametrize("in_ci", [False, True])
+@pytest.mark.slow
 def test_live_tests_without_a_server_say_what_to_install(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, in_ci: bool
 ) -> None:
@@ -368,6 +371,7 @@ ALWAYS = """
 """
 
 
+@pytest.mark.slow
 def test_the_setting_always_keeps_every_event_from_the_real_broker(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

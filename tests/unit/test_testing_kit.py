@@ -850,6 +850,7 @@ def test_tracebacks_end_at_the_tests_own_line(pytester: pytest.Pytester) -> None
     assert all(line.startswith("test_tracebacks_end") for line in places)
 
 
+@pytest.mark.slow
 def test_a_strict_test_fails_for_events_that_no_assertion_has_matched(
     pytester: pytest.Pytester,
 ) -> None:

@@ -388,6 +388,9 @@ from outbox import Event, Publisher
 from outbox.spool import spool
 spool._RETRY = 0.2
 logging.basicConfig(level=logging.WARNING, format="LOG %(message)s", stream=sys.stdout)
+def say(line):
+    sys.stdout.write(f"{line}\\n")  # at once: another thread logs there
+    sys.stdout.flush()
 def publish(publisher, first, count):
     chunk = [
         Event(id=str(n), target="a.b", exchange="shop", body=bytes(9000))
@@ -401,14 +404,14 @@ for first in range(1, 31):
     publish(publisher, first, 1)
 publish(publisher, 31, 120)
 publish(publisher, 151, 1)
-print("full", flush=True)
+say("full")
 sys.stdin.readline()
 resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
 time.sleep(0.3)
 publish(publisher, 152, 1)
-print("room", flush=True)
+say("room")
 sys.stdin.readline()
-print("lost", len(publisher.close()))
+say(f"lost {len(publisher.close())}")
 """
     with subprocess.Popen(
         [sys.executable, "-c", program, NOWHERE, str(folder)],

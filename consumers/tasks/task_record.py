@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from outbox.results.result_row import (
     SUCCEEDED,
     cut,
 )
+from outbox.system import process
 from outbox.tasks.call_arguments import Parameters
 
 __all__ = ["Results", "TaskRecord", "record_here", "record_of", "set_record_here"]
@@ -107,7 +109,7 @@ class TaskRecord:
         self._delivery = delivery
         self._id = delivery.message_id or delivery.id_or_new
         self._task = str(headers.get(TASK))
-        self._token = os.urandom(16).hex()
+        self._token = f"{_tokens_of(process.pid)}{next(_attempts):x}"
         self._keep = keep
         self._hides_errors = hides_errors
         self._value: str | None = "null"
@@ -133,7 +135,7 @@ class TaskRecord:
                 "args": cut(body.decode(errors="replace")) if len(body) <= _LONGEST_ARGS else None,
                 "attempt": delivery.attempt,
                 "token": self._token,
-                "worker": _worker_here(os.getpid()),
+                "worker": _worker_here(process.pid),
                 "enqueued": delivery.occurred_at.timestamp(),
                 "keep": self._keep,
             }
@@ -235,13 +237,14 @@ class TaskRecord:
             "error_type": cut(kind)[:255],
             "error": cut(text),
             "traceback": cut(trace),
-            "is_over": int(delay is None),
         }
+        if delay is not None:
+            values["is_over"] = 0
         return self._results.end(values)
 
     def _ending(self, status: str, delay: float = 0.0) -> dict[str, Any]:
         is_whichever = not self.has_begun or (self.is_unique and status == SUCCEEDED)
-        return {
+        values = {
             "id": self._id,
             "task": self._task,
             "queue": self._delivery.queue,
@@ -249,13 +252,13 @@ class TaskRecord:
             "attempt": self._delivery.attempt,
             "token": "" if is_whichever else self._token,
             "value": self._value,
-            "is_typed": int(self._is_typed),
-            "error_type": None,
-            "error": self._lost or None,
-            "traceback": None,
-            "is_over": 1,
             "keep": self._keep + delay,
         }
+        if self._is_typed:
+            values["is_typed"] = 1
+        if self._lost:
+            values["error"] = self._lost
+        return values
 
 
 def record_of(consumer: Consumer, delivery: Delivery, results: Results) -> TaskRecord | None:
@@ -273,6 +276,15 @@ def record_of(consumer: Consumer, delivery: Delivery, results: Results) -> TaskR
     if keep <= 0:
         return None
     return TaskRecord(results, delivery, keep, hides_errors=consumer._hides_errors)
+
+
+_attempts = itertools.count()
+
+
+@functools.lru_cache(maxsize=4)
+def _tokens_of(pid: int) -> str:
+    """Return what all tokens of a process begin with, and of no other."""
+    return f"{os.urandom(11).hex()}."
 
 
 @functools.lru_cache(maxsize=4)

@@ -81,10 +81,10 @@ class MemoryResults:
                     status=status,
                     is_final=is_final,
                     value=values["value"],
-                    is_typed=bool(values["is_typed"]),
-                    error_type=values["error_type"] or "",
-                    error=values["error"] or "",
-                    traceback=values["traceback"] or "",
+                    is_typed=bool(values.get("is_typed")),
+                    error_type=values.get("error_type") or "",
+                    error=values.get("error") or "",
+                    traceback=values.get("traceback") or "",
                     ended_at=datetime.datetime.now(datetime.UTC) if is_final else None,
                 )
         write.end()

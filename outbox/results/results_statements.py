@@ -92,7 +92,8 @@ class Statements(NamedTuple):
             counts a row that was there before twice.
         end: ends attempts: those with the token that was given, unless they have been ended; with
             an empty token whichever attempt runs, or waits for the next one, and a success also the
-            one whose value is missing.
+            one whose value is missing. What an object leaves out is NULL, but ``is_typed`` is 0
+            then, and ``is_over`` 1.
         both: does what ``end`` does with ``ended_rows``, and what ``begin`` does; no id may be in
             both. None where one statement can't.
         cancel: cancels tasks, unless they run or are done.
@@ -160,10 +161,13 @@ def _begin(dialect: str) -> Any:
 
 def _end(dialect: str, parameter: str = "rows") -> Any:
     rows, source = _rows(dialect, _ENDED, parameter)
-    ended_at = case((rows["is_over"] == 1, now()), else_=null())
     values: dict[str, Any] = {
         name: rows[name] for name in _ENDED if name not in ("is_over", "keep")
-    } | {"ended_at": ended_at, "kept_until": in_seconds(rows["keep"])}
+    } | {
+        "is_typed": func.coalesce(rows["is_typed"], 0),
+        "ended_at": case((rows["is_over"] == 0, null()), else_=now()),
+        "kept_until": in_seconds(rows["keep"]),
+    }
     row = results.c
     kept = ("value", "is_typed", "error_type", "error", "traceback", "ended_at", "kept_until")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -35,6 +36,7 @@ from outbox.results.results_statements import LEASE, statements_for
 from outbox.sql import commits
 from outbox.storage.clock import in_seconds, now
 from outbox.storage.creating import check_server
+from outbox.storage.direct import execute_alone
 from outbox.storage.notifications import RESULTS_CHANNEL, can_listen
 from outbox.storage.results_table import results
 from outbox.storage.schema import dialect_of, exists
@@ -147,49 +149,53 @@ class ResultsStore:
             task that has the id.
         """
 
-        def work() -> dict[str, str]:
+        def work() -> int:
             if connection is not None:
                 with tracing.hidden():
-                    return self._write_on(connection, begun, ended)
+                    return self._write(functools.partial(execute_alone, connection), begun, ended)
             with self._transaction() as own:
-                return self._write_on(own, begun, ended)
 
-        return try_again(work)
+                def execute(statement: Any, rows: Mapping[str, str]) -> int:
+                    return own.execute(statement, rows).rowcount
 
-    def _write_on(
+                return self._write(execute, begun, ended)
+
+        count = try_again(work)
+        # Asked only if some may not have begun: reading rows takes a driver that is written in
+        # Python long, since each value of each row has it wait for the interpreter.
+        if not begun or (self._statements.counts and count == len(begun)):
+            return {}
+        return self._refused(begun, connection)
+
+    def _write(
         self,
-        connection: Connection,
+        execute: Callable[[Any, Mapping[str, str]], int],
         begun: Sequence[Mapping[str, Any]],
         ended: Sequence[Mapping[str, Any]],
-    ) -> dict[str, str]:
+    ) -> int:
+        """Return the count of the statement that begins tasks."""
         statements = self._statements
         both = statements.both if begun and ended else None
         if both is not None and {row["id"] for row in begun}.isdisjoint(row["id"] for row in ended):
             # One round trip and one commit for both.
-            rows = {"rows": _as_json(begun), "ended_rows": _as_json(ended)}
-            done = connection.execute(both, rows)
-        else:
-            if ended:
-                connection.execute(statements.end, {"rows": _as_json(ended)})
-            if not begun:
-                return {}
-            done = connection.execute(statements.begin, {"rows": _as_json(begun)})
-        # Asked only if some may not have begun: reading rows takes a driver that is written in
-        # Python long, since each value of each row has it wait for the interpreter.
-        if statements.counts and done.rowcount == len(begun):
-            return {}
-        return self._refused(connection, begun)
+            return execute(both, {"rows": _as_json(begun), "ended_rows": _as_json(ended)})
+        if ended:
+            execute(statements.end, {"rows": _as_json(ended)})
+        return execute(statements.begin, {"rows": _as_json(begun)}) if begun else 0
 
     def _refused(
-        self, connection: Connection, begun: Sequence[Mapping[str, Any]]
+        self, begun: Sequence[Mapping[str, Any]], connection: Connection | None
     ) -> dict[str, str]:
         """Return those that may not begin; see :meth:`write`."""
-        found = connection.execute(
-            select(_row.id, _row.token, _row.status, _row.task).where(
-                _row.id.in_([row["id"] for row in begun])
-            )
+        statement = select(_row.id, _row.token, _row.status, _row.task).where(
+            _row.id.in_([row["id"] for row in begun])
         )
-        rows = {row.id: row for row in found}
+        if connection is None:
+            with self._transaction(reading) as own:
+                rows = {row.id: row for row in own.execute(statement)}
+        else:
+            with tracing.hidden(), connection.begin():
+                rows = {row.id: row for row in connection.execute(statement)}
         refused: dict[str, str] = {}
         for each in begun:
             row = rows.get(each["id"])

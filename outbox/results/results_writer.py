@@ -104,7 +104,7 @@ class ResultsWriter:
 
     def end(self, values: Mapping[str, Any]) -> PendingWrite:
         """Write how an attempt has ended; likewise."""
-        size = len(values["value"] or "") + len(values["traceback"] or "")
+        size = len(values["value"] or "") + len(values.get("traceback") or "")
         return self._put(self._ended, values, size)
 
     def complete(self, id_: str) -> None:

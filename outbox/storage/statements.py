@@ -59,6 +59,7 @@ from outbox.storage.clock import (
     seconds_after,
     seconds_since,
 )
+from outbox.storage.direct import execute_alone
 from outbox.storage.floors import Span
 from outbox.storage.schema import GRACE, events
 from outbox.storage.upkeep.published_rows import moving
@@ -667,7 +668,7 @@ class _PostgreSQLStatements(_InOneStatement):
             statement, values = _put_one_if(names, condition), _new(rows[0])
         else:
             statement, values = _put_columns(names, condition), _columns(rows)
-        return connection.execute(statement, {**values, **parameters}).rowcount > 0
+        return execute_alone(connection, statement, {**values, **parameters}) > 0
 
     def names(self, queues: Sequence[str]) -> Any:
         return list(queues)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
-from sqlalchemy import Connection, Engine, event, make_url, text
+from sqlalchemy import make_url, text
 
 from outbox import Event, Publisher
 from outbox.messages.rows import values_of
@@ -33,18 +34,20 @@ def publisher(place: ServerPlace, name: str) -> Iterator[Publisher]:
 
 
 @pytest.fixture
-def statements() -> Iterator[list[tuple[str, bool]]]:
+def statements(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """What psycopg executes meanwhile: its first word, and whether it is a transaction."""
     seen: list[tuple[str, bool]] = []
+    execute = psycopg.Cursor.execute
 
-    def note(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:
-        alone = getattr(cursor.connection, "autocommit", False)
-        if not statement.startswith(("NOTIFY", "SELECT pg_notify")):
-            seen.append((statement.split()[0], alone))
+    def note(cursor: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+        # What SQLAlchemy asks over the first connection of an engine is in lower case, or no str.
+        is_ours = isinstance(query, str) and query[0].isupper()
+        if is_ours and "pg_notify" not in query:
+            seen.append((query.split()[0], cursor.connection.autocommit))
+        return execute(cursor, query, *arguments, **options)
 
-    event.listen(Engine, "before_cursor_execute", note)
-    yield seen
-    event.remove(Engine, "before_cursor_execute", note)
+    monkeypatch.setattr(psycopg.Cursor, "execute", note)
+    return seen
 
 
 @pytest.mark.parametrize("count", [1, 3, 100])

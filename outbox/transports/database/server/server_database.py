@@ -143,11 +143,13 @@ class ServerDatabase(Database):
             return False
 
         known = {"of_known": digest}
-        return self._alone(
-            lambda connection: self._store.put_rows_if(
-                rows, routing.ARE_KNOWN, known, connection=connection
-            )
-        )
+
+        def once() -> bool:
+            connection = self._in_level("AUTOCOMMIT")
+            return self._store.put_rows_if(rows, routing.ARE_KNOWN, known, connection=connection)
+
+        with self._translated():
+            return try_again(once)
 
     def exchanges(self, queues: Sequence[str]) -> bool:
         """Return whether :meth:`exchange` does now what a claim would for all ``queues``."""
@@ -155,16 +157,21 @@ class ServerDatabase(Database):
 
     def exchange(self, done: Sequence[Claimed], limit: int, queue: str) -> list[Claimed]:
         """Delete rows that are processed, and claim others: one statement."""
-        return self._alone(
-            lambda connection: self._store.exchange(
-                done,
-                limit,
-                queue=queue,
-                lease=self.lease,
-                floors=self.floors,
-                connection=connection,
-            )
-        )
+
+        def once() -> list[Claimed]:
+            connection = self._in_level("AUTOCOMMIT")
+            with connection.begin():
+                return self._store.exchange(
+                    done,
+                    limit,
+                    queue=queue,
+                    lease=self.lease,
+                    floors=self.floors,
+                    connection=connection,
+                )
+
+        with self._translated():
+            return try_again(once)
 
     def changed(self) -> bool:
         """Return True: whether that is so, only a look for rows shows."""
@@ -247,20 +254,6 @@ class ServerDatabase(Database):
             and self._connection is not None
             and time.monotonic() < self._used_at + _PROBE_AFTER
         )
-
-    def _alone(self, work: Callable[[Connection], _T]) -> _T:
-        """Return what ``work`` returns, whose only statement is a transaction by itself.
-
-        Call it if :meth:`_is_quick`.
-        """
-
-        def once() -> _T:
-            connection = self._in_level("AUTOCOMMIT")
-            with connection.begin():
-                return work(connection)
-
-        with self._translated():
-            return try_again(once)
 
     def _in_level(self, level: str) -> Connection:
         """Return the connection, opened if need be, with this isolation level."""

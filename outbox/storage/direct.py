@@ -54,7 +54,9 @@ def execute_alone(connection: Connection, statement: Any, parameters: Mapping[st
                 cursor.execute(compiled.text, compiled.parameters(parameters))
                 return int(cursor.rowcount)
     with connection.begin():
-        return connection.execute(statement, parameters).rowcount
+        # Otherwise it drops the count of an INSERT.
+        options = {"preserve_rowcount": True}
+        return connection.execute(statement, parameters, execution_options=options).rowcount
 
 
 @functools.lru_cache(maxsize=256)

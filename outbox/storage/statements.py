@@ -1030,8 +1030,7 @@ def _put(values: dict[str, Any], condition: ColumnElement[bool] | None) -> Inser
     rows = select(*values.values())
     if condition is not None:
         rows = rows.where(condition)
-    put = insert(events).from_select(list(values), rows, include_defaults=False)
-    return put.execution_options(preserve_rowcount=True)
+    return insert(events).from_select(list(values), rows, include_defaults=False)
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

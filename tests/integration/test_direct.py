@@ -1,0 +1,122 @@
+"""Statements that the driver executes itself do what SQLAlchemy would have them do."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import (
+    Column,
+    Connection,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    bindparam,
+    event,
+    insert,
+    literal,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
+
+from outbox.storage.clock import Timestamp
+from outbox.storage.direct import execute_alone
+from outbox.storage.engines import open_engine
+
+_THINGS = Table(
+    "things",
+    MetaData(),
+    Column("id", Integer, primary_key=True),
+    Column("name", String(50)),
+    Column("at", Timestamp),
+)
+_AT = datetime.datetime(2030, 1, 2, 3, 4, 5, 678901, tzinfo=datetime.UTC)
+_PUT = insert(_THINGS).from_select(
+    ["id", "name", "at"],
+    select(
+        bindparam("id", type_=Integer), bindparam("name", type_=String), literal(_AT, Timestamp)
+    ),
+)
+_RENAME = update(_THINGS).values(name="100 %").where(_THINGS.c.id <= bindparam("most"))
+
+
+@pytest.fixture
+def connection(database_url: str) -> Iterator[Connection]:
+    engine = open_engine(database_url)
+    _THINGS.metadata.create_all(engine)
+    with engine.connect() as found:
+        yield found.execution_options(isolation_level="AUTOCOMMIT")
+    engine.dispose()
+
+
+@pytest.fixture
+def by_sqlalchemy(connection: Connection) -> list[str]:
+    """The statements that SQLAlchemy executes."""
+    seen: list[str] = []
+    event.listen(connection, "before_cursor_execute", lambda *call: seen.append(call[2]))
+    return seen
+
+
+def put(connection: Connection, id_: int) -> int:
+    return execute_alone(connection, _PUT, {"id": id_, "name": "é 'quoted' %s %(id)s"})
+
+
+def test_parameters_arrive_and_rows_are_counted(
+    connection: Connection, by_sqlalchemy: list[str]
+) -> None:
+    assert [put(connection, id_) for id_ in (1, 2, 3)] == [1, 1, 1]
+    assert execute_alone(connection, _RENAME, {"most": 2}) == 2
+    assert bool(by_sqlalchemy) == (connection.dialect.name == "sqlite")
+    with connection.begin():
+        rows = connection.execute(select(_THINGS).order_by(_THINGS.c.id)).all()
+    names = ["100 %", "100 %", "é 'quoted' %s %(id)s"]
+    assert [tuple(row) for row in rows] == [(id_, names[id_ - 1], _AT) for id_ in (1, 2, 3)]
+
+
+def test_errors_are_those_of_sqlalchemy_and_change_nothing(connection: Connection) -> None:
+    put(connection, 1)
+    for _ in range(2):
+        with pytest.raises(IntegrityError):
+            put(connection, 1)
+    with connection.begin():
+        connection.execute(text("DROP TABLE things"))
+    with pytest.raises(DBAPIError) as caught:
+        put(connection, 2)
+    assert not caught.value.connection_invalidated
+
+
+def test_a_lost_connection_is_noticed_and_replaced(postgresql_url: str) -> None:
+    engine = open_engine(postgresql_url)
+    _THINGS.metadata.create_all(engine)
+    with engine.connect() as found:
+        connection = found.execution_options(isolation_level="AUTOCOMMIT")
+        put(connection, 1)
+        with engine.connect() as other, other.begin():
+            other.execute(
+                text(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE pid <> pg_backend_pid() AND datname = current_database()"
+                )
+            )
+        with pytest.raises(DBAPIError) as caught:
+            put(connection, 2)
+        assert caught.value.connection_invalidated
+        assert put(connection, 2) == 1
+    engine.dispose()
+
+
+def test_a_schema_of_the_engine_is_kept_to(postgresql_url: str) -> None:
+    engine = open_engine(postgresql_url)
+    with engine.begin() as setup:
+        setup.execute(text("CREATE SCHEMA apart"))
+    apart = engine.execution_options(schema_translate_map={None: "apart"})
+    _THINGS.metadata.create_all(apart)
+    with apart.connect() as connection:
+        assert put(connection.execution_options(isolation_level="AUTOCOMMIT"), 1) == 1
+    with engine.connect() as plain, pytest.raises(ProgrammingError):
+        put(plain.execution_options(isolation_level="AUTOCOMMIT"), 1)
+    engine.dispose()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from outbox.errors import UsageError
@@ -13,6 +14,8 @@ from outbox.system import process
 from outbox.url import BrokerURL
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
     from outbox.results.results_store import ResultsStore
     from outbox.results.results_writer import ResultsWriter
 
@@ -78,7 +81,7 @@ def _store_in_file(path: str, pid: int) -> ResultsStore:
     from outbox.results.results_store import ResultsStore
     from outbox.storage.engines import open_sqlite
 
-    return ResultsStore(open_sqlite(path, synchronous="NORMAL"))
+    return _closing(ResultsStore(open_sqlite(path, synchronous="NORMAL")))
 
 
 @functools.lru_cache(maxsize=16)
@@ -87,7 +90,7 @@ def _store_on_server(url: str, pid: int) -> ResultsStore:
     from outbox.transports.database.server.server_address import ServerAddress
 
     address = ServerAddress.of(BrokerURL.parse(url))
-    return ResultsStore(address.open_engine(), address.open_listening_engine())
+    return _closing(ResultsStore(address.open_engine(), address.open_listening_engine()))
 
 
 @functools.lru_cache(maxsize=16)
@@ -109,14 +112,25 @@ def _store(where: Any, pid: int) -> ResultsStore:
     if where.startswith("sqlite"):
         engine = open_engine(where)  # which checks the URL
         engine.dispose()
-        return ResultsStore(open_sqlite(os.path.abspath(make_url(where).database or "")))
+        return _closing(ResultsStore(open_sqlite(os.path.abspath(make_url(where).database or ""))))
     try:
         url = make_url(where)
     except (ArgumentError, ValueError):
         return ResultsStore(open_engine(where))  # which says what is wrong with it
     listen = url.query.get("listen")
     if url.get_backend_name() != "postgresql" or not (listen is None or isinstance(listen, str)):
-        return ResultsStore(open_engine(url))
+        return _closing(ResultsStore(open_engine(url)))
     url = url.difference_update_query(["listen"])
     listening = None if listen == "no" else open_engine(listen or url, pool=NullPool)
-    return ResultsStore(open_engine(url), listening)
+    return _closing(ResultsStore(open_engine(url), listening))
+
+
+def _closing(store: ResultsStore) -> ResultsStore:
+    """Return a store whose engine is disposed of when nothing refers to the store any more."""
+    weakref.finalize(store, _dispose, store.engine, process.pid).atexit = False
+    return store
+
+
+def _dispose(engine: Engine, pid: int) -> None:
+    # The connections that a forked child has inherited are its parent's, which goes on using them.
+    engine.dispose(close=process.pid == pid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import decimal
+import gc
 import os
 import signal
 import subprocess
@@ -26,8 +27,10 @@ from outbox import Publisher, UsageError, auto_publishing, configure
 from outbox.consumers import Worker
 from outbox.consumers.discovery import load
 from outbox.messages.delivery import dead_letter_queue
+from outbox.results.open_results import results_store_of
 from outbox.results.results_store import ResultsStore
 from outbox.results.results_writer import ResultsWriter
+from outbox.settings import Settings
 from outbox.sql.inbox import done as inbox_table
 from outbox.storage.clock import in_seconds
 from outbox.storage.engines import open_engine
@@ -751,3 +754,19 @@ def test_a_worker_that_is_killed_after_its_commit_leaves_no_result_running(
 
 def outbox_store(folder: Path) -> ResultsStore:
     return ResultsStore(open_engine(f"sqlite:///{folder / 'outbox.db'}"))
+
+
+def test_the_connections_of_a_database_that_is_used_no_more_are_closed(tmp_path: Path) -> None:
+    engines = []
+    for number in range(20):
+        settings = Settings.load(None, {"results": f"sqlite:///{tmp_path}/{number}.db"})
+        store = results_store_of(settings)
+        assert store is not None
+        assert store.read(["a"]) == {}
+        engines.append((store.engine, store.engine.pool))
+    del store
+    gc.collect()
+    engine, pool = engines[0]
+    assert engine.pool is not pool  # as after dispose()
+    newest, pool = engines[-1]
+    assert newest.pool is pool

@@ -136,7 +136,7 @@ class TaskRecord:
                 "attempt": delivery.attempt,
                 "token": self._token,
                 "worker": _worker_here(process.pid),
-                "enqueued": delivery.occurred_at.timestamp(),
+                "enqueued": delivery.occurred_seconds,
                 "keep": self._keep,
             }
         )

@@ -172,6 +172,14 @@ class Delivery:
         """The time the event was enqueued (aware); now, if the message doesn't say."""
         return self.read_times()
 
+    @property
+    def occurred_seconds(self) -> float:
+        """The same in seconds since the epoch."""
+        microseconds = (self.headers or {}).get(HEADER_OCCURRED_AT)
+        if type(microseconds) is int and 0 <= microseconds < _END_OF_TIME:
+            return microseconds / 1e6
+        return self.occurred_at.timestamp()
+
     def read_times(self) -> datetime.datetime:
         """Return :attr:`occurred_at`, and note :attr:`since`."""
         headers = self.headers

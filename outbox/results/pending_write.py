@@ -7,9 +7,6 @@ from collections.abc import Callable
 
 __all__ = ["PendingWrite"]
 
-_lock = threading.Lock()
-"""Held for a moment: one for all takes less time to make than one for each."""
-
 
 class PendingWrite:
     """A write that may not be over yet. Thread-safe.
@@ -20,33 +17,37 @@ class PendingWrite:
         error: what made the write fail, or None.
     """
 
-    __slots__ = ("_callback", "error", "is_over", "refusal")
+    __slots__ = ("_callbacks", "error", "is_over", "refusal")
 
     def __init__(self) -> None:
         """Begin to wait."""
         self.is_over = False
         self.refusal = ""
         self.error: Exception | None = None
-        self._callback: Callable[[], object] | None = None
+        self._callbacks: list[Callable[[], object]] = []
 
     def end(self, refusal: str = "", error: Exception | None = None) -> None:
         """Note that the write is over, and call what has waited for that."""
         self.refusal, self.error = refusal, error
-        with _lock:
-            self.is_over = True
-            callback = self._callback
-        if callback is not None:
-            callback()
+        self.is_over = True
+        if self._callbacks:
+            self._call()
 
     def when_over(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called when it is over, on the thread that writes; or here, if it is.
 
         It must not block, nor raise an exception. Only one can be set.
         """
-        with _lock:
-            if not self.is_over:
-                self._callback = callback
-                return
+        self._callbacks.append(callback)
+        if self.is_over:
+            self._call()
+
+    def _call(self) -> None:
+        # Both threads may come here. Without a lock: only one of them gets the callback.
+        try:
+            callback = self._callbacks.pop()
+        except IndexError:
+            return
         callback()
 
     def wait(self) -> None:

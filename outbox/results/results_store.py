@@ -48,6 +48,7 @@ __all__ = ["ResultsStore"]
 _MOST_IDS = 500  # in one statement
 _PURGED_AT_ONCE = 1000
 _WEEK = 7 * 86_400.0
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _LONGEST_DELAY = 2.0**28  # seconds: no task waits longer in RabbitMQ
 
 _row = results.c
@@ -357,7 +358,7 @@ class ResultsStore:
 
 def _as_json(rows: Sequence[Mapping[str, Any]]) -> str:
     # In one order in every process: otherwise two could wait for each other's rows.
-    return json.dumps(sorted(rows, key=itemgetter("id")))
+    return _encode(sorted(rows, key=itemgetter("id")))
 
 
 def _row_of(found: Mapping[Any, Any]) -> ResultRow:

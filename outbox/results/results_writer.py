@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
@@ -273,14 +273,23 @@ class ResultsWriter:
 
 def _taken(rows: deque[_Row]) -> list[_Row]:
     """Take rows for one statement: no id twice, which PostgreSQL refuses."""
-    taken: list[_Row] = []
+    taken = [rows.popleft() for _ in range(min(len(rows), _MOST_ROWS))]
+    if len({row.values["id"] for row in taken}) < len(taken) or (
+        sum([row.size for row in taken]) > _MOST_BYTES
+    ):
+        first = _first_of(taken)
+        rows.extendleft(reversed(taken[first:]))
+        del taken[first:]
+    return taken
+
+
+def _first_of(rows: Sequence[_Row]) -> int:
+    """Return how many of the first rows fit into one statement."""
     ids: set[str] = set()
     size = 0
-    while rows and len(taken) < _MOST_ROWS:
-        row = rows[0]
+    for number, row in enumerate(rows):
         size += row.size
-        if row.values["id"] in ids or (taken and size > _MOST_BYTES):
-            break
+        if row.values["id"] in ids or (number and size > _MOST_BYTES):
+            return number
         ids.add(row.values["id"])
-        taken.append(rows.popleft())
-    return taken
+    return len(rows)

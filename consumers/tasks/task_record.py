@@ -287,6 +287,9 @@ def _tokens_of(pid: int) -> str:
     return f"{os.urandom(11).hex()}."
 
 
+process.after_fork(_tokens_of.cache_clear)  # a child may get the id of an ancestor that has ended
+
+
 @functools.lru_cache(maxsize=4)
 def _worker_here(pid: int) -> str:
     return f"{socket.gethostname()}:{pid}"[:255]

@@ -89,19 +89,27 @@ def test_errors_are_those_of_sqlalchemy_and_change_nothing(connection: Connectio
     assert not caught.value.connection_invalidated
 
 
-def test_a_lost_connection_is_noticed_and_replaced(postgresql_url: str) -> None:
-    engine = open_engine(postgresql_url)
+_KILL_OTHERS = {
+    "postgresql": "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE pid <> pg_backend_pid() AND datname = current_database()",
+    "mariadb": "SELECT CONCAT('KILL ', id) FROM information_schema.processlist "
+    "WHERE id <> CONNECTION_ID() AND db = DATABASE()",
+}
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+def test_a_lost_connection_is_noticed_and_replaced(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    engine = open_engine(request.getfixturevalue(f"{kind}_url"))
     _THINGS.metadata.create_all(engine)
-    with engine.connect() as found:
+    engine.dispose()
+    with engine.connect() as found, engine.connect() as other:
         connection = found.execution_options(isolation_level="AUTOCOMMIT")
         put(connection, 1)
-        with engine.connect() as other, other.begin():
-            other.execute(
-                text(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                    "WHERE pid <> pg_backend_pid() AND datname = current_database()"
-                )
-            )
+        done = other.execute(text(_KILL_OTHERS[kind]))
+        if kind == "mariadb":
+            other.exec_driver_sql(done.scalar_one())
         with pytest.raises(DBAPIError) as caught:
             put(connection, 2)
         assert caught.value.connection_invalidated

@@ -20,7 +20,7 @@ import pytest
 from sqlalchemy import create_engine, make_url
 from sqlalchemy.pool import NullPool
 
-from outbox import Publisher, configuration, surroundings
+from outbox import Publisher, configuration, ids, surroundings
 from outbox.consumers import hooks
 from outbox.observer import seam
 from outbox.results import results_listener
@@ -349,6 +349,7 @@ def publisher(amqp_url: str, name: str) -> Iterator[Publisher]:
 def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No collector, publisher, setting, observer or thread of a test remains in the next."""
     Scope.resume(None)
+    ids._generator.reset()  # a test with another clock may have been years ahead
     for variable in [one for one in os.environ if one.startswith("OUTBOX_")]:
         if not variable.startswith("OUTBOX_TEST_"):
             monkeypatch.delenv(variable)

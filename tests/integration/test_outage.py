@@ -37,12 +37,19 @@ from tests.waiting import wait_until
 CLASSIC = {"x-queue-type": "classic"}
 
 
+def lasting_queue(broker: PrivateBroker, inspector: Inspector, name: str) -> str:
+    """Declare a queue that outlives a kill: RabbitMQ writes it, and its binding, a little later."""
+    queue = inspector.queue(name, name, arguments=CLASSIC)
+    broker.ctl("eval", "mnesia:sync_log().")
+    return queue
+
+
 @pytest.mark.one_python
 def test_every_event_arrives_when_the_broker_is_killed_in_the_middle_of_200_flushes(
     private_broker: PrivateBroker, name: str
 ) -> None:
     inspector = Inspector(private_broker.url)
-    queue = inspector.queue(name, name, arguments=CLASSIC)
+    queue = lasting_queue(private_broker, inspector, name)
     committed: list[str] = []
     rolled_back: list[str] = []
     with Publisher(private_broker.url, exchange=name, timeout=2, drain_timeout=30) as publisher:
@@ -73,7 +80,7 @@ def test_a_rollback_does_not_touch_events_kept_from_an_earlier_publish(
     private_broker: PrivateBroker, name: str
 ) -> None:
     inspector = Inspector(private_broker.url)
-    queue = inspector.queue(name, name, arguments=CLASSIC)
+    queue = lasting_queue(private_broker, inspector, name)
     private_broker.kill()
     configure(private_broker.url, exchange=name)
     with auto_publishing() as block:
@@ -209,7 +216,7 @@ def test_awaiting_callers_time_out_and_their_loop_stays_free(
 @pytest.mark.slow
 def test_kept_events_are_drained_at_process_exit(private_broker: PrivateBroker, name: str) -> None:
     inspector = Inspector(private_broker.url)
-    queue = inspector.queue(name, name, arguments=CLASSIC)
+    queue = lasting_queue(private_broker, inspector, name)
     private_broker.kill()
     script = subprocess.Popen(
         [sys.executable, "-c", _SCRIPT, private_broker.url, name, "30"],

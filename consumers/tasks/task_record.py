@@ -109,7 +109,7 @@ class TaskRecord:
         self._delivery = delivery
         self._id = delivery.message_id or delivery.id_or_new
         self._task = str(headers.get(TASK))
-        self._token = f"{_tokens_of(process.pid)}{next(_attempts):x}"
+        self._token = f"{_start_of_tokens()}{next(_attempts):x}"
         self._keep = keep
         self._hides_errors = hides_errors
         self._value: str | None = "null"
@@ -281,13 +281,13 @@ def record_of(consumer: Consumer, delivery: Delivery, results: Results) -> TaskR
 _attempts = itertools.count()
 
 
-@functools.lru_cache(maxsize=4)
-def _tokens_of(pid: int) -> str:
-    """Return what all tokens of a process begin with, and of no other."""
+@functools.cache
+def _start_of_tokens() -> str:
+    """Return what all tokens of this process begin with, and of no other."""
     return f"{os.urandom(11).hex()}."
 
 
-process.after_fork(_tokens_of.cache_clear)  # a child may get the id of an ancestor that has ended
+process.after_fork(_start_of_tokens.cache_clear)
 
 
 @functools.lru_cache(maxsize=4)

@@ -175,24 +175,20 @@ class Delivery:
     @property
     def occurred_seconds(self) -> float:
         """The same in seconds since the epoch."""
-        microseconds = (self.headers or {}).get(HEADER_OCCURRED_AT)
-        if type(microseconds) is int and 0 <= microseconds < _END_OF_TIME:
-            return microseconds / 1e6
-        return self.occurred_at.timestamp()
+        microseconds = _microseconds(self.headers)
+        return self.occurred_at.timestamp() if microseconds is None else microseconds / 1e6
 
     def read_times(self) -> datetime.datetime:
         """Return :attr:`occurred_at`, and note :attr:`since`."""
         headers = self.headers
-        if headers:
-            microseconds = headers.get(HEADER_OCCURRED_AT)
-            # A date after the year 9999, or before the epoch, is ignored.
-            if isinstance(microseconds, int) and 0 <= microseconds < _END_OF_TIME:
-                seconds = microseconds / 1e6
-                if self.since is None and not self.redelivered and ATTEMPT not in headers:
-                    self.since = seconds
-                if microseconds < _ROUNDED_WELL:  # in a third of the time
-                    return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-                return _EPOCH + datetime.timedelta(microseconds=microseconds)
+        microseconds = _microseconds(headers)
+        if headers and microseconds is not None:
+            seconds = microseconds / 1e6
+            if self.since is None and not self.redelivered and ATTEMPT not in headers:
+                self.since = seconds
+            if microseconds < _ROUNDED_WELL:  # in a third of the time
+                return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+            return _EPOCH + datetime.timedelta(microseconds=microseconds)
         if isinstance(self.timestamp, int) and self.timestamp >= 0:
             with contextlib.suppress(OverflowError):
                 return _EPOCH + datetime.timedelta(seconds=self.timestamp)
@@ -211,6 +207,15 @@ class Delivery:
             return self.message_id
         attributes = self.cloudevent
         return new_id() if attributes is None else str(attributes["id"])
+
+
+def _microseconds(headers: Mapping[str, Any] | None) -> int | None:
+    """Return when an event occurred, in microseconds since the epoch; None if nothing says it."""
+    microseconds = headers.get(HEADER_OCCURRED_AT) if headers else None
+    # A date after the year 9999, or before the epoch, is ignored.
+    if isinstance(microseconds, int) and 0 <= microseconds < _END_OF_TIME:
+        return microseconds
+    return None
 
 
 def as_delivered(event: Event, queue: str, tag: int, *, redelivered: bool = False) -> Delivery:

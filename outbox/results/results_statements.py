@@ -154,9 +154,7 @@ def _begin(dialect: str) -> Any:
             ("status", case((has_succeeded, row.status), else_=new.status)),
         ]
 
-    upsert = _upsert(dialect, values, source, may_begin, changed)
-    # Otherwise SQLAlchemy drops the count of an INSERT.
-    return upsert.execution_options(preserve_rowcount=True)
+    return _upsert(dialect, values, source, may_begin, changed)
 
 
 def _end(dialect: str, parameter: str = "rows") -> Any:

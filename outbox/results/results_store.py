@@ -36,7 +36,7 @@ from outbox.results.results_statements import LEASE, statements_for
 from outbox.sql import commits
 from outbox.storage.clock import in_seconds, now
 from outbox.storage.creating import check_server
-from outbox.storage.direct import execute_alone
+from outbox.storage.direct import execute, execute_alone
 from outbox.storage.notifications import RESULTS_CHANNEL, can_listen
 from outbox.storage.results_table import results
 from outbox.storage.schema import dialect_of, exists
@@ -155,11 +155,7 @@ class ResultsStore:
                 with tracing.hidden():
                     return self._write(functools.partial(execute_alone, connection), begun, ended)
             with self._transaction() as own:
-
-                def execute(statement: Any, rows: Mapping[str, str]) -> int:
-                    return own.execute(statement, rows).rowcount
-
-                return self._write(execute, begun, ended)
+                return self._write(functools.partial(execute, own), begun, ended)
 
         count = try_again(work)
         # Asked only if some may not have begun: reading rows takes a driver that is written in
@@ -170,7 +166,7 @@ class ResultsStore:
 
     def _write(
         self,
-        execute: Callable[[Any, Mapping[str, str]], int],
+        run: Callable[[Any, Mapping[str, str]], int],
         begun: Sequence[Mapping[str, Any]],
         ended: Sequence[Mapping[str, Any]],
     ) -> int:
@@ -179,10 +175,10 @@ class ResultsStore:
         both = statements.both if begun and ended else None
         if both is not None and {row["id"] for row in begun}.isdisjoint(row["id"] for row in ended):
             # One round trip and one commit for both.
-            return execute(both, {"rows": _as_json(begun), "ended_rows": _as_json(ended)})
+            return run(both, {"rows": _as_json(begun), "ended_rows": _as_json(ended)})
         if ended:
-            execute(statements.end, {"rows": _as_json(ended)})
-        return execute(statements.begin, {"rows": _as_json(begun)}) if begun else 0
+            run(statements.end, {"rows": _as_json(ended)})
+        return run(statements.begin, {"rows": _as_json(begun)}) if begun else 0
 
     def _refused(
         self, begun: Sequence[Mapping[str, Any]], connection: Connection | None

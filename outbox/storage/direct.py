@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ClauseElement, Connection, Dialect
 
-__all__ = ["execute_alone"]
+__all__ = ["execute", "execute_alone"]
 
 _DRIVERS = ("psycopg", "pymysql")
 """Those with which this was tried."""
@@ -54,9 +54,14 @@ def execute_alone(connection: Connection, statement: Any, parameters: Mapping[st
                 cursor.execute(compiled.text, compiled.parameters(parameters))
                 return int(cursor.rowcount)
     with connection.begin():
-        # Otherwise it drops the count of an INSERT.
-        options = {"preserve_rowcount": True}
-        return connection.execute(statement, parameters, execution_options=options).rowcount
+        return execute(connection, statement, parameters)
+
+
+def execute(connection: Connection, statement: Any, parameters: Mapping[str, Any]) -> int:
+    """Execute a statement by SQLAlchemy; return the rows that it has changed."""
+    # Otherwise it drops the count of an INSERT.
+    options = {"preserve_rowcount": True}
+    return connection.execute(statement, parameters, execution_options=options).rowcount
 
 
 @functools.lru_cache(maxsize=256)

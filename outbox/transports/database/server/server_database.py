@@ -143,13 +143,11 @@ class ServerDatabase(Database):
             return False
 
         known = {"of_known": digest}
-
-        def once() -> bool:
-            connection = self._in_level("AUTOCOMMIT")
-            return self._store.put_rows_if(rows, routing.ARE_KNOWN, known, connection=connection)
-
-        with self._translated():
-            return try_again(once)
+        return self._alone(
+            lambda connection: self._store.put_rows_if(
+                rows, routing.ARE_KNOWN, known, connection=connection
+            )
+        )
 
     def exchanges(self, queues: Sequence[str]) -> bool:
         """Return whether :meth:`exchange` does now what a claim would for all ``queues``."""
@@ -158,8 +156,7 @@ class ServerDatabase(Database):
     def exchange(self, done: Sequence[Claimed], limit: int, queue: str) -> list[Claimed]:
         """Delete rows that are processed, and claim others: one statement."""
 
-        def once() -> list[Claimed]:
-            connection = self._in_level("AUTOCOMMIT")
+        def exchange(connection: Connection) -> list[Claimed]:
             with connection.begin():
                 return self._store.exchange(
                     done,
@@ -170,8 +167,7 @@ class ServerDatabase(Database):
                     connection=connection,
                 )
 
-        with self._translated():
-            return try_again(once)
+        return self._alone(exchange)
 
     def changed(self) -> bool:
         """Return True: whether that is so, only a look for rows shows."""
@@ -254,6 +250,14 @@ class ServerDatabase(Database):
             and self._connection is not None
             and time.monotonic() < self._used_at + _PROBE_AFTER
         )
+
+    def _alone(self, work: Callable[[Connection], _T]) -> _T:
+        """Return what ``work`` returns, whose only statement is a transaction by itself.
+
+        Call it if :meth:`_is_quick`.
+        """
+        with self._translated():
+            return try_again(lambda: work(self._in_level("AUTOCOMMIT")))
 
     def _in_level(self, level: str) -> Connection:
         """Return the connection, opened if need be, with this isolation level."""

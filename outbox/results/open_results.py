@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import weakref
 from typing import TYPE_CHECKING, Any
 
 from outbox.errors import UsageError
@@ -14,8 +13,6 @@ from outbox.system import process
 from outbox.url import BrokerURL
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
-
     from outbox.results.results_store import ResultsStore
     from outbox.results.results_writer import ResultsWriter
 
@@ -127,10 +124,7 @@ def _store(where: Any, pid: int) -> ResultsStore:
 
 def _closing(store: ResultsStore) -> ResultsStore:
     """Return a store whose engine is disposed of when nothing refers to the store any more."""
-    weakref.finalize(store, _dispose, store.engine, process.pid).atexit = False
+    from outbox.storage.engines import dispose_with
+
+    dispose_with(store, store.engine)
     return store
-
-
-def _dispose(engine: Engine, pid: int) -> None:
-    # The connections that a forked child has inherited are its parent's, which goes on using them.
-    engine.dispose(close=process.pid == pid)

@@ -23,7 +23,7 @@ from outbox.storage.schema import known_dialect
 from outbox.storage.transactions import READS_ONLY
 from outbox.system import process
 
-__all__ = ["engine_beside", "names_memory", "open_engine", "open_sqlite"]
+__all__ = ["dispose_with", "engine_beside", "names_memory", "open_engine", "open_sqlite"]
 
 logger = logging.getLogger("outbox.sql")
 
@@ -148,6 +148,16 @@ def engine_beside(engine: Engine) -> Engine | None:
             logger.warning("leaving stored events to the relay: %s", error)
             _beside[engine] = None
     return _beside[engine]
+
+
+def dispose_with(owner: object, engine: Engine) -> None:
+    """Dispose of ``engine`` when nothing refers to ``owner`` any more, as when a cache drops it."""
+    weakref.finalize(owner, _dispose, engine, process.pid).atexit = False
+
+
+def _dispose(engine: Engine, pid: int) -> None:
+    # The connections that a forked child has inherited are its parent's, which goes on using them.
+    engine.dispose(close=process.pid == pid)
 
 
 def _connects_by_url_alone(engine: Engine) -> bool:

@@ -25,14 +25,17 @@ def engine_of(settings: Settings) -> Any:
         return None
     if not BrokerURL.parse(settings.url).is_database:
         return None
-    return _engine_of_broker(settings.url, process.pid)
+    return _store_of_broker(settings.url, process.pid).engine
 
 
 @functools.lru_cache(maxsize=16)
-def _engine_of_broker(url: str, pid: int) -> Any:
-    from outbox.transports.database.kinds import engine_at
+def _store_of_broker(url: str, pid: int) -> Any:
+    from outbox.storage.engines import dispose_with
+    from outbox.transports.database.kinds import store_at
 
-    return engine_at(BrokerURL.parse(url))
+    store = store_at(BrokerURL.parse(url))
+    dispose_with(store, store.engine)
+    return store
 
 
 def waits(engine: Any, event_id: str) -> bool:

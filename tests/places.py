@@ -40,6 +40,7 @@ __all__ = [
     "SQLitePlace",
     "ServerPlace",
     "database_place_of",
+    "end_connections",
     "events_for",
     "made",
     "parked_in",
@@ -168,6 +169,21 @@ class ServerPlace(_Place):
 
     def will_clean_up(self, queue: str) -> None:
         """Do nothing: the next test empties the tables."""
+
+
+def end_connections(place: ServerPlace) -> None:
+    """End every other connection to the database, as an administrator would."""
+    if place.engine.dialect.name == "postgresql":
+        place.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        return
+    for (number,) in place.execute(
+        "SELECT id FROM information_schema.processlist "
+        "WHERE db = database() AND id <> connection_id()"
+    ):
+        place.execute(f"KILL {number}")
 
 
 def place_of(kind: str, request: pytest.FixtureRequest, name: str, folder: Path) -> Place:

@@ -26,6 +26,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from outbox.storage.clock import Timestamp
 from outbox.storage.direct import execute_alone
 from outbox.storage.engines import open_engine
+from tests.places import ServerPlace, end_connections
 
 _THINGS = Table(
     "things",
@@ -89,27 +90,17 @@ def test_errors_are_those_of_sqlalchemy_and_change_nothing(connection: Connectio
     assert not caught.value.connection_invalidated
 
 
-_KILL_OTHERS = {
-    "postgresql": "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-    "WHERE pid <> pg_backend_pid() AND datname = current_database()",
-    "mariadb": "SELECT CONCAT('KILL ', id) FROM information_schema.processlist "
-    "WHERE id <> CONNECTION_ID() AND db = DATABASE()",
-}
-
-
 @pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
 def test_a_lost_connection_is_noticed_and_replaced(
     kind: str, request: pytest.FixtureRequest
 ) -> None:
-    engine = open_engine(request.getfixturevalue(f"{kind}_url"))
+    url = request.getfixturevalue(f"{kind}_url")
+    engine = open_engine(url)
     _THINGS.metadata.create_all(engine)
-    engine.dispose()
-    with engine.connect() as found, engine.connect() as other:
+    with engine.connect() as found:
         connection = found.execution_options(isolation_level="AUTOCOMMIT")
         put(connection, 1)
-        done = other.execute(text(_KILL_OTHERS[kind]))
-        if kind == "mariadb":
-            other.exec_driver_sql(done.scalar_one())
+        end_connections(ServerPlace(url, ""))
         with pytest.raises(DBAPIError) as caught:
             put(connection, 2)
         assert caught.value.connection_invalidated

@@ -157,14 +157,18 @@ def test_a_worker_makes_its_queue_in_a_file_that_replaces_the_old_one(
     assert any("1 message(s) of the old one can't be acknowledged" in line for line in replaced)
 
 
+def await_queue(place: SQLitePlace, name: str) -> None:
+    wait_until(lambda: ("outbox_bindings",) in place.execute("SELECT name FROM sqlite_master"))
+    wait_until(lambda: (name,) in place.execute("SELECT queue FROM outbox_bindings"))
+
+
 def test_an_idle_worker_makes_its_queue_before_anything_is_published(
     place: SQLitePlace, name: str
 ) -> None:
     with reading(place, name):
         delete_file(place)
         wait_until(lambda: Path(place.path).exists())
-        wait_until(lambda: ("outbox_bindings",) in place.execute("SELECT name FROM sqlite_master"))
-        wait_until(lambda: (name,) in place.execute("SELECT queue FROM outbox_bindings"))
+        await_queue(place, name)
 
 
 def test_a_file_whose_tables_were_dropped_gets_its_queues_again(
@@ -177,8 +181,7 @@ def test_a_file_whose_tables_were_dropped_gets_its_queues_again(
         place.execute("DROP TABLE outbox_events")
         place.execute("DROP TABLE outbox_bindings")
         # Until the worker has looked, events for its queue are parked, as in any new file.
-        wait_until(lambda: ("outbox_bindings",) in place.execute("SELECT name FROM sqlite_master"))
-        wait_until(lambda: (name,) in place.execute("SELECT queue FROM outbox_bindings"))
+        await_queue(place, name)
         wait_until(lambda: publisher.publish(events[1:]).published or publisher.drain(10))
         assert [delivery.message_id for delivery in reader.get()] == [events[1].id]
 

@@ -30,7 +30,16 @@ from outbox.url import BrokerURL
 from proving import database_queues
 from proving.proxy import FaultProxy
 from tests import shipping
-from tests.places import ServerPlace, events_for, made, place_of, reading, server_place_of, working
+from tests.places import (
+    ServerPlace,
+    end_connections,
+    events_for,
+    made,
+    place_of,
+    reading,
+    server_place_of,
+    working,
+)
 from tests.waiting import wait_until
 
 
@@ -60,21 +69,6 @@ def publisher(place: ServerPlace) -> Iterator[Publisher]:
 
 def is_empty(place: ServerPlace) -> bool:
     return place.execute("SELECT 1 FROM outbox_events") == []
-
-
-def end_connections(place: ServerPlace) -> None:
-    """End every other connection to the database, as an administrator would."""
-    if place.engine.dialect.name == "postgresql":
-        place.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        )
-        return
-    for (number,) in place.execute(
-        "SELECT id FROM information_schema.processlist "
-        "WHERE db = database() AND id <> connection_id()"
-    ):
-        place.execute(f"KILL {number}")
 
 
 def connections(place: ServerPlace) -> set[int]:

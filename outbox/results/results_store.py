@@ -36,7 +36,7 @@ from outbox.results.results_statements import LEASE, statements_for
 from outbox.sql import commits
 from outbox.storage.clock import in_seconds, now
 from outbox.storage.creating import check_server
-from outbox.storage.direct import execute, execute_alone
+from outbox.storage.drivers.direct import execute, execute_alone
 from outbox.storage.notifications import RESULTS_CHANNEL, can_listen
 from outbox.storage.results_table import results
 from outbox.storage.schema import dialect_of, exists

@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from outbox.errors import MissingExtra, UsageError
-from outbox.storage.arrays import send_arrays_quickly
+from outbox.storage.drivers.arrays import send_arrays_quickly
 from outbox.storage.schema import known_dialect
 from outbox.storage.transactions import READS_ONLY
 from outbox.system import process

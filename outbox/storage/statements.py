@@ -50,7 +50,6 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, BIGINT
 from sqlalchemy.sql.dml import ReturningInsert
 
-from outbox.storage.arrays import ArrayOf
 from outbox.storage.clock import (
     ExactTimestamp,
     Timestamp,
@@ -59,7 +58,8 @@ from outbox.storage.clock import (
     seconds_after,
     seconds_since,
 )
-from outbox.storage.direct import execute_alone
+from outbox.storage.drivers.arrays import ArrayOf
+from outbox.storage.drivers.direct import execute_alone
 from outbox.storage.floors import Span
 from outbox.storage.schema import GRACE, events
 from outbox.storage.upkeep.published_rows import moving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Iterator
 
@@ -24,7 +25,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 
 from outbox.storage.clock import Timestamp
-from outbox.storage.direct import execute_alone
+from outbox.storage.drivers.direct import execute_alone
 from outbox.storage.engines import open_engine
 from tests.places import ServerPlace, end_connections
 
@@ -45,9 +46,9 @@ _PUT = insert(_THINGS).from_select(
 _RENAME = update(_THINGS).values(name="100 %").where(_THINGS.c.id <= bindparam("most"))
 
 
-@pytest.fixture
-def connection(database_url: str) -> Iterator[Connection]:
-    engine = open_engine(database_url)
+@contextlib.contextmanager
+def connected(url: str) -> Iterator[Connection]:
+    engine = open_engine(url)
     _THINGS.metadata.create_all(engine)
     with engine.connect() as found:
         yield found.execution_options(isolation_level="AUTOCOMMIT")
@@ -55,8 +56,19 @@ def connection(database_url: str) -> Iterator[Connection]:
 
 
 @pytest.fixture
+def connection(database_url: str) -> Iterator[Connection]:
+    with connected(database_url) as found:
+        yield found
+
+
+@pytest.fixture
+def at_postgresql(postgresql_url: str) -> Iterator[Connection]:
+    with connected(postgresql_url) as found:
+        yield found
+
+
 def by_sqlalchemy(connection: Connection) -> list[str]:
-    """The statements that SQLAlchemy executes."""
+    """Return the statements that SQLAlchemy executes from now on."""
     seen: list[str] = []
     event.listen(connection, "before_cursor_execute", lambda *call: seen.append(call[2]))
     return seen
@@ -66,16 +78,54 @@ def put(connection: Connection, id_: int) -> int:
     return execute_alone(connection, _PUT, {"id": id_, "name": "é 'quoted' %s %(id)s"})
 
 
-def test_parameters_arrive_and_rows_are_counted(
-    connection: Connection, by_sqlalchemy: list[str]
-) -> None:
+def test_parameters_arrive_and_rows_are_counted(connection: Connection) -> None:
+    seen = by_sqlalchemy(connection)
     assert [put(connection, id_) for id_ in (1, 2, 3)] == [1, 1, 1]
     assert execute_alone(connection, _RENAME, {"most": 2}) == 2
-    assert bool(by_sqlalchemy) == (connection.dialect.name == "sqlite")
+    assert bool(seen) == (connection.dialect.name == "sqlite")
     with connection.begin():
         rows = connection.execute(select(_THINGS).order_by(_THINGS.c.id)).all()
     names = ["100 %", "100 %", "é 'quoted' %s %(id)s"]
     assert [tuple(row) for row in rows] == [(id_, names[id_ - 1], _AT) for id_ in (1, 2, 3)]
+
+
+def prepared(connection: Connection) -> int:
+    """Return how many statements of outbox the server keeps prepared for the connection."""
+    with connection.begin():
+        count = "SELECT count(*) FROM pg_prepared_statements WHERE name LIKE 'outbox%'"
+        return int(connection.execute(text(count)).scalar_one())
+
+
+def test_postgresql_prepares_each_statement_once(at_postgresql: Connection) -> None:
+    assert [put(at_postgresql, id_) for id_ in range(10)] == [1] * 10
+    assert prepared(at_postgresql) == 1
+    assert execute_alone(at_postgresql, _RENAME, {"most": 2}) == 3
+    assert prepared(at_postgresql) == 2
+
+
+def test_nothing_is_prepared_again_where_it_does_not_last(at_postgresql: Connection) -> None:
+    put(at_postgresql, 1)
+    with at_postgresql.begin():
+        at_postgresql.execute(text("DEALLOCATE ALL"))
+    assert put(at_postgresql, 2) == 1
+    seen = by_sqlalchemy(at_postgresql)
+    assert put(at_postgresql, 3) == 1
+    assert not seen
+    assert not prepared(at_postgresql)
+
+
+def test_a_pooler_that_swaps_connections_changes_nothing(pooled_url: str) -> None:
+    with contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(connected(pooled_url)) for _ in range(2))
+        assert put(first, 1) == 1
+        with second.begin():
+            # On the connection of the server that has the statement: the other one gets another.
+            second.execute(text("SELECT 1"))
+            assert put(first, 2) == 1
+        assert put(second, 3) == 1  # where the name is taken
+        assert [put(first, 4), put(second, 5)] == [1, 1]
+        with first.begin():
+            assert first.execute(text("SELECT count(*) FROM things")).scalar_one() == 5
 
 
 def test_errors_are_those_of_sqlalchemy_and_change_nothing(connection: Connection) -> None:

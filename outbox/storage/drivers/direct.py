@@ -11,27 +11,28 @@ from sqlalchemy import ClauseElement, Connection, Dialect
 
 __all__ = ["execute", "execute_alone"]
 
-_DRIVERS = ("psycopg", "pymysql")
-"""Those with which this was tried."""
+_PREPARED = "outbox_prepared"
+"""Where the connection's own dictionary has its prepared statements."""
 
 
 class _Compiled(NamedTuple):
     text: str
     constants: Mapping[str, Any]
     processors: Mapping[str, Callable[[Any], Any]]
-    order: Sequence[str] | None
+    order: Sequence[str]
 
-    def parameters(self, given: Mapping[str, Any]) -> Any:
+    def parameters(self, given: Mapping[str, Any]) -> list[Any]:
         values = {**self.constants, **given}
         for name, process in self.processors.items():
             values[name] = process(values[name])
-        return values if self.order is None else [values[name] for name in self.order]
+        return [values[name] for name in self.order]
 
 
 def execute_alone(connection: Connection, statement: Any, parameters: Mapping[str, Any]) -> int:
     """Execute a statement that is a transaction by itself; return the rows that it has changed.
 
-    What it is compiled to is kept, so it must be one of few: made once, or cached.
+    What it is compiled to is kept, so it must be one of few: made once, or cached. So may the
+    server's plan be, so it must be right for a table of any size.
 
     Args:
         connection: a connection in AUTOCOMMIT, outside of a transaction of SQLAlchemy's.
@@ -42,17 +43,12 @@ def execute_alone(connection: Connection, statement: Any, parameters: Mapping[st
         sqlalchemy.exc.SQLAlchemyError: it was refused, or the database is unavailable. Nothing has
             changed, unless the connection was lost.
     """
-    dialect = connection.dialect
-    schemas = connection.get_execution_options().get("schema_translate_map")
-    if dialect.driver in _DRIVERS and not schemas:
-        compiled = _compiled(statement, dialect)
+    run = _RUNS.get(connection.dialect.driver)  # those with which this was tried
+    if run is not None and not connection.get_execution_options().get("schema_translate_map"):
         # After an error nothing has changed, and SQLAlchemy meets the same one, in its own words;
         # or a lost connection, over which nothing is executed twice.
         with contextlib.suppress(Exception):
-            driver: Any = connection.connection.driver_connection
-            with driver.cursor() as cursor:
-                cursor.execute(compiled.text, compiled.parameters(parameters))
-                return int(cursor.rowcount)
+            return run(connection, statement, parameters)
     with connection.begin():
         return execute(connection, statement, parameters)
 
@@ -64,8 +60,41 @@ def execute(connection: Connection, statement: Any, parameters: Mapping[str, Any
     return connection.execute(statement, parameters, execution_options=options).rowcount
 
 
+def _by_psycopg(
+    connection: Connection, statement: ClauseElement, parameters: Mapping[str, Any]
+) -> int:
+    compiled = _compiled(statement, connection.dialect, "numeric_dollar")
+    prepared = connection.info.get(_PREPARED)
+    if prepared is None:
+        from outbox.storage.drivers.prepared import Prepared
+
+        prepared = connection.info[_PREPARED] = Prepared()
+    driver = connection.connection.driver_connection
+    changed: int = prepared.execute(driver, compiled.text, compiled.parameters(parameters))
+    return changed
+
+
+def _by_pymysql(
+    connection: Connection, statement: ClauseElement, parameters: Mapping[str, Any]
+) -> int:
+    compiled = _compiled(statement, connection.dialect, "format")
+    driver: Any = connection.connection.driver_connection
+    with driver.cursor() as cursor:
+        cursor.execute(compiled.text, compiled.parameters(parameters))
+        return int(cursor.rowcount)
+
+
+_RUNS: Mapping[str, Callable[[Connection, Any, Mapping[str, Any]], int]] = {
+    "psycopg": _by_psycopg,
+    "pymysql": _by_pymysql,
+}
+
+
 @functools.lru_cache(maxsize=256)
-def _compiled(statement: ClauseElement, dialect: Dialect) -> _Compiled:
+def _compiled(statement: ClauseElement, dialect: Dialect, paramstyle: str) -> _Compiled:
+    if dialect.paramstyle != paramstyle:
+        kind: Any = type(dialect)
+        dialect = kind(paramstyle=paramstyle)
     compiled: Any = statement.compile(dialect=dialect)
     constants, processors = {}, {}
     for name, parameter in compiled.binds.items():
@@ -74,5 +103,4 @@ def _compiled(statement: ClauseElement, dialect: Dialect) -> _Compiled:
         process = parameter.type.dialect_impl(dialect).bind_processor(dialect)
         if process is not None:
             processors[name] = process
-    order = compiled.positiontup if compiled.positional else None
-    return _Compiled(str(compiled), constants, processors, order)
+    return _Compiled(str(compiled), constants, processors, compiled.positiontup)

@@ -1,0 +1,1 @@
+"""What is left to a driver, because SQLAlchemy would take longer: arrays, and hot loops."""

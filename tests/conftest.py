@@ -10,7 +10,7 @@ import tempfile
 import threading
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -68,6 +68,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="leave out slow tests, and run each that is for several kinds of databases or brokers "
         "on one of them, which its name decides; except those of which every kind matters",
     )
+    parser.addoption(
+        "--half",
+        action="store_true",
+        help="of the tests outside tests/unit, run the half that their names decide: for a Python "
+        "that is not the first one",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -77,6 +83,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     if config.getoption("short"):
         _shorten(config, items)
+    if config.getoption("half"):
+        _keep(config, items, _is_in_half)
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         parameters = _parameters(item)
@@ -107,8 +115,20 @@ def _shorten(config: pytest.Config, items: list[pytest.Item]) -> None:
         kinds[sorted(kinds)[zlib.crc32(name.encode()) % len(kinds)]].nodeid
         for name, kinds in tests.items()
     }
-    config.hook.pytest_deselected(items=[each for each in items if each.nodeid not in kept])
-    items[:] = [each for each in items if each.nodeid in kept]
+    _keep(config, items, lambda item: item.nodeid in kept)
+
+
+def _is_in_half(item: pytest.Item) -> bool:
+    # Another bit than those that decide the kind, or each kind would be in one of the halves only.
+    is_quick = item.path.is_relative_to(item.config.rootpath / "tests" / "unit")
+    return is_quick or bool(zlib.crc32(item.nodeid.encode()) & 0x10000)
+
+
+def _keep(
+    config: pytest.Config, items: list[pytest.Item], is_kept: Callable[[pytest.Item], bool]
+) -> None:
+    config.hook.pytest_deselected(items=[each for each in items if not is_kept(each)])
+    items[:] = [each for each in items if is_kept(each)]
 
 
 def _started() -> PrivateBroker:

@@ -79,7 +79,7 @@ class Ground:
                 them, so only one ground at a time can use it.
             own_user: whether the programs have a user of the broker, whose permission to publish
                 can be withdrawn; making it takes a second.
-            patience: the seconds that the worker gets in the end to finish.
+            patience: the seconds that the worker gets in the end to get on with what is left.
             drain: the seconds that programs get to publish what is left when they end.
         """
         self.broker = broker
@@ -231,19 +231,27 @@ class Ground:
         ]
 
     def _let_finish(self, worker: Program, queues: Collection[str], quiet: float) -> None:
-        """Wait until the worker's queues are empty, and end it."""
-        deadline = time.monotonic() + self._patience
+        """Wait until the worker's queues are empty, and end it.
+
+        It gets all seconds again whenever fewer are left: on a slow machine it may have thousands.
+        """
+        waiting, deadline = sys.maxsize, time.monotonic() + self._patience
         while time.monotonic() < deadline:
             worker.start()
             empty_since = time.monotonic()
             while time.monotonic() < min(deadline, empty_since + quiet):
                 time.sleep(0.1)
-                if any(map(self._queues.waiting, queues)):
+                left = sum(map(self._queues.waiting, queues))
+                if left:
                     empty_since = time.monotonic()
+                if left < waiting:
+                    waiting, deadline = left, time.monotonic() + self._patience
             worker.terminate(self.history)
             # Messages that are left were not acked: start the worker again to process them.
-            if not any(map(self._queues.waiting, queues)):
+            left = sum(map(self._queues.waiting, queues))
+            if not left:
                 return
+        self.history.write("astray", process="the proof", how=f"{left} messages still wait")
 
     def stop(self, kind: str, way: str) -> None:
         """Kill or terminate the program of ``kind``, if there is one. Thread-safe."""

@@ -424,8 +424,17 @@ class Backlog:
         self._held, self._aside = [0, 0], [0, 0]
         return [entry for entry in entries if entry.fate is None]
 
-    def adopt(self, entries: Sequence[Entry]) -> News:
-        """Add ``entries`` that another backlog has surrendered, behind all others."""
+    def adopt(
+        self,
+        entries: Sequence[Entry],
+        held_back: Callable[[Chunk], BrokerError | None] = lambda _: None,
+    ) -> News:
+        """Add ``entries`` that another backlog has surrendered, behind all others.
+
+        Args:
+            entries: the entries, and with them their chunks.
+            held_back: returns what ``add`` takes as such, for a chunk without a report.
+        """
         news = News()
         if not self._unsettled:
             self._busy_since = self._clock()
@@ -435,12 +444,12 @@ class Backlog:
             entry.attempts = 0
             if entry.kept:
                 self._count_kept(entry)
-        error = self.circuit
         for chunk in dict.fromkeys(entry.chunk for entry in entries if not entry.kept):
             if chunk.claimed:  # its caller's timeout was over
                 self._keep_rest(chunk, chunk.error or not_confirmed(chunk, self._clock()), news)
             else:
                 self._expect_report(chunk)
+                error = self.circuit or held_back(chunk)
                 if error is not None:
                     self._report(chunk, news, error)
         return self._complete(news)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from outbox.backlog.backlog import Backlog, News, not_confirmed
 from outbox.backlog.chunk import Chunk, Entry
 from outbox.backlog.notifier import Notifier, ids, log_kept
-from outbox.errors import ConnectionLost, UsageError
+from outbox.errors import BrokerError, ConnectionLost, UsageError
 from outbox.event import Event
 from outbox.system import log_lines
 from outbox.transports.transport import Transport
@@ -329,18 +329,19 @@ class BackloggedTransport:
                 if not isinstance(item, Chunk):
                     item()
                 elif item.accept():
-                    spool = self.spool
-                    held_back = None if spool is None else spool.reason_to_hold_back(item)
-                    self._notify(self.backlog.add(item, held_back))
+                    self._notify(self.backlog.add(item, self._held_back(item)))
             except Exception:  # a bug in outbox must not hold up the others
                 logger.exception("unexpected error")
         self._taking_in = False
+
+    def _held_back(self, chunk: Chunk) -> BrokerError | None:
+        return None if self.spool is None else self.spool.reason_to_hold_back(chunk)
 
     def _on_adopted(self, entries: Sequence[Entry]) -> None:
         if self.successor is not None:  # this transport was replaced before it took them
             self.successor.adopt(entries)
             return
-        self._notify(self.backlog.adopt(entries))
+        self._notify(self.backlog.adopt(entries, self._held_back))
         if self.spool is not None:
             self.spool.adopted(entries)
         if self._ended:

@@ -649,6 +649,32 @@ def test_what_is_being_read_when_the_publisher_is_replaced_is_published_in_order
     new.close()
 
 
+def test_what_comes_while_the_publisher_is_replaced_stays_behind_what_is_in_the_spool(
+    proxy: FaultProxy,
+    inspector: Inspector,
+    name: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue = inspector.queue(name, name)
+    proxy.refuse()
+    old = configure(proxy.url, exchange=name, spool=folder)
+    old.publish(numbered(1500, exchange=name))
+    hand_over = Spooling.hand_over
+
+    def publish_before(self: Spooling, successor: Spooling | None) -> Callable[[], None]:
+        old.submit(numbered(100, 1500, exchange=name))
+        proxy.heal()  # the new publisher meets no outage, in which it would be kept in any case
+        return hand_over(self, successor)
+
+    monkeypatch.setattr(Spooling, "hand_over", publish_before)
+    new = configure(proxy.url, exchange=name, spool=folder, max_kept=100_000)
+    monkeypatch.undo()
+    assert new.drain(30)
+    assert [int(id) for id in arrived(inspector, queue, 1600)] == list(range(1600))
+    new.close()
+
+
 def test_a_publisher_is_replaced_even_if_its_file_is_damaged(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

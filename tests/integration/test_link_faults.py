@@ -7,6 +7,7 @@ import functools
 import logging
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import pika
 import pika.heartbeat
 import pytest
+from pika.adapters.utils.selector_ioloop_adapter import SelectorIOServicesAdapter
 
 from outbox import ConnectFailed, ConnectionLost, Event, Publisher, PublishReport, PublishTimeout
 from outbox.transports.rabbitmq import pika_connection
@@ -671,3 +673,29 @@ def test_draining_keeps_trying_however_long_the_broker_was_away(
         assert publisher.drain(5)
         healing.join()
     assert inspector.get(queue)
+
+
+def test_a_connection_that_is_reset_at_once_is_one_that_failed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    connect = SelectorIOServicesAdapter.connect_socket
+
+    def connect_and_lose(
+        services: Any, sock: socket.socket, address: Any, on_done: Callable[..., None]
+    ) -> Any:
+        def lose(error: BaseException | None) -> None:
+            accepted, _ = listener.accept()
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            accepted.close()
+            wait_until(lambda: sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0)
+            on_done(error)
+
+        return connect(services, sock, address, lose)
+
+    monkeypatch.setattr(SelectorIOServicesAdapter, "connect_socket", connect_and_lose)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with Publisher(f"amqp://guest:guest@127.0.0.1:{port}/", drain_timeout=0) as publisher:
+            report = publisher.publish(events_for("reset", 1))
+    assert isinstance(report.error, ConnectFailed)
+    assert "unexpected error" not in caplog.text

@@ -387,13 +387,14 @@ class Loop(IOLoop):
 
 
 class IOServices(SelectorIOServicesAdapter):
-    """pika's I/O services, with two changes.
+    """pika's I/O services, with three changes.
 
     Host names are resolved on the calling thread. pika starts a thread for each lookup, which
     Python 3.12 and later refuse while the interpreter shuts down: kept events could no longer be
     sent at exit. The calling thread has nothing else to do without a connection.
 
-    A socket that can't be connected is closed, not left to the garbage collector.
+    A socket that can't be connected is closed, not left to the garbage collector. One that was
+    connected, and reset before pika has looked at it, counts as such, not as a bug of its caller.
     """
 
     def connect_socket(
@@ -405,6 +406,11 @@ class IOServices(SelectorIOServicesAdapter):
         """Connect, and close the socket if that fails."""
 
         def done(error: BaseException | None) -> None:
+            if error is None:
+                try:
+                    sock.getpeername()
+                except OSError as reset:
+                    error = reset
             if error is not None:
                 sock.close()
             on_done(error)

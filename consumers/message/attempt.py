@@ -260,10 +260,12 @@ def begin(record: TaskRecord, *, parks: bool) -> Steps[Ack | Dead | None]:
     if write.error is not None:
         reason = text_of(write.error).partition("\n")[0]
         raise ResultsUnavailable(f"the task can't begin: {reason}") from write.error
-    if not write.refusal:
+    if not (write.refusal or write.rejection):
         record.began()
         return None
     record.is_refused = True
+    if write.rejection:
+        return Dead(f"its record can't be written: {write.rejection:.300}")
     if write.refusal == REFUSED_AS_CANCELLED:
         return CANCELLED
     return Dead(f"its id is that of another task, {write.refusal!r:.300}")

@@ -29,6 +29,7 @@ from outbox.results.result_row import (
 )
 from outbox.system import process
 from outbox.tasks.call_arguments import Parameters
+from outbox.tasks.call_options import LONGEST_KEEP
 
 __all__ = ["Results", "TaskRecord", "record_here", "record_of", "set_record_here"]
 
@@ -268,10 +269,11 @@ def record_of(consumer: Consumer, delivery: Delivery, results: Results) -> TaskR
     name = headers.get(TASK)
     if keep is None or type(name) is not str or not 0 < len(name) <= _LONGEST_NAME:
         return None
-    if not (name.isprintable() and delivery.id_or_new.isprintable()):
+    id_ = delivery.id_or_new
+    if len(id_) > _LONGEST_NAME or not (name.isprintable() and id_.isprintable()):
         return None  # it comes from outside, and not every database could hold it
     own = headers.get(KEEP_RESULT)
-    if type(own) is int:
+    if type(own) is int and own <= LONGEST_KEEP:  # else it isn't from outbox
         keep = own
     if keep <= 0:
         return None

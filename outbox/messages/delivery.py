@@ -33,9 +33,14 @@ __all__ = [
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _END_OF_TIME = 253_402_300_800_000_000  # the year 10000, in microseconds
+_LATEST = 253_370_764_800.0
+"""Seconds since the epoch until the year 9999: a later time may be after the year 9999 once it is
+rounded, or in another time zone, and then drivers can't read what a database has stored."""
 _ROUNDED_WELL = 4_000_000_000_000_000
 """Microseconds since the epoch, until the year 2096, up to which a float of seconds has the right
 one, rounded."""
+
+_MOST_ATTEMPTS = 2**31 - 1  # an INTEGER, as every database has it
 
 _NOT_ENCODED = frozenset(("utf-8", "utf8", "utf_8", "us-ascii", "ascii", "identity"))
 """The property is for compression, but many clients write the charset there."""
@@ -126,9 +131,9 @@ class Delivery:
 
     @property
     def attempt(self) -> int:
-        """The number of this attempt, from 1; without the header it is the first."""
+        """The number of this attempt, from 1; without a valid header it is the first."""
         attempt = (self.headers or {}).get(ATTEMPT)
-        return attempt if type(attempt) is int and attempt > 0 else 1
+        return attempt if type(attempt) is int and 0 < attempt <= _MOST_ATTEMPTS else 1
 
     @property
     def returned(self) -> int:
@@ -174,9 +179,11 @@ class Delivery:
 
     @property
     def occurred_seconds(self) -> float:
-        """The same in seconds since the epoch."""
+        """The same in seconds since the epoch, from 1970 to 9999, as every database can hold it."""
         microseconds = _microseconds(self.headers)
-        return self.occurred_at.timestamp() if microseconds is None else microseconds / 1e6
+        if microseconds is None:
+            return min(max(self.occurred_at.timestamp(), 0.0), _LATEST)
+        return min(microseconds / 1e6, _LATEST)
 
     def read_times(self) -> datetime.datetime:
         """Return :attr:`occurred_at`, and note :attr:`since`."""

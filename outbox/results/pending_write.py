@@ -15,15 +15,17 @@ class PendingWrite:
         is_over: whether it is over.
         refusal: why a task may not begin; empty if it may: see ``ResultsStore.write``.
         error: what made the write fail, or None.
+        rejection: why the database refuses this row each time; empty if it doesn't.
     """
 
-    __slots__ = ("_callbacks", "error", "is_over", "refusal")
+    __slots__ = ("_callbacks", "error", "is_over", "refusal", "rejection")
 
     def __init__(self) -> None:
         """Begin to wait."""
         self.is_over = False
         self.refusal = ""
         self.error: Exception | None = None
+        self.rejection = ""
         self._callbacks: list[Callable[[], object]] = []
 
     def end(self, refusal: str = "", error: Exception | None = None) -> None:
@@ -32,6 +34,11 @@ class PendingWrite:
         self.is_over = True
         if self._callbacks:
             self._call()
+
+    def reject(self, reason: str) -> None:
+        """Note that the write is over, since the database will never take the row."""
+        self.rejection = reason
+        self.end()
 
     def when_over(self, callback: Callable[[], object]) -> None:
         """Have ``callback`` called when it is over, on the thread that writes; or here, if it is.

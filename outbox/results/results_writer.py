@@ -51,7 +51,8 @@ class ResultsWriter:
     """A thread that writes for the tasks of one worker. Thread-safe.
 
     A task that can't begin, because the database is unavailable, is refused at once; what has ended
-    is kept, and tried again until the writer is stopped.
+    is kept, and tried again until the writer is stopped. A row that the database can't hold is
+    written neither now nor later, and holds up no other.
 
     Attributes:
         store: the store.
@@ -190,6 +191,9 @@ class ResultsWriter:
             refused = self.store.write(
                 [row.values for row in begun], [row.values for row in ended], self._connection
             )
+        except DataError as error:
+            self._separate(error, begun, ended)
+            return
         except Exception as error:
             self._disconnect(error)
             self._failed(error, begun, ended)
@@ -230,21 +234,33 @@ class ResultsWriter:
         self._failures += 1
         for row in begun:
             row.written.end(error=error)
-        if isinstance(error, DataError):
-            ended = [row for row in ended if self._is_kept(row)]
         self._ended.extendleft(reversed(ended))
 
-    def _is_kept(self, row: _Row) -> bool:
-        """Write a row alone; return False if that is over."""
-        try:
-            self.store.write([], [row.values])
-        except DataError as error:  # it would be refused each time, and hold up all others
-            logger.error("lost the result of %r: %s", row.values["id"], reason_of(error))
-        except Exception:
-            return True
-        self._running.pop(row.values["token"], None)
-        row.written.end()
-        return False
+    def _separate(self, error: DataError, begun: list[_Row], ended: list[_Row]) -> None:
+        """Write what was refused in two parts, down to the rows that can't be written.
+
+        Each time it would be refused, and hold up all others. So a value that came in a message
+        costs that message alone.
+        """
+        if len(begun) + len(ended) > 1:
+            if begun and ended:
+                parts = [([], ended), (begun, [])]
+            elif begun:
+                half = len(begun) // 2
+                parts = [(begun[:half], ended), (begun[half:], ended)]
+            else:
+                half = len(ended) // 2
+                parts = [(begun, ended[:half]), (begun, ended[half:])]
+            for part in parts:
+                self._write(*part)
+            return
+        reason = reason_of(error)
+        for row in begun:
+            row.written.reject(reason)
+        for row in ended:
+            logger.error("lost the result of %r: %s", row.values["id"], reason)
+            self._running.pop(row.values["token"], None)
+            row.written.end()
 
     def _look_after(self) -> None:
         """Extend leases, or delete old rows, as is due."""

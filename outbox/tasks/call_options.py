@@ -20,20 +20,21 @@ from outbox.tasks.target import Target, target_of
 from outbox.tasks.task_handle import TaskHandle
 from outbox.unit_of_work.collector import EventCollector
 
-__all__ = ["CallOptions", "TaskOptions", "checked_priority", "sent"]
+__all__ = ["LONGEST_KEEP", "CallOptions", "TaskOptions", "checked_priority", "sent"]
 
 R = TypeVar("R")
 
 LATER, SCHEDULED = 5, 3
 """The default priorities."""
 _HIGHEST = 9
-_LONGEST = 36_525 * 86_400.0
 _SCALARS = frozenset((int, str, float, bool, types.NoneType))
 _PASSED_ON = ("delay", "key", "id", "headers", "session", "connection", "using")
 _NAMES = ("at", "priority", "queue", "keep_result", *_PASSED_ON)
 
 KEPT = 7 * 86_400.0
 """The seconds for which a result is kept by default."""
+LONGEST_KEEP = 36_525 * 86_400.0
+"""The seconds for which a result is kept at most: a hundred years."""
 
 
 def checked_priority(priority: Any, what: str) -> int | None:
@@ -55,7 +56,7 @@ def checked_keep(keep: Any, what: str) -> float:
     """
     if isinstance(keep, bool):
         return KEPT if keep else 0.0
-    if not isinstance(keep, datetime.timedelta) or not 0 <= keep.total_seconds() <= _LONGEST:
+    if not isinstance(keep, datetime.timedelta) or not 0 <= keep.total_seconds() <= LONGEST_KEEP:
         raise InvalidEvent(f"{what}: keep_result is {keep!r:.60}, not a bool or a timedelta")
     return keep.total_seconds()
 

@@ -46,6 +46,7 @@ from outbox.tasks import (
 )
 from proving.proxy import FaultProxy
 from tests import accounting
+from tests.amqp import Inspector, properties_of
 from tests.databases import Base, Effect
 from tests.places import Place, SQLitePlace, place_of
 from tests.waiting import wait_until
@@ -327,6 +328,27 @@ def test_a_row_that_a_database_refuses_holds_up_no_other(postgresql_url: str) ->
     engine.dispose()
 
 
+@pytest.mark.parametrize("database_url", ["postgresql", "mariadb"], indirect=True)
+def test_what_a_database_refuses_to_note_of_a_task_holds_up_no_other(kept: ResultsStore) -> None:
+    writer = ResultsWriter(kept)
+    running = begun("running")
+    kept.write([running], [])
+    others = [begun(f"r{number}") for number in range(20)]
+    bad = [{**begun(f"bad{number}"), "keep": 1e20} for number in range(2)]
+    end = writer.end(ended(running, "succeeded", value="1"))
+    attempts = [*others[:13], bad[0], *others[13:], bad[1]]
+    writes = {attempt["id"]: writer.begin(attempt) for attempt in attempts}
+    writer.start()  # now, so that they are in one statement
+    for write in (end, *writes.values()):
+        write.wait()
+        assert write.error is None
+    assert end.rejection == ""
+    assert {id_ for id_, write in writes.items() if write.rejection} == {"bad0", "bad1"}
+    assert "overflow" in writes["bad0"].rejection or "out of range" in writes["bad0"].rejection
+    assert kept.counts() == {"running": 20, "succeeded": 1}
+    writer.stop(time.monotonic() + 5)
+
+
 # ------------------------------------------------------------------------ workers and handles
 
 
@@ -451,6 +473,85 @@ def test_what_keeps_no_result_leaves_no_row(worker: Worker) -> None:
     with auto_publishing():
         kept = accounting.forgets.options(keep_result=datetime.timedelta(hours=1)).later()
     assert kept.result(10) == 1
+
+
+def call_from_outside(inspector: Inspector, queue: str, headers: dict[str, Any]) -> str:
+    """Publish a call of ``accounting.add`` as a program that knows no limits; return its id."""
+    id_ = uuid.uuid4().hex
+    properties = properties_of(
+        headers={"outbox-task": "tests.accounting:add", **headers}, message_id=id_
+    )
+    inspector.channel.basic_publish("", queue, b'{"args": [1, 2]}', properties)
+    return id_
+
+
+def test_headers_beyond_all_bounds_harm_no_task(
+    inspector: Inspector, amqp_url: str, database_url: str, name: str
+) -> None:
+    for queue in (name, dead_letter_queue(name)):
+        inspector.clean_up(queue=queue)
+    engine = open_engine(database_url)
+    outbox.sql.metadata_of(engine.dialect.name).create_all(engine)
+    publisher = configure(amqp_url, tasks_queue=name, results=engine, task_session=sessionmaker())
+    worker = Worker(load(["tests.accounting"]), publisher=publisher, threads=2, inbox=_NoInbox())
+    worker.start()
+    wait_until(lambda: worker.is_consuming)
+    ids = [
+        call_from_outside(inspector, name, headers)
+        for headers in (
+            {"outbox-keep-result": 2**62},
+            {"outbox-attempt": 2**62},
+            {"outbox-attempt": 2**31},
+            {"outbox-attempt": 2**31 - 1},
+            {"outbox-occurred-at-us": 253_402_300_799_999_999},
+            {},
+        )
+    ]
+    attributes = {
+        f"cloudEvents:{key}": value
+        for key, value in {
+            "specversion": "1.0",
+            "source": "/else",
+            "type": "call",
+            "id": "x" * 300,
+        }.items()
+    }
+    properties = properties_of(headers={"outbox-task": "tests.accounting:add", **attributes})
+    inspector.channel.basic_publish("", name, b'{"args": [2, 2]}', properties)
+    handles: list[TaskHandle[int]] = [TaskHandle(id_) for id_ in ids]
+    assert [handle.result(10) for handle in handles] == [3] * len(ids)
+    wait_until(lambda: ("add", 2, 2) in accounting.runs)
+    until = results_store_of(publisher.settings).read([ids[0]])[ids[0]].kept_until  # type: ignore[union-attr]
+    assert until is not None
+    assert until < datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=8)
+    assert worker.stop(10)
+    engine.dispose()
+
+
+def test_a_task_whose_record_a_database_refuses_is_a_dead_letter(
+    inspector: Inspector, amqp_url: str, postgresql_url: str, name: str
+) -> None:
+    for queue in (name, dead_letter_queue(name)):
+        inspector.clean_up(queue=queue)
+    engine = open_engine(postgresql_url)
+    outbox.sql.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE outbox_results ALTER COLUMN task TYPE varchar(20)")
+    publisher = configure(amqp_url, tasks_queue=name, results=engine, task_session=sessionmaker())
+    worker = Worker(load(["tests.accounting"]), publisher=publisher, threads=2, inbox=_NoInbox())
+    worker.start()
+    with auto_publishing():
+        refused = [accounting.nothing.later() for _ in range(3)]
+        kept = [accounting.add.later(number, 1) for number in range(20)]
+    assert [handle.result(10) for handle in kept] == [*range(1, 21)]
+    reasons = {
+        letter.properties.headers["outbox-dead-reason"]
+        for letter in inspector.messages(dead_letter_queue(name), len(refused))
+    }
+    assert reasons == {"its record can't be written: value too long for type character varying(20)"}
+    assert "nothing" not in accounting.runs
+    assert worker.stop(10)
+    engine.dispose()
 
 
 def test_a_task_that_runs_is_not_cancelled_and_one_that_waits_for_it_is(

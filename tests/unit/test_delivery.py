@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from outbox.messages.delivery import Delivery
-from outbox.messages.headers import HEADER_OCCURRED_AT
+from outbox.messages.headers import ATTEMPT, HEADER_OCCURRED_AT
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,25 @@ def test_a_time_that_no_event_has_is_that_of_the_timestamp(microseconds: Any) ->
     found = Delivery("q", 1, 1, False, "", "q", b"", headers=headers, timestamp=60)
     assert found.occurred_at == _EPOCH + datetime.timedelta(seconds=60)
     assert found.since is None
+
+
+@pytest.mark.parametrize(
+    ("header", "attempt"),
+    [(2, 2), (2**31 - 1, 2**31 - 1), (2**31, 1), (2**62, 1), (0, 1), (-1, 1), (True, 1), ("2", 1)],
+)
+def test_an_attempt_has_a_number_that_every_database_can_hold(header: Any, attempt: int) -> None:
+    delivery = Delivery("q", 1, 1, False, "", "q", b"", headers={ATTEMPT: header})
+    assert delivery.attempt == attempt
+
+
+@pytest.mark.parametrize("time", ["9999-12-31T23:59:59.999999Z", "0001-01-01T00:00:00Z"])
+def test_the_seconds_of_an_event_are_those_that_every_database_can_hold(time: str) -> None:
+    attributes = {"specversion": "1.0", "source": "/", "type": "t", "id": "1", "time": time}
+    headers = {f"cloudEvents:{name}": value for name, value in attributes.items()}
+    seconds = [
+        Delivery("q", 1, 1, False, "", "q", b"", headers=headers).occurred_seconds,
+        Delivery(
+            "q", 1, 1, False, "", "q", b"", headers={HEADER_OCCURRED_AT: _LAST}
+        ).occurred_seconds,
+    ]
+    assert all(0 <= each < 253_402_300_799 - 86_400 for each in seconds)

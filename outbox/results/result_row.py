@@ -58,7 +58,7 @@ class ResultRow:
         started_at: when the first attempt began.
         attempted_at: when the last attempt began.
         ended_at: when it succeeded, failed or was cancelled.
-        kept_until: when the row may be deleted.
+        kept_until: when the row may be deleted; None after the year 9998, as for the other times.
     """
 
     id: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     Engine,
     and_,
@@ -55,8 +57,22 @@ _row = results.c
 _gone = and_(_row.running_until.is_not(None), _row.running_until < now())
 _status = case((and_(_row.status == RUNNING, _gone), RETRYING), else_=_row.status)
 _is_final = and_(_row.status.not_in((RUNNING, RETRYING)), or_(_row.running_until.is_(None), _gone))
+_LATEST = literal(datetime.datetime(9999, 1, 1, tzinfo=datetime.UTC), _row.kept_until.type)
+
+
+def _readable(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return a column of times with NULL for those that no driver can read."""
+    return case((column < _LATEST, column)).label(column.key)
+
+
+_FROM_OUTSIDE = ("enqueued_at", "kept_until")  # what they are was in a message
+_HIDDEN = ("status", "token", "running_until")
 _SHOWN = (
-    *(column for column in _row if column.name not in ("status", "token", "running_until")),
+    *(
+        _readable(column) if column.name in _FROM_OUTSIDE else column
+        for column in _row
+        if column.name not in _HIDDEN
+    ),
     _status.label("shown_status"),
     _is_final.label("is_final"),
 )

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import insert, literal
 from sqlalchemy.orm import sessionmaker
 
+import outbox.sql
 from outbox import auto_publishing, configure, exit_codes
 from outbox.commands.cli import main
 from outbox.consumers import Worker
 from outbox.consumers.discovery import load
 from outbox.messages.delivery import dead_letter_queue
+from outbox.storage.clock import in_seconds, now
+from outbox.storage.engines import open_engine
+from outbox.storage.results_table import results
 from outbox.tasks import TaskHandle
 from tests import accounting
 from tests.places import Place, SQLitePlace
@@ -95,6 +100,62 @@ def test_tasks_are_listed_shown_called_again_cancelled_and_forgotten(
     assert run("forget", "--id", added.id)[0] == exit_codes.UNFINISHED
     assert TaskHandle[int](added.id).status == "unknown"
     assert run("forget")[0] == exit_codes.USAGE
+
+
+_HOSTILE = {
+    "garbage": "garbage",
+    "nan": '{"args":[NaN]}',
+    "infinite": '{"args":[1e999]}',
+    "deep": '{"args":[' + 3000 * "[" + 3000 * "]" + "]}",
+    "long": '{"args":[' + 5000 * "9" + "]}",
+    "text": '"text"',
+}
+
+
+def test_what_any_program_may_have_sent_is_shown_and_refused_in_one_line(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = open_engine(database_url)
+    outbox.sql.metadata_of(engine.dialect.name).create_all(engine)
+    # MariaDB can't hold the year 33715.
+    far = 1e11 if engine.dialect.name == "mariadb" else 1e12
+    with engine.begin() as connection:
+        for id_, args in _HOSTILE.items():
+            connection.execute(
+                insert(results).values(
+                    id=id_,
+                    task="a:b",
+                    queue="q",
+                    status="failed",
+                    args=args,
+                    enqueued_at=in_seconds(literal(far)),
+                    ended_at=now(),
+                    kept_until=in_seconds(literal(far)),
+                )
+            )
+    engine.dispose()
+    monkeypatch.setenv("OUTBOX_URL", "memory://")
+    monkeypatch.setenv("OUTBOX_RESULTS", database_url)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} isn't JSON")
+
+    for command in (["list"], ["show", *_HOSTILE]):
+        assert main(["tasks", *command]) == exit_codes.SUCCESS
+        assert len(capsys.readouterr().out.splitlines()) >= len(_HOSTILE)
+        assert main(["tasks", *command, "--json"]) == exit_codes.SUCCESS
+        lines = capsys.readouterr().out.splitlines()
+        shown = [json.loads(line, parse_constant=refuse) for line in lines]
+        assert {row["id"]: row["args"] for row in shown} == {**_HOSTILE, "text": "text"}
+    assert main(["tasks", "retry", *_HOSTILE]) == exit_codes.UNFINISHED
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert len(written.err.splitlines()) == len(_HOSTILE)
+    for line, id_ in zip(written.err.splitlines(), _HOSTILE, strict=True):
+        assert line.startswith(f"outbox: {id_}: its arguments can't be read; ")
+        assert "outbox parked replay" in line
+    configure("memory://", results=database_url)
+    assert TaskHandle[int]("nan").status == "failed"
 
 
 def test_without_a_database_of_results_nothing_is_listed(

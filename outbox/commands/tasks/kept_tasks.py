@@ -15,12 +15,13 @@ from outbox import auto_publishing, configure, enqueue_event, exit_codes
 from outbox.commands.database_access import translate_errors
 from outbox.commands.options import positive
 from outbox.commands.printing import json_line, printable
-from outbox.errors import NoResults
+from outbox.errors import InvalidEvent, NoResults
 from outbox.messages import task_queues
 from outbox.messages.headers import TASK
 from outbox.results.open_results import results_store_of
 from outbox.results.result_row import CANCELLED, FAILED, STATUSES, ResultRow
 from outbox.settings import SettingOverrides, Settings
+from outbox.tasks.call_arguments import DoesNotFit, parts_of
 from outbox.tasks.task_handle import TaskHandle
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ __all__ = [
 ]
 
 _LISTED = 50
+_OTHERWISE = (
+    "if it is among the dead letters, replay it with outbox parked replay, else have your program "
+    "call it again"
+)
 
 
 def results_option() -> argparse.ArgumentParser:
@@ -164,7 +169,11 @@ def _retry(options: argparse.Namespace) -> int:
                 continue
             if row.status == CANCELLED:
                 store.forget([id_])  # or it would not begin
-            _call(row)
+            try:
+                _call(row)
+            except InvalidEvent as error:
+                left.append(f"{id_}: {error}; {_OTHERWISE}")
+                continue
             print(f"called {printable(row.task)} once more, {printable(id_)}")
     return _left(left)
 
@@ -176,7 +185,11 @@ def _refusal(row: ResultRow | None) -> str:
     if row.status not in (FAILED, CANCELLED):
         return f"it is {row.status}"
     if not row.task or not row.queue or row.args is None:
-        return "its call isn't kept: replay its dead letter, with outbox parked replay"
+        return f"its call isn't kept; {_OTHERWISE}"
+    try:
+        parts_of(_parsed(row.args))
+    except DoesNotFit:  # also if it isn't JSON
+        return f"its arguments can't be read; {_OTHERWISE}"
     return ""
 
 
@@ -185,7 +198,7 @@ def _call(row: ResultRow) -> None:
     task_queues.note(queue, None)
     with auto_publishing():
         enqueue_event(
-            json.loads(row.args or "{}"),
+            _parsed(row.args),
             queue,
             exchange="",
             headers={TASK: row.task},
@@ -256,10 +269,20 @@ def _shown(row: ResultRow) -> dict[str, Any]:
 
 
 def _parsed(text: str | None) -> Any:
+    """Return what ``text`` says as JSON; the text itself if it isn't JSON that can be printed.
+
+    It may come from any program: in another format, with NaN, numbers of thousands of digits, or
+    nested so deeply that Python gives up.
+    """
+    if text is None:
+        return None
     try:
-        return None if text is None else json.loads(text)
-    except ValueError:  # a message in another format
+        value = json.loads(text)
+        # What is printed later is nested a little more.
+        json.dumps({"": [value]}, allow_nan=False)
+    except (ValueError, RecursionError):
         return text
+    return value
 
 
 def _line(row: ResultRow) -> str:

@@ -178,7 +178,7 @@ class TaskBackend(BaseTaskBackend):
     def _result_of(self, row: ResultRow, task: Any) -> TaskResult:
         try:
             args, kwargs, _ = parts_of(json.loads(row.args or "{}"))
-        except (ValueError, DoesNotFit):
+        except (ValueError, RecursionError, DoesNotFit):
             args, kwargs = [], {}
         result = result_of(
             self.adapted(task).called(row.queue),

@@ -121,7 +121,6 @@ class CallOptions:
         keep = None
         if "keep_result" in options:
             keep = checked_keep(options["keep_result"], "options")
-            passed_on["headers"] = {**(passed_on.get("headers") or {}), KEEP_RESULT: round(keep)}
         return cls(queue, priority, passed_on, keep)
 
 
@@ -184,6 +183,8 @@ def sent(
         if "headers" in passed_on:
             headers = {**(passed_on["headers"] or {}), **headers}
             passed_on = {name: value for name, value in passed_on.items() if name != "headers"}
+        if options.keep is not None:
+            headers = {**headers, KEEP_RESULT: round(options.keep)}
     transaction = None
     if not is_plain:
         transaction, passed_on = _transaction_for((*args, *kwargs.values()), passed_on)

@@ -119,7 +119,9 @@ class Task(Generic[P, R]):
         self.consumer = consumer
         self.keep_result = checked_keep(keep_result, f"@task of {own_name}")
         self.hide_errors = hide_errors
-        self.target = Target(self.name, parameters_of(function, self.name))
+        self.target = Target(
+            self.name, parameters_of(function, self.name), is_kept=self.keep_result > 0
+        )
         self.schedule = schedule_of(every, cron, timezone, f"@task of {own_name}")
         self.catch_up = catch_up
         self.overlap = overlap

@@ -16,7 +16,7 @@ from typing import Any
 
 from outbox.errors import UsageError
 from outbox.header_values import CheckedHeaders
-from outbox.messages.headers import TASK
+from outbox.messages.headers import KEEP_RESULT, TASK
 from outbox.tasks import mapped
 from outbox.tasks.call_arguments import Parameters, parameters_of
 
@@ -46,10 +46,18 @@ class Target:
     __slots__ = ("first", "headers", "name", "parameters")
 
     def __init__(
-        self, name: str, parameters: Parameters, first: tuple[Any, ...] = _NOTHING
+        self,
+        name: str,
+        parameters: Parameters,
+        first: tuple[Any, ...] = _NOTHING,
+        *,
+        is_kept: bool = True,
     ) -> None:
         self.name = name
-        self.headers = CheckedHeaders({TASK: name})
+        headers: dict[str, Any] = {TASK: name}
+        if not is_kept:  # for workers that don't know the task
+            headers[KEEP_RESULT] = 0
+        self.headers = CheckedHeaders(headers)
         self.parameters = parameters
         self.first = first
 

@@ -475,6 +475,24 @@ def test_what_keeps_no_result_leaves_no_row(worker: Worker) -> None:
     assert kept.result(10) == 1
 
 
+def test_a_worker_that_does_not_know_a_task_keeps_no_result_either(
+    place: Place, publisher: Publisher
+) -> None:
+    worker = Worker(load(["tests.shipping"]), publisher=publisher, threads=1, inbox=_NoInbox())
+    worker.start()
+    with auto_publishing():
+        forgotten = [
+            accounting.forgets.later(),
+            accounting.add.options(keep_result=False).later(1, 1),
+        ]
+        kept = [accounting.forgets.options(keep_result=True).later(), accounting.add.later(1, 2)]
+    wait_until(lambda: all(handle.status == "retrying" for handle in kept))
+    store = results_store_of(publisher.settings)
+    assert store is not None
+    assert store.read([handle.id for handle in forgotten]) == {}  # they came first
+    assert worker.stop(10)
+
+
 def call_from_outside(inspector: Inspector, queue: str, headers: dict[str, Any]) -> str:
     """Publish a call of ``accounting.add`` as a program that knows no limits; return its id."""
     id_ = uuid.uuid4().hex
@@ -521,7 +539,7 @@ def test_headers_beyond_all_bounds_harm_no_task(
     handles: list[TaskHandle[int]] = [TaskHandle(id_) for id_ in ids]
     assert [handle.result(10) for handle in handles] == [3] * len(ids)
     wait_until(lambda: ("add", 2, 2) in accounting.runs)
-    until = results_store_of(publisher.settings).read([ids[0]])[ids[0]].kept_until  # type: ignore[union-attr]
+    until = ResultsStore(engine).read([ids[0]])[ids[0]].kept_until
     assert until is not None
     assert until < datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=8)
     assert worker.stop(10)

@@ -297,6 +297,23 @@ def test_a_row_ends_with_its_worker(kept: ResultsStore) -> None:
     assert kept.cancel("a")  # nothing runs any more
 
 
+def test_the_latest_rows_are_found_whatever_their_ids(kept: ResultsStore) -> None:
+    running, retried, done = begun("z-running"), begun("y-retried"), begun("x-done")
+    never = begun("never")
+    kept.write([], [ended({**never, "token": ""}, "retrying")])  # it has no time at all
+    for id_ in ("b", "c"):
+        kept.cancel(id_)
+    for attempt in (retried, done, running):
+        kept.write([attempt], [])
+    kept.cancel("a")
+    kept.write([], [ended(done, "succeeded", value="1")])
+    assert kept.write([begun("y-retried")], []) == {}
+    newest = ["y-retried", "x-done", "a", "z-running", "c", "b", "never"]
+    assert [row.id for row in kept.find()] == newest
+    assert [row.id for row in kept.find(limit=2)] == newest[:2]
+    assert [row.id for row in kept.find(statuses=["cancelled"])] == ["a", "c", "b"]
+
+
 def test_old_rows_are_deleted_unless_they_run(kept: ResultsStore) -> None:
     rows = [begun(f"r{number:04}") for number in range(1200)]
     kept.write(rows, [])

@@ -25,6 +25,7 @@ from outbox.results.result_row import (
     LONGEST_VALUE,
     RETRYING,
     SUCCEEDED,
+    args_of,
     cut,
 )
 from outbox.system import process
@@ -36,7 +37,6 @@ __all__ = ["Results", "TaskRecord", "record_here", "record_of", "set_record_here
 logger = logging.getLogger("outbox.consumer")
 
 _encoder = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
-_LONGEST_ARGS = 64 * 1024  # bytes
 _LONGEST_NAME = 255
 
 
@@ -127,13 +127,12 @@ class TaskRecord:
     def begin(self) -> PendingWrite:
         """Write that the attempt begins."""
         delivery = self._delivery
-        body = delivery.body
         return self._results.begin(
             {
                 "id": self._id,
                 "task": self._task,
                 "queue": delivery.queue,
-                "args": cut(body.decode(errors="replace")) if len(body) <= _LONGEST_ARGS else None,
+                "args": args_of(delivery.body),
                 "attempt": delivery.attempt,
                 "token": self._token,
                 "worker": _worker_here(process.pid),

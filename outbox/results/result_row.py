@@ -16,6 +16,7 @@ __all__ = [
     "WORKER_GONE",
     "Ending",
     "ResultRow",
+    "args_of",
     "cut",
 ]
 
@@ -29,6 +30,7 @@ STATUSES = (RUNNING, RETRYING, SUCCEEDED, FAILED, CANCELLED)
 LONGEST_VALUE = 1024 * 1024
 """Bytes of a value, as JSON."""
 _LONGEST_TEXT = 64 * 1024
+_LONGEST_ARGS = 64 * 1024  # bytes
 
 WORKER_GONE = (
     "the worker ended after the task had committed its work, and before its value was written"
@@ -58,7 +60,9 @@ class ResultRow:
         started_at: when the first attempt began.
         attempted_at: when the last attempt began.
         ended_at: when it succeeded, failed or was cancelled.
-        kept_until: when the row may be deleted; None after the year 9998, as for the other times.
+        kept_until: when the row may be deleted; None, as enqueued_at, after the year 9998.
+        is_dropped: of a cancelled task, whether its message is gone, so that only another call can
+            run it.
     """
 
     id: str
@@ -79,6 +83,7 @@ class ResultRow:
     attempted_at: datetime.datetime | None = None
     ended_at: datetime.datetime | None = None
     kept_until: datetime.datetime | None = None
+    is_dropped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +110,8 @@ def cut(text: str) -> str:
     if len(text) > _LONGEST_TEXT:
         text = f"{text[:_LONGEST_TEXT]}..."
     return text.encode(errors="replace").decode().replace("\0", "\\0")
+
+
+def args_of(body: bytes) -> str | None:
+    """Return the body of a call as it is kept; None if it is longer than 64 KB."""
+    return cut(body.decode(errors="replace")) if len(body) <= _LONGEST_ARGS else None

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     and_,
+    bindparam,
     case,
     delete,
     func,
@@ -53,6 +54,9 @@ _WEEK = 7 * 86_400.0
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _LONGEST_DELAY = 2.0**28  # seconds: no task waits longer in RabbitMQ
 
+_DROPPED = "dropped"
+"""The token of a task that was cancelled, once its message is gone: no attempt has such a one."""
+
 _row = results.c
 _gone = and_(_row.running_until.is_not(None), _row.running_until < now())
 _status = case((and_(_row.status == RUNNING, _gone), RETRYING), else_=_row.status)
@@ -76,6 +80,20 @@ _SHOWN = (
     ),
     _status.label("shown_status"),
     _is_final.label("is_final"),
+    and_(_row.status == CANCELLED, _row.token == _DROPPED).label("is_dropped"),
+)
+
+_drop = (
+    update(results)
+    .where(_row.id == bindparam("of_id"), _row.status == CANCELLED)
+    .values(
+        token=_DROPPED,
+        task=case((_row.task == "", bindparam("call_task", type_=_row.task.type)), else_=_row.task),
+        queue=case(
+            (_row.queue == "", bindparam("call_queue", type_=_row.queue.type)), else_=_row.queue
+        ),
+        args=func.coalesce(_row.args, bindparam("call_args", type_=_row.args.type)),
+    )
 )
 
 # Never NULL, which databases sort differently.
@@ -223,15 +241,42 @@ class ResultsStore:
             with tracing.hidden(), connection.begin():
                 rows = {row.id: row for row in connection.execute(statement)}
         refused: dict[str, str] = {}
+        cancelled, again = [], []
         for each in begun:
             row = rows.get(each["id"])
             if row is None or row.token == each["token"]:
                 continue
-            if row.status == CANCELLED:
-                refused[each["token"]] = CANCELLED
-            elif row.task != each["task"]:
+            if row.task not in ("", each["task"]):
                 refused[each["token"]] = row.task
-        return refused
+            elif row.status == CANCELLED:
+                cancelled.append(each)
+            elif row.status == RETRYING:  # it was cancelled a moment ago
+                again.append(each)
+        if cancelled:
+            dropped = self._dropped(cancelled)
+            refused |= {each["token"]: CANCELLED for each in cancelled if each["id"] in dropped}
+            again += [each for each in cancelled if each["id"] not in dropped]
+        return refused | self.write(again, [], connection) if again else refused
+
+    def _dropped(self, calls: Sequence[Mapping[str, Any]]) -> set[str]:
+        """Note that the messages of cancelled tasks are dropped.
+
+        Returns:
+            The ids of those that are cancelled: of another one, which may run since a moment ago,
+            the message must not be dropped.
+        """
+        calls = sorted(calls, key=itemgetter("id"))
+        ids = [call["id"] for call in calls]
+
+        def work() -> set[str]:
+            with self._transaction() as connection:
+                connection.execute(_drop, [_of_call(call["id"], call) for call in calls])
+                noted = select(_row.id).where(
+                    _row.id.in_(ids), _row.status == CANCELLED, _row.token == _DROPPED
+                )
+                return set(connection.execute(noted).scalars())
+
+        return try_again(work)
 
     def write_on(self, connection: Any, ended: Mapping[str, Any]) -> None:
         """End an attempt in a transaction of the application."""
@@ -308,13 +353,21 @@ class ResultsStore:
                 connection.execute(delete(results).where(_row.id.in_(ids)))
         return len(ids) == _PURGED_AT_ONCE
 
-    def cancel(self, id_: str, task: str = "", due_in: float | None = None) -> bool:
+    def cancel(
+        self,
+        id_: str,
+        task: str = "",
+        due_in: float | None = None,
+        call: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Cancel a task unless it runs or is done; return whether it will not run.
 
         Args:
             id_: its id.
             task: its name, if that is known.
             due_in: the seconds until it is due, which the row must outlast; None if unknown.
+            call: what is to be kept of its call, if its message is gone: ``task``, ``queue`` and
+                ``args``; None if it may come to a worker.
         """
         keep = _LONGEST_DELAY + _WEEK if due_in is None else max(0.0, due_in) + _WEEK
         rows = _as_json([{"id": id_, "task": task, "keep": keep}])
@@ -322,10 +375,34 @@ class ResultsStore:
         def work() -> bool:
             with self._transaction() as connection:
                 connection.execute(self._statements.cancel, {"rows": rows})
+                if call is not None:
+                    connection.execute(_drop, _of_call(id_, call))
                 if can_listen(self.engine):  # seldom enough to do it in the transaction
                     connection.execute(select(func.pg_notify(RESULTS_CHANNEL, "")))
                 status = connection.execute(select(_row.status).where(_row.id == id_)).scalar()
                 return bool(status == CANCELLED)
+
+        return try_again(work)
+
+    def revive(self, id_: str, *, is_dropped: bool) -> bool:
+        """Have a task be cancelled no longer; return whether it was.
+
+        Args:
+            id_: its id.
+            is_dropped: whether its message must be gone, so that the caller calls it once more; or
+                must not be gone, so that it runs when that comes to a worker.
+        """
+        is_gone = func.coalesce(_row.token, "") == _DROPPED
+        those = and_(_row.id == id_, _row.status == CANCELLED, is_gone if is_dropped else ~is_gone)
+        # As before it was cancelled: without a row if it had not begun.
+        without = delete(results).where(those, _row.started_at.is_(None))
+        waiting = update(results).where(those).values(status=RETRYING, token=None, ended_at=None)
+
+        def work() -> bool:
+            with self._transaction() as connection:
+                return any(
+                    connection.execute(statement).rowcount > 0 for statement in (without, waiting)
+                )
 
         return try_again(work)
 
@@ -382,6 +459,10 @@ class ResultsStore:
         return count
 
 
+def _of_call(id_: str, call: Mapping[str, Any]) -> dict[str, Any]:
+    return {"of_id": id_} | {f"call_{name}": call[name] for name in ("task", "queue", "args")}
+
+
 def _as_json(rows: Sequence[Mapping[str, Any]]) -> str:
     # In one order in every process: otherwise two could wait for each other's rows.
     return _encode(sorted(rows, key=itemgetter("id")))
@@ -399,6 +480,7 @@ def _row_of(found: Mapping[Any, Any]) -> ResultRow:
         | {
             "status": status,
             "is_final": is_final,
+            "is_dropped": bool(values["is_dropped"]),
             "is_typed": bool(values["is_typed"]),
             "error": error,
             "error_type": values["error_type"] or "",

@@ -37,9 +37,16 @@ def count_waiting(engine: Engine, event_id: str) -> int:
         return int(found.scalar_one())
 
 
-def delete_waiting(engine: Engine, event_id: str) -> int:
-    """Delete the rows of a task that no process has leased; return how many there were."""
+def delete_waiting(engine: Engine, event_id: str) -> list[Any]:
+    """Delete the rows of a task that no process has leased.
+
+    Returns:
+        Their columns ``type``, which is the queue that was called, ``headers`` and ``payload``.
+    """
+    row = events.c
+    deletion = delete(events).where(_waits(event_id))
     with own_transaction(engine) as connection:
         if not exists(connection, events):
-            return 0
-        return int(connection.execute(delete(events).where(_waits(event_id))).rowcount)
+            return []
+        deleted = connection.execute(deletion.returning(row.type, row.headers, row.payload))
+        return list(deleted.all())

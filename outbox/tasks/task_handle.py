@@ -119,14 +119,15 @@ class TaskHandle(Generic[R]):
             task_rows.note_dropped(buffer.unit, event)
             return True
         engine = self._engine_to_ask()
-        is_deleted = engine is not None and task_rows.delete(engine, self.id)
+        deleted = None if engine is None else task_rows.delete(engine, self.id)
+        is_deleted = deleted is not None
         name = "" if self._target is None else self._target.name
         of_test = task_results.results_of_test()
         if of_test is not None:
             return of_test.cancel(self.id, name)
         store = None if self._keep == 0 else task_results.store_here()
         if store is not None:
-            return store.cancel(self.id, name, self._due_in()) or is_deleted
+            return store.cancel(self.id, name, self._due_in(), deleted) or is_deleted
         if engine is None:
             raise NoResults(
                 f"the task {self.id!r} can't be cancelled any more: a broker's queue gives nothing "

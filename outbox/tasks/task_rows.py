@@ -10,7 +10,10 @@ import functools
 from typing import Any
 
 from outbox.event import Event
+from outbox.messages.headers import TASK
+from outbox.messages.rows import headers_of
 from outbox.observer import seam
+from outbox.results.result_row import args_of, cut
 from outbox.settings import Settings
 from outbox.system import process
 from outbox.unit_of_work.unit_of_work import UnitOfWork
@@ -45,11 +48,26 @@ def waits(engine: Any, event_id: str) -> bool:
     return count_waiting(engine, event_id) > 0
 
 
-def delete(engine: Any, event_id: str) -> bool:
-    """Delete the row of this id that no worker has; return whether there was one."""
+def delete(engine: Any, event_id: str) -> dict[str, Any] | None:
+    """Delete the row of this id that no worker has.
+
+    Returns:
+        What it has called: ``task``, ``queue`` and ``args``, as they are kept; None if there was
+        no row.
+    """
     from outbox.storage.task_statements import delete_waiting
 
-    return delete_waiting(engine, event_id) > 0
+    rows = delete_waiting(engine, event_id)
+    return _call_in(rows[0]) if rows else None
+
+
+def _call_in(row: Any) -> dict[str, Any]:
+    try:
+        task = str(headers_of(row.headers).get(TASK, ""))
+    except ValueError:  # another program wrote it
+        task = ""
+    body = row.payload.encode() if isinstance(row.payload, str) else bytes(row.payload)
+    return {"task": cut(task)[:255], "queue": row.type, "args": args_of(body)}
 
 
 def note_dropped(unit: UnitOfWork, event: Event) -> None:

@@ -190,7 +190,7 @@ def test_a_task_is_found_by_its_index(engine: Engine) -> None:
     with engine.connect() as connection:
         plan = connection.exec_driver_sql(f"{word} {statement}").all()
     assert "outbox_events_tasks" in str(plan)
-    assert task_statements.delete_waiting(engine, "7") == 1
+    assert len(task_statements.delete_waiting(engine, "7")) == 1
 
 
 def test_a_role_that_owns_no_table_may_run_create_when_nothing_is_missing(

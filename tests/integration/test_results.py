@@ -216,6 +216,76 @@ def test_what_was_cancelled_does_not_begin(kept: ResultsStore) -> None:
     assert not kept.cancel("c")
 
 
+def test_what_was_cancelled_runs_again_by_its_message_or_by_another_call(
+    kept: ResultsStore,
+) -> None:
+    kept.cancel("waits")
+    kept.cancel("dropped")
+    between = begun("between")
+    kept.write([between], [])
+    kept.write([], [ended(between, "retrying")])
+    kept.cancel("between")
+    attempt, other = begun("dropped"), begun("other")
+    assert kept.write([attempt, other], []) == {attempt["token"]: "cancelled"}
+    rows = kept.read(["waits", "dropped", "between"])
+    assert {id_ for id_, row in rows.items() if row.is_dropped} == {"dropped"}
+    dropped = rows["dropped"]
+    assert (dropped.task, dropped.queue, dropped.args) == ("shop:pay", "tasks", attempt["args"])
+    assert not kept.revive("dropped", is_dropped=False)
+    for id_ in ("waits", "between"):
+        assert not kept.revive(id_, is_dropped=True)
+        assert kept.revive(id_, is_dropped=False)
+        assert not kept.revive(id_, is_dropped=False)
+    assert (status_of(kept, "waits"), status_of(kept, "between")) == ("", "retrying")
+    assert kept.revive("dropped", is_dropped=True)
+    again = [begun(id_) for id_ in ("waits", "dropped", "between")]
+    assert kept.write(again, []) == {}
+    assert kept.counts() == {"running": 4}
+
+    call = {"task": "shop:pay", "queue": "tasks", "args": "{}"}
+    assert not kept.cancel("other", call=call)  # it runs
+    assert kept.cancel("row", call=call)
+    assert kept.read(["row"])["row"].is_dropped
+    first, second = begun("mine"), begun("mine", "shop:refund")
+    kept.write([first], [ended(first, "retrying")])
+    kept.write([], [ended(first, "retrying")])
+    kept.cancel("mine")
+    assert kept.write([second], []) == {second["token"]: "shop:pay"}
+    assert not kept.read(["mine"])["mine"].is_dropped
+
+
+def test_a_message_is_dropped_or_its_task_is_cancelled_no_longer_never_both(
+    kept: ResultsStore,
+) -> None:
+    count = 60
+    barrier = threading.Barrier(2)
+    revived: list[bool] = []
+
+    def revive() -> None:
+        for number in range(count):
+            barrier.wait(10)
+            revived.append(kept.revive(f"t{number}", is_dropped=False))
+            barrier.wait(10)
+
+    thread = threading.Thread(target=revive)
+    thread.start()
+    begun_too: list[bool] = []
+    for number in range(count):
+        attempt = begun(f"t{number}")
+        if number % 2:  # it had begun before
+            kept.write([attempt], [])
+            kept.write([], [ended(attempt, "retrying")])
+        kept.cancel(f"t{number}")
+        attempt = begun(f"t{number}")
+        barrier.wait(10)
+        begun_too.append(kept.write([attempt], []) == {})
+        barrier.wait(10)
+    thread.join()
+    assert revived == begun_too
+    left = kept.read([f"t{number}" for number in range(count)])
+    assert {row.is_dropped for row in left.values() if row.status == "cancelled"} <= {True}
+
+
 def test_a_cancelled_task_is_remembered_until_it_is_due(kept: ResultsStore) -> None:
     kept.cancel("soon", due_in=0)
     kept.cancel("late", due_in=30 * 86_400)

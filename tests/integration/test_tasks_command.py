@@ -17,6 +17,8 @@ from outbox.commands.cli import main
 from outbox.consumers import Worker
 from outbox.consumers.discovery import load
 from outbox.messages.delivery import dead_letter_queue
+from outbox.results.open_results import results_store_of
+from outbox.settings import Settings
 from outbox.storage.clock import in_seconds, now
 from outbox.storage.engines import open_engine
 from outbox.storage.results_table import results
@@ -42,6 +44,8 @@ def worker(
     assert main(["sql", "create"]) == 0
     publisher = configure(task_session=sessionmaker())
     accounting.runs.clear()
+    accounting.began.clear()
+    accounting.may_end.clear()
     worker = Worker(load(["tests.accounting"]), publisher=publisher, threads=1)
     worker.start()
     yield worker
@@ -58,8 +62,10 @@ def test_tasks_are_listed_shown_called_again_cancelled_and_forgotten(
         return code, written.out, written.err
 
     with auto_publishing():
-        added, failed = accounting.add.later(1, b=2), accounting.fails.later("no\x1b[2J")
+        added = accounting.add.later(1, b=2)
     added.result(10)
+    with auto_publishing():
+        failed = accounting.fails.later("no\x1b[2J")
     wait_until(lambda: failed.status == "failed")
     code, out, _ = run("list")
     assert code == exit_codes.SUCCESS
@@ -100,6 +106,64 @@ def test_tasks_are_listed_shown_called_again_cancelled_and_forgotten(
     assert run("forget", "--id", added.id)[0] == exit_codes.UNFINISHED
     assert TaskHandle[int](added.id).status == "unknown"
     assert run("forget")[0] == exit_codes.USAGE
+
+
+def test_a_task_that_was_cancelled_is_called_again_and_runs_once(
+    worker: Worker, place: Place, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with auto_publishing():
+        between = accounting.twice.later()
+    wait_until(lambda: between.status == "retrying")
+    assert between.cancel()
+    with auto_publishing():
+        held, waiting = accounting.hold.later(), accounting.add.later(2, 3)
+    assert accounting.began.wait(10)
+    assert waiting.cancel()
+    accounting.may_end.set()
+    held.result(10)
+    wait_until(lambda: json.loads(shown(capsys, waiting.id))["is_dropped"])
+
+    assert main(["tasks", "retry", between.id, waiting.id]) == exit_codes.SUCCESS
+    out = capsys.readouterr().out.splitlines()
+    assert out[1] == f"called tests.accounting:add once more, {waiting.id}"
+    configure(task_session=sessionmaker())
+    assert TaskHandle[int](waiting.id).result(10) == 5
+    assert TaskHandle[int](between.id).result(10) == 2
+    runs = [run for run in accounting.runs if run[0] == "twice"]
+    if isinstance(place, SQLitePlace):  # its row was deleted
+        assert out[0] == f"called tests.accounting:twice once more, {between.id}"
+        assert runs == [("twice", 1), ("twice", 1), ("twice", 2)]
+    else:
+        assert out[0].startswith(f"no longer cancelled: tests.accounting:twice, {between.id}; ")
+        assert runs == [("twice", 1), ("twice", 2)]
+    wait_until(lambda: place.count(name) == 0)
+    assert accounting.runs.count(("add", 2, 3)) == 1
+    assert main(["tasks", "retry", between.id]) == exit_codes.UNFINISHED
+
+
+def test_a_cancelled_task_stays_so_if_it_cannot_be_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUTBOX_URL", "amqp://guest:guest@127.0.0.1:1/")
+    monkeypatch.setenv("OUTBOX_RESULTS", f"sqlite:///{tmp_path / 'results.db'}")
+    store = results_store_of(Settings.load(None, {}))
+    assert store is not None
+    store.cancel("x", call={"task": "a:b", "queue": "q", "args": '{"args": [1]}'})
+    assert main(["tasks", "retry", "x"]) == exit_codes.UNAVAILABLE
+    assert "once more" not in capsys.readouterr().out
+    row = store.read(["x"])["x"]
+    assert (row.status, row.is_dropped, row.queue, row.args) == (
+        "cancelled",
+        True,
+        "q",
+        '{"args": [1]}',
+    )
+
+
+def shown(capsys: pytest.CaptureFixture[str], id_: str) -> str:
+    capsys.readouterr()
+    assert main(["tasks", "show", "--json", id_]) == exit_codes.SUCCESS
+    return capsys.readouterr().out
 
 
 _HOSTILE = {

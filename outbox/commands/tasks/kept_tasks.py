@@ -15,7 +15,7 @@ from outbox import auto_publishing, configure, enqueue_event, exit_codes
 from outbox.commands.database_access import translate_errors
 from outbox.commands.options import positive
 from outbox.commands.printing import json_line, printable
-from outbox.errors import InvalidEvent, NoResults
+from outbox.errors import BrokerError, InvalidEvent, NoResults
 from outbox.messages import task_queues
 from outbox.messages.headers import TASK
 from outbox.results.open_results import results_store_of
@@ -90,7 +90,8 @@ def add_actions(actions: Any, *parents: argparse.ArgumentParser) -> None:
         parents=parents,
         help="call tasks once more that have failed or were cancelled",
         description="Call tasks once more that have failed or were cancelled, with the same ids "
-        "and arguments. What is in the dead letters stays there.",
+        "and arguments. What is in the dead letters stays there. A cancelled task whose message "
+        "still waits is not called, but runs when a worker receives that.",
     )
     _add_ids(retry)
     retry.set_defaults(run=_retry)
@@ -162,28 +163,46 @@ def _retry(options: argparse.Namespace) -> int:
     with _store(options) as store:
         _configure(options)
         for id_ in options.ids:
-            row = store.read([id_]).get(id_)
-            reason = _refusal(row)
-            if row is None or reason:
+            reason = _called_again(store, id_)
+            if reason:
                 left.append(f"{id_}: {reason}")
-                continue
-            if row.status == CANCELLED:
-                store.forget([id_])  # or it would not begin
-            try:
-                _call(row)
-            except InvalidEvent as error:
-                left.append(f"{id_}: {error}; {_OTHERWISE}")
-                continue
-            print(f"called {printable(row.task)} once more, {printable(id_)}")
     return _left(left)
 
 
-def _refusal(row: ResultRow | None) -> str:
-    """Return why a task can't be called once more; empty if it can."""
+def _called_again(store: ResultsStore, id_: str) -> str:
+    """Have a task run once more; return why it can't, or empty text."""
+    row = store.read([id_]).get(id_)
     if row is None:
         return "nothing is kept of it"
     if row.status not in (FAILED, CANCELLED):
         return f"it is {row.status}"
+    name = f"{printable(row.task or '(unknown)')}, {printable(id_)}"
+    if row.status == CANCELLED and not row.is_dropped:
+        # Another call would run beside the message that waits.
+        if not store.revive(id_, is_dropped=False):
+            return _called_again(store, id_)  # a worker has dropped it at this moment
+        print(f"no longer cancelled: {name}; it runs when a worker receives its message")
+        return ""
+    reason = _refusal(row)
+    if reason:
+        return reason
+    if row.status == CANCELLED and not store.revive(id_, is_dropped=True):
+        return _called_again(store, id_)  # another command was faster
+    try:
+        _call(row)
+    except BaseException as error:
+        if row.status == CANCELLED:
+            call = {"task": row.task, "queue": row.queue, "args": row.args}
+            store.cancel(id_, row.task, 0.0, call)
+        if isinstance(error, InvalidEvent):
+            return f"{error}; {_OTHERWISE}"
+        raise
+    print(f"called {printable(row.task)} once more, {printable(id_)}")
+    return ""
+
+
+def _refusal(row: ResultRow) -> str:
+    """Return why a task can't be called by what is kept of it; empty if it can."""
     if not row.task or not row.queue or row.args is None:
         return f"its call isn't kept; {_OTHERWISE}"
     try:
@@ -194,17 +213,25 @@ def _refusal(row: ResultRow | None) -> str:
 
 
 def _call(row: ResultRow) -> None:
-    queue = row.queue
-    task_queues.note(queue, None)
-    with auto_publishing():
+    """Publish the call that a row has kept.
+
+    Raises:
+        InvalidEvent: it can't be carried.
+        BrokerError: the broker has not confirmed it.
+    """
+    task_queues.note(row.queue, None)
+    with auto_publishing() as block:
         enqueue_event(
             _parsed(row.args),
-            queue,
+            row.queue,
             exchange="",
             headers={TASK: row.task},
             priority=5,
             id=row.id,
         )
+    report = block.report
+    if report is not None and not report.ok:  # this process ends before it could be tried again
+        raise report.error or BrokerError(f"the broker has not confirmed the call of {row.id!r}")
 
 
 def _cancel(options: argparse.Namespace) -> int:
@@ -297,7 +324,7 @@ def _line(row: ResultRow) -> str:
 def _text(row: ResultRow) -> str:
     lines = []
     for name, value in _shown(row).items():
-        if name in ("is_typed", "is_final", "traceback") or value in (None, ""):
+        if name in ("is_typed", "is_final", "is_dropped", "traceback") or value in (None, ""):
             continue
         text = value if isinstance(value, str) else json.dumps(value)
         lines.append(f"{name}: {printable(text)}")

@@ -23,6 +23,7 @@ __all__ = [
     "FollowOnsRefused",
     "HandlerExit",
     "Hold",
+    "InboxUnavailable",
     "NotYet",
     "Outcome",
     "ProcessDied",
@@ -135,9 +136,12 @@ class Hold:
 
     Attributes:
         error: the error of the broker, or of a database.
+        is_doubtful: whether it may be the message's fault all the same: then it is held for some
+            minutes at most.
     """
 
     error: Exception
+    is_doubtful: bool = False
 
     @property
     def is_refusal(self) -> bool:
@@ -244,6 +248,10 @@ class RemoteError(Exception):
 
 class ResultsUnavailable(Exception):
     """The results of tasks can't be written now, so that a task can't begin."""
+
+
+class InboxUnavailable(Exception):
+    """The inbox can't be written now: its server is read-only, or others hold its locks."""
 
 
 class FollowOnsRefused(Exception):

@@ -114,6 +114,7 @@ class _Entry:
     """The entry of one message; see ``outbox.consumers.message.deduplication.InboxEntry``."""
 
     committed = False
+    failure = None
 
     def __init__(
         self, inbox: MemoryInbox, key: tuple[str, str], window: datetime.timedelta

@@ -114,7 +114,7 @@ def _portable(outcome: Outcome) -> Outcome:
         case Hold(error=BrokerError()):  # its text says enough
             return Hold(ConnectionLost(str(outcome.error)))
         case Hold():
-            return Hold(_remote(outcome.error))
+            return dataclasses.replace(outcome, error=_remote(outcome.error))
     return outcome
 
 

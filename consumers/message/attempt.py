@@ -11,7 +11,12 @@ from typing import Any
 from outbox import PublishFailed, UnpublishedEvents
 from outbox.backlog.notifier import ids
 from outbox.consumers.definition import Consumer
-from outbox.consumers.message.databases import is_unavailable, refreshers
+from outbox.consumers.message.databases import (
+    could_only_read,
+    is_conflict,
+    is_unavailable,
+    refreshers,
+)
 from outbox.consumers.message.deduplication import InboxEntry
 from outbox.consumers.message.follow_ons import MessageCollector
 from outbox.consumers.message.republishing import republished
@@ -26,6 +31,7 @@ from outbox.consumers.outcome import (
     Dead,
     Failed,
     Hold,
+    InboxUnavailable,
     Outcome,
     Reject,
     Requeue,
@@ -144,7 +150,7 @@ class Attempt:
         if consumer.deduplicate and services.inbox is not None:
             entry = self._entry = services.inbox.entry(consumer, event)
             record = self._record
-            if (yield Blocking(entry.is_done)):
+            if (yield from _apart(entry.is_done)):
                 if record is not None:
                     yield Blocking(record.complete)
                 return DUPLICATE
@@ -189,7 +195,7 @@ class Attempt:
             if not report.ok:
                 yield from republished(report, self._delivery, self._services)
         if entry is not None:
-            yield Blocking(entry.note)
+            yield from _apart(entry.note)
         return done
 
     def _fail(self, error: BaseException) -> Steps[Outcome | Failed]:
@@ -211,6 +217,14 @@ class Attempt:
                     return DUPLICATE  # another attempt was faster, and this one was rolled back
             except Exception:  # unknown: the attempt counts as failed
                 logger.debug("could not query the inbox", exc_info=True)
+            if _is_conflict_of(entry, error):
+                logger.warning(
+                    "could not note message %r of %r in its handler's transaction: %s",
+                    self._event.id,
+                    self._consumer.queue,
+                    text_of(error),
+                )
+                return Return()
         return result
 
     def _around(self, names: Sequence[str]) -> Steps[Any]:
@@ -242,6 +256,32 @@ class Attempt:
             for name in filters.after:
                 refuse_awaitable((yield Call(getattr(consumer, name), (event,))), name)
         return result
+
+
+def _apart(function: Callable[[], Any]) -> Steps[Any]:
+    """Call a function of the inbox's entry that uses a transaction apart from the handler's.
+
+    Raises:
+        InboxUnavailable: that transaction isn't possible now, for no fault of the message.
+    """
+    try:
+        return (yield Blocking(function))
+    except Exception as error:
+        if not (could_only_read(error) or is_conflict(error)):
+            raise
+        reason = text_of(error).partition("\n")[0]
+        raise InboxUnavailable(f"the inbox can't be used now: {reason}") from error
+
+
+def _is_conflict_of(entry: InboxEntry, error: BaseException) -> bool:
+    """Return whether an attempt failed only since others were in the way of the inbox's statement.
+
+    The statement is outbox's, and the transaction the handler's: only all of it can be repeated.
+    """
+    failure = entry.failure
+    if failure is None or not is_conflict(failure):
+        return False
+    return all(any(cause is failure for cause in causes(leaf)) for leaf in leaves(error))
 
 
 def begin(record: TaskRecord, *, parks: bool) -> Steps[Ack | Dead | None]:
@@ -346,10 +386,10 @@ def _result_of(error: BaseException) -> Outcome | Failed:
             return Dead(f"a follow-on event was rejected: {text_of(error)}", error)
         case UnpublishedEvents():
             return Dead(f"{type(error).__qualname__}: {text_of(error)}", error)
-        case ResultsUnavailable():
+        case ResultsUnavailable() | InboxUnavailable():
             return Hold(error)
         case Exception() if (unavailable := _unavailable(error)) is not None:
-            return Hold(unavailable)
+            return Hold(unavailable, is_doubtful=could_only_read(unavailable))
         case _:
             return Failed(error)
 

@@ -26,6 +26,11 @@ class InboxEntry(Protocol):
         """Whether the handler's transaction has noted the message."""
         ...
 
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that the last attempt to note it in the handler's transaction has met."""
+        ...
+
     def is_done(self) -> bool:
         """Return whether the message has been done. Waits for the database."""
         ...

@@ -120,6 +120,7 @@ class Message:
     _pause = FIRST_PAUSE
     _waiting_since: float | None = None
     _refused_since: float | None = None
+    _doubtful_since: float | None = None
     _goes_on_here = False
     _keeps_results = False
     _record: TaskRecord | None = None
@@ -376,8 +377,8 @@ class Message:
         if self._services.is_stopping:
             return None
         seconds = self._pause
+        now = time.monotonic()
         if hold.is_refusal:
-            now = time.monotonic()
             first, later = _REFUSED
             seconds = first if self._refused_since is None else later
             if self._refused_since is None:
@@ -385,12 +386,17 @@ class Message:
             if now - self._refused_since >= PATIENCE:
                 refused = FollowOnsRefused(text_of(hold.error))
                 refused.__cause__ = hold.error
-                if self.event is None:  # a subprocess has decoded it
-                    with contextlib.suppress(Undecodable):
-                        self.event = decode(self.delivery)
+                self._decode_here()
                 return Failed(refused)
         else:
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        if not hold.is_doubtful:
+            self._doubtful_since = None
+        elif self._doubtful_since is None:
+            self._doubtful_since = now
+        elif now - self._doubtful_since >= PATIENCE:
+            self._decode_here()
+            return Failed(hold.error)
         logger.warning(
             "holding message %r of %r for %.1f s or longer: %s",
             self.delivery.message_id,
@@ -406,6 +412,11 @@ class Message:
         if self._has_waited_long():
             return Return(0.0)
         return (yield from self.attempt())
+
+    def _decode_here(self) -> None:
+        if self.event is None:  # a subprocess has decoded it
+            with contextlib.suppress(Undecodable):
+                self.event = decode(self.delivery)
 
     def _is_lost(self, result: Outcome | Failed) -> bool:
         """Return whether the message will be redelivered anyway: a copy would duplicate it."""

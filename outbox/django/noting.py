@@ -137,6 +137,7 @@ class _Entry:
         self._given_up = False
         self._lock = threading.Lock()
         self.committed = False
+        self.failure: BaseException | None = None
 
     def is_done(self) -> bool:
         inbox = self._inbox
@@ -205,7 +206,8 @@ class _Entry:
             self._is_joined = True
         try:
             self._insert(connection)
-        except BaseException:
+        except BaseException as error:
+            self.failure = error
             self.ended(committed=False)
             raise
         return True

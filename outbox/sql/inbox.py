@@ -11,6 +11,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from sqlalchemy import (
     Column,
@@ -41,10 +42,12 @@ from outbox.storage.clock import Timestamp, in_seconds, now, seconds_since
 from outbox.storage.creating import create_missing
 from outbox.storage.engines import engine_beside, open_engine
 from outbox.storage.schema import MARIADB_OPTIONS, dialect_of, exists, for_migrations
-from outbox.storage.transactions import own_transaction
+from outbox.storage.transactions import own_transaction, try_again
 from outbox.telemetry import tracing
 
 __all__ = ["Inbox", "place_of"]
+
+_T = TypeVar("_T")
 
 done = Table(
     "outbox_inbox",
@@ -120,6 +123,15 @@ class Inbox:
         with commits.unwatched(), own_transaction(self.engine) as connection:
             yield connection
 
+    def _run(self, work: Callable[[Connection], _T]) -> _T:
+        """Return what ``work`` returns in a transaction of the inbox; repeated after conflicts."""
+
+        def once() -> _T:
+            with self._transaction() as connection:
+                return work(connection)
+
+        return try_again(once)
+
     def purge(self, consumer: str, seconds: float) -> int:
         """Forget messages that ``consumer`` processed over ``seconds`` ago; return how many."""
         count = 0
@@ -140,12 +152,15 @@ class Inbox:
             .limit(FORGOTTEN_AT_ONCE)
             .with_for_update(skip_locked=True)
         )
-        with self._transaction() as connection:
+
+        def purge(connection: Connection) -> int:
             ids = connection.execute(old).scalars().all()
             if ids:
                 is_old = (done.c.consumer == consumer) & done.c.message_id.in_(ids)
                 connection.execute(delete(done).where(is_old))
-        return len(ids)
+            return len(ids)
+
+        return self._run(purge)
 
 
 class _Entry:
@@ -159,6 +174,7 @@ class _Entry:
         self._joins = False
         self._joined: RootTransaction | None = None
         self._given_up = False
+        self.failure: BaseException | None = None
         self._accompanying: Callable[[Connection], None] | None = None
         self._lock = threading.Lock()
 
@@ -170,15 +186,17 @@ class _Entry:
 
     def is_done(self) -> bool:
         self._inbox.purge_now_and_then(self._values["consumer"], self._window)
-        with self._inbox._transaction() as connection:
-            result = connection.execute(select(seconds_since(done.c.done_at)).where(self._key))
-            age = result.scalar()
-            if age is None:
-                return False
-            if age <= self._window:
-                return True
-            connection.execute(delete(done).where(self._key))  # expired, and would block a new row
+        return self._inbox._run(self._is_done)
+
+    def _is_done(self, connection: Connection) -> bool:
+        result = connection.execute(select(seconds_since(done.c.done_at)).where(self._key))
+        age = result.scalar()
+        if age is None:
             return False
+        if age <= self._window:
+            return True
+        connection.execute(delete(done).where(self._key))  # expired, and would block a new row
+        return False
 
     def join(self) -> None:
         self._joins = True
@@ -201,8 +219,8 @@ class _Entry:
         if self.committed or self._given_up:
             return
         # IntegrityError: another worker has processed the message at the same time.
-        with contextlib.suppress(IntegrityError), self._inbox._transaction() as connection:
-            self._insert(connection)
+        with contextlib.suppress(IntegrityError):
+            self._inbox._run(self._insert)
 
     def before_commit(self, connection: Connection) -> None:
         if (
@@ -229,8 +247,12 @@ class _Entry:
             if self._joined is not None:  # a parallel transaction was faster
                 return
             self._joined = connection.get_transaction()
-        with tracing.hidden():
-            self._insert(connection)
+        try:
+            with tracing.hidden():
+                self._insert(connection)
+        except BaseException as error:
+            self.failure = error
+            raise
 
     def _insert(self, connection: Connection) -> None:
         connection.execute(insert(done), self._values)

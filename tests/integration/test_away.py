@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import asyncpg  # type: ignore[import-untyped]
@@ -11,11 +12,14 @@ import psycopg2  # type: ignore[import-untyped]
 import pymysql
 import pytest
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
 
-from outbox.consumers.message.databases import is_unavailable
+from outbox.consumers.message.databases import could_only_read, is_conflict, is_unavailable
 from outbox.testing.databases.postgresql import PrivatePostgreSQL
 from outbox.testing.servers import free_ports
+from tests.databases import failing_over
 
 
 def of_sqlalchemy(driver: str) -> Callable[[str], None]:
@@ -73,6 +77,9 @@ def test_a_mariadb_that_refuses_connections_counts_as_away(through: str) -> None
     assert not is_unavailable(
         pymysql.OperationalError(1213, "a deadlock, which is a failed attempt")
     )
+    assert not is_unavailable(
+        pymysql.OperationalError(1290, "running with the --secure-file-priv option")
+    )
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
@@ -95,6 +102,92 @@ def test_a_database_that_ends_a_connection_counts_as_away(
         with pytest.raises(Exception) as raised:
             connection.cursor().execute("SELECT 1")
         assert is_unavailable(raised.value)
+
+
+def of_sqlalchemy_and_psycopg(url: str) -> None:
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE new (number INTEGER)")
+
+
+def of_psycopg(url: str) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute("CREATE TABLE new (number INTEGER)")
+
+
+def of_psycopg2(url: str) -> None:
+    with contextlib.closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE new (number INTEGER)")
+
+
+def writing_of_asyncpg(url: str) -> None:
+    async def write() -> None:
+        connection = await asyncpg.connect(url)
+        try:
+            await connection.execute("CREATE TABLE new (number INTEGER)")
+        finally:
+            await connection.close()
+
+    asyncio.run(write())
+
+
+def writing_of_sqlalchemy_and_asyncpg(url: str) -> None:
+    async def write() -> None:
+        engine = create_async_engine(make_url(url).set(drivername="postgresql+asyncpg"))
+        try:
+            async with engine.begin() as connection:
+                await connection.exec_driver_sql("CREATE TABLE new (number INTEGER)")
+        finally:
+            await engine.dispose()
+
+    asyncio.run(write())
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        of_psycopg,
+        of_psycopg2,
+        writing_of_asyncpg,
+        of_sqlalchemy_and_psycopg,
+        writing_of_sqlalchemy_and_asyncpg,
+    ],
+)
+def test_a_postgresql_that_has_become_read_only_counts_as_away(
+    write: Callable[[str], None], postgresql_url: str
+) -> None:
+    url = make_url(postgresql_url)
+    if "sqlalchemy" not in write.__name__:
+        url = url.set(drivername="postgresql")
+    with failing_over(postgresql_url) as failover:
+        failover.set_read_only(True)
+        with pytest.raises(Exception) as raised:
+            write(url.render_as_string(hide_password=False))
+    assert is_unavailable(raised.value)
+    assert could_only_read(raised.value)
+    assert not is_conflict(raised.value)
+
+
+@pytest.mark.parametrize("through", ["driver", "SQLAlchemy"])
+def test_a_mariadb_that_has_become_read_only_counts_as_away(through: str, mariadb_url: str) -> None:
+    with failing_over(mariadb_url) as failover:
+        engine = create_engine(failover.url, poolclass=NullPool)
+        failover.set_read_only(True)
+        with pytest.raises(Exception) as raised, engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE new (number INTEGER)")
+    error = raised.value.orig if through == "driver" else raised.value  # type: ignore[attr-defined]
+    assert is_unavailable(error)
+    assert not could_only_read(error)  # MariaDB says that it is the server's mode
+
+
+def test_a_read_only_transaction_on_mariadb_is_a_failure_of_the_message(mariadb_url: str) -> None:
+    engine = create_engine(mariadb_url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("CREATE TABLE some (number INTEGER)")
+        connection.exec_driver_sql("START TRANSACTION READ ONLY")
+        with pytest.raises(OperationalError) as raised:
+            connection.exec_driver_sql("INSERT INTO some VALUES (1)")
+    assert not is_unavailable(raised.value)
 
 
 def test_a_wrong_statement_is_a_failure_of_the_message(postgresql_url: str) -> None:

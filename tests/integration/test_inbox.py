@@ -28,12 +28,13 @@ from outbox import (
     enqueue_event,
 )
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, Worker, before, consumer
+from outbox.consumers.message import message
 from outbox.messages.delivery import dead_letter_queue
 from outbox.sql import Inbox
 from outbox.sql.inbox import done as inbox_table
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
-from tests.databases import Base, Effect
+from tests.databases import Base, Effect, failing_over
 from tests.places import Place, made, reading, working
 from tests.waiting import wait_until
 
@@ -495,6 +496,61 @@ def test_a_database_that_is_away_costs_no_attempt(
     assert place.count(dead_letter_queue(name)) == 0
     with pytest.raises(OperationalError):
         create_engine("postgresql+psycopg://a@127.0.0.1:1/none").connect()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql", "mariadb"], indirect=True)
+@pytest.mark.parametrize("writes", [False, True], ids=["inbox", "handler"])
+def test_a_server_that_has_become_read_only_costs_no_attempt(
+    place: Place, publisher: Publisher, engine: Engine, database_url: str, name: str, writes: bool
+) -> None:
+    attempts: list[int] = []
+    with failing_over(database_url) as failover:
+        ordinary = create_engine(failover.url, poolclass=NullPool)
+        inbox = Inbox(ordinary)
+
+        @consumer(made(place, name), deduplicate=True)
+        def act(event: ReceivedEvent) -> None:
+            attempts.append(event.attempt)
+            if len(attempts) == 1:
+                failover.set_read_only(True)
+            if len(attempts) == 2:
+                failover.set_read_only(False)
+            if writes:
+                with ordinary.begin() as connection:
+                    connection.execute(insert(Effect).values(of=event.id))
+
+        with working(publisher, act, inbox=inbox):
+            send(publisher, name, "a")
+            wait_until(lambda: noted(engine) == 1 and place.count(name) == 0)
+    assert attempts == [1, 1]
+    assert effects(engine) == writes
+    assert place.count(dead_letter_queue(name)) == 0
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_handler_that_writes_in_its_own_read_only_transaction_has_failed_in_the_end(
+    place: Place,
+    publisher: Publisher,
+    inbox: Inbox,
+    engine: Engine,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(message, "PATIENCE", 1)
+    attempts: list[int] = []
+
+    @consumer(made(place, name), deduplicate=True, retry=RetryPolicy(max_attempts=2, delay=0))
+    def act(event: ReceivedEvent) -> None:
+        attempts.append(event.attempt)
+        with engine.connect().execution_options(postgresql_readonly=True) as connection:
+            connection.execute(insert(Effect).values(of=event.id))
+
+    with working(publisher, act, inbox=inbox):
+        send(publisher, name, "a")
+        wait_until(lambda: place.count(dead_letter_queue(name)) == 1)
+    assert attempts == sorted(attempts)
+    assert len(attempts) <= 8
+    assert set(attempts) == {1, 2}
 
 
 def test_without_a_database_a_consumer_that_deduplicates_is_refused(

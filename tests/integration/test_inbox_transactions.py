@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import datetime
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pymysql
 import pytest
-from sqlalchemy import Engine, create_engine, event, func, insert, select, text, update
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy import Connection, Engine, create_engine, event, func, insert, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 
 import outbox.sql
 from outbox import CollectorClosed, Event, Publisher
 from outbox.consumers import Consumer, ReceivedEvent, RetryPolicy, consumer
 from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message
-from outbox.consumers.outcome import ACK, DUPLICATE, Again, Dead, Outcome
+from outbox.consumers.outcome import ACK, DUPLICATE, REQUEUE, Again, Dead, Hold, Outcome
 from outbox.messages.delivery import as_delivered
 from outbox.sql import Inbox, commits
 from outbox.sql.inbox import done as inbox_table
+from outbox.storage import transactions
 from tests.databases import Base, Order
 
 ORDERS = Base.metadata.tables["orders"]
@@ -434,6 +439,98 @@ def test_a_commit_after_the_timeout_leaves_nothing_behind(engine: Engine, inbox:
     assert refused
     _begin(engine, "the next")
     assert (names(inbox), noted(inbox)) == (["the next"], 0)
+
+
+@contextlib.contextmanager
+def noting_beside(url: str) -> Iterator[Connection]:
+    """Note the message in a transaction that another worker has left open."""
+    beside = create_engine(url, poolclass=NullPool)
+    with commits.unwatched(), beside.connect() as connection:
+        connection.execute(insert(inbox_table), {"consumer": "work", "message_id": "a"})
+        yield connection
+
+
+@contextlib.contextmanager
+def impatient(engine: Engine) -> Iterator[None]:
+    """Have the next connections of ``engine`` wait for locks for a second only."""
+
+    def hurry(raw: Any, _: object) -> None:
+        with contextlib.closing(raw.cursor()) as cursor:
+            cursor.execute("SET SESSION innodb_lock_wait_timeout = 1")
+
+    event.listen(engine, "connect", hurry)
+    yield
+    event.remove(engine, "connect", hurry)
+
+
+@pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)
+def test_an_inbox_that_waits_too_long_for_a_lock_tries_again(
+    engine: Engine, inbox: Inbox, database_url: str
+) -> None:
+    def process(event: ReceivedEvent) -> None:
+        begun.append(event.attempt)
+
+    begun: list[int] = []
+    with impatient(inbox.engine), noting_beside(database_url) as other:
+        release = threading.Timer(2.5, other.rollback)
+        release.start()
+        assert outcome(handler(process), inbox) == ACK
+        release.join()
+    assert begun == [1]
+    assert noted(inbox) == 1
+
+
+@pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)
+def test_an_inbox_whose_row_stays_locked_holds_the_message(
+    engine: Engine, inbox: Inbox, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transactions, "_TRIES", 2)
+    with impatient(inbox.engine), noting_beside(database_url):
+        held = outcome(handler(lambda event: None), inbox)
+    assert isinstance(held, Hold)
+    assert not held.is_doubtful
+
+
+@pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)
+@pytest.mark.parametrize("ends_with", ["rollback", "commit"])
+def test_a_lock_in_the_way_of_the_note_in_the_handlers_transaction_is_no_failed_attempt(
+    engine: Engine, inbox: Inbox, database_url: str, ends_with: str
+) -> None:
+    def process(event: ReceivedEvent) -> None:
+        try:
+            _begin(engine, "one")
+        except OperationalError:
+            if ends_with == "commit":
+                with commits.unwatched():
+                    other.commit()
+            raise
+
+    engine.dispose()
+    with impatient(engine), noting_beside(database_url) as other:
+        found = outcome(handler(process), inbox)
+    assert found == (DUPLICATE if ends_with == "commit" else REQUEUE)
+    assert names(inbox) == []
+
+
+def test_a_lock_in_the_way_of_the_handlers_own_statement_is_a_failed_attempt(
+    engine: Engine, inbox: Inbox
+) -> None:
+    def process(event: ReceivedEvent) -> None:
+        raise OperationalError("UPDATE orders", {}, pymysql.OperationalError(1205, "lock wait"))
+
+    assert isinstance(outcome(handler(process), inbox), Again)
+
+
+@pytest.mark.parametrize("database_url", ["mariadb"], indirect=True)
+def test_only_engines_of_outbox_itself_wait_for_locks_for_five_seconds(
+    engine: Engine, inbox: Inbox
+) -> None:
+    def seconds(engine: Engine) -> Any:
+        with engine.connect() as connection:
+            return connection.scalar(text("SELECT @@innodb_lock_wait_timeout"))
+
+    assert seconds(inbox.engine) == 5
+    assert seconds(engine) == seconds(Inbox(engine).engine) == 50
 
 
 def test_a_message_that_fails_after_a_connections_commit_is_a_dead_letter_that_says_so(

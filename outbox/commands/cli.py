@@ -13,7 +13,7 @@ from outbox import exit_codes
 from outbox.commands.application import Application
 from outbox.commands.options import Version
 from outbox.commands.printing import printable
-from outbox.errors import BrokerError, OutboxError
+from outbox.errors import BrokerError, OutboxError, UsageError
 
 __all__ = ["code_of", "main", "run"]
 
@@ -93,7 +93,11 @@ def run(arguments: Sequence[str] | None, application: Application) -> int:
 
 def code_of(error: OutboxError) -> int:
     """Return the exit code for an error that ends the command."""
-    return exit_codes.UNAVAILABLE if isinstance(error, BrokerError) else exit_codes.USAGE
+    # A database that is reached, but lacks a table, fails like one that isn't: a long-running
+    # process waits until somebody creates the table. A command doesn't wait.
+    if isinstance(error, BrokerError) and not isinstance(error.__cause__, UsageError):
+        return exit_codes.UNAVAILABLE
+    return exit_codes.USAGE
 
 
 def _parser(application: Application, arguments: Sequence[str]) -> argparse.ArgumentParser:

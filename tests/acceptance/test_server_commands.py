@@ -39,6 +39,31 @@ def url(postgresql_url: str) -> str:
     return f"{postgresql_url}?schema=the+Events"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["parked", "list"],
+        ["parked", "replay"],
+        ["parked", "purge", "--yes"],
+        ["status"],
+        ["migrate-transport", "{url}", "{file}"],
+        ["migrate-transport", "{file}", "{url}"],
+    ],
+    ids=" ".join,
+)
+def test_a_missing_table_is_wrong_usage_and_not_an_unreachable_server(
+    url: str, tmp_path: Path, arguments: list[str]
+) -> None:
+    file = f"sqlite:///{tmp_path}/outbox.db"
+    with Publisher(file) as publisher:
+        publisher.publish(events_for(publisher, ["order.placed"]))
+    filled = [argument.format(url=url, file=file) for argument in arguments]
+    variables = {"OUTBOX_URL": url, "OUTBOX_DATABASE_URL": url}
+    done = run_outbox(*filled, variables=variables)
+    assert "does not exist" in done.stderr
+    assert done.returncode == exit_codes.USAGE
+
+
 @pytest.mark.one_python
 @pytest.mark.slow
 def test_the_commands_work_on_a_server(url: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
-from outbox.errors import BrokerError
+from outbox.errors import BrokerError, UsageError
 from outbox.event import Event
 from outbox.messages.dead_letters import PARKING_QUEUE
 from outbox.messages.delivery import QueueSpec
@@ -59,13 +59,17 @@ class Destination:
             return
         bindings = [each for spec in specs for each in routing.of_consumer(spec)]
         database = database_at(self._url)
-        database.open()
         try:
+            database.open()
             database.run(
                 lambda connection: routing.add(
                     connection, [*bindings, routing.of_queue(PARKING_QUEUE)]
                 )
             )
+        except BrokerError as error:
+            if isinstance(error.__cause__, UsageError):
+                raise error.__cause__ from None
+            raise
         finally:
             database.end()
 

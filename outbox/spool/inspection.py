@@ -16,6 +16,7 @@ from outbox.spool.spool_file import (
     SpoolFile,
     Unreadable,
     Unwritable,
+    is_at_rest,
     open_file,
     row_at,
     rows_of,
@@ -54,13 +55,26 @@ def look_at(path: Path) -> FileState:
     Raises:
         FileNotFoundError: it has just been deleted.
     """
+    status, at_rest = os.stat(path), is_at_rest(path)
+    state = _look_at(path, immutable=at_rest)
+    if at_rest:
+        now = os.stat(path)
+        if not is_at_rest(path) or (status.st_size, status.st_mtime_ns) != (
+            now.st_size,
+            now.st_mtime_ns,
+        ):  # a process has taken it meanwhile
+            return _look_at(path, immutable=False)
+    return state
+
+
+def _look_at(path: Path, *, immutable: bool) -> FileState:
     size = sum(
         os.stat(f"{path}{suffix}").st_size
         for suffix in ("", "-wal")
         if not suffix or os.path.exists(f"{path}{suffix}")
     )
     try:
-        with contextlib.closing(open_file(path, "ro")) as connection:
+        with contextlib.closing(open_file(path, "ro", immutable=immutable)) as connection:
             if connection.execute("PRAGMA user_version").fetchone()[0] > FORMAT:
                 return FileState("newer", 0, size, None, "")
             if BAD in path.name:
@@ -88,7 +102,7 @@ def salvage(path: Path, digest: str) -> tuple[Path | None, int, int]:
     Raises:
         Unwritable: the file can't be opened, or the new one not be written.
     """
-    with contextlib.closing(open_file(path, "ro")) as connection:
+    with contextlib.closing(open_file(path, "ro", immutable=is_at_rest(path))) as connection:
         recovered = _recovered(connection)
         batch = _next(recovered)
         if not batch:

@@ -27,6 +27,7 @@ __all__ = [
     "Spooled",
     "Unreadable",
     "Unwritable",
+    "is_at_rest",
     "open_file",
     "row_at",
     "rows_of",
@@ -375,19 +376,29 @@ class SpoolFile:
         return connection
 
 
-def open_file(path: Path, mode: str) -> sqlite3.Connection:
+def is_at_rest(path: Path) -> bool:
+    """Return whether no process can have changes to the file that aren't in it yet.
+
+    SQLite keeps them in a log beside the file, which the last connection removes when it closes.
+    """
+    return not os.path.lexists(f"{path}-wal")
+
+
+def open_file(path: Path, mode: str, *, immutable: bool = False) -> sqlite3.Connection:
     """Return a connection to an existing file, which any thread may use, one at a time.
 
     Args:
         path: the file.
         mode: ``rw`` or ``ro``.
+        immutable: whether nothing changes the file meanwhile. Otherwise even reading creates a log
+            and an index of it, so that it needs a folder which can be written to.
 
     Raises:
         Unwritable: there is no such file, or it can't be opened.
     """
     with _errors_of(path):
         return sqlite3.connect(
-            f"file:{quote(str(path))}?mode={mode}",
+            f"file:{quote(str(path))}?mode={mode}&immutable={immutable:d}",
             uri=True,
             isolation_level=None,
             check_same_thread=False,
@@ -433,10 +444,13 @@ def _insert(connection: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> 
 
 
 def _spooled(row: _Row) -> Spooled:
-    occurred_at = datetime.datetime.fromisoformat(row.occurred_at)
-    event = event_of(row._replace(occurred_at=occurred_at))
-    if row.deliver_at is not None:
-        event = replace(event, deliver_at=datetime.datetime.fromisoformat(row.deliver_at))
+    try:
+        occurred_at = datetime.datetime.fromisoformat(row.occurred_at)
+        event = event_of(row._replace(occurred_at=occurred_at))
+        if row.deliver_at is not None:
+            event = replace(event, deliver_at=datetime.datetime.fromisoformat(row.deliver_at))
+    except (TypeError, AttributeError) as error:  # in a damaged file, a column has any type
+        raise ValueError(str(error)) from error
     return Spooled(row.seq, event, row.size)
 
 

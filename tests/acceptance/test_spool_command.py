@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from outbox import Event, Publisher
 from outbox.commands.cli import main
-from outbox.spool.spool_file import SpoolFile
+from outbox.spool import inspection
+from outbox.spool.spool_file import SpoolFile, open_file
 from proving.proxy import FaultProxy
 from tests.amqp import Inspector
+from tests.commands import outbox_command
 
+_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE = 24, 1  # linux/prctl.h, linux/capability.h
 NOWHERE = "amqp://guest:guest@127.0.0.1:1/"
 
 
@@ -81,6 +87,84 @@ input()
             SpoolFile.adopt(next(folder / name for name in rows if rows[name]["held_by"])) is None
         )
         writer.communicate("\n")
+
+
+def test_status_shows_the_other_files_beside_those_whose_rows_cannot_be_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = left(folder, "a", "b")
+    odd = left(folder, "c")
+    with contextlib.closing(sqlite3.connect(odd)) as connection, connection:
+        connection.execute("UPDATE event SET occurred_at = x'00'")
+    cut = left(folder, *(f"{number}" for number in range(500)))
+    cut.write_bytes(cut.read_bytes()[:5000])
+    assert run("status", "--spool", folder) == 0
+    text = capsys.readouterr().out
+    assert f"{whole.name}: 2 events" in text
+    assert f"{odd.name}: unreadable: " in text
+    assert f"{cut.name}: unreadable: " in text
+
+
+def test_status_creates_and_changes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def contents() -> dict[str, tuple[int, bytes]]:
+        return {
+            path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()
+        }
+
+    left(folder, "a")
+    before = contents()
+    assert run("status", "--spool", folder) == 0
+    assert ": 1 event, " in capsys.readouterr().out
+    assert contents() == before
+
+
+def _drop_override() -> None:
+    """Have root obey the modes of files, in a program that is executed next."""
+    ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE)
+
+
+def test_status_reads_a_folder_that_cannot_be_written(folder: Path) -> None:
+    path = left(folder, "a", "b")
+    folder.chmod(0o500)
+    try:
+        done = subprocess.run(
+            outbox_command("spool", "status", "--spool", str(folder)),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            preexec_fn=_drop_override,
+        )
+    finally:
+        folder.chmod(0o700)
+    assert done.stdout.startswith(f"{path.name}: 2 events"), done.stdout + done.stderr
+
+
+def test_a_look_at_a_file_that_is_taken_meanwhile_shows_what_it_holds_then(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = left(folder, "a")
+    file = SpoolFile.adopt(path)
+    assert file is not None
+    file.close()
+
+    def open_and_take(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        monkeypatch.undo()
+        connection = open_file(*arguments, **options)
+        connection.execute("SELECT count(*) FROM event").fetchone()
+        taken.execute(
+            "INSERT INTO event SELECT seq + 1, 'b', exchange, type, payload, "
+            "content_type, headers, key, priority, deliver_at, occurred_at, unroutable, size "
+            "FROM event"
+        )
+        return connection
+
+    taken = open_file(path, "rw")
+    monkeypatch.setattr(inspection, "open_file", open_and_take)
+    assert inspection.look_at(path).events == 2
+    taken.close()
 
 
 def test_drain_publishes_what_ended_processes_have_left_for_this_broker(

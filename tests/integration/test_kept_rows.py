@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,29 @@ def test_a_row_is_kept_as_it_was_and_only_if_it_is_still_leased(store: Store) ->
     assert store.status().queues == {"": 1}
     assert store.status().kept == 1
     assert store.status(at_most=1).kept_is_complete is False
+
+
+@pytest.mark.parametrize("zone", ["+05:00", "-05:00"])
+def test_the_documented_statement_publishes_a_kept_row_again(store: Store, zone: str) -> None:
+    dialect = store.engine.dialect.name
+    page = (Path(__file__).parents[2] / "docs" / "durable.md").read_text()
+    [statement] = re.findall(
+        rf"On {dialect}(?:, [^:]*)?:\n\n```sql\n(INSERT .*?)```", page, re.IGNORECASE | re.DOTALL
+    )
+    sent = an_event(1, "shop", "order.placed", key="k", priority=4, headers={"a": [1, b"\xff"]})
+    store.put([sent, an_event(2, "shop")])
+    first = store.claim(2)
+    assert store.complete(first, keep=HOUR) == 2
+    with store.engine.begin() as connection:
+        if dialect != "sqlite":
+            name = "TimeZone" if dialect == "postgresql" else "time_zone"
+            connection.exec_driver_sql(f"SET {name} = '{zone}'")
+        connection.exec_driver_sql(statement.replace("0199f3a2-...", sent.id))
+    with store.engine.connect() as connection:
+        row = connection.execute(select(events)).one()
+    assert abs((row.stored_at - datetime.datetime.now(datetime.UTC)).total_seconds()) < 60
+    [again] = store.claim(2)
+    assert again.event == next(each.event for each in first if each.event.id == sent.id)
 
 
 def test_a_failed_transaction_keeps_and_deletes_nothing(store: Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import datetime
 import importlib
@@ -19,7 +20,7 @@ from outbox.consumers import Consumer, consumer
 from outbox.consumers.message.databases import is_unavailable, refreshers
 from outbox.consumers.message.inline_engine import InlineEngine
 from outbox.consumers.message.message import Message
-from outbox.consumers.outcome import Ack, Again, Dead, Hold, Outcome
+from outbox.consumers.outcome import REQUEUE, Ack, Again, Dead, Hold, Outcome
 from outbox.django import enqueue_event
 from outbox.django.models import StoredEvent
 from outbox.django.moments import NOW
@@ -116,6 +117,33 @@ def test_a_rolled_back_handler_is_not_noted_and_runs_again(inbox: TransactionInb
     work = working(process)
     assert isinstance(processed(work, inbox), Dead | Again)
     assert noted() == len(orders()) == 0
+
+
+@pytest.mark.parametrize("databases", ["mariadb"], indirect=True)
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_lock_in_the_way_of_the_note_is_no_failed_attempt(
+    inbox: TransactionInbox, writes: bool
+) -> None:
+    def process() -> None:
+        if writes:
+            with transaction.atomic():
+                Order.objects.create(number=1)
+
+    with connection.cursor() as cursor:
+        cursor.execute("SET SESSION innodb_lock_wait_timeout = 1")
+    with contextlib.closing(connection.copy()) as beside:  # another worker is about to note it
+        beside.set_autocommit(False)
+        with beside.cursor() as cursor:
+            cursor.execute(
+                "INSERT INTO outbox_inbox (consumer, message_id, done_at) "
+                f"VALUES ('work', 'a', {NOW['mysql']})"
+            )
+        outcome = processed(working(process), inbox)
+        beside.rollback()
+    assert outcome == REQUEUE if writes else isinstance(outcome, Hold)
+    assert orders() == []
+    assert isinstance(processed(working(process), inbox), Ack)
+    assert noted() == 1
 
 
 def test_follow_on_events_belong_to_the_transaction_too(inbox: TransactionInbox) -> None:

@@ -16,14 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from outbox.errors import InvalidEvent, UsageError
-from outbox.tasks.codec import Codec, codec_of, is_plain, is_same
+from outbox.tasks.codec import REFUSALS, Codec, codec_of, is_plain, is_same
 from outbox.tasks.mapped import Writing, may_be_mapped
 
 __all__ = ["DoesNotFit", "Parameters", "parameters_of"]
 
 _SCALARS = frozenset((int, str, float, bool, types.NoneType))
 _CONTAINERS = frozenset((list, dict))
-_REFUSALS = (TypeError, ValueError, LookupError)
 
 
 class DoesNotFit(Exception):
@@ -200,7 +199,7 @@ class Parameters:
                 )
         except InvalidEvent as error:
             raise InvalidEvent(f"the argument {parameter!r} of {self._name}: {error}") from None
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise InvalidEvent(
                 f"the argument {parameter!r} of {self._name} can't be carried: {value!r:.60}: "
                 f"{error}"
@@ -255,10 +254,13 @@ class Parameters:
         if type(value) in _SCALARS or is_plain(value):
             return value, False
         codec = self._codec_of("return")
-        encoded = codec.encode(value)
-        again = codec.decode(encoded)
-        if not is_same(value, again):
-            raise ValueError(f"its annotation brings it back as a {type(again).__qualname__}")
+        try:
+            encoded = codec.encode(value)
+            again = codec.decode(encoded)
+            if not is_same(value, again):
+                raise ValueError(f"its annotation brings it back as a {type(again).__qualname__}")
+        except ArithmeticError as error:
+            raise ValueError(str(error)) from error
         return encoded, True
 
     def result_read(self, value: Any) -> Any:
@@ -267,12 +269,15 @@ class Parameters:
         Raises:
             TypeError, ValueError, LookupError: it isn't such a result.
         """
-        return self._codec_of("return").decode(value)
+        try:
+            return self._codec_of("return").decode(value)
+        except ArithmeticError as error:
+            raise ValueError(str(error)) from error
 
     def _read(self, parameter: str, value: Any) -> Any:
         try:
             return self._codec_of(parameter).decode(value)
-        except (*_REFUSALS, RecursionError) as error:
+        except (*REFUSALS, RecursionError) as error:
             raise DoesNotFit(
                 f"the argument {parameter!r} of {self._name} can't be read: {error}"
             ) from None

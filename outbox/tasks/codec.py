@@ -23,7 +23,10 @@ from typing import Any, NamedTuple
 
 from outbox.tasks import mapped
 
-__all__ = ["Codec", "codec_of", "is_plain", "is_same"]
+__all__ = ["REFUSALS", "Codec", "codec_of", "is_plain", "is_same"]
+
+REFUSALS = (TypeError, ValueError, LookupError, ArithmeticError)
+"""What codecs, and comparing what they have read, raise for values that can't be carried."""
 
 _SCALARS = frozenset((int, str, float, bool, types.NoneType))
 _EXACT = frozenset(
@@ -79,11 +82,11 @@ def is_same(value: Any, other: Any) -> bool:
         return True
     match value:
         case datetime.datetime():
-            if (value.utcoffset() is None) != (other.utcoffset() is None):
-                return False
-            if value.utcoffset() is None:
-                return bool(value == other and value.fold == other.fold)
+            if value.utcoffset() is None or other.utcoffset() is None:
+                return _is_same_by_the_clock(value, other)
             return bool(value.astimezone(datetime.UTC) == other.astimezone(datetime.UTC))
+        case datetime.time():
+            return _is_same_by_the_clock(value, other)
         case list() | tuple():
             return len(value) == len(other) and all(map(is_same, value, other))
         case dict():
@@ -91,9 +94,27 @@ def is_same(value: Any, other: Any) -> bool:
                 map(is_same, (*value, *value.values()), (*other, *other.values()))
             )
         case set() | frozenset():
-            kinds = {(type(item), item) for item in value}
-            return kinds == {(type(item), item) for item in other}
-    return bool(value == other)
+            items = {item: item for item in other}
+            return len(value) == len(other) and all(
+                item in items and is_same(item, items[item]) for item in value
+            )
+    names = _of_model(kind)
+    return bool(value == other) and all(
+        is_same(getattr(value, name), getattr(other, name)) for name in names
+    )
+
+
+def _is_same_by_the_clock(value: Any, other: Any) -> bool:
+    """Return whether two times, or datetimes without an instant, are the same.
+
+    Python calls them equal whatever their ``fold``, and a time in a zone whose offset depends on
+    the day equal to one without a zone.
+    """
+    return bool(
+        value == other
+        and value.fold == other.fold
+        and (value.tzinfo is None) == (other.tzinfo is None)
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -104,10 +125,20 @@ def _compared(kind: Any) -> tuple[str, ...] | None:
     return tuple(field.name for field in dataclasses.fields(kind) if field.compare)
 
 
+@functools.lru_cache(maxsize=1024)
+def _of_model(kind: Any) -> tuple[str, ...]:
+    """Return the fields of a model of pydantic; none of another class."""
+    return tuple(kind.model_fields) if _is_model(kind) else ()
+
+
+def _is_model(kind: Any) -> bool:
+    return callable(getattr(kind, "model_validate", None)) and hasattr(kind, "model_dump")
+
+
 class Codec(NamedTuple):
     """How the values of an annotation travel.
 
-    Both functions raise ``TypeError``, ``ValueError`` or ``LookupError`` for what they can't carry.
+    Both functions raise one of :data:`REFUSALS` for what they can't carry.
 
     Attributes:
         encode: returns what JSON carries instead of a value.
@@ -172,7 +203,7 @@ def _of_class(kind: type, arguments: tuple[Any, ...]) -> Codec:
         )
     if kind in (dict, collections.abc.Mapping, collections.abc.MutableMapping):
         return _dict(*map(codec_of, arguments or (Any, Any)))
-    if callable(getattr(kind, "model_validate", None)) and hasattr(kind, "model_dump"):
+    if _is_model(kind):
         validate: Any = kind
         return Codec(
             lambda value: _checked(kind, value).model_dump(mode="json", by_alias=True),
@@ -228,7 +259,7 @@ def _union(members: list[Codec]) -> Codec:
         for member in members:
             try:
                 return getattr(member, name)(value)
-            except (TypeError, ValueError, LookupError) as error:
+            except REFUSALS as error:
                 why = why or error
         raise TypeError(f"it fits none of the annotation's types: {why}")
 
@@ -317,6 +348,13 @@ def _decimal(text: str) -> decimal.Decimal:
         raise ValueError(f"{text!r:.60} isn't a decimal number") from None
 
 
+def _text_of_decimal(value: Any) -> str:
+    # A NaN is not equal to itself, and comparing a signaling one raises an error.
+    if type(value) is decimal.Decimal and value.is_nan():
+        raise ValueError("it is not a number")
+    return _plain_text_of_decimal(value)
+
+
 def _text_of(kind: type) -> Callable[[Any], str]:
     def text(value: Any) -> str:
         if _real(type(value)) is not kind:
@@ -324,6 +362,9 @@ def _text_of(kind: type) -> Callable[[Any], str]:
         return str(value.isoformat() if hasattr(value, "isoformat") else value)
 
     return text
+
+
+_plain_text_of_decimal = _text_of(decimal.Decimal)
 
 
 def _iso(kind: Any) -> Codec:
@@ -339,7 +380,7 @@ _SIMPLE: dict[type, Codec] = {
         lambda value: _checked(datetime.timedelta, value) // _MICROSECOND,
         lambda count: datetime.timedelta(microseconds=_checked(int, count)),
     ),
-    decimal.Decimal: Codec(_text_of(decimal.Decimal), _decimal),
+    decimal.Decimal: Codec(_text_of_decimal, _decimal),
     uuid.UUID: Codec(_text_of(uuid.UUID), lambda text: uuid.UUID(_checked(str, text))),
     bytes: Codec(lambda value: base64.b64encode(_checked(bytes, value)).decode(), _from_base64),
 }

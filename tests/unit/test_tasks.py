@@ -10,6 +10,7 @@ import enum
 import functools
 import pickle
 import sys
+import zoneinfo
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -130,11 +131,15 @@ class Node:
 
 
 UTC = datetime.UTC
+BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
+EAST = datetime.timezone(datetime.timedelta(hours=1))
 VALUES: list[tuple[Any, Any]] = [
     (datetime.datetime, datetime.datetime(2030, 1, 1, 12, 30, 0, 7)),
     (datetime.datetime, datetime.datetime(2030, 1, 1, tzinfo=UTC)),
     (datetime.date | None, datetime.date(2030, 1, 1)),
     (datetime.time, datetime.time(1, 2, 3)),
+    (datetime.time, datetime.time(1, 2, 3, tzinfo=UTC)),
+    (set[datetime.time], {datetime.time(1, 2, tzinfo=UTC)}),
     (datetime.timedelta, datetime.timedelta(days=-1, microseconds=1)),
     (decimal.Decimal, decimal.Decimal("1.50")),
     (bytes, b"\x00\xff"),
@@ -170,6 +175,13 @@ class Loose:
         ("value: str | date", datetime.date(2030, 1, 1), "brings it back as '2030-01-01'"),
         ("value: date", datetime.datetime(2030, 1, 1), "it is a datetime"),
         ("value: datetime", datetime.datetime(2030, 1, 1, fold=1), "brings it back"),
+        ("value: set[datetime]", {datetime.datetime(2030, 1, 1, fold=1)}, "brings it back"),
+        ("value: time", datetime.time(2, 30, fold=1), "brings it back"),
+        ("value: time", datetime.time(2, 30, tzinfo=BERLIN), "brings it back"),
+        ("value: list[time]", [datetime.time(2, 30, tzinfo=BERLIN)], "brings it back"),
+        ("value: Decimal", decimal.Decimal("NaN"), "it is not a number"),
+        ("value: Decimal", decimal.Decimal("sNaN"), "it is not a number"),
+        ("value: datetime", datetime.datetime.min.replace(tzinfo=EAST), "out of range"),
         ("value: str", Level.LOW, "it is a Level"),
         ("value: dict", {1: 2, "1": 3, 2: Loose()}, "needs a parameter whose annotation"),
         ("value: list", (1, 2), "it is a tuple"),
@@ -183,7 +195,8 @@ def test_what_would_arrive_changed_is_refused(
     source: str, value: Any, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = made(
-        "from datetime import date, datetime\nfrom tests.unit.test_tasks import Loose\n"
+        "from datetime import date, datetime, time\nfrom decimal import Decimal\n"
+        "from tests.unit.test_tasks import Loose\n"
         f"def call({source}): ...",
         monkeypatch,
     )
@@ -222,6 +235,21 @@ def test_pydantic_models_travel_by_their_aliases(monkeypatch: pytest.MonkeyPatch
     assert issubclass(module.Model, pydantic.BaseModel)
     event = called(module.call, module.Model(al=3))
     assert event.payload == {"args": [{"al": 3}], "typed": [0]}
+
+
+def test_a_pydantic_model_whose_field_would_arrive_changed_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("pydantic")
+    module = made(
+        "import datetime, pydantic\nclass Model(pydantic.BaseModel):\n"
+        "    at: datetime.datetime\n"
+        "def call(model: Model): ...",
+        monkeypatch,
+    )
+    called(module.call, module.Model(at=datetime.datetime(2030, 10, 27, 2, 30)))
+    with pytest.raises(InvalidEvent, match="brings it back"):
+        called(module.call, module.Model(at=datetime.datetime(2030, 10, 27, 2, 30, fold=1)))
 
 
 @pytest.mark.one_python

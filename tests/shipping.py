@@ -10,9 +10,9 @@ import enum
 import threading
 import uuid
 from subprocess import run
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import ForeignKey
+from sqlalchemy import Dialect, ForeignKey, String, TypeDecorator
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from outbox import enqueue_event
@@ -27,6 +27,8 @@ __all__ = [
     "Customer",
     "Newsletter",
     "Order",
+    "Parcel",
+    "Serial",
     "Special",
     "audited",
     "carry",
@@ -103,6 +105,49 @@ class Special(Order):
 
     def ship(self, customer: Customer | None = None, *, fast: bool = False) -> None:
         super().ship(customer, fast=True)
+
+
+class GUID(TypeDecorator[uuid.UUID]):
+    """A UUID as text in the database, which takes nothing but UUIDs."""
+
+    impl = String(32)
+    cache_ok = True
+
+    def process_bind_param(self, value: uuid.UUID | None, dialect: Dialect) -> str | None:
+        return None if value is None else value.hex
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> uuid.UUID | None:
+        return None if value is None else uuid.UUID(value)
+
+
+class Serial(NamedTuple):
+    place: str
+    number: int
+
+
+class SerialText(TypeDecorator[Serial]):
+    impl = String(40)
+    cache_ok = True
+
+    def process_bind_param(self, value: Serial | None, dialect: Dialect) -> str | None:
+        return None if value is None else f"{value.place}-{value.number}"
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Serial | None:
+        if value is None:
+            return None
+        place, number = value.split("-")
+        return Serial(place, int(number))
+
+
+class Parcel(Base):
+    __tablename__ = "parcels"
+
+    id: Mapped[uuid.UUID] = mapped_column(GUID, primary_key=True)
+    serial: Mapped[Serial] = mapped_column(SerialText, primary_key=True)
+    state: Mapped[str]
+
+    def send(self) -> None:
+        log.append(("sent", self.id, self.serial))
 
 
 class Newsletter:

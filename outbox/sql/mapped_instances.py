@@ -14,12 +14,18 @@ from types import ModuleType
 from typing import Any
 
 from sqlalchemy import inspect
+from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import InstanceState, Mapper, object_session
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from outbox.errors import InvalidEvent
 
 __all__ = ["MAPPING", "InstanceMapping", "classes_of", "key_for", "mapped_among"]
+
+_DIALECT = DefaultDialect()
+"""What types of the application are given: the same for callers, who may have no engine, and
+workers."""
 
 
 def _mapper_of(kind: Any) -> Mapper[Any] | None:
@@ -63,7 +69,10 @@ class InstanceMapping:
                 f"the {name} has no row yet, so that the task would not find it; call "
                 "session.flush() first"
             )
-        return [_plain(part) for part in identity]
+        return [
+            _written(name, part, column.type)
+            for part, column in zip(identity, state.mapper.primary_key, strict=True)
+        ]
 
     def transaction_of(self, instance: Any) -> Any:
         """Return the session that ``instance`` belongs to, or None."""
@@ -74,6 +83,43 @@ class InstanceMapping:
 
 
 MAPPING = InstanceMapping()
+
+
+def _written(name: str, part: Any, column_type: TypeEngine[Any]) -> Any:
+    """Return a part of a key as JSON has it: what its column's type makes of it for the database.
+
+    Raises:
+        InvalidEvent: it can't be carried.
+    """
+    try:
+        written = _plain(_bound(part, column_type))
+        if isinstance(column_type, TypeDecorator):  # the application's: it may be one-way
+            again = _plain(_bound(_typed(written, column_type), column_type))
+            if written != again:
+                raise ValueError(f"its type writes {written!r:.60}, and then {again!r:.60}")
+    except InvalidEvent:
+        raise
+    except Exception as error:
+        raise InvalidEvent(
+            f"the key of the {name}, with {part!r:.60}, can't be carried by its type "
+            f"{type(column_type).__qualname__}: {error}; give the task another key of it"
+        ) from error
+    return written
+
+
+def _bound(part: Any, column_type: TypeEngine[Any]) -> Any:
+    """Return a value in the Python type below the decorators of its column's type."""
+    for decorator in _decorators(column_type):
+        if type(decorator).process_bind_param is not TypeDecorator.process_bind_param:
+            part = decorator.process_bind_param(part, _DIALECT)
+    return part
+
+
+def _decorators(column_type: TypeEngine[Any]) -> Iterator[TypeDecorator[Any]]:
+    """Yield the decorators of a type, the outermost first."""
+    while isinstance(column_type, TypeDecorator):
+        yield column_type
+        column_type = column_type.load_dialect_impl(_DIALECT)
 
 
 def _plain(part: Any) -> Any:
@@ -91,7 +137,7 @@ def _plain(part: Any) -> Any:
 
 
 def key_for(kind: type, key: Sequence[Any]) -> tuple[Any, ...]:
-    """Return a key in the Python types of its columns.
+    """Return a key as the types of its columns give it.
 
     Raises:
         ValueError: it isn't a key of the class.
@@ -100,12 +146,32 @@ def key_for(kind: type, key: Sequence[Any]) -> tuple[Any, ...]:
     columns = () if mapper is None else mapper.primary_key
     if len(columns) != len(key):
         raise ValueError(f"the key of {kind.__qualname__} has {len(columns)} part(s): {key!r:.60}")
-    return tuple(
-        _typed(part, column.type.python_type) for part, column in zip(key, columns, strict=True)
-    )
+    return tuple(_typed(part, column.type) for part, column in zip(key, columns, strict=True))
 
 
-def _typed(part: Any, kind: type) -> Any:
+def _typed(part: Any, column_type: TypeEngine[Any]) -> Any:
+    """Return a part of a key, which JSON had, as the type of its column gives it.
+
+    Raises:
+        ValueError: it is no such part.
+    """
+    decorators = [*_decorators(column_type)]
+    if decorators:
+        column_type = decorators[-1].load_dialect_impl(_DIALECT)
+    value = _in_kind(part, column_type.python_type)
+    for decorator in reversed(decorators):
+        if type(decorator).process_result_value is TypeDecorator.process_result_value:
+            continue
+        try:
+            value = decorator.process_result_value(value, _DIALECT)
+        except Exception as error:  # the application's
+            raise ValueError(
+                f"{part!r:.60} is no {type(decorator).__qualname__}: {error}"
+            ) from error
+    return value
+
+
+def _in_kind(part: Any, kind: type) -> Any:
     make: Any = _FROM_TEXT.get(kind)
     if make is None:
         if not isinstance(part, (int, str)):

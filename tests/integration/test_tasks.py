@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from outbox.messages.delivery import dead_letter_queue
 from outbox.messages.headers import TASK
 from outbox.results.results_store import ResultsStore
 from outbox.sinks import bind
+from outbox.sql.mapped_instances import MAPPING
 from outbox.storage.engines import open_engine
 from outbox.tasks import NoResults, TaskHandle, later, options, schedule
 from tests import counting, shipping
 from tests.places import Place, SQLitePlace, reading
-from tests.shipping import Box, Colour, Customer, Newsletter, Order, Special
+from tests.shipping import Box, Colour, Customer, Newsletter, Order, Parcel, Special
 from tests.waiting import wait_until
 
 
@@ -475,6 +477,23 @@ def test_methods_of_instances_run_in_a_session_that_is_committed(
     with Session(engine) as session:
         states = {order.id: order.state for order in session.query(Order)}
     assert states == {1: "shipped", 2: "shipped", 3: "new", 4: "announced"}
+
+
+def test_a_key_arrives_as_its_columns_type_gives_it(
+    place: Place, name: str, engine: Engine, noted: list[Any]
+) -> None:
+    worker = running(place, name, engine)
+    serial = shipping.Serial("EU", 7)
+    with Session(engine) as session, session.begin():
+        session.add(Parcel(id=uuid.uuid4(), serial=serial, state="new"))
+    with Session(engine) as session, auto_publishing():
+        [parcel] = session.query(Parcel)
+        later(parcel.send)
+        later(shipping.loose, parcel, other=3)
+        assert MAPPING.key_of(parcel) == [parcel.id.hex, "EU-7"]
+    wait_until(lambda: len(noted) == 2, 10)
+    assert ("sent", parcel.id, serial) in noted
+    assert worker.stop(10)
 
 
 def test_a_missing_instance_is_looked_for_again(

@@ -10,6 +10,7 @@ import enum
 import functools
 import pickle
 import sys
+import uuid
 import zoneinfo
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import make_transient_to_detached, sessionmaker
 
 from outbox import Event, InvalidEvent, UsageError, auto_publishing, configure, enqueue_event
 from outbox.consumers import RetryPolicy
@@ -26,7 +27,7 @@ from outbox.results.result_row import cut
 from outbox.tasks import NoResults, Task, TaskHandle, later, options, schedule, task
 from outbox.tasks.codec import codec_of, is_plain, is_same
 from tests import greeting, shipping
-from tests.shipping import Box, Colour, Newsletter, Order
+from tests.shipping import Box, Colour, Newsletter, Order, Parcel
 
 
 @pytest.fixture(autouse=True)
@@ -250,6 +251,13 @@ def test_a_pydantic_model_whose_field_would_arrive_changed_is_refused(
     called(module.call, module.Model(at=datetime.datetime(2030, 10, 27, 2, 30)))
     with pytest.raises(InvalidEvent, match="brings it back"):
         called(module.call, module.Model(at=datetime.datetime(2030, 10, 27, 2, 30, fold=1)))
+
+
+def test_a_key_that_its_type_does_not_bring_back_is_refused() -> None:
+    parcel = Parcel(id=uuid.uuid4(), serial=shipping.Serial("a-b", 1), state="new")
+    make_transient_to_detached(parcel)
+    with pytest.raises(InvalidEvent, match=r"the Parcel, with .*a-b.* its type SerialText"):
+        called(parcel.send)
 
 
 @pytest.mark.one_python

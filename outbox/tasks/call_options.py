@@ -117,6 +117,13 @@ class CallOptions:
             if not queue or len(queue.encode()) > 250:
                 raise InvalidEvent(f"the queue {queue!r:.60} isn't a name of 1 to 250 bytes")
             task_queues.note(queue, None)
+        id_ = options.get("id")
+        if isinstance(id_, str) and not id_.isprintable():
+            # Messages come from outside: of those with such ids workers keep nothing.
+            raise InvalidEvent(
+                f"the id {id_!r:.60} of a task has a character that isn't printable, such as a "
+                "line break or a no-break space; leave it out, or pass repr() or a hash of it"
+            )
         priority = checked_priority(options.get("priority"), "options")
         keep = None
         if "keep_result" in options:

@@ -108,8 +108,13 @@ class TaskHandle(Generic[R]):
         database for results, and a task that keeps its result. A task that runs is not interrupted,
         but it can be cancelled between two attempts.
 
+        A handle that was made from an id can't know whether the task keeps its result. So it
+        returns True also for one in RabbitMQ that doesn't, which runs all the same.
+
         Raises:
-            NoResults: it is, or may be, in RabbitMQ, and no worker would learn of it.
+            NoResults: it is, or may be, in RabbitMQ, and no worker would learn of it: no database
+                for results is configured, or ``later()`` has returned this handle, and the task
+                keeps no result.
             sqlalchemy.exc.SQLAlchemyError: a database can't be written.
         """
         if self._was_dropped():

@@ -95,6 +95,8 @@ def test_options_are_checked_where_they_are_given() -> None:
         ({"at": at, "delay": 5}, "not both"),
         ({"eta": 5}, "no option"),
         ({"queue": "x" * 251}, "250 bytes"),
+        ({"id": "order\n17"}, r"the id 'order\\n17' .* isn't printable"),
+        ({"id": "17\xa0"}, "isn't printable"),
     ):
         with pytest.raises(InvalidEvent, match=reason):
             options(**wrong)

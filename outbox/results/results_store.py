@@ -43,7 +43,7 @@ from outbox.storage.drivers.direct import execute, execute_alone
 from outbox.storage.notifications import RESULTS_CHANNEL, can_listen
 from outbox.storage.results_table import results
 from outbox.storage.schema import dialect_of, exists
-from outbox.storage.transactions import own_transaction, reading, try_again
+from outbox.storage.transactions import READS_ONLY, own_transaction, reading, try_again
 from outbox.telemetry import tracing
 
 __all__ = ["ResultsStore"]
@@ -148,14 +148,19 @@ class ResultsStore:
         """
         if self._is_ready:
             return
-        with own_transaction(self.engine) as connection:
+        # Only a look, mostly: on SQLite this process may be in the middle of a transaction that
+        # writes, and would wait for itself.
+        with own_transaction(self.engine.execution_options(**{READS_ONLY: True})) as connection:
             check_server(connection)
-            if self.is_sqlite:
+            self._is_ready = exists(connection, results)
+        if self._is_ready:
+            return
+        if self.is_sqlite:
+            with own_transaction(self.engine) as connection:
                 connection.execute(CreateTable(results, if_not_exists=True))
                 for index in results.indexes:
                     connection.execute(CreateIndex(index, if_not_exists=True))
-            self._is_ready = exists(connection, results)
-        if self._is_ready:
+            self._is_ready = True
             return
         raise UsageError(
             f"the table {results.name}, which keeps the results of tasks, does not exist; create "

@@ -436,6 +436,19 @@ def test_what_a_database_refuses_to_note_of_a_task_holds_up_no_other(kept: Resul
     writer.stop(time.monotonic() + 5)
 
 
+def test_looking_waits_for_no_writer_of_a_file(tmp_path: Path) -> None:
+    engines = [open_engine(f"sqlite:///{tmp_path / 'shop.db'}") for _ in range(3)]
+    first, application, another = engines
+    ResultsStore(first).prepare()
+    with application.connect() as connection:
+        connection.exec_driver_sql("CREATE TABLE orders (id INTEGER)")  # it has the lock
+        started = time.monotonic()
+        assert ResultsStore(another).read(["1"]) == {}
+        assert time.monotonic() - started < 2
+    for engine in engines:
+        engine.dispose()
+
+
 # ------------------------------------------------------------------------ workers and handles
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
     from outbox.event import Event
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BOUND",
     "Bound",
+    "OpenRow",
     "Sink",
     "bind",
     "bound",
@@ -30,6 +31,20 @@ Sink = Callable[["Event", "Publisher | None"], bool]
 
 It returns whether it has stored the event in a transaction, which the observer has yet to learn.
 """
+
+
+class OpenRow(Protocol):
+    """A row that was stored in a transaction that was open then."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the transaction is open, so that the row may be committed or dropped."""
+        ...
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether the row was rolled back; False if that isn't known for certain."""
+        ...
 
 
 class Bound(enum.Enum):

@@ -17,6 +17,7 @@ import os
 import re
 import threading
 import time
+import weakref
 from typing import Any, NamedTuple
 
 from django.conf import settings as django_settings
@@ -30,6 +31,7 @@ from outbox.django.connecting import can_hand_over, engine_of, vendor_of
 from outbox.django.environment import is_test_environment
 from outbox.django.moments import NOW, in_column
 from outbox.event import Event
+from outbox.messages.headers import TASK
 from outbox.messages.rows import UNROUTED, values_of
 from outbox.observer import Observer, seam
 from outbox.publisher import Publisher
@@ -38,7 +40,7 @@ from outbox.telemetry import sources
 from outbox.unit_of_work.origin import application_frame, warn_at
 from outbox.url import BrokerURL
 
-__all__ = ["pending_of", "sink_using"]
+__all__ = ["followed", "pending_of", "sink_using"]
 
 logger = logging.getLogger("outbox.django")
 
@@ -124,6 +126,19 @@ class StoredRow(NamedTuple):
     queue: str
 
 
+class Fate:
+    """What has become of a transaction.
+
+    Attributes:
+        is_committed: whether it was committed.
+    """
+
+    __slots__ = ("is_committed",)
+
+    def __init__(self) -> None:
+        self.is_committed = False
+
+
 class Pending:
     """What is published after the commit of a transaction, or of one of its savepoints.
 
@@ -134,6 +149,7 @@ class Pending:
         publisher: the publisher; None if a relay publishes the rows.
         events: the events, in their order.
         rows: each event's row; empty if the events were not stored.
+        fate: what is known of their transaction once this object is gone.
     """
 
     advice = (
@@ -152,9 +168,11 @@ class Pending:
         self.publisher = publisher
         self.events: list[Event] = []
         self.rows: list[StoredRow] = []
+        self.fate = Fate()
 
     def publish(self) -> None:
         """Publish what was committed; never raise, since others' callbacks may follow."""
+        self.fate.is_committed = True
         try:
             if not self.rows:
                 if self.publisher is not None:
@@ -175,6 +193,10 @@ class Pending:
         is_there = self._finds_row() if self.rows else None
         if is_there is not None:
             return is_there
+        return self.waits()
+
+    def waits(self) -> bool:
+        """Return whether Django would call it at a commit that is yet to come."""
         return any(pending_of(hook[1]) is self for hook in list(self._connection.run_on_commit))
 
     def _finds_row(self) -> bool | None:
@@ -224,8 +246,8 @@ def _store(connection: Any, event: Event, publisher: Publisher | None) -> bool:
     number = _insert(connection, event, queue, in_grace=in_grace)
     if observer is not None:
         observer.stored_in_transaction(event)
-    elif not hands_over:
-        return False
+    elif not hands_over and (TASK not in event.headers or is_test_environment()):
+        return False  # only handles of tasks have to know what becomes of it
     if connection.in_atomic_block:
         pending = _pending_at_commit(connection, publisher if hands_over else None, observer)
         pending.events.append(event)
@@ -317,11 +339,7 @@ def _pending_at_commit(
     # In a test each event has a callback, at the end: those registered in a part of it may be run
     # apart, and captureOnCommitCallbacks() counts from the beginning.
     is_test = observer is not None or is_test_environment()
-    end = (
-        len(hooks)
-        if is_test
-        else bisect.bisect_left(hooks, True, key=lambda hook: pending_of(hook[1]) is None)
-    )
+    end = len(hooks) if is_test else _end_of_ours(hooks)
     if end and not is_test:
         savepoints, function = hooks[end - 1][:2]
         pending = pending_of(function)
@@ -341,6 +359,79 @@ def _pending_at_commit(
     connection.on_commit(publish_after_commit, robust=True)
     hooks.insert(end, hooks.pop())
     return pending
+
+
+def _end_of_ours(hooks: list[Any]) -> int:
+    return bisect.bisect_left(hooks, True, key=lambda hook: pending_of(hook[1]) is None)
+
+
+class OpenRow:
+    """A row in a transaction of Django, or an event that is held until its commit.
+
+    Django drops what is to be published together with the row. It isn't known what becomes of a
+    savepoint that is made by hand. Connections are not kept alive.
+    """
+
+    __slots__ = ("_fate", "_pending")
+
+    def __init__(self, pending: Pending) -> None:
+        """Follow an event of ``pending``."""
+        self._pending = weakref.ref(pending)
+        self._fate = pending.fate
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the transaction is open, so that the row may be committed or dropped."""
+        return not self._fate.is_committed and self._waits()
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether the row was rolled back; False if that isn't known for certain."""
+        return not self._waits() and not self._fate.is_committed
+
+    def _waits(self) -> bool:
+        pending = self._pending()
+        return pending is not None and pending.waits()
+
+
+class RowOfTest:
+    """A row that is stored in a ``TestCase``, which commits nothing, and without a callback.
+
+    Attributes:
+        is_dropped: whether the row was rolled back, which isn't known.
+    """
+
+    __slots__ = ("_block", "_connection")
+
+    is_dropped = False
+
+    def __init__(self, connection: Any, block: Any) -> None:
+        """Follow a row that is stored in ``block``, the ``TestCase``'s own."""
+        self._connection = weakref.ref(connection)
+        self._block = block
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the test goes on."""
+        connection = self._connection()
+        return connection is not None and any(
+            block is self._block for block in connection.atomic_blocks
+        )
+
+
+def followed(event: Event, using: str | Bound) -> OpenRow | RowOfTest | None:
+    """Return what becomes of the event that was stored, or held, last; None outside of a block."""
+    alias = project.current().store if isinstance(using, Bound) else using
+    for connection in _initialized() if alias is None else [connections[alias]]:
+        hooks = connection.run_on_commit
+        for end in {len(hooks), _end_of_ours(hooks)} if hooks else ():
+            pending = pending_of(hooks[end - 1][1]) if end else None
+            if pending is not None and pending.events[-1] is event:
+                return OpenRow(pending)
+        for block in reversed(connection.atomic_blocks):
+            if getattr(block, "_from_testcase", False):  # its callbacks are counted: there is none
+                return RowOfTest(connection, block)
+    return None
 
 
 def _hand_over(

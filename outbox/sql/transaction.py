@@ -43,10 +43,18 @@ from outbox.sql.handover import (
     place_of,
     queue_for,
 )
+from outbox.sql.open_row import OpenRow, end_rows_of, follow, roll_back_to
 from outbox.storage.schema import events, events_with_grace, known_dialect
 from outbox.telemetry import sources
 
-__all__ = ["bind", "engine_of", "sink_of_connection", "sink_of_session", "uncommitted_events"]
+__all__ = [
+    "bind",
+    "followed",
+    "followed_on",
+    "sink_of_connection",
+    "sink_of_session",
+    "uncommitted_events",
+]
 
 logger = logging.getLogger("outbox.sql")
 
@@ -124,6 +132,7 @@ class _Stored:
         is_callers: whether the session uses a connection of its caller.
         place: where; None if it was not, or through a connection of the caller.
         seq: its number, once it was written.
+        open_row: what the handle of its task knows of it, if it is a task.
     """
 
     rows: _Rows
@@ -137,6 +146,12 @@ class _Stored:
     is_callers: bool
     place: Place | None = None
     seq: int = 0
+    open_row: OpenRow | None = None
+
+    def end(self, *, is_dropped: bool) -> None:
+        """Have the handle of its task know that the transaction is over, or the savepoint."""
+        if self.open_row is not None:
+            self.open_row.end(is_dropped=is_dropped)
 
 
 def bind(
@@ -343,7 +358,7 @@ def _sink(session: Session, *, expects_commit: bool = False) -> sinks.Sink:
             session.info[_STORED].expects_commit = True
         return True
 
-    store.session = session  # type: ignore[attr-defined]  # for engine_of()
+    store.session = session  # type: ignore[attr-defined]  # for followed()
     return store
 
 
@@ -426,6 +441,9 @@ def _before_insert(_: Mapper[Any], connection: Connection, row: _Row) -> None:
 def _after_insert(_: Mapper[Any], connection: Connection, row: _Row) -> None:
     stored = row.stored
     stored.rows.unwritten.pop(row, None)
+    if stored.is_callers and stored.open_row is not None:
+        stored.open_row.move_to(connection)
+        _follow(connection, stored.open_row)
     if stored.handover is None:
         return
     stored.seq = row.__dict__["seq"]
@@ -472,6 +490,9 @@ def _after_commit(session: Session) -> None:
     if rows:
         # Without an identity if its savepoint was rolled back.
         written = [stored for row, stored in rows.items() if state_of(row).identity is not None]
+        for stored in written:
+            if not stored.is_callers:  # else its caller's commit is yet to come
+                stored.end(is_dropped=False)
         sources.count("outbox_events_collected_total", (), len(written))
         sources.count("outbox_events_total", ("stored",), len(written))
         _hand_over(written)
@@ -517,8 +538,10 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
                 len(rows),
                 ids([stored.event for stored in rows.values()]),
             )
+        is_doubtful = rows.committing
         _hand_over_doubtful(rows)
-        for stored in rows.values():
+        for row, stored in rows.items():
+            stored.end(is_dropped=not is_doubtful or row in rows.unwritten)
             _note_cleared(stored)
         rows.clear()
 
@@ -535,10 +558,14 @@ def _after_soft_rollback(session: Session, transaction: SessionTransaction) -> N
     rows: _Rows | None = session.info.get(_STORED)
     if not rows:
         return
+    is_doubtful = transaction.parent is None and rows.committing
     if transaction.parent is None:
         _hand_over_doubtful(rows)
+    elif not transaction.nested:
+        rows.committing = False  # a flush has failed, so the commit itself hasn't begun
     for row, stored in list(rows.items()):
         if transaction in _ancestors(stored.transaction):
+            stored.end(is_dropped=not is_doubtful or row in rows.unwritten)
             rows.unwritten.pop(row, None)
             del rows[row]
             _note_cleared(stored)
@@ -575,17 +602,38 @@ def _is_begun() -> bool:
 sinks.is_begun = _is_begun
 
 
-def engine_of(session: Any) -> Engine | None:
-    """Return the engine with which ``session`` writes events, or None.
+def followed(stored: Event, session: Any) -> tuple[Engine | None, OpenRow | None]:
+    """Return the engine with which ``session`` writes events, and what becomes of a row.
 
     Args:
+        stored: the event that was stored last.
         session: the session; None for the one in which an event is stored here by ``bind()``.
     """
     if session is None:
         sink = None if sinks.bound is None else sinks.bound()
         session = getattr(sink, "session", None)
     sync_session = _sync_session(session)
-    return None if sync_session is None else _bind_of(sync_session).engine
+    if sync_session is None:
+        return None, None
+    engine = _bind_of(sync_session).engine
+    rows: _Rows | None = sync_session.info.get(_STORED)
+    last = next(reversed(rows.values())) if rows else None
+    if last is None or last.event is not stored:
+        return engine, None
+    last.open_row = OpenRow(sync_session)
+    return engine, last.open_row
+
+
+def followed_on(connection: Connection) -> OpenRow:
+    """Return what becomes of a row that was just written through ``connection``."""
+    row = OpenRow(connection)
+    _follow(connection, row)
+    return row
+
+
+def _follow(connection: Connection, row: OpenRow) -> None:
+    _watch(connection.engine)
+    follow(connection, row)
 
 
 def uncommitted_events(session: Session) -> tuple[Event, ...]:
@@ -620,13 +668,7 @@ def _hand_over_later(
     connection: Connection, handover: Handover, stored: Event, queue: str, seq: int, at: float
 ) -> None:
     """Have a row published when the transaction of ``connection`` is committed."""
-    if connection.engine not in _watched:
-        event.listen(connection.engine, "commit", _on_commit)
-        event.listen(connection.engine, "commit_twophase", _on_commit)
-        event.listen(connection.engine, "rollback", _on_rollback)
-        event.listen(connection.engine, "rollback_twophase", _on_rollback)
-        event.listen(connection.engine, "handle_error", _on_error)
-        _watched.add(connection.engine)
+    _watch(connection.engine)
     transaction = id(connection.get_transaction())
     uncommitted = _uncommitted.get(connection)
     if uncommitted is None or uncommitted.transaction != transaction:
@@ -636,7 +678,21 @@ def _hand_over_later(
     uncommitted.rows.setdefault((handover, place_of(connection, queue)), []).append(row)
 
 
+def _watch(engine: Engine) -> None:
+    """Be notified of what becomes of the transactions of the connections of ``engine``."""
+    if engine in _watched:
+        return
+    event.listen(engine, "commit", _on_commit)
+    event.listen(engine, "commit_twophase", _on_commit)
+    event.listen(engine, "rollback", _on_rollback)
+    event.listen(engine, "rollback_twophase", _on_rollback)
+    event.listen(engine, "rollback_savepoint", _on_rollback_to_savepoint)
+    event.listen(engine, "handle_error", _on_error)
+    _watched.add(engine)
+
+
 def _on_commit(connection: Connection, *_: Any) -> None:
+    end_rows_of(connection, is_dropped=False)  # it may fail yet: then no one knows
     uncommitted = _uncommitted.pop(connection, None)
     transaction = connection.get_transaction()
     if uncommitted is None or uncommitted.transaction != id(transaction):
@@ -648,6 +704,11 @@ def _on_commit(connection: Connection, *_: Any) -> None:
 
 def _on_rollback(connection: Connection, *_: Any) -> None:
     _uncommitted.pop(connection, None)  # the next transaction may have the same id()
+    end_rows_of(connection, is_dropped=True)
+
+
+def _on_rollback_to_savepoint(connection: Connection, name: str, _: Any) -> None:
+    roll_back_to(connection, name)
 
 
 def _on_error(context: ExceptionContext) -> None:

@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, Engine, and_, delete, func, select
 
 from outbox.messages.headers import DEAD_REASON, PARKED_REASON, TASK
 from outbox.storage.schema import events, exists, has_header
-from outbox.storage.transactions import own_transaction
+from outbox.storage.transactions import READS_ONLY, own_transaction
 
 __all__ = ["count_waiting", "delete_waiting"]
 
@@ -28,7 +28,8 @@ def _waits(event_id: str) -> ColumnElement[bool]:
 
 def count_waiting(engine: Engine, event_id: str) -> int:
     """Return how many rows of a task no process has leased."""
-    with own_transaction(engine) as connection:
+    looking = engine.execution_options(**{READS_ONLY: True})
+    with own_transaction(looking) as connection:
         if not exists(connection, events):  # nothing has created it yet
             return 0
         found: Any = connection.execute(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from outbox import configuration, sinks
 from outbox.errors import InvalidEvent
+from outbox.event import Event
 from outbox.header_values import check_address
 from outbox.messages import task_queues
 from outbox.messages.headers import KEEP_RESULT
@@ -175,7 +176,10 @@ def sent(
             priority=LATER if task.priority is None else task.priority,
             exchange="",
         )
-        return TaskHandle(event.id, event, collector._innermost(), None, target, task.keep_result)
+        buffer, row = collector._innermost(), None
+        if sinks.framework is not None:
+            row = sinks.framework.followed(event, BOUND)
+        return TaskHandle(event.id, event, buffer, None, target, task.keep_result, row)
     passed_on: dict[str, Any] = {}
     priority = queue = None
     headers: Mapping[str, Any] = target.headers
@@ -203,13 +207,13 @@ def sent(
         exchange="",
         **passed_on,
     )
-    engine = None
-    if passed_on or sinks.bound is not None:
-        engine = _engine_of(passed_on)
+    engine = row = None
+    if passed_on or sinks.bound is not None or sinks.framework is not None:
+        engine, row = _followed(event, passed_on)
     keep = None if options is None else options.keep
     if keep is None:
         keep = KEPT if task is None else task.keep_result
-    return TaskHandle(event.id, event, collector._innermost(), engine, target, keep)
+    return TaskHandle(event.id, event, collector._innermost(), engine, target, keep, row)
 
 
 def _settings(collector: EventCollector) -> Settings:
@@ -244,19 +248,25 @@ def _transaction_for(
     return None, passed_on
 
 
-def _engine_of(passed_on: Mapping[str, Any]) -> Any:
-    """Return the engine of the transaction that the task was stored in, or None.
+def _followed(event: Event, passed_on: Mapping[str, Any]) -> tuple[Any, sinks.OpenRow | None]:
+    """Return the engine of the transaction that the task was stored in, and its row; or None.
 
-    With Django it is a function that returns it: it takes a while to find, and is seldom needed.
+    With Django the engine is a function that returns it: it takes a while to find, and is seldom
+    needed.
     """
     session, connection = passed_on.get("session", BOUND), passed_on.get("connection")
     if connection is not None:
-        return connection.engine
+        from outbox.sql.transaction import followed_on
+
+        return connection.engine, followed_on(connection)
     using = passed_on.get("using", BOUND)
     if session is None or using is None:
-        return None
+        return None, None
+    if session is BOUND and sinks.bound is None and sinks.framework is None:
+        return None, None
     if sinks.framework is not None and session is BOUND and (using is not BOUND or not sinks.bound):
-        return functools.partial(sinks.framework.engine_of, using)
-    from outbox.sql.transaction import engine_of
+        engine = functools.partial(sinks.framework.engine_of, using) if passed_on else None
+        return engine, sinks.framework.followed(event, using)
+    from outbox.sql.transaction import followed
 
-    return engine_of(None if session is BOUND else session)
+    return followed(event, None if session is BOUND else session)

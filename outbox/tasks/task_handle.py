@@ -12,6 +12,7 @@ from outbox import configuration
 from outbox.errors import NoResults, ResultTimeout, UsageError
 from outbox.event import Event
 from outbox.results.result_row import ResultRow
+from outbox.sinks import OpenRow
 from outbox.tasks import task_results, task_rows
 from outbox.tasks.target import Target
 from outbox.unit_of_work.unit_of_work import Buffer
@@ -38,7 +39,7 @@ class TaskHandle(Generic[R]):
         id: the id of the task's event.
     """
 
-    __slots__ = ("_buffer", "_engine", "_event", "_keep", "_target", "id")
+    __slots__ = ("_buffer", "_engine", "_event", "_keep", "_row", "_target", "id")
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class TaskHandle(Generic[R]):
         _engine: Any = None,
         _target: Target | None = None,
         _keep: float | None = None,
+        _row: OpenRow | None = None,
     ) -> None:
         """Make a handle of the task with this id, which need not exist."""
         self.id = str(id)
@@ -56,6 +58,7 @@ class TaskHandle(Generic[R]):
         self._engine = _engine
         self._target = _target
         self._keep = _keep
+        self._row = _row
         if _buffer is not None and _buffer.unit.dropped is None:
             _buffer.unit.dropped = deque(maxlen=_REMEMBERED)
 
@@ -75,8 +78,10 @@ class TaskHandle(Generic[R]):
     def status(self) -> str:
         """What is known of the task here.
 
-        - ``"collected"``: it waits in the open unit of work of the call;
-        - ``"dropped"``: its unit of work failed, or it was cancelled there: it will not run;
+        - ``"collected"``: it waits in the open unit of work of the call, or in the open
+          transaction that it was stored in;
+        - ``"dropped"``: its unit of work failed, or it was cancelled there, or its transaction, or
+          a savepoint, was rolled back: it will not run;
         - ``"waiting"``: its row is in a database, and no worker has it: with a database as the
           broker, or stored until it is due;
         - ``"running"``: an attempt runs;
@@ -90,7 +95,7 @@ class TaskHandle(Generic[R]):
         """
         if self._was_dropped():
             return "dropped"
-        if self._place() is not None:
+        if self._is_open():
             return "collected"
         row = task_results.row_here(self.id)
         if row is not None:
@@ -161,8 +166,8 @@ class TaskHandle(Generic[R]):
             ResultTimeout: it has no result in time. In a test whose events are recorded this is
                 raised at once: nothing runs meanwhile.
             ResultLost: it has succeeded, but its value could not be kept.
-            UsageError: its unit of work has not ended, so that waiting would last for ever; or it
-                was dropped; or an event loop runs here.
+            UsageError: its unit of work, or the transaction that it was stored in, has not ended,
+                so that waiting would last for ever; or it was dropped; or an event loop runs here.
             NoResults: nothing keeps its result.
             sqlalchemy.exc.SQLAlchemyError: the database can't be read.
         """
@@ -187,13 +192,15 @@ class TaskHandle(Generic[R]):
             NoResults: nothing keeps the result.
         """
         if self._was_dropped():
-            raise UsageError(
-                f"the task {self.id!r} was dropped with its unit of work, and will not run"
-            )
-        if self._place() is not None:
+            where = "unit of work" if self._row is None else "transaction"
+            raise UsageError(f"the task {self.id!r} was dropped with its {where}, and will not run")
+        if self._is_open():
             raise UsageError(
                 f"the task {self.id!r} waits in its unit of work, which has not ended; publish() "
                 "first, or end the block"
+                if self._row is None
+                else f"the task {self.id!r} is stored in a transaction that is open; commit it "
+                "first"
             )
         if self._keep == 0:
             raise NoResults(
@@ -234,8 +241,22 @@ class TaskHandle(Generic[R]):
         return (event.deliver_at - datetime.datetime.now(datetime.UTC)).total_seconds()
 
     def _was_dropped(self) -> bool:
-        buffer = self._buffer
+        buffer, row = self._buffer, self._row
+        if row is not None and row.is_dropped:
+            return not self._has_run_in_test()
         return buffer is not None and self.id in (buffer.unit.dropped or ())
+
+    def _is_open(self) -> bool:
+        """Return whether its unit of work, or the transaction that it was stored in, is open."""
+        row = self._row
+        if row is not None and row.is_open:
+            return not self._has_run_in_test()
+        return self._place() is not None
+
+    def _has_run_in_test(self) -> bool:
+        """Return whether a test has run it, which may do that without any commit."""
+        of_test = task_results.results_of_test()
+        return of_test is not None and of_test.get(self.id) is not None
 
     def _place(self) -> Buffer | None:
         """Return the buffer in which the event waits, or None."""
@@ -249,7 +270,7 @@ class TaskHandle(Generic[R]):
     def _engine_to_ask(self) -> Any:
         """Return the engine of the database in which its row may be, or None."""
         if self._engine is not None and not isinstance(self._engine, functools.partial):
-            return self._engine
+            return task_rows.usable(self._engine)
         if task_results.results_of_test() is not None:
             return None
         of_framework = None if self._engine is None else self._engine()

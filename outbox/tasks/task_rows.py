@@ -19,7 +19,7 @@ from outbox.system import process
 from outbox.unit_of_work.unit_of_work import UnitOfWork
 from outbox.url import BrokerURL
 
-__all__ = ["delete", "engine_of", "note_dropped", "waits"]
+__all__ = ["delete", "engine_of", "note_dropped", "usable", "waits"]
 
 
 def engine_of(settings: Settings) -> Any:
@@ -39,6 +39,15 @@ def _store_of_broker(url: str, pid: int) -> Any:
     store = store_at(BrokerURL.parse(url))
     dispose_with(store, store.engine)
     return store
+
+
+def usable(engine: Any) -> Any:
+    """Return ``engine``, or one that needs no event loop in its place; None if there can't be."""
+    if not engine.dialect.is_async:
+        return engine
+    from outbox.storage.engines import engine_beside
+
+    return engine_beside(engine)
 
 
 def waits(engine: Any, event_id: str) -> bool:

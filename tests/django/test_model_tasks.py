@@ -14,6 +14,7 @@ from django.apps import apps
 from django.db import connections, transaction
 from django.db.migrations.state import ProjectState
 from django.db.models.signals import post_save
+from django.test.utils import setup_test_environment, teardown_test_environment
 
 from outbox import InvalidEvent, UsageError, enqueue_event
 from outbox.consumers import Worker
@@ -22,7 +23,7 @@ from outbox.consumers.outcome import Again, Dead
 from outbox.django.checking import check_settings
 from outbox.django.models import StoredEvent
 from outbox.messages.headers import TASK
-from outbox.tasks import TaskFailed, later, options, schedule
+from outbox.tasks import ResultTimeout, TaskFailed, later, options, schedule
 from outbox.testing import CollectedEvents
 from tests.django.shop import models as shop
 from tests.django.shop.models import Order, Parcel, noted
@@ -165,6 +166,73 @@ def test_what_is_stored_until_it_is_due_can_be_cancelled() -> None:
     assert second.status == "waiting"
     assert second.cancel()
     assert not StoredEvent.objects.using("other").exists()
+
+
+@pytest.mark.parametrize("after_commit", ["publish", "nothing"])
+def test_a_handle_knows_the_transaction_that_its_task_is_stored_in(
+    outbox_setting: Any, after_commit: str
+) -> None:
+    outbox_setting(URL="memory://", RESULTS="default", AFTER_COMMIT=after_commit)
+    order, hour = Order.objects.create(number=1), datetime.timedelta(hours=1)
+    with transaction.atomic():
+        first, later_on = later(shop.label, order, "kept"), schedule(hour, order.ship)
+        assert {first.status, later_on.status} == {"collected"}
+        with pytest.raises(UsageError, match="is stored in a transaction that is open"):
+            first.result()
+        with pytest.raises(KeyError), transaction.atomic():
+            inner = later(order.ship)
+            with transaction.atomic():
+                innermost = options(using="default").later(order.ship, fast=True)
+            assert (inner.status, innermost.status) == ("collected", "collected")
+            raise KeyError
+        assert (inner.status, innermost.status, first.status) == (
+            "dropped",
+            "dropped",
+            "collected",
+        )
+    assert first.status in ("unknown", "waiting")
+    assert later_on.status == "waiting"
+    with pytest.raises(ResultTimeout):
+        first.result(0)
+    with pytest.raises(KeyError), transaction.atomic():
+        dropped = [later(order.ship), schedule(hour, order.ship), later(order.ship, fast=True)]
+        raise KeyError
+    assert [each.status for each in dropped] == ["dropped"] * 3
+    assert all(each.cancel() for each in dropped)
+    with pytest.raises(UsageError, match="was dropped with its transaction"):
+        dropped[0].result()
+
+
+@on_sqlite
+def test_a_handle_waits_for_no_commit_of_a_test_case(outbox_setting: Any) -> None:
+    outbox_setting(URL="memory://", RESULTS="default")
+    order = Order.objects.create(number=1)
+    setup_test_environment()
+    try:
+        block: Any = transaction.atomic()
+        block._from_testcase = True  # as Django's TestCase does it
+        with block:
+            with transaction.atomic():
+                handle = later(order.ship)
+            assert (handle.status, connections["default"].run_on_commit) == ("collected", [])
+            with pytest.raises(UsageError, match="is stored in a transaction that is open"):
+                handle.result()
+    finally:
+        teardown_test_environment()
+
+
+@on_sqlite
+def test_a_handle_knows_what_is_held_until_a_commit(outbox_setting: Any) -> None:
+    outbox_setting(URL="memory://", STORE=None)
+    order = Order.objects.create(number=1)
+    with pytest.raises(KeyError), transaction.atomic():
+        handle = later(order.ship)
+        assert handle.status == "collected"
+        raise KeyError
+    assert handle.status == "dropped"
+    with transaction.atomic():
+        handle = later(order.ship)
+    assert handle.status == "unknown"
 
 
 def test_results_are_kept_in_a_database_of_the_project(tmp_path: Path, outbox_setting: Any) -> None:

@@ -35,7 +35,9 @@ from outbox import (
 )
 from outbox.sql import Store
 from outbox.storage.engines import open_engine
+from outbox.tasks import NoResults, TaskHandle
 from outbox.unit_of_work.collector import EventOptions
+from tests import shipping
 from tests.amqp import Inspector
 from tests.databases import Base, Line, Order, targets
 
@@ -453,6 +455,127 @@ def test_bind_refuses_what_gives_no_session(provider: Any) -> None:
         outbox.sql.bind(provider)
 
 
+# ---------------------------------------------------------------------------------- handles
+
+
+def check_open(handle: TaskHandle[Any]) -> None:
+    assert handle.status == "collected"
+    with pytest.raises(UsageError, match="is stored in a transaction that is open"):
+        handle.result()
+
+
+def check_dropped(*handles: TaskHandle[Any]) -> None:
+    for handle in handles:
+        assert (handle.status, handle.cancel()) == ("dropped", True)
+        with pytest.raises(UsageError, match="was dropped with its transaction"):
+            handle.result()
+
+
+def check_committed(handle: TaskHandle[Any]) -> None:
+    assert handle.status in ("waiting", "unknown")  # it may be published already
+    with pytest.raises(NoResults, match="no database for results is configured"):
+        handle.result()
+
+
+@pytest.mark.parametrize("is_bound", [False, True])
+def test_a_handle_knows_what_becomes_of_the_session_that_its_task_is_stored_in(
+    sessions: sessionmaker[Session], is_bound: bool
+) -> None:
+    configure("memory://")
+    with sessions() as session:
+        if is_bound:
+            outbox.sql.bind(lambda: session, begin=True)
+
+        def call() -> TaskHandle[str]:
+            return shipping.greet.options(**({} if is_bound else {"session": session})).later(1)
+
+        first = call()
+        check_open(first)
+        session.flush()
+        check_open(first)
+        session.commit()
+        check_committed(first)
+        outer = call()
+        with session.begin_nested() as savepoint:
+            inner = call()
+            released = session.begin_nested()
+            innermost = call()
+            released.commit()
+            check_open(innermost)
+            savepoint.rollback()
+        check_dropped(inner, innermost)
+        check_open(outer)
+        session.rollback()
+        check_dropped(outer)
+        session.add(Order(name="twice"))
+        session.commit()
+        session.add(Order(name="twice"))
+        written, unwritten = call(), call()
+        with pytest.raises(IntegrityError):
+            session.commit()
+        session.rollback()
+        check_dropped(written, unwritten)
+        closed = call()
+        session.flush()
+    check_dropped(closed)
+    check_committed(first)
+
+
+def test_a_handle_keeps_no_session_alive(sessions: sessionmaker[Session]) -> None:
+    configure("memory://")
+    session: Any = sessions()
+    handle = shipping.greet.options(session=session).later(1)
+    session.flush()
+    check_open(handle)
+    del session
+    gc.collect()
+    check_dropped(handle)
+
+
+def test_a_handle_knows_what_becomes_of_the_connection_that_its_task_is_stored_in(
+    engine: Engine,
+) -> None:
+    configure("memory://")
+    with engine.connect() as connection:
+        call = shipping.greet.options(connection=connection).later
+        outer = call(1)
+        with connection.begin_nested() as savepoint:
+            inner = call(1)
+            with connection.begin_nested():
+                innermost = call(1)
+            check_open(innermost)
+            savepoint.rollback()
+        check_dropped(inner, innermost)
+        check_open(outer)
+        connection.commit()
+        check_committed(outer)
+        rolled_back = call(1)
+        check_open(rolled_back)
+        connection.rollback()
+        check_dropped(rolled_back)
+        closed = call(1)
+    check_dropped(closed)
+    check_committed(outer)
+
+
+def test_a_handle_knows_the_transaction_of_its_sessions_caller(engine: Engine) -> None:
+    configure("memory://")
+    for is_committed in (True, False):
+        with engine.connect() as connection:
+            connection.begin()
+            with Session(connection, join_transaction_mode="create_savepoint") as session:
+                handle = shipping.greet.options(session=session).later(1)
+                check_open(handle)
+                session.commit()
+                lost = shipping.greet.options(session=session).later(1)
+                session.flush()
+            check_dropped(lost)
+            check_open(handle)
+            if is_committed:
+                connection.commit()
+        (check_committed if is_committed else check_dropped)(handle)
+
+
 # ----------------------------------------------------------------------------------- asyncio
 
 
@@ -490,6 +613,36 @@ async def test_an_asyncio_session_stores_in_its_transaction(
     await scoped.commit()
     await scoped.remove()
     assert stored() == ["kept", "core", "scoped"]
+    await asynchronous_engine.dispose()
+
+
+@pytest.mark.asyncio
+async def test_a_handle_knows_what_becomes_of_an_asyncio_session(
+    database_url: str, engine: Engine
+) -> None:
+    configure("memory://")
+    asynchronous_engine = create_async_engine(asynchronous(database_url))
+    scoped = async_scoped_session(
+        async_sessionmaker(asynchronous_engine), scopefunc=asyncio.current_task
+    )
+    outbox.sql.bind(scoped, begin=True)
+    handle = shipping.greet.later(1)
+    assert handle.status == "collected"
+    with pytest.raises(UsageError, match="is stored in a transaction that is open"):
+        await handle.result_async()
+    await scoped.flush()
+    async with scoped.begin_nested() as savepoint:
+        inner = shipping.greet.later(1)
+        await scoped.flush()
+        await savepoint.rollback()
+    assert (inner.status, handle.status) == ("dropped", "collected")
+    await scoped.rollback()
+    with pytest.raises(UsageError, match="was dropped with its transaction"):
+        await handle.result_async()
+    committed = shipping.greet.later(1)
+    await scoped.commit()
+    assert committed.status in ("waiting", "unknown")
+    await scoped.remove()
     await asynchronous_engine.dispose()
 
 

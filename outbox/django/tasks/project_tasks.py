@@ -19,9 +19,11 @@ from django.db.models import Field, Model
 
 from outbox.django import project
 from outbox.django.connecting import can_hand_over, engine_of
+from outbox.django.storing import followed
 from outbox.django.tasks.atomic_connection import AtomicConnection
 from outbox.errors import InvalidEvent, UsageError
-from outbox.sinks import Bound
+from outbox.event import Event
+from outbox.sinks import Bound, OpenRow
 
 if TYPE_CHECKING:
     from outbox.tasks import Task
@@ -92,6 +94,10 @@ class ProjectTasks:
             return None if alias is None else engine_of(alias)
         except UsageError:  # it is in memory
             return None
+
+    def followed(self, event: Event, using: str | Bound) -> OpenRow | None:
+        """Return what becomes of an event that was just stored in an open transaction, or None."""
+        return followed(event, using)
 
     def address(
         self, kind: type[Model], key: Sequence[Any], using: str | None

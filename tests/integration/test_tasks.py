@@ -540,7 +540,7 @@ def test_a_task_of_a_bound_session_is_stored_with_its_instance(
     assert "it was committed with the task, so it was deleted since" in reason
     assert session.query(Order).all() == []
     scheduled = schedule(datetime.timedelta(hours=1), shipping.greet, 1)
-    assert scheduled.status == "unknown"  # not committed
+    assert scheduled.status == "collected"
     session.commit()
     assert scheduled.status == "waiting"
     assert scheduled.cancel()

@@ -13,6 +13,7 @@ from sqlalchemy import make_url, text
 from outbox import Event, Publisher
 from outbox.messages.rows import values_of
 from outbox.sql import Store
+from outbox.storage.drivers.prepared import Prepared
 from outbox.storage.engines import open_engine
 from outbox.storage.floors import Floors
 from outbox.storage.store import Claimed
@@ -35,9 +36,9 @@ def publisher(place: ServerPlace, name: str) -> Iterator[Publisher]:
 
 @pytest.fixture
 def statements(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
-    """What psycopg executes meanwhile: its first word, and whether it is a transaction."""
+    """What is executed meanwhile: its first word, and whether it is a transaction."""
     seen: list[tuple[str, bool]] = []
-    execute = psycopg.Cursor.execute
+    execute, execute_prepared = psycopg.Cursor.execute, Prepared.execute
 
     def note(cursor: Any, query: Any, *arguments: Any, **options: Any) -> Any:
         # What SQLAlchemy asks over the first connection of an engine is in lower case, or no str.
@@ -46,7 +47,12 @@ def statements(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
             seen.append((query.split()[0], cursor.connection.autocommit))
         return execute(cursor, query, *arguments, **options)
 
+    def note_prepared(prepared: Any, connection: Any, query: str, values: Any) -> Any:
+        seen.append((query.split()[0], connection.autocommit))
+        return execute_prepared(prepared, connection, query, values)
+
     monkeypatch.setattr(psycopg.Cursor, "execute", note)
+    monkeypatch.setattr(Prepared, "execute", note_prepared)
     return seen
 
 

@@ -91,6 +91,10 @@ class TaskQueue(Consumer):
         known = self._consumers.get(name) if type(name) is str else None
         return self._unknown if known is None else known
 
+    def knows(self, name: str) -> bool:
+        """Return whether a message may call ``name``: a task, under any of its names."""
+        return name in self._consumers
+
     def process(self, event: ReceivedEvent) -> None:
         """Do nothing: each message is processed by its task's consumer."""
         raise AssertionError("a task is processed by its own consumer")

@@ -88,6 +88,11 @@ def test_consume_runs_the_apps_tasks_and_the_methods_of_their_models(tmp_path: P
         consumers="",
     )
     project.shell(_CALLS + (_MORE_CALLS if has_tasks else ""))
+    listed = project.run("outbox", "tasks", "list", "--scheduled")
+    assert "  mail.tasks:remind  tasks  due 20" in listed.stdout, listed.stderr
+    # Those that the project's workers don't know.
+    listed = project.run("outbox", "tasks", "list", "--scheduled", "--unknown")
+    assert (listed.returncode, listed.stdout) == (0, ""), listed.stderr
     expected = ["order 1 is 2", "remind Ann", *(["send Bob"] if has_tasks else [])]
     with project.running("outbox", "consume") as process:
         wait_until(lambda: len(project.mails) == len(expected), 40)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,17 @@ from outbox.commands.cli import main
 from outbox.consumers import Worker
 from outbox.consumers.discovery import load
 from outbox.messages.delivery import dead_letter_queue
+from outbox.messages.headers import DEAD_REASON, TASK
 from outbox.results.open_results import results_store_of
 from outbox.settings import Settings
+from outbox.storage import task_statements
 from outbox.storage.clock import in_seconds, now
 from outbox.storage.engines import open_engine
 from outbox.storage.results_table import results
-from outbox.tasks import TaskHandle
+from outbox.storage.store import Store
+from outbox.tasks import TaskHandle, schedule
 from tests import accounting
-from tests.places import Place, SQLitePlace
+from tests.places import DatabasePlace, Place, SQLitePlace, database_place_of
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.one_python
@@ -228,3 +233,148 @@ def test_without_a_database_of_results_nothing_is_listed(
     monkeypatch.setenv("OUTBOX_URL", "memory://")
     assert main(["tasks", "list"]) == exit_codes.USAGE
     assert "OUTBOX_RESULTS" in capsys.readouterr().err
+
+
+_IN_A_YEAR = datetime.datetime(2099, 5, 1, 12, tzinfo=datetime.UTC)
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
+def database(request: pytest.FixtureRequest, name: str, tmp_path: Path) -> DatabasePlace:
+    return database_place_of(request.param, request, name, tmp_path)
+
+
+def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str], str]:
+    capsys.readouterr()
+    code = main(["tasks", "list", "--scheduled", *arguments])
+    written = capsys.readouterr()
+    return code, written.out.splitlines(), written.err
+
+
+def call_for_later(name: str) -> outbox.Event:
+    return outbox.Event(
+        id=f"id-{name}",
+        target="bills",
+        exchange="",
+        body=b'{"args": []}',
+        headers={TASK: name},
+        deliver_at=_IN_A_YEAR,
+    )
+
+
+def test_tasks_that_wait_in_the_broker_are_listed_and_the_unknown_stop_a_deployment(
+    database: DatabasePlace,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(task_statements.waiting_tasks, "__kwdefaults__", {"at_once": 2})
+    monkeypatch.setenv("OUTBOX_URL", database.url)
+    monkeypatch.setenv("OUTBOX_TASKS_QUEUE", name)
+    publisher = configure(task_session=sessionmaker())
+    with auto_publishing():
+        last = schedule(_IN_A_YEAR, accounting.add, 1, 2)
+        [first, second] = [
+            schedule(_IN_A_YEAR - datetime.timedelta(days=days), accounting.nothing)
+            for days in (2, 1)
+        ]
+    wait_until(lambda: database.count(name) == 3)
+    known = [
+        f"{first.id}  tests.accounting:nothing  {name}  due 2099-04-29 12:00:00",
+        f"{second.id}  tests.accounting:nothing  {name}  due 2099-04-30 12:00:00",
+        f"{last.id}  tests.accounting:add  {name}  due 2099-05-01 12:00:00",
+    ]
+    assert listed(capsys) == (exit_codes.SUCCESS, known, "")
+    assert listed(capsys, "--unknown", "tests.accounting") == (exit_codes.SUCCESS, [], "")
+    code, lines, err = listed(capsys, "--limit", "1")
+    assert (code, lines) == (exit_codes.SUCCESS, known[:1])
+    assert "the next 1 of 3; --limit shows more" in err
+    assert listed(capsys, "--task", "tests.accounting:add")[1] == known[2:]
+    assert listed(capsys, "--queue", "bills")[1] == []
+
+    others = {
+        "dead": json.dumps({TASK: "old:dead", DEAD_REASON: "failed"}),
+        "no-task": json.dumps({"x": TASK}),
+        "garbage": f'"{TASK}"',
+    }
+    with auto_publishing():  # under names of the past
+        for old in ("old:add\x1b", "old:gone"):
+            headers = {TASK: old}
+            outbox.enqueue_event({}, name, exchange="", headers=headers, deliver_at=_IN_A_YEAR)
+        for id_ in others:
+            outbox.enqueue_event({}, name, exchange="", id=id_, deliver_at=_IN_A_YEAR)
+    wait_until(lambda: database.count(name) == 8)
+    for id_, text in others.items():
+        database.execute("UPDATE outbox_events SET headers = ? WHERE id = ?", text, id_)
+    assert len(listed(capsys)[1]) == 5
+    monkeypatch.setattr(accounting.nothing, "aliases", ("old:gone",))
+    code, lines, err = listed(capsys, "--unknown", "tests.accounting")
+    assert (code, len(lines)) == (exit_codes.UNFINISHED, 1)
+    assert f"  old:add\\x1b  {name}  due 2099-05-01 12:00:00" in lines[0]
+    assert "1 task that waits has a name that tests.accounting doesn't know" in err
+    assert "aliases=" in err
+    code, lines, _ = listed(capsys, "--unknown", "--json", "tests.beating", "--limit", "1")
+    assert code == exit_codes.UNFINISHED
+    assert json.loads(lines[0]) == {
+        "id": first.id,
+        "task": "tests.accounting:nothing",
+        "queue": name,
+        "due": "2099-04-29T12:00:00+00:00",
+    }
+    publisher.close()
+
+
+def test_stored_tasks_that_wait_for_the_relay_are_listed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = store.engine.url.render_as_string(hide_password=False)
+    monkeypatch.setenv("OUTBOX_URL", "amqp://guest:guest@127.0.0.1:1/")  # it isn't connected to
+    monkeypatch.setenv("OUTBOX_DATABASE_URL", url)
+    store.put([call_for_later("tests.accounting:add"), call_for_later("old:gone")])
+    code, lines, err = listed(capsys, "--queue", "bills")
+    assert (code, len(lines)) == (exit_codes.SUCCESS, 2)
+    assert "RabbitMQ itself" in err
+    configure("memory://", task_session=sessionmaker())
+    code, lines, _ = listed(capsys, "--unknown", "tests.accounting")
+    assert (code, lines) == (
+        exit_codes.UNFINISHED,
+        ["id-old:gone  old:gone  bills  due 2099-05-01 12:00:00"],
+    )
+
+
+def test_listing_what_waits_in_a_file_waits_for_no_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUTBOX_URL", "memory://")
+    monkeypatch.setenv("OUTBOX_DATABASE_URL", f"sqlite:///{tmp_path / 'events.db'}")
+    assert main(["sql", "create"]) == exit_codes.SUCCESS
+    writer = sqlite3.connect(tmp_path / "events.db", isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    assert listed(capsys)[:2] == (exit_codes.SUCCESS, [])
+    writer.close()
+
+
+def test_what_cannot_be_listed_as_scheduled_is_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OUTBOX_DATABASE_URL", raising=False)
+    monkeypatch.setenv("OUTBOX_URL", "amqp://guest:guest@127.0.0.1:1/")
+
+    def refusal(*arguments: str) -> str:
+        code, lines, err = listed(capsys, *arguments)
+        assert (code, lines) == (exit_codes.USAGE, [])
+        [line] = err.splitlines()
+        return line
+
+    assert "RabbitMQ's delay queues can't be looked at; keep a task's old name in" in refusal()
+    assert "--unknown needs modules" in refusal("--unknown")
+    assert "add --unknown" in refusal("tests.accounting")
+    assert "--status" in refusal("--status", "failed")
+    assert "no module 'missing'" in refusal("--unknown", "missing")
+    monkeypatch.setenv("OUTBOX_URL", "memory://")
+    assert "no database is named" in refusal()
+    monkeypatch.setenv("OUTBOX_URL", f"sqlite:///{tmp_path / 'missing.db'}")
+    assert "no file" in refusal()
+    assert not list(tmp_path.iterdir())
+    assert "outbox sql create" in refusal("--database", f"sqlite:///{tmp_path / 'empty.db'}")
+    assert main(["tasks", "list", "--unknown", "tests.accounting"]) == exit_codes.USAGE
+    assert "add --scheduled" in capsys.readouterr().err

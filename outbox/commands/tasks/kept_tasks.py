@@ -69,7 +69,7 @@ def add_list_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=_LISTED,
         metavar="N",
-        help=f"at most N tasks, the latest first (default: {_LISTED})",
+        help=f"at most N tasks, the latest first, or the next due (default: {_LISTED})",
     )
 
 

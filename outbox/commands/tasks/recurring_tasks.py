@@ -34,7 +34,8 @@ def add_list_options(parser: argparse.ArgumentParser) -> None:
         "modules",
         nargs="*",
         metavar="MODULE",
-        help="modules with recurring tasks, whose next times are shown",
+        help="modules with recurring tasks, whose next times are shown; with --unknown, with the "
+        "tasks that are known",
     )
     parser.add_argument(
         "--next",

@@ -1,12 +1,12 @@
-"""``outbox tasks``: tasks that have begun, their results, and recurring tasks."""
+"""``outbox tasks``: tasks that have begun, their results, those that wait, and recurring ones."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from outbox.commands.options import broker_option
-from outbox.commands.tasks import kept_tasks, recurring_tasks
+from outbox.commands.options import broker_option, database_option
+from outbox.commands.tasks import kept_tasks, recurring_tasks, scheduled_tasks
 from outbox.errors import UsageError
 
 __all__ = ["add_parser"]
@@ -21,6 +21,10 @@ examples:
       call it once more, with the same id and arguments
   outbox tasks cancel 0199f3a2-...
       cancel a task that waits for a worker or for its next attempt
+  outbox tasks list --scheduled
+      show the tasks that wait in the database, the next due first
+  outbox tasks list --scheduled --unknown shop.mail
+      show those whose names this module doesn't know, before it is deployed
   outbox tasks list --recurring
       show the recurring tasks that the broker OUTBOX_URL knows
   outbox tasks list --recurring shop.mail --next 3
@@ -28,11 +32,11 @@ examples:
   outbox tasks forget shop.mail:nightly
       delete what the broker has of a recurring task that no program has any more
 
-Tasks are shown once a worker has begun with them, or they were cancelled, if their results
-are kept (OUTBOX_RESULTS).
+Without --scheduled and --recurring, tasks are shown once a worker has begun with them, or they were
+cancelled, if their results are kept (OUTBOX_RESULTS).
 
-exit codes: 0 done, 1 done in part, or there is no such task, 2 wrong usage, or no results are kept,
-7 the broker or the database cannot be reached
+exit codes: 0 done, 1 done in part, there is no such task, or --unknown has found tasks, 2 wrong
+usage, or no results are kept, 7 the broker or the database cannot be reached
 """
 
 
@@ -51,16 +55,20 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
     listing = actions.add_parser(
         "list",
-        parents=parents,
+        parents=[*parents, database_option(common.get_default("application"))],
         help="show tasks, without changing anything",
-        description="Show tasks that have begun, the latest first. With --recurring, the recurring "
-        "tasks: those that the broker knows, also of programs that no longer have them, and those "
-        "of modules.",
+        description="Show tasks that have begun, the latest first. With --scheduled, the tasks "
+        "that wait in a database, the next due first: the broker, or else the one with the stored "
+        "events. With --recurring, the recurring tasks: those that the broker knows, also of "
+        "programs that no longer have them, and those of modules.",
     )
-    listing.add_argument("--recurring", action="store_true", help="show the recurring tasks")
+    which = listing.add_mutually_exclusive_group()
+    which.add_argument("--scheduled", action="store_true", help="show the tasks that wait")
+    which.add_argument("--recurring", action="store_true", help="show the recurring tasks")
     listing.add_argument("--json", action="store_true", help="print one JSON object per line")
     recurring_tasks.queue_option(listing)
     kept_tasks.add_list_options(listing)
+    scheduled_tasks.add_list_options(listing)
     recurring_tasks.add_list_options(listing)
     listing.set_defaults(run=_list)
 
@@ -89,6 +97,12 @@ def add_parser(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
+    if options.scheduled:
+        if options.status:
+            raise UsageError("--status selects tasks that have begun, so not with --scheduled")
+        return scheduled_tasks.list_scheduled(options)
+    if options.unknown:
+        raise UsageError("add --scheduled to show the tasks that wait and aren't known")
     if options.recurring:
         return recurring_tasks.list_recurring(options)
     if options.modules:

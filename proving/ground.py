@@ -247,6 +247,7 @@ class Ground:
                 if left < waiting:
                     waiting, deadline = left, time.monotonic() + self._patience
             worker.terminate(self.history)
+            time.sleep(quiet)  # it may have had messages in hand, whose retries are on their way
             # Messages that are left were not acked: start the worker again to process them.
             left = sum(map(self._queues.waiting, queues))
             if not left:

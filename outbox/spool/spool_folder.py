@@ -19,7 +19,9 @@ logger = logging.getLogger("outbox.spool")
 BAD = ".bad-"
 """What follows the name of a file that could not be read, before the time."""
 
-_NAME = re.compile(r"([0-9a-f]{12})-\d{8}T\d{6}-[0-9a-f]{8}\.spool(\.bad-\d{8}T\d{6}(?:-\d+)?)?")
+_NAME = re.compile(
+    r"([0-9a-f]{12})-\d{8}T\d{6}(?:\.\d{6})?-[0-9a-f]{8}\.spool(\.bad-\d{8}T\d{6}(?:-\d+)?)?"
+)
 _FLEETING = {
     "tmpfs": "in memory, and is lost when the machine restarts",
     "ramfs": "in memory, and is lost when the machine restarts",
@@ -61,9 +63,9 @@ def digest_of(url: BrokerURL, exchange: str) -> str:
 
 
 def new_path(folder: Path, digest: str) -> Path:
-    """Return a name that no other file has had."""
+    """Return a name that no other file has had, and that sorts behind the earlier ones."""
     now = datetime.datetime.now(datetime.UTC)
-    return folder / f"{digest}-{now:%Y%m%dT%H%M%S}-{os.urandom(4).hex()}.spool"
+    return folder / f"{digest}-{now:%Y%m%dT%H%M%S.%f}-{os.urandom(4).hex()}.spool"
 
 
 def lock_path(path: Path) -> Path:

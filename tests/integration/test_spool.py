@@ -33,7 +33,7 @@ from outbox.spool import spool as spool_module
 from outbox.spool.file_lock import FileLock
 from outbox.spool.spool import Read
 from outbox.spool.spool_file import SpoolFile, Unwritable
-from outbox.spool.spool_folder import digest_of, lock_path
+from outbox.spool.spool_folder import digest_of, files_in, lock_path, new_path
 from outbox.spool.spooling import Spooling
 from outbox.url import BrokerURL
 from proving.proxy import FaultProxy
@@ -673,6 +673,17 @@ def test_what_comes_while_the_publisher_is_replaced_stays_behind_what_is_in_the_
     assert new.drain(30)
     assert [int(id) for id in arrived(inspector, queue, 1600)] == list(range(1600))
     new.close()
+
+
+def test_files_of_one_second_are_taken_in_the_order_in_which_they_were_made(
+    tmp_path: Path,
+) -> None:
+    made = []
+    for _ in range(20):
+        made.append(new_path(tmp_path, "0" * 12))
+        made[-1].touch()
+        time.sleep(0.0001)
+    assert [path for _, path in files_in(tmp_path, "0" * 12)] == made
 
 
 def test_a_publisher_is_replaced_even_if_its_file_is_damaged(

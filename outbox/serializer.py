@@ -40,18 +40,16 @@ class Serializer(Protocol):
 def _check_keys(value: Any) -> None:
     """Reject keys that are not strings: ``{1: ..., "1": ...}`` would give the same key twice."""
     if isinstance(value, dict):
-        for key, item in value.items():
+        for key in value:
             if type(key) is not str and not isinstance(key, str):
                 raise TypeError(f"the key {key!r} is a {type(key).__name__}, not a string")
-            if type(item) in _CONTAINERS or isinstance(item, (dict, list, tuple)):
-                _check_keys(item)
-    else:
-        for item in value:
-            if type(item) in _CONTAINERS or isinstance(item, (dict, list, tuple)):
-                _check_keys(item)
+        value = value.values()
+    for item in value:
+        if type(item) not in _SCALARS and isinstance(item, (dict, list, tuple)):
+            _check_keys(item)
 
 
-_CONTAINERS = frozenset((dict, list, tuple))
+_SCALARS = frozenset((str, int, float, bool, type(None)))
 
 
 def _default(value: Any) -> Any:

@@ -135,10 +135,11 @@ class Parameters:
         if not self._is_resolved:
             self.hints  # noqa: B018  one that can't be resolved would fail in the worker
             self._is_resolved = True
-        if not kwargs and self._fits(args, kwargs) and _SCALARS.issuperset(map(type, args)):
+        fits = self._fits(args, kwargs)
+        if fits and not kwargs and _SCALARS.issuperset(map(type, args)):
             return {"args": args}
         try:
-            places = self._places(args, kwargs)
+            places = self._places(args, kwargs, fits=fits)
         except TypeError as error:
             raise InvalidEvent(
                 f"the arguments of {self._name}{self.signature} don't fit: {error}"
@@ -192,11 +193,13 @@ class Parameters:
                 return value
             codec = self._codecs.get(parameter) or self._codec_of(parameter)
             encoded = codec.encode(value)
-            again = codec.decode(encoded)
-            if not is_same(value, again):
-                raise ValueError(
-                    f"its annotation brings it back as {again!r:.60}, a {type(again).__qualname__}"
-                )
+            if not codec.is_exact(value):
+                again = codec.decode(encoded)
+                if not is_same(value, again):
+                    raise ValueError(
+                        f"its annotation brings it back as {again!r:.60}, "
+                        f"a {type(again).__qualname__}"
+                    )
         except InvalidEvent as error:
             raise InvalidEvent(f"the argument {parameter!r} of {self._name}: {error}") from None
         except REFUSALS as error:
@@ -208,17 +211,18 @@ class Parameters:
         return encoded
 
     def _places(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], *, fits: bool
     ) -> list[tuple[int | str, str]]:
-        """Return the place and the parameter of each argument.
+        """Return the place and the parameter of each argument; ``fits`` is what ``_fits`` said.
 
         Raises:
             TypeError: they don't fit the function.
         """
-        if not self._fits(args, kwargs):
+        if not fits:
             self.signature.bind(*args, **kwargs)
         places = self._positional[: len(args)]
-        places += [(place, self._rest_of_args) for place in range(len(places), len(args))]
+        if len(places) < len(args):
+            places += [(place, self._rest_of_args) for place in range(len(places), len(args))]
         for name in kwargs:
             places.append((name, name if name in self._keywords else self._rest_of_kwargs))
         return places
@@ -231,10 +235,11 @@ class Parameters:
             Exception: a reader of mapped instances raised it.
         """
         args, kwargs, typed = parts_of(body)
-        if not typed and self._fits(args, kwargs):
+        fits = self._fits(args, kwargs)
+        if not typed and fits:
             return args, kwargs
         try:
-            places = self._places(args, kwargs)
+            places = self._places(args, kwargs, fits=fits)
         except TypeError as error:
             raise DoesNotFit(
                 f"the arguments don't fit {self._name}{self.signature}: {error}"

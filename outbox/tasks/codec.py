@@ -15,6 +15,7 @@ import datetime
 import decimal
 import enum
 import functools
+import inspect
 import types
 import typing
 import uuid
@@ -143,10 +144,13 @@ class Codec(NamedTuple):
     Attributes:
         encode: returns what JSON carries instead of a value.
         decode: returns the value again.
+        is_exact: returns whether a value that was encoded surely comes back as it is, so that
+            nothing has to be compared; False if that isn't known.
     """
 
     encode: Callable[[Any], Any]
     decode: Callable[[Any], Any]
+    is_exact: Callable[[Any], bool] = lambda _: False
 
 
 def codec_of(annotation: Any) -> Codec:
@@ -224,13 +228,17 @@ def _instance(kind: type, value: Any) -> Any:
     return mapped.mark_of(_checked(kind, value))
 
 
+def _always(_: Any) -> bool:
+    return True
+
+
 def _exactly(kind: type) -> Codec:
     def same(value: Any) -> Any:
         if type(value) is not kind:
             raise TypeError(f"it is a {type(value).__qualname__}, not a {kind.__qualname__}")
         return value
 
-    return Codec(same, same)
+    return Codec(same, same, _always)
 
 
 def _only_plain(value: Any) -> Any:
@@ -331,7 +339,36 @@ def _dataclass(kind: Any) -> Codec:
             values[name] = codec.decode(each)
         return kind(**values)
 
-    return Codec(encode, decode)
+    def is_exact(value: Any) -> bool:
+        for name, codec in (codecs or fields()).items():
+            if codec.is_exact is not _always and not codec.is_exact(getattr(value, name)):
+                return False
+        return True
+
+    return Codec(encode, decode, is_exact) if _is_made_of_fields(kind) else Codec(encode, decode)
+
+
+def _is_made_of_fields(kind: Any) -> bool:
+    """Return whether objects of a dataclass are what their fields are, by code of dataclasses.
+
+    Any code of its own may change a field, or need more than the fields.
+    """
+    fields = dataclasses.fields(kind)
+    code = getattr(vars(kind).get("__init__"), "__code__", None)
+    return (
+        code is not None
+        and code.co_qualname.startswith("__create_fn__.")  # dataclasses has made it
+        and not hasattr(kind, "__post_init__")
+        and kind.__new__ is object.__new__
+        and (kind.__setattr__ is object.__setattr__ or kind.__dataclass_params__.frozen)
+        and len(kind.__dataclass_fields__) == len(fields)  # else there is an InitVar, or a ClassVar
+        and all(field.init and not _is_computed(kind, field.name) for field in fields)
+    )
+
+
+def _is_computed(kind: type, name: str) -> bool:
+    found = inspect.getattr_static(kind, name, None)
+    return inspect.isdatadescriptor(found) and not inspect.ismemberdescriptor(found)
 
 
 def _from_base64(text: str) -> bytes:
@@ -348,23 +385,27 @@ def _decimal(text: str) -> decimal.Decimal:
         raise ValueError(f"{text!r:.60} isn't a decimal number") from None
 
 
-def _text_of_decimal(value: Any) -> str:
-    # A NaN is not equal to itself, and comparing a signaling one raises an error.
-    if type(value) is decimal.Decimal and value.is_nan():
-        raise ValueError("it is not a number")
-    return _plain_text_of_decimal(value)
-
-
 def _text_of(kind: type) -> Callable[[Any], str]:
     def text(value: Any) -> str:
-        if _real(type(value)) is not kind:
+        if type(value) is not kind and _real(type(value)) is not kind:
             raise TypeError(f"it is a {type(value).__qualname__}, not a {kind.__qualname__}")
-        return str(value.isoformat() if hasattr(value, "isoformat") else value)
+        return write(value)
 
+    write: Callable[[Any], str] = getattr(kind, "isoformat", str)
     return text
 
 
-_plain_text_of_decimal = _text_of(decimal.Decimal)
+def _text_of_decimal(value: Any) -> str:
+    if type(value) is not decimal.Decimal:
+        raise TypeError(f"it is a {type(value).__qualname__}, not a Decimal")
+    # A NaN is not equal to itself, and comparing a signaling one raises an error.
+    if value.is_nan():
+        raise ValueError("it is not a number")
+    return str(value)
+
+
+def _is_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) is kind
 
 
 def _iso(kind: Any) -> Codec:
@@ -374,15 +415,21 @@ def _iso(kind: Any) -> Codec:
 
 _SIMPLE: dict[type, Codec] = {
     datetime.datetime: _iso(datetime.datetime),
-    datetime.date: _iso(datetime.date),
+    datetime.date: _iso(datetime.date)._replace(is_exact=_is_of(datetime.date)),
     datetime.time: _iso(datetime.time),
     datetime.timedelta: Codec(
         lambda value: _checked(datetime.timedelta, value) // _MICROSECOND,
         lambda count: datetime.timedelta(microseconds=_checked(int, count)),
     ),
-    decimal.Decimal: Codec(_text_of_decimal, _decimal),
-    uuid.UUID: Codec(_text_of(uuid.UUID), lambda text: uuid.UUID(_checked(str, text))),
-    bytes: Codec(lambda value: base64.b64encode(_checked(bytes, value)).decode(), _from_base64),
+    decimal.Decimal: Codec(_text_of_decimal, _decimal, _is_of(decimal.Decimal)),
+    uuid.UUID: Codec(
+        _text_of(uuid.UUID), lambda text: uuid.UUID(_checked(str, text)), _is_of(uuid.UUID)
+    ),
+    bytes: Codec(
+        lambda value: base64.b64encode(_checked(bytes, value)).decode(),
+        _from_base64,
+        _is_of(bytes),
+    ),
 }
 
 _COLLECTIONS: dict[Any, Any] = {

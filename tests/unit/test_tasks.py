@@ -118,6 +118,12 @@ def test_a_failed_block_calls_nothing() -> None:
 # ------------------------------------------------------------------------ arguments
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Point:
+    x: int
+    price: decimal.Decimal
+
+
 class Level(enum.StrEnum):
     LOW = "low"
 
@@ -206,6 +212,44 @@ def test_what_would_arrive_changed_is_refused(
     with pytest.raises(InvalidEvent, match="the argument 'value' of made_module:call") as caught:
         called(module.call, value)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "n: int\n    def __post_init__(self): self.n *= 2",
+        "n: int\n    def __init__(self, n): self.n = 2 * n",
+        "n: int\n    def __setattr__(self, name, value): object.__setattr__(self, name, 2 * value)",
+        "n: int\n    more: InitVar[int] = 0\n    def __post_init__(self, more): self.n *= 2",
+        "n: int\n    made: int = field(init=False)\n"
+        "    def __post_init__(self): self.made = id(self)",
+    ],
+    ids=["post_init", "init", "setattr", "init variable", "made"],
+)
+def test_a_dataclass_that_code_of_its_own_would_change_is_refused(
+    body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = made(
+        "from dataclasses import InitVar, dataclass, field\n"
+        f"@dataclass\nclass Thing:\n    {body}\n"
+        "class Heir(Thing): ...\n"
+        "def call(value: Thing): ...\ndef inherit(value: Heir): ...",
+        monkeypatch,
+    )
+    for function, kind in ((module.call, module.Thing), (module.inherit, module.Heir)):
+        with pytest.raises(InvalidEvent, match="brings it back"):
+            called(function, kind(1))
+
+
+def test_only_what_may_come_back_changed_is_compared() -> None:
+    codec = codec_of(Point)
+    assert codec.is_exact(Point(1, decimal.Decimal("1.50")))
+    assert codec.decode(codec.encode(Point(1, decimal.Decimal("1.50")))) == Point(
+        1, decimal.Decimal("1.50")
+    )
+    assert not codec_of(Box).is_exact(
+        Box(decimal.Decimal(1), datetime.datetime(2030, 1, 1, fold=1))
+    )
 
 
 @pytest.mark.parametrize(

@@ -360,6 +360,7 @@ def _is_made_of_fields(kind: Any) -> bool:
         and code.co_qualname.startswith("__create_fn__.")  # dataclasses has made it
         and not hasattr(kind, "__post_init__")
         and kind.__new__ is object.__new__
+        and type(kind).__call__ is type.__call__
         and (kind.__setattr__ is object.__setattr__ or kind.__dataclass_params__.frozen)
         and len(kind.__dataclass_fields__) == len(fields)  # else there is an InitVar, or a ClassVar
         and all(field.init and not _is_computed(kind, field.name) for field in fields)

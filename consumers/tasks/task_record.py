@@ -31,6 +31,7 @@ from outbox.results.result_row import (
 from outbox.system import process
 from outbox.tasks.call_arguments import Parameters
 from outbox.tasks.call_options import LONGEST_KEEP
+from outbox.tasks.codec import REFUSALS
 
 __all__ = ["Results", "TaskRecord", "record_here", "record_of", "set_record_here"]
 
@@ -166,7 +167,7 @@ class TaskRecord:
             text = "null" if encoded is None else _encoder.encode(encoded)
             if len(text) > LONGEST_VALUE:
                 raise ValueError(f"it has {len(text):,} bytes as JSON, more than 1 MiB")
-        except (TypeError, ValueError, LookupError, RecursionError) as error:
+        except (*REFUSALS, RecursionError) as error:
             reason = f"what {self._task} returned can't be kept: {error}"
             if connection is not None:
                 raise TypeError(reason) from None

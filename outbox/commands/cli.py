@@ -93,8 +93,8 @@ def run(arguments: Sequence[str] | None, application: Application) -> int:
 
 def code_of(error: OutboxError) -> int:
     """Return the exit code for an error that ends the command."""
-    # A database that is reached, but lacks a table, fails like one that isn't: a long-running
-    # process waits until somebody creates the table. A command doesn't wait.
+    # To a long-running process, a database without a table is like one that can't be reached: it
+    # waits for both. A command doesn't wait.
     if isinstance(error, BrokerError) and not isinstance(error.__cause__, UsageError):
         return exit_codes.UNAVAILABLE
     return exit_codes.USAGE

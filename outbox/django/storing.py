@@ -126,8 +126,8 @@ class StoredRow(NamedTuple):
     queue: str
 
 
-class Fate:
-    """What has become of a transaction.
+class TransactionState:
+    """Whether a transaction was committed, for those who look after it is over.
 
     Attributes:
         is_committed: whether it was committed.
@@ -149,7 +149,7 @@ class Pending:
         publisher: the publisher; None if a relay publishes the rows.
         events: the events, in their order.
         rows: each event's row; empty if the events were not stored.
-        fate: what is known of their transaction once this object is gone.
+        state: what is known of their transaction once this object is gone.
     """
 
     advice = (
@@ -168,11 +168,11 @@ class Pending:
         self.publisher = publisher
         self.events: list[Event] = []
         self.rows: list[StoredRow] = []
-        self.fate = Fate()
+        self.state = TransactionState()
 
     def publish(self) -> None:
         """Publish what was committed; never raise, since others' callbacks may follow."""
-        self.fate.is_committed = True
+        self.state.is_committed = True
         try:
             if not self.rows:
                 if self.publisher is not None:
@@ -372,22 +372,22 @@ class OpenRow:
     savepoint that is made by hand. Connections are not kept alive.
     """
 
-    __slots__ = ("_fate", "_pending")
+    __slots__ = ("_pending", "_state")
 
     def __init__(self, pending: Pending) -> None:
         """Follow an event of ``pending``."""
         self._pending = weakref.ref(pending)
-        self._fate = pending.fate
+        self._state = pending.state
 
     @property
     def is_open(self) -> bool:
         """Whether the transaction is open, so that the row may be committed or dropped."""
-        return not self._fate.is_committed and self._waits()
+        return not self._state.is_committed and self._waits()
 
     @property
     def is_dropped(self) -> bool:
         """Whether the row was rolled back; False if that isn't known for certain."""
-        return not self._waits() and not self._fate.is_committed
+        return not self._waits() and not self._state.is_committed
 
     def _waits(self) -> bool:
         pending = self._pending()

@@ -153,7 +153,7 @@ def _typed(part: Any, column_type: TypeEngine[Any]) -> Any:
     """Return a part of a key, which JSON had, as the type of its column gives it.
 
     Raises:
-        ValueError: it is no such part.
+        ValueError: the column's type doesn't take it.
     """
     decorators = [*_decorators(column_type)]
     if decorators:
@@ -166,7 +166,7 @@ def _typed(part: Any, column_type: TypeEngine[Any]) -> Any:
             value = decorator.process_result_value(value, _DIALECT)
         except Exception as error:  # the application's
             raise ValueError(
-                f"{part!r:.60} is no {type(decorator).__qualname__}: {error}"
+                f"{part!r:.60} is not a {type(decorator).__qualname__}: {error}"
             ) from error
     return value
 

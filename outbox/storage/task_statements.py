@@ -84,7 +84,7 @@ def waiting_tasks(engine: Engine, *, at_once: int = _AT_ONCE) -> Iterator[Any]:
         The columns ``seq``, ``id``, ``type``, ``queue``, ``headers`` and ``available_at``.
 
     Raises:
-        UsageError: there is no table of events.
+        UsageError: the table of events is missing.
     """
     with reading(engine) as connection:
         is_there = exists(connection, events)

@@ -192,14 +192,11 @@ class Parameters:
             if type(value) in _CONTAINERS and is_plain(value):
                 return value
             codec = self._codecs.get(parameter) or self._codec_of(parameter)
-            encoded = codec.encode(value)
-            if not codec.is_exact(value):
-                again = codec.decode(encoded)
-                if not is_same(value, again):
-                    raise ValueError(
-                        f"its annotation brings it back as {again!r:.60}, "
-                        f"a {type(again).__qualname__}"
-                    )
+            encoded, again = codec.carry(value)
+            if again is not value and not is_same(value, again):
+                raise ValueError(
+                    f"its annotation brings it back as {again!r:.60}, a {type(again).__qualname__}"
+                )
         except InvalidEvent as error:
             raise InvalidEvent(f"the argument {parameter!r} of {self._name}: {error}") from None
         except REFUSALS as error:
@@ -254,30 +251,22 @@ class Parameters:
         """Return what JSON carries instead of a result, and whether it is needed to read it.
 
         Raises:
-            TypeError, ValueError, LookupError: it can't be carried without a change.
+            TypeError, ValueError, LookupError, ArithmeticError: it can't be carried unchanged.
         """
         if type(value) in _SCALARS or is_plain(value):
             return value, False
-        codec = self._codec_of("return")
-        try:
-            encoded = codec.encode(value)
-            again = codec.decode(encoded)
-            if not is_same(value, again):
-                raise ValueError(f"its annotation brings it back as a {type(again).__qualname__}")
-        except ArithmeticError as error:
-            raise ValueError(str(error)) from error
+        encoded, again = self._codec_of("return").carry(value)
+        if again is not value and not is_same(value, again):
+            raise ValueError(f"its annotation brings it back as a {type(again).__qualname__}")
         return encoded, True
 
     def result_read(self, value: Any) -> Any:
         """Return a result that needs its annotation.
 
         Raises:
-            TypeError, ValueError, LookupError: it isn't such a result.
+            TypeError, ValueError, LookupError, ArithmeticError: it isn't such a result.
         """
-        try:
-            return self._codec_of("return").decode(value)
-        except ArithmeticError as error:
-            raise ValueError(str(error)) from error
+        return self._codec_of("return").decode(value)
 
     def _read(self, parameter: str, value: Any) -> Any:
         try:

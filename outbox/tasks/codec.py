@@ -144,13 +144,18 @@ class Codec(NamedTuple):
     Attributes:
         encode: returns what JSON carries instead of a value.
         decode: returns the value again.
-        is_exact: returns whether a value that was encoded surely comes back as it is, so that
-            nothing has to be compared; False if that isn't known.
+        is_exact: returns whether a value that was encoded certainly comes back unchanged; False if
+            that isn't known.
     """
 
     encode: Callable[[Any], Any]
     decode: Callable[[Any], Any]
     is_exact: Callable[[Any], bool] = lambda _: False
+
+    def carry(self, value: Any) -> tuple[Any, Any]:
+        """Return what JSON carries instead of ``value``, and the value that comes back."""
+        encoded = self.encode(value)
+        return encoded, value if self.is_exact(value) else self.decode(encoded)
 
 
 def codec_of(annotation: Any) -> Codec:

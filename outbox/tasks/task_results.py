@@ -14,6 +14,7 @@ from outbox.results.result_row import CANCELLED, SUCCEEDED, ResultRow
 from outbox.settings import Settings
 from outbox.system import process
 from outbox.tasks.call_arguments import Parameters
+from outbox.tasks.codec import REFUSALS
 from outbox.tasks.target import parameters_of_task
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def value_of(row: ResultRow, parameters: Parameters | None) -> Any:
         parameters = parameters or parameters_of_task(row.task)
         try:
             return value if parameters is None else parameters.result_read(value)
-        except (TypeError, ValueError, LookupError) as error:
+        except REFUSALS as error:
             raise ResultLost(
                 f"the task {row.id!r} has succeeded; what it returned can't be read: {error}"
             ) from None

@@ -615,33 +615,40 @@ def test_another_configure_goes_on_with_the_spool(
     new.close()
 
 
+@contextlib.contextmanager
+def before_handing_over(act: Callable[[Spooling], None]) -> Iterator[None]:
+    """Have a publisher that is replaced call ``act`` just before it passes its events on."""
+    hand_over = Spooling.hand_over
+
+    def act_before(self: Spooling, successor: Spooling | None) -> Callable[[], None]:
+        act(self)
+        return hand_over(self, successor)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Spooling, "hand_over", act_before)
+        yield
+
+
 def test_what_is_being_read_when_the_publisher_is_replaced_is_published_in_order(
-    proxy: FaultProxy,
-    inspector: Inspector,
-    name: str,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    proxy: FaultProxy, inspector: Inspector, name: str, folder: Path
 ) -> None:
     queue = inspector.queue(name, name)
     proxy.refuse()
     configure(proxy.url, exchange=name, spool=folder).publish(numbered(1500, exchange=name))
-    hand_over = Spooling.hand_over
 
-    def read_before(self: Spooling, successor: Spooling | None) -> Callable[[], None]:
-        self._reading = True
+    def read(spooling: Spooling) -> None:
+        spooling._reading = True
         is_read = threading.Event()
 
         def on_read(read: Read) -> None:
-            self._on_read(read)
+            spooling._on_read(read)
             is_read.set()
 
-        self._spool.read(on_read)
+        spooling._spool.read(on_read)
         assert is_read.wait(10)
-        return hand_over(self, successor)
 
-    monkeypatch.setattr(Spooling, "hand_over", read_before)
-    new = configure(proxy.url, exchange=name, spool=folder, max_kept=100_000)
-    monkeypatch.undo()
+    with before_handing_over(read):
+        new = configure(proxy.url, exchange=name, spool=folder, max_kept=100_000)
     new.publish(numbered(100, 1500, exchange=name))
     proxy.heal()
     assert new.drain(30)
@@ -650,26 +657,19 @@ def test_what_is_being_read_when_the_publisher_is_replaced_is_published_in_order
 
 
 def test_what_comes_while_the_publisher_is_replaced_stays_behind_what_is_in_the_spool(
-    proxy: FaultProxy,
-    inspector: Inspector,
-    name: str,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    proxy: FaultProxy, inspector: Inspector, name: str, folder: Path
 ) -> None:
     queue = inspector.queue(name, name)
     proxy.refuse()
     old = configure(proxy.url, exchange=name, spool=folder)
     old.publish(numbered(1500, exchange=name))
-    hand_over = Spooling.hand_over
 
-    def publish_before(self: Spooling, successor: Spooling | None) -> Callable[[], None]:
+    def publish(_: Spooling) -> None:
         old.submit(numbered(100, 1500, exchange=name))
         proxy.heal()  # the new publisher meets no outage, in which it would be kept in any case
-        return hand_over(self, successor)
 
-    monkeypatch.setattr(Spooling, "hand_over", publish_before)
-    new = configure(proxy.url, exchange=name, spool=folder, max_kept=100_000)
-    monkeypatch.undo()
+    with before_handing_over(publish):
+        new = configure(proxy.url, exchange=name, spool=folder, max_kept=100_000)
     assert new.drain(30)
     assert [int(id) for id in arrived(inspector, queue, 1600)] == list(range(1600))
     new.close()

@@ -35,8 +35,8 @@ examples:
 Without --scheduled and --recurring, tasks are shown once a worker has begun with them, or they were
 cancelled, if their results are kept (OUTBOX_RESULTS).
 
-exit codes: 0 done, 1 done in part, there is no such task, or --unknown has found tasks, 2 wrong
-usage, or no results are kept, 7 the broker or the database cannot be reached
+exit codes: 0 done, 1 done in part, no such task, or --unknown found tasks, 2 wrong usage, or no
+results are kept, 7 the broker or the database cannot be reached
 """
 
 

@@ -39,7 +39,7 @@ class Prepared:
 
         Args:
             connection: psycopg's connection, not in a transaction.
-            text: the statement, with ``$1`` in the place of its first parameter.
+            text: the statement, with ``$1`` for its first parameter.
             values: the parameters.
 
         Raises:
